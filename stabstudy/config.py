@@ -1,0 +1,422 @@
+"""What one trial is: frozen settings, their rules, and the id that names the trial.
+
+A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs (`compute`) and how
+a study is called never reach it, so they never change a `trial_id`. `from_dict` is the only way in from YAML, the
+command line or a file; it collects every problem instead of stopping at the first.
+
+The standard library only: the plan, `--help` and every config error must answer without numpy, torch or ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+FORMAT_VERSION = 1
+"""Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one setting: its dotted name, the rule, and what was received."""
+
+    setting: str
+    rule: str
+    got: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.rule}" + (f", got {self.got}" if self.got else "")
+
+
+class ConfigError(ValueError):
+    """Every problem found in the settings of a launch; `str()` has one line for each."""
+
+    def __init__(self, problems: list[Problem] | Problem):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+def _setting(
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
+
+
+INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+
+    depth: int = _setting(4, ge=1, le=1_000_000)  # number of layers
+    dim: int = _setting(64, ge=2, le=65_536)  # residual width
+    n_heads: int = _setting(4, ge=1, le=1024)
+    n_kv_heads: int | None = _setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
+    ffn_multiplier: float = _setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim
+    multiple_of: int = _setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
+    norm_eps: float = _setting(1e-5, gt=0, le=1)
+    rope_theta: float = _setting(10_000.0, gt=0, le=1e9)
+    qk_norm: bool = _setting(False)  # RMSNorm on queries and keys of each head, before RoPE
+    init: str = _setting("lingua", choices=INITS)
+    tied: bool = _setting(False)  # the output matrix is the embedding
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256)."""
+        hidden = int(int(2 * (4 * self.dim) / 3) * self.ffn_multiplier)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+    def parameters(self, vocab: int) -> int:
+        """Number of parameters, embeddings included."""
+        kv_dim = self.kv_heads * self.head_dim
+        layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        layer += 2 * self.head_dim if self.qk_norm else 0
+        return self.depth * layer + self.dim + (1 if self.tied else 2) * vocab * self.dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the clip."""
+
+    lr: float = _setting(3e-3, ge=0, le=10)  # peak learning rate
+    allow_zero_lr: bool = _setting(False)  # a control trial that measures and never learns
+    weight_decay: float = _setting(0.1, ge=0, le=1000)
+    decay_mode: str = _setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
+    decay_params: str = _setting("matrices", choices=("matrices", "all"))  # "all" decays the norms too, as Lingua does
+    beta1: float = _setting(0.9, ge=0, lt=1)
+    beta2: float = _setting(0.95, ge=0, lt=1)
+    eps: float = _setting(1e-8, gt=0, le=1)
+    warmup_steps: int = _setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
+    schedule: str = _setting("cosine", choices=SCHEDULES)
+    min_lr_ratio: float = _setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
+    decay_share: float = _setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
+    clip: float | None = _setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From where the tokens come. `conf/data/*.yaml` are presets of it."""
+
+    source: str = _setting("pysrc", choices=SOURCES)
+    path: str | None = _setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
+    text_column: str = _setting("text")
+    hub_config: str | None = _setting(None)  # hf: the dataset's configuration, e.g. sample-10BT
+    hub_split: str = _setting("train")
+    hub_revision: str | None = _setting(None)  # hf: commit sha; null pins nothing and is warned about
+    max_bytes: int | None = _setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
+    bad_rows: float = _setting(0.0, ge=0, le=0.001)  # share of unreadable rows that is skipped and counted
+    tokenizer: str = _setting("bytes")  # bytes | folder or tokenizer.json or vocab+merges | a hub name
+    seq_len: int = _setting(128, ge=1, le=1_048_576)  # tokens per sequence
+    validation_share: float = _setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
+    # The synthetic source only. Mechanisms, one knob each; integers so that the text is bit-exact everywhere.
+    synth_bytes: int = _setting(2_000_000, ge=1000, le=10**11)
+    synth_vocab: int = _setting(2000, ge=2, le=65_536)  # distinct words
+    synth_zipf_milli: int = _setting(1000, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
+    synth_order: int = _setting(1, ge=0, le=3)  # words of context that choose the next word
+    synth_branching: int = _setting(64, ge=1, le=65_536)  # successors of each context
+    synth_copy_permille: int = _setting(
+        50, ge=0, le=1000
+    )  # chance that a word starts a copy from earlier in its document
+    synth_nesting: int = _setting(3, ge=0, le=16)  # deepest bracket nesting
+    synth_flip_ppm: int = _setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
+    synth_burst_permille: int = _setting(0, ge=0, le=1000)  # documents that are noise from start to end
+    synth_duplicate_permille: int = _setting(0, ge=0, le=1000)  # documents that repeat an earlier one
+    synth_alphabet_permille: int = _setting(0, ge=0, le=1000)  # documents written in an alphabet of their own
+    synth_tail_milli: int = _setting(1000, ge=0, le=10_000)  # spread of the document lengths, in thousandths
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at once, how precisely, and how often the costly quantities are measured."""
+
+    steps: int = _setting(200, ge=1, le=10**9)  # optimizer steps
+    batch_size: int = _setting(8, ge=1, le=10**7)  # sequences per optimizer step
+    micro_batch_size: int | None = _setting(None, ge=1, le=10**7)  # sequences per forward; null: batch_size
+    precision: str = _setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
+    z_loss: float = _setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
+    skip_nonfinite: bool = _setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
+    compile: bool = _setting(False)
+    eval_every: int = _setting(50, ge=1, le=10**9)  # steps between validation losses
+    eval_sequences: int = _setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
+    probe_every: int = _setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
+    checkpoint_every: int = _setting(100, ge=1, le=10**9)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """One training, seed included."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    seed: int = _setting(0, ge=0, le=2**63 - 1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.data.seq_len
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_per_step * self.train.steps
+
+
+GROUPS: dict[str, type] = {"model": ModelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def setting_names() -> list[str]:
+    """Every setting under its dotted name, in the order of the classes above."""
+    return [f"{g}.{f.name}" for g, cls in GROUPS.items() for f in dataclasses.fields(cls)] + ["seed"]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean a, b?)', or every known name where nothing is near, or '' where nothing is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f" (did you mean {', '.join(close)}?)"
+    return f" (known: {', '.join(known)})" if known and len(known) <= 24 else ""
+
+
+def from_dict(values: Mapping[str, Any]) -> TrialConfig:
+    """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules: one ConfigError with all of them.
+
+    Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
+    as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
+    """
+    problems: list[Problem] = []
+    parts: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in GROUPS:
+            if isinstance(value, Mapping):
+                parts[key] = _read_group(key, GROUPS[key], value, problems)
+            else:
+                problems.append(Problem(key, "must be a mapping of settings", _show(value)))
+        elif key == "seed":
+            field = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed")
+            parts[key] = _read_value("seed", "int", field.metadata, value, problems, 0)
+        else:
+            problems.append(Problem(str(key), f"is no setting{nearest(str(key), [*GROUPS, 'seed'])}"))
+    config = TrialConfig(**parts)
+    if not problems:
+        problems = list(_cross_checks(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def to_dict(config: TrialConfig) -> dict[str, Any]:
+    """The nested plain mapping; `from_dict(to_dict(c)) == c`."""
+    return dataclasses.asdict(config)
+
+
+def flat(config: TrialConfig) -> dict[str, Any]:
+    """Every setting under its dotted name, derived defaults resolved (micro_batch_size, n_kv_heads)."""
+    nested = to_dict(_resolved(config))
+    return {f"{g}.{k}": v for g in GROUPS for k, v in nested[g].items()} | {"seed": config.seed}
+
+
+def canonical(config: TrialConfig, data_fingerprint: str) -> str:
+    """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
+
+    Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
+    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test).
+    """
+    default, own = flat(TrialConfig()), flat(config)
+    differing = {k: v for k, v in own.items() if v != default[k] or type(v) is not type(default[k])}
+    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
+    """First 10 hex digits of sha256 over `canonical`."""
+    return hashlib.sha256(canonical(config, data_fingerprint).encode()).hexdigest()[:10]
+
+
+def cell_id(config: TrialConfig, data_fingerprint: str) -> str:
+    """The id that the replicates (seeds) of one cell share."""
+    return trial_id(dataclasses.replace(config, seed=0), data_fingerprint)
+
+
+def _resolved(config: TrialConfig) -> TrialConfig:
+    model = dataclasses.replace(config.model, n_kv_heads=config.model.kv_heads)
+    train = dataclasses.replace(config.train, micro_batch_size=config.train.micro_batch)
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _read_group(group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem]) -> T:
+    hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{group}.{key}"
+        if key not in fields:
+            problems.append(Problem(name, f"is no setting{_nearest_setting(name, list(fields))}"))
+            continue
+        field = fields[key]
+        read[key] = _read_value(name, hints[key], field.metadata, value, problems, field.default)
+    return cls(**read)
+
+
+def _nearest_setting(name: str, siblings: list[str]) -> str:
+    """The nearest names among the group's own settings, else among all: `model.lr` should find `optim.lr`."""
+    group, _, key = name.partition(".")
+    same_key = [n for n in setting_names() if n.endswith(f".{key}")]
+    close = same_key or [f"{group}.{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
+    return f" (did you mean {', '.join(close)}?)" if close else nearest(name, setting_names())
+
+
+def _read_value(
+    name: str, hint: str, rules: Mapping[str, Any], value: Any, problems: list[Problem], default: Any
+) -> Any:
+    """The value in its declared type, or the default with a Problem noted."""
+    kinds = [k.strip() for k in hint.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    kind = kinds[0]
+    if kind == "float" and isinstance(value, str):
+        value = _number_from_text(value)
+    if kind == "float" and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
+    if type(value) is not wanted:
+        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", _show(value)))
+        return default
+    if not _within(value, rules):
+        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", _show(value)))
+        return default
+    return value
+
+
+def _number_from_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _within(value: Any, rules: Mapping[str, Any]) -> bool:
+    if "choices" in rules:
+        return value in rules["choices"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return (
+        value >= rules.get("ge", value)
+        and value <= rules.get("le", value)
+        and (value > rules["gt"] if "gt" in rules else True)
+        and (value < rules["lt"] if "lt" in rules else True)
+    )
+
+
+def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
+    null = " or null" if "None" in kinds else ""
+    if "choices" in rules:
+        return f"one of {', '.join(rules['choices'])}{null}"
+    noun = {"int": "a whole number", "float": "a finite number", "bool": "true or false", "str": "text"}[kind]
+    low = f"[{rules['ge']:g}" if "ge" in rules else f"({rules['gt']:g}" if "gt" in rules else ""
+    high = f"{rules['le']:g}]" if "le" in rules else f"{rules['lt']:g})" if "lt" in rules else ""
+    return noun + (f" in {low}, {high}" if low and high else "") + null
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
+    """Rules that hold between settings; each names every setting it needs."""
+    m, o, d, t = config.model, config.optim, config.data, config.train
+    if m.dim % m.n_heads:
+        yield Problem("model.dim, model.n_heads", "dim must be divisible by n_heads", f"{m.dim} and {m.n_heads}")
+    elif m.head_dim % 2:
+        yield Problem("model.dim, model.n_heads", "dim / n_heads must be even (RoPE rotates pairs)", f"{m.head_dim}")
+    if m.n_heads % m.kv_heads:
+        yield Problem(
+            "model.n_heads, model.n_kv_heads",
+            "n_heads must be divisible by n_kv_heads",
+            f"{m.n_heads} and {m.kv_heads}",
+        )
+    if o.warmup_steps > t.steps:
+        yield Problem(
+            "optim.warmup_steps, train.steps", "the warmup must end within the run", f"{o.warmup_steps} and {t.steps}"
+        )
+    if t.batch_size % t.micro_batch:
+        yield Problem(
+            "train.batch_size, train.micro_batch_size",
+            "batch_size must be divisible by micro_batch_size",
+            f"{t.batch_size} and {t.micro_batch}",
+        )
+    if o.lr == 0 and not o.allow_zero_lr:
+        yield Problem(
+            "optim.lr",
+            "must be a finite number in (0, 10] (0 only with optim.allow_zero_lr=true: a control trial)",
+            "0",
+        )
+    if o.lr > 0 and o.allow_zero_lr:
+        yield Problem("optim.allow_zero_lr", "has no effect unless optim.lr is 0", "true")
+    if o.lr == 0 and o.decay_mode == "independent":
+        yield Problem("optim.decay_mode", "independent decay needs optim.lr > 0 (it follows lr_t / lr)", "optim.lr 0")
+    yield from _no_effect(o, d, config)
+
+
+def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[Problem]:
+    """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
+    if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
+        yield Problem("optim.decay_share", "acts on schedule wsd only", f"schedule {o.schedule}")
+    if o.schedule == "inv_sqrt" and o.warmup_steps == 0:
+        yield Problem(
+            "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"
+        )
+    needs_path = d.source not in ("pysrc", "synthetic")
+    if needs_path and not d.path:
+        yield Problem("data.path", f"source {d.source} needs a path", "null")
+    if not needs_path and d.path is not None:
+        yield Problem("data.path", f"has no effect with source {d.source}", repr(d.path))
+    for field in dataclasses.fields(DataConfig):
+        owner = "synthetic" if field.name.startswith("synth_") else "hf" if field.name.startswith("hub_") else d.source
+        if owner != d.source and getattr(d, field.name) != field.default:
+            yield Problem(f"data.{field.name}", f"acts on source {owner} only", f"source {d.source}")
+
+
+def _annotations_are_plain() -> None:
+    """Every setting's type is one that `_read_value` knows (checked when the module loads: a typo fails at once)."""
+    for cls in GROUPS.values():
+        for name, hint in typing.get_type_hints(cls).items():
+            members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            if not set(members) <= {int, float, bool, str, type(None)}:
+                raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")
+
+
+_annotations_are_plain()

@@ -1,0 +1,299 @@
+"""Where things lie in results/<study>/, the states of a trial, locks, and atomic writes.
+
+    results/<study>/
+      sweep.yaml  provenance.json            as composed and launched
+      .lock                                  flock: one launch at a time
+      trials/<trial_id>/
+        config.json                          what the trial is: settings, group choices, data fingerprint
+        state.json                           how far it is: status, attempts, checksums; replaced atomically
+        trace.jsonl -> trace.parquet         probes.jsonl -> probes.parquet
+        checkpoint/  log.txt  .lock
+      trials.parquet  spikes.parquet  report/
+
+The files are the truth: no process memory, Ray or Optuna state is ever needed to know where a study stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy import trace
+
+STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
+"""`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+
+
+class StoreError(Exception):
+    """A folder that is no study, a file of a newer version, a state that cannot be read. One line."""
+
+
+class LockHeldError(Exception):
+    """Another process works in this folder; the message says who and since when."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process run of a trial."""
+
+    host: str
+    pid: int
+    started: str  # UTC, ISO 8601
+    from_step: int = 0
+    dropped_rows: int = 0
+    cut_bytes: int = 0
+    ended: str | None = None
+    status: str = "running"
+    error: dict[str, Any] | None = None  # {kind, message, step}
+    engine: dict[str, Any] = field(default_factory=dict)  # torch version, device, threads, precision, attention
+
+
+@dataclass(frozen=True)
+class State:
+    """What `state.json` says. Numbers that could be NaN are stored as text ("NaN"), never as bare tokens."""
+
+    trial_id: str
+    status: str = "pending"
+    step: int = 0  # updates made and recorded when the state was written
+    attempts: tuple[Attempt, ...] = ()
+    stop_reason: str | None = None  # complete | diverged
+    verdict: str | None = None
+    verdict_code: str | None = None
+    spike_events: int | None = None
+    init_loss: float | None = None  # on the fixed evaluation batch, before the first update
+    final_loss: float | None = None  # same batch, after the last update
+    eval_hash: str | None = None
+    records: dict[str, Any] = field(default_factory=dict)  # {"trace": {rows, sha256}, "probes": {rows, sha256}}
+    error: dict[str, Any] | None = None
+    format: int = cfg.FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """The files of one trial."""
+
+    path: Path
+
+    @property
+    def trial_id(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoint"
+
+    def live(self, schema: trace.Schema) -> Path:
+        return self.path / f"{schema.name}.jsonl"
+
+    def finished(self, schema: trace.Schema) -> Path:
+        return self.path / f"{schema.name}.parquet"
+
+    def read_config(self) -> dict[str, Any]:
+        return read_json(self.config_file)
+
+    def read_state(self) -> State:
+        """The state; a trial never started is pending. `running` with nobody holding the trial's lock is `lost`."""
+        if not self.state_file.exists():
+            return State(self.trial_id)
+        state = _state_from(read_json(self.state_file), self.state_file)
+        if state.status == "running" and not is_locked(self.path):
+            return replace(state, status="lost")
+        return state
+
+    def write_state(self, state: State) -> None:
+        body = asdict(state)
+        for key in ("init_loss", "final_loss"):
+            body[key] = encode_float(body[key])
+        write_json(self.state_file, body)
+
+    def rows(self, schema: trace.Schema, state: State | None = None, verify: bool = True) -> trace.Rows | None:
+        """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord."""
+        state = self.read_state() if state is None else state
+        known = state.records.get(schema.name)
+        parquet, live = self.finished(schema), self.live(schema)
+        if known and parquet.exists():
+            return trace.read_parquet(parquet, schema, known["sha256"] if verify else None)
+        return trace.read_jsonl(live, schema) if live.exists() else None
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The files of one study."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def provenance_file(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def trials_table(self) -> Path:
+        return self.path / "trials.parquet"
+
+    @property
+    def spikes_table(self) -> Path:
+        return self.path / "spikes.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def trial(self, trial_id: str) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / trial_id)
+
+    def trials(self) -> list[TrialFolder]:
+        """Every trial that has a config.json, by id."""
+        return [TrialFolder(p.parent) for p in sorted((self.path / "trials").glob("*/config.json"))]
+
+
+def open_study(path: Path) -> StudyFolder:
+    """The study in this folder. Raises StoreError where there is none."""
+    if not (path / "sweep.yaml").is_file() and not (path / "trials").is_dir():
+        raise StoreError(f"{path}: is no study (no sweep.yaml, no trials/)")
+    return StudyFolder(path)
+
+
+def check_name(name: str) -> str | None:
+    """Why `name` cannot name a study, or None. Letters, digits, . _ -, at most 64, no leading dot, no reserved name."""
+    if not _NAME.fullmatch(name):
+        return "must be 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit"
+    if ".." in name or name.endswith("."):
+        return "must not contain '..' or end in '.'"
+    if name.split(".")[0].lower() in _RESERVED:
+        return "is a reserved name on Windows"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises StoreError naming the file when it is missing or broken."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: cannot be read ({type(error).__name__})") from error
+    if not isinstance(body, dict):
+        raise StoreError(f"{path}: must hold a JSON object")
+    return body
+
+
+def write_json(path: Path, body: dict[str, Any]) -> None:
+    """Strict JSON (no NaN), written whole or not at all."""
+    write_text(path, json.dumps(body, indent=1, sort_keys=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary neighbour, fsync, rename, fsync the folder."""
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with tmp.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.replace(path)
+    trace.sync_folder(path.parent)
+
+
+def sweep_leftovers(folder: Path) -> list[str]:
+    """Remove the `*.tmp` of a writer that was killed. Only under the folder's lock. Returns the names."""
+    found = sorted(p for p in folder.glob("*.tmp") if p.is_file())
+    for p in found:
+        p.unlink()
+    return [p.name for p in found]
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's `.lock` (flock: free the instant its holder dies). Raises LockHeldError at once if it is taken.
+
+    The lock file is never removed: unlinking it would let two processes lock two different files.
+    """
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "unknown holder"
+            raise LockHeldError(f"{folder}: locked by {holder}") from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process holds the folder's lock now."""
+    try:
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def now() -> str:
+    """UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def encode_float(value: float | None) -> float | str | None:
+    """NaN and infinities as text, as strict JSON needs."""
+    if value is None or (value == value and abs(value) != float("inf")):
+        return value
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+
+
+def _state_from(body: dict[str, Any], path: Path) -> State:
+    if not isinstance(body.get("format"), int) or body["format"] > cfg.FORMAT_VERSION:
+        raise StoreError(f"{path}: format {body.get('format')}, this version reads up to {cfg.FORMAT_VERSION}")
+    known = {f.name for f in fields(State)}
+    attempt_keys = {f.name for f in fields(Attempt)}
+    try:
+        values = {k: v for k, v in body.items() if k in known}
+        values["attempts"] = tuple(
+            Attempt(**{k: v for k, v in a.items() if k in attempt_keys}) for a in body.get("attempts", ())
+        )
+        for key in ("init_loss", "final_loss"):
+            values[key] = None if values.get(key) is None else float(values[key])
+        state = State(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{path}: is no trial state ({error})") from error
+    if state.status not in STATUSES:
+        raise StoreError(f"{path}: unknown status {state.status!r}")
+    return state

@@ -1,0 +1,415 @@
+"""The record of a trial: which columns, the live writer, and the finished reader.
+
+Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
+on each step where something costly was measured. While the trial runs, rows are JSON lines (bare NaN and Infinity are
+kept; null means "not applicable") appended with one `os.write` per flush, so a kill at any moment leaves at most one
+torn last line. When it ends, `compact` turns the lines into one Parquet file with page checksums, and the sha256 of that
+file goes into the trial's state.
+
+Null and NaN are different answers: `clip_scale` null says "clipping was off", NaN says "the norm was not finite". The
+reader keeps them apart (`Rows.is_null`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+MAX_WRITE = 64 * 1024
+FLUSH_SECONDS = 1.0
+
+Kind = Literal["int", "float", "text", "floats"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its type (`floats`: a fixed-length list), whether null is a legal answer, unit, meaning."""
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of one record. `contiguous`: steps must be 0, 1, 2, ... without gaps."""
+
+    name: str
+    columns: tuple[Column, ...]
+    contiguous: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [c.name for c in self.columns]
+
+
+TRACE = Schema(
+    "trace",
+    (
+        Column("step", "int", "", "0-based optimizer step"),
+        Column("tokens", "int", "token", "targets seen, this step included"),
+        Column("seconds", "float", "s", "wall time of this step"),
+        Column("lr", "float", "", "scheduled learning rate used by this update"),
+        Column("loss", "float", "nat/token", "cross-entropy summed over all micro-batches / valid targets", True),
+        Column("grad_norm", "float", "gradient", "global L2 norm BEFORE clipping, unscaled", True),
+        Column("clip_scale", "float", "1", "factor applied by clipping; null: clipping off", True),
+        Column(
+            "layer_grad_norm", "floats", "gradient", "norm of embed, layer 0..L-1, head (with the final norm)", True
+        ),
+        Column("logit_absmax", "float", "nat", "largest absolute output logit on valid targets", True),
+        Column("logz_mean", "float", "nat", "mean logsumexp of the output logits on valid targets", True),
+        Column("loss_scale", "float", "1", "fp16 scaler value used at this step; null: no scaler", True),
+        Column("skip", "text", "", "why no update was made: amp | nonfinite | no_targets; null: updated", True),
+    ),
+    contiguous=True,
+)
+
+PROBES = Schema(
+    "probes",
+    (
+        Column("step", "int", "", "state after this many updates (0: the initial weights)"),
+        Column("val_loss", "float", "nat/token", "loss on the fixed evaluation batch", True),
+        Column("update_rms", "float", "1", "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update", True),
+        Column("adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2)))", True),
+        Column("attn_logit_max", "floats", "nat", "per layer: largest unmasked q.k/sqrt(head_dim)", True),
+        Column(
+            "attn_entropy",
+            "floats",
+            "1",
+            "per layer: mean attention entropy / log(positions), position 0 left out",
+            True,
+        ),
+        Column("resid_rms", "floats", "1", "per layer: RMS of the residual stream after it", True),
+        Column("param_norm", "float", "1", "L2 norm of all weights", True),
+    ),
+    contiguous=False,
+)
+
+
+class DamagedRecord(Exception):
+    """A record that cannot be trusted: a bad line with good lines after it, a wrong step, a wrong checksum."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A record in memory: one array per column, float64 (null as NaN, see `is_null`), int64, or object for text.
+
+    `layer_grad_norm` and the other lists have shape [rows, entries]. Columns that a file of an older version lacks
+    are present and all null.
+    """
+
+    schema: Schema
+    columns: Mapping[str, NDArray[Any]]
+    nulls: Mapping[str, NDArray[np.bool_]]
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.columns[name]
+
+    def is_null(self, name: str) -> NDArray[np.bool_]:
+        """Shape [rows]: True where the column was null ("not applicable"), False for numbers and NaN."""
+        return self.nulls[name]
+
+    def has(self, name: str) -> bool:
+        """Whether any row has an answer in this column."""
+        return bool((~self.nulls[name]).any())
+
+
+class RowWriter:
+    """Appends rows to a live `.jsonl`. Not thread-safe; one writer per file, guarded by the trial's lock.
+
+    Raises OSError when the disk refuses (full, read-only): the file is first cut back to its last whole line.
+    """
+
+    def __init__(self, path: Path, schema: Schema, clock: Callable[[], float] = time.monotonic):
+        self.path, self.schema, self._clock = path, schema, clock
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._size = os.fstat(self._fd).st_size
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._flushed_at = clock()
+
+    def append(self, row: Mapping[str, Any], urgent: bool = False) -> None:
+        """Queue one row. It reaches the file at once when `urgent` (an anomaly), else within a second."""
+        line = json.dumps({c: row[c] for c in self.schema.names}, separators=(",", ":")).encode() + b"\n"
+        if self._pending and self._pending_bytes + len(line) > MAX_WRITE:
+            self.flush()
+        self._pending.append(line)
+        self._pending_bytes += len(line)
+        if urgent or self._clock() - self._flushed_at >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self, sync: bool = False) -> None:
+        """Write what is queued with one `os.write`; with `sync` also fsync (before a checkpoint, at the end)."""
+        if self._pending:
+            block = b"".join(self._pending)
+            try:
+                written = os.write(self._fd, block)
+                if written != len(block):
+                    raise OSError(f"short write to {self.path}: {written} of {len(block)} bytes")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, self._size)
+                raise
+            self._size += len(block)
+            self._pending, self._pending_bytes = [], 0
+        self._flushed_at = self._clock()
+        if sync:
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Flush, fsync and close. Safe to call twice."""
+        if self._fd >= 0:
+            try:
+                self.flush(sync=True)
+            finally:
+                os.close(self._fd)
+                self._fd = -1
+
+
+def read_jsonl(path: Path, schema: Schema) -> Rows:
+    """The rows of a live record, which may be growing: a torn last line is left out and noted.
+
+    Raises DamagedRecord for a bad line that has lines after it, a repeated, decreasing or missing step.
+    """
+    rows, good, size = _parse_lines(path, schema)
+    note = f"torn last line of {size - good} bytes left out" if good < size else ""
+    return _from_dicts(rows, schema, note)
+
+
+def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
+    """Before a new attempt: drop the torn last line and every row with step >= next_step.
+
+    Returns (rows dropped, bytes cut); fsyncs. A file that does not exist has nothing to cut.
+    """
+    if not path.exists():
+        return 0, 0
+    keep = dropped = 0
+    with path.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        for line in f:
+            row = _parse(line) if line.endswith(b"\n") else None
+            if row is None or row["step"] >= next_step:
+                dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
+                break
+            keep += len(line)
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.ftruncate(fd, keep)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return dropped, size - keep
+
+
+def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Turn the finished lines into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
+
+    The `.jsonl` stays: the caller removes it once the sha256 stands in the trial's state.
+    """
+    import pyarrow.parquet as pq
+
+    rows = read_jsonl(jsonl, schema)
+    if rows.note:
+        raise DamagedRecord(f"{jsonl}: {rows.note}")
+    table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
+    tmp = parquet.with_name(parquet.name + ".tmp")
+    floats = [c.name for c in schema.columns if c.kind == "float"]
+    pq.write_table(
+        table,
+        tmp,
+        compression="zstd",
+        use_dictionary=["skip"] if "skip" in schema.names else False,
+        column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
+        write_page_checksum=True,
+    )
+    sha = sync_file(tmp)
+    tmp.replace(parquet)
+    sync_folder(parquet.parent)
+    return len(rows), sha
+
+
+def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
+    """A finished record. With `sha256` the file's bytes are checked first. `columns` limits what is read (plus step).
+
+    Raises DamagedRecord for a wrong checksum, another record's file, a newer format, or wrong steps.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., the state says {sha256[:12]}...")
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
+        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
+        table = file.read(columns=wanted)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedRecord(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    if meta.get("record") != schema.name:
+        raise DamagedRecord(f"{path}: holds {meta.get('record', 'no known record')}, not {schema.name}")
+    if not meta.get("format", "").isdigit() or int(meta["format"]) > FORMAT:
+        raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
+    return _from_arrow(table, schema)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> str:
+    """fsync a written file; returns its sha256."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return file_sha256(path)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    ok = isinstance(row, dict) and type(row.get("step")) is int
+    return row if ok else None
+
+
+def _parse_lines(path: Path, schema: Schema) -> tuple[list[dict[str, Any]], int, int]:
+    """(rows, bytes of whole good lines, bytes in all)."""
+    data = path.read_bytes()
+    rows: list[dict[str, Any]] = []
+    good = 0
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        row = _parse(line) if line.endswith(b"\n") else None
+        if row is None or not _well_typed(row, schema):
+            if good + len(line) < len(data) and data[good + len(line) :].strip(b"\0\n"):
+                raise DamagedRecord(f"{path}:{number}: not a {schema.name} row, with rows after it")
+            return rows, good, len(data)
+        expected = len(rows) if schema.contiguous else (rows[-1]["step"] + 1 if rows else 0)
+        if row["step"] < expected or (schema.contiguous and row["step"] != expected):
+            raise DamagedRecord(f"{path}:{number}: step {row['step']} where {expected} was due")
+        rows.append(row)
+        good += len(line)
+    return rows, good, len(data)
+
+
+def _well_typed(row: dict[str, Any], schema: Schema) -> bool:
+    for column in schema.columns:
+        value = row.get(column.name)
+        if value is None:
+            if not column.nullable:
+                return False
+        elif column.kind == "floats":
+            if not isinstance(value, list) or not all(type(v) in (int, float) for v in value):
+                return False
+        elif column.kind == "text":
+            if not isinstance(value, str):
+                return False
+        elif type(value) is not int and (column.kind == "int" or type(value) is not float):
+            return False
+    return True
+
+
+def _from_dicts(rows: list[dict[str, Any]], schema: Schema, note: str = "") -> Rows:
+    columns: dict[str, NDArray[Any]] = {}
+    nulls: dict[str, NDArray[np.bool_]] = {}
+    for column in schema.columns:
+        values = [row.get(column.name) for row in rows]
+        columns[column.name], nulls[column.name] = _array(values, column)
+    return Rows(schema, columns, nulls, note)
+
+
+def _array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    null = np.array([v is None for v in values], dtype=bool)
+    if column.kind == "int":
+        return np.array(values, dtype=np.int64), null
+    if column.kind == "text":
+        return np.array(values, dtype=object), null
+    if column.kind == "float":
+        return np.array([np.nan if v is None else v for v in values], dtype=np.float64), null
+    width = max((len(v) for v in values if v is not None), default=0)
+    if any(v is not None and len(v) != width for v in values):
+        raise DamagedRecord(f"{column.name}: rows of different lengths")
+    table = np.full((len(values), width), np.nan)
+    for i, v in enumerate(values):
+        if v is not None:
+            table[i] = v
+    return table, null
+
+
+def _to_arrow(rows: Rows) -> pa.Table:
+    import pyarrow as pa
+
+    arrays: dict[str, Any] = {}
+    for column in rows.schema.columns:
+        values, null = rows[column.name], rows.is_null(column.name)
+        if column.kind == "floats":
+            items = [None if n else v for v, n in zip(values.tolist(), null.tolist(), strict=True)]
+            arrays[column.name] = pa.array(items, type=pa.list_(pa.float64()))
+        else:
+            kind = {"int": pa.int64(), "float": pa.float64(), "text": pa.string()}[column.kind]
+            # from_pandas=False: a NaN stays NaN, only the mask makes a null
+            arrays[column.name] = pa.array(values, type=kind, mask=null, from_pandas=False)
+    return pa.table(arrays)
+
+
+def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
+    columns: dict[str, NDArray[Any]] = {}
+    nulls: dict[str, NDArray[np.bool_]] = {}
+    for column in schema.columns:
+        if column.name not in table.column_names:
+            columns[column.name], nulls[column.name] = _array(
+                [None] * len(table) if column.kind != "int" else [], column
+            )
+            continue
+        data = table.column(column.name).combine_chunks()
+        null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
+        nulls[column.name] = null
+        if column.kind == "floats":
+            columns[column.name], _ = _array(data.to_pylist(), column)
+        elif column.kind == "text":
+            columns[column.name] = np.array(data.to_pylist(), dtype=object)
+        elif column.kind == "int":
+            columns[column.name] = data.to_numpy(zero_copy_only=False).astype(np.int64)
+        else:
+            columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    _check_steps(columns["step"], schema)
+    return Rows(schema, columns, nulls)
+
+
+def _check_steps(steps: NDArray[Any], schema: Schema) -> None:
+    wrong = np.any(steps != np.arange(len(steps))) if schema.contiguous else np.any(np.diff(steps) <= 0)
+    if wrong:
+        raise DamagedRecord(f"{schema.name}: steps are not {'contiguous' if schema.contiguous else 'increasing'}")

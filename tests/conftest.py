@@ -1,0 +1,23 @@
+"""Shared fixtures: where real data lies, and an environment that reaches no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; a hub call must fail at once, not hang
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real text, a real BPE tokenizer and a real training log; skips where it is absent."""
+    found = Path(os.environ.get("STABSTUDY_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not found.is_dir():
+        pytest.skip(f"no real data at {found}")
+    return found
