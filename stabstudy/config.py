@@ -46,7 +46,7 @@ class ConfigError(ValueError):
         super().__init__("\n".join(str(p) for p in self.problems))
 
 
-def _setting(
+def setting(
     default: Any,
     *,
     ge: float | None = None,
@@ -55,6 +55,7 @@ def _setting(
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
+    """A dataclass field with its default and the rules that `read_group` holds a value to."""
     rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
     return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
 
@@ -69,17 +70,17 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class ModelConfig:
     """A Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
 
-    depth: int = _setting(4, ge=1, le=1_000_000)  # number of layers
-    dim: int = _setting(64, ge=2, le=65_536)  # residual width
-    n_heads: int = _setting(4, ge=1, le=1024)
-    n_kv_heads: int | None = _setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
-    ffn_multiplier: float = _setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim
-    multiple_of: int = _setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
-    norm_eps: float = _setting(1e-5, gt=0, le=1)
-    rope_theta: float = _setting(10_000.0, gt=0, le=1e9)
-    qk_norm: bool = _setting(False)  # RMSNorm on queries and keys of each head, before RoPE
-    init: str = _setting("lingua", choices=INITS)
-    tied: bool = _setting(False)  # the output matrix is the embedding
+    depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
+    dim: int = setting(64, ge=2, le=65_536)  # residual width
+    n_heads: int = setting(4, ge=1, le=1024)
+    n_kv_heads: int | None = setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
+    ffn_multiplier: float = setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim
+    multiple_of: int = setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
+    norm_eps: float = setting(1e-5, gt=0, le=1)
+    rope_theta: float = setting(10_000.0, gt=0, le=1e9)
+    qk_norm: bool = setting(False)  # RMSNorm on queries and keys of each head, before RoPE
+    init: str = setting("lingua", choices=INITS)
+    tied: bool = setting(False)  # the output matrix is the embedding
 
     @property
     def kv_heads(self) -> int:
@@ -107,68 +108,68 @@ class ModelConfig:
 class OptimConfig:
     """AdamW, its schedule and the clip."""
 
-    lr: float = _setting(3e-3, ge=0, le=10)  # peak learning rate
-    allow_zero_lr: bool = _setting(False)  # a control trial that measures and never learns
-    weight_decay: float = _setting(0.1, ge=0, le=1000)
-    decay_mode: str = _setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
-    decay_params: str = _setting("matrices", choices=("matrices", "all"))  # "all" decays the norms too, as Lingua does
-    beta1: float = _setting(0.9, ge=0, lt=1)
-    beta2: float = _setting(0.95, ge=0, lt=1)
-    eps: float = _setting(1e-8, gt=0, le=1)
-    warmup_steps: int = _setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
-    schedule: str = _setting("cosine", choices=SCHEDULES)
-    min_lr_ratio: float = _setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
-    decay_share: float = _setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
-    clip: float | None = _setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
+    lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
+    allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
+    weight_decay: float = setting(0.1, ge=0, le=1000)
+    decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
+    decay_params: str = setting("matrices", choices=("matrices", "all"))  # "all" decays the norms too, as Lingua does
+    beta1: float = setting(0.9, ge=0, lt=1)
+    beta2: float = setting(0.95, ge=0, lt=1)
+    eps: float = setting(1e-8, gt=0, le=1)
+    warmup_steps: int = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
+    decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
+    clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """From where the tokens come. `conf/data/*.yaml` are presets of it."""
 
-    source: str = _setting("pysrc", choices=SOURCES)
-    path: str | None = _setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
-    text_column: str = _setting("text")
-    hub_config: str | None = _setting(None)  # hf: the dataset's configuration, e.g. sample-10BT
-    hub_split: str = _setting("train")
-    hub_revision: str | None = _setting(None)  # hf: commit sha; null pins nothing and is warned about
-    max_bytes: int | None = _setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
-    bad_rows: float = _setting(0.0, ge=0, le=0.001)  # share of unreadable rows that is skipped and counted
-    tokenizer: str = _setting("bytes")  # bytes | folder or tokenizer.json or vocab+merges | a hub name
-    seq_len: int = _setting(128, ge=1, le=1_048_576)  # tokens per sequence
-    validation_share: float = _setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
+    source: str = setting("pysrc", choices=SOURCES)
+    path: str | None = setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
+    text_column: str = setting("text")
+    hub_config: str | None = setting(None)  # hf: the dataset's configuration, e.g. sample-10BT
+    hub_split: str = setting("train")
+    hub_revision: str | None = setting(None)  # hf: commit sha; null pins nothing and is warned about
+    max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
+    bad_rows: float = setting(0.0, ge=0, le=0.001)  # share of unreadable rows that is skipped and counted
+    tokenizer: str = setting("bytes")  # bytes | folder or tokenizer.json or vocab+merges | a hub name
+    seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
+    validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     # The synthetic source only. Mechanisms, one knob each; integers so that the text is bit-exact everywhere.
-    synth_bytes: int = _setting(2_000_000, ge=1000, le=10**11)
-    synth_vocab: int = _setting(2000, ge=2, le=65_536)  # distinct words
-    synth_zipf_milli: int = _setting(1000, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
-    synth_order: int = _setting(1, ge=0, le=3)  # words of context that choose the next word
-    synth_branching: int = _setting(64, ge=1, le=65_536)  # successors of each context
-    synth_copy_permille: int = _setting(
+    synth_bytes: int = setting(2_000_000, ge=1000, le=10**11)
+    synth_vocab: int = setting(2000, ge=2, le=65_536)  # distinct words
+    synth_zipf_milli: int = setting(1000, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
+    synth_order: int = setting(1, ge=0, le=3)  # words of context that choose the next word
+    synth_branching: int = setting(64, ge=1, le=65_536)  # successors of each context
+    synth_copy_permille: int = setting(
         50, ge=0, le=1000
     )  # chance that a word starts a copy from earlier in its document
-    synth_nesting: int = _setting(3, ge=0, le=16)  # deepest bracket nesting
-    synth_flip_ppm: int = _setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
-    synth_burst_permille: int = _setting(0, ge=0, le=1000)  # documents that are noise from start to end
-    synth_duplicate_permille: int = _setting(0, ge=0, le=1000)  # documents that repeat an earlier one
-    synth_alphabet_permille: int = _setting(0, ge=0, le=1000)  # documents written in an alphabet of their own
-    synth_tail_milli: int = _setting(1000, ge=0, le=10_000)  # spread of the document lengths, in thousandths
+    synth_nesting: int = setting(3, ge=0, le=16)  # deepest bracket nesting
+    synth_flip_ppm: int = setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
+    synth_burst_permille: int = setting(0, ge=0, le=1000)  # documents that are noise from start to end
+    synth_duplicate_permille: int = setting(0, ge=0, le=1000)  # documents that repeat an earlier one
+    synth_alphabet_permille: int = setting(0, ge=0, le=1000)  # documents written in an alphabet of their own
+    synth_tail_milli: int = setting(1000, ge=0, le=10_000)  # spread of the document lengths, in thousandths
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, how much at once, how precisely, and how often the costly quantities are measured."""
 
-    steps: int = _setting(200, ge=1, le=10**9)  # optimizer steps
-    batch_size: int = _setting(8, ge=1, le=10**7)  # sequences per optimizer step
-    micro_batch_size: int | None = _setting(None, ge=1, le=10**7)  # sequences per forward; null: batch_size
-    precision: str = _setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
-    z_loss: float = _setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
-    skip_nonfinite: bool = _setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
-    compile: bool = _setting(False)
-    eval_every: int = _setting(50, ge=1, le=10**9)  # steps between validation losses
-    eval_sequences: int = _setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
-    probe_every: int = _setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
-    checkpoint_every: int = _setting(100, ge=1, le=10**9)
+    steps: int = setting(200, ge=1, le=10**9)  # optimizer steps
+    batch_size: int = setting(8, ge=1, le=10**7)  # sequences per optimizer step
+    micro_batch_size: int | None = setting(None, ge=1, le=10**7)  # sequences per forward; null: batch_size
+    precision: str = setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
+    z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
+    skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
+    compile: bool = setting(False)
+    eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
+    eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
+    probe_every: int = setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
+    checkpoint_every: int = setting(100, ge=1, le=10**9)
 
     @property
     def micro_batch(self) -> int:
@@ -183,7 +184,7 @@ class TrialConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    seed: int = _setting(0, ge=0, le=2**63 - 1)
+    seed: int = setting(0, ge=0, le=2**63 - 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -211,7 +212,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
-    """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules: one ConfigError with all of them.
+    """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules make one ConfigError of all.
 
     Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
     as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
@@ -221,7 +222,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     for key, value in values.items():
         if key in GROUPS:
             if isinstance(value, Mapping):
-                parts[key] = _read_group(key, GROUPS[key], value, problems)
+                parts[key] = read_group(key, GROUPS[key], value, problems)
             else:
                 problems.append(Problem(key, "must be a mapping of settings", _show(value)))
         elif key == "seed":
@@ -276,7 +277,8 @@ def _resolved(config: TrialConfig) -> TrialConfig:
     return dataclasses.replace(config, model=model, train=train)
 
 
-def _read_group(group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem]) -> T:
+def read_group(group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem]) -> T:
+    """The mapping as `cls`, a dataclass of `setting` fields; what is wrong is appended to `problems`."""
     hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     read: dict[str, Any] = {}
@@ -352,7 +354,7 @@ def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
 
 def _show(value: Any) -> str:
     text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
