@@ -3,8 +3,8 @@
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are JSON lines (bare NaN and Infinity are
 kept; null means "not applicable") appended with one `os.write` per flush, so a kill at any moment leaves at most one
-torn last line. When it ends, `compact` turns the lines into one Parquet file with page checksums, and the sha256 of that
-file goes into the trial's state.
+torn last line. When it ends, `compact` turns the lines into one Parquet file with page checksums, and the sha256 of
+that file goes into the trial's state.
 
 Null and NaN are different answers: `clip_scale` null says "clipping was off", NaN says "the norm was not finite". The
 reader keeps them apart (`Rows.is_null`).
@@ -75,7 +75,7 @@ TRACE = Schema(
         Column("logit_absmax", "float", "nat", "largest absolute output logit on valid targets", True),
         Column("logz_mean", "float", "nat", "mean logsumexp of the output logits on valid targets", True),
         Column("loss_scale", "float", "1", "fp16 scaler value used at this step; null: no scaler", True),
-        Column("skip", "text", "", "why no update was made: amp | nonfinite | no_targets; null: updated", True),
+        Column("skip", "text", "", "policy that skipped the update: amp | nonfinite | no_targets; null: none", True),
     ),
     contiguous=True,
 )

@@ -1,0 +1,66 @@
+"""The costly quantities, every `train.probe_every` steps, on the fixed evaluation batch.
+
+A probe draws no random number and changes no value of the training: it only reads weights, optimizer state and the
+gradients of the last update.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabstudy.training.optim import update_sizes
+from stabstudy.training.step import Stepper
+
+PROBE_SEQUENCES = 4
+"""Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
+
+
+def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool) -> dict[str, Any]:
+    """One row of the probes record, without `val_loss`. `updated`: an update was made, so its size can be measured."""
+    tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
+    per_layer: list[Tensor] = []
+    precision = stepper.config.train.precision
+    kind = torch.bfloat16 if precision == "bf16" else torch.float16
+    with torch.no_grad():
+        with torch.autocast(stepper.device.type, dtype=kind, enabled=precision != "fp32"):
+            for q_BHTK, k_BGTK, x_BTD in stepper.model.walk(tokens_BT):
+                largest, entropy = attention_statistics(q_BHTK, k_BGTK)
+                per_layer.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
+        norm = torch.linalg.vector_norm(weight_norms(stepper))
+        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if updated else None
+    layers = torch.stack(per_layer).tolist()
+    rms, ratio = sizes.tolist() if sizes is not None else (None, None)
+    return {
+        "step": step,
+        "val_loss": None,
+        "update_rms": rms,
+        "adam_rms_max": ratio,
+        "attn_logit_max": [row[0] for row in layers],
+        "attn_entropy": [row[1] for row in layers],
+        "resid_rms": [row[2] for row in layers],
+        "param_norm": norm.item(),
+    }
+
+
+def weight_norms(stepper: Stepper) -> Tensor:
+    """L2 norm of every weight tensor."""
+    return torch.stack(torch._foreach_norm([p.detach() for p in stepper.parameters], 2))
+
+
+def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest unmasked q.k/sqrt(K), mean over rows i >= 1 of entropy / log(i + 1)) of one layer, in float32."""
+    B, H, T, K = q_BHTK.shape
+    k_BHTK = k_BGTK.repeat_interleave(H // k_BGTK.shape[1], dim=1).float()
+    scores_BHTT = q_BHTK.float() @ k_BHTK.transpose(-1, -2) / math.sqrt(K)
+    hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
+    scores_BHTT = scores_BHTT.masked_fill(hidden_TT, -math.inf)
+    log_weights = torch.log_softmax(scores_BHTT, dim=-1).masked_fill(hidden_TT, 0.0)
+    entropy_BHT = -(log_weights.exp() * log_weights).masked_fill(hidden_TT, 0.0).sum(-1)
+    positions = torch.arange(2, T + 1, device=q_BHTK.device).float()
+    return scores_BHTT.amax(), (entropy_BHT[..., 1:] / positions.log()).mean()

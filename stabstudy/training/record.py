@@ -1,0 +1,134 @@
+"""From step vectors on the device to rows of the trace, and the live answers read off them.
+
+On a CPU every step becomes a row at once. On CUDA up to `RING` steps stay on the device and come over in one copy, so
+that no step waits for the device; rows of steps after the one that ended the trial (their updates were left out on the
+device) are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabstudy.config import TrialConfig
+from stabstudy.stability.summary import LiveSpikes
+from stabstudy.stability.verdict import DivergenceMonitor
+from stabstudy.trace import Rows, RowWriter
+from stabstudy.training import step as st
+
+RING = 32
+
+
+@dataclass(frozen=True)
+class Pending:
+    """One step whose vector may still be on the device; `vector` None: it had no valid target."""
+
+    step: int
+    lr: float
+    vector: Tensor | None
+
+
+class Recorder:
+    """Writes the trace, and knows the step reached, the spikes so far and whether the trial has diverged."""
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        layer_index: NDArray[np.int64],
+        writer: RowWriter,
+        monitor: DivergenceMonitor,
+        spikes: LiveSpikes,
+        on_device: bool,
+    ):
+        self.config, self.layer_index, self.writer = config, layer_index, writer
+        self.monitor, self.spikes = monitor, spikes
+        self.ring = RING if on_device else 1
+        self.pending: list[Pending] = []
+        self.rows = 0
+        self.loss = self.grad_norm = math.nan
+        self.tokens_per_second = 0.0
+        self._clock = time.perf_counter()
+
+    def replay(self, rows: Rows) -> None:
+        """Bring the live detectors to where an uninterrupted trial would have them."""
+        loss, norm, skip = rows["loss"].tolist(), rows["grad_norm"].tolist(), rows["skip"].tolist()
+        for i in range(len(rows)):
+            self._watch(i, loss[i], norm[i], skip[i])
+
+    def start_clock(self) -> None:
+        """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""
+        if not self.pending:
+            self._clock = time.perf_counter()
+
+    def add(self, step: int, lr: float, vector: Tensor | None) -> None:
+        """Queue one step; it reaches the trace at the latest `RING` steps later."""
+        self.pending.append(Pending(step, lr, vector))
+        if len(self.pending) >= self.ring:
+            self.drain()
+
+    def drain(self) -> None:
+        """Copy what is queued to the host (one copy) and append its rows."""
+        vectors = [p.vector for p in self.pending if p.vector is not None]
+        values = iter(torch.stack(vectors).cpu().double().numpy() if vectors else ())
+        seconds = (time.perf_counter() - self._clock) / max(1, len(self.pending))
+        for pending in self.pending:
+            row = self._row(pending, None if pending.vector is None else next(values), seconds)
+            alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
+            self.writer.append(row, urgent=alarm)
+            self.rows += 1
+            if self.monitor.code == "nonfinite":
+                break
+        self.pending = []
+        self.tokens_per_second = self.config.tokens_per_step / max(seconds, 1e-9)
+        self._clock = time.perf_counter()
+
+    def _watch(self, step: int, loss: float | None, norm: float | None, skip: str | None) -> bool:
+        """Feed the live detectors; True where something happened that must reach the disk at once."""
+        self.loss = math.nan if loss is None else loss
+        self.grad_norm = math.nan if norm is None else norm
+        before = self.monitor.code
+        code = self.monitor.update(step, self.loss, self.grad_norm, skip)
+        spiked = self.spikes.update(self.grad_norm, self.loss, skip)
+        return spiked or skip is not None or code != before or not math.isfinite(self.grad_norm + self.loss)
+
+    def _row(self, pending: Pending, values: NDArray[np.float64] | None, seconds: float) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "step": pending.step,
+            "tokens": (pending.step + 1) * self.config.tokens_per_step,
+            "seconds": round(seconds, 6),
+            "lr": pending.lr,
+            "loss": None,
+            "grad_norm": None,
+            "clip_scale": None,
+            "layer_grad_norm": None,
+            "logit_absmax": None,
+            "logz_mean": None,
+            "loss_scale": None,
+            "skip": "no_targets",
+        }
+        if values is None:
+            return row
+        number = values.tolist()
+        row["loss"], row["grad_norm"] = number[st.LOSS], number[st.GRAD_NORM]
+        row["logit_absmax"], row["logz_mean"] = number[st.LOGIT_ABSMAX], number[st.LOGZ_MEAN]
+        row["clip_scale"] = number[st.CLIP_SCALE] if self.config.optim.clip is not None else None
+        row["layer_grad_norm"] = self._layer_norms(values[st.TENSOR_NORMS :])
+        scaled = self.config.train.precision == "fp16"
+        row["loss_scale"] = number[st.LOSS_SCALE] if scaled else None
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        policy = "amp" if scaled else "nonfinite" if self.config.train.skip_nonfinite else None
+        row["skip"] = None if finite else policy
+        return row
+
+    def _layer_norms(self, tensor_norms: NDArray[np.float64]) -> list[float]:
+        squares = np.zeros(self.config.model.depth + 2)
+        np.add.at(squares, self.layer_index, tensor_norms**2)
+        norms: list[float] = np.sqrt(squares).tolist()
+        return norms

@@ -1,0 +1,263 @@
+"""One trial in its folder, from whatever state it was left in to `done`: lock, resume, train, compact, judge.
+
+Divergence is a result: the trial is done and its verdict says so. A crash, a full disk, too little memory or an
+interruption is a status, and the next attempt continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stabstudy import config as cfg
+from stabstudy import store, trace
+from stabstudy.data import sources, tokens
+from stabstudy.data.batches import Batches
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
+from stabstudy.stability.verdict import DivergenceMonitor
+from stabstudy.training import checkpoint
+from stabstudy.training.loop import Heartbeat, Loop
+from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.record import Recorder
+from stabstudy.training.step import Stepper
+
+RECORDS = (trace.TRACE, trace.PROBES)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how a trial runs; never part of its identity."""
+
+    cache_dir: Path
+    device: str = "cpu"
+    threads: int = 1
+    keep_checkpoints: bool = False
+
+
+def run_trial(folder: store.TrialFolder, engine: Engine, rules: Rules, heartbeat: Heartbeat) -> store.State:
+    """Bring the trial to its end, or as far as this attempt gets; the state returned is the one on disk.
+
+    Raises LockHeldError when another process works on it. Every failure of the trial itself ends in the state, not in
+    an exception, except KeyboardInterrupt and SystemExit, which are recorded and raised again.
+    """
+    with store.lock(folder.path):
+        state = folder.read_state()
+        if state.status == "done":
+            return state
+        store.sweep_leftovers(folder.path)
+        say = _logger(folder.log_file)
+        try:
+            return _attempt(folder, state, engine, rules, heartbeat, say)
+        except BaseException as error:
+            ended = _failed(folder, error)
+            say(f"{ended.status}: {error}\n{traceback.format_exc()}")
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            return ended
+
+
+def _attempt(
+    folder: store.TrialFolder,
+    state: store.State,
+    engine: Engine,
+    rules: Rules,
+    heartbeat: Heartbeat,
+    say: Callable[[str], None],
+) -> store.State:
+    described = folder.read_config()
+    config = cfg.from_dict(described["config"])
+    state = _begin(folder, state, config, engine)
+    if (found := sources.fingerprint(config.data)) != described["data_fingerprint"]:
+        raise sources.DataError(f"data: fingerprint is {found}, the study began with {described['data_fingerprint']}")
+    batches = _batches(config, engine)
+    stepper = _build(config, batches, engine)
+    start, state = _resume(folder, state, stepper, say)
+    with contextlib.ExitStack() as open_files:
+        writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
+        for writer in writers.values():
+            open_files.callback(writer.close)
+        state = _initial_loss(folder, state, stepper, batches)
+        recorder = _recorder(folder, config, state, stepper, writers["trace"], rules)
+        loop = Loop(
+            config,
+            stepper,
+            batches,
+            recorder,
+            writers["probes"],
+            lambda step: checkpoint.save(folder.checkpoints, state.trial_id, stepper, step),
+            heartbeat,
+        )
+        if start == 0:
+            loop.measure(0)
+        say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
+        stop_reason = loop.run(start)
+        if stop_reason == "interrupted":
+            return _end(folder, replace(state, status="interrupted", step=recorder.rows))
+        final_loss = loop.measure(recorder.rows, last=True)
+    state = replace(state, step=recorder.rows, stop_reason=stop_reason, final_loss=final_loss)
+    state = _finish(folder, config, state, rules)
+    if not engine.keep_checkpoints:
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    say(f"done: {state.stop_reason} after {state.step} steps, verdict {state.verdict} ({state.verdict_code})")
+    return state
+
+
+def _begin(folder: store.TrialFolder, state: store.State, config: cfg.TrialConfig, engine: Engine) -> store.State:
+    versions = {"torch": torch.__version__, "device": engine.device, "threads": engine.threads}
+    versions |= {"precision": config.train.precision, "attention": "sdpa", "compiled": config.train.compile}
+    if engine.device.startswith("cuda"):
+        versions["gpu"] = torch.cuda.get_device_name()
+    attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now(), engine=versions)
+    state = replace(state, status="running", error=None, attempts=(*state.attempts, attempt))
+    folder.write_state(state)
+    return state
+
+
+def _batches(config: cfg.TrialConfig, engine: Engine) -> Batches:
+    corpus = tokens.prepare(config.data, engine.cache_dir)
+    d, t = config.data, config.train
+    return Batches(corpus, d.seq_len, t.batch_size, config.seed, d.validation_share, t.eval_sequences)
+
+
+def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine) -> Stepper:
+    """Model and optimizer, with the settings that make equal configurations give equal numbers."""
+    torch.set_num_threads(engine.threads)
+    device = torch.device(engine.device)
+    if device.type == "cuda":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    model = Decoder(config.model, batches.corpus.vocab_size, config.data.seq_len)
+    initialise(model, config.model, config.seed)
+    return Stepper(config, model.to(device), device)
+
+
+def _resume(
+    folder: store.TrialFolder, state: store.State, stepper: Stepper, say: Callable[[str], None]
+) -> tuple[int, store.State]:
+    """Load the newest usable checkpoint and cut both records to it, so that each step will stand once."""
+    live = folder.live(trace.TRACE)
+    rows = len(trace.read_jsonl(live, trace.TRACE)) if live.exists() else 0
+    start, notes = checkpoint.restore(folder.checkpoints, state.trial_id, stepper, rows)
+    for note in notes:
+        say(note)
+    dropped, cut_bytes = trace.cut(live, trace.TRACE, start)
+    # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
+    trace.cut(folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+    attempt = replace(state.attempts[-1], from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
+    state = replace(state, step=start, attempts=(*state.attempts[:-1], attempt))
+    folder.write_state(state)
+    return start, state
+
+
+def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Stepper, batches: Batches) -> store.State:
+    """The loss of the initial weights, measured by the first attempt that gets so far."""
+    if state.init_loss is None:
+        state = replace(state, init_loss=stepper.loss_on(batches.evaluation()), eval_hash=batches.eval_hash)
+        folder.write_state(state)
+    return state
+
+
+def _recorder(
+    folder: store.TrialFolder,
+    config: cfg.TrialConfig,
+    state: store.State,
+    stepper: Stepper,
+    writer: trace.RowWriter,
+    rules: Rules,
+) -> Recorder:
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    assert state.init_loss is not None
+    monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss)
+    recorder = Recorder(
+        config,
+        stepper.layer_index,
+        writer,
+        monitor,
+        LiveSpikes(rules, warmup),
+        on_device=stepper.device.type != "cpu",
+    )
+    kept = trace.read_jsonl(folder.live(trace.TRACE), trace.TRACE)
+    recorder.replay(kept)
+    recorder.rows = len(kept)
+    return recorder
+
+
+def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.State, rules: Rules) -> store.State:
+    """Compact both records, judge the trial, and only then call it done and remove the live files (RELIABILITY D2)."""
+    records: dict[str, Any] = {}
+    for schema in RECORDS:
+        meta = {"trial_id": state.trial_id}
+        rows, sha = trace.compact(folder.live(schema), folder.finished(schema), schema, meta)
+        records[schema.name] = {"rows": rows, "sha256": sha}
+    facts = TrialFacts(
+        steps_planned=config.train.steps,
+        warmup_steps=config.optim.warmup_steps,
+        clip=config.optim.clip,
+        status="done",
+        stop_reason=state.stop_reason,
+        init_loss=state.init_loss,
+        final_loss=state.final_loss,
+    )
+    read = [trace.read_parquet(folder.finished(s), s) for s in RECORDS]
+    found = summarise(read[0], read[1], facts, rules).columns
+    state = replace(
+        state,
+        status="done",
+        records=records,
+        verdict=found["verdict"],
+        verdict_code=found["verdict_code"],
+        spike_events=found["spike_events"],
+    )
+    state = _end(folder, state)
+    for schema in RECORDS:
+        folder.live(schema).unlink(missing_ok=True)
+    return state
+
+
+def _end(folder: store.TrialFolder, state: store.State) -> store.State:
+    attempt = replace(state.attempts[-1], ended=store.now(), status=state.status, error=state.error)
+    state = replace(state, attempts=(*state.attempts[:-1], attempt))
+    folder.write_state(state)
+    return state
+
+
+def _failed(folder: store.TrialFolder, error: BaseException) -> store.State:
+    """The state after an attempt that raised."""
+    state = replace(folder.read_state(), status=_status_of(error))
+    live = folder.live(trace.TRACE)
+    with contextlib.suppress(trace.DamagedRecord, OSError):
+        state = replace(state, step=len(trace.read_jsonl(live, trace.TRACE)))
+    message = (str(error) or type(error).__name__).splitlines()[0][:500]
+    state = replace(state, error={"kind": type(error).__name__, "message": message, "step": state.step})
+    return _end(folder, state) if state.attempts else state
+
+
+def _status_of(error: BaseException) -> str:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "oom"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "disk_full"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    # the CPU allocator has no exception type of its own
+    return "oom" if isinstance(error, RuntimeError) and "not enough memory" in str(error) else "failed"
+
+
+def _logger(path: Path) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        with path.open("a", encoding="utf-8") as f:
+            f.write(f"{store.now()} {line}\n")
+
+    return say
