@@ -1,0 +1,244 @@
+"""Whether a trial diverged, and the verdict: `stable`, `spiky` or `diverged`.
+
+Divergence codes, tested in this order at each step; the first that fires is kept:
+
+    nonfinite    loss, gradient norm or weights not finite in a step that was not skipped, or too many skips in a row
+    above_init   the moving mean of the loss is clearly above what the untrained model had
+    persistent   the loss is at twice its recent mean, and half a nat above it, for `limit` steps in a row
+    no_recovery  at the end: the loss of the last steps is far above the best moving mean
+    ok           none of these
+
+Diverged is a result, not a failure of the trial. A spiky trial is not diverged, and
+
+    R1  a loss spike, or a grad spike of at least three times its baseline, is wide, malignant, or open with five flags
+    R2  there are at least two such spikes of any class, and at least one per 1000 evaluable steps
+    R3  the norm is at three times its recent median (`ratio3`) on at least 4 steps and 2 % of the evaluable ones
+
+A stable trial is neither; so is a model that learns nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stabstudy.stability.detectors import Flags
+from stabstudy.stability.events import Spike
+from stabstudy.stability.rules import Rules
+from stabstudy.trace import Rows
+
+FIXED_POINT = 40  # bits behind the point
+
+
+class DivergenceMonitor:
+    """Watches a trial step by step. `code` and `step` are those of the first code that fired, then they stay.
+
+    A null loss or norm was not measured and proves nothing. The losses of skipped steps enter no mean.
+    """
+
+    def __init__(self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None):
+        self.code: str | None = None
+        self.step: int | None = None
+        self.steps = 0  # seen
+        self.best_loss: float | None = None  # smallest moving mean of the loss from step `ema_steps` on
+        self._rules = rules
+        self._start = init_loss if init_loss is not None and math.isfinite(init_loss) else None
+        self._highest_start = self._start  # the larger of init_loss and the first loss
+        self._ema: float | None = None
+        self._judged_from = max(warmup_steps, rules.ema_steps)
+        self._skips = 0
+        self._updated = False
+        self._rise = _PersistentRise(rules, steps_planned)
+        self._tail: deque[float] = deque(maxlen=_tail_steps(steps_planned, rules))
+
+    def update(self, step: int, loss: float | None, grad_norm: float | None, skip: str | None) -> str | None:
+        """Take one row of the trace; returns the code, once one has fired."""
+        self.steps = step + 1
+        if self._is_nonfinite(loss, grad_norm, skip):
+            self._fire("nonfinite", step)
+        usable = loss if skip is None and loss is not None and math.isfinite(loss) else None
+        self._tail.append(math.nan if usable is None else usable)
+        if usable is not None:
+            self._average(step, usable)
+            if self._is_above_init(step):
+                self._fire("above_init", step)
+            if self._rise.update(usable):
+                self._fire("persistent", step)
+        return self.code
+
+    def weights_not_finite(self, step: int) -> None:
+        """A probe found a weight that is not finite after this step."""
+        self._fire("nonfinite", step)
+
+    def finish(self, final_loss: float | None = None) -> str:
+        """The trial has ended: test what only the end can show, and answer with the code, `ok` if there is none.
+
+        `final_loss` is that of the last weights on the evaluation batch.
+        """
+        if final_loss is not None and not math.isfinite(final_loss):
+            self._fire("nonfinite", max(0, self.steps - 1))
+        if self._has_not_recovered():
+            self._fire("no_recovery", self.steps - 1)
+        return self.code or "ok"
+
+    def _fire(self, code: str, step: int) -> None:
+        if self.code is None:
+            self.code, self.step = code, step
+
+    def _is_nonfinite(self, loss: float | None, grad_norm: float | None, skip: str | None) -> bool:
+        if skip in ("amp", "nonfinite"):
+            self._skips += 1
+            return self._skips >= (self._rules.max_skips if self._updated else self._rules.max_first_skips)
+        if skip is not None:  # no targets: neither an update nor a skip
+            return False
+        self._skips, self._updated = 0, True
+        return not all(math.isfinite(x) for x in (loss, grad_norm) if x is not None)
+
+    def _average(self, step: int, loss: float) -> None:
+        if self._ema is None:
+            self._ema = loss
+            self._start = loss if self._start is None else self._start
+            self._highest_start = max(loss, self._start)
+        self._ema += 2 / (self._rules.ema_steps + 1) * (loss - self._ema)
+        if step >= self._rules.ema_steps:
+            self.best_loss = self._ema if self.best_loss is None else min(self.best_loss, self._ema)
+
+    def _is_above_init(self, step: int) -> bool:
+        if self._ema is None or self._highest_start is None or step < self._judged_from:
+            return False
+        return self._ema > self._highest_start + self._rules.above_init
+
+    def _has_not_recovered(self) -> bool:
+        tail = [x for x in list(self._tail)[-_tail_steps(self.steps, self._rules) :] if not math.isnan(x)]
+        if self.steps < self._rules.min_steps or self.best_loss is None or self._start is None or not tail:
+            return False
+        rise = math.fsum(tail) / len(tail) - self.best_loss
+        gained = self._start - self.best_loss
+        return rise >= max(self._rules.no_recovery_rise, self._rules.no_recovery_share * gained)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one trial. `verdict` null: `reason` says why it is not judged, and the rest is null too."""
+
+    verdict: str | None  # stable | spiky | diverged
+    rule: str | None = None  # the code, or those of R1+R2+R3 that hold; null for stable
+    reason: str | None = None  # too_short, or the state that is not done
+    partial: bool | None = None  # a scheduler stopped it: judged as seen
+    code: str | None = None
+    step: int | None = None  # where the code fired
+
+
+def divergence(trace: Rows, probes: Rows | None, monitor: DivergenceMonitor, final_loss: float | None) -> str:
+    """Feed a recorded trial to a fresh monitor, as the live trial did, and finish it. Returns the code."""
+    weights_lost_after = set()
+    if probes is not None:
+        lost = ~probes.is_null("param_norm") & ~np.isfinite(probes["param_norm"])
+        # a probe at `step` shows the weights after that many updates, so after row step - 1
+        weights_lost_after = {max(0, step - 1) for step in probes["step"][lost].tolist()}
+    columns = (_optional(trace, name) for name in ("loss", "grad_norm", "skip"))
+    for step, (loss, grad_norm, skip) in enumerate(zip(*columns, strict=True)):
+        monitor.update(step, loss, grad_norm, skip)
+        if step in weights_lost_after:
+            monitor.weights_not_finite(step)
+    return monitor.finish(final_loss)
+
+
+def judge(
+    monitor: DivergenceMonitor,
+    grad: list[Spike],
+    loss: list[Spike],
+    rough: Flags,
+    rules: Rules,
+    status: str,
+    stop_reason: str | None,
+) -> Verdict:
+    """The verdict on a trial.
+
+    Args:
+        monitor: Finished (see `divergence`).
+        grad: Spikes of grad_norm, coupled to those of the loss (see `events.couple`).
+        loss: Spikes of the loss.
+        rough: Readings of `ratio3`.
+        rules: Those of all the former.
+        status: Of the trial; only a `done` one is judged.
+        stop_reason: complete | diverged | scheduler, of a trial that is done.
+    """
+    if status != "done":
+        return Verdict(None, reason=status)
+    partial = stop_reason == "scheduler"
+    if monitor.code is not None:
+        return Verdict("diverged", monitor.code, None, partial, monitor.code, monitor.step)
+    if monitor.steps < rules.min_steps:
+        return Verdict(None, reason="too_short")
+    broken = "+".join(_rules_broken(grad, loss, rough, rules))
+    return Verdict("spiky" if broken else "stable", broken or None, None, partial, "ok")
+
+
+def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules) -> list[str]:
+    high = [s for s in grad if s.peak_ratio is not None and s.peak_ratio >= rules.spiky_ratio]
+    partners = {s.partner for s in high}
+    events = len(high) + sum(1 for s in loss if s.start not in partners)
+    evaluable, rough_steps = rough.n_evaluable, rough.n_flagged
+    holds = {
+        "R1": any(_lasts(s, rules) for s in (*high, *loss)),
+        "R2": events >= rules.spiky_events and 1000 * events >= rules.spiky_per_1k * evaluable,
+        "R3": rough_steps >= rules.rough_steps and rough_steps >= rules.rough_share * evaluable,
+    }
+    return [name for name, broken in holds.items() if broken]
+
+
+def _lasts(spike: Spike, rules: Rules) -> bool:
+    if spike.spike_class == "open":
+        return spike.flag_steps >= rules.spiky_open_flags
+    return spike.spike_class in ("wide", "malignant")
+
+
+def _optional(rows: Rows, name: str) -> list[Any]:
+    """A column with None where it is null."""
+    return [None if null else x for x, null in zip(rows[name].tolist(), rows.is_null(name).tolist(), strict=True)]
+
+
+class _PersistentRise:
+    """Counts the losses in a row that stand far above the mean of those before the stretch."""
+
+    def __init__(self, rules: Rules, steps_planned: int):
+        self._ratio, self._rise = rules.persistent_ratio, rules.persistent_rise
+        self._limit = rules.limit(steps_planned)
+        self._before: deque[float] = deque()
+        self._size = max(rules.reference_low, math.ceil(rules.reference_share * steps_planned))
+        self._total = 0
+        self._stretch: list[float] = []
+        self._reference = math.inf  # frozen while a stretch lasts
+
+    def update(self, loss: float) -> bool:
+        """Whether the stretch has lasted `limit` steps."""
+        if not self._stretch:
+            full = len(self._before) == self._size
+            self._reference = math.ldexp(self._total, -FIXED_POINT) / self._size if full else math.inf
+        if loss >= self._ratio * self._reference and loss >= self._reference + self._rise:
+            self._stretch.append(loss)
+            return len(self._stretch) >= self._limit
+        for past in (*self._stretch, loss):
+            self._remember(past)
+        self._stretch = []
+        return False
+
+    def _remember(self, loss: float) -> None:
+        # whole numbers, so that a huge loss leaves no rounding error behind when it leaves the sum
+        self._total += _fixed(loss)
+        self._before.append(loss)
+        if len(self._before) > self._size:
+            self._total -= _fixed(self._before.popleft())
+
+
+def _fixed(loss: float) -> int:
+    return int(math.ldexp(max(-1e9, min(loss, 1e9)), FIXED_POINT))
+
+
+def _tail_steps(steps: int, rules: Rules) -> int:
+    return max(rules.tail_low, math.ceil(rules.tail_share * steps))
