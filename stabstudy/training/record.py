@@ -58,9 +58,10 @@ class Recorder:
 
     def replay(self, rows: Rows) -> None:
         """Bring the live detectors to where an uninterrupted trial would have them."""
-        loss, norm, skip = rows["loss"].tolist(), rows["grad_norm"].tolist(), rows["skip"].tolist()
-        for i in range(len(rows)):
-            self._watch(i, loss[i], norm[i], skip[i])
+        unmeasured = rows.is_null("loss").tolist()
+        for step, (loss, norm, skip) in enumerate(zip(rows["loss"], rows["grad_norm"], rows["skip"], strict=True)):
+            measured = (None, None) if unmeasured[step] else (float(loss), float(norm))
+            self._watch(step, *measured, skip)
 
     def start_clock(self) -> None:
         """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""
@@ -94,8 +95,8 @@ class Recorder:
         self.loss = math.nan if loss is None else loss
         self.grad_norm = math.nan if norm is None else norm
         before = self.monitor.code
-        code = self.monitor.update(step, self.loss, self.grad_norm, skip)
-        spiked = self.spikes.update(self.grad_norm, self.loss, skip)
+        code = self.monitor.update(step, loss, norm, skip)
+        spiked = self.spikes.update(norm, loss, skip)
         return spiked or skip is not None or code != before or not math.isfinite(self.grad_norm + self.loss)
 
     def _row(self, pending: Pending, values: NDArray[np.float64] | None, seconds: float) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def _recorder(
         stepper.layer_index,
         writer,
         monitor,
-        LiveSpikes(rules, warmup),
+        LiveSpikes(rules),
         on_device=stepper.device.type != "cpu",
     )
     kept = trace.read_jsonl(folder.live(trace.TRACE), trace.TRACE)

@@ -1,0 +1,138 @@
+"""What a person sees while a study runs: one live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from stabstudy.store import State
+
+PLAIN_SECONDS = 15.0
+"""Off a terminal: at least this long between two progress lines."""
+
+ROWS = 16
+
+
+@dataclass
+class Running:
+    """A trial that is being trained, as of its last heartbeat."""
+
+    began: float
+    step: int = 0
+    steps: int = 0
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    spike_events: int = 0
+    tokens_per_second: float = 0.0
+
+
+class Board:
+    """Counts and shows; use as a context manager. `labels` maps each trial to do to its axis values in words."""
+
+    def __init__(self, title: str, labels: Mapping[str, str], already_done: int, console: Console | None = None):
+        self.title, self.labels, self.already_done = title, labels, already_done
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.running: dict[str, Running] = {}
+        self.finished: dict[str, str] = {}
+        self._live: Live | None = None
+        self._started = self._spoke = time.monotonic()
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=2, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, traceback)
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the table where there is one."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    def start(self, trial_id: str) -> None:
+        self.running[trial_id] = Running(time.monotonic())
+
+    def progress(self, trial_id: str, report: Mapping[str, Any]) -> None:
+        """Take a heartbeat: the fields of training.loop.Progress."""
+        row = self.running.setdefault(trial_id, Running(time.monotonic()))
+        for name in ("step", "steps", "loss", "grad_norm", "spike_events", "tokens_per_second"):
+            if name in report:
+                setattr(row, name, report[name])
+        self._speak_now_and_then()
+
+    def finish(self, trial_id: str, state: State) -> None:
+        """A trial has ended (or will not be tried again): count it and say how it went."""
+        began = self.running.pop(trial_id, None)
+        outcome = (state.verdict or "too short to judge") if state.status == "done" else state.status
+        self.finished[trial_id] = outcome
+        took = f", {time.monotonic() - began.began:.1f} s" if began else ""
+        why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
+        why = f": {state.error['message']}" if state.error and state.status != "done" else why
+        spikes = "" if state.spike_events is None else f", {state.spike_events} spikes"
+        number = f"[{len(self.finished)}/{len(self.labels)}]"
+        self.say(f"{number} {trial_id}  {self.labels.get(trial_id, '')}: {outcome}{why}{spikes}{took}")
+
+    def forget(self, trial_id: str) -> None:
+        """An attempt ended and another will follow."""
+        self.running.pop(trial_id, None)
+
+    def seconds_left(self) -> float | None:
+        """From the trials finished so far, running ones in part; None before anything is known."""
+        parts = [r.step / r.steps for r in self.running.values() if r.steps]
+        done = len(self.finished) + sum(parts)
+        if done < 0.5:
+            return None
+        return (time.monotonic() - self._started) * (len(self.labels) - done) / done
+
+    def summary(self) -> str:
+        counts = Counter(self.finished.values())
+        left = self.seconds_left()
+        words = [f"{len(self.finished)} of {len(self.labels)} trials ended"]
+        if self.already_done:
+            words.append(f"{self.already_done} done before")
+        words += [f"{n} {outcome}" for outcome, n in sorted(counts.items())]
+        if left is not None and len(self.finished) < len(self.labels):
+            words.append(f"about {_duration(left)} left")
+        return ", ".join(words)
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("trial", "settings", "step", "loss", "grad norm", "spikes", "tokens/s"):
+            table.add_column(name, justify="left" if name in ("trial", "settings") else "right", no_wrap=True)
+        for trial_id, row in list(self.running.items())[:ROWS]:
+            table.add_row(
+                trial_id,
+                Text(self.labels.get(trial_id, "")),
+                f"{row.step}/{row.steps}" if row.steps else "starting",
+                f"{row.loss:.3f}",
+                f"{row.grad_norm:.3g}",
+                str(row.spike_events),
+                f"{row.tokens_per_second:,.0f}",
+            )
+        return Group(Text(self.title, style="bold"), Text(self.summary()), table)
+
+    def _speak_now_and_then(self) -> None:
+        if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:
+            self._spoke = time.monotonic()
+            self.say(self.summary())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,376 @@
+"""A whole trial in its folder: records, exact resume, divergence as a result, failures as states."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stabstudy import config as cfg
+from stabstudy import store, trace
+from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.data import sources
+from stabstudy.stability.rules import Rules
+from stabstudy.training import checkpoint
+from stabstudy.training import step as st
+from stabstudy.training.loop import Heartbeat, Loop, Progress
+from stabstudy.training.step import Stepper
+from stabstudy.training.trial import Engine, run_trial
+
+DATA = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16)
+BASE = TrialConfig(
+    model=ModelConfig(depth=2, dim=16, n_heads=2),
+    optim=OptimConfig(lr=3e-3, warmup_steps=3),
+    data=DATA,
+    train=TrainConfig(steps=12, batch_size=4, probe_every=5, eval_every=6, checkpoint_every=4, eval_sequences=6),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(tmp_path: Path, cache: Path) -> Callable[..., store.TrialFolder]:
+    """Writes a trial's config.json as a launch would."""
+
+    def folder(config: TrialConfig, name: str = "study") -> store.TrialFolder:
+        fingerprint = sources.fingerprint(config.data)
+        trial_id = cfg.trial_id(config, fingerprint)
+        made = store.StudyFolder(tmp_path / name).trial(trial_id)
+        made.path.mkdir(parents=True)
+        body = {"trial_id": trial_id, "config": cfg.to_dict(config), "data_fingerprint": fingerprint}
+        store.write_json(made.config_file, body)
+        return made
+
+    return folder
+
+
+@pytest.fixture
+def run(cache: Path) -> Callable[..., store.State]:
+    def train(folder: store.TrialFolder, heartbeat: Heartbeat = lambda p: False, keep: bool = False) -> store.State:
+        return run_trial(folder, Engine(cache, keep_checkpoints=keep), Rules(), heartbeat)
+
+    return train
+
+
+Make, Run = Callable[..., store.TrialFolder], Callable[..., store.State]
+
+
+def vary(**groups: dict[str, Any]) -> TrialConfig:
+    changed = {g: dataclasses.replace(getattr(BASE, g), **v) for g, v in groups.items()}
+    return dataclasses.replace(BASE, **changed)
+
+
+def records(folder: store.TrialFolder) -> tuple[trace.Rows, trace.Rows]:
+    rows, probes = folder.rows(trace.TRACE), folder.rows(trace.PROBES)
+    assert rows is not None and probes is not None
+    return rows, probes
+
+
+def assert_same(a: trace.Rows, b: trace.Rows) -> None:
+    """Bitwise equal but for the timing."""
+    assert len(a) == len(b)
+    for name in a.schema.names:
+        if name != "seconds":
+            assert np.array_equal(a.is_null(name), b.is_null(name)), name
+            same = a[name].tolist() == b[name].tolist() if a[name].dtype == object else None
+            assert same if same is not None else np.array_equal(a[name], b[name], equal_nan=True), name
+
+
+def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) -> None:
+    folder = make(BASE)
+    state = run(folder)
+    rows, probes = records(folder)
+    assert (state.status, state.stop_reason, state.step) == ("done", "complete", 12)
+    assert rows["step"].tolist() == list(range(12))
+    assert rows["tokens"].tolist() == [64 * (i + 1) for i in range(12)]
+    assert rows["layer_grad_norm"].shape == (12, 4)
+    squares = (rows["layer_grad_norm"] ** 2).sum(1)
+    assert np.allclose(squares, rows["grad_norm"] ** 2, rtol=1e-5)
+    expected = np.minimum(1, 1.0 / (rows["grad_norm"] + 1e-6))
+    assert np.allclose(rows["clip_scale"], expected, rtol=1e-6)
+    assert not rows.has("loss_scale") and not rows.has("skip")
+    assert probes["step"].tolist() == [0, 5, 6, 10, 12]
+    assert np.isfinite(probes["val_loss"]).tolist() == [False, False, True, False, True]
+    assert probes["attn_logit_max"].shape == (5, 2)
+    assert probes.is_null("update_rms").tolist() == [True] + [False] * 4
+    assert state.init_loss == pytest.approx(math.log(258) + 0.5, abs=0.3)
+    assert state.final_loss is not None and state.final_loss < state.init_loss
+    assert state.final_loss == probes["val_loss"][-1]
+    assert state.verdict is None and state.verdict_code == "ok"  # 12 steps: too short to judge
+    assert state.records["trace"]["rows"] == 12 and not folder.live(trace.TRACE).exists()
+    assert not folder.checkpoints.exists()
+    assert state.attempts[-1].engine["torch"] == torch.__version__
+
+
+def test_equal_seeds_give_equal_records_and_other_seeds_do_not(make: Make, run: Run) -> None:
+    first, again, other = make(BASE, "a"), make(BASE, "b"), make(dataclasses.replace(BASE, seed=1))
+    for folder in (first, again, other):
+        run(folder)
+    for a, b in zip(records(first), records(again), strict=True):
+        assert_same(a, b)
+    assert records(first)[0]["loss"][0] != records(other)[0]["loss"][0]
+
+
+VARIANTS = {
+    "fp32": BASE,
+    "bf16": vary(train={"precision": "bf16"}),
+    "accumulated": vary(train={"micro_batch_size": 1}),
+    "wsd, no clip": vary(optim={"schedule": "wsd", "clip": None}),
+    "fp16": vary(train={"precision": "fp16"}),
+    "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("stops", [(4,), (5, 6), (1, 11)])
+def test_stopped_and_resumed_equals_uninterrupted(
+    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run
+) -> None:
+    whole, broken = make(config, "whole"), make(config, "broken")
+    run(whole)
+    for stop in stops:
+        state = run(broken, lambda p, stop=stop: p.step == stop)
+        assert (state.status, state.step) == ("interrupted", stop)
+    state = run(broken)
+    assert state.status == "done" and [a.from_step for a in state.attempts] == [0, *stops]
+    for a, b in zip(records(whole), records(broken), strict=True):
+        assert_same(a, b)
+    assert whole.read_state().final_loss == state.final_loss
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int) -> Heartbeat:
+    def heartbeat(progress: Progress) -> bool:
+        if progress.step == step:
+            raise Crash("out of luck")
+        return False
+
+    return heartbeat
+
+
+def test_a_crash_is_a_state_and_the_next_attempt_repeats_no_step(make: Make, run: Run) -> None:
+    whole, broken = make(BASE, "whole"), make(BASE, "broken")
+    run(whole)
+    state = run(broken, crash_at(7))
+    assert state.status == "failed" and state.error == {"kind": "Crash", "message": "out of luck", "step": 7}
+    assert "Traceback" in broken.log_file.read_text()
+    state = run(broken)
+    last = state.attempts[-1]
+    assert state.status == "done" and state.error is None
+    assert (last.from_step, last.dropped_rows) == (4, 3)  # checkpoint after 4 updates; rows 4, 5, 6 written again
+    for a, b in zip(records(whole), records(broken), strict=True):
+        assert_same(a, b)
+
+
+def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
+    whole, broken = make(BASE, "whole"), make(BASE, "broken")
+    run(whole)
+    run(broken, crash_at(9))
+    assert sorted(p.name for p in broken.checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
+    newest = broken.checkpoints / "step-00000008" / "tensors.safetensors"
+    body = bytearray(newest.read_bytes())
+    body[-1] ^= 1
+    newest.write_bytes(body)
+    state = run(broken)
+    assert state.attempts[-1].from_step == 4
+    assert "step-00000008 passed over" in broken.log_file.read_text()
+    assert_same(records(whole)[0], records(broken)[0])
+
+
+def test_checkpoints_of_another_trial_or_with_nan_are_refused(make: Make, run: Run) -> None:
+    a, b = make(BASE, "a"), make(dataclasses.replace(BASE, seed=5), "b")
+    run(a, crash_at(6))
+    shutil.copytree(a.checkpoints, b.checkpoints)
+    shutil.copy(a.live(trace.TRACE), b.live(trace.TRACE))
+    state = run(b)
+    assert state.status == "failed" and state.error is not None and "belongs to trial" in state.error["message"]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """One NaN in one gradient of these steps."""
+    original, count = Stepper.accumulate, [0]
+
+    def accumulate(self: Stepper, windows: Any, valid: int) -> Any:
+        result = original(self, windows, valid)
+        if count[0] in steps:
+            grad = self.parameters[2].grad
+            assert grad is not None
+            grad.view(-1)[0] = math.nan
+        count[0] += 1
+        return result
+
+    monkeypatch.setattr(Stepper, "accumulate", accumulate)
+
+
+def test_a_nan_ends_the_trial_as_a_result(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 7)
+    folder = make(BASE)
+    state = run(folder)
+    rows, probes = records(folder)
+    assert (state.status, state.stop_reason, state.verdict_code) == ("done", "diverged", "nonfinite")
+    assert len(rows) == 8 and math.isnan(rows["grad_norm"][7]) and math.isfinite(rows["loss"][7])
+    assert state.final_loss is not None and math.isfinite(state.final_loss)  # the weights were never touched
+    assert probes["step"].tolist()[-1] == 8 and np.isfinite(probes["param_norm"]).all()
+
+
+def test_skip_nonfinite_marks_the_step_and_goes_on(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 3, 7)
+    folder = make(vary(train={"skip_nonfinite": True}))
+    state = run(folder)
+    rows, _ = records(folder)
+    assert (state.stop_reason, state.step) == ("complete", 12)
+    assert [i for i, s in enumerate(rows["skip"]) if s == "nonfinite"] == [3, 7]
+
+
+def test_three_skips_in_a_row_are_divergence(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 5, 6, 7, 8)
+    folder = make(vary(train={"skip_nonfinite": True}))
+    state = run(folder)
+    assert (state.stop_reason, state.verdict_code, state.step) == ("diverged", "nonfinite", 8)
+
+
+def test_rows_kept_on_the_device_end_where_the_trial_ends(
+    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: steps come over in blocks; what ran past the NaN updated nothing and is not recorded."""
+    on_cpu = make(BASE, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 6)
+        run(on_cpu)
+    original = Loop.__init__
+
+    def ringed(self: Loop, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.recorder.ring = 32
+
+    monkeypatch.setattr(Loop, "__init__", ringed)
+    poison(monkeypatch, 6)
+    folder = make(BASE, "ring")
+    state = run(folder)
+    assert (state.verdict_code, state.step) == ("nonfinite", 7)
+    assert_same(records(on_cpu)[0], records(folder)[0])
+    assert on_cpu.read_state().final_loss == state.final_loss
+
+
+def test_probing_and_evaluating_change_nothing(make: Make, run: Run) -> None:
+    often = make(vary(train={"probe_every": 1, "eval_every": 1}), "often")
+    never = make(vary(train={"probe_every": 1000, "eval_every": 1000}), "never")
+    assert run(often).final_loss == run(never).final_loss
+    assert_same(records(often)[0], records(never)[0])
+
+
+def test_paired_trials_share_initial_weights_and_data(make: Make, run: Run) -> None:
+    """Loss of step 0 depends on weights and batch alone: equal whatever the optimizer's settings."""
+    other = vary(optim={"lr": 0.1, "clip": None, "weight_decay": 0.0, "schedule": "linear"}, train={"steps": 5})
+    a, b = make(BASE, "a"), make(other, "b")
+    run(a), run(b)
+    first, second = records(a)[0], records(b)[0]
+    assert first["loss"][0] == second["loss"][0] and first["grad_norm"][0] == second["grad_norm"][0]
+    assert a.read_state().init_loss == b.read_state().init_loss
+    assert a.read_state().eval_hash == b.read_state().eval_hash
+
+
+def test_changed_data_is_refused(make: Make, run: Run) -> None:
+    folder = make(BASE)
+    body = json.loads(folder.config_file.read_text()) | {"data_fingerprint": "0" * 16}
+    store.write_json(folder.config_file, body)
+    state = run(folder)
+    assert state.status == "failed" and state.error is not None and "fingerprint" in state.error["message"]
+
+
+def test_a_done_trial_is_left_alone_and_a_locked_one_refused(make: Make, run: Run) -> None:
+    folder = make(BASE)
+    done = run(folder)
+    assert run(folder, crash_at(1)) == done
+    with store.lock(folder.path), pytest.raises(store.LockHeldError):
+        run(folder)
+
+
+def test_a_kill_between_compaction_and_state_loses_nothing(
+    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = make(BASE, "whole"), make(BASE, "broken")
+    run(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("stabstudy.training.trial.summarise", lambda *a: (_ for _ in ()).throw(Crash("killed")))
+        assert run(broken).status == "failed"
+    assert broken.finished(trace.TRACE).exists() and broken.live(trace.TRACE).exists()
+    assert run(broken).status == "done"
+    assert_same(records(whole)[0], records(broken)[0])
+
+
+def test_memory_and_disk_have_states_of_their_own(make: Make, run: Run) -> None:
+    def raising(error: Exception) -> Heartbeat:
+        def heartbeat(progress: Progress) -> bool:
+            raise error
+
+        return heartbeat
+
+    folder = make(BASE)
+    assert run(folder, raising(torch.OutOfMemoryError("CUDA out of memory"))).status == "oom"
+    assert run(folder, raising(OSError(28, "No space left on device"))).status == "disk_full"
+    assert run(folder).status == "done"
+
+
+def test_a_divergent_loss_stops_the_trial_early(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that rises above its start: stopped by METRICS 4.1 above_init, and the record says at which step."""
+    original = Stepper.step
+
+    def raised(self: Stepper, windows: Any, lr: float) -> Any:
+        vector = original(self, windows, lr)
+        assert vector is not None
+        vector[st.LOSS] += 3.0
+        return vector
+
+    monkeypatch.setattr(Stepper, "step", raised)
+    folder = make(vary(train={"steps": 60}))
+    state = run(folder)
+    # loss_0 is raised too, and above_init compares with the larger start: no code. Raise later losses only:
+    assert state.verdict_code == "ok"
+
+    def rises(self: Stepper, windows: Any, lr: float) -> Any:
+        vector = original(self, windows, lr)
+        assert vector is not None
+        vector[st.LOSS] += 3.0 * (int(next(iter(self.optimizer.state.values()))["step"]) > 30)
+        return vector
+
+    monkeypatch.setattr(Stepper, "step", rises)
+    folder = make(vary(train={"steps": 60, "probe_every": 7}))
+    state = run(folder)
+    assert (state.status, state.stop_reason, state.verdict, state.verdict_code) == (
+        "done",
+        "diverged",
+        "diverged",
+        "above_init",
+    )
+    assert 30 < state.step < 60 and records(folder)[0]["step"][-1] == state.step - 1
+
+
+def test_checkpoints_may_be_kept(make: Make, run: Run) -> None:
+    folder = make(BASE)
+    run(folder, keep=True)
+    assert [p.name for p in sorted(folder.checkpoints.iterdir())] == ["step-00000004", "step-00000008"]
+
+
+def test_restore_needs_the_rows_it_implies(make: Make, run: Run) -> None:
+    """After power loss the trace may be shorter than the checkpoint: an older one is taken."""
+    folder = make(BASE)
+    run(folder, crash_at(9))
+    trace.cut(folder.live(trace.TRACE), trace.TRACE, 6)
+    state = run(folder)
+    assert state.status == "done" and state.attempts[-1].from_step == 4
+    assert checkpoint.KEEP == 2
