@@ -50,7 +50,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         (study.path / STOP_FILE).unlink(missing_ok=True)
-        _write_study(study, plan)
+        write_study(study, plan)
         todo = [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")
@@ -133,7 +133,7 @@ def _has_gpu() -> bool:
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
-def _write_study(study: store.StudyFolder, plan: Plan) -> None:
+def write_study(study: store.StudyFolder, plan: Plan) -> None:
     """sweep.yaml, provenance.json and each trial's config.json; what already says the same stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
     store.write_json(study.provenance_file, _provenance(plan))

@@ -75,18 +75,16 @@ class Loop:
                     return "interrupted"
         return "complete"
 
-    def measure(self, done: int, last: bool = False) -> float | None:
-        """Append the probes row for the state after `done` updates. Returns its validation loss, if one was due."""
-        train = self.config.train
+    def measure(self, done: int, val_loss: float | None = None) -> None:
+        """Append the probes row for the state after `done` updates; a known `val_loss` is not measured again."""
         row = probe(self.stepper, self.evaluation, done, updated=done > 0)
-        if last or done % train.eval_every == 0:
-            row["val_loss"] = self.stepper.loss_on(self.evaluation)
+        if val_loss is None and done % self.config.train.eval_every == 0:
+            val_loss = self.stepper.loss_on(self.evaluation)
+        row["val_loss"] = val_loss
         weights = row["param_norm"]
         self.probes.append(row, urgent=not math.isfinite(weights))
         if not math.isfinite(weights):
             self.recorder.monitor.weights_not_finite(max(0, done - 1))
-        val_loss: float | None = row["val_loss"]
-        return val_loss
 
     def progress(self, done: int) -> Progress:
         recorder = self.recorder

@@ -34,14 +34,14 @@ class Attention(nn.Module):
         """q [B,H,T,K], k and v [B,G,T,K]; q and k after qk-norm and RoPE: what the attention logits are made of."""
         B, T, _ = x_BTD.shape
         qkv_BTNK = self.wqkv(x_BTD).view(B, T, self.H + 2 * self.G, self.K)
-        qk_BTNK, v_BTGK = qkv_BTNK.split([self.H + self.G, self.G], dim=2)
+        qk_BTNK, v_BTGK = torch.split(qkv_BTNK, [self.H + self.G, self.G], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = qk_BTNK.split([self.H, self.G], dim=2)
+            q_BTHK, k_BTGK = torch.split(qk_BTNK, [self.H, self.G], dim=2)
             q_BTHK = F.rms_norm(q_BTHK, (self.K,), self.q_norm, self.eps)
             k_BTGK = F.rms_norm(k_BTGK, (self.K,), self.k_norm, self.eps)
             qk_BTNK = torch.cat([q_BTHK, k_BTGK], dim=2)
         qk_BNTK = rotate(qk_BTNK, rotation_TK).transpose(1, 2)
-        q_BHTK, k_BGTK = qk_BNTK.split([self.H, self.G], dim=1)
+        q_BHTK, k_BGTK = torch.split(qk_BNTK, [self.H, self.G], dim=1)
         return q_BHTK, k_BGTK, v_BTGK.transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
@@ -92,6 +92,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.dim, vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.rotation_TK: Tensor
         self.register_buffer("rotation_TK", rotation(seq_len, config.head_dim, config.rope_theta), persistent=False)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
                 std, bound = 0.02, math.inf
             parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
             rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
-            for i, part in enumerate(parameter.split(rows)):
+            for i, part in enumerate(torch.split(parameter, rows)):
                 part.copy_(_normal(part.shape, std, bound, f"{seed}/{name}/{i}"))
 
 

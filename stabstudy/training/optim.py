@@ -50,7 +50,7 @@ def update_sizes(optimizer: torch.optim.AdamW) -> tuple[Tensor, Tensor]:
     """
     squares, count, ratios = [], 0, []
     for group in optimizer.param_groups:
-        beta1, beta2, eps = *group["betas"], group["eps"]
+        (beta1, beta2), eps = group["betas"], group["eps"]
         for parameter, m, v, steps in _moments(optimizer, group["params"]):
             v_hat = v / (1 - beta2**steps)
             update = (m / (1 - beta1**steps)) / (v_hat.sqrt() + eps)

@@ -60,8 +60,10 @@ class Recorder:
         """Bring the live detectors to where an uninterrupted trial would have them."""
         unmeasured = rows.is_null("loss").tolist()
         for step, (loss, norm, skip) in enumerate(zip(rows["loss"], rows["grad_norm"], rows["skip"], strict=True)):
-            measured = (None, None) if unmeasured[step] else (float(loss), float(norm))
-            self._watch(step, *measured, skip)
+            if unmeasured[step]:
+                self._watch(step, None, None, skip)
+            else:
+                self._watch(step, float(loss), float(norm), skip)
 
     def start_clock(self) -> None:
         """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""

@@ -23,6 +23,7 @@ from stabstudy import config as cfg
 from stabstudy import store, trace
 from stabstudy.data import sources, tokens
 from stabstudy.data.batches import Batches
+from stabstudy.data.errors import DataError
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
@@ -79,7 +80,8 @@ def _attempt(
     config = cfg.from_dict(described["config"])
     state = _begin(folder, state, config, engine)
     if (found := sources.fingerprint(config.data)) != described["data_fingerprint"]:
-        raise sources.DataError(f"data: fingerprint is {found}, the study began with {described['data_fingerprint']}")
+        rule = f"must still have the fingerprint {described['data_fingerprint']} that the study began with"
+        raise DataError("data", rule, found)
     batches = _batches(config, engine)
     stepper = _build(config, batches, engine)
     start, state = _resume(folder, state, stepper, say)
@@ -99,12 +101,13 @@ def _attempt(
             heartbeat,
         )
         if start == 0:
-            loop.measure(0)
+            loop.measure(0, state.init_loss)
         say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
         stop_reason = loop.run(start)
         if stop_reason == "interrupted":
             return _end(folder, replace(state, status="interrupted", step=recorder.rows))
-        final_loss = loop.measure(recorder.rows, last=True)
+        final_loss = stepper.loss_on(batches.evaluation())
+        loop.measure(recorder.rows, final_loss)
     state = replace(state, step=recorder.rows, stop_reason=stop_reason, final_loss=final_loss)
     state = _finish(folder, config, state, rules)
     if not engine.keep_checkpoints:
@@ -199,8 +202,8 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
     records: dict[str, Any] = {}
     for schema in RECORDS:
         meta = {"trial_id": state.trial_id}
-        rows, sha = trace.compact(folder.live(schema), folder.finished(schema), schema, meta)
-        records[schema.name] = {"rows": rows, "sha256": sha}
+        count, sha = trace.compact(folder.live(schema), folder.finished(schema), schema, meta)
+        records[schema.name] = {"rows": count, "sha256": sha}
     facts = TrialFacts(
         steps_planned=config.train.steps,
         warmup_steps=config.optim.warmup_steps,
@@ -210,16 +213,11 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         init_loss=state.init_loss,
         final_loss=state.final_loss,
     )
-    read = [trace.read_parquet(folder.finished(s), s) for s in RECORDS]
-    found = summarise(read[0], read[1], facts, rules).columns
-    state = replace(
-        state,
-        status="done",
-        records=records,
-        verdict=found["verdict"],
-        verdict_code=found["verdict_code"],
-        spike_events=found["spike_events"],
-    )
+    rows, probes = (trace.read_parquet(folder.finished(s), s) for s in RECORDS)
+    found = summarise(rows, probes, facts, rules).columns
+    verdict, code, events = (found[name] for name in ("verdict", "verdict_code", "spike_events"))
+    assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(events, int | None)
+    state = replace(state, status="done", records=records, verdict=verdict, verdict_code=code, spike_events=events)
     state = _end(folder, state)
     for schema in RECORDS:
         folder.live(schema).unlink(missing_ok=True)

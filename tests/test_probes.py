@@ -1,0 +1,111 @@
+"""Probe quantities against direct formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.optim import update_sizes
+from stabstudy.training.probes import attention_statistics, probe
+from stabstudy.training.step import Stepper
+
+V, T = 53, 12
+WINDOWS = np.random.default_rng(0).integers(0, V, (6, T + 1))
+
+
+def make(model: ModelConfig | None = None) -> Stepper:
+    config = TrialConfig(
+        model=model or ModelConfig(depth=3, dim=32, n_heads=4, n_kv_heads=2),
+        optim=OptimConfig(clip=0.5, weight_decay=0.3),
+        data=DataConfig(seq_len=T),
+        train=TrainConfig(batch_size=6),
+    )
+    decoder = Decoder(config.model, V, T)
+    initialise(decoder, config.model, seed=0)
+    return Stepper(config, decoder, torch.device("cpu"))
+
+
+def test_attention_statistics_by_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 5, 8, generator=generator) * 3, torch.randn(2, 2, 5, 8, generator=generator)
+    largest, entropies = -math.inf, []
+    for b in range(2):
+        for h in range(4):
+            for i in range(5):
+                scores = [float(q[b, h, i] @ k[b, h // 2, j]) / math.sqrt(8) for j in range(i + 1)]
+                largest = max(largest, *scores)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                if i:
+                    entropies.append(-(weights * np.log(weights)).sum() / math.log(i + 1))
+    got = attention_statistics(q, k)
+    assert got[0].item() == pytest.approx(largest, rel=1e-5)
+    assert got[1].item() == pytest.approx(np.mean(entropies), rel=1e-5)
+
+
+def test_uniform_attention_has_entropy_one_and_a_peaked_one_zero() -> None:
+    k = torch.zeros(1, 1, 6, 4)
+    q = torch.ones(1, 1, 6, 4)
+    assert attention_statistics(q, k)[1].item() == pytest.approx(1.0, abs=1e-6)
+    k[0, 0, 0] = 1e4
+    assert attention_statistics(q, k)[1].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_probe_sees_the_scores_that_attention_uses() -> None:
+    """softmax(probe's q k^T / sqrt K) v, put through wo, is what the layer computes."""
+    stepper = make(ModelConfig(depth=1, dim=32, n_heads=4, n_kv_heads=2, qk_norm=True))
+    tokens = torch.from_numpy(WINDOWS[:, :-1])
+    attention = stepper.model.layers[0].attention
+    x = stepper.model.layers[0].attention_norm(stepper.model.embed(tokens))
+    q, k, v = attention.qkv(x, stepper.model.rotation_TK)
+    ((walked_q, walked_k, _),) = stepper.model.walk(tokens)
+    assert torch.equal(q, walked_q) and torch.equal(k, walked_k)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(6, T, 32)
+    assert torch.allclose(attention.wo(mixed), attention(x, stepper.model.rotation_TK), atol=1e-6)
+
+
+def test_update_sizes_are_those_of_the_real_update() -> None:
+    """update_rms from the optimizer's state equals RMS((w_before - w_after) / lr) with the decay taken out."""
+    stepper = make()
+    for t in range(4):
+        before = [p.detach().double().clone() for p in stepper.parameters]
+        lr = 0.01 * (t + 1)
+        stepper.step(np.roll(WINDOWS, t, axis=1), lr)
+    moved = [
+        (b * (1 - lr * (0.3 if p.ndim >= 2 else 0.0)) - p.detach().double()) / lr
+        for b, p in zip(before, stepper.parameters, strict=True)
+    ]
+    rms = math.sqrt(sum((m**2).sum().item() for m in moved) / sum(m.numel() for m in moved))
+    got, ratio = update_sizes(stepper.optimizer)
+    assert got.item() == pytest.approx(rms, rel=1e-4)
+    ratios = []
+    for p in stepper.parameters:
+        state = stepper.optimizer.state[p]
+        v_hat = state["exp_avg_sq"] / (1 - 0.95**4)
+        assert p.grad is not None
+        ratios.append(math.sqrt((p.grad**2 / v_hat.clamp(min=1e-16)).mean().item()))
+    assert ratio.item() == pytest.approx(max(ratios), rel=1e-5)
+
+
+def test_a_probe_row_reads_the_right_things_and_changes_none() -> None:
+    stepper = make()
+    stepper.step(WINDOWS, 0.01)
+    weights = [p.detach().clone() for p in stepper.parameters]
+    grads = [p.grad.clone() for p in stepper.parameters if p.grad is not None]
+    random_state = torch.get_rng_state()
+    row = probe(stepper, WINDOWS, 1, updated=True)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(a, b) for a, b in zip(weights, stepper.parameters, strict=True))
+    assert all(p.grad is not None and torch.equal(a, p.grad) for a, p in zip(grads, stepper.parameters, strict=True))
+    assert row["param_norm"] == pytest.approx(math.sqrt(sum((w.double() ** 2).sum().item() for w in weights)), rel=1e-6)
+    assert [len(row[name]) for name in ("attn_logit_max", "attn_entropy", "resid_rms")] == [3, 3, 3]
+    with torch.no_grad():
+        *_, (_, _, residual) = stepper.model.walk(torch.from_numpy(WINDOWS[:4, :-1]))
+    assert row["resid_rms"][-1] == pytest.approx(residual.square().mean().sqrt().item(), rel=1e-6)
+    assert probe(stepper, WINDOWS, 0, updated=False)["update_rms"] is None
