@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from series import Floats, heavy_tail, lognormal, trace_rows
 
-from stabstudy import trace
 from stabstudy.stability.detectors import (
     Flags,
     MadDetector,
@@ -24,7 +23,6 @@ from stabstudy.stability.detectors import (
 )
 from stabstudy.stability.rules import Rules, Series, rules_for
 
-Floats = NDArray[np.float64]
 SMALL = Rules(window=7, fill_floor=3)  # evicts and readmits within a short series
 relaxed = settings(deadline=None)  # a loaded machine is no failure
 FIELDS = ("z", "flagged", "dip", "evaluable", "center", "scale")
@@ -67,10 +65,6 @@ def by_definition(values: Floats, rules: Rules, series: Series) -> Flags:
 def assert_same(a: Flags, b: Flags) -> None:
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-
-
-def lognormal(sd: float, n: int, seed: int) -> Floats:
-    return np.exp(sd * np.random.default_rng(seed).standard_normal(n))
 
 
 # --- the definition ---
@@ -250,11 +244,8 @@ def test_a_spike_on_the_first_evaluable_step_is_found() -> None:
 
 
 def test_steps_without_an_update_are_not_measured() -> None:
-    row = {"tokens": 1, "seconds": 0.1, "lr": 1e-3, **dict.fromkeys(trace.TRACE.names[4:])}
-    rows = [{**row, "step": i, "loss": 2.0, "grad_norm": 1.0} for i in range(4)]
-    rows[1] |= {"grad_norm": math.inf, "skip": "amp"}
-    rows[2] |= {"loss": None, "grad_norm": None, "skip": "no_targets"}
-    read = trace._from_dicts(rows, trace.TRACE)
+    skip = {1: "amp", 2: "no_targets"}
+    read = trace_rows([2.0, 2.0, None, 2.0], [1.0, math.inf, None, 1.0], skip)
     assert np.isnan(measured(read, "loss")).tolist() == [False, True, True, False]
     assert np.isnan(measured(read, "grad_norm")).tolist() == [False, True, True, False]
 
@@ -277,10 +268,6 @@ def autoregressive(n: int, rng: np.random.Generator) -> Floats:
     level = 0.0
     logs = [level := 0.9 * level + e for e in shocks.tolist()]
     return np.exp(0.3 * np.array(logs))
-
-
-def heavy(n: int, rng: np.random.Generator) -> Floats:
-    return np.exp(0.3 * rng.standard_t(4, n) / math.sqrt(2))
 
 
 def per_10k(make: Callable[[int, np.random.Generator], Floats], window: int, steps: int, evaluable: int) -> float:
@@ -318,7 +305,7 @@ def test_false_positives(
 
 @pytest.mark.parametrize(("window", "steps"), [(64, 3000), (64, 300), (128, 3000)])
 def test_the_outliers_of_a_heavy_tail_are_found(window: int, steps: int) -> None:
-    assert 10 <= per_10k(heavy, window, steps, 100_000) <= 25
+    assert 10 <= per_10k(lambda n, rng: heavy_tail(n, int(rng.integers(2**32))), window, steps, 100_000) <= 25
 
 
 # --- calibration: one step at a multiple of the median ---

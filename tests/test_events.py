@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from series import Floats, lognormal
 
 from stabstudy.stability.detectors import mad_lin, mad_log
 from stabstudy.stability.events import SPIKE_COLUMNS, Spike, couple, find_spikes, merge
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
 
-Floats = NDArray[np.float64]
 RULES = Rules()
 SMALL = Rules(window=7, fill_floor=3)
 
@@ -36,10 +35,6 @@ def ones(n: int, **at: float) -> Floats:
     for step, value in at.items():
         values[int(step[1:])] = value
     return values
-
-
-def lognormal(sd: float, n: int, seed: int) -> Floats:
-    return np.exp(sd * np.random.default_rng(seed).standard_normal(n))
 
 
 # --- by hand ---

@@ -1,0 +1,66 @@
+"""Series of known statistics, and records made of them in memory, for the tests of stabstudy.stability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.trace import PROBES, TRACE, Rows, Schema
+
+Floats = NDArray[np.float64]
+Optional = Sequence[float | None] | Floats
+
+
+def lognormal(sd: float, n: int, seed: int) -> Floats:
+    """Median 1."""
+    return np.exp(sd * np.random.default_rng(seed).standard_normal(n))
+
+
+def heavy_tail(n: int, seed: int) -> Floats:
+    """Log: Student's t with 4 degrees of freedom, scaled to a standard deviation of .3."""
+    return np.exp(0.3 * np.random.default_rng(seed).standard_t(4, n) / math.sqrt(2))
+
+
+def learning(n: int, seed: int, start: float = 6.5, end: float = 2.5, noise: float = 0.05) -> Floats:
+    """A loss that falls from `start` to `end` with a time constant of 60 steps."""
+    return end + (start - end) * np.exp(-np.arange(n) / 60) + noise * np.random.default_rng(seed).standard_normal(n)
+
+
+def trace_rows(
+    loss: Optional, grad_norm: Optional, skip: Mapping[int, str] | None = None, clip_scale: Optional | None = None
+) -> Rows:
+    """A trace; None is null. `skip` maps a step to its reason."""
+    n = len(loss)
+    reasons = [(skip or {}).get(step) for step in range(n)]
+    given: dict[str, Sequence[Any] | Floats] = {"loss": loss, "grad_norm": grad_norm, "skip": reasons}
+    given |= {"seconds": [0.1] * n, "lr": [1e-3] * n, "tokens": range(n)}
+    if clip_scale is not None:
+        given["clip_scale"] = clip_scale
+    return _rows(TRACE, n, given, range(n))
+
+
+def probe_rows(steps: Sequence[int], **columns: Sequence[Any]) -> Rows:
+    """Probes at these steps; None is null."""
+    return _rows(PROBES, len(steps), columns, steps)
+
+
+def _rows(schema: Schema, n: int, given: Mapping[str, Sequence[Any] | Floats], steps: Sequence[int]) -> Rows:
+    columns: dict[str, NDArray[Any]] = {}
+    nulls: dict[str, NDArray[np.bool_]] = {}
+    for column in schema.columns:
+        values: list[Any] = list(steps) if column.name == "step" else list(given.get(column.name, [None] * n))
+        nulls[column.name] = np.array([v is None for v in values], dtype=bool)
+        if column.kind == "floats":
+            width = max((len(v) for v in values if v is not None), default=0)
+            table = [[math.nan] * width if v is None else v for v in values]
+            columns[column.name] = np.array(table, dtype=np.float64).reshape(n, width)
+        elif column.kind == "text":
+            columns[column.name] = np.array(values, dtype=object)
+        else:
+            kind = np.int64 if column.kind == "int" else np.float64
+            columns[column.name] = np.array([math.nan if v is None else v for v in values], dtype=kind)
+    return Rows(schema, columns, nulls)
