@@ -140,13 +140,11 @@ class DataConfig:
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     # The synthetic source only. Mechanisms, one knob each; integers so that the text is bit-exact everywhere.
     synth_bytes: int = setting(2_000_000, ge=1000, le=10**11)
-    synth_vocab: int = setting(2000, ge=2, le=65_536)  # distinct words
-    synth_zipf_milli: int = setting(1000, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
+    synth_vocab: int = setting(20_000, ge=2, le=65_536)  # distinct words
+    synth_zipf_milli: int = setting(900, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
     synth_order: int = setting(1, ge=0, le=3)  # words of context that choose the next word
-    synth_branching: int = setting(64, ge=1, le=65_536)  # successors of each context
-    synth_copy_permille: int = setting(
-        50, ge=0, le=1000
-    )  # chance that a word starts a copy from earlier in its document
+    synth_branching: int = setting(256, ge=1, le=65_536)  # successors of each context
+    synth_copy_permille: int = setting(10, ge=0, le=1000)  # words that start a copy from earlier in their document
     synth_nesting: int = setting(3, ge=0, le=16)  # deepest bracket nesting
     synth_flip_ppm: int = setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
     synth_burst_permille: int = setting(0, ge=0, le=1000)  # documents that are noise from start to end

@@ -1,0 +1,175 @@
+"""Which tokens a step trains on: a pure function of (seed, step), and the fixed part that only measures.
+
+The corpus is cut into windows of seq_len + 1 tokens at stride seq_len (the last token of one is the first of the next:
+each position is a target once). A few contiguous blocks of windows, spread over the corpus, are held out to validate;
+the window on either side of a block is used for nothing, so no token is in both parts.
+
+Sequence i of step s is number w = s * batch_size + i of an endless list: epoch w // n of the n training windows, in the
+order of a permutation keyed by (seed, epoch). So a trial has no data state to save, splitting a batch changes nothing,
+and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.config import TrialConfig
+from stabstudy.data import tokens
+from stabstudy.data.building import Say
+from stabstudy.data.counter import draws, key_of
+from stabstudy.data.errors import DataError
+from stabstudy.data.permutation import permuted
+from stabstudy.data.tokens import Corpus
+
+Int = NDArray[np.int64]
+Stretch = tuple[int, int]  # first window, first window behind it
+
+BLOCKS = 8
+"""Contiguous stretches of held-out windows. Many would leak: text next to a window resembles it."""
+
+AHEAD = 4096  # sequences whose place is computed at once
+
+
+@dataclass(frozen=True)
+class Window:
+    """One training sequence of a step, for tracing a spike back to its text."""
+
+    index: int  # among all windows of the corpus
+    start: int  # position of its first token
+    documents: tuple[int, ...]  # every document that it touches
+
+
+class Batches:
+    """The batches of one trial. B = batch_size, T = seq_len.
+
+    Raises DataError if the corpus is too small: for one window, for one batch, for the evaluation.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        validation_share: float,
+        eval_sequences: int,
+    ):
+        self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
+        windows = (len(corpus.tokens) - 1) // seq_len
+        if windows < 1:
+            raise DataError(
+                "data.seq_len", f"must be less than the {len(corpus.tokens)} tokens of the data", str(seq_len)
+            )
+        held, free = _split(windows, validation_share)
+        self._training, self._validation = _Segments(free), _Segments(held)
+        of = f"of the data's {windows} windows of {seq_len} tokens (data.validation_share {validation_share:g})"
+        if self.training_windows < batch_size:
+            rule = f"must be at most {self.training_windows}, the training part {of}"
+            raise DataError("train.batch_size", rule, str(batch_size))
+        if self.validation_windows < eval_sequences:
+            rule = f"must be at most {self.validation_windows}, the validation part {of}"
+            raise DataError("train.eval_sequences", rule, str(eval_sequences))
+        chosen = np.arange(eval_sequences, dtype=np.int64) * self.validation_windows // eval_sequences
+        self._evaluation = self._validation.at(chosen)
+        self._steps_ahead = max(1, AHEAD // batch_size)
+        self._part, self._ahead = 0, self._order(0, self._steps_ahead)
+
+    @property
+    def training_windows(self) -> int:
+        """Sequences in one epoch."""
+        return self._training.size
+
+    @property
+    def validation_windows(self) -> int:
+        return self._validation.size
+
+    def batch(self, step: int) -> Int:
+        """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]."""
+        return self._tokens(self._indices(step))
+
+    def evaluation(self) -> Int:
+        """[eval_sequences, T+1] token ids: the same for every seed and batch size, spread over the validation part."""
+        return self._tokens(self._evaluation)
+
+    @property
+    def eval_hash(self) -> str:
+        """16 hex digits of the evaluation's tokens. Losses on different hashes are never compared."""
+        return hashlib.sha256(self.evaluation().astype("<i8").tobytes()).hexdigest()[:16]
+
+    def windows(self, step: int) -> list[Window]:
+        """Where each sequence of a step comes from, in the order of `batch`."""
+        return [self._window(index) for index in self._indices(step).tolist()]
+
+    def _indices(self, step: int) -> Int:
+        """[B] window numbers of a step, out of a stretch of steps computed at once: NumPy is slow on few numbers."""
+        part, offset = divmod(step, self._steps_ahead)
+        if part != self._part:
+            self._part, self._ahead = part, self._order(part * self._steps_ahead, self._steps_ahead)
+        indices: Int = self._ahead[offset]
+        return indices
+
+    def _order(self, step: int, steps: int) -> Int:
+        """[steps, B] window numbers of the steps from `step` on."""
+        place = np.arange(steps * self.batch_size, dtype=np.uint64) + np.uint64(step * self.batch_size)
+        epoch, within = np.divmod(place, np.uint64(self.training_windows))
+        keys = draws(np.uint64(key_of(self.seed)), epoch)
+        order = permuted(within, self.training_windows, keys).astype(np.int64)
+        return self._training.at(order.reshape(steps, self.batch_size))
+
+    def _tokens(self, windows: Int) -> Int:
+        positions = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        tokens: Int = self.corpus.tokens[positions].astype(np.int64)
+        return tokens
+
+    def _window(self, index: int) -> Window:
+        start = index * self.seq_len
+        first, last = self.corpus.document_of(start), self.corpus.document_of(start + self.seq_len)
+        return Window(index, start, tuple(range(first, last + 1)))
+
+
+def open_batches(config: TrialConfig, cache_dir: Path, say: Say | None = None) -> Batches:
+    """The batches of a trial, its corpus taken from the cache or built into it. Raises DataError."""
+    corpus = tokens.prepare(config.data, cache_dir, say)
+    data, train = config.data, config.train
+    sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences
+    return Batches(corpus, data.seq_len, *sizes)
+
+
+class _Segments:
+    """Stretches of window numbers, counted through as one list."""
+
+    def __init__(self, stretches: list[Stretch]):
+        sizes = np.array([stop - start for start, stop in stretches], np.int64)
+        self.size = int(sizes.sum())
+        self.ends = np.cumsum(sizes)
+        self.shift = np.array([start for start, _ in stretches], np.int64) - (self.ends - sizes)
+
+    def at(self, ordinal: Int) -> Int:
+        """The window number of each ordinal in 0..size-1, elementwise."""
+        segment = np.searchsorted(self.ends, ordinal, side="right")
+        window: Int = ordinal + self.shift[segment]
+        return window
+
+
+def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:
+    """(start, stop) of each held-out block, and of each stretch that is left for training.
+
+    The blocks lie in the middle of equal parts of the corpus. At least one window is held out. Nothing but the number
+    of windows and the share decides.
+    """
+    held = max(1, int(windows * share))
+    blocks = min(BLOCKS, held)
+    found = []
+    for b in range(blocks):
+        low, high = b * windows // blocks, (b + 1) * windows // blocks
+        size = min((b + 1) * held // blocks - b * held // blocks, high - low)
+        start = low + (high - low - size) // 2
+        found.append((start, start + size))
+    edges = [(-2, -1), *found, (windows + 1, windows + 2)]  # one window is left unused on either side of a block
+    free = [(before[1] + 1, after[0] - 1) for before, after in zip(edges, edges[1:], strict=False)]
+    return found, [(start, stop) for start, stop in free if stop > start]

@@ -1,0 +1,25 @@
+"""The one way in which data can be wrong."""
+
+from __future__ import annotations
+
+from stabstudy.config import Problem
+
+
+class DataError(Exception):
+    """Data, or a setting of it, that cannot be used: one line with setting, rule, value; file and line where known.
+
+    `problem` is the same as a `config.Problem`, to be listed with the other problems of a launch.
+    """
+
+    def __init__(self, setting: str, rule: str, got: str = ""):
+        super().__init__(setting, rule, got)  # all three, so that it survives pickling between processes
+        self.problem = Problem(setting, rule, got)
+
+    def __str__(self) -> str:
+        return str(self.problem)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, short enough for one line: its first line, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

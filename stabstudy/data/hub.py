@@ -1,0 +1,82 @@
+"""Text from the Hugging Face hub, or from a local folder laid out like a hub dataset, through `datasets`, streaming.
+
+No dataset's own code ever runs: `datasets` 4 removed that ability, and older versions are refused. Nothing trains from
+the stream: it is read once, in its order, into the token cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stabstudy.config import DataConfig
+from stabstudy.data import files
+from stabstudy.data.errors import DataError, first_line
+from stabstudy.data.rows import RowCount, text_or_reason
+
+OLDEST = 4  # the first major version that cannot run a dataset's own code
+
+
+def documents(config: DataConfig, count: RowCount) -> Iterator[str]:
+    """The rows' text in the dataset's order. Raises DataError naming dataset and row."""
+    check(config)
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for number, row in enumerate(_rows(config), start=1):
+            count.rows += 1
+            text, reason = text_or_reason(row, (config.text_column,))
+            if reason:
+                count.skip(f"{config.path}: row {number}", reason)
+            else:
+                yield text
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError("data.path", _explained(error), str(config.path)) from error
+
+
+def identity(config: DataConfig) -> dict[str, Any]:
+    """What the dataset is: a local folder's content, else repository, configuration, split, revision and column."""
+    named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
+    root = Path(config.path or "").expanduser()
+    if root.is_dir():
+        return named | {"content": files.digest(files.walk(root, lambda name: True))}
+    return named | {"repo": config.path, "revision": config.hub_revision}
+
+
+def check(config: DataConfig) -> None:
+    """Raises DataError if `datasets` is missing or could run a dataset's code. Reaches no network."""
+    try:
+        version = metadata.version("datasets")
+    except metadata.PackageNotFoundError as error:
+        rule = (
+            "needs the `datasets` library: pip install 'stabstudy[hf]' (or use a local copy: source parquet or jsonl)"
+        )
+        raise DataError("data.source", rule, "hf") from error
+    if int(version.split(".")[0]) < OLDEST:
+        rule = f"needs datasets >= {OLDEST}: older ones can run a dataset's own code"
+        raise DataError("data.source", rule, f"datasets {version}")
+
+
+def _rows(config: DataConfig) -> Iterator[Any]:
+    import datasets
+
+    stream = datasets.load_dataset(
+        str(Path(config.path or "").expanduser()),
+        name=config.hub_config,
+        split=config.hub_split,
+        revision=config.hub_revision,
+        streaming=True,
+    )
+    if stream.column_names and config.text_column not in stream.column_names:
+        names = ", ".join(stream.column_names)
+        raise DataError("data.text_column", f"{config.path} has only the columns {names}", config.text_column)
+    yield from stream
+
+
+def _explained(error: Exception) -> str:
+    said = first_line(error)
+    if "script" in said.lower():
+        return f"wants to run code of its own, which is never run ({said})"
+    return f"cannot be read as a dataset ({type(error).__name__}: {said})"

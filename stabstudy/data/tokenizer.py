@@ -1,0 +1,193 @@
+"""Text to token ids: bytes, a BPE in local files, or whatever a name means to `transformers`.
+
+    bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
+    DIR, DIR/tokenizer.json     through `tokenizers`
+    DIR, VOCAB.json,MERGES.txt  GPT-2's byte-level BPE from its two files
+    NAME, NAME@REVISION, DIR    through `transformers.AutoTokenizer`; code that comes with a tokenizer is never run
+
+Text cannot forge a document's border: special tokens that are spelled out in it are tokenized as ordinary text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.data.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Ids = NDArray[np.integer[Any]]
+
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
+AUTO_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "config.json",
+)
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # looked for where no tokenizer_config.json says it
+EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer. `encode` takes texts and returns the ids of each, without bos and eos."""
+
+    vocab_size: int  # largest id + 1: the rows of an embedding
+    bos: int | None  # before each document; None where the tokenizer has none or uses its eos for it
+    eos: int | None  # behind each document
+    sha256: str  # of the whole vocabulary and its rules
+    encode: Callable[[list[str]], list[Ids]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tokenizer is: its kind (bytes | json | pair | auto), its local files, and what `auto` loads."""
+
+    kind: str
+    files: tuple[Path, ...] = ()
+    name: str = ""
+    revision: str | None = None
+
+
+def identity(name: str) -> str:
+    """What the tokenizer is without loading it: local files' content, else its name. Raises DataError if not there."""
+    place = _locate(name)
+    if not place.files:
+        return name
+    content = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in place.files]
+    return hashlib.sha256(json.dumps([place.kind, content]).encode()).hexdigest()
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer of a `data.tokenizer` setting. Raises DataError."""
+    place = _locate(name)
+    if place.kind == "bytes":
+        return Tokenizer(258, 256, 257, hashlib.sha256(b"bytes").hexdigest(), _encode_bytes)
+    try:
+        return _load_auto(place) if place.kind == "auto" else _load_files(place)
+    except DataError:
+        raise
+    except Exception as error:  # `tokenizers` raises nothing narrower, AutoTokenizer anything
+        raise DataError("data.tokenizer", _explained(error), repr(name)) from error
+
+
+def _encode_bytes(texts: list[str]) -> list[Ids]:
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def _locate(name: str) -> _Place:
+    if name == "bytes":
+        return _Place("bytes")
+    first, _, second = name.partition(",")
+    if second:
+        return _Place("pair", (_file(first), _file(second)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file() or path.suffix == ".json" or name.startswith((".", "/", "~")):
+        file = _file(name)
+        if file.suffix != ".json":
+            raise DataError("data.tokenizer", "a tokenizer's file must be a tokenizer.json", repr(name))
+        return _Place("json", _with_config(file))
+    repo, _, revision = name.partition("@")
+    return _Place("auto", (), repo, revision or None)
+
+
+def _in_folder(folder: Path) -> _Place:
+    if (folder / "tokenizer.json").is_file():
+        return _Place("json", _with_config(folder / "tokenizer.json"))
+    for vocab, merges in PAIRS:
+        if (folder / vocab).is_file() and (folder / merges).is_file():
+            return _Place("pair", (folder / vocab, folder / merges))
+    found = tuple(sorted({path for pattern in AUTO_FILES for path in folder.glob(pattern) if path.is_file()}))
+    if not found:
+        raise DataError(
+            "data.tokenizer", "the folder holds no tokenizer.json, no vocab.json and merges.txt", str(folder)
+        )
+    return _Place("auto", found, str(folder))
+
+
+def _file(name: str) -> Path:
+    path = Path(name.strip()).expanduser()
+    if not path.is_file():
+        raise DataError("data.tokenizer", "must be a file that exists", repr(name))
+    return path
+
+
+def _with_config(file: Path) -> tuple[Path, ...]:
+    config = file.with_name("tokenizer_config.json")
+    return (file, config) if config.is_file() else (file,)
+
+
+def _load_files(place: _Place) -> Tokenizer:
+    import tokenizers
+
+    if place.kind == "json":
+        core = tokenizers.Tokenizer.from_file(str(place.files[0]))
+        core.no_padding()
+        core.no_truncation()
+    else:
+        core = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*map(str, place.files)))
+        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.encode_special_tokens = True
+    config = json.loads(place.files[1].read_text("utf-8")) if place.kind == "json" and place.files[1:] else None
+    bos, eos = (_special(core, config, key, known) for key, known in (("bos_token", BOS), ("eos_token", EOS)))
+
+    def encode(texts: list[str]) -> list[Ids]:
+        return [np.array(e.ids, np.int64) for e in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return _tokenizer(core.get_vocab(), bos, eos, core.to_str(), encode)
+
+
+def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str, known: tuple[str, ...]) -> int | None:
+    """The id of a special token: as the tokenizer_config.json says, else the first usual name in the vocabulary."""
+    if config is not None and key in config:
+        token = config[key]["content"] if isinstance(config[key], dict) else config[key]
+        known = () if token is None else (token,)
+    ids = (core.token_to_id(token) for token in known)
+    return next((id for id in ids if id is not None), None)
+
+
+def _load_auto(place: _Place) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(place.name, revision=place.revision or "main", trust_remote_code=False)
+
+    def encode(texts: list[str]) -> list[Ids]:
+        encoded = auto(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return [np.array(ids, np.int64) for ids in encoded]
+
+    vocab = auto.get_vocab()
+    rules = auto.backend_tokenizer.to_str() if auto.is_fast else type(auto).__name__
+    return _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode)
+
+
+def _tokenizer(
+    vocab: dict[str, int], bos: int | None, eos: int | None, rules: str, encode: Callable[[list[str]], list[Ids]]
+) -> Tokenizer:
+    largest = max(vocab.values(), default=-1)
+    if not vocab or min(vocab.values()) < 0 or largest >= 2 * len(vocab) + 1024:
+        # Some holes are normal (GPT-4's has 17); a vocabulary of holes is a wrong file and would waste the embedding.
+        got = f"{len(vocab)} tokens, largest id {largest}"
+        raise DataError("data.tokenizer", "the size of the vocabulary must fit its ids", got)
+    whole = json.dumps([sorted(vocab.items()), bos, eos, rules])
+    return Tokenizer(largest + 1, bos if bos != eos else None, eos, hashlib.sha256(whole.encode()).hexdigest(), encode)
+
+
+def _explained(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "wants to run code of its own, which is never run"
+    return f"cannot be loaded ({type(error).__name__}: {first_line(error)})"

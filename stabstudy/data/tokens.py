@@ -1,0 +1,155 @@
+"""Tokenize once, then map: a corpus on disk that every trial of every study opens in milliseconds.
+
+    <cache>/tokens/<key>/tokens.bin    token ids, little endian, uint16 (vocabularies up to 65,536) or uint32
+    <cache>/tokens/<key>/docs.bin      where each document ends, in tokens, uint64
+    <cache>/tokens/<key>/meta.json     counts, dtype, sha256 of both files, fingerprint, tokenizer
+    <cache>/tokens/<key>.lock          held by the process that builds
+
+The key is the data fingerprint, so a cache is never out of date, only unused. It is built in a temporary folder, synced
+and renamed, under a lock: of many trials that start at once one builds and the others wait. Sizes and checksums are
+verified when a process opens it first; a damaged cache is built again. Deleting the folder is always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.config import DataConfig
+from stabstudy.data import building, sources
+from stabstudy.data.building import FORMAT, Meta, Say
+from stabstudy.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized source: arrays mapped from disk, read only."""
+
+    tokens: NDArray[np.unsignedinteger[Any]]  # [n] every document behind the other, bos and eos included
+    doc_ends: NDArray[np.uint64]  # [documents] position behind each document's last token
+    vocab_size: int
+    fingerprint: str  # of the data: source and tokenizer
+    folder: Path
+
+    def document_of(self, position: int) -> int:
+        """The number, from 0, of the document that the token at `position` belongs to."""
+        return int(np.searchsorted(self.doc_ends, position, side="right"))
+
+
+class _Damaged(Exception):
+    """A cache that is not what its meta.json says, or has none."""
+
+
+def prepare(config: DataConfig, cache_dir: Path, say: Say | None = None) -> Corpus:
+    """The corpus of these settings, from the cache or built into it now. Raises DataError.
+
+    Safe to call from any number of processes at once. `say` receives a line for each thing that takes time or should
+    be known: building, waiting for another process, rows skipped, a damaged cache, data pinned by nothing.
+    """
+    say = say or (lambda line: None)
+    fingerprint = sources.fingerprint(config)
+    folder = cache_dir / "tokens" / hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()[:16]
+    with contextlib.suppress(_Damaged):
+        return _open(folder, fingerprint)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.with_suffix(".lock"), say):
+        try:
+            return _open(folder, fingerprint)
+        except _Damaged as error:
+            if folder.exists():
+                say(f"data: the token cache {folder} is damaged ({error}) and is built again")
+        building.build(config, folder, fingerprint, say)
+        return _open(folder, fingerprint)
+
+
+def default_cache_dir() -> Path:
+    """$STABSTUDY_CACHE, else $XDG_CACHE_HOME/stabstudy, else ~/.cache/stabstudy, else a folder for temporary files.
+
+    The last where no home can be written. Raises DataError if $STABSTUDY_CACHE is set and cannot be written.
+    """
+    if asked := os.environ.get("STABSTUDY_CACHE"):
+        if not _writable(Path(asked)):
+            raise DataError("$STABSTUDY_CACHE", "must be a folder that can be written", repr(asked))
+        return Path(asked)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    usual = Path(base, "stabstudy")
+    if usual.is_absolute() and _writable(usual):
+        return usual
+    shared = Path(tempfile.gettempdir(), f"stabstudy-{os.getuid()}")
+    if _writable(shared) and shared.stat().st_uid == os.getuid() and not shared.stat().st_mode & 0o022:
+        return shared
+    return Path(tempfile.mkdtemp(prefix="stabstudy-"))  # somebody else's folder of that name
+
+
+_verified: set[tuple[Path, int]] = (
+    set()
+)  # meta.json files, by time of change, whose checksums this process has seen right
+
+
+def _open(folder: Path, fingerprint: str) -> Corpus:
+    """Raises _Damaged."""
+    meta = _read_meta(folder / "meta.json")
+    if meta.format != FORMAT or meta.fingerprint != fingerprint or meta.dtype not in ("<u2", "<u4"):
+        raise _Damaged("meta.json is of other data")
+    tokens = _map(folder / "tokens.bin", meta.dtype, meta.tokens)
+    doc_ends = _map(folder / "docs.bin", "<u8", meta.documents)
+    seen = folder, (folder / "meta.json").stat().st_mtime_ns
+    if seen not in _verified:
+        for array, sha256 in ((tokens, meta.tokens_sha256), (doc_ends, meta.docs_sha256)):
+            if hashlib.sha256(array.data).hexdigest() != sha256:
+                raise _Damaged("wrong checksum")
+        _verified.add(seen)
+    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder)
+
+
+def _read_meta(path: Path) -> Meta:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        return Meta(**body)
+    except (OSError, ValueError, TypeError) as error:
+        raise _Damaged("meta.json cannot be read") from error
+
+
+def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
+    """Raises _Damaged when the file is missing or of another size."""
+    try:
+        size = path.stat().st_size
+        if size != count * np.dtype(dtype).itemsize:
+            raise _Damaged(f"{path.name} has {size} bytes")
+        return np.memmap(path, dtype, mode="r").view(np.ndarray)  # still mapped; indexing it costs less
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{path.name} cannot be read") from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path, say: Say) -> Iterator[None]:
+    """Hold the lock file (flock: free the instant its holder dies); wait for it, saying so."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("data: another process is tokenizing this data; waiting for it")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
