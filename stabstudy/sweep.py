@@ -1,0 +1,170 @@
+"""`python -m stabstudy.sweep`: plan a sweep and train what is not done. Arguments in, words and an exit code out.
+
+Exit codes: 0 all trials done; 2 bad input, nothing started; 3 some trials failed; 4 this machine cannot (disk, lock,
+GPU, Ray, versions); 128 + signal when stopped, resumable; 1 a bug of ours. Everything is imported late: `--help` and
+every error in a configuration answer without torch and ray.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stabstudy.sweeping.plan import Plan
+
+FLAGS = ("--help", "-h", "--version", "--list", "--dry-run", "--status", "--debug")
+MAX_ERRORS = 20
+
+HELP = """\
+Which language-model training recipes are stable, how spiky each is, and why: train a sweep of small models and see.
+
+  python -m stabstudy.sweep                           the quickstart sweep: real text, CPU, about two minutes
+  python -m stabstudy.sweep sweep=depth_lr            the sweep in sweeps/depth_lr.yaml; again: resume it
+  python -m stabstudy.sweep sweep=depth_lr optim.lr=1e-4,1e-3 'model.depth=range(2,11,4)' seeds=5 data=dclm
+
+  --list       every sweep with its question        --dry-run    cells, trials to do, time, disk; starts nothing
+  --status     how far a study is                   --debug      tracebacks instead of one-line errors
+  --help       this text                            --version
+
+Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()  or
+'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in named cases.
+
+  sweep=NAME           which question (default quickstart); ./sweeps is searched before the shipped ones
+  study=NAME           folder of the results below results_dir (default: the sweep's name)
+  results_dir=DIR      default results
+  seeds=5              or seeds=[0,7]
+  launcher=ray|local   local: in this process, one trial after another
+  max_trials=10000     refuse larger products          force=true    launch what the memory estimate refuses
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the arguments say (default: the command line's). Returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    flags = [a for a in given if a.startswith("-") and a not in ("-m", "--multirun")]
+    overrides = [a for a in given if a not in flags]
+    try:
+        return _run(flags, overrides)
+    except BrokenPipeError:  # `| head`: whoever read us has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if "--debug" in flags:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _run(flags: list[str], overrides: list[str]) -> int:
+    from stabstudy.sweeping import machine
+
+    if reason := machine.why_not_python():
+        raise machine.NotReadyError(reason)
+    if unknown := [flag for flag in flags if flag not in FLAGS]:
+        raise _no_flags(unknown)
+    if "--help" in flags or "-h" in flags:
+        return _help()
+    if "--version" in flags:
+        print(f"stabstudy {machine.package_version('stabstudy')}")
+        return 0
+    if "--list" in flags:
+        return _list()
+    if "--status" in flags:
+        return _status(overrides)
+    return _sweep(overrides, dry_run="--dry-run" in flags)
+
+
+def _sweep(overrides: list[str], dry_run: bool) -> int:
+    from stabstudy.sweeping import plan, preview
+
+    made = plan.make_plan(overrides, Path.cwd())
+    for warning in made.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if dry_run:
+        preview.show(made)
+        return 0
+    preview.check_machine(made)
+    return _train(made, overrides)
+
+
+def _train(made: Plan, overrides: list[str]) -> int:
+    from stabstudy.sweeping import launch
+
+    outcome = launch.launch(made)
+    if outcome.signal is not None:
+        command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
+        print(f"stopped; the same command goes on from here: {command}", file=sys.stderr)
+    return outcome.code
+
+
+def _help() -> int:
+    from stabstudy.sweeping import places
+
+    print(HELP)
+    folder = places.conf_folder()
+    for group in sorted(p for p in folder.iterdir() if p.is_dir()):
+        print(f"  {group.name}={'|'.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+    print(f"\nEvery setting with its default: {folder}")
+    return 0
+
+
+def _list() -> int:
+    from stabstudy.sweeping import places, words
+
+    words.table(("sweep", "question"), [(s.name, s.question) for s in places.sweeps(Path.cwd())])
+    return 0
+
+
+def _status(overrides: list[str]) -> int:
+    from stabstudy.sweeping import arguments, findings, plan, status
+
+    found = findings.Findings()
+    request = arguments.read(overrides, None, found)
+    found.stop()
+    status.show(plan.study_folder(request, Path.cwd()))
+    return 0
+
+
+def _no_flags(unknown: list[str]) -> Exception:
+    from stabstudy.config import ConfigError, Problem, nearest
+
+    return ConfigError([Problem(flag, f"is no flag{nearest(flag, list(FLAGS))}") for flag in unknown])
+
+
+def _explain(error: Exception) -> int:
+    """Print one line for each thing that is wrong; return the exit code of its kind."""
+    from stabstudy.config import ConfigError
+    from stabstudy.data.errors import DataError
+    from stabstudy.store import LockHeldError, StoreError
+    from stabstudy.sweeping import words
+    from stabstudy.sweeping.machine import NotReadyError
+
+    if isinstance(error, ConfigError):
+        lines, code = [f"conf: {problem}" for problem in error.problems], 2
+    elif isinstance(error, DataError | StoreError):
+        lines, code = [f"{'data' if isinstance(error, DataError) else 'study'}: {error}"], 2
+    elif isinstance(error, NotReadyError | LockHeldError):
+        lines, code = [f"machine: {line}" for line in str(error).splitlines()], 4
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        lines, code = [f"machine: {error}"], 4
+    else:
+        lines, code = [f"internal: {type(error).__name__}: {error} (a bug; --debug shows where)"], 1
+    for line in lines[:MAX_ERRORS]:
+        print(f"error: {words.safe(line)}", file=sys.stderr)
+    if len(lines) > MAX_ERRORS:
+        print(f"error: and {len(lines) - MAX_ERRORS} more", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    # not main() of this file: run by -m it is `__main__`, and what it imports would see a second copy of it
+    from stabstudy.sweep import main as imported_main
+
+    raise SystemExit(imported_main())

@@ -1,0 +1,1 @@
+"""From words to trials: read what is asked (plan), then train it (launch)."""

@@ -1,0 +1,196 @@
+"""The command line: everything that is no flag is an override in Hydra's own grammar.
+
+`optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
+or chooses a preset. What is said here wins over the sweep file everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
+from stabstudy import store
+from stabstudy.config import GROUPS, ConfigError, Problem, from_dict, read_group, setting, setting_names
+from stabstudy.sweeping import axes, compose, compute, scalars
+from stabstudy.sweeping.axes import Chosen
+from stabstudy.sweeping.findings import Findings
+
+DEFAULT_SWEEP = "quickstart"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch says beside its trials."""
+
+    study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name
+    results_dir: str = setting("results")
+    launcher: str = setting("ray", choices=("ray", "local"))
+    max_trials: int = setting(10_000, ge=1, le=10**6)
+    force: bool = setting(False)  # launch although the memory estimate says that it cannot fit
+
+
+LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis."""
+
+    sweep: str
+    launch: Launch
+    seeds: tuple[int, ...] | None
+    pins: dict[str, Chosen]
+    axes: dict[str, list[Chosen]]
+
+    @property
+    def study(self) -> str:
+        return self.sweep if self.launch.study is None else self.launch.study
+
+
+def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings) -> Request:
+    """The arguments as a Request. Without a loader presets are not checked and `glob` is refused."""
+    parser = OverridesParser.create(config_loader=loader)
+    said: dict[str, Chosen | list[Chosen]] = {}
+    for argument in arguments:
+        if argument not in ("-m", "--multirun"):  # what Hydra users type; every sweep is a multirun here
+            _read_one(argument, parser, loader, said, found)
+    launch_said = {k: said.pop(k) for k in LAUNCH_KEYS if k in said}
+    seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, found)
+    said.pop("seed", None)
+    return Request(
+        str(_value(launch_said.pop("sweep", None), "sweep", found, DEFAULT_SWEEP)),
+        _launch(launch_said, found),
+        seeds,
+        {k: v for k, v in said.items() if isinstance(v, Chosen)},
+        {k: v for k, v in said.items() if isinstance(v, list)},
+    )
+
+
+def _read_one(
+    argument: str,
+    parser: OverridesParser,
+    loader: ConfigLoader | None,
+    said: dict[str, Chosen | list[Chosen]],
+    found: Findings,
+) -> None:
+    origin = f"from override {argument!r}"
+    try:
+        override = parser.parse_overrides([argument])[0]
+    except (HydraException, ValueError, RecursionError):
+        found.take([_unreadable(argument)], origin)
+        return
+    name = override.key_or_group
+    rule = _refusal(override) or scalars.problem(argument.partition("=")[2])
+    if rule:
+        found.refuse(name, rule, origin=origin)
+    elif not _is_known(name):
+        found.refuse(name, f"is no setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
+    elif override.is_sweep_override():
+        written = _enumerated(override, origin, found)
+        said[name] = axes.values(name, written, origin, loader, found) if written is not None else []
+    elif isinstance(override.value(), dict) and name in setting_names():
+        said[name] = axes.values(name, override.value(), origin, loader, found)
+    else:
+        chosen = Chosen(_pinned(override, argument), origin)
+        if loader is None or axes.is_possible(name, chosen, loader, found):
+            said[name] = chosen
+
+
+def _pinned(override: Override, argument: str) -> Any:
+    """The value in the setting's type. Where text is due, digits are text: a study called 2024, a revision 1234567."""
+    name, value = override.key_or_group, override.value()
+    if isinstance(value, int | float) and (name in ("sweep", "study", "results_dir") or axes.kind(name) == "str"):
+        return argument.partition("=")[2].strip()
+    return axes.as_setting(name, value)
+
+
+def _refusal(override: Override) -> str | None:
+    """Why this kind of override is not taken, or None."""
+    name = override.key_or_group
+    if override.type == OverrideType.DEL:
+        return "nothing can be deleted; clipping, for one, is switched off by optim.clip=null"
+    if scalars.INSTANTIATION & set(re.split(r"[^\w]+", override.input_line or "")):
+        return "not allowed: nothing is ever instantiated from a configuration"
+    if name.startswith("sweep."):
+        key = name.removeprefix("sweep.").removeprefix("grid.")
+        example = key if key in (*setting_names(), *GROUPS) else "optim.lr"
+        return f"axes are given directly, as {example}=A,B, and seeds as seeds=5; the rest is edited in the sweep file"
+    if name.startswith("hydra"):
+        return "Hydra's own settings have no effect here"
+    return "packages (@) are not taken here" if override.package is not None else None
+
+
+def _is_known(name: str) -> bool:
+    return name in (*setting_names(), *compose.PRESET_GROUPS, *LAUNCH_KEYS) or name in compute.names()
+
+
+def _enumerated(override: Override, origin: str, found: Findings) -> list[Any] | None:
+    """The values of a sweep-valued override, bounded before they are made."""
+    name, value = override.key_or_group, override.value()
+    if isinstance(value, RangeSweep):
+        start, stop, step = value.start or 0, value.stop or 0, value.step
+        if step == 0 or abs((stop - start) / step) > axes.MAX_VALUES:
+            found.refuse(name, f"a range needs a step and at most {axes.MAX_VALUES} values", origin=origin)
+            return None
+    try:
+        elements = list(override.sweep_iterator())
+    except (HydraException, ValueError, TypeError):
+        found.refuse(name, "has no values to enumerate: list them, or write {log:[low,high],num:n}", origin=origin)
+        return None
+    return [e.text if isinstance(e, QuotedString) else e for e in elements]
+
+
+def _unreadable(argument: str) -> Problem:
+    """What to say about text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
+    name, equals, text = argument.partition("=")
+    if not equals:
+        return Problem(name, "is no override: write KEY=VALUE, or see --help for the flags", repr(argument))
+    if name == "study":
+        return Problem(name, store.check_name(text) or "must be quoted", repr(text))
+    group, _, key = name.rpartition(".")
+    if name in setting_names() and axes.kind(name) != "str":
+        try:
+            from_dict({group: {key: text}} if group else {key: text})
+        except ConfigError as error:
+            return error.problems[0]
+    quote = "quote a value that holds any of , = { } [ ] ( ) ' \" or a space at its end, as \"KEY='VALUE'\""
+    return Problem(name, f"is not in Hydra's override grammar: {quote}", repr(text))
+
+
+def _value(chosen: Chosen | list[Chosen] | None, name: str, found: Findings, default: Any) -> Any:
+    """The one value of a launch key, or the default."""
+    if chosen is None:
+        return default
+    if isinstance(chosen, list):
+        found.refuse(name, "takes one value", origin=chosen[0].origin if chosen else "")
+        return default
+    return chosen.value
+
+
+def _seeds(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> tuple[int, ...] | None:
+    """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
+    if len(said) == 2:
+        found.refuse("seed, seeds", "say one of them")
+    for name, chosen in said.items():
+        if isinstance(chosen, list):
+            return axes.seeds([c.value for c in chosen], chosen[0].origin, found) if chosen else None
+        return axes.seeds([chosen.value] if name == "seed" else chosen.value, chosen.origin, found)
+    return None
+
+
+def _launch(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> Launch:
+    values = {k: _value(v, k, found, getattr(Launch, k)) for k, v in said.items() if k != "seeds"}
+    problems: list[Problem] = []
+    launch = read_group("launch", Launch, values, problems)
+    for problem in problems:
+        name = problem.setting.removeprefix("launch.")
+        chosen = said[name]
+        found.refuse(name, problem.rule, problem.got, chosen.origin if isinstance(chosen, Chosen) else "")
+    return launch

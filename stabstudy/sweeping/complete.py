@@ -1,0 +1,81 @@
+"""From a cell to a complete TrialConfig: presets composed, values on top, every rule checked, every value traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stabstudy.config import GROUPS, ConfigError, Problem, TrialConfig, from_dict
+from stabstudy.sweeping import compose, compute
+from stabstudy.sweeping.arguments import Request
+from stabstudy.sweeping.cells import Cell, make_cell
+from stabstudy.sweeping.compose import Base
+from stabstudy.sweeping.compute import Compute
+from stabstudy.sweeping.findings import Findings
+from stabstudy.sweeping.sweepfile import SweepFile
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A cell with all its values; `choices` names its presets, as Hydra chose them."""
+
+    cell: Cell
+    config: TrialConfig
+    choices: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Completes the cells of one sweep; composes once for each combination of presets."""
+
+    sweep: SweepFile
+    found: Findings
+    bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
+
+    def trial(self, cell: Cell) -> Composed | None:
+        """The cell complete, or None with its problems noted."""
+        base = self._base(cell)
+        try:
+            nested = compose.resolved(base.values, cell.values)
+            settings = {k: v for k, v in nested.items() if k not in ("sweep", "compute")}
+            if unsaid := compose.missing(settings):
+                raise ConfigError([Problem(name, "must be given: it is ??? here") for name in unsaid])
+            return Composed(cell, from_dict(settings), {g: base.choices[g] for g in GROUPS})
+        except ConfigError as error:
+            self._take(error.problems, cell, base)
+            return None
+
+    def compute(self, request: Request) -> Compute:
+        """The `compute` group: the same for every cell, so neither an axis nor a case may change it."""
+        for name in request.axes:
+            if name.partition(".")[0] == "compute":
+                self.found.refuse(name, "takes one value: where trials run cannot vary within a launch")
+        cell = make_cell(request.pins)
+        base = self._base(cell)
+        nested = compose.resolved(base.values, {k: v for k, v in cell.values.items() if k.startswith("compute.")})
+        problems: list[Problem] = []
+        resources = compute.read(nested["compute"], request.launch.launcher, problems)
+        self._take(problems, cell, base)
+        return resources
+
+    def _base(self, cell: Cell) -> Base:
+        key = frozenset(cell.presets.items())
+        if key not in self.bases:
+            self.bases[key] = compose.base(self.sweep.document, self.sweep.name, cell.presets)
+        return self.bases[key]
+
+    def _take(self, problems: list[Problem], cell: Cell, base: Base) -> None:
+        for problem in problems:
+            self.found.take([problem], self._origin(problem.setting, cell, base))
+
+    def _origin(self, settings: str, cell: Cell, base: Base) -> str:
+        """Where the settings of a problem ('model.dim, model.n_heads') were written, each place once."""
+        places: dict[str, None] = {}
+        for name in settings.split(", "):
+            group = name.partition(".")[0]
+            if name in cell.settings:
+                places[cell.settings[name].origin] = None
+            elif name in self.sweep.document.lines:
+                places[self.sweep.document.where(name)] = None
+            elif group in base.choices:
+                places[f"conf/{group}/{base.choices[group]}.yaml"] = None
+        return "; ".join(places)

@@ -1,0 +1,137 @@
+"""conf/ and a sweep file composed by Hydra into plain mappings, once for each combination of presets.
+
+Hydra decides what a file means (defaults, packages, presets); single settings are laid on top afterwards, because a
+composition costs a tenth of a second and a study has hundreds of cells. Interpolations stay unresolved until every
+value of a cell is in place, so `checkpoint_every: ${train.steps}` follows an axis over `train.steps`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stabstudy.config import GROUPS, ConfigError, Problem, nearest
+from stabstudy.sweeping import places
+from stabstudy.sweeping.document import Document, read
+
+PRESET_GROUPS = (*GROUPS, "compute")
+"""The groups of conf/. `compute` says where trials run and is no part of a trial."""
+
+Nested = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What one choice of presets composes to: nested values, interpolations unresolved, and the choices made."""
+
+    values: Nested
+    choices: dict[str, str]
+
+
+@contextlib.contextmanager
+def conf() -> Iterator[ConfigLoader]:
+    """Hydra set up over conf/, after every file there was checked. Raises ConfigError."""
+    folder = places.conf_folder()
+    problems: list[Problem] = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            read(path, f"conf/{path.relative_to(folder).as_posix()}")
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    with initialize_config_dir(str(folder), job_name="stabstudy", version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def presets(loader: ConfigLoader, group: str) -> list[str]:
+    """The names of the group's presets."""
+    return sorted(loader.get_group_options(group, ObjectType.CONFIG))
+
+
+def check_preset(loader: ConfigLoader, group: str, name: object) -> Problem | None:
+    """What is wrong with choosing preset `name` of the group; None for a known one, and for what is no group."""
+    if group not in PRESET_GROUPS or name in (known := presets(loader, group)):
+        return None
+    return Problem(group, f"must name a preset{nearest(str(name), known)}", repr(name))
+
+
+def base(sweep: Document, name: str, choices: Mapping[str, str]) -> Base:
+    """The sweep over the primary configuration, with these presets instead of its own. Raises ConfigError."""
+    ConfigStore.instance().store(
+        group="sweep", name=name, node=OmegaConf.create(sweep.content), package="_global_", provider=sweep.name
+    )
+    overrides = [f"+sweep={name}", *(f"{group}={preset}" for group, preset in sorted(choices.items()))]
+    try:
+        composed = compose("trial", overrides=overrides, return_hydra_config=True)
+        made = dict(composed.hydra.runtime.choices)
+        values = OmegaConf.to_container(composed, resolve=False)
+    except MissingConfigException as error:
+        raise ConfigError(_missing(error, sweep)) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(Problem(sweep.name, f"cannot be composed: {_first_line(error)}")) from error
+    assert isinstance(values, dict)
+    nested = {str(k): v for k, v in values.items() if k != "hydra"}
+    return Base(nested, {g: str(made[g]) for g in PRESET_GROUPS if g in made})
+
+
+def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
+    """A copy of the composed values with dotted settings laid on top and every interpolation resolved.
+
+    Raises ConfigError for a reference to nothing, a cycle, an unset environment variable.
+    """
+    nested = copy.deepcopy(values)
+    for name, value in settings.items():
+        group, _, key = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[key] = value
+    if not _interpolates(nested):
+        return nested
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(nested), resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        name = getattr(error, "full_key", None) or "interpolation"
+        raise ConfigError(Problem(name, f"cannot be resolved: {_first_line(error)}")) from error
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def missing(nested: Nested, prefix: str = "") -> list[str]:
+    """Dotted names of the values that are still `???`."""
+    found: list[str] = []
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            found += missing(value, f"{prefix}{key}.")
+        elif value == "???":
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _interpolates(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_interpolates(v) for v in value.values())
+    if isinstance(value, list):
+        return any(_interpolates(v) for v in value)
+    return isinstance(value, str) and "${" in value
+
+
+def _missing(error: MissingConfigException, sweep: Document) -> Problem:
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    where = sweep.where("defaults")
+    return Problem(group or "defaults", f"has no preset {name!r}{nearest(name, list(error.options or []))} ({where})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,142 @@
+"""One YAML file, read with suspicion: every problem named with its line before anything is composed from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stabstudy.config import ConfigError, Problem
+from stabstudy.sweeping import scalars
+
+MAX_BYTES = 2**20
+MAX_NODES = 10_000
+"""With aliases written out: a file of one kilobyte can stand for a billion nodes."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A checked file: its content, and the line of every key under its dotted path."""
+
+    name: str
+    text: str
+    content: dict[str, Any] = field(repr=False)
+    lines: dict[str, int] = field(repr=False)
+
+    def where(self, path: str) -> str:
+        """'sweeps/x.yaml:12', or the file alone where the key is not in it."""
+        return f"{self.name}:{self.lines[path]}" if path in self.lines else self.name
+
+
+def read(path: Path, name: str, max_nodes: int = MAX_NODES) -> Document:
+    """The file as a Document, called `name` in messages. Raises ConfigError with every problem of the text."""
+    text = _decoded(path, name)
+    lines: dict[str, int] = {}
+    try:
+        problems = list(_walk(_parsed(text, name, max_nodes), "", name, lines, set()))
+        if problems:
+            raise ConfigError(problems)
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except RecursionError as error:
+        raise ConfigError(Problem(name, "is nested too deeply")) from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(Problem(name, _first_line(error))) from error
+    if not isinstance(content, dict):
+        raise ConfigError(Problem(f"{name}:1", "must hold a mapping of settings"))
+    return Document(name, text, {str(k): v for k, v in content.items()}, lines)
+
+
+def _decoded(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(Problem(name, f"cannot be read ({error.strerror})")) from error
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(Problem(name, "must be at most 1 MiB"))
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(Problem(f"{name}:1", "starts with a byte order mark: save it as UTF-8 without one"))
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(Problem(f"{name}:{line}", "is not UTF-8", f"byte 0x{raw[error.start]:02x}")) from error
+
+
+def _parsed(text: str, name: str, max_nodes: int) -> yaml.Node:
+    """The node graph, aliases still shared, of a file whose written-out size is bounded."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        at = f"{name}:{mark.line + 1}" if mark else name
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(Problem(at, f"is no YAML: {reason}")) from error
+    if root is None:
+        raise ConfigError(Problem(f"{name}:1", "is empty"))
+    if _size(root, {}, name) > max_nodes:
+        raise ConfigError(Problem(name, f"holds more than {max_nodes} values once its aliases are written out"))
+    return root
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _size(node: yaml.Node, known: dict[int, int], name: str) -> int:
+    """Number of nodes with every alias written out; each distinct node is visited once."""
+    if id(node) not in known:
+        known[id(node)] = -1
+        known[id(node)] = 1 + sum(_size(child, known, name) for child in _children(node))
+    if known[id(node)] < 0:
+        raise ConfigError(Problem(f"{name}:{node.start_mark.line + 1}", "an alias contains itself"))
+    return known[id(node)]
+
+
+def _walk(node: yaml.Node, path: str, name: str, lines: dict[str, int], seen: set[int]) -> Iterator[Problem]:
+    """Problems of every scalar and key below `node`; fills `lines`. Each distinct node is visited once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        rule = scalars.problem(node.value)
+        if rule is None and node.style is None:
+            rule = scalars.ambiguous(node.value, node.tag)
+        if rule:
+            yield Problem(f"{name}:{node.start_mark.line + 1}", f"{path}: {rule}" if path else rule)
+    elif isinstance(node, yaml.MappingNode):
+        yield from _walk_mapping(node, path, name, lines, seen)
+    else:
+        for item in _children(node):
+            yield from _walk(item, path, name, lines, seen)
+
+
+def _walk_mapping(
+    node: yaml.MappingNode, path: str, name: str, lines: dict[str, int], seen: set[int]
+) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            yield Problem(f"{name}:{line}", "a key must be text")
+            continue
+        below = f"{path}.{key.value}" if path else key.value
+        lines.setdefault(below, line)
+        if key.value in first:
+            yield Problem(f"{name}:{line}", f"key {key.value!r} stands twice (first on line {first[key.value]})")
+        if key.value in scalars.INSTANTIATION:
+            yield Problem(f"{name}:{line}", f"{below}: not allowed: nothing is ever instantiated from a configuration")
+        first.setdefault(key.value, line)
+        yield from _walk(key, below, name, lines, seen)
+        yield from _walk(value, below, name, lines, seen)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,156 @@
+"""What a plan will cost: tokens, arithmetic, time, disk, memory. Estimates, and said to be.
+
+Arithmetic is that of the decoder in `training/model.py`. Time comes from finished trials of the same study where there
+are any, else from a rule of thumb that fits two measurements on one core (Zen 4, fp32, one thread): 7.2 ms a step for
+2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64 and 512 tokens. Bytes are those of the trace's
+format at the widths measured (208 bytes a row at 14 layer groups).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stabstudy import store, trace
+from stabstudy.config import ConfigError, Problem, TrialConfig, from_dict
+from stabstudy.sweeping import machine
+from stabstudy.sweeping.compute import Compute
+
+BYTE_VOCABULARY = 258
+ASSUMED_VOCABULARY = 65_536
+"""Rows of the embedding where only loading the tokenizer would tell."""
+
+CORE_FLOPS = 44e9  # a CPU core on small matrices, fp32
+GPU_FLOPS = 1e14  # one recent GPU, bf16; an order of magnitude, not a measurement
+STEP_SECONDS = {"cpu": 0.006, "gpu": 0.01}  # what a step costs beside its arithmetic
+START_SECONDS = 3.0  # of a trial: its model, its data, its files
+BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments of AdamW, one temporary
+ACTIVATION_BYTES = 84  # per token, layer and unit of width
+PROCESS_BYTES = 0.7e9  # a process with torch in it
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of trials: tokens, floating-point operations, seconds one after another and on the slots there are, bytes."""
+
+    tokens: int
+    flops: float
+    seconds: float
+    wall_seconds: float | None  # null: on a cluster whose size is not known here
+    slots: int | None
+    disk: float
+    measured: bool  # seconds from finished trials of this study
+
+
+def vocabulary(config: TrialConfig) -> int:
+    """Rows of the embedding, as far as they are known without loading a tokenizer."""
+    return BYTE_VOCABULARY if config.data.tokenizer == "bytes" else ASSUMED_VOCABULARY
+
+
+def flops(config: TrialConfig) -> float:
+    """Forward and backward of all steps: 6 per weight and token, plus 6 * width * tokens seen, per layer (causal)."""
+    m = config.model
+    weights = m.parameters(vocabulary(config)) - (0 if m.tied else vocabulary(config) * m.dim)  # a lookup is free
+    attention = 6 * m.depth * m.dim * config.data.seq_len
+    return float(config.tokens) * (6 * weights + attention)
+
+
+def memory(config: TrialConfig) -> float:
+    """Bytes that a trial needs at its peak: weights and their moments, activations of one micro-batch, logits."""
+    m, tokens = config.model, config.train.micro_batch * config.data.seq_len
+    activations = tokens * m.dim * m.depth * ACTIVATION_BYTES
+    return m.parameters(vocabulary(config)) * BYTES_PER_PARAMETER + activations + 12.0 * tokens * vocabulary(config)
+
+
+def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
+    """Bytes that a finished trial leaves behind."""
+    record = config.train.steps * (96 + 8 * (config.model.depth + 2))
+    probes = config.train.steps / config.train.probe_every * 400
+    kept = 2 * checkpoint_bytes(config) if keep_checkpoints else 0
+    return record + probes + kept + 10_000
+
+
+def checkpoint_bytes(config: TrialConfig) -> float:
+    """Weights and both moments in fp32."""
+    return 12.0 * config.model.parameters(vocabulary(config))
+
+
+def cost(configs: Sequence[TrialConfig], compute: Compute, launcher: str, rate: float | None) -> Cost:
+    """Of training these. `rate`: operations per second measured in this study, or None."""
+    seconds = sum(_seconds(config, compute, rate) for config in configs)
+    count = slots(compute, launcher)
+    wall = None
+    if count is not None and configs:
+        longest = max(_seconds(config, compute, rate) for config in configs)
+        wall = max(longest, seconds / min(count, len(configs)))
+    running = sorted((checkpoint_bytes(c) for c in configs), reverse=True)[: count or 1]
+    return Cost(
+        tokens=sum(config.tokens for config in configs),
+        flops=sum(flops(config) for config in configs),
+        seconds=seconds,
+        wall_seconds=wall,
+        slots=count,
+        disk=sum(disk(config, compute.keep_checkpoints) for config in configs) + 2 * sum(running),
+        measured=rate is not None,
+    )
+
+
+def slots(compute: Compute, launcher: str) -> int | None:
+    """Trials that run at once on this machine; None on a cluster."""
+    if launcher == "local":
+        return 1
+    if compute.address is not None:
+        return compute.max_concurrent
+    fit = machine.cores() // compute.cpus_per_trial
+    if compute.gpus_per_trial:
+        fit = min(fit, math.floor(len(machine.gpu_memory()) / compute.gpus_per_trial))
+    return max(1, min(fit, compute.max_concurrent or fit))
+
+
+def measured_rate(study: store.StudyFolder, trial_ids: Iterable[str], limit: int = 16) -> float | None:
+    """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
+    done = [f for f in map(study.trial, trial_ids) if f.state_file.exists() and f.read_state().status == "done"]
+    operations = spent = 0.0
+    for folder in done[:limit]:
+        try:
+            rows = folder.rows(trace.TRACE, verify=False)
+            config = from_dict(folder.read_config()["config"])
+        except (store.StoreError, trace.DamagedRecord, ConfigError, KeyError, OSError):
+            continue
+        if rows is not None and len(rows):
+            spent += float(rows["seconds"].sum())
+            operations += flops(config) * len(rows) / config.train.steps
+    return operations / spent if spent > 0 else None
+
+
+def too_large(configs: Iterable[TrialConfig], compute: Compute) -> list[Problem]:
+    """A problem where the largest trial cannot fit where it would run. The memory of a cluster is not known here."""
+    gpu = compute.gpus_per_trial > 0
+    if compute.address is not None:
+        return []
+    there = machine.gpu_memory()
+    if gpu and not there:
+        return []  # refused for another reason
+    room = max(there) * max(1.0, compute.gpus_per_trial) if gpu else machine.memory()
+    largest = max(configs, key=memory, default=None)
+    if largest is None or memory(largest) + PROCESS_BYTES * (not gpu) <= room:
+        return []
+    where = "GPU" if gpu else "machine"
+    rule = f"the model must fit this {where}'s {room / 1e9:.0f} GB (force=true launches all the same)"
+    m = largest.model
+    got = f"about {memory(largest) / 1e9:,.0f} GB for {m.parameters(vocabulary(largest)):,} parameters"
+    return [Problem("model.depth, model.dim, train.batch_size", rule, got)]
+
+
+def _seconds(config: TrialConfig, compute: Compute, rate: float | None) -> float:
+    """Of one trial. The evaluations cost a third of a training step per token."""
+    t = config.train
+    evaluations = 2 + t.steps // t.eval_every
+    steps = t.steps + evaluations * t.eval_sequences / t.batch_size / 3
+    per_step = flops(config) / t.steps
+    if rate:
+        return START_SECONDS + steps * per_step / rate
+    if compute.gpus_per_trial:
+        return START_SECONDS + steps * (STEP_SECONDS["gpu"] + per_step / (GPU_FLOPS * compute.gpus_per_trial))
+    return START_SECONDS + steps * (STEP_SECONDS["cpu"] + per_step / (CORE_FLOPS * compute.threads))

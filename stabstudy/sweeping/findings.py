@@ -1,0 +1,45 @@
+"""What is wrong or odd about a launch, collected while reading goes on, so that all of it is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from stabstudy.config import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Problems stop the launch; warnings are shown and the launch goes on. Each is kept once, in order."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def refuse(self, setting: str, rule: str, got: str = "", origin: str = "") -> None:
+        """Note a problem; `origin` says where the value was written."""
+        self.take([Problem(setting, rule, got)], origin)
+
+    def take(self, problems: Iterable[Problem], origin: str = "") -> None:
+        """Note problems found elsewhere."""
+        for problem in problems:
+            located = at(problem, origin)
+            if located not in self.problems:
+                self.problems.append(located)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def stop(self) -> None:
+        """Raise ConfigError if anything was refused so far."""
+        if self.problems:
+            raise ConfigError(self.problems)
+
+
+def at(problem: Problem, origin: str) -> Problem:
+    """The problem with the place of the value behind it."""
+    if not origin:
+        return problem
+    if problem.got:
+        return replace(problem, got=f"{problem.got} ({origin})")
+    return replace(problem, rule=f"{problem.rule} ({origin})")

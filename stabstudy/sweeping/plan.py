@@ -1,0 +1,152 @@
+"""From words to trials: the command line and a sweep file become a Plan, with every problem of the launch at once.
+
+Nothing is started and nothing is written here, and neither torch nor ray is imported: `--dry-run` and every error in
+a configuration answer from this module alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy import store
+from stabstudy.config import ConfigError
+from stabstudy.sweeping import arguments, cells, compose, estimate, record, sweepfile
+from stabstudy.sweeping.arguments import Request
+from stabstudy.sweeping.axes import Alternatives
+from stabstudy.sweeping.complete import Composed, Composer
+from stabstudy.sweeping.compute import Compute
+from stabstudy.sweeping.findings import Findings
+from stabstudy.sweeping.sweepfile import SweepFile
+from stabstudy.sweeping.trials import PlannedTrial, fingerprints, planned, without_excluded
+
+__all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
+
+ENOUGH = 20
+"""Problems after which no further cell is looked at."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies: a setting under its dotted name, or a group ("data"), and its values in order."""
+
+    name: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a launch needs to know. Trials come seed by seed: every cell once before any cell twice."""
+
+    study: str
+    folder: Path
+    question: str
+    axes: tuple[Axis, ...]
+    trials: tuple[PlannedTrial, ...]
+    sweep_text: str  # what sweep.yaml will say
+    compute: Compute
+    launcher: str
+    warnings: tuple[str, ...]
+    argv: tuple[str, ...]  # as typed, secrets hidden
+
+    def values(self, trial: PlannedTrial) -> list[Any]:
+        """The trial's value on each axis, in the order of the axes."""
+        known = {**cfg.flat(trial.config), **trial.choices}
+        return [known[axis.name] for axis in self.axes]
+
+
+def make_plan(given: list[str], cwd: Path) -> Plan:
+    """The plan of `python -m stabstudy.sweep GIVEN...` (flags taken out) typed in folder `cwd`.
+
+    Raises ConfigError with every problem of the launch: its settings, and the data that they name.
+    """
+    found = Findings()
+    try:
+        return _plan(given, cwd, found)
+    except ConfigError as error:  # what made going on impossible, behind what was found before
+        found.take(error.problems)
+        raise ConfigError(found.problems) from error
+
+
+def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
+    with compose.conf() as loader:
+        request = arguments.read(given, loader, found)
+        if rule := store.check_name(request.study):
+            found.refuse("study", rule, repr(request.study))
+        sweep = sweepfile.read(request.sweep, cwd, loader, found)
+        product = cells.factors(sweep, request)
+        composer = Composer(sweep, found)
+        composed = _completed(composer, sweep, request, product)
+        resources = composer.compute(request)
+    known = fingerprints((c.config.data for c in composed), found)
+    found.stop()
+    every = planned(composed, request.seeds or sweep.seeds, known, found)
+    trials = without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found)
+    folder = study_folder(request, cwd)
+    before = record.belongs(folder, sweep.name, known, found)
+    if not request.launch.force:
+        found.take(estimate.too_large([t.config for t in trials], resources))
+    found.stop()
+    varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
+    body = _body(sweep, request, varying, trials) | {"data": record.data_records(before, known)}
+    body |= {"compute": dataclasses.asdict(resources), "command": given}
+    for change in record.changes(before, body):
+        found.warn(change)
+    return Plan(
+        request.study,
+        folder,
+        sweep.question,
+        varying,
+        tuple(trials),
+        record.text(body),
+        resources,
+        request.launch.launcher,
+        tuple(found.warnings),
+        tuple(record.redact(given)),
+    )
+
+
+def study_folder(request: Request, cwd: Path) -> Path:
+    """Where the study's files lie."""
+    return cwd / Path(request.launch.results_dir).expanduser() / request.study
+
+
+def _completed(composer: Composer, sweep: SweepFile, request: Request, product: list[Alternatives]) -> list[Composed]:
+    """Every cell without a problem. Raises ConfigError at once for a product that is too large to look at."""
+    seeds, found = request.seeds or sweep.seeds, composer.found
+    if not cells.check_count(product, len(sweep.cases), len(seeds), request.launch.max_trials, found):
+        found.stop()
+    composed = []
+    for cell in cells.enumerate_cells(sweep, request, product):
+        complete = composer.trial(cell)
+        if complete:
+            composed.append(complete)
+        elif len(found.problems) >= ENOUGH:
+            found.stop()
+    return composed
+
+
+def _body(
+    sweep: SweepFile, request: Request, varying: tuple[Axis, ...], trials: Sequence[PlannedTrial]
+) -> dict[str, Any]:
+    """What sweep.yaml says of the question; `settings` are those that no trial differs in."""
+    flats = [cfg.flat(t.config) for t in trials]
+    fixed = {k: v for k, v in flats[0].items() if k != "seed" and all(f[k] == v for f in flats)}
+    choices = {g: p for g, p in trials[0].choices.items() if all(t.choices[g] == p for t in trials)}
+    return {
+        "format": cfg.FORMAT_VERSION,
+        "sweep": sweep.name,
+        "question": sweep.question,
+        "trials": len(trials),
+        "seeds": list(dict.fromkeys(t.config.seed for t in trials)),
+        "axes": {axis.name: list(axis.values) for axis in varying},
+        "cases": {case: {n: c.value for n, c in chosen.items()} for case, chosen in sweep.cases.items()},
+        "exclude": [expression.text for expression in sweep.exclude],
+        "choices": choices,
+        "settings": fixed,
+        "launcher": request.launch.launcher,
+    }

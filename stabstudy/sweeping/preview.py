@@ -1,0 +1,73 @@
+"""`--dry-run`: what a launch would do, and roughly what it would cost. Starts and writes nothing."""
+
+from __future__ import annotations
+
+from stabstudy import store
+from stabstudy.sweeping import estimate, machine, words
+from stabstudy.sweeping.plan import Plan
+
+SHOWN = 40
+"""Cells listed before the rest is counted."""
+
+
+def show(plan: Plan) -> None:
+    """Print the plan: its axes and cells, trials done and to do, tokens, arithmetic, time and disk."""
+    study = store.StudyFolder(plan.folder)
+    done = {t.trial_id for t in plan.trials if study.trial(t.trial_id).read_state().status == "done"}
+    print(f"{plan.study}: {plan.question}")
+    for axis in plan.axes:
+        print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
+    _cells(plan, done)
+    todo = [t for t in plan.trials if t.trial_id not in done]
+    cells = len({t.cell_id for t in plan.trials})
+    print(f"{len(plan.trials)} trials of {cells} cells: {len(done)} done, {len(todo)} to do in {plan.folder}")
+    if todo:
+        rate = estimate.measured_rate(study, done)
+        print(_cost(estimate.cost([t.config for t in todo], plan.compute, plan.launcher, rate)))
+    for reason in why_not_here(plan):
+        print(f"this machine cannot start it: {reason}")
+
+
+def _cells(plan: Plan, done: set[str]) -> None:
+    cells: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
+    for trial in plan.trials:
+        cells.setdefault(trial.cell_id, []).append(trial.trial_id)
+        values = plan.values(trial)
+        labels.setdefault(trial.cell_id, [trial.case or "", *("null" if v is None else str(v) for v in values)])
+    rows = [[cell, *labels[cell], str(len(ids)), str(sum(i in done for i in ids))] for cell, ids in cells.items()]
+    columns = ["cell", "case", *(axis.name for axis in plan.axes), "trials", "done"]
+    if not any(row[1] for row in rows):
+        columns, rows = [c for c in columns if c != "case"], [[row[0], *row[2:]] for row in rows]
+    words.table(columns, rows[:SHOWN])
+    if len(rows) > SHOWN:
+        print(f"... and {len(rows) - SHOWN} more cells")
+
+
+def _cost(cost: estimate.Cost) -> str:
+    where = f"{cost.slots} at a time" if cost.slots else "on a cluster"
+    time = words.duration(cost.seconds if cost.wall_seconds is None else cost.wall_seconds)
+    basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"
+    return (
+        f"about {words.amount(cost.tokens)} tokens, {words.amount(cost.flops)}FLOP, "
+        f"{time} {where} ({basis}), {words.amount(cost.disk)}B of disk"
+    )
+
+
+def check_machine(plan: Plan) -> None:
+    """Raises NotReadyError, one line for each reason why this machine cannot start the plan."""
+    if reasons := why_not_here(plan):
+        raise machine.NotReadyError("\n".join(reasons))
+
+
+def why_not_here(plan: Plan) -> list[str]:
+    """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
+    needed = estimate.cost([t.config for t in plan.trials], plan.compute, plan.launcher, None).disk
+    reasons = machine.why_not_versions(plan.launcher)
+    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed))])
+    gpus, cpus = plan.compute.gpus_per_trial, plan.compute.cpus_per_trial
+    if plan.compute.address is None and gpus and not machine.gpu_memory():
+        reasons.append(f"compute.gpus_per_trial={gpus:g}: there is no GPU here; compute=cpu runs on cores")
+    if plan.compute.address is None and cpus > machine.cores():
+        reasons.append(f"compute.cpus_per_trial={cpus}: this machine has {machine.cores()} cores")
+    return reasons

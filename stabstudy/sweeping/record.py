@@ -1,0 +1,125 @@
+"""sweep.yaml: what was asked, kept with the study; and whether a new launch belongs to the study that is there.
+
+A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
+added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stabstudy import config as cfg
+from stabstudy import store
+from stabstudy.config import DataConfig
+from stabstudy.sweeping import document
+from stabstudy.sweeping.findings import Findings
+
+HEADER = "# What was asked, as composed and launched last. Written by the program; the trials' files are the truth.\n"
+OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
+"""What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
+
+_SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+)
+HIDDEN = "<hidden>"
+
+
+def redact(value: Any) -> Any:
+    """The value with secrets replaced: under keys that name one, and text that looks like one."""
+    if isinstance(value, Mapping):
+        return {k: HIDDEN if v and _names_secret(str(k)) else redact(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v) for v in value]
+    return _SECRET_VALUE.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def _names_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key.rpartition(".")[2]) is not None
+
+
+def text(body: Mapping[str, Any]) -> str:
+    """The body as the text of sweep.yaml, without secrets. Any YAML reader reads the same numbers from it."""
+    return HEADER + OmegaConf.to_yaml(OmegaConf.create(redact(body)))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What sweep.yaml in the folder says, or None where there is none. Raises ConfigError when it is broken."""
+    path = store.StudyFolder(folder).sweep_file
+    return document.read(path, str(path), max_nodes=100 * document.MAX_NODES).content if path.is_file() else None
+
+
+def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], found: Findings) -> dict[str, Any]:
+    """Refuse a launch that would mix two studies. Returns what sweep.yaml said before, {} for a new study."""
+    before = read(folder)
+    if before is None:
+        if strangers := _strangers(folder):
+            found.refuse("study", f"{folder} is no study of this program: it holds {', '.join(strangers[:3])}")
+        return {}
+    named, version = before.get("sweep"), before.get("format")
+    if not isinstance(version, int) or version > cfg.FORMAT_VERSION:
+        found.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
+    elif named != sweep:
+        hint = "give this one a name of its own with study=NAME"
+        found.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, there sweep {named}")
+    else:
+        _same_data(before, fingerprints, found)
+    return before
+
+
+def data_records(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str]) -> list[dict[str, Any]]:
+    """Every text that the study has trained on: the settings that differ from the defaults, and its fingerprint."""
+    known = {_key(r["settings"]): r for r in _records(before)}
+    for data, fingerprint in fingerprints.items():
+        settings = _differing(data)
+        known[_key(settings)] = {"fingerprint": fingerprint, "settings": settings}
+    return list(known.values())
+
+
+def changes(before: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
+    """Settings that no trial of the earlier launch differed in and that this launch sets otherwise, one line each."""
+    was, now = before.get("settings"), body["settings"]
+    if not isinstance(was, dict):
+        return []
+    differing = [k for k in now if k in was and was[k] != now[k]]
+    return [f"{k}: {now[k]!r} now, {was[k]!r} in the launch before; the study holds trials of both" for k in differing]
+
+
+def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str], found: Findings) -> None:
+    known = {_key(r["settings"]): str(r["fingerprint"]) for r in _records(before)}
+    for data, fingerprint in fingerprints.items():
+        was = known.get(_key(_differing(data)), fingerprint)
+        if was != fingerprint:
+            rule = f"the text of source {data.source} has changed since this study began: use another study=NAME"
+            found.refuse("data", rule, f"fingerprint {fingerprint}, then {was}")
+
+
+def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    written = before.get("data")
+    listed = written if isinstance(written, list) else []
+    return [r for r in listed if isinstance(r, dict) and "settings" in r and "fingerprint" in r]
+
+
+def _differing(data: DataConfig) -> dict[str, Any]:
+    default = asdict(DataConfig())
+    return {"source": data.source, **{k: v for k, v in asdict(data).items() if v != default[k]}}
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(redact(settings), sort_keys=True)
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What in an existing folder shows that it is no study, or one whose sweep.yaml is gone."""
+    if not folder.is_dir():
+        return []
+    trials = ["trials but no sweep.yaml"] if store.StudyFolder(folder).trials() else []
+    others = [p.name for p in sorted(folder.iterdir()) if p.name not in OWN and not p.name.startswith(".")]
+    return trials + [name for name in others if not name.endswith(".tmp")]

@@ -1,0 +1,156 @@
+"""A named sweep: the question in the file's header, and what its `sweep:` block varies.
+
+    sweep:
+      seeds: [0, 1, 2]                       or a number of seeds
+      grid: {model.depth: [2, 6], optim.lr: {log: [1e-4, 1e-2], num: 5}, data: [c4, dclm]}
+      zip: [{train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}]
+      cases: {lingua_1b: {optim.lr: 3e-3, optim.weight_decay: 0.033}}
+      exclude: ["model.depth == 10 and optim.lr > 3e-3"]
+
+The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+
+from stabstudy.config import ConfigError, nearest, setting_names
+from stabstudy.sweeping import axes, compose, document, grammar, places
+from stabstudy.sweeping.axes import Alternatives, Chosen
+from stabstudy.sweeping.document import Document
+from stabstudy.sweeping.findings import Findings
+
+KEYS = ("seeds", "grid", "zip", "cases", "exclude")
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """What a sweep file asks, before the command line has its say."""
+
+    name: str
+    question: str
+    document: Document
+    seeds: tuple[int, ...]
+    factors: tuple[Alternatives, ...]
+    cases: dict[str, dict[str, Chosen]]
+    exclude: tuple[grammar.Expression, ...]
+
+
+def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFile:
+    """The sweep called `name`. Raises ConfigError where there is no such file or its text is broken."""
+    path = places.find_sweep(name, cwd)
+    doc = document.read(path, places.shown(path, cwd))
+    known = (*compose.PRESET_GROUPS, "sweep", "defaults")
+    for key in doc.content:
+        if key == "seed":
+            found.refuse("seed", "write sweep.seeds", origin=doc.where(key))
+        elif key not in known:
+            found.refuse(key, f"has no place in a sweep file{nearest(key, list(known))}", origin=doc.where(key))
+    block = _mapping(doc.content.get("sweep"), "sweep", doc, found)
+    for key in [key for key in block if key not in KEYS]:
+        part = f"sweep.{key}"
+        found.refuse(part, f"is no part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
+    factors = [factor for factor in (*_grid(block, doc, loader, found), *_zips(block, doc, loader, found)) if factor]
+    _refuse_twice(factors, doc, found)
+    where = doc.where("sweep.seeds")
+    return SweepFile(
+        name,
+        places.question(doc.text),
+        doc,
+        axes.seeds(block["seeds"], where, found) if "seeds" in block else (0,),
+        tuple(factors),
+        _cases(block, doc, loader, found),
+        _exclusions(block, doc, found),
+    )
+
+
+def _grid(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:
+    grid = _mapping(block.get("grid"), "sweep.grid", doc, found)
+    return [_axis(name, written, doc.where(f"sweep.grid.{name}"), loader, found) for name, written in grid.items()]
+
+
+def _axis(name: str, written: Any, origin: str, loader: ConfigLoader, found: Findings) -> Alternatives:
+    if isinstance(written, dict) and f"{name}.{next(iter(written), '')}" in setting_names():
+        key = next(iter(written))
+        found.refuse(name, f"an axis is written under its dotted name, {name}.{key}: [...]", origin=origin)
+        return []
+    if not axes.check_name(name, origin, found):
+        return []
+    return [{name: chosen} for chosen in axes.values(name, written, origin, loader, found)]
+
+
+def _zips(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:
+    """Axes that advance together: one factor for each mapping of the list."""
+    written, origin = block.get("zip"), doc.where("sweep.zip")
+    if written is None:
+        return []
+    if not isinstance(written, list) or not all(isinstance(z, dict) and z for z in written):
+        found.refuse("sweep.zip", "must be a list of mappings from settings to equally long lists", origin=origin)
+        return []
+    factors = []
+    for pairing in written:
+        lengths = {name: len(v) if isinstance(v, list) else 0 for name, v in pairing.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            got = ", ".join(f"{name}: {n}" for name, n in lengths.items())
+            found.refuse("sweep.zip", "zipped axes must be lists of one length", got, origin)
+        elif all(axes.check_name(name, origin, found) for name in pairing):
+            factors.append(_paired(pairing, origin, loader, found))
+    return factors
+
+
+def _paired(pairing: dict[str, list[Any]], origin: str, loader: ConfigLoader, found: Findings) -> Alternatives:
+    """One alternative for each position; a value may stand twice in one list as long as the pairs differ."""
+    rows = []
+    for row in zip(*pairing.values(), strict=True):
+        chosen = {name: Chosen(axes.as_setting(name, v), origin) for name, v in zip(pairing, row, strict=True)}
+        if all(axes.is_possible(name, c, loader, found) for name, c in chosen.items()):
+            rows.append(chosen)
+    return rows
+
+
+def _cases(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> dict[str, dict[str, Chosen]]:
+    cases = {}
+    for case, written in _mapping(block.get("cases"), "sweep.cases", doc, found).items():
+        path = f"sweep.cases.{case}"
+        settings: dict[str, Chosen] = {}
+        for name, value in _mapping(written, path, doc, found).items():
+            origin = doc.where(f"{path}.{name}")
+            if axes.check_name(name, origin, found):
+                chosen = Chosen(axes.as_setting(name, value), origin)
+                if axes.is_possible(name, chosen, loader, found):
+                    settings[name] = chosen
+        cases[case] = settings
+    return cases
+
+
+def _exclusions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[grammar.Expression, ...]:
+    written, origin = block.get("exclude") or [], doc.where("sweep.exclude")
+    if not isinstance(written, list) or not all(isinstance(e, str) for e in written):
+        found.refuse("sweep.exclude", "must be a list of conditions, each quoted", repr(written), origin)
+        return ()
+    parsed = []
+    for text in written:
+        try:
+            parsed.append(grammar.parse(text))
+        except ConfigError as error:
+            found.take(error.problems, origin)
+    return tuple(parsed)
+
+
+def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -> None:
+    named = [name for factor in factors for name in factor[0]]
+    for name in sorted({n for n in named if named.count(n) > 1}):
+        found.refuse(name, "stands in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
+
+
+def _mapping(value: Any, path: str, doc: Document, found: Findings) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return {str(k): v for k, v in value.items()}
+    found.refuse(path, "must be a mapping", repr(value), doc.where(path))
+    return {}

@@ -1,0 +1,92 @@
+"""Trials: complete cells times seeds, named by what they are and by the text they train on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from stabstudy import config as cfg
+from stabstudy.config import ConfigError, DataConfig, TrialConfig
+from stabstudy.data import sources
+from stabstudy.data.errors import DataError
+from stabstudy.sweeping import cells
+from stabstudy.sweeping.complete import Composed
+from stabstudy.sweeping.findings import Findings
+from stabstudy.sweeping.grammar import Expression
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One trial to be: its ids, what it is, the presets it was made of, and the named case if it is one."""
+
+    trial_id: str
+    cell_id: str
+    config: TrialConfig
+    choices: dict[str, str]
+    case: str | None
+    data_fingerprint: str
+
+
+def fingerprints(configs: Iterable[DataConfig], found: Findings) -> dict[DataConfig, str]:
+    """The fingerprint of every distinct data setting. Each text is checked and hashed once: seq_len only cuts it."""
+    of_text: dict[DataConfig, str] = {}
+    known: dict[DataConfig, str] = {}
+    for data in dict.fromkeys(configs):
+        text = dataclasses.replace(data, seq_len=DataConfig.seq_len, validation_share=DataConfig.validation_share)
+        try:
+            if text not in of_text:
+                sources.check(data)
+                of_text[text] = sources.fingerprint(data)
+            known[data] = of_text[text]
+        except DataError as error:
+            found.take([error.problem])
+        if data.source == "hf" and data.hub_revision is None:
+            found.warn(f"data.hub_revision: null pins no version of {data.path}: its text may change")
+    return known
+
+
+def planned(
+    composed: Sequence[Composed], seeds: Sequence[int], known: dict[DataConfig, str], found: Findings
+) -> list[PlannedTrial]:
+    """Every trial once, seed by seed, so that a study stopped half-way has every cell once before any cell twice."""
+    trials: dict[str, PlannedTrial] = {}
+    for seed in seeds:
+        for c in composed:
+            config = dataclasses.replace(c.config, seed=seed)
+            fingerprint = known[config.data]
+            ids = cfg.trial_id(config, fingerprint), cfg.cell_id(config, fingerprint)
+            if ids[0] in trials:
+                found.warn(f"{cells.describe(c.cell)}: equals another cell and counts once")
+            else:
+                trials[ids[0]] = PlannedTrial(*ids, config, c.choices, c.cell.case, fingerprint)
+    return list(trials.values())
+
+
+def without_excluded(
+    trials: Sequence[PlannedTrial], exclude: Sequence[Expression], chosen: Iterable[str], found: Findings
+) -> list[PlannedTrial]:
+    """The trials that no condition names; cases stay. A condition that names none is warned about: a typing error?
+
+    `chosen`: settings that the command line chose, which may well leave a condition without anything to exclude.
+    """
+    if not exclude:
+        return list(trials)
+    used: set[str] = set()
+    kept = []
+    for trial in trials:
+        values = {**cfg.flat(trial.config), **trial.choices}
+        try:
+            naming = [e.text for e in exclude if trial.case is None and e.holds(values)]
+        except ConfigError as error:
+            found.take(error.problems)
+            return list(trials)
+        used.update(naming)
+        if not naming:
+            kept.append(trial)
+    for expression in exclude:
+        if expression.text not in used and expression.names.isdisjoint(chosen):
+            found.warn(f"sweep.exclude: {expression.text!r} names no cell")
+    if not kept:
+        found.refuse("sweep.exclude", "leaves nothing to train")
+    return kept

@@ -1,0 +1,47 @@
+"""Plain words and tables for a terminal: counts, sizes, times, aligned columns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+
+def amount(value: float) -> str:
+    """'1.5 G', ready for a unit behind it: three significant digits and a power of 1000."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(UNITS) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """'45 s', '12 min', '3.5 h', '8 days'."""
+    for limit, size, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.{1 if name == 'h' else 0}f} {name}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def safe(text: str) -> str:
+    """The text on one line, control characters spelled out: a file's name or value must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: a rich table on a terminal, plain text elsewhere."""
+    shown = [[safe(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn = Table(*columns)
+        for row in shown:
+            drawn.add_row(*map(Text, row))
+        Console().print(drawn)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *shown, strict=True)]
+    for line in (columns, *shown):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
