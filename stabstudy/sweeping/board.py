@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stabstudy.store import State
+from stabstudy.sweeping.words import duration, safe
 
 PLAIN_SECONDS = 15.0
 """Off a terminal: at least this long between two progress lines."""
@@ -62,9 +63,12 @@ class Board:
 
     def say(self, line: str) -> None:
         """A line of its own, above the table where there is one."""
-        self.console.print(Text(line), soft_wrap=True)
+        self.console.print(Text(safe(line)), soft_wrap=True)
 
     def start(self, trial_id: str) -> None:
+        """A process takes the trial up; the first one ends the silence of a scheduler that starts."""
+        if not self.running and not self.finished:
+            self._started = self._spoke = time.monotonic()
         self.running[trial_id] = Running(time.monotonic())
 
     def progress(self, trial_id: str, report: Mapping[str, Any]) -> None:
@@ -103,11 +107,14 @@ class Board:
         counts = Counter(self.finished.values())
         left = self.seconds_left()
         words = [f"{len(self.finished)} of {len(self.labels)} trials ended"]
+        running = [f"{row.step}/{row.steps}" for row in self.running.values() if row.steps]
+        if running and self._live is None:
+            words.append(f"{len(running)} running (step {', '.join(running[:4])}{', ...' if len(running) > 4 else ''})")
         if self.already_done:
             words.append(f"{self.already_done} done before")
         words += [f"{n} {outcome}" for outcome, n in sorted(counts.items())]
         if left is not None and len(self.finished) < len(self.labels):
-            words.append(f"about {_duration(left)} left")
+            words.append(f"about {duration(left)} left")
         return ", ".join(words)
 
     def __rich__(self) -> Group:
@@ -130,9 +137,3 @@ class Board:
         if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:
             self._spoke = time.monotonic()
             self.say(self.summary())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

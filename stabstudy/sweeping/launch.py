@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import platform
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.data import tokens
+from stabstudy.data.batches import open_batches
+from stabstudy.data.errors import DataError
 from stabstudy.stability.rules import rules_for
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.plan import Plan, PlannedTrial
-from stabstudy.sweeping.worker import STOP_FILE, TrialFailed, train_pack
+from stabstudy.sweeping.provenance import provenance
+from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
+from stabstudy.sweeping.worker import TrialFailed, train_pack
 
 
 @dataclass(frozen=True)
@@ -40,22 +36,32 @@ class Outcome:
 def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     """Train every trial of the plan that is not done.
 
-    Raises data.sources.DataError before anything is created, store.LockHeldError when the study is being worked on,
-    ray_backend.RayUnavailableError when Ray does not start.
+    Raises ConfigError for data that does not serve its trials, before anything is created; store.LockHeldError when the
+    study is being worked on; machine.NotReadyError when Ray does not start.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
-    for data in {t.config.data for t in plan.trials}:
-        tokens.prepare(data, cache_dir, say)
+    prepare_data(plan, cache_dir, say)
     study = store.StudyFolder(plan.folder)
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
-        (study.path / STOP_FILE).unlink(missing_ok=True)
         write_study(study, plan)
         todo = [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")
             return Outcome(0)
         return _train(plan, study, todo, cache_dir)
+
+
+def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
+    """Tokenize once what the trials read; check that it is enough for each. Raises ConfigError with all problems."""
+    problems: dict[str, cfg.Problem] = {}
+    for config in {dataclasses.replace(t.config, seed=0) for t in plan.trials}:
+        try:
+            open_batches(config, cache_dir, say)
+        except DataError as error:
+            problems[str(error)] = error.problem
+    if problems:
+        raise cfg.ConfigError(list(problems.values()))
 
 
 def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path) -> Outcome:
@@ -75,10 +81,9 @@ def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache
 def _run(
     plan: Plan, study: store.StudyFolder, ids: list[str], cache_dir: Path, board: Board, stop: StopRequest
 ) -> None:
-    gpus = _gpus(plan)
+    gpus = plan.compute.gpus_per_trial
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
-        "gpus": gpus,
         "engine": {
             "cache_dir": str(cache_dir.resolve()),
             "device": "cuda" if gpus else "cpu",
@@ -92,8 +97,7 @@ def _run(
         return
     from stabstudy.sweeping import ray_backend
 
-    compute = dataclasses.replace(plan.compute, gpus_per_trial=gpus)
-    ray_backend.run(ids, study, shared, compute, board, lambda: stop.number is not None)
+    ray_backend.run(ids, study, shared, plan.compute, board, lambda: stop.number is not None)
 
 
 def _run_local(
@@ -121,22 +125,10 @@ def _run_local(
             board.forget(trial_id)
 
 
-def _gpus(plan: Plan) -> float:
-    """The GPU share of a trial; where the plan leaves it open: one GPU where this machine (or the cluster) has one."""
-    if plan.compute.gpus_per_trial is not None:
-        return plan.compute.gpus_per_trial
-    return 1.0 if shutil.which("nvidia-smi") and _has_gpu() else 0.0
-
-
-def _has_gpu() -> bool:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listed.returncode == 0 and "GPU" in listed.stdout
-
-
 def write_study(study: store.StudyFolder, plan: Plan) -> None:
     """sweep.yaml, provenance.json and each trial's config.json; what already says the same stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
-    store.write_json(study.provenance_file, _provenance(plan))
+    store.write_json(study.provenance_file, provenance(plan))
     for trial in plan.trials:
         folder = study.trial(trial.trial_id)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -153,56 +145,6 @@ def write_study(study: store.StudyFolder, plan: Plan) -> None:
             store.write_json(folder.config_file, body)
 
 
-def _provenance(plan: Plan) -> dict[str, Any]:
-    """What a reader needs to run it again: question, axes, command, versions, machine, code."""
-    packages = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
-    return {
-        "format": cfg.FORMAT_VERSION,
-        "study": plan.study,
-        "question": plan.question,
-        "axes": {axis.name: list(axis.values) for axis in plan.axes},
-        "argv": list(plan.argv),
-        "launcher": plan.launcher,
-        "launched": store.now(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "processor": _processor()},
-        "git": _git(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _git() -> dict[str, str] | None:
-    """Commit of the code and a hash of what differs from it; None outside a checkout or without git."""
-    import hashlib
-
-    def ask(*arguments: str) -> str:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-
-    try:
-        commit, patch = ask("rev-parse", "HEAD").strip(), ask("diff", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    dirty = hashlib.sha256(patch.encode()).hexdigest()[:12] if patch else ""
-    return {"commit": commit, "dirty_patch": dirty}
-
-
 def _settle(study: store.StudyFolder, ids: Mapping[str, str]) -> None:
     """A trial whose process is gone without a word is `interrupted`, so that status and report name it rightly."""
     for trial_id in ids:
@@ -215,43 +157,8 @@ def _settle(study: store.StudyFolder, ids: Mapping[str, str]) -> None:
 
 def label(trial: PlannedTrial, plan: Plan) -> str:
     """The trial's values on the plan's axes, e.g. 'depth=4 lr=0.01 clip=off seed=1'."""
-    values = {**cfg.flat(trial.config), **trial.choices}
-    words = []
-    for axis in plan.axes:
-        value = values.get(axis.name)
+    words = [trial.case] if trial.case else []
+    for axis, value in zip(plan.axes, plan.values(trial), strict=True):
         shown = "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         words.append(f"{axis.name.rsplit('.', 1)[-1]}={shown}")
     return " ".join([*words, f"seed={trial.config.seed}"])
-
-
-@dataclass
-class StopRequest:
-    """The signal that asked for a stop, once one has."""
-
-    number: int | None = None
-
-
-@contextlib.contextmanager
-def stop_on_signals(study: store.StudyFolder) -> Iterator[StopRequest]:
-    """First Ctrl-C: trials checkpoint and end. A second one, SIGTERM or SIGHUP: stop at once (KeyboardInterrupt)."""
-    request = StopRequest()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        again = request.number is not None
-        request.number = number
-        (study.path / STOP_FILE).touch()
-        if again or number != signal.SIGINT:
-            raise KeyboardInterrupt
-        print("\nstopping: running trials write a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
-
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in wanted}
-    try:
-        yield request
-    except KeyboardInterrupt:
-        if request.number is None:  # not ours
-            raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        (study.path / STOP_FILE).unlink(missing_ok=True)

@@ -19,12 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stabstudy import store, trace
 from stabstudy.sweeping.board import Board
-from stabstudy.sweeping.plan import Compute
+from stabstudy.sweeping.compute import Compute
+from stabstudy.sweeping.machine import NotReadyError, cores
 from stabstudy.sweeping.worker import tune_trial
 
 START_TRIES = 3
+
+LOOK_SECONDS = 5.0
+"""Between two looks for trials that hang."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # telemetry is on by default
@@ -35,13 +41,7 @@ ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 silences the boxes
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_LOG_TO_STDERR": "0",
 }
-
-
-class RayUnavailableError(Exception):
-    """Ray did not start, or lacks what the trials ask for. One line."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends Tune's loop when a stop was asked for
@@ -58,14 +58,14 @@ def run(
 ) -> None:
     """Train the trials through Ray Tune. Returns when none is left, or all running ones ended after a stop.
 
-    Raises RayUnavailableError. A trial's own failure is no exception: it stands in the trial's state.
+    Raises NotReadyError. A trial's own failure is no exception: it stands in the trial's state.
     """
     with _ray(compute, study) as (slots, storage):
         from ray import tune
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told by the board, from our files
         callback = _watch(tune, study, board, stopping, compute)
-        gpus = float(shared["gpus"])
+        gpus = compute.gpus_per_trial
         tuner = tune.Tuner(
             tune.with_resources(tune_trial, {"cpu": compute.cpus_per_trial, "gpu": gpus}),
             param_space={"pack": tune.grid_search(list(trial_ids)), "shared": dict(shared)},
@@ -123,17 +123,16 @@ def _start(compute: Compute, scratch: Path) -> None:
         try:
             ray.init(address=compute.address, **settings)
         except Exception as error:
-            raise RayUnavailableError(f"compute.address={compute.address}: {_first_line(error)}") from error
+            raise NotReadyError(f"compute.address={compute.address}: {_first_line(error)}") from error
         return
     for tried in range(1, START_TRIES + 1):
         try:
-            cores = len(os.sched_getaffinity(0))
-            ray.init(num_cpus=cores, include_dashboard=False, _temp_dir=str(scratch), **settings)
+            ray.init(num_cpus=cores(), include_dashboard=False, _temp_dir=str(scratch), **settings)
             return
         except Exception as error:
             ray.shutdown()
             if tried == START_TRIES:
-                raise RayUnavailableError(f"Ray did not start in {START_TRIES} tries: {_first_line(error)}") from error
+                raise NotReadyError(f"Ray did not start in {START_TRIES} tries: {_first_line(error)}") from error
 
 
 def _slots(compute: Compute) -> int:
@@ -141,14 +140,14 @@ def _slots(compute: Compute) -> int:
     import ray
 
     there = ray.cluster_resources()
-    gpus = compute.gpus_per_trial or 0.0
-    cores, cards = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    if cores < compute.cpus_per_trial:
-        raise RayUnavailableError(f"compute.cpus_per_trial={compute.cpus_per_trial}: Ray has {cores:g} cores")
+    gpus = compute.gpus_per_trial
+    cpus, cards = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    if cpus < compute.cpus_per_trial:
+        raise NotReadyError(f"compute.cpus_per_trial={compute.cpus_per_trial}: Ray has {cpus:g} cores")
     if cards < gpus:
         hint = "run on the CPU with compute.gpus_per_trial=0"
-        raise RayUnavailableError(f"compute.gpus_per_trial={gpus:g}: Ray has {cards:g} GPUs; {hint}")
-    fits = int(cores // compute.cpus_per_trial)
+        raise NotReadyError(f"compute.gpus_per_trial={gpus:g}: Ray has {cards:g} GPUs; {hint}")
+    fits = int(cpus // compute.cpus_per_trial)
     return min(fits, int(cards / gpus + 1e-9)) if gpus else fits
 
 
@@ -156,6 +155,14 @@ def _watch(tune: Any, study: store.StudyFolder, board: Board, stopping: Callable
     """Tune's callback that feeds the board, ends the loop after a stop, and kills a trial that hangs."""
 
     class Watch(tune.Callback):  # type: ignore[misc]  # its base exists only once ray is imported
+        looked = 0.0
+
+        def __reduce__(self) -> Any:
+            return dict, ()  # Tune pickles its set-up for a restore that never happens; the board cannot be pickled
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             board.start(trial.config["pack"])
 
@@ -173,7 +180,9 @@ def _watch(tune: Any, study: store.StudyFolder, board: Board, stopping: Callable
                 if not any(store.is_locked(study.trial(t).path) for t in list(board.running)):
                     raise Stopped
                 return
-            kill_hung_trials(study, list(board.running), compute.hang_timeout)
+            if time.monotonic() - self.looked > LOOK_SECONDS:
+                self.looked = time.monotonic()
+                kill_hung_trials(study, list(board.running), compute.hang_timeout)
 
         def _ended(self, trial: Any) -> None:
             folder = study.trial(trial.config["pack"])
@@ -194,14 +203,14 @@ def kill_hung_trials(study: store.StudyFolder, running: Sequence[str], limit: fl
     for trial_id in running:
         folder = study.trial(trial_id)
         live = folder.live(trace.TRACE)
-        with contextlib.suppress(OSError, store.StoreError, trace.DamagedRecord):
-            silent = time.time() - max(p.stat().st_mtime for p in (live, folder.state_file) if p.exists())
-            if silent <= limit:
-                continue
-            seconds = sorted(trace.read_jsonl(live, trace.TRACE)["seconds"].tolist()) if live.exists() else []
+        changed = [p.stat().st_mtime for p in (live, folder.state_file) if p.exists()]
+        if not store.is_locked(folder.path) or not changed or time.time() - max(changed) <= limit:
+            continue
+        with contextlib.suppress(OSError, store.StoreError, trace.DamagedRecord):  # it is ending just now
+            seconds = trace.read_jsonl(live, trace.TRACE)["seconds"]
             attempt = folder.read_state().attempts[-1]
-            allowed = max(limit, 20 * seconds[len(seconds) // 2]) if seconds else limit
-            if silent > allowed and attempt.host == socket.gethostname() and store.is_locked(folder.path):
+            silent = time.time() - max(changed)
+            if silent > 20 * np.median(seconds) and attempt.host == socket.gethostname():
                 os.kill(attempt.pid, signal.SIGKILL)
 
 

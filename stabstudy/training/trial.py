@@ -21,8 +21,8 @@ import torch
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
-from stabstudy.data import sources, tokens
-from stabstudy.data.batches import Batches
+from stabstudy.data import sources
+from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
@@ -82,7 +82,7 @@ def _attempt(
     if (found := sources.fingerprint(config.data)) != described["data_fingerprint"]:
         rule = f"must still have the fingerprint {described['data_fingerprint']} that the study began with"
         raise DataError("data", rule, found)
-    batches = _batches(config, engine)
+    batches = open_batches(config, engine.cache_dir)
     stepper = _build(config, batches, engine)
     start, state = _resume(folder, state, stepper, say)
     with contextlib.ExitStack() as open_files:
@@ -125,12 +125,6 @@ def _begin(folder: store.TrialFolder, state: store.State, config: cfg.TrialConfi
     state = replace(state, status="running", error=None, attempts=(*state.attempts, attempt))
     folder.write_state(state)
     return state
-
-
-def _batches(config: cfg.TrialConfig, engine: Engine) -> Batches:
-    corpus = tokens.prepare(config.data, engine.cache_dir)
-    d, t = config.data, config.train
-    return Batches(corpus, d.seq_len, t.batch_size, config.seed, d.validation_share, t.eval_sequences)
 
 
 def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine) -> Stepper:

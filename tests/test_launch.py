@@ -1,0 +1,250 @@
+"""Launching for real: in this process, and through a real Ray, with trials that die and a user who interrupts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stabstudy import store, trace
+from stabstudy.config import ConfigError
+from stabstudy.sweeping.launch import Outcome, label, launch
+from stabstudy.sweeping.plan import Plan, make_plan
+
+SWEEP = """\
+# @package _global_
+# Does the launch do what it says?
+sweep:
+  seeds: [0]
+  grid:
+    optim.lr: [1e-3, 1e-2]
+    optim.clip: [1.0, null]
+"""
+TINY = [
+    "sweep=check", "data=synthetic", "data.synth_bytes=40000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
+    "model.depth=2", "train.batch_size=4", "train.steps=30", "optim.warmup_steps=3", "train.checkpoint_every=10",
+    "train.eval_sequences=8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a sweep of its own; the token cache is shared by the tests."""
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "check.yaml").write_text(SWEEP)
+    monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan(folder: Path, *words: str) -> Plan:
+    return make_plan([*TINY, *words], folder)
+
+
+def states(folder: Path, study: str = "check") -> list[store.State]:
+    return [t.read_state() for t in store.StudyFolder(folder / "results" / study).trials()]
+
+
+def until(condition: Callable[[], object], seconds: float = 90) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.05)
+
+
+def same_traces(a: Path, b: Path) -> bool:
+    for trial in store.StudyFolder(a).trials():
+        rows, other = trial.rows(trace.TRACE), store.StudyFolder(b).trial(trial.trial_id).rows(trace.TRACE)
+        assert rows is not None and other is not None
+        for name in set(trace.TRACE.names) - {"seconds", "skip"}:
+            if not np.array_equal(rows[name], other[name], equal_nan=True):
+                return False
+    return True
+
+
+def test_local_launch_trains_then_skips_then_grows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    assert launch(plan(folder, "launcher=local"), said.append) == Outcome(0)
+    assert [s.status for s in states(folder)] == ["done"] * 4
+    assert launch(plan(folder, "launcher=local"), said.append) == Outcome(0)
+    assert said[-1] == "nothing to train: all 4 trials are done"
+    before = {s.trial_id: s for s in states(folder)}
+    assert launch(plan(folder, "launcher=local", "optim.lr=1e-3,1e-2,3e-2"), said.append) == Outcome(0)
+    after = {s.trial_id: s for s in states(folder)}
+    assert len(after) == 6 and before.items() <= after.items()
+    assert "[2/2]" in capsys.readouterr().out
+    study = store.StudyFolder(folder / "results" / "check")
+    told = json.loads(study.provenance_file.read_text())
+    assert told["question"] == "Does the launch do what it says?" and "optim.lr" in told["axes"]
+
+
+def test_labels_name_the_axes(folder: Path) -> None:
+    made = plan(folder, "launcher=local")
+    assert label(made.trials[1], made) == "lr=0.001 clip=off seed=0"
+
+
+def test_too_little_data_is_refused_before_anything_is_made(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size: must be at most"):
+        launch(plan(folder, "launcher=local", "train.batch_size=100000"))
+    assert not (folder / "results").exists()
+
+
+def test_a_locked_study_is_refused(folder: Path) -> None:
+    made = plan(folder, "launcher=local")
+    made.folder.mkdir(parents=True)
+    with store.lock(made.folder), pytest.raises(store.LockHeldError, match=f"pid {os.getpid()}"):
+        launch(made)
+
+
+def test_a_failing_trial_stops_no_other_and_is_tried_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = plan(folder, "launcher=local")
+    victim = store.StudyFolder(made.folder).trial(made.trials[0].trial_id)
+    plant_foreign_checkpoint(victim)
+    assert launch(made) == Outcome(3)
+    found = {s.trial_id: s for s in states(folder)}
+    assert [s.status for s in found.values()].count("done") == 3
+    assert found[victim.trial_id].status == "failed" and len(found[victim.trial_id].attempts) == 2
+    assert "belongs to trial" in capsys.readouterr().out
+    shutil.rmtree(victim.checkpoints)
+    assert launch(made) == Outcome(0)
+
+
+def plant_foreign_checkpoint(trial: store.TrialFolder) -> None:
+    """A checkpoint that names another trial: the attempt must fail, every time."""
+    import safetensors.torch
+    import torch
+
+    at = trial.checkpoints / "step-00000000"
+    at.mkdir(parents=True)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, at / "tensors.safetensors")
+    sha = trace.file_sha256(at / "tensors.safetensors")
+    store.write_json(at / "state.json", {"format": 1, "trial_id": "0123456789", "next_step": 0, "sha256": sha})
+
+
+@pytest.fixture
+def command(folder: Path) -> Callable[..., list[str]]:
+    def words(*more: str) -> list[str]:
+        return [sys.executable, "-m", "stabstudy.sweep", *TINY, *more]
+
+    return words
+
+
+@pytest.fixture
+def started(folder: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
+    """Start a command in its own session; whatever is left of it is killed at the end."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(words: list[str]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+Command, Started = Callable[..., list[str]], Callable[[list[str]], "subprocess.Popen[str]"]
+
+
+@pytest.mark.ray
+def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command: Command, started: Started) -> None:
+    launch(plan(folder, "launcher=local", "study=local", "train.steps=300"))
+    study = store.StudyFolder(folder / "results" / "ray")
+    process = started(command("study=ray", "train.steps=300"))
+    until(lambda: any(s.status == "running" and s.step == 0 and _rows(study, s) > 15 for s in states(folder, "ray")))
+    victim = next(s for s in states(folder, "ray") if s.status == "running" and _rows(study, s) > 15)
+    os.kill(victim.attempts[-1].pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    ended = {s.trial_id: s for s in states(folder, "ray")}
+    assert [s.status for s in ended.values()] == ["done"] * 4
+    assert len(ended[victim.trial_id].attempts) == 2 and ended[victim.trial_id].attempts[1].from_step >= 10
+    assert same_traces(folder / "results" / "local", study.path)
+    assert out.count("] ") >= 4 and "index.html" in out
+    noise = [line for line in (out + err).splitlines() if "ray" in line.lower() and "results/ray" not in line]
+    assert noise == []
+    assert sorted(p.name for p in study.path.iterdir() if p.name.startswith(".")) == [".lock"]
+
+
+def _rows(study: store.StudyFolder, state: store.State) -> int:
+    live = study.trial(state.trial_id).live(trace.TRACE)
+    return live.read_bytes().count(b"\n") if live.exists() else 0
+
+
+@pytest.mark.ray
+def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: Command, started: Started) -> None:
+    words = command("study=stopped", "train.steps=4000", "train.checkpoint_every=100000", "optim.clip=1.0")
+    study = store.StudyFolder(folder / "results" / "stopped")
+    process = started(words)
+    until(lambda: any(s.status == "running" and _rows(study, s) > 20 for s in states(folder, "stopped")))
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 30
+    assert "the same command goes on from here" in err.splitlines()[-1]
+    stopped = [s for s in states(folder, "stopped") if s.status == "interrupted"]
+    assert stopped and all(s.step > 0 for s in stopped)
+    assert not any(s.status in ("running", "lost") for s in states(folder, "stopped"))
+    for state in stopped:
+        assert [p.name for p in study.trial(state.trial_id).checkpoints.iterdir()] == [f"step-{state.step:08d}"]
+    # the same command again, in this process: it continues and repeats nothing
+    launch(make_plan([*words[3:], "launcher=local"], folder))
+    for state in states(folder, "stopped"):
+        assert state.status == "done" and state.step == 4000
+        rows = study.trial(state.trial_id).rows(trace.TRACE)
+        assert rows is not None and len(rows) == 4000
+    resumed = {s.trial_id: s.attempts[-1].from_step for s in states(folder, "stopped")}
+    assert all(resumed[s.trial_id] == s.step for s in stopped)
+
+
+@pytest.mark.ray
+def test_sigterm_stops_at_once(folder: Path, command: Command, started: Started) -> None:
+    process = started(command("study=term", "train.steps=100000", "launcher=local"))
+    study = store.StudyFolder(folder / "results" / "term")
+    until(lambda: any(_rows(study, s) > 5 for s in states(folder, "term")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert [s.status for s in states(folder, "term")].count("interrupted") == 1
+
+
+@pytest.mark.ray
+def test_asking_for_what_is_not_there_is_an_answer_not_a_hang(command: Command, started: Started) -> None:
+    process = started(command("compute.address=127.0.0.1:1"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4 and "compute.address=127.0.0.1:1" in err and "Traceback" not in err
+
+
+CLUSTER = """
+import json, subprocess, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+done = subprocess.run([*sys.argv[1:], f"compute.address={cluster.address}"])
+cluster.shutdown()
+sys.exit(done.returncode)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_two_node_cluster(folder: Path, command: Command, started: Started) -> None:
+    process = started([sys.executable, "-c", CLUSTER, *command("study=cluster", "train.steps=200")])
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert [s.status for s in states(folder, "cluster")] == ["done"] * 4
+    assert "index.html" in out
