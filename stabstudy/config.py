@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -243,8 +244,13 @@ def to_dict(config: TrialConfig) -> dict[str, Any]:
 
 def flat(config: TrialConfig) -> dict[str, Any]:
     """Every setting under its dotted name, derived defaults resolved (micro_batch_size, n_kv_heads)."""
-    nested = to_dict(_resolved(config))
-    return {f"{g}.{k}": v for g in GROUPS for k, v in nested[g].items()} | {"seed": config.seed}
+    settings = {name: getattr(getattr(config, group), key) for name, group, key in _PLACES}
+    derived = {"model.n_kv_heads": config.model.kv_heads, "train.micro_batch_size": config.train.micro_batch}
+    return settings | derived | {"seed": config.seed}
+
+
+_PLACES = [(f"{g}.{f.name}", g, f.name) for g, cls in GROUPS.items() for f in dataclasses.fields(cls)]
+_DEFAULTS = flat(TrialConfig())
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
@@ -253,8 +259,7 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
     trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test).
     """
-    default, own = flat(TrialConfig()), flat(config)
-    differing = {k: v for k, v in own.items() if v != default[k] or type(v) is not type(default[k])}
+    differing = {k: v for k, v in flat(config).items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -267,12 +272,6 @@ def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
 def cell_id(config: TrialConfig, data_fingerprint: str) -> str:
     """The id that the replicates (seeds) of one cell share."""
     return trial_id(dataclasses.replace(config, seed=0), data_fingerprint)
-
-
-def _resolved(config: TrialConfig) -> TrialConfig:
-    model = dataclasses.replace(config.model, n_kv_heads=config.model.kv_heads)
-    train = dataclasses.replace(config.train, micro_batch_size=config.train.micro_batch)
-    return dataclasses.replace(config, model=model, train=train)
 
 
 def read_group(group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem]) -> T:
@@ -320,11 +319,12 @@ def _read_value(
     return value
 
 
+_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
 def _number_from_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    """The number that the text spells in decimal; the text where it is none, or one that readers disagree on (012)."""
+    return float(text) if _NUMBER.fullmatch(text) else text
 
 
 def _within(value: Any, rules: Mapping[str, Any]) -> bool:
