@@ -95,12 +95,15 @@ def _sweep(overrides: list[str], dry_run: bool) -> int:
 
 
 def _train(made: Plan, overrides: list[str]) -> int:
+    from stabstudy.report import write_report
     from stabstudy.sweeping import launch
 
     outcome = launch.launch(made)
     if outcome.signal is not None:
         command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
         print(f"stopped; the same command goes on from here: {command}", file=sys.stderr)
+    else:
+        write_report(made.folder, print)
     return outcome.code
 
 

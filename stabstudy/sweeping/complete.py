@@ -36,7 +36,7 @@ class Composer:
         base = self._base(cell)
         try:
             nested = compose.resolved(base.values, cell.values)
-            settings = {k: v for k, v in nested.items() if k not in ("sweep", "compute")}
+            settings = {k: v for k, v in nested.items() if k != "compute"}
             if unsaid := compose.missing(settings):
                 raise ConfigError([Problem(name, "must be given: it is ??? here") for name in unsaid])
             return Composed(cell, from_dict(settings), {g: base.choices[g] for g in GROUPS})

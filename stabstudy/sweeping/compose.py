@@ -35,7 +35,7 @@ Nested = dict[str, Any]
 
 @dataclass(frozen=True)
 class Base:
-    """What one choice of presets composes to: nested values, interpolations unresolved, and the choices made."""
+    """What one choice of presets composes to: nested values without the sweep block, and the choices made."""
 
     values: Nested
     choices: dict[str, str]
@@ -84,7 +84,7 @@ def base(sweep: Document, name: str, choices: Mapping[str, str]) -> Base:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(Problem(sweep.name, f"cannot be composed: {_first_line(error)}")) from error
     assert isinstance(values, dict)
-    nested = {str(k): v for k, v in values.items() if k != "hydra"}
+    nested = {str(k): v for k, v in values.items() if k not in ("hydra", "sweep")}
     return Base(nested, {g: str(made[g]) for g in PRESET_GROUPS if g in made})
 
 

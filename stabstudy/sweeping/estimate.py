@@ -108,11 +108,10 @@ def slots(compute: Compute, launcher: str) -> int | None:
     return max(1, min(fit, compute.max_concurrent or fit))
 
 
-def measured_rate(study: store.StudyFolder, trial_ids: Iterable[str], limit: int = 16) -> float | None:
+def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
-    done = [f for f in map(study.trial, trial_ids) if f.state_file.exists() and f.read_state().status == "done"]
     operations = spent = 0.0
-    for folder in done[:limit]:
+    for folder in [f for f in study.trials() if f.finished(trace.TRACE).exists()][:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
             config = from_dict(folder.read_config()["config"])

@@ -22,7 +22,7 @@ def show(plan: Plan) -> None:
     cells = len({t.cell_id for t in plan.trials})
     print(f"{len(plan.trials)} trials of {cells} cells: {len(done)} done, {len(todo)} to do in {plan.folder}")
     if todo:
-        rate = estimate.measured_rate(study, done)
+        rate = estimate.measured_rate(study)
         print(_cost(estimate.cost([t.config for t in todo], plan.compute, plan.launcher, rate)))
     for reason in why_not_here(plan):
         print(f"this machine cannot start it: {reason}")
