@@ -21,6 +21,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from stabstudy import trace
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
 
+LOCK_TRIES = 20  # 10 ms apart
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 
@@ -138,7 +140,11 @@ class TrialFolder:
         parquet, live = self.finished(schema), self.live(schema)
         if known and parquet.exists():
             return trace.read_parquet(parquet, schema, known["sha256"] if verify else None)
-        return trace.read_jsonl(live, schema) if live.exists() else None
+        if live.exists():
+            return trace.read_jsonl(live, schema)
+        if known:
+            raise trace.DamagedRecord(f"{parquet}: missing, though the trial's state knows its checksum")
+        return None
 
 
 @dataclass(frozen=True)
@@ -234,17 +240,15 @@ def sweep_leftovers(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's `.lock` (flock: free the instant its holder dies). Raises LockHeldError at once if it is taken.
+    """Hold the folder's `.lock` (flock: free the instant its holder dies). Raises LockHeldError if it is taken.
 
     The lock file is never removed: unlinking it would let two processes lock two different files.
     """
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _acquired(fd):
             holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "unknown holder"
-            raise LockHeldError(f"{folder}: locked by {holder}") from error
+            raise LockHeldError(f"{folder}: locked by {holder}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
         yield
@@ -252,10 +256,21 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _acquired(fd: int) -> bool:
+    # `is_locked` of another process holds the lock for microseconds: that must not look like a launch at work
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
+
+
 def is_locked(folder: Path) -> bool:
-    """Whether some process holds the folder's lock now."""
+    """Whether some process holds the folder's lock now. Reading is enough: also in a study of somebody else."""
     try:
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:

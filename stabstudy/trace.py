@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -186,6 +186,11 @@ class RowWriter:
                 self._fd = -1
 
 
+def no_rows(schema: Schema) -> Rows:
+    """A record without rows: that of a trial which has not started."""
+    return _from_dicts([], schema)
+
+
 def read_jsonl(path: Path, schema: Schema) -> Rows:
     """The rows of a live record, which may be growing: a torn last line is left out and noted.
 
@@ -199,7 +204,8 @@ def read_jsonl(path: Path, schema: Schema) -> Rows:
 def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
     """Before a new attempt: drop the torn last line and every row with step >= next_step.
 
-    Returns (rows dropped, bytes cut); fsyncs. A file that does not exist has nothing to cut.
+    Returns (rows dropped, bytes cut); fsyncs. A file that does not exist has nothing to cut. Raises DamagedRecord, and
+    cuts nothing, where a bad line has lines after it: what follows it was committed.
     """
     if not path.exists():
         return 0, 0
@@ -208,6 +214,8 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
         size = os.fstat(f.fileno()).st_size
         for line in f:
             row = _parse(line) if line.endswith(b"\n") else None
+            if row is None and f.read().strip(b"\0\n"):
+                raise DamagedRecord(f"{path}: not a {schema.name} row at byte {keep}, with rows after it")
             if row is None or row["step"] >= next_step:
                 dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
                 break
@@ -251,7 +259,8 @@ def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, s
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
     """A finished record. With `sha256` the file's bytes are checked first. `columns` limits what is read (plus step).
 
-    Raises DamagedRecord for a wrong checksum, another record's file, a newer format, or wrong steps.
+    Raises DamagedRecord for a wrong checksum, another record's file, a newer format, a column that every row must
+    have, or wrong steps.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -269,7 +278,10 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
         raise DamagedRecord(f"{path}: holds {meta.get('record', 'no known record')}, not {schema.name}")
     if not meta.get("format", "").isdigit() or int(meta["format"]) > FORMAT:
         raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
-    return _from_arrow(table, schema)
+    if missing := [c.name for c in schema.columns if not c.nullable and c.name not in file.schema_arrow.names]:
+        raise DamagedRecord(f"{path}: lacks the column {', '.join(missing)}")
+    asked = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
+    return _from_arrow(table, replace(schema, columns=tuple(asked)))
 
 
 def file_sha256(path: Path) -> str:
@@ -332,14 +344,19 @@ def _well_typed(row: dict[str, Any], schema: Schema) -> bool:
             if not column.nullable:
                 return False
         elif column.kind == "floats":
-            if not isinstance(value, list) or not all(type(v) in (int, float) for v in value):
+            if not isinstance(value, list) or not all(_is_number(v) for v in value):
                 return False
         elif column.kind == "text":
             if not isinstance(value, str):
                 return False
-        elif type(value) is not int and (column.kind == "int" or type(value) is not float):
+        elif not _is_number(value) or (column.kind == "int" and type(value) is not int):
             return False
     return True
+
+
+def _is_number(value: Any) -> bool:
+    """A float, or a whole number that an int64 holds (JSON has no limit, numpy raises); True and False are none."""
+    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
 
 
 def _from_dicts(rows: list[dict[str, Any]], schema: Schema, note: str = "") -> Rows:
@@ -390,9 +407,7 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
     nulls: dict[str, NDArray[np.bool_]] = {}
     for column in schema.columns:
         if column.name not in table.column_names:
-            columns[column.name], nulls[column.name] = _array(
-                [None] * len(table) if column.kind != "int" else [], column
-            )
+            columns[column.name], nulls[column.name] = _array([None] * len(table), column)
             continue
         data = table.column(column.name).combine_chunks()
         null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
