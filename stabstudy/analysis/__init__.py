@@ -1,0 +1,1 @@
+"""Studies read back: tables, comparisons, figures, the report page. Imports no torch, ray or hydra."""

@@ -1,0 +1,80 @@
+"""What a report consists of, apart from how it is written: sections of text, tables and figures.
+
+The page and the Markdown are two writings of the same blocks, so that no number can differ between them. Every text in
+a block is plain text that may come from a file; whoever writes it out escapes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; `items` instead make a list."""
+
+    text: str = ""
+    items: tuple[str, ...] = ()
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished text. `numeric`: columns set flush right. `folded`: the page shows it on demand."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[str] = frozenset()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing, its words, and its numbers."""
+
+    name: str  # file name without ending
+    svg: str
+    alt: str
+    caption: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Count:
+    """One of the numbers at the top: how many trials, what they are, and a sign that is not a colour."""
+
+    kind: str
+    number: int
+    sign: str
+
+
+Block = Text | Table | Figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    anchor: str
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it. `headline` says in one sentence what came out."""
+
+    study: str
+    question: str
+    headline: str
+    counts: Sequence[Count]
+    findings: Sequence[str]
+    warnings: Sequence[str]
+    sections: Sequence[Section]
+    files: Sequence[str] = field(default=("report.md", "trials.csv"))
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [b for section in self.sections for b in section.blocks if isinstance(b, Figure)]

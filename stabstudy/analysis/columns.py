@@ -1,0 +1,64 @@
+"""The columns of a study's two tables, with their types; a test holds results/README.md to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from stabstudy import config as cfg
+from stabstudy.stability.events import SPIKE_COLUMNS, Spike
+from stabstudy.stability.summary import COLUMNS
+
+_INT = (
+    *("steps_done", "steps_planned", "n_evaluable", "grad_norm_argmax", "attn_logit_layer", "verdict_step"),
+    *("spike_steps", "spike_events", "spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
+    *("spike_ratio3_steps", "spike_first_step", "spike_loss_events", "nonfinite_steps", "amp_skips"),
+)
+_TEXT = ("stop_reason", "detector_id", "verdict", "verdict_rule", "verdict_reason", "verdict_code")
+_BOOL = ("approximate", "spike_first_censored", "verdict_partial")
+_KINDS = dict.fromkeys(_INT, "int") | dict.fromkeys(_TEXT, "text") | dict.fromkeys(_BOOL, "bool")
+"""Types of the statistics that are no float."""
+
+
+@dataclass(frozen=True)
+class OwnColumn:
+    """A column of trials.parquet that is neither a setting nor a statistic."""
+
+    kind: str  # int | float | text | bool
+    meaning: str
+
+
+OWN = {
+    "trial_id": OwnColumn("text", "first 10 hex digits of the sha256 over settings and data fingerprint"),
+    "cell_id": OwnColumn("text", "the id that the seeds of one cell share"),
+    "case": OwnColumn("text", "name of the one-off cell in the sweep; null: part of the grid"),
+    "state": OwnColumn("text", "pending, running, done, failed, oom, timeout, disk_full, interrupted or lost"),
+    "error": OwnColumn("text", "why it is not done: kind, message and step; null: no error"),
+    "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
+    "eval_hash": OwnColumn("text", "names the fixed evaluation batch; losses of different hashes are not comparable"),
+    "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
+    "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
+}
+
+
+def spike_kinds() -> dict[str, str]:
+    """Every column of spikes.parquet in its order -> int | float | text | bool."""
+    hints = (str(f.type).partition(" ")[0] for f in fields(Spike))
+    own = {n: h if h in ("int", "float", "bool") else "text" for n, h in zip(SPIKE_COLUMNS, hints, strict=True)}
+    return {"trial_id": "text", "cell_id": "text"} | own | {"detector_id": "text"}
+
+
+def trial_kinds(groups: Sequence[str]) -> dict[str, str]:
+    """Every column of trials.parquet in its order -> int | float | text | bool."""
+    settings = {name: _setting_kind(name) for name in cfg.setting_names()}
+    own = {name: column.kind for name, column in OWN.items()}
+    last = {name: own.pop(name) for name in ("eval_hash", "data_fingerprint", "source_sha256")}
+    statistics = {name: _KINDS.get(name, "float") for name in COLUMNS}
+    return own | {"seed": settings.pop("seed")} | dict.fromkeys(groups, "text") | settings | statistics | last
+
+
+def _setting_kind(name: str) -> str:
+    group, _, key = name.partition(".")
+    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
+    hint = next(str(f.type) for f in fields(cls) if f.name == (key or group))
+    return {"str": "text"}.get(kind := hint.partition(" ")[0], kind)

@@ -1,0 +1,217 @@
+"""What came out, in sentences made from the numbers: also that nothing did, or that too few seeds can tell."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from stabstudy.analysis import words
+from stabstudy.analysis.compare import LOSS_MARGIN
+from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.paired import holm
+from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.stability.summary import COLUMNS
+
+EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
+"""Statistics whose change along each axis a report states."""
+
+NAMES = {
+    "final_loss": "final loss",
+    "spike_rate": "spike rate",
+    "grad_norm_log_sd": "roughness",
+    "attn_logit_peak": "largest attention logit",
+}
+
+
+def counts(study: Study) -> dict[str, int]:
+    """How many trials are what. Each trial, the damaged ones too, is counted once."""
+    done = study.trials[study.trials["state"] == "done"]
+    found = {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    states = study.trials["state"]
+    failed = states.isin(("failed", "oom", "timeout", "disk_full"))
+    return found | {
+        "not judged": len(done) - sum(found.values()),
+        "unfinished": int((states != "done").sum() - failed.sum()),
+        "failed": int(failed.sum()),
+        "damaged": len(study.damaged),
+    }
+
+
+def headline(study: Study) -> str:
+    """One sentence: the counts."""
+    found = counts(study)
+    total = sum(found.values())
+    if not total:
+        return "The study holds no trial yet."
+    if not (judged := sum(found[v] for v in VERDICTS)):
+        return f"None of {words.count(total, 'trial')} has a verdict yet."
+    named = [f"{found[v]} {v}" for v in VERDICTS if found[v]]
+    rest = total - judged
+    tail = f"; {rest} more {'has' if rest == 1 else 'have'} no verdict" if rest else ""
+    return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{tail}."
+
+
+def findings(study: Study) -> list[str]:
+    """The sentences of the box, most wanted first."""
+    if not (study.trials["state"] == "done").any():
+        return []
+    return [*_limits(study), *_best(study), *_changes(study)]
+
+
+def warnings(study: Study) -> list[str]:
+    """What a reader must know before believing the numbers."""
+    return [*_missing(study), *_incomparable(study), *_few(study)]
+
+
+def effects(study: Study) -> pd.DataFrame:
+    """What each axis did to each of EFFECTS: `compare` rows with `axis` and `metric`, Holm-adjusted over all of them.
+
+    An axis of numbers: the two levels farthest apart (null last) that have at least half as many pairs as any two. An
+    axis of names: the first level against each other one.
+    """
+    rows: list[dict[str, Any]] = []
+    for axis, levels in study.axes.items():
+        for metric in EFFECTS:
+            pairs = [r for r in records(study.compare(axis, metric)) if r["pairs"]]
+            rows += [{"axis": axis, "metric": metric, **r} for r in _ends(pairs, levels)]
+    adjusted = holm([float(row["p"]) for row in rows])
+    return pd.DataFrame([row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)])
+
+
+def step(axis: str, a: object, b: object) -> str:
+    """`learning rate 1e-3 to 0.03`."""
+    return f"{words.label(axis)} {words.level(a, axis)} to {words.level(b, axis)}"
+
+
+def _limits(study: Study) -> Iterator[str]:
+    """The largest learning rate at which every seed stayed stable, per depth."""
+    if "optim.lr" not in study.grid.axes:
+        return
+    by = "model.depth" if "model.depth" in study.grid.axes else None
+    table = study.grid.largest_stable("optim.lr", by)
+    said: dict[str, list[str]] = {}
+    for level, row in zip(table.index, records(table), strict=True):
+        said.setdefault(_limit_text(row, study.grid.axes["optim.lr"]), []).append(words.level(level))
+    for text, levels in said.items():
+        where = "" if by is None else f"Depth {words.listing(levels)}: "
+        yield where + (text if where else text[0].upper() + text[1:])
+    yield from _working(table, by)
+
+
+def _limit_text(row: dict[Any, Any], grid: list[float]) -> str:
+    stable, unstable, again = (row[name] for name in ("all_stable", "first_unstable", "stable_again"))
+    n = words.count(row["trials"], "trial")
+    if unstable is None and stable == grid[-1]:
+        return f"every trial is stable at every learning rate up to {words.level(stable)}; the limit lies beyond ({n})."
+    if unstable is None:
+        return f"no trial is spiky or diverged, but not every one has a verdict ({n})."
+    back = "" if again is None else f", though every trial at {words.level(again)} is stable again"
+    if unstable == grid[0]:
+        return f"not even at the smallest learning rate, {words.level(unstable)}, is every trial stable{back} ({n})."
+    if stable is not None and grid.index(stable) + 1 == grid.index(unstable):
+        ends = f"up to learning rate {words.level(stable)}, not at {words.level(unstable)}"
+        return f"every trial is stable {ends}{back} ({n})."
+    return f"first unstable at {words.level(unstable)}; below it not every trial has a verdict{back} ({n})."
+
+
+def _working(table: pd.DataFrame, by: str | None) -> Iterator[str]:
+    """Where the loss says that a learning rate is too large, beside the verdicts."""
+    parts = []
+    for level, row in zip(table.index, records(table), strict=True):
+        if row["works_to"] is not None:
+            where = "" if by is None else f" at depth {words.level(level)}"
+            parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
+    if parts:
+        yield f"Largest learning rate within {LOSS_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)}."
+
+
+def _best(study: Study) -> Iterator[str]:
+    cells = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
+    if len(cells) < 2:
+        return
+    best = cells.sort_values("final_loss_capped", kind="stable").iloc[0]
+    loss = words.estimate(best["final_loss_capped"], best["final_loss_capped_low"], best["final_loss_capped_high"])
+    where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
+    seeds = words.count(int(best["n_done"]), "seed")
+    yield f"Lowest final loss: {loss} nat/token ({seeds}) at {where}."
+
+
+def _changes(study: Study) -> Iterator[str]:
+    """What the main axis did in numbers, and which changes the seeds can tell from chance."""
+    table = effects(study)
+    if not len(table):
+        return
+    rows = records(table)
+    main = "optim.lr" if "optim.lr" in study.axes else next(iter(study.axes))
+    mine = [r for r in rows if r["axis"] == main and r["metric"] != "final_loss"]
+    for (a, b), same in itertools.groupby(mine, key=lambda r: (r["a"], r["b"])):
+        said = list(same)
+        parts = [f"{NAMES[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in said]
+        yield f"From {step(main, a, b)} ({words.count(said[0]['pairs'], 'pair')}): {words.listing(parts)}."
+    clear = [r for r in rows if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
+    if clear:
+        moved = [
+            f"{words.listing([NAMES[r['metric']] for r in same])} with {where}"
+            for where, same in itertools.groupby(clear, key=lambda r: step(r["axis"], r["a"], r["b"]))
+        ]
+        yield (
+            f"Changes that the seeds can tell from chance, before correcting for {len(rows)} comparisons: "
+            f"{'; '.join(moved)} (paired 95 % intervals without 0)."
+        )
+    else:
+        yield (
+            f"None of {len(rows)} paired changes can be told from chance: each 95 % interval holds 0, or there is none "
+            "(one seed)."
+        )
+
+
+def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]]:
+    """The rows of `compare` to state: see `effects`."""
+    if not pairs or not all(v is None or isinstance(v, (int, float)) for v in levels):
+        return [r for r in pairs if r["a"] == levels[0]]
+    most = max(r["pairs"] for r in pairs)
+    supported = [r for r in pairs if 2 * r["pairs"] >= most]
+    return [max(supported, key=lambda r: levels.index(r["b"]) - levels.index(r["a"]))]
+
+
+def _shown(row: dict[str, Any], end: str) -> str:
+    return words.percent(row[end]) if COLUMNS[row["metric"]].unit == "fraction" else words.number(row[end])
+
+
+def _missing(study: Study) -> Iterator[str]:
+    found = counts(study)
+    if found["damaged"]:
+        ids = words.listing([d.trial_id for d in study.damaged[:5]])
+        yield f"{words.count(found['damaged'], 'trial')} damaged and left out of every number: {ids}."
+    absent = [f"{found[kind]} {kind}" for kind in ("unfinished", "failed") if found[kind]]
+    if absent:
+        yield f"In no mean: {words.listing(absent)} (see Trials without a result)."
+    if found["not judged"]:
+        unjudged = words.count(found["not judged"], "done trial")
+        yield f"{unjudged} without a verdict: under {study.rules.min_steps} steps."
+    cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
+    if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
+        yield f"{words.count(short, 'cell')} of {len(cells)} lack seeds that others have ({int(cells['n'].max())})."
+    if notes := int(study.trials["note"].notna().sum()):
+        yield f"{words.count(notes, 'record')} read without a torn last line (a trial still running, or killed)."
+
+
+def _incomparable(study: Study) -> Iterator[str]:
+    hashes = levels_of(study.trials["eval_hash"].dropna())
+    if len(hashes) > 1:
+        yield f"Losses were measured on {len(hashes)} different evaluation batches: compare them where data are equal."
+    data = [c for c in study.trials.columns if c == "data" or str(c).startswith("data.")]
+    if (study.trials.groupby(data, dropna=False)["data_fingerprint"].nunique() > 1).any():
+        yield "Trials with the same data settings saw different data (their fingerprints differ)."
+
+
+def _few(study: Study) -> Iterator[str]:
+    seeds = len(levels_of(study.trials["seed"]))
+    if seeds == 1:
+        yield "One seed: no interval and no test is possible; a difference may be chance."
+    elif 1 < seeds < 6 and len(study.trials):
+        floor = words.number(2 / 2**seeds, 2)
+        yield f"{seeds} seeds: no exact test can give a p-value under {floor}; read the differences, not p."

@@ -1,0 +1,270 @@
+"""What the report on a study says: its sections, tables and words, made from the study's tables alone.
+
+Nothing here knows when or where it runs: an unchanged study gives the same report, byte by byte, also after it moved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from stabstudy.analysis import findings, words
+from stabstudy.analysis.blocks import Block, Count, Report, Section, Table, Text
+from stabstudy.analysis.figures import figures
+from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.config import setting_names
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.store import State, StoreError
+
+SIGNS = {
+    "stable": "●", "spiky": "▲", "diverged": "✕", "not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨",
+}  # fmt: skip
+
+MOST_SPIKES = 12
+MOST_FAILED = 50
+
+CELL_STATISTICS = (
+    "spike_events", "spike_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share", "attn_logit_peak",
+)  # fmt: skip
+"""Shown per cell beside the final loss: the mean over its done trials."""
+
+
+def report(study: Study) -> Report:
+    """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
+    numbers = findings.counts(study)
+    states = dict(_states(study))
+    return Report(
+        study=words.clean(study.name, 80),
+        question=words.clean(study.question),
+        headline=findings.headline(study),
+        counts=[Count(kind, n, SIGNS[kind]) for kind, n in numbers.items()],
+        findings=findings.findings(study),
+        warnings=findings.warnings(study) + _mixed_engines(states),
+        sections=[s for s in _sections(study, states) if s.blocks],
+    )
+
+
+def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
+    yield Section("asked", "What was asked", list(_asked(study)))
+    yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
+    yield Section("figures", "Figures", list(figures(study)))
+    yield Section("effects", "What each axis changed", list(_effects(study)))
+    yield Section("spikes", "Largest spikes", list(_spikes(study)))
+    yield Section("failed", "Trials without a result", list(_failed(study)))
+    yield Section("words", "What the columns mean", [_definitions()])
+    yield Section("origin", "Where this comes from", list(_origin(study, states)))
+
+
+def _asked(study: Study) -> Iterator[Block]:
+    seeds = sorted({int(s) for s in study.trials["seed"]})
+    varied = [(words.heading(a), a, ", ".join(words.level(v, a) for v in levels)) for a, levels in study.axes.items()]
+    varied.append(("seed", "seed", ", ".join(map(str, seeds))))
+    yield Table("What varied", ("axis", "setting", "levels"), tuple(varied))
+    yield Text(_spike_rule(study.rules))
+    yield Text(_verdict_rule(study.rules))
+    yield Table("What did not vary", ("setting", "value"), tuple(_fixed(study)), folded=True)
+    parameters = dataclasses.asdict(study.rules)
+    title = f"Parameters of the rules ({study.rules.detector_id})"
+    rows = [(name, f"{value:g}") for name, value in parameters.items()]
+    yield Table(title, ("parameter", "value"), tuple(rows), frozenset({"value"}), folded=True)
+
+
+def _spike_rule(rules: Rules) -> str:
+    return (
+        f"Spike: the gradient norm before clipping is at least {rules.k:g} robust standard deviations above the median "
+        f"of the last {rules.window} ordinary steps (on a log scale; at least a factor "
+        f"{words.number(math.exp(rules.min_jump_grad))}). Flagged steps at most {rules.merge_gap} apart are one spike. "
+        f"The first {rules.min_fill} steps are not judged and enter no rate."
+    )
+
+
+def _verdict_rule(rules: Rules) -> str:
+    return (
+        "Diverged: a value that is not finite, a loss above that of the untrained model, or one that rose and stayed. "
+        f"Spiky: a spike of the norm of {rules.spiky_ratio:g} times its baseline, or any of the loss, that lasts more "
+        f"than {rules.narrow_steps} steps; or {rules.spiky_events} of them of any length, and "
+        f"{rules.spiky_per_1k:g} per 1000 steps; or {rules.rough_steps} steps, and {100 * rules.rough_share:g} % of "
+        f"all, at {rules.ratio:g} times the recent median norm. Stable: none of these. A trial of under "
+        f"{rules.min_steps} steps is not judged."
+    )
+
+
+def _fixed(study: Study) -> Iterator[tuple[str, str]]:
+    """Settings with one value in the whole study; those of the synthetic source only where it is used."""
+    if not len(study.trials):
+        return
+    synthetic = "synthetic" in set(study.trials["data.source"])
+    for name in setting_names():
+        hidden = name == "seed" or (name.startswith("data.synth_") and not synthetic)
+        values = [] if hidden else list({plain(v): None for v in study.trials[name]})
+        if len(values) == 1:
+            yield name, words.level(values[0], name)
+
+
+def _cells(study: Study) -> Table:
+    """A row per cell. `seeds`: how many are done, of how many where some are not."""
+    axes = list(study.axes)
+    case = ["case"] if study.cells["case"].notna().any() else []
+    numbers = [*map(words.heading, axes), "seeds", "final loss", *map(_head, CELL_STATISTICS)]
+    rows = tuple(
+        (
+            *(words.clean(row[name] or "", 40) for name in case),
+            *(words.level(row[a], a) for a in axes),
+            str(row["n"]) if row["n"] == row["n_done"] else f"{row['n_done']} of {row['n']}",
+            words.estimate(*(row[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))),
+            *(_value(name, row[name]) for name in CELL_STATISTICS),
+            ", ".join(f"{row[v]} {v}" for v in VERDICTS if row[v]) or words.NOTHING,
+        )
+        for row in records(study.cells)
+    )
+    title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
+    return Table(title, (*case, *numbers, "verdicts"), rows, frozenset(numbers))
+
+
+def _effects(study: Study) -> Iterator[Block]:
+    table = findings.effects(study)
+    if not len(table):
+        yield Text("No pair of trials differs in one axis alone, so nothing can be compared pairwise.")
+        return
+    yield Text(
+        "Each pair of trials shares its seed (so its initial weights and data order) and every other axis. Differences "
+        "are averaged per seed; the interval is Student's over seeds, p the exact sign-flip test."
+    )
+    numbers = ("mean from", "mean to", "change", "95 % interval", "pairs", "seeds", "larger in", "p (Holm)")
+    rows = tuple(_effect(row) for row in records(table))
+    yield Table("Paired differences", ("axis", "from", "to", "statistic", *numbers), rows, frozenset(numbers))
+
+
+def _effect(row: Mapping[str, Any]) -> tuple[str, ...]:
+    axis, metric = row["axis"], row["metric"]
+    return (
+        words.label(axis),
+        words.level(row["a"], axis),
+        words.level(row["b"], axis),
+        _head(metric),
+        _value(metric, row["mean_a"]),
+        _value(metric, row["mean_b"]),
+        words.number(row["difference"]),
+        words.NOTHING if row["low"] is None else f"{words.number(row['low'])} to {words.number(row['high'])}",
+        str(row["pairs"]),
+        str(row["seeds"]),
+        words.percent(row["positive"]),
+        words.number(row["p_holm"], 2),
+    )
+
+
+def _spikes(study: Study) -> Iterator[Block]:
+    if not len(study.spikes):
+        yield Text("No spike was found in any trial.")
+        return
+    found = {series: study.spikes[study.spikes["series"] == series] for series in ("grad", "loss")}
+    yield Text(
+        f"{words.count(len(found['grad']), 'spike')} of the gradient norm and {len(found['loss'])} of the loss, in all "
+        "trials that have a record, done or not."
+    )
+    for series, name, height in (("grad", "Gradient norm", "peak_ratio"), ("loss", "Loss", "peak_delta")):
+        if n := min(MOST_SPIKES, len(found[series])):
+            highest = found[series].sort_values([height, "trial_id", "start"], ascending=[False, True, True]).head(n)
+            yield _spike_table(study, f"{name}: the {n} highest", highest, height)
+
+
+def _spike_table(study: Study, title: str, spikes: pd.DataFrame, height: str) -> Table:
+    over = "peak / baseline" if height == "peak_ratio" else "peak - baseline (nat)"
+    rows = tuple(
+        (
+            s["trial_id"],
+            study.describe(s["trial_id"]),
+            f"{s['start']}" if s["start"] == s["end"] else f"{s['start']}-{s['end']}",
+            words.number(s["peak"]),
+            words.number(s[height]),
+            f"{s['duration']}" if s["recovered"] else f"over {s['duration']}",
+            s["class"],
+            "yes" if s["in_warmup"] else "no",
+            "no" if s["partner"] is None else "yes",
+        )
+        for s in records(spikes)
+    )
+    heads = ("trial", "which", "at step", "peak", over, "lasts", "class", "in warmup", "coupled")
+    return Table(title, heads, rows, frozenset(heads[2:6]))
+
+
+def _failed(study: Study) -> Iterator[Block]:
+    not_done = study.trials[study.trials["state"] != "done"]
+    if not len(not_done) and not study.damaged:
+        yield Text("None: every trial is done and readable.")
+        return
+    rows = [
+        (t, study.describe(t), row["state"], f"{row['steps_done']} of {row['steps_planned']}", row["error"] or "")
+        for t, row in zip(not_done.index, records(not_done), strict=True)
+    ]
+    rows += [(d.trial_id, "" if d.seed is None else f"seed {d.seed}", "damaged", "", d.reason) for d in study.damaged]
+    if (more := len(rows) - MOST_FAILED) > 0:
+        yield Text(f"The first {MOST_FAILED}; {more} more are in trials.csv, by their state.")
+    shown = tuple(tuple(words.clean(field) or words.NOTHING for field in row) for row in rows[:MOST_FAILED])
+    yield Table(
+        "Not done, failed or damaged", ("trial", "which", "state", "steps", "reason"), shown, frozenset({"steps"})
+    )
+
+
+def _definitions() -> Table:
+    shown = ("final_loss_capped", *CELL_STATISTICS, "verdict", "grad_norm_median", "grad_norm_max")
+    rows = tuple((_head(n), n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n in shown)
+    heads = ("shown as", "column", "meaning", "unit", "null when")
+    return Table("Every column is documented in results/README.md", heads, rows, folded=True)
+
+
+def _origin(study: Study, states: Mapping[str, State]) -> Iterator[Block]:
+    yield Table("Provenance", ("what", "value"), tuple(_provenance(study, states)))
+    if prints := sorted({str(v) for v in study.trials["data_fingerprint"]}):
+        yield Text(f"Data fingerprints: {', '.join(words.clean(p, 20) for p in prints)}.")
+
+
+def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str, str]]:
+    found = study.provenance
+    if argv := found.get("argv"):
+        yield "command", words.clean(" ".join(map(str, argv)) if isinstance(argv, list) else argv)
+    for part in ("versions", "git", "hardware"):
+        values = found.get(part)
+        if isinstance(values, dict):
+            for name, value in values.items():
+                yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80)
+    for engine in _engines(states):
+        yield "trained with", words.clean(engine)
+    started = [a.started for s in states.values() for a in s.attempts]
+    ended = [a.ended for s in states.values() for a in s.attempts if a.ended]
+    if started and ended:
+        yield "trained", f"{words.clean(min(started), 40)} to {words.clean(max(ended), 40)}"
+
+
+def _states(study: Study) -> Iterator[tuple[str, State]]:
+    for trial_id in study.trials.index:
+        try:
+            yield trial_id, study.folder.trial(trial_id).read_state()
+        except StoreError:  # it was readable when the tables were made: the trial is writing it anew or lost it
+            continue
+
+
+def _engines(states: Mapping[str, State]) -> list[str]:
+    engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
+    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in engines if e})
+
+
+def _mixed_engines(states: Mapping[str, State]) -> list[str]:
+    n = len(_engines(states))
+    return (
+        [f"Trained on {n} different engines (see the end): equal trials may differ in the last bits."] if n > 1 else []
+    )
+
+
+def _head(metric: str) -> str:
+    return COLUMNS[metric].label
+
+
+def _value(metric: str, value: Any) -> str:
+    return words.percent(value) if COLUMNS[metric].unit == "fraction" else words.number(value)

@@ -1,0 +1,238 @@
+"""The figures. Each takes a Study (or one trial's Rows) and draws on the given Axes, or on a new one, which it returns.
+
+    plots.lr_curves(study, by="model.depth").figure
+    plots.stability_map(study, x="optim.lr", y="model.depth").figure
+    plots.trial(study, study.worst())
+
+No trial is left out silently: a diverged one is an open triangle on the upper edge, a missing cell is hatched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from stabstudy.analysis import compare, style, words
+from stabstudy.analysis.levels import at_level, levels_of, split
+from stabstudy.analysis.paired import Estimate, t_interval
+from stabstudy.analysis.places import Places
+from stabstudy.analysis.study import Study
+from stabstudy.analysis.trace_plots import trace, traces, trial
+from stabstudy.stability.summary import COLUMNS
+
+__all__ = ["curves", "lr_curves", "metric_label", "panels", "stability_map", "trace", "traces", "trial"]
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_PANELS = 6
+BAND_FROM = 3
+"""Seeds from which the interval is drawn. That of two spans 12.7 standard errors: it stands in the tables."""
+
+
+def lr_curves(study: Study, by: str | None = "model.depth", ax: Axes | None = None) -> Axes:
+    """Final validation loss against the learning rate; see `curves`."""
+    return curves(study, "final_loss", x="optim.lr", by=by, ax=ax)
+
+
+def curves(
+    study: Study,
+    metric: str = "final_loss",
+    x: str = "optim.lr",
+    by: str | None = "model.depth",
+    log_y: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """A statistic against axis `x`: a dot per trial, and per level of `by` a line through the means.
+
+    A 95 % band surrounds means of 3 or more trials. Done trials that share x and `by` are pooled: seeds, and any other
+    axis (use `panels` to keep those apart). Diverged ones are open triangles on the upper edge; in the mean of
+    `final_loss` they count with their capped loss, in that of another statistic not at all: their trace is shorter.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    needed = dict.fromkeys([x, *study.axes, "state", "verdict", metric, compare.column(metric)])
+    trials = drawable(study.trials[list(needed)], metric)
+    places = Places(study.axes.get(x) or levels_of(study.trials[x]), x)
+    if by is None or by == x or by not in study.axes:
+        _draw_group(ax, trials, metric, places, _Look(style.BLUE, 0, None))
+    else:
+        for i, (level, colour) in enumerate(zip(study.axes[by], style.colours(study.axes[by]), strict=True)):
+            look = _Look(colour, i, style.plain(words.level(level, by)))
+            _draw_group(ax, at_level(trials, by, level), metric, places, look)
+        style.legend(ax, words.heading(by))
+    places.apply_x(ax)
+    ax.set_ylabel(style.plain(metric_label(metric)))
+    _limit_to_dots(ax, trials, metric, log_y)
+    return ax
+
+
+def stability_map(
+    study: Study,
+    x: str = "optim.lr",
+    y: str = "model.depth",
+    value: str = "spike_rate",
+    highest: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
+
+    `highest` fixes the top of the colour scale, so that several maps can be compared.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    columns = Places(study.axes.get(x) or levels_of(study.trials[x]), x, categorical=True)
+    rows = Places(study.axes.get(y) or levels_of(study.trials[y]), y, categorical=True)
+    done = study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", compare.column(value)]]
+    fields = dict(split(done, {x: columns.levels, y: rows.levels}))
+    means = {levels: t_interval(compare.values(trials, value)).mean for levels, trials in fields.items()}
+    top = max([v for v in means.values() if math.isfinite(v)], default=0.0) if highest is None else highest
+    for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
+        levels = (columns.levels[i], rows.levels[j])
+        if levels in fields:
+            _draw_field(ax, (i, j), fields[levels], means[levels], means[levels] / top if top > 0 else 0.0)
+        else:
+            _hatch(ax, (i, j))
+    columns.apply_x(ax)
+    rows.apply_y(ax)
+    ax.set_xlim(-0.5, len(columns.levels) - 0.5)
+    ax.set_ylim(-0.5, len(rows.levels) - 0.5)
+    ax.grid(False)
+    style.title(ax, metric_label(value))
+    return ax
+
+
+def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]) -> Figure:
+    """Small multiples with common scales: `draw` once per combination of levels of the axes in `over`."""
+    parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
+    columns = min(2, len(parts))
+    rows = math.ceil(len(parts) / columns)
+    size = (6.6, 4.0) if len(parts) == 1 else (8.8, 0.5 + 3.2 * rows)
+    figure = style.new_figure(*size, rows=rows, columns=columns)
+    drawn = figure.axes[: len(parts)]
+    for ax, (fixed, part) in zip(drawn, parts, strict=True):
+        draw(part, ax)
+        levels = ", ".join(f"{words.label(k)} {words.level(v, k)}" for k, v in fixed.items())
+        style.title(ax, ": ".join(t for t in (ax.get_title(loc="left"), levels) if t))
+    ends = [ax.get_ylim() for ax in drawn]
+    for i, ax in enumerate(drawn):
+        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        ax.set_ylabel("" if i % columns else ax.get_ylabel())
+    for ax in figure.axes[len(parts) :]:
+        ax.set_visible(False)
+    style.share_legend(figure)
+    return figure
+
+
+def combinations(study: Study, over: Sequence[str]) -> list[dict[str, Any]]:
+    """The combinations of levels of these axes that hold at least one trial; one empty combination for no axes."""
+    found = split(study.trials[list(over)], {axis: study.axes[axis] for axis in over})
+    return [dict(zip(over, levels, strict=True)) for levels, _ in found]
+
+
+def panel_axes(study: Study, drawn: Sequence[str | None], limit: int = MAX_PANELS) -> list[str]:
+    """The axes to give panels: all that are not `drawn`, without those of most levels while there are too many."""
+    rest = [a for a in study.axes if a not in drawn]
+    while rest and len(combinations(study, rest)) > limit:
+        rest.remove(max(rest, key=lambda a: len(study.axes[a])))
+    return rest
+
+
+class _Look:
+    """Colour, marker and dash of one line."""
+
+    def __init__(self, colour: str, index: int, name: str | None):
+        self.colour, self.name = colour, name
+        self.marker = style.MARKERS[index % len(style.MARKERS)]
+        self.dash = style.DASHES[index % len(style.DASHES)]
+
+
+def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Done trials with a value, and the diverged ones, whose value may be missing."""
+    return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
+
+
+def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, places: Places, look: _Look) -> None:
+    means, at = [], []
+    for level in places.levels:
+        rows = at_level(trials, places.setting, level)
+        if len(rows):
+            at.append(places.of(level))
+            means.append(mean_of(rows, metric))
+    ax.plot(
+        at, [m.mean for m in means], color=look.colour, linestyle=look.dash, marker=look.marker, markersize=5,
+        linewidth=1.6, label=look.name,
+    )  # fmt: skip
+    banded = [(x, m) for x, m in zip(at, means, strict=True) if m.n >= BAND_FROM]
+    if banded:
+        low, high = [m.low for _, m in banded], [m.high for _, m in banded]
+        ax.fill_between([x for x, _ in banded], low, high, color=look.colour, alpha=0.13, linewidth=0)
+    diverged = trials["verdict"] == "diverged"
+    kept, gone = trials[~diverged], trials[diverged]
+    ax.plot(
+        [places.of(v) for v in _levels_in(kept, places)], list(kept[metric]), linestyle="none", marker=look.marker,
+        markersize=3, color=look.colour, alpha=0.75,
+    )  # fmt: skip
+    if len(gone):
+        ax.plot(
+            [places.of(v) for v in _levels_in(gone, places)], [1.0] * len(gone),
+            transform=ax.get_xaxis_transform(), linestyle="none", marker="^", markersize=8, markerfacecolor="none",
+            markeredgecolor=look.colour, clip_on=False, gid="diverged",
+        )  # fmt: skip
+
+
+def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
+    """The mean that `curves` draws through these trials."""
+    counted = trials if metric == "final_loss" else trials[trials["verdict"] != "diverged"]
+    return t_interval(compare.values(counted, metric))
+
+
+def _levels_in(trials: pd.DataFrame, places: Places) -> list[Any]:
+    return [None if words.is_null(v) else v for v in trials[places.setting]]
+
+
+def _limit_to_dots(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool) -> None:
+    """The scale follows the trials; a band of two seeds, or a diverged loss, may leave the frame."""
+    seen = [v for v in compare.values(trials[trials["verdict"] != "diverged"], metric) if math.isfinite(v)]
+    if log_y and seen and min(seen) > 0:
+        ax.set_yscale("log")
+        ratio = max(1.15, (max(seen) / min(seen)) ** 0.08)
+        ax.set_ylim(min(seen) / ratio, max(seen) * ratio)
+        style.log_ticks(ax)
+    elif seen:
+        pad = 0.08 * (max(seen) - min(seen)) or 0.05 * max(1.0, abs(seen[0]))
+        ax.set_ylim(min(seen) - pad, max(seen) + pad)
+
+
+def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, mean: float, share: float) -> None:
+    """One field of a map: colour, value, n, and how many of its trials were not stable."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    corner = (at[0] - 0.5, at[1] - 0.5)
+    rgb = colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share)) if math.isfinite(mean) else 0.0)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=rgb, edgecolor=style.PAPER, linewidth=1.5))
+    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in ("spiky", "diverged")}
+    lines = [words.number(mean), f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
+    ink = style.field_text_colour(rgb)
+    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=8.5)
+    if bad["diverged"]:
+        ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
+
+
+def _hatch(ax: Axes, at: tuple[int, int]) -> None:
+    """A field without a done trial."""
+    from matplotlib.patches import Rectangle
+
+    corner = (at[0] - 0.5, at[1] - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=style.MUTED, hatch="///", linewidth=0.5))
+
+
+def metric_label(metric: str) -> str:
+    """A statistic's name and unit, for an axis or a table's head."""
+    d = COLUMNS[metric]
+    unit = "" if d.unit in ("", "1", "ratio") else f" ({d.unit})"
+    return f"{d.label}{unit}"

@@ -1,0 +1,211 @@
+"""A study read back from its folder: its trials, cells, spikes and records as tables, and questions put to them.
+
+study = Study.load("results/example")
+study.trials                     # a row per trial
+study.cells                      # a row per cell: its seeds, aggregated
+study.compare("optim.clip", "spike_rate")
+study.trace(study.worst())       # one trial, step by step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.levels import Level, at_level, axes_of, plain
+from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.store import StoreError, StudyFolder, open_study, read_json
+from stabstudy.trace import PROBES, TRACE, DamagedRecord, Rows
+
+VERDICTS = ("stable", "spiky", "diverged")
+
+_DTYPES = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
+
+
+class Study:
+    """One study. Nothing is read before it is asked for, and each table is read once; load again to see new trials."""
+
+    def __init__(
+        self, folder: StudyFolder, tables: Tables | None = None, axes: Mapping[str, list[Level]] | None = None
+    ):
+        self.folder = folder
+        self._tables, self._axes = tables, axes
+
+    @classmethod
+    def load(cls, path: str | Path) -> Study:
+        """The study in this folder, also while it runs. Raises StoreError where there is none."""
+        return cls(open_study(Path(path)))
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def tables(self) -> Tables:
+        return read_tables(self.folder) if self._tables is None else self._tables
+
+    @property
+    def rules(self) -> Rules:
+        """What counts as a spike, and what makes a verdict, in this study."""
+        return self.tables.rules
+
+    @property
+    def damaged(self) -> list[Damaged]:
+        """Trials whose files cannot be trusted, with the reason. They are in no other table."""
+        return self.tables.damaged
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What the launch wrote about itself; empty where it wrote nothing that can be read."""
+        try:
+            return read_json(self.folder.provenance_file)
+        except StoreError:
+            return {}
+
+    @property
+    def question(self) -> str:
+        """What the study asks, in one sentence; empty where nobody said."""
+        return str(self.provenance.get("question") or "")
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """A row per trial, by trial_id: cell, seed, state, group choices, settings, statistics (results/README.md).
+
+        Null is null, but a float that was not finite reads as NaN too: `nonfinite_steps` and `verdict` tell them apart.
+        """
+        return _frame(self.tables.trials, trial_kinds(self.tables.groups)).set_index("trial_id")
+
+    @cached_property
+    def spikes(self) -> pd.DataFrame:
+        """A row per spike, with the trial_id and cell_id it belongs to."""
+        return _frame(self.tables.spikes, spike_kinds())
+
+    @cached_property
+    def axes(self) -> dict[str, list[Level]]:
+        """What varies, seed excluded: a setting or group choice -> its levels, null last."""
+        return axes_of(self.trials, self.tables.groups) if self._axes is None else dict(self._axes)
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """A row per cell, by cell_id; see `compare.cells`."""
+        return compare.cells(self.trials, list(self.axes))
+
+    @property
+    def grid(self) -> Study:
+        """The study without its named cases, where that leaves anything: what figures over axes show."""
+        ids = set(self.trials.index[self.trials["case"].isna()])
+        return self if len(ids) in (0, len(self.trials)) else self._part(ids, None)
+
+    def where(self, fixed: Mapping[str, Level]) -> Study:
+        """The part of the study at these levels. Its remaining axes keep their levels, so a gap stays visible."""
+        kept = self.trials
+        for setting, level in fixed.items():
+            kept = at_level(kept, setting, level)
+        return self._part(set(kept.index), {k: v for k, v in self.axes.items() if k not in fixed})
+
+    def row(self, trial_id: str) -> dict[str, Any]:
+        """A trial's row of `trials` as a dictionary, null as None. Raises KeyError."""
+        self._known(trial_id)
+        return {name: plain(value) for name, value in self._rows[trial_id].items()}
+
+    def trace(self, trial_id: str) -> Rows:
+        """The trial's record, a row per optimizer step. Raises KeyError, or DamagedRecord where there is none."""
+        rows = self._record(trial_id, TRACE)
+        if rows is None:
+            raise DamagedRecord(f"trial {trial_id}: has no trace")
+        return rows
+
+    def probes(self, trial_id: str) -> Rows | None:
+        """What was measured at intervals: attention logits, validation loss. None where nothing was."""
+        return self._record(trial_id, PROBES)
+
+    def compare(self, axis: str, metric: str = "final_loss") -> pd.DataFrame:
+        """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`."""
+        self._check(axis, list(self.axes), "axis")
+        self._check(metric, list(COLUMNS), "statistic")
+        return compare.levels(self.trials, list(self.axes), axis, metric)
+
+    def largest_stable(self, setting: str = "optim.lr", by: str | None = "model.depth") -> pd.DataFrame:
+        """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`."""
+        self._check(setting, list(self.axes), "axis")
+        if by is not None:
+            self._check(by, list(self.axes), "axis")
+        return compare.limits(self.trials, setting, by)
+
+    def worst(self) -> str | None:
+        """The roughest trial: diverged before spiky before stable, then by largest norm over median, then by id."""
+        return _roughest(self.trials)
+
+    def typical(self) -> str | None:
+        """The trial whose roughness is the median of the done ones, those of the worst trial's cell left out."""
+        done = self.trials[self.trials["grad_norm_max_over_median"].notna()]
+        worst = self.worst()
+        others = done[done["cell_id"] != done["cell_id"].get(worst)]
+        if not len(others):
+            return None
+        ranked = others.sort_values(["grad_norm_max_over_median"], kind="stable")
+        return str(ranked.index[(len(ranked) - 1) // 2])
+
+    def describe(self, trial_id: str) -> str:
+        """The trial in words: its level on each axis, and its seed."""
+        row = self.row(trial_id)
+        levels = [f"{words.label(a)} {words.level(row[a], a)}" for a in self.axes]
+        case = [f"case {words.clean(row['case'], 60)}"] if row["case"] else []
+        return ", ".join([*case, *levels, f"seed {row['seed']}"])
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        return {row["trial_id"]: row for row in self.tables.trials}
+
+    def _part(self, ids: set[str], axes: Mapping[str, list[Level]] | None) -> Study:
+        """These trials and their spikes; `axes` None: whatever still differs."""
+        whole = self.tables
+        trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))
+        part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes), axes)
+        part.trials = self.trials[self.trials.index.isin(ids)]  # ten times cheaper than building it from the rows
+        return part
+
+    def _record(self, trial_id: str, schema: Any) -> Rows | None:
+        self._known(trial_id)
+        return read_record(self.folder.trial(trial_id), schema)
+
+    def _known(self, trial_id: str) -> None:
+        if trial_id not in self.trials.index:
+            raise KeyError(f"no trial {trial_id} in study {self.name}")
+
+    def _check(self, name: str, known: list[str], what: str) -> None:
+        if name not in known:
+            raise KeyError(f"{name!r} is no {what} of study {self.name} (it has: {', '.join(known) or 'none'})")
+
+
+def update_tables(folder: StudyFolder) -> Study:
+    """Read every trial, write trials.parquet and spikes.parquet, and answer with the study. Unchanged rows are kept."""
+    study = Study(folder)
+    write_tables(folder, study.tables)
+    return study
+
+
+def _frame(rows: list[dict[str, Any]], kinds: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=_DTYPES[k]) for n, k in kinds.items()})
+
+
+def _roughest(trials: pd.DataFrame) -> str | None:
+    if not len(trials):
+        return None
+    rank = {verdict: i for i, verdict in enumerate(VERDICTS)}
+    order = pd.DataFrame(
+        {
+            "verdict": [-rank.get(v, -1) for v in trials["verdict"]],
+            "ratio": -trials["grad_norm_max_over_median"].fillna(0.0).to_numpy(),
+            "id": trials.index,
+        }
+    )
+    return str(order.sort_values(["verdict", "ratio", "id"])["id"].iloc[0])

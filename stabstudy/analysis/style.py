@@ -1,0 +1,185 @@
+"""How figures look: colours that hold on white and on black, markers and dashes beside hue, deterministic SVG.
+
+An SVG is drawn once, in light colours. `to_svg` adds one style block that exchanges each known colour for its
+counterpart where the viewer prefers dark, so the same file serves the page, the folder and a slide.
+No `pyplot`: its global state would outlive the figure and choose a backend.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from stabstudy.analysis import words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
+BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, "#b27b00", "#3a8fc0", "#6b5b95")
+"""Okabe and Ito's colours, the light ones darkened to 3:1 on white; at most seven, never told apart by hue alone."""
+
+# viridis at 16 places: .04 to .54 for white paper, .45 to 1 for black; each at least 3:1 on its ground.
+ORDINAL = (
+    "#471063", "#481b6d", "#482677", "#46307e", "#443b84", "#404588", "#3c4f8a", "#38588c",
+    "#34618d", "#306a8e", "#2c718e", "#297a8e", "#26828e", "#238a8d", "#20928c", "#1f9a8a",
+)  # fmt: skip
+ORDINAL_ON_DARK = (
+    "#25848e", "#228d8d", "#1f958b", "#1f9f88", "#22a785", "#2ab07f", "#37b878", "#46c06f",
+    "#5ac864", "#6ece58", "#86d549", "#9dd93b", "#b5de2b", "#d0e11c", "#e7e419", "#fde725",
+)  # fmt: skip
+
+DARK = {
+    INK: "#e6edf3",
+    MUTED: "#9198a1",
+    GRID: "#30363d",
+    PAPER: "#0d1117",
+    BLUE: "#56a8e0",
+    VERMILLION: "#f0883e",
+    GREEN: "#2ebd8e",
+    PURPLE: "#dd9cc2",
+    "#b27b00": "#e69f00",
+    "#3a8fc0": "#56b4e9",
+    "#6b5b95": "#a99bd6",
+    **dict(zip(ORDINAL, ORDINAL_ON_DARK, strict=True)),
+}
+"""Colour on white -> colour on black. Text on coloured fields (#010101, #fefefe) stays as it is."""
+
+MARKERS = ("o", "s", "D", "v", "P", "X", "h")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
+
+_RC: Any = {
+    "svg.hashsalt": "stabstudy",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": PAPER,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+}
+
+
+def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **share: Any) -> Figure:
+    """A Figure of our looks with a grid of Axes (`figure.axes`, row by row); `share` is `subplots`' sharex, sharey."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.subplots(rows, columns, **share)
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG text: the same figure gives the same text, with a dark variant inside."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(_RC):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
+
+
+def ordered_colours(n: int) -> list[str]:
+    """n colours along viridis, dark to light, for levels with an order."""
+    return [ORDINAL[round(i * (len(ORDINAL) - 1) / max(1, n - 1))] for i in range(n)]
+
+
+def colours(levels: Sequence[Any]) -> list[str]:
+    """A colour per level: ordered where the levels are numbers, else categories (repeating after seven)."""
+    ordered = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in levels)
+    return ordered_colours(len(levels)) if ordered else [CATEGORIES[i % len(CATEGORIES)] for i in range(len(levels))]
+
+
+def plain(text: str) -> str:
+    """Text for a label: `$` would start mathtext."""
+    return text.replace("$", r"\$")
+
+
+def field_text_colour(rgb: Sequence[float]) -> str:
+    """Near-black or near-white, whichever reads better on a field of this colour (sRGB in 0..1)."""
+    return "#010101" if luminance(rgb) > 0.179 else "#fefefe"
+
+
+def luminance(rgb: Sequence[float]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def title(ax: Axes, text: str) -> None:
+    """A title above the left end of the axes, in the size of the other words."""
+    ax.set_title(plain(text), loc="left", fontsize=9.5, color=INK)
+
+
+def legend(ax: Axes, heading: str) -> None:
+    """A legend without a frame, where the axes hold anything with a name."""
+    if ax.get_legend_handles_labels()[0]:
+        made = ax.legend(title=plain(heading), title_fontsize=9, labelcolor=INK, frameon=False, handlelength=3.2)
+        made.get_title().set_color(INK)
+
+
+def share_legend(figure: Figure) -> None:
+    """One legend above all panels in place of one in each."""
+    legends = [found for ax in figure.axes if (found := ax.get_legend()) is not None]
+    if len(figure.axes) > 1 and legends:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        heading = legends[0].get_title().get_text()
+        for found in legends:
+            found.remove()
+        shared = figure.legend(
+            handles, names, title=heading, title_fontsize=9, loc="outside upper center", ncols=min(7, len(names)),
+            labelcolor=INK, frameon=False, handlelength=3.2,
+        )  # fmt: skip
+        shared.get_title().set_color(INK)
+
+
+def log_ticks(ax: Axes) -> None:
+    """Plain numbers on a log y axis, closer where it spans few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = ax.get_ylim()
+    decades = math.log10(high / low)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.level(float(v))))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def tidy(ax: Axes) -> None:
+    """No minor ticks' labels: the levels of an axis are its ticks."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _dark_style(svg: str) -> str:
+    used = sorted({c for c in re.findall(r"#[0-9a-f]{6}", svg) if c in DARK})
+    rules = "".join(
+        f'[style*="{part}: {colour}"]{{{part}:{DARK[colour]} !important}}'
+        for colour in used
+        for part in ("fill", "stroke")
+    )
+    return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"

@@ -1,0 +1,258 @@
+"""A study's trials and spikes as rows, computed from the trials' own files.
+
+The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A row is
+taken from the table instead of computed again when nothing it was made from has changed: the same detector parameters,
+and the same `source_sha256` (settings, state and the checksums of the trial's records). The checksums of the records
+themselves are verified on every read, so a file that rots after it was analysed is still found.
+
+A study that is still running is read without any lock: each live record up to its last whole line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy import trace
+from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.stability.rules import Rules, rules_for
+from stabstudy.stability.summary import TrialFacts, summarise
+from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
+from stabstudy.trace import PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
+
+Row = dict[str, Any]
+
+TABLE_FORMAT = "1"
+"""Goes up when a statistic is computed in a new way: rows of another format are never taken over."""
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A trial whose files cannot be trusted: it is in no table and no figure."""
+
+    trial_id: str
+    reason: str
+    cell_id: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Rows of trials and spikes, by trial_id; `groups`: the group choices that are columns (`data`, `model`)."""
+
+    rules: Rules
+    groups: list[str]
+    trials: list[Row]
+    spikes: list[Row]
+    damaged: list[Damaged] = field(default_factory=list)
+    computed: int = 0  # trials whose statistics were computed now and not taken from the tables
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a trial's own files say, records aside."""
+
+    folder: TrialFolder
+    config: cfg.TrialConfig
+    body: Mapping[str, Any]
+    state: State
+
+
+def read_tables(folder: StudyFolder) -> Tables:
+    """Every trial of the study. Damaged ones are named, not raised."""
+    trials: list[_Trial] = []
+    damaged: list[Damaged] = []
+    for trial in folder.trials():
+        try:
+            trials.append(_open(trial))
+        except (StoreError, cfg.ConfigError) as error:
+            damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
+    rules = rules_for(min((t.config.train.steps for t in trials), default=1))
+    known = _Known.read(folder, rules)
+    rows: list[Row] = []
+    spikes: list[Row] = []
+    computed = 0
+    for t in trials:
+        try:
+            row, own_spikes, fresh = _row(t, rules, known)
+        except DamagedRecord as error:
+            reason = _reason(error, folder)
+            damaged.append(Damaged(t.folder.trial_id, reason, t.body.get("cell_id"), t.config.seed))
+            continue
+        rows.append(row)
+        spikes += own_spikes
+        computed += fresh
+    groups = [g for g in cfg.GROUPS if any(g in _choices(t.body) for t in trials)]
+    return Tables(rules, groups, rows, spikes, sorted(damaged, key=lambda d: d.trial_id), computed)
+
+
+def write_tables(folder: StudyFolder, tables: Tables) -> None:
+    """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes."""
+    _write(folder.trials_table, tables.trials, trial_kinds(tables.groups), tables)
+    _write(folder.spikes_table, tables.spikes, spike_kinds(), tables)
+
+
+def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
+    """A trial's record, also while the trial finishes: its live file may vanish between the look and the read."""
+    for last_try in (False, True):
+        try:
+            rows = folder.rows(schema)
+        except FileNotFoundError:
+            rows = None
+        if rows is not None or last_try:
+            return rows
+    return None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The rows of the tables on disk, as far as they were made with the same rules."""
+
+    trials: Mapping[str, Row]
+    spikes: Mapping[str, list[Row]]
+
+    @staticmethod
+    def read(folder: StudyFolder, rules: Rules) -> _Known:
+        trials = _read(folder.trials_table, rules, trial_kinds([]))
+        spikes = _read(folder.spikes_table, rules, spike_kinds())
+        if trials is None or spikes is None:
+            return _Known({}, {})
+        by_trial: dict[str, list[Row]] = {}
+        for row in spikes:
+            by_trial.setdefault(row["trial_id"], []).append(row)
+        return _Known({row["trial_id"]: row for row in trials}, by_trial)
+
+
+def _open(folder: TrialFolder) -> _Trial:
+    body = folder.read_config()
+    config = body.get("config")
+    if not isinstance(config, dict):
+        raise StoreError(f"{folder.config_file}: holds no config")
+    state = folder.read_state()
+    for name in ("cell_id", "data_fingerprint"):
+        if not isinstance(body.get(name), str):
+            raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
+    for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
+        if found != folder.trial_id:
+            raise StoreError(f"{folder.path / name}: belongs to trial {found}")
+    return _Trial(folder, cfg.from_dict(config), body, state)
+
+
+def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
+    """The trial's row and spikes, and whether they were computed now."""
+    trial_id, state = t.folder.trial_id, t.state
+    source = _source(t)
+    if state.records and known.trials.get(trial_id, {}).get("source_sha256") == source:
+        _verify(t)
+        return dict(known.trials[trial_id]), known.spikes.get(trial_id, []), False
+    trace_rows, probes = read_record(t.folder, TRACE), read_record(t.folder, PROBES)
+    for schema, rows in ((TRACE, trace_rows), (PROBES, probes)):
+        if rows is None and (schema.name in state.records or (state.status == "done" and schema is TRACE)):
+            raise DamagedRecord(f"{t.folder.finished(schema)}: is missing")
+    facts = TrialFacts(
+        steps_planned=t.config.train.steps,
+        warmup_steps=t.config.optim.warmup_steps,
+        clip=t.config.optim.clip,
+        status=state.status,
+        stop_reason=state.stop_reason,
+        init_loss=state.init_loss,
+        final_loss=state.final_loss,
+    )
+    summary = summarise(no_rows(TRACE) if trace_rows is None else trace_rows, probes, facts, rules)
+    notes = [r.note for r in (trace_rows, probes) if r is not None and r.note]
+    row: Row = {
+        "trial_id": trial_id,
+        "cell_id": t.body.get("cell_id"),
+        "case": t.body.get("case"),
+        "state": state.status,
+        "error": _error(state),
+        "note": "; ".join(notes) or None,
+        **_choices(t.body),
+        **cfg.flat(t.config),
+        **summary.columns,
+        "eval_hash": state.eval_hash,
+        "data_fingerprint": t.body.get("data_fingerprint"),
+        "source_sha256": source,
+    }
+    spikes = [{"trial_id": trial_id, "cell_id": row["cell_id"], **spike} for spike in summary.spikes]
+    return row, spikes, True
+
+
+def _verify(t: _Trial) -> None:
+    """Raises DamagedRecord where a finished record is not the file that the state names."""
+    for schema in (TRACE, PROBES):
+        if schema.name in t.state.records:
+            file, named = t.folder.finished(schema), t.state.records[schema.name]["sha256"]
+            if not file.exists():
+                raise DamagedRecord(f"{file}: is missing")
+            if (found := trace.file_sha256(file)) != named:
+                raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {named[:12]}...")
+
+
+def _source(t: _Trial) -> str:
+    """What a finished trial's row depends on. Attempts, hosts and times are no part of it."""
+    state = asdict(t.state)
+    parts = {k: state[k] for k in ("status", "stop_reason", "init_loss", "final_loss", "eval_hash", "records", "error")}
+    body = {k: t.body.get(k) for k in ("cell_id", "case", "choices", "data_fingerprint")}
+    text = json.dumps([parts, body, cfg.flat(t.config)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _choices(body: Mapping[str, Any]) -> dict[str, str]:
+    choices = body.get("choices")
+    return {k: str(choices[k]) for k in cfg.GROUPS if k in choices} if isinstance(choices, dict) else {}
+
+
+def _error(state: State) -> str | None:
+    if not state.error:
+        return None
+    step = state.error.get("step")
+    at = "" if step is None else f" (step {step})"
+    return f"{state.error.get('kind', 'error')}: {state.error.get('message', '')}{at}"
+
+
+def _reason(error: Exception, folder: StudyFolder) -> str:
+    """The message with paths inside the study: a study that was moved gives the same report."""
+    return str(error).replace(f"{folder.path}{os.sep}", "").replace("\n", "; ")
+
+
+def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Tables) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"int": pa.int64(), "float": pa.float64(), "text": pa.string(), "bool": pa.bool_()}
+    # from_pandas=False: NaN ("not finite") stays NaN, None ("not measurable") is null
+    arrays = [pa.array([r.get(n) for r in rows], types[k], from_pandas=False) for n, k in kinds.items()]
+    metadata = {
+        "format": TABLE_FORMAT,
+        "detector_id": tables.rules.detector_id,
+        "detector": tables.rules.to_json(),
+    }
+    table = pa.table(arrays, names=list(kinds)).replace_schema_metadata(metadata)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, tmp, compression="zstd", write_page_checksum=True)
+    trace.sync_file(tmp)
+    tmp.replace(path)
+    trace.sync_folder(path.parent)
+
+
+def _read(path: Path, rules: Rules, kinds: Mapping[str, str]) -> list[Row] | None:
+    """The rows of a table made with the same rules; None where there is none, or it lacks a column of today."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        return None
+    wanted = {b"format": TABLE_FORMAT.encode(), b"detector": rules.to_json().encode()}
+    found = table.schema.metadata or {}
+    rows: list[Row] = table.to_pylist()
+    same = all(found.get(k) == v for k, v in wanted.items()) and set(kinds) <= set(table.column_names)
+    return rows if same else None

@@ -1,0 +1,130 @@
+"""Figures of single trials, step by step: the gradient norm before clipping, the loss, and the spikes in both."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stabstudy.analysis import style, words
+from stabstudy.analysis.study import Study
+from stabstudy.trace import Rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BUCKETS = 500
+"""A long trace is drawn as the smallest and largest value of so many equal stretches: no spike can fall between."""
+
+
+def trace(
+    rows: Rows,
+    *,
+    clip: float | None = None,
+    warmup_steps: int | None = None,
+    spikes: pd.DataFrame | None = None,
+    title: str = "",
+    axes: Sequence[Axes] | None = None,
+) -> Figure:
+    """One trial: gradient norm before clipping (log axis) above its training loss.
+
+    `clip` is drawn as a line, the end of the warmup as another, `spikes` (rows of `Study.spikes`) are shaded: the
+    gradient's above, the loss's below. Non-finite steps are crosses on the upper edge.
+    """
+    axes = style.new_figure(7.2, 4.6, rows=2, sharex=True).axes if axes is None else axes
+    norm, loss = axes[0], axes[1]
+    norm.set_yscale("log", nonpositive="mask")
+    norm.margins(y=0.12)
+    _draw_series(norm, rows["step"], rows["grad_norm"], style.BLUE)
+    _draw_series(loss, rows["step"], rows["loss"], style.GREEN)
+    if clip is not None:
+        norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
+        norm.annotate(
+            f"clip {words.level(clip)}", (1, clip), (-3, 2), xycoords=norm.get_yaxis_transform(),
+            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=8,
+        )  # fmt: skip
+    for ax, series in ((norm, "grad"), (loss, "loss")):
+        if warmup_steps:
+            ax.axvline(warmup_steps, color=style.MUTED, linewidth=1.0, linestyle=(0, (1, 1.5)))
+        if spikes is not None:
+            _shade(ax, spikes[spikes["series"] == series])
+    if warmup_steps:
+        norm.annotate(
+            "warmup ends", (warmup_steps, 1), (3, -2), xycoords=norm.get_xaxis_transform(),
+            textcoords="offset points", va="top", color=style.MUTED, fontsize=8,
+        )  # fmt: skip
+    norm.set_ylabel("gradient norm\nbefore clipping")
+    loss.set_ylabel("training loss\n(nat/token)")
+    loss.set_xlabel("optimizer step")
+    style.log_ticks(norm)
+    style.title(norm, textwrap.fill(title, 56))
+    figure: Figure = norm.get_figure()  # type: ignore[assignment]
+    return figure
+
+
+def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[Axes] | None = None) -> Figure:
+    """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
+    row = study.row(trial_id)
+    planned = row["steps_planned"]
+    figure = trace(
+        study.trace(trial_id),
+        clip=row["optim.clip"],
+        warmup_steps=row["optim.warmup_steps"],
+        spikes=study.spikes[study.spikes["trial_id"] == trial_id],
+        title=study.describe(trial_id) if title is None else title,
+        axes=axes,
+    )
+    for ax in figure.axes if axes is None else axes:
+        ax.set_xlim(-0.02 * planned, 1.02 * planned)  # a trial that stopped early shows how early
+    return figure
+
+
+def traces(study: Study, titles: Mapping[str, str]) -> Figure:
+    """Several trials side by side (trial_id -> title), norms and losses on common scales."""
+    n = len(titles)
+    figure = style.new_figure(0.8 + 4.0 * n, 4.8, rows=2, columns=n, sharex="col", sharey="row")
+    for i, (trial_id, title) in enumerate(titles.items()):
+        trial(study, trial_id, title=title, axes=(figure.axes[i], figure.axes[n + i]))
+    for ax in figure.axes:
+        ax.label_outer()
+    return figure
+
+
+def downsample(
+    x: NDArray[Any], y: NDArray[np.float64], buckets: int = BUCKETS
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """The smallest and the largest finite value of each of `buckets` stretches, in their order; short series whole."""
+    if len(x) <= 2 * buckets:
+        return x, y
+    keep: list[int] = []
+    for part in np.array_split(np.arange(len(x)), buckets):
+        finite = part[np.isfinite(y[part])]
+        if len(finite):
+            keep += sorted({int(finite[np.argmin(y[finite])]), int(finite[np.argmax(y[finite])])})
+    return x[keep], y[keep]
+
+
+def _draw_series(ax: Axes, steps: NDArray[Any], values: NDArray[np.float64], colour: str) -> None:
+    ax.plot(*downsample(steps, values), color=colour, linewidth=0.9)
+    lost = steps[~np.isfinite(values)]
+    if len(lost):
+        ax.plot(
+            lost, np.ones(len(lost)), transform=ax.get_xaxis_transform(), linestyle="none", marker="x",
+            color=style.VERMILLION, markersize=6, clip_on=False, gid="nonfinite",
+        )  # fmt: skip
+
+
+def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
+    """The flagged stretches, and a mark above each: a stretch of one step is thinner than a pixel."""
+    for start, end in zip(spikes["start"], spikes["end"], strict=True):
+        ax.axvspan(start - 0.5, end + 0.5, color=style.VERMILLION, alpha=0.25, linewidth=0)
+    if len(spikes):
+        ax.plot(
+            spikes["peak_step"].astype(float), np.full(len(spikes), 0.97), transform=ax.get_xaxis_transform(),
+            linestyle="none", marker="v", markersize=4.5, color=style.VERMILLION, gid="spikes",
+        )  # fmt: skip

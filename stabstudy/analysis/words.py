@@ -1,0 +1,102 @@
+"""How numbers, levels and foreign text are written: one way, in the page, the Markdown, the figures and the CSV."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import Any
+
+NOTHING = "–"
+"""Stands where a statistic is null: not measurable is not zero."""
+
+LABELS = {
+    "model.depth": "depth",
+    "optim.lr": "learning rate",
+    "train.batch_size": "batch size",
+    "optim.weight_decay": "weight decay",
+    "optim.warmup_steps": "warmup",
+    "optim.clip": "clip threshold",
+    "data": "dataset",
+}
+
+UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
+
+_ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
+
+
+def clean(text: object, limit: int = 300) -> str:
+    """Text from a file, fit to be shown: no terminal sequences, no control or direction characters, one line, short."""
+    bare = _ANSI.sub("", str(text))
+    spaced = "".join(" " if c in "\t\n\r\v\f" else c for c in bare)
+    kept = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    short = " ".join(kept.split())
+    return short if len(short) <= limit else short[: limit - 1] + "…"
+
+
+def is_null(value: Any) -> bool:
+    """Whether a table's field is null: None, NaN or pandas' NA."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with `digits` significant digits; whole numbers whole; null as a dash."""
+    if is_null(value):
+        return NOTHING
+    if isinstance(value, float) and math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return str(int(value))
+    if not 1e-3 <= abs(value) < 1e6:
+        return _scientific(float(value), digits)
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def percent(share: Any) -> str:
+    """A fraction as percent; null as a dash."""
+    return NOTHING if is_null(share) else f"{number(100 * float(share), 2)} %"
+
+
+def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """`2.43 ± 0.02`: the mean and half the 95 % interval; the mean alone where there is no interval."""
+    if is_null(low) or is_null(high):
+        return number(mean, digits)
+    return f"{number(mean, digits)} ± {number((high - low) / 2, 2)}"
+
+
+def level(value: Any, setting: str = "") -> str:
+    """An axis value as people type it: 3e-3, 0.1, 6, pysrc; null is `off` for the clip threshold."""
+    if is_null(value):
+        return "off" if setting == "optim.clip" else "null"
+    if isinstance(value, bool) or type(value).__name__ == "bool_":
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        small = value != 0 and abs(value) < 0.01
+        return _scientific(float(value), 6) if small else f"{value:.10g}"
+    return clean(value, 60)
+
+
+def label(setting: str) -> str:
+    """What an axis is called in a sentence: `depth`."""
+    return LABELS.get(setting, setting)
+
+
+def heading(setting: str) -> str:
+    """What an axis is called where its levels stand alone: `depth (layers)`."""
+    return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def count(n: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def listing(items: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""
+
+
+def _scientific(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,93 @@
+"""`python -m stabstudy.report results/NAME [results/OTHER ...] [--out DIR]`: arguments in, reports and words out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stabstudy.store import StoreError, StudyFolder, open_study
+
+if TYPE_CHECKING:
+    from stabstudy.analysis.study import Study
+
+OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
+
+Say = Callable[[str], None]
+
+
+def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
+    """Bring the study's tables up to date and write its report; answers with the path of the page.
+
+    `say` gets one line per thing worth saying. `out` takes the place of the study's own report/. Raises StoreError
+    where there is no study, OSError where nothing can be written.
+    """
+    return _write(open_study(folder), say, out)[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. 0: written; 2: no such study; 3: written, but nothing is done or a trial is damaged; 4: disk."""
+    args = _parser().parse_args(argv)
+    try:
+        folders = [open_study(path) for path in args.study]
+    except StoreError as error:
+        print(f"error: report: {error}", file=sys.stderr)
+        return BAD_INPUT
+    code = OK
+    try:
+        for folder in folders:
+            out = None if args.out is None else args.out / folder.name if len(folders) > 1 else args.out
+            study, _ = _write(folder, _print, out)
+            code = max(code, _judge(study))
+        if len(folders) > 1:
+            _print(f"{len(folders)} studies, each reported on its own.")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` has what it wanted. Python would flush once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: report: {error}", file=sys.stderr)
+        return ENVIRONMENT
+    return code
+
+
+def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
+    # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
+    from stabstudy.analysis.page import report
+    from stabstudy.analysis.publish import publish
+    from stabstudy.analysis.study import update_tables
+
+    study = update_tables(folder)
+    made = report(study)
+    page = publish(study, made, folder.report if out is None else out)
+    say(made.headline)
+    for damaged in study.damaged:
+        say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
+    say(f"report: {page}")
+    return study, page
+
+
+def _judge(study: Study) -> int:
+    done = bool((study.trials["state"] == "done").any())
+    return OK if done and not study.damaged else NOTHING_OR_DAMAGED
+
+
+def _print(line: str) -> None:
+    print(line)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stabstudy.report",
+        description="Write report/index.html, report.md, figures/ and trials.csv of a study.",
+    )
+    parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
+    parser.add_argument("--out", type=Path, help="write here instead of the study's report/ (several: DIR/<study>)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
