@@ -30,7 +30,7 @@ sweep:
     optim.clip: [1.0, null]
 """
 TINY = [
-    "sweep=check", "data=synthetic", "data.synth_bytes=40000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
+    "sweep=check", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
     "model.depth=2", "train.batch_size=4", "train.steps=30", "optim.warmup_steps=3", "train.checkpoint_every=10",
     "train.eval_sequences=8",
 ]  # fmt: skip
@@ -187,7 +187,7 @@ def _rows(study: store.StudyFolder, state: store.State) -> int:
 
 @pytest.mark.ray
 def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: Command, started: Started) -> None:
-    words = command("study=stopped", "train.steps=4000", "train.checkpoint_every=100000", "optim.clip=1.0")
+    words = command("study=stopped", "train.steps=1500", "train.checkpoint_every=100000", "optim.clip=1.0")
     study = store.StudyFolder(folder / "results" / "stopped")
     process = started(words)
     until(lambda: any(s.status == "running" and _rows(study, s) > 20 for s in states(folder, "stopped")))
@@ -204,9 +204,9 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: 
     # the same command again, in this process: it continues and repeats nothing
     launch(make_plan([*words[3:], "launcher=local"], folder))
     for state in states(folder, "stopped"):
-        assert state.status == "done" and state.step == 4000
+        assert state.status == "done" and state.step == 1500
         rows = study.trial(state.trial_id).rows(trace.TRACE)
-        assert rows is not None and len(rows) == 4000
+        assert rows is not None and len(rows) == 1500
     resumed = {s.trial_id: s.attempts[-1].from_step for s in states(folder, "stopped")}
     assert all(resumed[s.trial_id] == s.step for s in stopped)
 

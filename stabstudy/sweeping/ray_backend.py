@@ -40,6 +40,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: trials checkpoint first
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 silences the boxes
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # nothing from raylet or workers is printed here: trials have log.txt
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
@@ -120,6 +122,7 @@ def _start(compute: Compute, scratch: Path) -> None:
 
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     if compute.address is not None:
+        _check_reachable(compute.address)
         try:
             ray.init(address=compute.address, **settings)
         except Exception as error:
@@ -133,6 +136,17 @@ def _start(compute: Compute, scratch: Path) -> None:
             ray.shutdown()
             if tried == START_TRIES:
                 raise NotReadyError(f"Ray did not start in {START_TRIES} tries: {_first_line(error)}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray would try for minutes. `auto` and other names are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise NotReadyError(f"compute.address={address}: no Ray cluster answers ({error})") from error
 
 
 def _slots(compute: Compute) -> int:
