@@ -87,7 +87,7 @@ def test_update_sizes_are_those_of_the_real_update() -> None:
     ratios = []
     for p in stepper.parameters:
         state = stepper.optimizer.state[p]
-        v_hat = state["exp_avg_sq"] / (1 - 0.95**4)
+        v_hat = state.exp_avg_sq / (1 - 0.95**4)
         assert p.grad is not None
         ratios.append(math.sqrt((p.grad**2 / v_hat.clamp(min=1e-16)).mean().item()))
     assert ratio.item() == pytest.approx(max(ratios), rel=1e-5)

@@ -145,14 +145,14 @@ def test_a_nonfinite_gradient_never_reaches_the_weights(bad: float, clip: float 
     stepper = make(optim=OptimConfig(clip=clip), skip_nonfinite=skip)
     stepper.step(packed(), lr=1e-3)
     before = {n: p.clone() for n, p in stepper.model.named_parameters()}
-    moments = [s["exp_avg"].clone() for s in stepper.optimizer.state.values()]
+    moments = [s.exp_avg.clone() for s in stepper.optimizer.state.values()]
     handle = stepper.parameters[3].register_hook(lambda g: g.index_fill(0, torch.tensor([0]), bad))
     vector = stepper.step(packed(1), lr=1e-3)
     handle.remove()
     assert vector is not None and not torch.isfinite(vector[st.GRAD_NORM]) and torch.isfinite(vector[st.LOSS])
     assert all(torch.equal(p, before[n]) for n, p in stepper.model.named_parameters())
-    assert all(torch.equal(s["exp_avg"], m) for s, m in zip(stepper.optimizer.state.values(), moments, strict=True))
-    assert all(s["step"].item() == 1 for s in stepper.optimizer.state.values())
+    assert all(torch.equal(s.exp_avg, m) for s, m in zip(stepper.optimizer.state.values(), moments, strict=True))
+    assert all(s.step.item() == 1 for s in stepper.optimizer.state.values())
     stepper.step(packed(2), lr=1e-3)
     moved = any(not torch.equal(p, before[n]) for n, p in stepper.model.named_parameters())
     assert moved is skip  # without the policy the trial ends here: the weights stay as they were
@@ -254,3 +254,21 @@ def test_loss_on_is_the_mean_and_leaves_no_trace() -> None:
     assert stepper.loss_on(windows) == pytest.approx(expected.item(), rel=1e-6)
     assert all(p.grad is None for p in stepper.parameters)
     assert dataclasses.replace(stepper.config) == stepper.config
+
+
+def test_weights_equal_torch_adamw_bit_for_bit() -> None:
+    """The same kernel called by torch.optim.AdamW on the same gradients: guards the private entry point."""
+    settings = OptimConfig(lr=0.02, weight_decay=0.1, beta2=0.97, clip=None)
+    stepper = make(optim=settings)
+    shadow = [nn.Parameter(p.detach().clone()) for p in stepper.parameters]
+    decayed, plain = [p for p in shadow if p.ndim >= 2], [p for p in shadow if p.ndim < 2]
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.02, betas=(0.9, 0.97), eps=1e-8, fused=True,
+    )  # fmt: skip
+    for t in range(5):
+        stepper.step(packed(t), 0.02)
+        for parameter, other in zip(stepper.parameters, shadow, strict=True):
+            other.grad = parameter.grad
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(stepper.parameters, shadow, strict=True))

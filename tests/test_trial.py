@@ -346,7 +346,7 @@ def test_a_divergent_loss_stops_the_trial_early(make: Make, run: Run, monkeypatc
     def rises(self: Stepper, windows: Any, lr: float) -> Any:
         vector = original(self, windows, lr)
         assert vector is not None
-        vector[st.LOSS] += 3.0 * (int(next(iter(self.optimizer.state.values()))["step"]) > 30)
+        vector[st.LOSS] += 3.0 * (int(next(iter(self.optimizer.state.values())).step) > 30)
         return vector
 
     monkeypatch.setattr(Stepper, "step", rises)

@@ -8,6 +8,7 @@ row below S is durable. A folder appears whole, by rename, or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from stabstudy import store
 from stabstudy.trace import file_sha256, sync_file, sync_folder
+from stabstudy.training.optim import Moments
 from stabstudy.training.step import Stepper
 
 FORMAT = 1
 KEEP = 2
+MOMENTS = tuple(f.name for f in dataclasses.fields(Moments))
 
 
 class CheckpointError(Exception):
@@ -87,15 +90,15 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
     }
     for name, parameter in stepper.model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        for key, value in stepper.optimizer.state[parameter].items():
-            tensors[f"adam/{key}/{name}"] = value
+        for key in MOMENTS:
+            tensors[f"adam/{key}/{name}"] = getattr(stepper.optimizer.state[parameter], key)
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
 def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     named = dict(stepper.model.named_parameters())
     expected = {"scaler/loss_scale", "scaler/good_steps", "halted"}
-    expected |= {f"{kind}/{name}" for name in named for kind in ("model", *_adam_kinds())}
+    expected |= {f"{kind}/{name}" for name in named for kind in ("model", *(f"adam/{key}" for key in MOMENTS))}
     wrong = sorted(expected ^ set(tensors)) + [
         name for name, p in named.items() if f"model/{name}" in tensors and tensors[f"model/{name}"].shape != p.shape
     ]
@@ -110,9 +113,5 @@ def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"model/{name}"])
-            keys = [k.removeprefix("adam/") for k in _adam_kinds()]
-            stepper.optimizer.state[parameter] = {k: tensors[f"adam/{k}/{name}"].to(device) for k in keys}
-
-
-def _adam_kinds() -> tuple[str, ...]:
-    return ("adam/step", "adam/exp_avg", "adam/exp_avg_sq")
+            for key in MOMENTS:
+                getattr(stepper.optimizer.state[parameter], key).copy_(tensors[f"adam/{key}/{name}"])

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training import clip, optim
+from stabstudy.training import clip
 from stabstudy.training.model import Decoder
+from stabstudy.training.optim import AdamW
 
 IGNORE = -100
 """A target that counts for nothing (padding)."""
@@ -67,7 +68,7 @@ class Stepper:
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        self.optimizer = optim.make_optimizer(model, config.optim)
+        self.optimizer = AdamW(self.parameters, config.optim)
         self.scaled = config.train.precision == "fp16"
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
@@ -95,7 +96,7 @@ class Stepper:
 
     def accumulate(self, windows: NDArray[np.int64], valid: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole step into `.grad`. Returns (loss, mean logsumexp, largest absolute logit)."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = logz = absmax = torch.zeros((), device=self.device)
         masked = valid != windows[:, 1:].size
         for inputs, targets in self._micro_batches(windows):
@@ -143,9 +144,7 @@ class Stepper:
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         if not self.scaled and not self.config.train.skip_nonfinite:
             self.halted = torch.maximum(self.halted, bad)
-        self.optimizer.found_inf = torch.maximum(bad, self.halted)  # type: ignore[attr-defined]
-        optim.set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        self.optimizer.step(lr, torch.maximum(bad, self.halted))
         if self.scaled:
             self._rescale(bad)
 
