@@ -408,6 +408,12 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
         owner = "synthetic" if field.name.startswith("synth_") else "hf" if field.name.startswith("hub_") else d.source
         if owner != d.source and getattr(d, field.name) != field.default:
             yield Problem(f"data.{field.name}", f"acts on source {owner} only", f"source {d.source}")
+    if d.text_column != DataConfig.text_column and d.source not in ("jsonl", "parquet", "hf"):
+        yield Problem("data.text_column", "acts on sources jsonl, parquet, hf only", f"source {d.source}")
+    if d.bad_rows and d.source in ("pysrc", "synthetic", "text"):
+        yield Problem("data.bad_rows", "acts on sources with rows only", f"source {d.source}")
+    if d.synth_order == 0 and d.synth_branching != DataConfig.synth_branching:
+        yield Problem("data.synth_branching", "acts with synth_order >= 1 only", str(d.synth_branching))
 
 
 def _annotations_are_plain() -> None:

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from omegaconf import OmegaConf
 
-from stabstudy.config import DataConfig, Problem
+from stabstudy.config import ConfigError, DataConfig, Problem, from_dict
 from stabstudy.data import files, hub, pysrc, synthetic
 from stabstudy.data.errors import DataError
 from stabstudy.data.rows import RowCount
@@ -404,6 +405,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, suffix: str) -> None:
     assert str(path) in refused("parquet" if suffix == "parquet" else "jsonl", path)
 
 
+def test_parquet_pages_with_checksums_are_verified(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"text": ["a needle in the text"]}), path, write_page_checksum=True, **plain)
+    path.write_bytes(path.read_bytes().replace(b"a needle", b"a noodle", 1))
+    assert "damaged behind row 0" in refused("parquet", path)
+
+
 def test_columns_that_are_no_text_are_refused_with_what_there_is(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", ["a"])
     assert "only the columns text, id, dump" in refused("parquet", path, text_column="content")
@@ -466,10 +475,39 @@ def test_check_finds_what_can_be_known_early(tmp_path: Path) -> None:
         check(config("parquet", tmp_path))
     with pytest.raises(DataError, match="data.tokenizer: must be a file"):
         check(config("pysrc", tokenizer="./missing.json"))
-    with pytest.raises(DataError, match="data.synth_branching: acts with synth_order >= 1 only, got 5"):
-        check(DataConfig(source="synthetic", synth_order=0, synth_branching=5))
     for fine in (DataConfig(), DataConfig(source="synthetic"), config("hf", "allenai/c4")):
         check(fine)
+
+
+# --- the presets of conf/data
+
+PRESETS = sorted((Path(__file__).parent.parent / "conf/data").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_whole_but_for_a_path_of_your_own(preset: Path) -> None:
+    values = OmegaConf.to_container(OmegaConf.load(preset))
+    assert isinstance(values, dict)
+    assert preset.read_text().startswith("# ")
+    hub_sets = {"c4", "fineweb", "fineweb_edu", "dclm"}
+    assert (values["source"] == "hf") == (preset.stem in hub_sets) == (values.get("max_bytes") is not None)
+    if values.get("path") is None and values["source"] not in ("pysrc", "synthetic"):
+        with pytest.raises(ConfigError, match=f"^data.path: source {values['source']} needs a path, got null$"):
+            from_dict({"data": values})
+        values["path"] = "somewhere"
+    assert (from_dict({"data": values}).data == DataConfig()) == (preset.stem == "pysrc")
+
+
+def test_the_default_preset_spells_every_setting() -> None:
+    values = OmegaConf.to_container(OmegaConf.load(next(p for p in PRESETS if p.stem == "pysrc")))
+    assert values == dataclasses.asdict(DataConfig())
+
+
+def test_noise_presets_turn_one_knob_each() -> None:
+    clean = DataConfig(source="synthetic")
+    for preset in (p for p in PRESETS if p.stem.startswith("synthetic_")):
+        noisy = from_dict({"data": OmegaConf.to_container(OmegaConf.load(preset))}).data
+        assert sum(a != b for a, b in zip(vars(clean).values(), vars(noisy).values(), strict=True)) == 1
 
 
 # --- fingerprints

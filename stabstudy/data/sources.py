@@ -26,8 +26,6 @@ from stabstudy.data.rows import RowCount
 VERSION = 1
 """Goes into every fingerprint. Raised when a reader comes to give other text for the same files."""
 
-KNOBS = "synth_"
-
 
 def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str]:
     """The documents of a source in their fixed order, empty ones left out, at most `max_bytes` of UTF-8 of them.
@@ -76,9 +74,6 @@ def check(config: DataConfig) -> None:
     if config.source == "hf":
         hub.check(config)
         return
-    if config.source == "synthetic":
-        _check_knobs(config)
-        return
     if config.source == "parquet":
         for file in files.find(config):
             rows.check_parquet(file, config.text_column)
@@ -90,7 +85,6 @@ def _everything(config: DataConfig, count: RowCount) -> Iterator[str]:
         case "pysrc":
             yield from pysrc.documents()
         case "synthetic":
-            _check_knobs(config)
             yield from synthetic.documents(config)
         case "hf":
             yield from hub.documents(config, count)
@@ -104,7 +98,7 @@ def _identity(config: DataConfig) -> dict[str, Any]:
         case "pysrc":
             return {"content": pysrc.digest()}
         case "synthetic":
-            knobs = {k: v for k, v in vars(config).items() if k.startswith(KNOBS)}
+            knobs = {k: v for k, v in vars(config).items() if k.startswith("synth_")}
             return knobs | {"generator": synthetic.VERSION}
         case "hf":
             return hub.identity(config)
@@ -112,11 +106,6 @@ def _identity(config: DataConfig) -> dict[str, Any]:
             return {"content": files.digest(files.find(config)), "column": config.text_column}
         case _:
             return {"content": files.digest(files.find(config))}
-
-
-def _check_knobs(config: DataConfig) -> None:
-    if config.synth_order == 0 and config.synth_branching != DataConfig.synth_branching:
-        raise DataError("data.synth_branching", "acts with synth_order >= 1 only", str(config.synth_branching))
 
 
 def _nothing(config: DataConfig) -> DataError:

@@ -28,7 +28,7 @@ def zipf_table(size: int, exponent_milli: int) -> Int:
 
 
 def log2(x: Int) -> Int:
-    """log2 of integers in [1, 2^31), fixed point, rounded down: one bit per squaring of the mantissa."""
+    """log2 of integers in [1, 2^31), fixed point, at most 2^-30 too small: one bit per squaring of the mantissa."""
     whole = np.zeros_like(x)
     for bit in (16, 8, 4, 2, 1):
         whole += bit * (x >> (whole + bit) > 0)
@@ -42,7 +42,10 @@ def log2(x: Int) -> Int:
 
 
 def exp2(x: Int) -> Int:
-    """2^x as an integer, rounded down, for fixed-point x below 31: a product of 2^-1/2, 2^-1/4, 2^-1/8, ..."""
+    """2^x for fixed-point x below 31, rounded down (2^x itself is at most 2^-26 of it too small).
+
+    A product of the roots 2^-1/2, 2^-1/4, 2^-1/8, ...
+    """
     whole = -(-x >> FRACTION)
     missing = (whole << FRACTION) - x  # 2^x = 2^whole * 2^-missing, missing in [0, 1)
     result, root = np.full(x.shape, 1 << 32, np.uint64), 1 << 32
