@@ -62,11 +62,15 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
         if argument not in ("-m", "--multirun"):  # what Hydra users type; every sweep is a multirun here
             _read_one(argument, parser, loader, said, found)
     launch_said = {k: said.pop(k) for k in LAUNCH_KEYS if k in said}
+    sweep = launch_said.pop("sweep", None)
     seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, found)
     said.pop("seed", None)
+    launch = _launch(launch_said, found)
+    if launch.study is not None and (rule := store.check_name(launch.study)):
+        found.refuse("study", rule, repr(launch.study))
     return Request(
-        str(_value(launch_said.pop("sweep", None), "sweep", found, DEFAULT_SWEEP)),
-        _launch(launch_said, found),
+        str(_value(sweep, "sweep", found, DEFAULT_SWEEP)),
+        launch,
         seeds,
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
         {k: v for k, v in said.items() if isinstance(v, list)},

@@ -37,8 +37,10 @@ class Composer:
         try:
             nested = compose.resolved(base.values, cell.values)
             settings = {k: v for k, v in nested.items() if k != "compute"}
-            if unsaid := compose.missing(settings):
-                raise ConfigError([Problem(name, "must be given: it is ??? here") for name in unsaid])
+            # Hydra drops a ??? that stands on top of a preset's value, so the sweep file is asked itself
+            asked = [name for name in compose.missing(self.sweep.document.content) if name not in cell.settings]
+            if unsaid := {*asked, *compose.missing(settings)}:
+                raise ConfigError([Problem(name, "must be given: it is ??? here") for name in sorted(unsaid)])
             return Composed(cell, from_dict(settings), {g: base.choices[g] for g in GROUPS})
         except ConfigError as error:
             self._take(error.problems, cell, base)
@@ -51,11 +53,15 @@ class Composer:
                 self.found.refuse(name, "takes one value: where trials run cannot vary within a launch")
         cell = make_cell(request.pins)
         base = self._base(cell)
-        nested = compose.resolved(base.values, {k: v for k, v in cell.values.items() if k.startswith("compute.")})
         problems: list[Problem] = []
-        resources = compute.read(nested["compute"], request.launch.launcher, problems)
-        self._take(problems, cell, base)
-        return resources
+        try:
+            pins = {k: v for k, v in cell.values.items() if k.startswith("compute.")}
+            return compute.read(compose.resolved(base.values, pins)["compute"], request.launch.launcher, problems)
+        except ConfigError as error:
+            problems += error.problems
+            return Compute()
+        finally:
+            self._take(problems, cell, base)
 
     def _base(self, cell: Cell) -> Base:
         key = frozenset(cell.presets.items())
@@ -64,7 +70,9 @@ class Composer:
         return self.bases[key]
 
     def _take(self, problems: list[Problem], cell: Cell, base: Base) -> None:
-        for problem in problems:
+        """Note the problems; of values that follow a wrong one (`${train.steps}`) only where nothing else is wrong."""
+        own = [p for p in problems if not compose.follows(base, p.setting) or p.setting in cell.settings]
+        for problem in own or problems:
             self.found.take([problem], self._origin(problem.setting, cell, base))
 
     def _origin(self, settings: str, cell: Cell, base: Base) -> str:

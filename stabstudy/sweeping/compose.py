@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stabstudy.config import GROUPS, ConfigError, Problem, nearest
 from stabstudy.sweeping import places
-from stabstudy.sweeping.document import Document, read
+from stabstudy.sweeping.document import Document, check
 
 PRESET_GROUPS = (*GROUPS, "compute")
 """The groups of conf/. `compute` says where trials run and is no part of a trial."""
@@ -48,13 +50,18 @@ def conf() -> Iterator[ConfigLoader]:
     problems: list[Problem] = []
     for path in sorted(folder.rglob("*.yaml")):
         try:
-            read(path, f"conf/{path.relative_to(folder).as_posix()}")
+            _check_once(path, f"conf/{path.relative_to(folder).as_posix()}", path.stat().st_mtime_ns)
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
     with initialize_config_dir(str(folder), job_name="stabstudy", version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
+
+
+@functools.cache
+def _check_once(path: Path, name: str, changed: int) -> None:
+    check(path, name)
 
 
 def presets(loader: ConfigLoader, group: str) -> list[str]:
@@ -97,15 +104,22 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
     for name, value in settings.items():
         group, _, key = name.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[key] = value
-    if not _interpolates(nested):
-        return nested
+    texts = list(_interpolations(nested))
+    parts = {k: v for k, v in nested.items() if any(k in text for text in texts) or any(_interpolations(v))}
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(nested), resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.create(parts), resolve=True) if parts else {}
     except (OmegaConfBaseException, RecursionError) as error:
         name = getattr(error, "full_key", None) or "interpolation"
         raise ConfigError(Problem(name, f"cannot be resolved: {_first_line(error)}")) from error
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+    return nested | {str(k): v for k, v in plain.items()}
+
+
+def follows(base: Base, setting: str) -> bool:
+    """Whether the files give the setting as a reference to another one."""
+    group, _, key = setting.rpartition(".")
+    values = base.values.get(group, {}) if group else base.values
+    return isinstance(values, dict) and any(_interpolations(values.get(key)))
 
 
 def missing(nested: Nested, prefix: str = "") -> list[str]:
@@ -119,12 +133,13 @@ def missing(nested: Nested, prefix: str = "") -> list[str]:
     return found
 
 
-def _interpolates(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_interpolates(v) for v in value.values())
-    if isinstance(value, list):
-        return any(_interpolates(v) for v in value)
-    return isinstance(value, str) and "${" in value
+def _interpolations(value: Any) -> Iterator[str]:
+    """Every text below `value` that refers to another value."""
+    if isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _interpolations(below)
+    elif isinstance(value, str) and "${" in value:
+        yield value
 
 
 def _missing(error: MissingConfigException, sweep: Document) -> Problem:

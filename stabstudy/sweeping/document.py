@@ -35,20 +35,26 @@ class Document:
 
 def read(path: Path, name: str, max_nodes: int = MAX_NODES) -> Document:
     """The file as a Document, called `name` in messages. Raises ConfigError with every problem of the text."""
+    text, lines = check(path, name, max_nodes)
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(Problem(name, _first_line(error))) from error
+    assert isinstance(content, dict)  # the root was seen to be a mapping
+    return Document(name, text, {str(k): v for k, v in content.items()}, lines)
+
+
+def check(path: Path, name: str, max_nodes: int = MAX_NODES) -> tuple[str, dict[str, int]]:
+    """The file's text, and the line of every dotted key. Raises ConfigError with every problem of the text."""
     text = _decoded(path, name)
     lines: dict[str, int] = {}
     try:
         problems = list(_walk(_parsed(text, name, max_nodes), "", name, lines, set()))
-        if problems:
-            raise ConfigError(problems)
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except RecursionError as error:
         raise ConfigError(Problem(name, "is nested too deeply")) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(Problem(name, _first_line(error))) from error
-    if not isinstance(content, dict):
-        raise ConfigError(Problem(f"{name}:1", "must hold a mapping of settings"))
-    return Document(name, text, {str(k): v for k, v in content.items()}, lines)
+    if problems:
+        raise ConfigError(problems)
+    return text, lines
 
 
 def _decoded(path: Path, name: str) -> str:
@@ -77,8 +83,8 @@ def _parsed(text: str, name: str, max_nodes: int) -> yaml.Node:
         at = f"{name}:{mark.line + 1}" if mark else name
         reason = getattr(error, "problem", None) or _first_line(error)
         raise ConfigError(Problem(at, f"is no YAML: {reason}")) from error
-    if root is None:
-        raise ConfigError(Problem(f"{name}:1", "is empty"))
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(Problem(f"{name}:1", "is empty" if root is None else "must hold a mapping of settings"))
     if _size(root, {}, name) > max_nodes:
         raise ConfigError(Problem(name, f"holds more than {max_nodes} values once its aliases are written out"))
     return root

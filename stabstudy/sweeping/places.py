@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stabstudy
+from stabstudy import store
 from stabstudy.config import ConfigError, Problem, nearest
 
 _PACKAGE = Path(stabstudy.__file__).resolve().parent
@@ -72,7 +73,7 @@ def _shipped(folder: str, witness: str) -> Path:
 def _files(cwd: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in reversed(sweep_folders(cwd)):
-        found |= {path.stem: path for path in folder.glob("*.yaml")}
+        found |= {path.stem: path for path in folder.glob("*.yaml") if store.check_name(path.stem) is None}
     return found
 
 

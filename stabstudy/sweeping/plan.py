@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import store
 from stabstudy.config import ConfigError
 from stabstudy.sweeping import arguments, cells, compose, estimate, record, sweepfile
 from stabstudy.sweeping.arguments import Request
@@ -75,8 +74,6 @@ def make_plan(given: list[str], cwd: Path) -> Plan:
 def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     with compose.conf() as loader:
         request = arguments.read(given, loader, found)
-        if rule := store.check_name(request.study):
-            found.refuse("study", rule, repr(request.study))
         sweep = sweepfile.read(request.sweep, cwd, loader, found)
         product = cells.factors(sweep, request)
         composer = Composer(sweep, found)

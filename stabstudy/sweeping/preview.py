@@ -20,7 +20,8 @@ def show(plan: Plan) -> None:
     _cells(plan, done)
     todo = [t for t in plan.trials if t.trial_id not in done]
     cells = len({t.cell_id for t in plan.trials})
-    print(f"{len(plan.trials)} trials of {cells} cells: {len(done)} done, {len(todo)} to do in {plan.folder}")
+    whole = f"{words.count(len(plan.trials), 'trial')} of {words.count(cells, 'cell')}"
+    print(f"{whole}: {len(done)} done, {len(todo)} to do in {plan.folder}")
     if todo:
         rate = estimate.measured_rate(study)
         print(_cost(estimate.cost([t.config for t in todo], plan.compute, plan.launcher, rate)))

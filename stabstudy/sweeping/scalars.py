@@ -14,18 +14,17 @@ ENV_PREFIX = "STABSTUDY_"
 INSTANTIATION = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
 """Hydra's keys that call what they name. Nothing here is ever instantiated, so a file that holds one is hostile."""
 
-_RESOLVER = re.compile(r"\$\{\s*([^\s${}:]*)\s*:\s*([^{}]*?)\s*\}|\$\{[^{}]*\$\{")
+_CALLED = re.compile(r"\$\{\s*([^\s${}:]*)\s*:|\$\{[^{}]*\$\{")
+_ALLOWED = re.compile(rf"\$\{{\s*oc\.env\s*:\s*{ENV_PREFIX}\w*\s*\}}")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+(?![\w.])")
 _PLAIN_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 
 def problem(text: str) -> str | None:
     """Why this text may not be a value: an interpolation that is not allowed, a number that underflows. Or None."""
-    for found in _RESOLVER.finditer(text):
-        resolver, argument = found.group(1), found.group(2) or ""
-        if resolver != "oc.env" or not argument.startswith(ENV_PREFIX) or "," in argument:
-            named = f"{resolver}:{argument.split(',')[0]}" if resolver else "nested"
-            return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, not ${{{named}}}"
+    for found in _CALLED.finditer(text):
+        if not _ALLOWED.match(text, found.start()):
+            return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, got {text!r}"
     for found in _NUMBER.finditer(text):
         if float(found.group()) == 0 and found.group(1).strip("0.") != "":
             return f"{found.group()} underflows to 0"

@@ -38,7 +38,7 @@ def summary(study: store.StudyFolder, states: list[State]) -> str:
             judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items())) if status == "done" else ""
             parts.append(f"{counts[status]} {status}" + (f" ({judged})" if judged else ""))
     live = "a launch is at work" if store.is_locked(study.path) else "no launch is at work"
-    return f"{study.name}: {len(states)} trials: {', '.join(parts) or 'none begun'}; {live}"
+    return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {live}"
 
 
 def _state(trial: TrialFolder) -> State:

@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 
 from stabstudy.config import ConfigError, nearest, setting_names
-from stabstudy.sweeping import axes, compose, document, grammar, places
+from stabstudy.sweeping import axes, document, grammar, places
 from stabstudy.sweeping.axes import Alternatives, Chosen
 from stabstudy.sweeping.document import Document
 from stabstudy.sweeping.findings import Findings
@@ -44,12 +44,9 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
     """The sweep called `name`. Raises ConfigError where there is no such file or its text is broken."""
     path = places.find_sweep(name, cwd)
     doc = document.read(path, places.shown(path, cwd))
-    known = (*compose.PRESET_GROUPS, "sweep", "defaults")
-    for key in doc.content:
-        if key == "seed":
-            found.refuse("seed", "write sweep.seeds", origin=doc.where(key))
-        elif key not in known:
-            found.refuse(key, f"has no place in a sweep file{nearest(key, list(known))}", origin=doc.where(key))
+    for key, rule in (("seed", "write sweep.seeds"), ("hydra", "Hydra's own settings have no effect here")):
+        if key in doc.content:
+            found.refuse(key, rule, origin=doc.where(key))
     block = _mapping(doc.content.get("sweep"), "sweep", doc, found)
     for key in [key for key in block if key not in KEYS]:
         part = f"sweep.{key}"

@@ -16,6 +16,11 @@ def amount(value: float) -> str:
     return f"{value:.3g} {UNITS[power]}"
 
 
+def count(number: int, noun: str) -> str:
+    """'1 trial', '24 trials'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """'45 s', '12 min', '3.5 h', '8 days'."""
     for limit, size, name in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):

@@ -1,0 +1,167 @@
+"""Settings: their rules, the way in from plain mappings, and the ids that name trials for ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabstudy import config as cfg
+from stabstudy.config import ConfigError, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+
+
+def problems_of(values: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        cfg.from_dict(values)
+    return [str(p) for p in caught.value.problems]
+
+
+# ids
+
+
+def test_the_default_trial_keeps_its_id():
+    # defaults stay out of the hash: changing one silently changes what old ids mean, and needs a new FORMAT_VERSION
+    assert cfg.FORMAT_VERSION == 1
+    assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
+    defaults = json.dumps(cfg.to_dict(TrialConfig()), sort_keys=True)
+    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "b4c4043b17169f56"
+
+
+def test_the_id_is_the_documented_hash():
+    config = dataclasses.replace(TrialConfig(), optim=OptimConfig(lr=0.01), seed=3)
+    body = '{"data_fingerprint":"abc","format":1,"settings":{"optim.lr":0.01,"seed":3}}'
+    assert cfg.canonical(config, "abc") == body
+    assert cfg.trial_id(config, "abc") == hashlib.sha256(body.encode()).hexdigest()[:10]
+
+
+def test_seeds_of_a_cell_share_its_id_and_nothing_else_does():
+    one, other = (dataclasses.replace(TrialConfig(), seed=s) for s in (1, 2))
+    assert cfg.cell_id(one, "f") == cfg.cell_id(other, "f")
+    assert cfg.trial_id(one, "f") != cfg.trial_id(other, "f")
+    assert cfg.cell_id(one, "f") != cfg.cell_id(one, "g")
+    assert cfg.cell_id(dataclasses.replace(one, optim=OptimConfig(lr=0.1)), "f") != cfg.cell_id(one, "f")
+
+
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [
+        ({"train": {"batch_size": 8, "micro_batch_size": 8}}, {"train": {"batch_size": 8}}),
+        ({"model": {"n_kv_heads": 4}}, {"model": {}}),
+        ({"optim": {"lr": 1}}, {"optim": {"lr": 1.0}}),
+        ({"optim": {"lr": "1e-3"}}, {"optim": {"lr": 0.001}}),
+        ({"optim": {"lr": 3e-3, "clip": 1.0}}, {"optim": {"clip": 1.0, "lr": 3e-3}}),
+    ],
+)
+def test_what_trains_alike_has_one_id(said: dict[str, Any], same: dict[str, Any]):
+    assert cfg.trial_id(cfg.from_dict(said), "f") == cfg.trial_id(cfg.from_dict(same), "f")
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "optim": st.fixed_dictionaries(
+                {"lr": st.floats(1e-6, 10)}, optional={"clip": st.none() | st.floats(1e-3, 100)}
+            ),
+            "model": st.fixed_dictionaries({"depth": st.integers(1, 64)}),
+            "train": st.fixed_dictionaries({"steps": st.integers(20, 500), "batch_size": st.integers(1, 64)}),
+            "seed": st.integers(0, 2**63 - 1),
+        },
+    )
+)
+def test_round_trip_and_key_order(values: dict[str, Any]):
+    config = cfg.from_dict(values)
+    written = cfg.to_dict(config)
+    assert cfg.from_dict(json.loads(json.dumps(written))) == config
+    backwards = {k: dict(reversed(v.items())) if isinstance(v, dict) else v for k, v in reversed(written.items())}
+    assert cfg.trial_id(cfg.from_dict(backwards), "f") == cfg.trial_id(config, "f")
+
+
+def test_flat_names_every_setting_once_with_derived_defaults():
+    flat = cfg.flat(TrialConfig())
+    assert list(flat) == cfg.setting_names()
+    assert (flat["model.n_kv_heads"], flat["train.micro_batch_size"]) == (4, 8)
+
+
+# rules
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr?"),
+        ({"model": {"lr": 1}}, "model.lr: is no setting (did you mean optim.lr?)"),
+        ({"optm": {}}, "optm: is no setting (did you mean optim?)"),
+        ({"optim": 3}, "optim: must be a mapping of settings, got 3"),
+        ({"optim": {"lr": "abc"}}, "optim.lr: must be a finite number in [0, 10], got 'abc'"),
+        ({"optim": {"lr": "012"}}, "optim.lr: must be a finite number in [0, 10], got '012'"),
+        ({"optim": {"lr": True}}, "optim.lr: must be a finite number in [0, 10], got True"),
+        ({"model": {"depth": 3.0}}, "model.depth: must be a whole number in [1, 1e+06], got 3.0"),
+        ({"model": {"init": "xavier"}}, "model.init: must be one of lingua,"),
+        ({"seed": -1}, "seed: must be a whole number in [0, 9.22337e+18], got -1"),
+        ({"model": {"dim": 66}}, "model.dim, model.n_heads: dim must be divisible by n_heads, got 66 and 4"),
+        ({"model": {"dim": 12}}, "model.dim, model.n_heads: dim / n_heads must be even (RoPE rotates pairs), got 3"),
+        ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
+        ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
+        ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
+        ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
+        (
+            {"optim": {"schedule": "inv_sqrt", "warmup_steps": 0}},
+            "optim.schedule, optim.warmup_steps: inv_sqrt scales by the warmup",
+        ),
+    ],
+)
+def test_a_broken_rule_is_named(values: dict[str, Any], line: str):
+    found = problems_of(values)
+    assert len(found) == 1 and found[0].startswith(line), found
+
+
+def test_all_problems_come_at_once():
+    assert len(problems_of({"optim": {"lr": -1, "eps": 0, "x": 1}, "model": {"depth": 0}, "seed": "a"})) == 5
+
+
+def test_a_control_trial_may_learn_nothing():
+    config = cfg.from_dict({"optim": {"lr": 0, "allow_zero_lr": True}})
+    assert config.optim.lr == 0
+
+
+def test_long_values_are_shortened():
+    assert problems_of({"optim": {"lr": "x" * 5000}})[0].endswith("...")
+
+
+# sizes: assertions measured on Lingua's own model (without embeddings: V = 0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "depth", "heads", "parameters"),
+    [
+        (2048, 25, 16, 1_284_610_048),
+        (4096, 32, 32, 6_476_271_616),
+        (1024, 8, 8, 102_777_856),
+        (1024, 10, 8, 128_472_064),
+        (128, 4, 4, 1_049_728),
+    ],
+)
+def test_parameter_counts_are_linguas(dim: int, depth: int, heads: int, parameters: int):
+    assert ModelConfig(dim=dim, depth=depth, n_heads=heads, multiple_of=256).parameters(0) == parameters
+
+
+def test_parameter_counts_with_embeddings():
+    model = ModelConfig(dim=128, depth=4, n_heads=4, multiple_of=256)
+    assert model.parameters(256) == 1_115_264
+    assert dataclasses.replace(model, tied=True).parameters(256) == 1_115_264 - 256 * 128
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(128, 512), (256, 768), (1024, 2816), (2048, 5632), (4096, 11008)])
+def test_ffn_width_is_linguas(dim: int, hidden: int):
+    assert ModelConfig(dim=dim, multiple_of=256).ffn_dim == hidden
+
+
+def test_tokens():
+    config = dataclasses.replace(TrialConfig(), train=TrainConfig(steps=10, batch_size=4))
+    assert (config.tokens_per_step, config.tokens) == (512, 5120)

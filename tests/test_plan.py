@@ -1,0 +1,542 @@
+"""Planning: which trials a command line and a sweep file stand for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabstudy import config as cfg
+from stabstudy.config import ConfigError, TrialConfig
+from stabstudy.data import sources
+from stabstudy.sweeping import estimate, grammar, record, words
+from stabstudy.sweeping.compute import Compute
+from stabstudy.sweeping.plan import Plan, make_plan
+
+SWEEP = """\
+# @package _global_
+# Which of these is rough?
+sweep:
+  seeds: [0, 1]
+  grid:
+    model.depth: [2, 4]
+    optim.lr: [1e-3, 3e-3]
+"""
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Plan]:
+    """ask(sweep_text, *arguments): the plan of that sweep file, called `own`, in an empty folder."""
+
+    def plan(text: str, *arguments: str) -> Plan:
+        (tmp_path / "sweeps").mkdir(exist_ok=True)
+        (tmp_path / "sweeps" / "own.yaml").write_text(text)
+        return make_plan(["sweep=own", *arguments], tmp_path)
+
+    return plan
+
+
+def values(plan: Plan, *names: str) -> list[tuple[Any, ...]]:
+    """The settings of the plan's trials, in order."""
+    return [tuple(cfg.flat(t.config)[n] for n in names) for t in plan.trials]
+
+
+def block(body: str) -> str:
+    """A sweep file with this `sweep:` block."""
+    indented = "\n".join(f"  {line}" for line in body.strip().splitlines())
+    return f"# @package _global_\n# Is it?\nsweep:\n{indented}\n"
+
+
+# the product
+
+
+def test_grid_times_seeds_seed_by_seed(ask):
+    plan = ask(SWEEP)
+    cells = list(itertools.product([2, 4], [1e-3, 3e-3]))
+    assert values(plan, "model.depth", "optim.lr", "seed") == [(*c, s) for s in (0, 1) for c in cells]
+    assert [(a.name, a.values) for a in plan.axes] == [("model.depth", (2, 4)), ("optim.lr", (1e-3, 3e-3))]
+    assert len({t.trial_id for t in plan.trials}) == 8 and len({t.cell_id for t in plan.trials}) == 4
+    assert plan.question == "Which of these is rough?"
+    assert plan.trials[0].choices == {"model": "tiny", "optim": "adamw", "data": "pysrc", "train": "short"}
+
+
+def test_every_value_is_in_its_settings_type(ask):
+    plan = ask(block("grid: {optim.clip: [1, null, 0.5], model.dim: [32, 64]}"))
+    assert plan.axes[0].values == (1.0, None, 0.5)
+    assert {type(t.config.optim.clip) for t in plan.trials} == {float, type(None)}
+    assert {type(t.config.model.dim) for t in plan.trials} == {int}
+
+
+def test_ids_are_those_of_the_settings_and_the_text(ask):
+    for trial in ask(SWEEP).trials:
+        assert trial.data_fingerprint == sources.fingerprint(trial.config.data)
+        assert trial.trial_id == cfg.trial_id(trial.config, trial.data_fingerprint)
+        assert trial.cell_id == cfg.cell_id(trial.config, trial.data_fingerprint)
+
+
+def test_logarithmic_axis(ask):
+    plan = ask(block("grid: {optim.lr: {log: [1e-4, 1e-2], num: 5}, train.steps: {log: [100, 800], num: 4}}"))
+    lr, steps = plan.axes
+    assert lr.values == (1e-4, 0.000316228, 1e-3, 0.00316228, 1e-2)
+    assert steps.values == (100, 200, 400, 800) and {type(v) for v in steps.values} == {int}
+
+
+def test_zipped_axes_advance_together(ask):
+    plan = ask(
+        block("zip:\n  - {train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}\ngrid: {optim.lr: [0.1, 0.2]}")
+    )
+    assert values(plan, "optim.lr", "train.batch_size", "optim.warmup_steps") == [
+        (0.1, 8, 40),
+        (0.1, 32, 10),
+        (0.2, 8, 40),
+        (0.2, 32, 10),
+    ]
+
+
+def test_cases_are_added_to_the_grid(ask):
+    plan = ask(block("grid: {optim.lr: [0.1]}\ncases:\n  rough: {optim.lr: 1.0, optim.clip: null, model: small}"))
+    assert [t.case for t in plan.trials] == [None, "rough"]
+    rough = plan.trials[1]
+    assert (rough.config.optim.lr, rough.config.optim.clip, rough.config.model.dim) == (1.0, None, 128)
+    assert rough.choices["model"] == "small"
+
+
+def test_a_sweep_of_cases_alone_has_no_other_cell(ask):
+    assert [t.case for t in ask(block("cases: {a: {optim.lr: 0.1}, b: {optim.lr: 0.2}}")).trials] == ["a", "b"]
+
+
+def test_a_sweep_without_axes_is_one_trial(ask):
+    assert [
+        t.config
+        for t in ask(
+            "# @package _global_\n# One?\nseed_free: &x 1\n".replace("seed_free: &x 1", "optim: {lr: 0.2}")
+        ).trials
+    ] == [cfg.from_dict({"optim": {"lr": 0.2}})]
+
+
+def test_group_axis_takes_each_preset_whole(ask):
+    plan = ask(block("grid: {data: [pysrc, synthetic], model: [tiny, small]}"))
+    assert [(t.choices["data"], t.choices["model"]) for t in plan.trials] == [
+        ("pysrc", "tiny"),
+        ("pysrc", "small"),
+        ("synthetic", "tiny"),
+        ("synthetic", "small"),
+    ]
+    assert [t.config.data.source for t in plan.trials] == ["pysrc", "pysrc", "synthetic", "synthetic"]
+    assert [t.config.model.dim for t in plan.trials] == [64, 128, 64, 128]
+
+
+def test_a_setting_lies_on_top_of_the_preset_it_belongs_to(ask):
+    plan = ask(block("grid: {model: [tiny, small], model.depth: [3]}"), "model.n_heads=2")
+    assert values(plan, "model.dim", "model.depth", "model.n_heads") == [(64, 3, 2), (128, 3, 2)]
+
+
+def test_all_seven_axes_in_every_combination(ask):
+    """The seven that the project exists for, over two values each, clipping off among them."""
+    axes = {
+        "model.depth": (2, 3),
+        "optim.lr": (1e-3, 1e-2),
+        "train.batch_size": (4, 8),
+        "optim.weight_decay": (0.0, 0.1),
+        "optim.warmup_steps": (0, 20),
+        "optim.clip": (1.0, None),
+        "data": ("pysrc", "synthetic"),
+    }
+    overrides = [f"{n}={','.join('null' if v is None else str(v) for v in vs)}" for n, vs in axes.items()]
+    plan = ask("# @package _global_\n# All?\n{}\n".replace("{}", "sweep: {seeds: [7]}"), *overrides)
+    assert {a.name: a.values for a in plan.axes} == axes
+    found = [tuple(plan.values(t)) for t in plan.trials]
+    assert found == list(itertools.product(*axes.values()))
+    assert len({t.trial_id for t in plan.trials}) == 2**7
+
+
+def test_interpolations_follow_the_axis(ask):
+    text = "train: {checkpoint_every: '${train.steps}'}\n" + block("grid: {train.steps: [50, 60]}")
+    assert values(ask(text), "train.steps", "train.checkpoint_every") == [(50, 50), (60, 60)]
+    assert values(ask(text, "train.steps=70"), "train.checkpoint_every") == [(70,)]
+
+
+def test_an_allowed_environment_variable_is_read(ask, monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 50)
+    monkeypatch.setenv("STABSTUDY_TEXT", str(tmp_path / "a.txt"))
+    plan = ask("data: {path: '${oc.env:STABSTUDY_TEXT}'}\n" + block("seeds: 1"), "data=text")
+    assert plan.trials[0].config.data.path == str(tmp_path / "a.txt")
+
+
+# the command line has the last word
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=1e-4,1e-3", [1e-4, 1e-3]),
+        ("optim.lr=choice(0.1,0.2)", [0.1, 0.2]),
+        ("optim.lr=range(1,4)", [1.0, 2.0, 3.0]),
+        ("optim.lr={log:[1e-3,1e-1],num:3}", [1e-3, 1e-2, 1e-1]),
+        ("optim.lr=sort(3,1,2)", [1.0, 2.0, 3.0]),
+        ("++optim.lr=0.5", [0.5]),
+        ("optim.lr=0.7", [0.7]),
+    ],
+)
+def test_an_override_replaces_the_axis(ask, override, expected):
+    plan = ask(SWEEP, override, "seeds=1", "model.depth=2")
+    assert [lr for (lr,) in values(plan, "optim.lr")] == expected
+
+
+def test_a_replaced_axis_keeps_its_place_and_a_new_one_comes_last(ask):
+    plan = ask(SWEEP, "optim.clip=1,null", "model.depth=range(2,11,4)")
+    assert [a.name for a in plan.axes] == ["model.depth", "optim.lr", "optim.clip"]
+    assert plan.axes[0].values == (2, 6, 10)
+
+
+def test_glob_chooses_presets(ask):
+    plan = ask(SWEEP, "data=glob(synthetic*)", "seeds=1")
+    names = next(a.values for a in plan.axes if a.name == "data")
+    assert len(names) >= 2 and all(n.startswith("synthetic") for n in names)
+
+
+def test_the_last_of_two_overrides_counts(ask):
+    assert values(ask(SWEEP, "optim.lr=1,2", "optim.lr=3", "seeds=1", "model.depth=2"), "optim.lr") == [(3.0,)]
+
+
+def test_a_pin_takes_its_setting_out_of_a_zip(ask):
+    text = block("zip:\n  - {train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}")
+    plan = ask(text, "optim.warmup_steps=5")
+    assert values(plan, "train.batch_size", "optim.warmup_steps") == [(8, 5), (32, 5)]
+    assert [a.name for a in plan.axes] == ["train.batch_size"]
+    assert len(ask(text, "optim.warmup_steps=5", "train.batch_size=4").trials) == 1
+
+
+def test_an_axis_override_takes_its_setting_out_of_a_zip(ask):
+    text = block("zip:\n  - {train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}")
+    plan = ask(text, "optim.warmup_steps=1,2,3")
+    assert len(plan.trials) == 6 and {len(a.values) for a in plan.axes} == {2, 3}
+
+
+def test_a_pin_overrules_cases_and_an_axis_leaves_them(ask):
+    text = block("grid: {optim.clip: [1.0]}\ncases:\n  one: {optim.lr: 1.0, optim.clip: null}")
+    assert values(ask(text, "optim.lr=0.5"), "optim.lr") == [(0.5,), (0.5,)]
+    assert values(ask(text, "optim.lr=0.5,0.6"), "optim.lr") == [(0.5,), (0.6,), (1.0,)]
+    assert values(ask(text, "train.steps=30"), "train.steps") == [(30,), (30,)]
+
+
+def test_a_pinned_group_takes_the_place_of_a_group_axis(ask):
+    plan = ask(block("grid: {data: [pysrc, synthetic], optim.lr: [0.1]}"), "data=synthetic")
+    assert [t.choices["data"] for t in plan.trials] == ["synthetic"]
+    assert [a.name for a in plan.axes] == ["optim.lr"]
+
+
+@pytest.mark.parametrize(
+    ("said", "seeds"),
+    [
+        ("seeds=3", [0, 1, 2]),
+        ("seeds=[0,7]", [0, 7]),
+        ("seeds=0,7", [0, 7]),
+        ("seed=5", [5]),
+        ("seeds=range(2,4)", [2, 3]),
+    ],
+)
+def test_seeds(ask, said, seeds):
+    plan = ask(SWEEP, said, "optim.lr=0.1", "model.depth=2")
+    assert [t.config.seed for t in plan.trials] == seeds
+
+
+def test_launch_keys(ask, tmp_path):
+    plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0", "-m")
+    assert (plan.study, plan.folder, plan.launcher) == ("2024", tmp_path / "out put" / "2024", "local")
+    assert (plan.compute.retries, plan.compute.gpus_per_trial, plan.compute.threads) == (0, 1.0, 4)
+    assert {t.trial_id for t in plan.trials} == {t.trial_id for t in ask(SWEEP).trials}, "no part of a trial"
+
+
+def test_auto_takes_a_gpu_where_there_is_one(ask, monkeypatch):
+    monkeypatch.setattr("stabstudy.sweeping.machine.gpu_memory", lambda: (80 * 10**9,))
+    assert ask(SWEEP).compute.gpus_per_trial == 1.0
+    monkeypatch.setattr("stabstudy.sweeping.machine.gpu_memory", lambda: ())
+    assert ask(SWEEP).compute == Compute()
+
+
+def test_own_sweeps_come_before_shipped_ones(tmp_path):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "quickstart.yaml").write_text("# @package _global_\n# Mine?\noptim: {lr: 0.5}\n")
+    plan = make_plan([], tmp_path)
+    assert (plan.study, plan.question, len(plan.trials)) == ("quickstart", "Mine?", 1)
+
+
+# exclusions
+
+
+def test_exclude_leaves_cells_out_but_no_case(ask):
+    text = block(
+        "grid: {model.depth: [2, 4], optim.lr: [1e-3, 3e-3]}\n"
+        "cases: {kept: {model.depth: 4, optim.lr: 0.5}}\n"
+        'exclude: ["model.depth == 4 and optim.lr > 1e-3"]'
+    )
+    assert values(ask(text), "model.depth", "optim.lr") == [(2, 1e-3), (2, 3e-3), (4, 1e-3), (4, 0.5)]
+
+
+def test_exclude_by_preset_and_seed(ask):
+    text = block("seeds: 2\ngrid: {data: [pysrc, synthetic]}\nexclude: [\"data == 'synthetic' and seed != 0\"]")
+    assert [(t.choices["data"], t.config.seed) for t in ask(text).trials] == [
+        ("pysrc", 0),
+        ("synthetic", 0),
+        ("pysrc", 1),
+    ]
+
+
+def test_a_condition_that_names_nothing_is_warned_about_unless_the_command_line_explains_it(ask):
+    text = block('grid: {model.depth: [2, 10]}\nexclude: ["model.depth == 12"]')
+    assert ask(text).warnings == ("sweep.exclude: 'model.depth == 12' names no cell",)
+    assert ask(text, "model.depth=2").warnings == ()
+
+
+VALUES = {"optim.lr": 0.01, "optim.clip": None, "model.depth": 4, "data": "c4", "seed": 0, "train.steps": 100}
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("optim.lr > 3e-3", True),
+        ("optim.lr > 3e-3 and model.depth == 5", False),
+        ("optim.lr > 3e-3 or model.depth == 5", True),
+        ("not model.depth == 4", False),
+        ("1 < model.depth <= 4", True),
+        ("data in ('c4', 'dclm')", True),
+        ("data not in ['c4']", False),
+        ("optim.clip == null", True),
+        ("optim.clip == None", True),
+        ("optim.clip > 0", False),
+        ("optim.clip != 1.0", True),
+        ("-1 < seed", True),
+        ("(data == 'c4') == true", True),
+        ("model.depth in (2, 4) and (seed == 1 or not data == 'dclm')", True),
+    ],
+)
+def test_conditions(text, holds):
+    assert grammar.parse(text).holds(VALUES) is holds
+
+
+@given(st.integers(-5, 5), st.integers(-5, 5), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]))
+def test_conditions_agree_with_python(a, b, op):
+    assert grammar.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "optim.lr.__class__ == 1",
+        "(lambda: 1)() == 1",
+        "[x for x in (1,)] == 1",
+        "optim.lr * 2 > 1",
+        "f'{seed}' == '0'",
+        "model['depth'] == 1",
+        "data in 'c4'",
+        "seed is 0",
+        "b'x' == 1",
+        "1j == seed",
+        "...",
+        "optim.lr",
+        "True",
+        "",
+        "seed ==",
+        "seed = 0",
+        "seed == 0; 1",
+        "x" * 501,
+        "(" * 240,
+        "\0",
+        "optim.lr := 3",
+        "optim.lrr == 1",
+        "depth == 1",
+    ],
+)
+def test_nothing_else_is_a_condition(text):
+    with pytest.raises(ConfigError):
+        grammar.parse(text)
+
+
+def test_an_unknown_name_in_a_condition_gets_the_nearest():
+    with pytest.raises(ConfigError, match=r"depth is no setting \(did you mean model.depth\?\)"):
+        grammar.parse("depth == 1")
+
+
+# warnings
+
+
+def test_equal_values_count_once_with_a_warning(ask):
+    plan = ask(block("grid: {optim.lr: [3e-3, 0.003, 1, 1.0]}\nseeds: [0, 0]"))
+    assert len(plan.trials) == 2 and len(plan.warnings) == 3
+    assert "optim.lr: 0.003 stands twice" in plan.warnings[0] or "optim.lr: 0.003 stands twice" in plan.warnings[1]
+
+
+def test_equal_cells_count_once_with_a_warning(ask):
+    plan = ask(block("grid: {optim.lr: [0.1]}\ncases: {same: {optim.lr: 0.1}}\nseeds: 3"))
+    assert len(plan.trials) == 3
+    assert plan.warnings == ("optim.lr=0.1: equals another cell and counts once",)
+
+
+def test_a_hub_text_without_revision_is_warned_about(tmp_path):
+    plan = make_plan(["sweep=dataset", "data=fineweb,dclm", "seeds=1"], tmp_path)
+    assert [w.split(":")[0] for w in plan.warnings] == ["data.hub_revision"] * 2
+
+
+# studies grow and never mix
+
+
+def written(plan: Plan) -> None:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    (plan.folder / "sweep.yaml").write_text(plan.sweep_text)
+
+
+def test_the_same_sweep_may_grow(ask):
+    first = ask(SWEEP)
+    written(first)
+    grown = ask(SWEEP, "optim.lr=1e-3,3e-3,1e-2")
+    assert {t.trial_id for t in first.trials} < {t.trial_id for t in grown.trials}
+    assert grown.warnings == ()
+
+
+def test_a_changed_base_is_warned_about(ask):
+    written(ask(SWEEP))
+    assert ask(SWEEP, "train.steps=300").warnings == (
+        "train.steps: 300 now, 200 in the launch before; the study holds trials of both",
+    )
+
+
+def test_another_sweep_is_refused(ask, tmp_path):
+    written(ask(SWEEP))
+    with pytest.raises(ConfigError, match=r"holds another sweep: .* got sweep quickstart, there sweep own"):
+        make_plan(["sweep=quickstart", "study=own"], tmp_path)
+
+
+def test_a_folder_that_is_no_study_is_refused(ask, tmp_path):
+    (tmp_path / "results" / "own").mkdir(parents=True)
+    assert ask(SWEEP).study == "own", "an empty folder is fine"
+    (tmp_path / "results" / "own" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"is no study of this program: it holds thesis\.txt"):
+        ask(SWEEP)
+
+
+def test_a_newer_format_is_refused(ask):
+    plan = ask(SWEEP)
+    written(plan)
+    (plan.folder / "sweep.yaml").write_text(plan.sweep_text.replace("format: 1", "format: 99"))
+    with pytest.raises(ConfigError, match="has format 99, this version reads up to 1"):
+        ask(SWEEP)
+
+
+def test_text_that_changed_since_the_study_began_is_refused(ask, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one two three\n" * 100)
+    arguments = ("data=text", f"data.path={text}", "seeds=1")
+    first = ask(SWEEP, *arguments)
+    written(first)
+    assert ask(SWEEP, *arguments).trials == first.trials
+    text.write_text("one two four!\n" * 100)
+    with pytest.raises(ConfigError, match="text of source text has changed since this study began"):
+        ask(SWEEP, *arguments)
+    assert ask(SWEEP, "seeds=1").trials, "other text is growth"
+
+
+def test_what_was_trained_on_is_remembered_through_other_launches(ask, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one two three\n" * 100)
+    written(ask(SWEEP, "data=text", f"data.path={text}"))
+    written(ask(SWEEP))
+    text.write_text("one two four!\n" * 100)
+    with pytest.raises(ConfigError, match="has changed since"):
+        ask(SWEEP, "data=text", f"data.path={text}")
+
+
+def test_sweep_yaml_says_what_was_asked(ask):
+    plan = ask(SWEEP.replace("seeds:", "exclude: ['seed == 5']\n  seeds:"), "optim.eps=1e-5", "model.depth=2,4")
+    written(plan)
+    said = record.read(plan.folder)
+    assert said is not None
+    assert (said["sweep"], said["question"], said["trials"]) == ("own", "Which of these is rough?", 8)
+    assert said["axes"] == {"model.depth": [2, 4], "optim.lr": [0.001, 0.003]}
+    assert said["settings"]["optim.eps"] == 1e-5 and "optim.lr" not in said["settings"]
+    assert said["command"] == ["sweep=own", "optim.eps=1e-5", "model.depth=2,4"]
+    assert said["data"] == [{"fingerprint": plan.trials[0].data_fingerprint, "settings": {"source": "pysrc"}}]
+
+
+CANARIES = ["hf_abcdefghijklmnop", "sk-abcdefghijklmnop", "AKIAABCDEFGHIJKL", "ghp_abcdefghijklmnop"]
+
+
+@pytest.mark.parametrize("canary", CANARIES)
+def test_no_secret_reaches_sweep_yaml(ask, canary, tmp_path):
+    (tmp_path / canary).write_text("text\n" * 100)
+    plan = ask(SWEEP, "data=text", f"data.path={tmp_path}/{canary}")
+    assert canary not in plan.sweep_text and canary not in " ".join(plan.argv)
+    written(plan)
+    assert ask(SWEEP, "data=text", f"data.path={tmp_path}/{canary}").trials == plan.trials
+
+
+def test_redaction_leaves_settings_alone():
+    body = {
+        "data.tokenizer": "bytes",
+        "tokens": 3,
+        "train": {"api_key": "x"},
+        "auth_token": "t",
+        "address": "ray://u:p@h",
+    }
+    assert record.redact(body) == {
+        "data.tokenizer": "bytes",
+        "tokens": "<hidden>",
+        "train": {"api_key": "<hidden>"},
+        "auth_token": "<hidden>",
+        "address": "ray://<hidden>@h",
+    }
+
+
+# estimates
+
+
+def test_arithmetic_agrees_with_a_count_by_hand():
+    """Width 128, 4 layers, 256 bytes: about 7.5 MFLOP a token were counted on Lingua's own model."""
+    config = cfg.from_dict(
+        {"model": {"dim": 128, "multiple_of": 256}, "data": {"seq_len": 256}, "train": {"steps": 100, "batch_size": 8}}
+    )
+    weights = 1_049_728 + 258 * 128  # all but the input embedding, which is looked up
+    assert estimate.flops(config) == 100 * 8 * 256 * (6 * weights + 6 * 4 * 128 * 256)
+    assert estimate.flops(config) / config.tokens == pytest.approx(7.5e6, rel=0.05)
+
+
+def test_cost_adds_up():
+    config = TrialConfig()
+    one, many = (estimate.cost([config] * n, Compute(), "local", None) for n in (1, 8))
+    assert (many.tokens, many.flops) == (8 * one.tokens, 8 * one.flops)
+    assert many.seconds == many.wall_seconds == pytest.approx(8 * one.seconds)
+    assert not one.measured and estimate.cost([config], Compute(), "local", 1e9).measured
+    slow, fast = (estimate.cost([config], Compute(), "local", rate).seconds for rate in (1e9, 1e10))
+    assert slow - estimate.START_SECONDS == pytest.approx(10 * (fast - estimate.START_SECONDS))
+
+
+def test_a_cluster_of_unknown_size_has_no_wall_time():
+    assert estimate.cost([TrialConfig()], Compute(address="auto"), "ray", None).wall_seconds is None
+
+
+def test_memory_of_the_published_models_is_of_the_right_size():
+    """Mixed-precision training of 7B takes over 100 GB for weights and moments alone."""
+    big = cfg.from_dict({"model": {"dim": 4096, "depth": 32, "n_heads": 32, "multiple_of": 256}})
+    assert 100e9 < estimate.memory(big) < 400e9
+    assert estimate.memory(TrialConfig()) < 200e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h"), (864_000, "10 days")]
+)
+def test_durations(seconds, said):
+    assert words.duration(seconds) == said
+
+
+@given(st.floats(0, 1e20))
+def test_amounts_keep_three_digits(value):
+    number, _, unit = words.amount(value).partition(" ")
+    back = float(number) * 1000 ** words.UNITS.index(unit.strip())
+    assert math.isclose(back, value, rel_tol=5.1e-3, abs_tol=1e-300)
