@@ -183,6 +183,17 @@ def test_an_id_outside_the_vocabulary_stops_the_build(
     assert [p.suffix for p in (tmp_path / "cache/tokens").iterdir()] == [".lock"]
 
 
+def test_text_without_a_single_token_is_refused(
+    source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(texts: list[str]) -> list[Any]:
+        return [np.array([], np.int64)] * len(texts)
+
+    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode))
+    with pytest.raises(DataError, match="data.tokenizer: gives not one token for this text, got 'bytes'"):
+        prepare(source, tmp_path)
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_a_token_takes_two_bytes_while_the_vocabulary_fits(
     source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int, dtype: str

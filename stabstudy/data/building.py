@@ -79,6 +79,8 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
             framed = [_framed(ids, encoder) for ids in encoder.encode(batch)]
             docs.write((tokens.items + np.cumsum([len(ids) for ids in framed])).astype("<u8"))
             tokens.write(_checked(np.concatenate(framed), encoder, tokens.items).astype(dtype))
+        if not tokens.items:
+            raise DataError("data.tokenizer", "gives not one token for this text", repr(config.tokenizer))
         meta = Meta(
             format=FORMAT,
             fingerprint=fingerprint,
