@@ -11,6 +11,7 @@ import errno
 import os
 import shlex
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,25 +23,26 @@ FLAGS = ("--help", "-h", "--version", "--list", "--dry-run", "--status", "--debu
 MAX_ERRORS = 20
 
 HELP = """\
-Which language-model training recipes are stable, how spiky each is, and why: train a sweep of small models and see.
+Which training recipes are stable, how spiky each is, and why: trains a sweep of small models.
 
-  python -m stabstudy.sweep                           the quickstart sweep: real text, CPU, about two minutes
-  python -m stabstudy.sweep sweep=depth_lr            the sweep in sweeps/depth_lr.yaml; again: resume it
-  python -m stabstudy.sweep sweep=depth_lr optim.lr=1e-4,1e-3 'model.depth=range(2,11,4)' seeds=5 data=dclm
+  python -m stabstudy.sweep                     the quickstart sweep: real text, CPU, about two minutes
+  python -m stabstudy.sweep sweep=depth_lr      the sweep in sweeps/depth_lr.yaml; again: resume it
+  python -m stabstudy.sweep sweep=depth_lr optim.lr=1e-4,1e-3 'model.depth=range(2,11,4)' seeds=5
 
-  --list       every sweep with its question        --dry-run    cells, trials to do, time, disk; starts nothing
-  --status     how far a study is                   --debug      tracebacks instead of one-line errors
-  --help       this text                            --version
+  --list       every sweep with its question    --dry-run   trials to do, time, disk; starts nothing
+  --status     how far a study is               --debug     tracebacks behind one-line errors
+  --help       this text                        --version
 
-Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()  or
-'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in named cases.
+Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
+or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in cases.
 
-  sweep=NAME           which question (default quickstart); ./sweeps is searched before the shipped ones
+  sweep=NAME           which question (default quickstart); ./sweeps comes before the shipped ones
   study=NAME           folder of the results below results_dir (default: the sweep's name)
   results_dir=DIR      default results
   seeds=5              or seeds=[0,7]
   launcher=ray|local   local: in this process, one trial after another
-  max_trials=10000     refuse larger products          force=true    launch what the memory estimate refuses
+  max_trials=10000     larger products are refused
+  force=true           launch what the memory estimate refuses
 """
 
 
@@ -113,7 +115,8 @@ def _help() -> int:
     print(HELP)
     folder = places.conf_folder()
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
-        print(f"  {group.name}={'|'.join(sorted(p.stem for p in group.glob('*.yaml')))}")
+        presets = " | ".join(sorted(p.stem for p in group.glob("*.yaml")))
+        print(textwrap.fill(presets, 100, initial_indent=f"  {group.name}=", subsequent_indent=" " * 10))
     print(f"\nEvery setting with its default: {folder}")
     return 0
 
