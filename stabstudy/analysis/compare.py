@@ -14,11 +14,15 @@ import pandas as pd
 
 from stabstudy.analysis.columns import trial_kinds
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain
-from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
+from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
 from stabstudy.stability.summary import COLUMNS
 
 LOSS_MARGIN = 0.2
 """Nat above the best loss at which a learning rate still counts as working (arXiv 2309.14322 has no margin; ours)."""
+
+
+ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
+"""Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
 
 
 def statistics() -> list[str]:
@@ -30,6 +34,12 @@ def statistics() -> list[str]:
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
+
+
+def mean(trials: pd.DataFrame, metric: str) -> Estimate:
+    """The mean of a statistic; unknown where it would mix losses on different evaluation batches."""
+    mixed = metric in ON_EVALUATION and trials["eval_hash"].nunique() > 1
+    return t_interval([] if mixed else values(trials, metric))
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -46,8 +56,8 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         row |= {"n": len(members), "n_done": len(done)}
         row |= {verdict: int((done["verdict"] == verdict).sum()) for verdict in ("stable", "spiky", "diverged")}
         for name in statistics():
-            mean = t_interval(values(done, name))
-            row |= {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+            e = mean(done, name)
+            row |= {name: e.mean, f"{name}_low": e.low, f"{name}_high": e.high}
         rows.append(row)
     ranks = {a: {level: i for i, level in enumerate(levels_of(trials[a]))} for a in axes}
     rows.sort(key=lambda row: ([ranks[a][row[a]] for a in axes], row["cell_id"]))
@@ -62,9 +72,10 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str) ->
     order. Differences b - a are averaged per seed; `seeds` of them give `difference`, its 95 % t-interval `low`,
     `high`, and the exact sign-flip `p` (floor 2 / 2^seeds). `mean_a`, `mean_b` are means over the `pairs`, `positive`
     the share of them in which b is larger. `diverged_a`, `diverged_b` count pairs. `p_holm` adjusts for all rows.
+    Losses are paired only where both were measured on the same evaluation batch.
     """
     others = [a for a in axes if a != axis]
-    done = trials.loc[trials["state"] == "done", ["seed", *axes, "verdict", column(metric)]]
+    done = trials.loc[trials["state"] == "done", ["seed", *axes, "verdict", "eval_hash", column(metric)]]
     rows = [_pair(done, others, axis, metric, a, b) for a, b in itertools.combinations(levels_of(trials[axis]), 2)]
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(list(table["p"]))
@@ -75,13 +86,14 @@ def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
     """A row per level of `by` (one row for None): how far `setting` can be raised. All other axes and seeds are pooled.
 
     `all_stable`: the largest level at and below which every trial is done and `stable`; null: not even the smallest.
-    `first_unstable`: the smallest level with a trial that is spiky or diverged; null: none seen.
+    `first_unstable`: the smallest level with a trial that is spiky or diverged; null: none seen. `n_unstable` of the
+    `n_there` trials at it are.
     `stable_again`: the largest level above that one at which every trial is stable; null, as it should be: none.
-    `best`, `best_loss`: the level of least mean loss.
+    `best`, `best_loss`: the level of least mean loss; null where the losses are on different evaluation batches.
     `works_to`: the largest level such that at every level from `best` to it all trials are done, none diverged, and the
     mean loss is within 0.2 nat of the best.
     """
-    needed = [setting, *([] if by is None else [by]), "verdict", "verdict_code", column("final_loss")]
+    needed = [setting, *([] if by is None else [by]), "verdict", "verdict_code", "eval_hash", column("final_loss")]
     trials = trials[needed]
     groups = [None] if by is None else levels_of(trials[by])
     rows = [_limit(trials if by is None else at_level(trials, by, level), setting, level) for level in groups]
@@ -121,8 +133,9 @@ def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Leve
 
 def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], tuple[float, bool]]:
     """(seed, level on each other axis) -> the statistic, and whether the trial diverged."""
+    partners = ["seed", *others, *(["eval_hash"] if metric in ON_EVALUATION else [])]
     answers = zip(values(trials, metric), trials["verdict"] == "diverged", strict=True)
-    return dict(zip(keys(trials, ["seed", *others]), answers, strict=True))
+    return dict(zip(keys(trials, partners), answers, strict=True))
 
 
 def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]:
@@ -130,8 +143,10 @@ def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]
     at = {v: at_level(trials, setting, v) for v in grid}
     stable = {v: bool((rows["verdict"] == "stable").all()) for v, rows in at.items()}
     prefix = list(itertools.takewhile(stable.__getitem__, grid))
-    unstable = [v for v, rows in at.items() if rows["verdict"].isin(("spiky", "diverged")).any()]
-    losses = {v: _mean_loss(rows) for v, rows in at.items()}
+    bad = {v: int(rows["verdict"].isin(("spiky", "diverged")).sum()) for v, rows in at.items()}
+    unstable = [v for v in grid if bad[v]]
+    one_batch = trials["eval_hash"].nunique() <= 1
+    losses = {v: _mean_loss(rows) if one_batch else math.nan for v, rows in at.items()}
     known = [v for v in grid if math.isfinite(losses[v])]
     best = min(known, key=losses.__getitem__) if known else None
     return {
@@ -139,6 +154,8 @@ def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]
         "trials": len(trials),
         "all_stable": prefix[-1] if prefix else None,
         "first_unstable": unstable[0] if unstable else None,
+        "n_unstable": bad[unstable[0]] if unstable else None,
+        "n_there": len(at[unstable[0]]) if unstable else None,
         "stable_again": next((v for v in reversed(grid) if unstable and stable[v] and v > unstable[0]), None),
         "best": best,
         "best_loss": losses[best] if known else math.nan,

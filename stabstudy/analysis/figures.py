@@ -10,8 +10,8 @@ import pandas as pd
 from stabstudy.analysis import compare, plots, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.levels import Level, split
-from stabstudy.analysis.paired import t_interval
 from stabstudy.analysis.study import Study
+from stabstudy.stability.summary import COLUMNS
 
 CURVES = (
     ("final_loss", False, "Final validation loss"),
@@ -22,7 +22,15 @@ CURVES = (
 
 MOST_LINES_SAID = 12
 
-TRACE_COLUMNS = ("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "spike_events", "clip_share")
+TRACE_COLUMNS = (
+    "steps_done",
+    "grad_norm_median",
+    "grad_norm_max",
+    "grad_norm_argmax",
+    "spike_events",
+    "spike_ratio3_steps",
+    "clip_share",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ def _curves(study: Study, layout: Layout) -> Iterator[Block]:
         drawable = plots.drawable(study.trials, metric)
         if not len(drawable):
             yield Text(f"{name}: left out, no done trial has it.")
+            continue
+        if metric in compare.ON_EVALUATION and _mixed(study, layout):
+            yield Text(f"{name}: left out, a mean would mix losses on different evaluation batches.")
             continue
         figure = plots.panels(
             study,
@@ -123,14 +134,19 @@ class _Field:
     @staticmethod
     def of(levels: tuple[Level, ...], trials: pd.DataFrame) -> _Field:
         bad = int(trials["verdict"].isin(("spiky", "diverged")).sum())
-        return _Field(levels, t_interval(compare.values(trials, "spike_rate")).mean, len(trials), bad)
+        return _Field(levels, compare.mean(trials, "spike_rate").mean, len(trials), bad)
 
 
 def _points(study: Study, layout: Layout, metric: str) -> list[tuple[tuple[Level, ...], pd.DataFrame]]:
     """The done trials of each combination of panel, line and x; only the columns that a figure of `metric` needs."""
     axes = layout.axes(study)
-    needed = dict.fromkeys([*axes, "state", "verdict", metric, "final_loss_capped"])
+    needed = dict.fromkeys([*axes, "state", "verdict", "eval_hash", metric, "final_loss_capped"])
     return split(study.trials.loc[study.trials["state"] == "done", list(needed)], axes)
+
+
+def _mixed(study: Study, layout: Layout) -> bool:
+    """Whether any point of a figure would pool losses on different evaluation batches."""
+    return any(trials["eval_hash"].nunique() > 1 for _, trials in _points(study, layout, "final_loss"))
 
 
 def _curve_table(study: Study, layout: Layout, metric: str) -> Table:
@@ -171,14 +187,15 @@ def _traces(study: Study) -> Iterator[Block]:
     """The roughest and a typical trial, side by side."""
     done = study.trials.index[study.trials["state"] == "done"]
     chosen = {"Roughest": study.worst(), "Typical": study.typical()}
-    titles = {t: f"{kind}: {study.describe(t)}" for kind, t in chosen.items() if t is not None and t in done}
+    titles = {t: f"{kind}{_why(study, t)}: {study.describe(t)}" for kind, t in chosen.items() if t and t in done}
     if not titles:
         return
     figure = plots.traces(study, titles)
     caption = (
         "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
-        "dotted: the end of the warmup; shaded, with a mark above: spikes; a cross on the upper edge: a value that is "
-        "not finite. Roughest: by verdict, then by largest over median norm. Typical: the median of that ratio."
+        "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
+        "median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by largest over "
+        "median norm. Typical: the median of that ratio."
     )
     said = []
     for trial_id, title in titles.items():
@@ -187,10 +204,19 @@ def _traces(study: Study) -> Iterator[Block]:
             f"{title}: {words.count(row['steps_done'], 'step')}, largest norm {words.number(row['grad_norm_max'])}, "
             f"median {words.number(row['grad_norm_median'])}, {_spikes(row['spike_events'])}."
         )
-    heads = ("trial", "which", *map(plots.metric_label, TRACE_COLUMNS))
-    rows = tuple((t, title, *(words.number(study.row(t)[c]) for c in TRACE_COLUMNS)) for t, title in titles.items())
+    heads = ("trial", "which", *(COLUMNS[c].label for c in TRACE_COLUMNS))
+    rows = tuple(
+        (t, title, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in TRACE_COLUMNS))
+        for t, title in titles.items()
+    )
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[2:]), folded=True)
     yield Figure("traces", style.to_svg(figure), " ".join(["Line charts.", *said]), caption, table)
+
+
+def _why(study: Study, trial_id: str) -> str:
+    row = study.row(trial_id)
+    rule = f", {row['verdict_rule']}" if row["verdict_rule"] else ""
+    return f" ({row['verdict']}{rule})" if row["verdict"] else ""
 
 
 def _spikes(n: int | None) -> str:

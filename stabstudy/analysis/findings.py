@@ -18,13 +18,6 @@ from stabstudy.stability.summary import COLUMNS
 EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
 """Statistics whose change along each axis a report states."""
 
-NAMES = {
-    "final_loss": "final loss",
-    "spike_rate": "spike rate",
-    "grad_norm_log_sd": "roughness",
-    "attn_logit_peak": "largest attention logit",
-}
-
 
 def counts(study: Study) -> dict[str, int]:
     """How many trials are what. Each trial, the damaged ones too, is counted once."""
@@ -47,7 +40,7 @@ def headline(study: Study) -> str:
     if not total:
         return "The study holds no trial yet."
     if not (judged := sum(found[v] for v in VERDICTS)):
-        return f"None of {words.count(total, 'trial')} has a verdict yet."
+        return f"None of {words.count(total, 'trial')} has a verdict."
     named = [f"{found[v]} {v}" for v in VERDICTS if found[v]]
     rest = total - judged
     tail = f"; {rest} more {'has' if rest == 1 else 'have'} no verdict" if rest else ""
@@ -87,85 +80,91 @@ def step(axis: str, a: object, b: object) -> str:
 
 
 def _limits(study: Study) -> Iterator[str]:
-    """The largest learning rate at which every seed stayed stable, per depth."""
-    if "optim.lr" not in study.grid.axes:
+    """The largest learning rate at which every trial stayed stable, per depth."""
+    grid = study.grid
+    if "optim.lr" not in grid.axes:
         return
-    by = "model.depth" if "model.depth" in study.grid.axes else None
-    table = study.grid.largest_stable("optim.lr", by)
+    by = "model.depth" if "model.depth" in grid.axes else None
+    table = grid.largest_stable("optim.lr", by)
     said: dict[str, list[str]] = {}
     for level, row in zip(table.index, records(table), strict=True):
-        said.setdefault(_limit_text(row, study.grid.axes["optim.lr"]), []).append(words.level(level))
+        said.setdefault(_limit_text(row, grid.axes["optim.lr"]), []).append(words.level(level))
+    pooled = [words.label(a) for a in grid.axes if a not in ("optim.lr", by)]
+    over = f", pooled over {words.listing(pooled)}" if pooled else ""
+    fewest, most = int(table["trials"].min()), int(table["trials"].max())
+    trials = f"{fewest if fewest == most else f'{fewest} to {most}'} trials{' per depth' if by else ''}"
     for text, levels in said.items():
-        where = "" if by is None else f"Depth {words.listing(levels)}: "
-        yield where + (text if where else text[0].upper() + text[1:])
-    yield from _working(table, by)
+        yield text[0].upper() + text[1:] if by is None else f"Depth {words.listing(levels)}: {text}"
+    yield from _working(table, by, f"{trials}{over}")
 
 
-def _limit_text(row: dict[Any, Any], grid: list[float]) -> str:
+def _limit_text(row: dict[str, Any], grid: list[float]) -> str:
     stable, unstable, again = (row[name] for name in ("all_stable", "first_unstable", "stable_again"))
-    n = words.count(row["trials"], "trial")
     if unstable is None and stable == grid[-1]:
-        return f"every trial is stable at every learning rate up to {words.level(stable)}; the limit lies beyond ({n})."
+        return f"every trial is stable at every learning rate, up to {words.level(stable)}; the limit lies beyond."
     if unstable is None:
-        return f"no trial is spiky or diverged, but not every one has a verdict ({n})."
-    back = "" if again is None else f", though every trial at {words.level(again)} is stable again"
+        return "no trial is spiky or diverged, but not every one has a verdict."
+    back = "" if again is None else f", though every one at {words.level(again)} is again"
+    verb = "is" if row["n_unstable"] == 1 else "are"
+    there = f"at {words.level(unstable)}, {row['n_unstable']} of {row['n_there']} {verb} not{back}."
     if unstable == grid[0]:
-        return f"not even at the smallest learning rate, {words.level(unstable)}, is every trial stable{back} ({n})."
+        return f"not even at the smallest learning rate is every trial stable: {there}"
     if stable is not None and grid.index(stable) + 1 == grid.index(unstable):
-        ends = f"up to learning rate {words.level(stable)}, not at {words.level(unstable)}"
-        return f"every trial is stable {ends}{back} ({n})."
-    return f"first unstable at {words.level(unstable)}; below it not every trial has a verdict{back} ({n})."
+        return f"every trial is stable up to learning rate {words.level(stable)}; {there}"
+    return f"below learning rate {words.level(unstable)} not every trial has a verdict; {there}"
 
 
-def _working(table: pd.DataFrame, by: str | None) -> Iterator[str]:
-    """Where the loss says that a learning rate is too large, beside the verdicts."""
+def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
+    """Where the loss says that a learning rate is too large, beside the verdicts; and on how many trials both rest."""
     parts = []
     for level, row in zip(table.index, records(table), strict=True):
         if row["works_to"] is not None:
             where = "" if by is None else f" at depth {words.level(level)}"
             parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
     if parts:
-        yield f"Largest learning rate within {LOSS_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)}."
+        yield (
+            f"Largest learning rate within {LOSS_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
+            f"({trials})."
+        )
 
 
 def _best(study: Study) -> Iterator[str]:
-    cells = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
-    if len(cells) < 2:
-        return
-    best = cells.sort_values("final_loss_capped", kind="stable").iloc[0]
-    loss = words.estimate(best["final_loss_capped"], best["final_loss_capped_low"], best["final_loss_capped_high"])
-    where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
-    seeds = words.count(int(best["n_done"]), "seed")
-    yield f"Lowest final loss: {loss} nat/token ({seeds}) at {where}."
+    """The cell of least mean loss; one per evaluation batch, as losses on different ones cannot be compared."""
+    known = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
+    batches = study.trials.groupby("cell_id")["eval_hash"].first().reindex(known.index)
+    for _, cells in known.groupby(batches):
+        if len(cells) > 1:
+            best = records(cells.sort_values("final_loss_capped", kind="stable").head(1))[0]
+            mean, low, high = (best[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
+            where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
+            seeds = words.count(best["n_done"], "seed")
+            yield f"Lowest final loss: {words.estimate(mean, low, high, 4)} nat/token ({seeds}) at {where}."
 
 
 def _changes(study: Study) -> Iterator[str]:
-    """What the main axis did in numbers, and which changes the seeds can tell from chance."""
+    """What each axis did in numbers, and which changes the seeds can tell from chance."""
     table = effects(study)
     if not len(table):
         return
     rows = records(table)
-    main = "optim.lr" if "optim.lr" in study.axes else next(iter(study.axes))
-    mine = [r for r in rows if r["axis"] == main and r["metric"] != "final_loss"]
-    for (a, b), same in itertools.groupby(mine, key=lambda r: (r["a"], r["b"])):
+    for (axis, a, b), same in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"])):
         said = list(same)
-        parts = [f"{NAMES[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in said]
-        yield f"From {step(main, a, b)} ({words.count(said[0]['pairs'], 'pair')}): {words.listing(parts)}."
-    clear = [r for r in rows if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
+        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in said]
+        yield f"From {step(axis, a, b)} ({words.count(said[0]['pairs'], 'pair')}): {words.listing(moved)}."
+    judged = [r for r in rows if r["low"] is not None]
+    clear = [r for r in judged if r["low"] > 0 or r["high"] < 0]
     if clear:
-        moved = [
-            f"{words.listing([NAMES[r['metric']] for r in same])} with {where}"
+        parts = [
+            f"{words.listing([words.STATISTICS[r['metric']] for r in same])} with {where}"
             for where, same in itertools.groupby(clear, key=lambda r: step(r["axis"], r["a"], r["b"]))
         ]
         yield (
-            f"Changes that the seeds can tell from chance, before correcting for {len(rows)} comparisons: "
-            f"{'; '.join(moved)} (paired 95 % intervals without 0)."
+            f"Of these, the seeds can tell from chance (paired 95 % intervals without 0, not corrected for {len(rows)} "
+            f"comparisons): {'; '.join(parts)}."
         )
-    else:
-        yield (
-            f"None of {len(rows)} paired changes can be told from chance: each 95 % interval holds 0, or there is none "
-            "(one seed)."
-        )
+    elif judged:
+        seeds = words.count(max(r["seeds"] for r in judged), "seed")
+        yield f"With {seeds} none of these changes can be told from chance: each paired 95 % interval holds 0."
 
 
 def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]]:
@@ -178,7 +177,7 @@ def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]
 
 
 def _shown(row: dict[str, Any], end: str) -> str:
-    return words.percent(row[end]) if COLUMNS[row["metric"]].unit == "fraction" else words.number(row[end])
+    return words.statistic(row[end], COLUMNS[row["metric"]].unit)
 
 
 def _missing(study: Study) -> Iterator[str]:

@@ -30,7 +30,8 @@ MOST_SPIKES = 12
 MOST_FAILED = 50
 
 CELL_STATISTICS = (
-    "spike_events", "spike_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share", "attn_logit_peak",
+    "spike_events", "spike_rate", "spike_ratio3_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
+    "attn_logit_peak",
 )  # fmt: skip
 """Shown per cell beside the final loss: the mean over its done trials."""
 
@@ -64,7 +65,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
 def _asked(study: Study) -> Iterator[Block]:
     seeds = sorted({int(s) for s in study.trials["seed"]})
     varied = [(words.heading(a), a, ", ".join(words.level(v, a) for v in levels)) for a, levels in study.axes.items()]
-    varied.append(("seed", "seed", ", ".join(map(str, seeds))))
+    varied.append(("seed", "seed", ", ".join(map(str, seeds)) or words.NOTHING))
     yield Table("What varied", ("axis", "setting", "levels"), tuple(varied))
     yield Text(_spike_rule(study.rules))
     yield Text(_verdict_rule(study.rules))
@@ -87,9 +88,9 @@ def _spike_rule(rules: Rules) -> str:
 def _verdict_rule(rules: Rules) -> str:
     return (
         "Diverged: a value that is not finite, a loss above that of the untrained model, or one that rose and stayed. "
-        f"Spiky: a spike of the norm of {rules.spiky_ratio:g} times its baseline, or any of the loss, that lasts more "
-        f"than {rules.narrow_steps} steps; or {rules.spiky_events} of them of any length, and "
-        f"{rules.spiky_per_1k:g} per 1000 steps; or {rules.rough_steps} steps, and {100 * rules.rough_share:g} % of "
+        f"Spiky: R1, a spike of the norm of {rules.spiky_ratio:g} times its baseline, or any of the loss, that lasts "
+        f"more than {rules.narrow_steps} steps; R2, {rules.spiky_events} of them of any length, and "
+        f"{rules.spiky_per_1k:g} per 1000 steps; R3, {rules.rough_steps} steps, and {100 * rules.rough_share:g} % of "
         f"all, at {rules.ratio:g} times the recent median norm. Stable: none of these. A trial of under "
         f"{rules.min_steps} steps is not judged."
     )
@@ -112,16 +113,19 @@ def _cells(study: Study) -> Table:
     axes = list(study.axes)
     case = ["case"] if study.cells["case"].notna().any() else []
     numbers = [*map(words.heading, axes), "seeds", "final loss", *map(_head, CELL_STATISTICS)]
+    broken = study.trials[study.trials["verdict_rule"].notna()]
+    by_verdict = broken.groupby(["cell_id", "verdict"])["verdict_rule"]
+    rules = {at: f" ({', '.join(sorted(set(members)))})" for at, members in by_verdict}
     rows = tuple(
         (
             *(words.clean(row[name] or "", 40) for name in case),
             *(words.level(row[a], a) for a in axes),
             str(row["n"]) if row["n"] == row["n_done"] else f"{row['n_done']} of {row['n']}",
-            words.estimate(*(row[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))),
+            _loss(row),
             *(_value(name, row[name]) for name in CELL_STATISTICS),
-            ", ".join(f"{row[v]} {v}" for v in VERDICTS if row[v]) or words.NOTHING,
+            ", ".join(f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]) or words.NOTHING,
         )
-        for row in records(study.cells)
+        for row in records(study.cells.reset_index())
     )
     title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
     return Table(title, (*case, *numbers, "verdicts"), rows, frozenset(numbers))
@@ -136,22 +140,20 @@ def _effects(study: Study) -> Iterator[Block]:
         "Each pair of trials shares its seed (so its initial weights and data order) and every other axis. Differences "
         "are averaged per seed; the interval is Student's over seeds, p the exact sign-flip test."
     )
-    numbers = ("mean from", "mean to", "change", "95 % interval", "pairs", "seeds", "larger in", "p (Holm)")
+    numbers = ("mean", "change", "95 % interval", "pairs", "seeds", "larger in", "p (Holm)")
     rows = tuple(_effect(row) for row in records(table))
-    yield Table("Paired differences", ("axis", "from", "to", "statistic", *numbers), rows, frozenset(numbers))
+    yield Table("Paired differences", ("axis", "from → to", "statistic", *numbers), rows, frozenset(numbers))
 
 
 def _effect(row: Mapping[str, Any]) -> tuple[str, ...]:
     axis, metric = row["axis"], row["metric"]
     return (
         words.label(axis),
-        words.level(row["a"], axis),
-        words.level(row["b"], axis),
+        f"{words.level(row['a'], axis)} → {words.level(row['b'], axis)}",
         _head(metric),
-        _value(metric, row["mean_a"]),
-        _value(metric, row["mean_b"]),
-        words.number(row["difference"]),
-        words.NOTHING if row["low"] is None else f"{words.number(row['low'])} to {words.number(row['high'])}",
+        f"{_value(metric, row['mean_a'])} → {_value(metric, row['mean_b'])}",
+        _value(metric, row["difference"]),
+        words.NOTHING if row["low"] is None else f"{_value(metric, row['low'])} to {_value(metric, row['high'])}",
         str(row["pairs"]),
         str(row["seeds"]),
         words.percent(row["positive"]),
@@ -171,7 +173,7 @@ def _spikes(study: Study) -> Iterator[Block]:
     for series, name, height in (("grad", "Gradient norm", "peak_ratio"), ("loss", "Loss", "peak_delta")):
         if n := min(MOST_SPIKES, len(found[series])):
             highest = found[series].sort_values([height, "trial_id", "start"], ascending=[False, True, True]).head(n)
-            yield _spike_table(study, f"{name}: the {n} highest", highest, height)
+            yield _spike_table(study, f"{name}: the {n} highest" if n > 1 else name, highest, height)
 
 
 def _spike_table(study: Study, title: str, spikes: pd.DataFrame, height: str) -> Table:
@@ -229,11 +231,11 @@ def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str
     found = study.provenance
     if argv := found.get("argv"):
         yield "command", words.clean(" ".join(map(str, argv)) if isinstance(argv, list) else argv)
-    for part in ("versions", "git", "hardware"):
+    for part in ("versions", "machine", "git"):
         values = found.get(part)
         if isinstance(values, dict):
             for name, value in values.items():
-                yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80)
+                yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80) or words.NOTHING
     for engine in _engines(states):
         yield "trained with", words.clean(engine)
     started = [a.started for s in states.values() for a in s.attempts]
@@ -266,5 +268,10 @@ def _head(metric: str) -> str:
     return COLUMNS[metric].label
 
 
+def _loss(cell: Mapping[str, Any]) -> str:
+    mean, low, high = (cell[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
+    return words.estimate(mean, low, high, 4)
+
+
 def _value(metric: str, value: Any) -> str:
-    return words.percent(value) if COLUMNS[metric].unit == "fraction" else words.number(value)
+    return words.statistic(value, COLUMNS[metric].unit)

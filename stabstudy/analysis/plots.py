@@ -18,7 +18,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, style, words
 from stabstudy.analysis.levels import at_level, levels_of, split
-from stabstudy.analysis.paired import Estimate, t_interval
+from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.places import Places
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import trace, traces, trial
@@ -55,7 +55,7 @@ def curves(
     `final_loss` they count with their capped loss, in that of another statistic not at all: their trace is shorter.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    needed = dict.fromkeys([x, *study.axes, "state", "verdict", metric, compare.column(metric)])
+    needed = dict.fromkeys([x, *study.axes, "state", "verdict", "eval_hash", metric, compare.column(metric)])
     trials = drawable(study.trials[list(needed)], metric)
     places = Places(study.axes.get(x) or levels_of(study.trials[x]), x)
     if by is None or by == x or by not in study.axes:
@@ -86,9 +86,9 @@ def stability_map(
     ax = style.new_figure().axes[0] if ax is None else ax
     columns = Places(study.axes.get(x) or levels_of(study.trials[x]), x, categorical=True)
     rows = Places(study.axes.get(y) or levels_of(study.trials[y]), y, categorical=True)
-    done = study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", compare.column(value)]]
+    done = study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", compare.column(value)]]
     fields = dict(split(done, {x: columns.levels, y: rows.levels}))
-    means = {levels: t_interval(compare.values(trials, value)).mean for levels, trials in fields.items()}
+    means = {levels: compare.mean(trials, value).mean for levels, trials in fields.items()}
     top = max([v for v in means.values() if math.isfinite(v)], default=0.0) if highest is None else highest
     for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
         levels = (columns.levels[i], rows.levels[j])
@@ -134,10 +134,13 @@ def combinations(study: Study, over: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def panel_axes(study: Study, drawn: Sequence[str | None], limit: int = MAX_PANELS) -> list[str]:
-    """The axes to give panels: all that are not `drawn`, without those of most levels while there are too many."""
+    """The axes to give panels: all that are not `drawn`, without those of most levels while there are too many.
+
+    What the data are goes last: losses on different evaluation batches have no common mean.
+    """
     rest = [a for a in study.axes if a not in drawn]
     while rest and len(combinations(study, rest)) > limit:
-        rest.remove(max(rest, key=lambda a: len(study.axes[a])))
+        rest.remove(max(rest, key=lambda a: (not a.startswith("data"), len(study.axes[a]))))
     return rest
 
 
@@ -187,7 +190,7 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, places: Places, loo
 def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
     """The mean that `curves` draws through these trials."""
     counted = trials if metric == "final_loss" else trials[trials["verdict"] != "diverged"]
-    return t_interval(compare.values(counted, metric))
+    return compare.mean(counted, metric)
 
 
 def _levels_in(trials: pd.DataFrame, places: Places) -> list[Any]:
@@ -232,7 +235,7 @@ def _hatch(ax: Axes, at: tuple[int, int]) -> None:
 
 
 def metric_label(metric: str) -> str:
-    """A statistic's name and unit, for an axis or a table's head."""
+    """A statistic's name and unit, for the side of a figure."""
     d = COLUMNS[metric]
     unit = "" if d.unit in ("", "1", "ratio") else f" ({d.unit})"
-    return f"{d.label}{unit}"
+    return f"{words.STATISTICS.get(metric, d.label)}{unit}"

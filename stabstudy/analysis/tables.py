@@ -135,8 +135,8 @@ def _open(folder: TrialFolder) -> _Trial:
     if not isinstance(config, dict):
         raise StoreError(f"{folder.config_file}: holds no config")
     state = folder.read_state()
-    for name in ("cell_id", "data_fingerprint"):
-        if not isinstance(body.get(name), str):
+    for name, allowed in (("cell_id", str), ("data_fingerprint", str), ("case", str | None)):
+        if not isinstance(body.get(name), allowed):
             raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
@@ -146,53 +146,51 @@ def _open(folder: TrialFolder) -> _Trial:
 
 def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
     """The trial's row and spikes, and whether they were computed now."""
-    trial_id, state = t.folder.trial_id, t.state
-    source = _source(t)
-    if state.records and known.trials.get(trial_id, {}).get("source_sha256") == source:
-        _verify(t)
+    trial_id, source = t.folder.trial_id, _source(t)
+    if known.trials.get(trial_id, {}).get("source_sha256") == source and _unchanged(t):
         return dict(known.trials[trial_id]), known.spikes.get(trial_id, []), False
     trace_rows, probes = read_record(t.folder, TRACE), read_record(t.folder, PROBES)
-    for schema, rows in ((TRACE, trace_rows), (PROBES, probes)):
-        if rows is None and (schema.name in state.records or (state.status == "done" and schema is TRACE)):
-            raise DamagedRecord(f"{t.folder.finished(schema)}: is missing")
-    facts = TrialFacts(
-        steps_planned=t.config.train.steps,
-        warmup_steps=t.config.optim.warmup_steps,
-        clip=t.config.optim.clip,
-        status=state.status,
-        stop_reason=state.stop_reason,
-        init_loss=state.init_loss,
-        final_loss=state.final_loss,
-    )
-    summary = summarise(no_rows(TRACE) if trace_rows is None else trace_rows, probes, facts, rules)
+    if t.state.status == "done" and trace_rows is None:
+        raise DamagedRecord(f"{t.folder.finished(TRACE)}: missing, though the trial is done")
+    summary = summarise(no_rows(TRACE) if trace_rows is None else trace_rows, probes, _facts(t), rules)
     notes = [r.note for r in (trace_rows, probes) if r is not None and r.note]
     row: Row = {
         "trial_id": trial_id,
-        "cell_id": t.body.get("cell_id"),
+        "cell_id": t.body["cell_id"],
         "case": t.body.get("case"),
-        "state": state.status,
-        "error": _error(state),
+        "state": t.state.status,
+        "error": _error(t.state),
         "note": "; ".join(notes) or None,
         **_choices(t.body),
         **cfg.flat(t.config),
         **summary.columns,
-        "eval_hash": state.eval_hash,
-        "data_fingerprint": t.body.get("data_fingerprint"),
+        "eval_hash": t.state.eval_hash,
+        "data_fingerprint": t.body["data_fingerprint"],
         "source_sha256": source,
     }
     spikes = [{"trial_id": trial_id, "cell_id": row["cell_id"], **spike} for spike in summary.spikes]
     return row, spikes, True
 
 
-def _verify(t: _Trial) -> None:
-    """Raises DamagedRecord where a finished record is not the file that the state names."""
-    for schema in (TRACE, PROBES):
-        if schema.name in t.state.records:
-            file, named = t.folder.finished(schema), t.state.records[schema.name]["sha256"]
-            if not file.exists():
-                raise DamagedRecord(f"{file}: is missing")
-            if (found := trace.file_sha256(file)) != named:
-                raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {named[:12]}...")
+def _facts(t: _Trial) -> TrialFacts:
+    return TrialFacts(
+        steps_planned=t.config.train.steps,
+        warmup_steps=t.config.optim.warmup_steps,
+        clip=t.config.optim.clip,
+        status=t.state.status,
+        stop_reason=t.state.stop_reason,
+        init_loss=t.state.init_loss,
+        final_loss=t.state.final_loss,
+    )
+
+
+def _unchanged(t: _Trial) -> bool:
+    """Whether the records are finished and are the files that the state names. Raises DamagedRecord for other files."""
+    finished = [(t.folder.finished(schema), t.state.records.get(schema.name)) for schema in (TRACE, PROBES)]
+    for file, known in finished:
+        if known and file.exists() and (found := trace.file_sha256(file)) != known["sha256"]:
+            raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {known['sha256'][:12]}...")
+    return bool(finished[0][1]) and all(file.exists() for file, known in finished if known)
 
 
 def _source(t: _Trial) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import style, words
 from stabstudy.analysis.study import Study
+from stabstudy.stability.detectors import measured, ratio3
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -28,13 +29,15 @@ def trace(
     clip: float | None = None,
     warmup_steps: int | None = None,
     spikes: pd.DataFrame | None = None,
+    rough: NDArray[np.bool_] | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
     """One trial: gradient norm before clipping (log axis) above its training loss.
 
     `clip` is drawn as a line, the end of the warmup as another, `spikes` (rows of `Study.spikes`) are shaded: the
-    gradient's above, the loss's below. Non-finite steps are crosses on the upper edge.
+    gradient's above, the loss's below; steps where `rough` is true (shape [steps]) get a ring: the absolute rule, at
+    three times the recent median. Non-finite steps are crosses on the upper edge.
     """
     axes = style.new_figure(7.2, 4.6, rows=2, sharex=True).axes if axes is None else axes
     norm, loss = axes[0], axes[1]
@@ -42,6 +45,11 @@ def trace(
     norm.margins(y=0.12)
     _draw_series(norm, rows["step"], rows["grad_norm"], style.BLUE)
     _draw_series(loss, rows["step"], rows["loss"], style.GREEN)
+    if rough is not None and rough.any():
+        norm.plot(
+            rows["step"][rough], rows["grad_norm"][rough], linestyle="none", marker="o", markersize=6,
+            markerfacecolor="none", markeredgecolor=style.PURPLE, gid="rough",
+        )  # fmt: skip
     if clip is not None:
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
         norm.annotate(
@@ -71,11 +79,13 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
     """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
     row = study.row(trial_id)
     planned = row["steps_planned"]
+    rows = study.trace(trial_id)
     figure = trace(
-        study.trace(trial_id),
+        rows,
         clip=row["optim.clip"],
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
+        rough=ratio3(measured(rows, "grad_norm"), study.rules).flagged,
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )

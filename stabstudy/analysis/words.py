@@ -20,6 +20,15 @@ LABELS = {
     "data": "dataset",
 }
 
+STATISTICS = {
+    "final_loss": "final validation loss",
+    "final_loss_capped": "final loss",
+    "spike_rate": "spike rate",
+    "grad_norm_log_sd": "roughness",
+    "attn_logit_peak": "largest attention logit",
+}
+"""Names for sentences and figures; the tables' heads are the shorter labels of `stability.columns`."""
+
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
 _ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")
@@ -55,6 +64,13 @@ def number(value: Any, digits: int = 3) -> str:
 def percent(share: Any) -> str:
     """A fraction as percent; null as a dash."""
     return NOTHING if is_null(share) else f"{number(100 * float(share), 2)} %"
+
+
+def statistic(value: Any, unit: str) -> str:
+    """A statistic or a difference of it as its unit wants it: fractions as percent, counts without padding zeros."""
+    if unit == "fraction":
+        return percent(value)
+    return level(float(f"{value:.3g}")) if unit == "" and not is_null(value) else number(value)
 
 
 def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:

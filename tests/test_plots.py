@@ -1,0 +1,250 @@
+"""Figures: what is drawn is what the tables say, and nothing is left out silently."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colors
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from stabstudy.analysis import levels, plots, style
+from stabstudy.analysis.study import Study
+from stabstudy.analysis.trace_plots import downsample
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The planted grid, with clipping on and off, one diverged trial at a rate of its own, and a failed one."""
+    path = planted.plant_study(tmp_path_factory.mktemp("plots") / "planted", clips=(1.0, None), steps=200)
+    diverged = planted.settings(6, 0.5, 1.0, 0, 200)
+    planted.plant_trial(
+        path, diverged, nonfinite_at=70, steps_done=71, final_loss=math.nan, stop_reason="diverged", logit=9.0
+    )
+    planted.plant_trial(path, planted.settings(6, 0.5, 1.0, 1, 200), status="failed", steps_done=30)
+    return Study.load(path)
+
+
+def _lines(ax: Axes, kind: str) -> Iterator[Line2D]:
+    """`mean`: the named lines; `dots`: the trials; else those with that gid."""
+    for line in ax.get_lines():
+        named = not str(line.get_label()).startswith("_")
+        dots = line.get_linestyle() == "None" and line.get_gid() is None
+        if line.get_gid() == kind or (kind == "mean" and named) or (kind == "dots" and dots):
+            yield line
+
+
+def test_lr_curves_draw_the_means_of_each_depth(study: Study) -> None:
+    ax = plots.lr_curves(study, by="model.depth")
+    drawn = {line.get_label(): line for line in _lines(ax, "mean")}
+    assert set(drawn) == {"2", "6"}
+    assert list(drawn["2"].get_xdata()) == [1e-3, 1e-2, 1e-1]
+    # planted: 2.4 + 0.3 * (lg lr + 2)^2 + 0.02 * seed - 0.01 * depth
+    assert list(drawn["2"].get_ydata()) == pytest.approx([2.69, 2.39, 2.69])
+    assert list(drawn["6"].get_ydata()) == pytest.approx([2.65, 2.35, 2.65, planted.INIT_LOSS])
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "learning rate"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1e-3", "0.01", "0.1", "0.5"]
+
+
+def test_no_done_trial_is_missing_and_diverged_ones_lie_on_the_upper_edge(study: Study) -> None:
+    for metric in ("final_loss", "attn_logit_peak", "grad_norm_log_sd"):
+        ax = plots.curves(study, metric)
+        (triangle,) = _lines(ax, "diverged")
+        assert (list(triangle.get_xdata()), list(triangle.get_ydata())) == ([0.5], [1.0])
+        assert triangle.get_transform() == ax.get_xaxis_transform()  # y in axes: 1 is the upper edge
+        assert triangle.get_marker() == "^" and triangle.get_markerfacecolor() == "none" and not triangle.get_clip_on()
+        dots = sum(len(line.get_xdata()) for line in _lines(ax, "dots"))
+        assert dots + 1 == int((study.trials["state"] == "done").sum())
+
+
+def test_a_diverged_loss_does_not_squash_the_others(study: Study) -> None:
+    low, high = plots.lr_curves(study).get_ylim()
+    assert low < 2.35 and 2.71 < high < 3.0  # the capped loss of the diverged trial is 5.5
+
+
+def test_a_diverged_trial_enters_no_mean_but_that_of_the_loss(study: Study) -> None:
+    drawn = {line.get_label(): line for line in _lines(plots.curves(study, "attn_logit_peak"), "mean")}
+    assert math.isnan(drawn["6"].get_ydata()[-1])
+
+
+def test_a_band_needs_three_trials(study: Study) -> None:
+    assert len(plots.lr_curves(study).collections) == 2  # four trials to a point: clipping is pooled
+    assert not plots.lr_curves(study.where({"optim.clip": 1.0})).collections
+
+
+def test_curves_take_the_axes_that_there_are(study: Study) -> None:
+    ax = plots.curves(study, x="optim.clip", by="optim.lr")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "off"]
+    assert {line.get_label() for line in _lines(ax, "mean")} == {"1e-3", "0.01", "0.1", "0.5"}
+    ax = plots.curves(study.where({"model.depth": 2}), by="model.depth")
+    assert not list(_lines(ax, "mean")) and ax.get_legend() is None  # one line needs no name
+
+
+def test_map_writes_value_and_n_in_every_field(study: Study) -> None:
+    ax = plots.stability_map(study.where({"optim.clip": 1.0}))
+    texts = {(t.get_position()): t.get_text().split("\n") for t in ax.texts}
+    spiky = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
+    rate = float(spiky["spike_rate"].mean())
+    assert texts[(0, 0)] == ["0", "n=2"]
+    assert texts[(2, 0)] == [f"{rate:.4f}", "n=2", "2 spiky"]
+    assert texts[(3, 1)] == ["0", "n=1", "1 diverged"]
+    assert [line.get_xdata() for line in _lines(ax, "diverged")] == [[3.38]]
+    hatched = [p.get_xy() for p in ax.patches if p.get_hatch()]
+    assert hatched == [(2.5, -0.5)]  # depth 2 never ran at the largest rate
+    assert len(texts) + len(hatched) == 4 * 2
+
+
+def test_map_colours_share_a_scale(study: Study) -> None:
+    part = study.where({"optim.clip": 1.0})
+    own, doubled = (plots.stability_map(part, highest=h).patches[2 * 2].get_facecolor() for h in (None, 1.0))
+    assert own != doubled
+
+
+def test_panels_have_common_scales_and_one_legend(study: Study) -> None:
+    figure = plots.panels(study, lambda part, ax: plots.lr_curves(part, ax=ax), ["optim.clip"])
+    first, second = figure.axes
+    assert [first.get_title(loc="left"), second.get_title(loc="left")] == ["clip threshold 1", "clip threshold off"]
+    assert first.get_ylim() == second.get_ylim()
+    assert first.get_legend() is None and len(figure.legends) == 1
+    assert plots.panels(study, lambda part, ax: plots.lr_curves(part, ax=ax), []).axes[0].get_legend() is not None
+
+
+def test_panels_stay_few_and_keep_data_apart(study: Study) -> None:
+    assert plots.panel_axes(study, ["optim.lr", "model.depth"]) == ["optim.clip"]
+    assert plots.panel_axes(study, [], limit=6) == ["model.depth", "optim.clip"]
+    many = Study(study.folder, study.tables, {"data.seq_len": [128, 256], "optim.lr": study.axes["optim.lr"]})
+    assert plots.panel_axes(many, [], limit=3) == ["data.seq_len"]
+
+
+def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
+    trial_id = study.spikes["trial_id"].iloc[0]
+    clipped = study.trials.loc[trial_id, "optim.clip"] == 1.0
+    norm, loss = plots.trial(study, trial_id).axes
+    rows, spikes = study.trace(trial_id), study.spikes[study.spikes["trial_id"] == trial_id]
+    assert norm.get_yscale() == "log" and "before clipping" in norm.get_ylabel()
+    assert np.array_equal(norm.get_lines()[0].get_ydata(), rows["grad_norm"])
+    assert np.array_equal(loss.get_lines()[0].get_ydata(), rows["loss"])
+    spans = sorted((p.get_x(), p.get_x() + p.get_width()) for p in norm.patches)
+    assert spans == [(s - 0.5, e + 0.5) for s, e in zip(spikes["start"], spikes["end"], strict=True)]
+    (marks,) = _lines(norm, "spikes")
+    assert list(marks.get_xdata()) == list(spikes["peak_step"])
+    assert (1.0 in [line.get_ydata()[0] for line in norm.get_lines() if len(line.get_ydata()) == 2]) == clipped
+    assert 10 in [line.get_xdata()[0] for line in norm.get_lines() if len(line.get_xdata()) == 2]
+    (rings,) = _lines(norm, "rough")
+    assert set(spikes["peak_step"]) <= set(rings.get_xdata())  # planted at eight times the level
+
+
+def test_trace_shows_where_the_norm_was_not_finite(study: Study) -> None:
+    trial_id = study.worst()
+    assert trial_id is not None
+    (cross,) = _lines(plots.trial(study, trial_id).axes[0], "nonfinite")
+    assert list(cross.get_xdata()) == [70] and list(cross.get_ydata()) == [1.0]
+
+
+def test_trace_needs_nothing_but_rows(study: Study) -> None:
+    norm, loss = plots.trace(study.trace(str(study.typical()))).axes
+    assert len(norm.get_lines()) == 1 and len(loss.get_lines()) == 1
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=30, max_size=300), st.integers(2, 10))
+def test_downsampling_keeps_every_extreme(values: list[float], buckets: int) -> None:
+    y = np.array(values)
+    kept_x, kept_y = downsample(np.arange(len(y)), y, buckets)
+    assert len(kept_x) <= max(2 * buckets, 0) and np.all(np.diff(kept_x) > 0)
+    assert np.array_equal(y[kept_x], kept_y)
+    for part in np.array_split(np.arange(len(y)), buckets):
+        kept = kept_y[np.isin(kept_x, part)]
+        assert kept.max() == y[part].max() and kept.min() == y[part].min()
+
+
+def test_downsampling_passes_over_what_is_not_finite() -> None:
+    y = np.full(100, np.nan)
+    y[50] = 7.0
+    assert [a.tolist() for a in downsample(np.arange(100), y, 4)] == [[50], [7.0]]
+
+
+# Looks
+
+
+def test_svg_is_the_same_every_time(study: Study) -> None:
+    first, second = (style.to_svg(plots.lr_curves(study).figure) for _ in range(2))  # type: ignore[arg-type]
+    assert first == second
+    assert "<dc:date>" not in first and "Matplotlib" not in first
+
+
+def test_svg_asks_for_nothing(study: Study) -> None:
+    svg = style.to_svg(plots.stability_map(study).figure)  # type: ignore[arg-type]
+    links = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', svg)
+    assert links and all(target.startswith("#") for pair in links for target in pair if target)
+    assert "<script" not in svg
+
+
+def test_every_known_colour_has_a_counterpart_on_black(study: Study) -> None:
+    svg = style.to_svg(plots.lr_curves(study).figure)  # type: ignore[arg-type]
+    used = {c for c in re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg.partition("</style>")[2]) if c in style.DARK}
+    assert {style.INK, style.PAPER} <= used
+    for colour in used:
+        assert f'[style*="fill: {colour}"]{{fill:{style.DARK[colour]} !important}}' in svg
+        assert f'[style*="stroke: {colour}"]{{stroke:{style.DARK[colour]} !important}}' in svg
+
+
+def _contrast(one: str, other: str) -> float:
+    high, low = sorted((style.luminance(colors.to_rgb(c)) for c in (one, other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_hold_on_white_and_on_black() -> None:
+    for light, dark in style.DARK.items():
+        if light in (style.PAPER, style.GRID):
+            continue
+        least = 4.5 if light in (style.INK, style.MUTED) else 3.0  # text, graphics
+        assert _contrast(light, style.PAPER) >= least, light
+        assert _contrast(dark, style.DARK[style.PAPER]) >= least, dark
+
+
+def test_text_reads_on_every_field_of_a_map() -> None:
+    from matplotlib import colormaps
+
+    for share in np.linspace(0, 1, 101):
+        rgb = colormaps["viridis"](0.12 + 0.83 * share)
+        assert _contrast(style.field_text_colour(rgb), colors.to_hex(rgb)) >= 4.5
+
+
+def test_lines_differ_by_more_than_hue() -> None:
+    looks = [(style.MARKERS[i % len(style.MARKERS)], str(style.DASHES[i % len(style.DASHES)])) for i in range(7)]
+    assert len(set(looks)) == 7 and len(set(style.ordered_colours(7))) == 7
+    assert style.colours(["a", "b"]) == list(style.CATEGORIES[:2])
+
+
+def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for name in (r"$\frac{a", "plain"):
+        choices = {"data": name, "model": "tiny"}
+        planted.plant_trial(tmp_path / "s", planted.settings(data={"seq_len": 32 + len(name)}), choices=choices)
+    study = Study.load(tmp_path / "s")
+    ax = plots.curves(study, x="data", by=None)
+    assert ax.get_xticklabels()[0].get_text() == r"\$\frac{a"
+    assert levels.levels_of(study.trials["data"])[0] == r"$\frac{a"
+    style.to_svg(ax.figure)  # type: ignore[arg-type]
+
+
+def test_drawing_leaves_no_global_state_behind(study: Study) -> None:
+    code = (
+        "import sys; from stabstudy.analysis import plots, style; from stabstudy.analysis.study import Study\n"
+        "assert 'matplotlib' not in sys.modules, 'importing the figures must not wait for matplotlib'\n"
+        "import matplotlib; before = dict(matplotlib.rcParams)\n"
+        f"style.to_svg(plots.lr_curves(Study.load({str(study.folder.path)!r})).figure)\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and dict(matplotlib.rcParams) == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,530 @@
+"""Studies read from disk: tables and their reuse, axes, cells, paired comparison, the largest stable level, damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import planted
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stabstudy import config as cfg
+from stabstudy.analysis import compare, levels
+from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
+from stabstudy.analysis.study import Study, update_tables
+from stabstudy.stability.rules import Rules, rules_for
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.store import StoreError, StudyFolder
+from stabstudy.trace import PROBES, TRACE, DamagedRecord, RowWriter
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """2 depths x 3 learning rates x 2 seeds; see `planted.plant_study`."""
+    return Study.load(planted.plant_study(tmp_path_factory.mktemp("study") / "planted", steps=200))
+
+
+# Intervals and exact tests
+
+
+def test_t_interval_is_students() -> None:
+    e = t_interval([1.0, 2.0, 3.0])
+    assert (e.n, e.mean) == (3, 2.0)
+    assert e.high - 2.0 == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)  # t .975 at 2 degrees of freedom
+    assert e.low == pytest.approx(4.0 - e.high)
+
+
+def test_t_interval_has_the_tabled_width() -> None:
+    for df, t in enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228), start=1):
+        values = [float(i) for i in range(df + 1)]
+        e = t_interval(values)
+        assert (e.high - e.mean) / (np.std(values, ddof=1) / math.sqrt(df + 1)) == pytest.approx(t, abs=6e-4)
+
+
+def test_one_value_has_a_mean_and_no_interval() -> None:
+    e = t_interval([2.5])
+    assert (e.n, e.mean) == (1, 2.5)
+    assert math.isnan(e.low) and math.isnan(e.high)
+    assert t_interval([]).n == 0 and math.isnan(t_interval([]).mean)
+
+
+@pytest.mark.parametrize(("n", "floor"), [(1, 1.0), (3, 0.25), (5, 0.0625), (6, 0.03125)])
+def test_sign_flip_floor(n: int, floor: float) -> None:
+    assert sign_flip_p([0.1 * (i + 1) for i in range(n)]) == floor
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=8))
+def test_sign_flip_counts_every_flip(whole: list[int]) -> None:
+    seen = abs(sum(whole))
+    flips = [abs(sum(s * d for s, d in zip(signs, whole, strict=True))) for signs in _signs(len(whole))]
+    expected = sum(f >= seen for f in flips) / len(flips)
+    assert sign_flip_p([0.1 * d for d in whole]) == expected  # tenths: their sums differ in the last bit
+
+
+def _signs(n: int) -> list[tuple[int, ...]]:
+    return list(itertools.product((1, -1), repeat=n))
+
+
+def test_sign_flip_of_nothing_or_too_much_is_unknown() -> None:
+    assert math.isnan(sign_flip_p([]))
+    assert math.isnan(sign_flip_p([1.0] * 21))
+    assert math.isnan(sign_flip_p([1.0, math.nan]))
+
+
+def test_holm_by_hand() -> None:
+    adjusted = holm([0.01, 0.04, 0.03, math.nan])
+    assert adjusted[:3] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(adjusted[3])
+
+
+# Axes
+
+
+def test_axes_are_what_differs(study: Study) -> None:
+    assert study.axes == {"model.depth": [2, 6], "optim.lr": [1e-3, 1e-2, 1e-1]}
+
+
+def test_null_is_a_level_and_comes_last() -> None:
+    assert levels.levels_of([None, 1.0, 0.5, math.nan, 1.0]) == [0.5, 1.0, None]
+    frame = pd.DataFrame({"optim.clip": [1.0, None, 0.5]})
+    assert list(levels.at_level(frame, "optim.clip", None).index) == [1]
+    assert levels.levels_of(["b", "a"]) == ["a", "b"]
+
+
+def test_a_group_choice_stands_for_the_settings_that_follow_it(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for name, data in (("pysrc", {}), ("synthetic", {"source": "synthetic", "synth_order": 2})):
+        for length in (64, 128):
+            config = planted.settings(data={**data, "seq_len": length})
+            planted.plant_trial(tmp_path / "s", config, choices={"data": name, "model": "tiny"})
+    assert Study.load(tmp_path / "s").axes == {"data": ["pysrc", "synthetic"], "data.seq_len": [64, 128]}
+
+
+def test_settings_that_follow_another_setting_are_no_axes(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for batch in (4, 8):
+        planted.plant_trial(tmp_path / "s", planted.settings(batch_size=batch))
+    assert Study.load(tmp_path / "s").axes == {"train.batch_size": [4, 8]}  # micro_batch_size null: the batch size
+
+
+# Tables
+
+
+def test_trials_have_every_documented_column_in_order(study: Study) -> None:
+    kinds = trial_kinds(["model", "data"])
+    assert [study.trials.index.name, *study.trials.columns] == list(kinds)
+    assert set(cfg.setting_names()) < set(kinds) and set(COLUMNS) < set(kinds)
+    assert len(study.trials) == 12
+    assert list(study.spikes.columns) == list(spike_kinds())
+
+
+def test_values_have_the_type_that_the_table_declares(study: Study) -> None:
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float,), "text": (str,), "bool": (bool,)}
+    for rows, kinds in ((study.tables.trials, trial_kinds(["model", "data"])), (study.tables.spikes, spike_kinds())):
+        for row, (name, kind) in itertools.product(rows, kinds.items()):
+            assert row[name] is None or type(row[name]) in types[kind], name
+
+
+def test_planted_verdicts_and_spikes_come_back(study: Study) -> None:
+    spiky = study.trials[study.trials["verdict"] == "spiky"]
+    at = sorted((r["model.depth"], r["optim.lr"], r["seed"]) for _, r in spiky.iterrows())
+    assert at == [(2, 0.1, 0), (2, 0.1, 1), (6, 0.01, 1), (6, 0.1, 0), (6, 0.1, 1)]
+    peaks = study.spikes.groupby("trial_id")["peak_step"].agg(set)
+    assert set(peaks.index) == set(spiky.index)
+    assert all(steps <= {60, 75, 90, 105} and {90, 105} <= steps for steps in peaks)
+
+
+def test_tables_are_read_back_without_computing_again(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    first = update_tables(StudyFolder(path))
+    before = _table_bytes(path)
+    again = update_tables(StudyFolder(path))
+    assert (first.tables.computed, again.tables.computed) == (6, 0)
+    assert _table_bytes(path) == before
+    pd.testing.assert_frame_equal(first.trials, again.trials)
+    pd.testing.assert_frame_equal(first.spikes, again.spikes)
+
+
+def test_new_and_changed_trials_alone_are_computed(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    update_tables(StudyFolder(path))
+    changed = StudyFolder(path).trials()[0]
+    planted.plant_trial(path, planted.settings(depth=3))
+    changed.write_state(dataclasses.replace(changed.read_state(), final_loss=9.0))
+    study = update_tables(StudyFolder(path))
+    assert study.tables.computed == 2
+    assert study.trials.loc[changed.trial_id, "final_loss"] == 9.0
+
+
+def test_attempts_and_their_times_are_no_part_of_a_row(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
+    update_tables(StudyFolder(path))
+    before = _table_bytes(path)
+    trial = StudyFolder(path).trials()[0]
+    state = trial.read_state()
+    attempt = dataclasses.replace(state.attempts[0], host="elsewhere", started="2031-01-01T00:00:00+00:00")
+    trial.write_state(dataclasses.replace(state, attempts=(attempt, attempt)))
+    assert update_tables(StudyFolder(path)).tables.computed == 0
+    assert _table_bytes(path) == before
+
+
+def test_rows_made_with_other_rules_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    update_tables(StudyFolder(path))
+    monkeypatch.setattr("stabstudy.analysis.tables.rules_for", lambda steps: Rules(k=7.0))
+    assert update_tables(StudyFolder(path)).tables.computed == 6
+
+
+@pytest.mark.parametrize("name", ["trials.parquet", "spikes.parquet"])
+def test_a_broken_table_is_made_anew(tmp_path: Path, name: str) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    update_tables(StudyFolder(path))
+    before = _table_bytes(path)
+    (path / name).write_bytes((path / name).read_bytes()[:-20])
+    assert update_tables(StudyFolder(path)).tables.computed == 6
+    assert _table_bytes(path) == before
+
+
+def test_tables_name_their_detector(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.folder.path, tmp_path / "s")
+    update_tables(StudyFolder(tmp_path / "s"))
+    for name in ("trials.parquet", "spikes.parquet"):
+        metadata = pq.read_schema(tmp_path / "s" / name).metadata
+        assert Rules.from_json(metadata[b"detector"].decode()) == rules_for(200)
+        assert metadata[b"detector_id"].decode() == rules_for(200).detector_id
+    assert set(study.trials["detector_id"]) == {rules_for(200).detector_id}
+
+
+def test_the_window_follows_the_shortest_trial(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    planted.plant_trial(tmp_path / "s", planted.settings(steps=2000), status="pending", steps_done=0)
+    assert Study.load(tmp_path / "s").rules.window == 128
+    planted.plant_trial(tmp_path / "s", planted.settings(steps=1999), status="pending", steps_done=0)
+    assert Study.load(tmp_path / "s").rules.window == 64
+
+
+def test_not_finite_and_not_measured_stay_apart_on_disk(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    nan = planted.plant_trial(
+        tmp_path / "s", planted.settings(), nonfinite_at=80, steps_done=81, final_loss=math.nan, stop_reason="diverged"
+    )
+    none = planted.plant_trial(tmp_path / "s", planted.settings(seed=1), status="failed", steps_done=20)
+    study = update_tables(StudyFolder(tmp_path / "s"))
+    column = dict(
+        zip(
+            pq.read_table(tmp_path / "s" / "trials.parquet")["trial_id"].to_pylist(),
+            pq.read_table(tmp_path / "s" / "trials.parquet")["final_loss"].to_pylist(),
+            strict=True,
+        )
+    )
+    assert math.isnan(column[nan.trial_id]) and column[none.trial_id] is None
+    assert study.row(nan.trial_id)["verdict_code"] == "nonfinite"
+    assert study.row(nan.trial_id)["final_loss_capped"] == planted.INIT_LOSS
+    assert study.row(none.trial_id)["final_loss_capped"] is None
+
+
+# A study that runs
+
+
+def test_a_running_study_shows_whole_rows_only(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,))
+    live = planted.plant_trial(path, planted.settings(lr=0.5), status="running", steps_done=70)
+    with live.live(TRACE).open("ab") as f:
+        f.write(b'{"step":70,"tokens":7')  # a write that has not ended
+    study = Study.load(path)
+    row = study.row(live.trial_id)
+    assert row["steps_done"] == 70 and row["verdict"] is None and row["final_loss"] is None
+    assert "torn last line" in row["note"]
+    assert row["state"] == "lost"  # it says running, and nobody holds its lock
+    assert len(study.trace(live.trial_id)) == 70 and not study.damaged
+
+
+def test_a_trial_may_finish_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings())
+    study = Study.load(tmp_path / "s")
+    assert len(study.trials) == 1
+    now = trial.read_state()
+    looks = iter([dataclasses.replace(now, status="running", records={})])  # then its live file is gone
+    monkeypatch.setattr(type(trial), "read_state", lambda self: next(looks, now))
+    assert len(study.trace(trial.trial_id)) == 120
+    assert next(looks, None) is None
+
+
+def test_a_growing_record_gives_a_prefix(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings(), status="running", steps_done=30)
+    before = Study.load(tmp_path / "s").trace(trial.trial_id)
+    writer = RowWriter(trial.live(TRACE), TRACE)
+    writer.append(planted._trace_row(planted.settings(), 30, 0.5), urgent=True)
+    after = Study.load(tmp_path / "s").trace(trial.trial_id)
+    writer.close()
+    assert len(after) == 31 and np.array_equal(after["grad_norm"][:30], before["grad_norm"])
+
+
+def test_a_trial_that_never_started_has_null_statistics(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    config = planted.settings()
+    folder = StudyFolder(tmp_path / "s").trial(cfg.trial_id(config, planted.FINGERPRINT))
+    folder.path.mkdir(parents=True)
+    planted.write_config(folder, config, {"data": "pysrc"}, None, planted.FINGERPRINT)
+    study = Study.load(tmp_path / "s")
+    row = study.row(folder.trial_id)
+    assert (row["state"], row["steps_done"], row["verdict_reason"]) == ("pending", 0, "pending")
+    assert row["spike_events"] is None and row["spike_rate"] is None and row["grad_norm_max"] is None
+    with pytest.raises(DamagedRecord, match="has no trace"):
+        study.trace(folder.trial_id)
+    assert study.probes(folder.trial_id) is None
+
+
+# Damage
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_a_flipped_bit_excludes_the_trial_also_when_its_row_is_known(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    known = update_tables(StudyFolder(path))
+    victim = StudyFolder(path).trial(known.trials.index[2])
+    _flip(victim.finished(TRACE))
+    study = update_tables(StudyFolder(path))
+    assert study.tables.computed == 0 and len(study.trials) == 5
+    (damaged,) = study.damaged
+    assert damaged.trial_id == victim.trial_id and damaged.seed in (0, 1)
+    assert damaged.reason.startswith(f"trials/{victim.trial_id}/trace.parquet: sha256 is")
+
+
+@pytest.mark.parametrize("schema", [TRACE, PROBES], ids=lambda schema: schema.name)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_missing_record_excludes_the_trial(tmp_path: Path, schema: Any, cached: bool) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings())
+    if cached:
+        update_tables(StudyFolder(tmp_path / "s"))
+    trial.finished(schema).unlink()
+    study = Study.load(tmp_path / "s")
+    assert not len(study.trials)
+    assert [d.reason.partition(": ")[0] for d in study.damaged] == [f"trials/{trial.trial_id}/{schema.name}.parquet"]
+    assert "missing" in study.damaged[0].reason
+
+
+def _cut_middle(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:5], lines[5][:20] + b"\n", *lines[6:]]
+
+
+def _repeat(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:6], lines[5], *lines[6:]]
+
+
+@pytest.mark.parametrize("spoil", [_cut_middle, _repeat])
+def test_a_live_record_that_cannot_be_trusted_excludes_the_trial(tmp_path: Path, spoil: Any) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings(), status="interrupted", steps_done=30)
+    live = trial.live(TRACE)
+    live.write_bytes(b"".join(spoil(live.read_bytes().splitlines(keepends=True))))
+    study = Study.load(tmp_path / "s")
+    assert [d.trial_id for d in study.damaged] == [trial.trial_id] and not len(study.trials)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"trial_id": "0123456789"}, "belongs to trial 0123456789"),
+        ({"config": None}, "holds no config"),
+        ({"cell_id": 7}, "cell_id must be text"),
+        ({"case": 7}, "case must be text"),
+        ({"config": {"optim": {"lr": "fast"}}}, "optim.lr: must be a finite number"),
+    ],
+)
+def test_a_config_that_cannot_be_used_excludes_the_trial(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings())
+    trial.config_file.write_text(json.dumps(trial.read_config() | change))
+    study = Study.load(tmp_path / "s")
+    assert not len(study.trials) and reason in study.damaged[0].reason
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is no study"):
+        Study.load(tmp_path)
+
+
+# Cells and comparisons
+
+
+def test_cells_aggregate_their_seeds(study: Study) -> None:
+    cells = study.cells
+    assert list(zip(cells["model.depth"], cells["optim.lr"], strict=True)) == list(
+        itertools.product([2, 6], [1e-3, 1e-2, 1e-1])
+    )
+    first = cells.iloc[0]
+    assert (first["n"], first["n_done"], first["stable"], first["spiky"], first["diverged"]) == (2, 2, 2, 0, 0)
+    # planted: 2.4 + 0.3 * (lg lr + 2)^2 + 0.02 * seed - 0.01 * depth, at lr 1e-3, depth 2
+    assert first["final_loss_capped"] == pytest.approx(2.69)
+    assert first["final_loss_capped_high"] - 2.69 == pytest.approx(12.706 * 0.01, abs=1e-5)
+    assert cells["spiky"].tolist() == [0, 0, 2, 0, 1, 2]
+
+
+def test_a_cell_of_one_seed_has_no_interval(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", seeds=(0,)))
+    assert study.cells["final_loss_capped"].notna().all()
+    assert study.cells["final_loss_capped_low"].isna().all()
+
+
+def test_compare_pairs_by_seed_and_every_other_axis(study: Study) -> None:
+    (row,) = levels.records(study.compare("model.depth", "final_loss"))
+    assert (row["a"], row["b"], row["seeds"], row["pairs"]) == (2, 6, 2, 6)
+    assert row["difference"] == pytest.approx(-0.04)  # 0.01 per layer, in every pair
+    assert row["positive"] == 0.0 and row["p"] == 0.5
+    assert row["mean_b"] - row["mean_a"] == pytest.approx(row["difference"])
+
+
+def test_compare_leaves_out_what_has_no_partner(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    losses = {(1e-3, 0): 3.0, (1e-2, 0): 2.0, (1e-3, 1): 3.0, (1e-2, 1): 2.5, (1e-2, 2): 0.1}
+    for (lr, seed), loss in losses.items():
+        planted.plant_trial(tmp_path / "s", planted.settings(lr=lr, seed=seed), final_loss=loss)
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3, seed=2), status="failed", steps_done=10)
+    (row,) = levels.records(Study.load(tmp_path / "s").compare("optim.lr"))
+    assert (row["seeds"], row["pairs"], row["difference"]) == (2, 2, -0.75)
+    assert row["high"] == pytest.approx(-0.75 + 12.706 * 0.25, abs=1e-4)
+
+
+def test_a_diverged_trial_counts_with_its_capped_loss(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3), final_loss=2.5)
+    planted.plant_trial(
+        tmp_path / "s", planted.settings(lr=1.0), nonfinite_at=80, final_loss=math.nan, stop_reason="diverged"
+    )
+    (row,) = levels.records(Study.load(tmp_path / "s").compare("optim.lr", "final_loss"))
+    assert row["difference"] == planted.INIT_LOSS - 2.5 and (row["diverged_a"], row["diverged_b"]) == (0, 1)
+
+
+def test_losses_on_different_evaluation_batches_are_never_compared(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for name in ("pysrc", "synthetic"):
+        choices = {"data": name}
+        planted.plant_trial(
+            tmp_path / "s", planted.settings(data={"source": name}), choices=choices, eval_hash=f"of {name}"
+        )
+    study = Study.load(tmp_path / "s")
+    assert levels.records(study.compare("data", "final_loss"))[0]["pairs"] == 0
+    assert levels.records(study.compare("data", "grad_norm_median"))[0]["pairs"] == 1
+    assert math.isnan(compare.mean(study.trials, "final_loss").mean)
+
+
+def test_unknown_names_are_answered_with_the_known_ones(study: Study) -> None:
+    with pytest.raises(KeyError, match="no axis of study planted .it has: model.depth, optim.lr."):
+        study.compare("optim.clip")
+    with pytest.raises(KeyError, match="no statistic"):
+        study.compare("optim.lr", "loss")
+    with pytest.raises(KeyError, match="no trial"):
+        study.trace("0" * 10)
+
+
+def test_largest_stable_rate_of_the_planted_study(study: Study) -> None:
+    table = study.largest_stable("optim.lr", by="model.depth")
+    assert list(table.index) == [2, 6]
+    assert table["all_stable"].tolist() == [1e-2, 1e-3]
+    assert table["first_unstable"].tolist() == [1e-1, 1e-2]
+    assert table["n_unstable"].tolist() == [2, 1] and table["n_there"].tolist() == [2, 2]
+    assert table["best"].tolist() == [1e-2, 1e-2]
+    assert table["works_to"].tolist() == [1e-2, 1e-2]  # at 1e-1 the planted loss is 0.3 above the best
+
+
+GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+
+
+def _grid(losses: list[float], verdicts: list[str | None] | None = None) -> pd.DataFrame:
+    verdicts = verdicts or ["stable"] * len(losses)
+    codes = [None if v is None else "nonfinite" if v == "diverged" else "ok" for v in verdicts]
+    return pd.DataFrame(
+        {
+            "optim.lr": GRID[: len(losses)],
+            "verdict": verdicts,
+            "verdict_code": codes,
+            "eval_hash": "e",
+            "final_loss_capped": losses,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "works_to", "best"),
+    [
+        ([3.100, 2.654, 2.370, 2.315, 2.564, 2.913, 2.845], 1e-2, 1e-2),  # measured, qk-norm off
+        ([3.090, 2.650, 2.400, 2.305, 2.413, 2.521, 2.654], 3e-2, 1e-2),  # on
+    ],
+)
+def test_working_rate_of_the_measured_curves(losses: list[float], works_to: float, best: float) -> None:
+    (row,) = levels.records(compare.limits(_grid(losses), "optim.lr", None))
+    assert (row["works_to"], row["best"], row["best_loss"]) == (works_to, best, min(losses))
+    assert (row["all_stable"], row["first_unstable"]) == (3e-1, None)
+
+
+def test_limits_do_not_jump_over_holes() -> None:
+    verdicts = ["stable", None, "stable", "spiky", "stable"]
+    (row,) = levels.records(compare.limits(_grid([3.0, math.nan, 2.0, 2.1, 2.1], verdicts), "optim.lr", None))
+    assert row["all_stable"] == 3e-4  # 1e-3 has no verdict
+    assert (row["first_unstable"], row["stable_again"]) == (1e-2, 3e-2)
+    assert row["works_to"] == 3e-2  # spiky, but its loss is near the best
+    (none,) = levels.records(compare.limits(_grid([math.nan], [None]), "optim.lr", None))
+    assert none["best"] is None and none["works_to"] is None and none["all_stable"] is None
+
+
+def test_a_diverged_rate_does_not_work(study: Study) -> None:
+    (row,) = levels.records(compare.limits(_grid([2.1, 2.0, 2.1], ["stable", "stable", "diverged"]), "optim.lr", None))
+    assert row["works_to"] == 1e-3
+
+
+# Parts and choices
+
+
+def test_a_part_keeps_its_levels_and_its_spikes(study: Study) -> None:
+    part = study.where({"model.depth": 6})
+    assert set(part.trials["model.depth"]) == {6} and part.axes == {"optim.lr": [1e-3, 1e-2, 1e-1]}
+    assert set(part.spikes["trial_id"]) < set(part.trials.index)
+    assert len(study.where({"model.depth": 5}).trials) == 0
+
+
+def test_the_grid_is_the_study_without_its_cases(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3, 1e-2), seeds=(0,))
+    case = planted.plant_trial(path, planted.settings(depth=3, lr=0.3), case="lingua_1b")
+    study = Study.load(path)
+    assert "model.depth" in study.axes and study.grid.axes == {"optim.lr": [1e-3, 1e-2]}
+    assert study.describe(case.trial_id) == "case lingua_1b, depth 3, learning rate 0.3, seed 0"
+
+
+def test_worst_and_typical(study: Study) -> None:
+    worst, typical = study.worst(), study.typical()
+    assert worst is not None and typical is not None
+    spiky = study.trials[study.trials["verdict"] == "spiky"]["grad_norm_max_over_median"]
+    assert worst == spiky.idxmax()
+    assert study.trials.loc[typical, "verdict"] == "stable"
+    assert study.trials.loc[typical, "cell_id"] != study.trials.loc[worst, "cell_id"]
+
+
+def test_provenance_may_be_missing_or_broken(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
+    assert Study.load(path).question == planted.QUESTION
+    (path / "provenance.json").write_text("{")
+    assert Study.load(path).question == "" and Study.load(path).provenance == {}
+
+
+def _table_bytes(path: Path) -> list[bytes]:
+    return [(path / name).read_bytes() for name in ("trials.parquet", "spikes.parquet")]
