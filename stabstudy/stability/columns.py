@@ -73,7 +73,9 @@ COLUMNS: dict[str, Definition] = {
     "spike_loss_delta_max": Definition(
         "highest loss spike above its baseline", "nat/token", _NO_SPIKE, "loss spike max"
     ),
-    "attn_logit_final": Definition("largest attention logit, last probe", "nat", _NO_PROBE, "attn logit"),
+    "attn_logit_final": Definition(
+        "largest attention logit, last probe", "nat", f"{_NO_PROBE}, or not finite", "attn logit"
+    ),
     "attn_logit_peak": Definition("largest finite attention logit of all probes", "nat", _NO_PROBE, "attn logit peak"),
     "attn_logit_layer": Definition("layer of attn_logit_peak", "", _NO_PROBE, "at layer"),
     "nonfinite_steps": Definition(
@@ -81,7 +83,9 @@ COLUMNS: dict[str, Definition] = {
     ),
     "amp_skips": Definition("steps skipped by the fp16 scaler", "step", _NEVER, "fp16 skips"),
     "verdict": Definition("stable, spiky or diverged", "", "see verdict_reason", "verdict"),
-    "verdict_rule": Definition("the divergence code, or the rules of R1, R2, R3 that hold", "", "stable", "rule"),
+    "verdict_rule": Definition(
+        "the divergence code, or the rules of R1, R2, R3 that hold", "", "stable, or not judged", "rule"
+    ),
     "verdict_reason": Definition("why there is no verdict: too_short, or the state", "", "judged", "reason"),
     "verdict_partial": Definition("judged as far as a scheduler let it run", "", _NOT_JUDGED, "partial"),
     "verdict_code": Definition("nonfinite, above_init, persistent, no_recovery, or ok", "", _NOT_JUDGED, "code"),

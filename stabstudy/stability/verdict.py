@@ -58,7 +58,9 @@ class DivergenceMonitor:
     def update(self, step: int, loss: float | None, grad_norm: float | None, skip: str | None) -> str | None:
         """Take one row of the trace; returns the code, once one has fired."""
         self.steps = step + 1
-        if self._is_nonfinite(loss, grad_norm, skip):
+        self._count_skip(skip)
+        lost = skip is None and not all(math.isfinite(x) for x in (loss, grad_norm) if x is not None)
+        if lost or self._skips >= (self._rules.max_skips if self._updated else self._rules.max_first_skips):
             self._fire("nonfinite", step)
         usable = loss if skip is None and loss is not None and math.isfinite(loss) else None
         self._tail.append(math.nan if usable is None else usable)
@@ -89,14 +91,11 @@ class DivergenceMonitor:
         if self.code is None:
             self.code, self.step = code, step
 
-    def _is_nonfinite(self, loss: float | None, grad_norm: float | None, skip: str | None) -> bool:
-        if skip in ("amp", "nonfinite"):
+    def _count_skip(self, skip: str | None) -> None:
+        if skip is None:
+            self._skips, self._updated = 0, True
+        elif skip != "no_targets":  # a step without targets is neither an update nor a skip
             self._skips += 1
-            return self._skips >= (self._rules.max_skips if self._updated else self._rules.max_first_skips)
-        if skip is not None:  # no targets: neither an update nor a skip
-            return False
-        self._skips, self._updated = 0, True
-        return not all(math.isfinite(x) for x in (loss, grad_norm) if x is not None)
 
     def _average(self, step: int, loss: float) -> None:
         if self._ema is None:
@@ -212,15 +211,13 @@ class _PersistentRise:
         self._before: deque[float] = deque()
         self._size = max(rules.reference_low, math.ceil(rules.reference_share * steps_planned))
         self._total = 0
-        self._stretch: list[float] = []
-        self._reference = math.inf  # frozen while a stretch lasts
+        self._stretch: list[float] = []  # joins `before` when it has ended, so the reference stays while it lasts
 
     def update(self, loss: float) -> bool:
         """Whether the stretch has lasted `limit` steps."""
-        if not self._stretch:
-            full = len(self._before) == self._size
-            self._reference = math.ldexp(self._total, -FIXED_POINT) / self._size if full else math.inf
-        if loss >= self._ratio * self._reference and loss >= self._reference + self._rise:
+        full = len(self._before) == self._size
+        reference = math.ldexp(self._total, -FIXED_POINT) / self._size if full else math.inf
+        if loss >= self._ratio * reference and loss >= reference + self._rise:
             self._stretch.append(loss)
             return len(self._stretch) >= self._limit
         for past in (*self._stretch, loss):
