@@ -8,7 +8,6 @@ every error in a configuration answer without torch and ray.
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 import sys
 import textwrap
@@ -48,20 +47,20 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the arguments say (default: the command line's). Returns the exit code."""
+    from stabstudy.sweeping.outlet import outlets
+
     given = sys.argv[1:] if arguments is None else arguments
     flags = [a for a in given if a.startswith("-") and a not in ("-m", "--multirun")]
     overrides = [a for a in given if a not in flags]
-    try:
-        return _run(flags, overrides)
-    except BrokenPipeError:  # `| head`: whoever read us has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        if "--debug" in flags:
-            traceback.print_exc()
-        return _explain(error)
+    with outlets():
+        try:
+            return _run(flags, overrides)
+        except KeyboardInterrupt:
+            return 130
+        except Exception as error:
+            if "--debug" in flags:
+                traceback.print_exc()
+            return _explain(error)
 
 
 def _run(flags: list[str], overrides: list[str]) -> int:

@@ -300,6 +300,19 @@ def test_a_reader_that_goes_away_is_no_error():
     pipe.stderr.close()
 
 
+@pytest.mark.slow
+def test_a_study_goes_on_when_its_reader_goes_away(small, tmp_path):
+    """Row 59, while training: torch is imported, and every line of the board meets a closed pipe."""
+    command = [sys.executable, "-m", "stabstudy.sweep", *small]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pipe:
+        assert pipe.stdout and pipe.stderr
+        pipe.stdout.close()
+        assert pipe.stderr.read() == ""
+    assert pipe.returncode == 0
+    trials = store.open_study(tmp_path / "results" / "small").trials()
+    assert [t.read_state().status for t in trials] == ["done", "done"]
+
+
 def test_any_locale_and_no_home(tmp_path):
     """Row 60."""
     done = run(
