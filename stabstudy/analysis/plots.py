@@ -117,14 +117,24 @@ def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]
         draw(part, ax)
         levels = ", ".join(f"{words.label(k)} {words.level(v, k)}" for k, v in fixed.items())
         style.title(ax, ": ".join(t for t in (ax.get_title(loc="left"), levels) if t))
-    ends = [ax.get_ylim() for ax in drawn]
+    _share_y(drawn)
     for i, ax in enumerate(drawn):
-        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
         ax.set_ylabel("" if i % columns else ax.get_ylabel())
     for ax in figure.axes[len(parts) :]:
         ax.set_visible(False)
     style.share_legend(figure)
     return figure
+
+
+def _share_y(axes: Sequence[Axes]) -> None:
+    """One vertical scale, wide enough for all; axes that hold no value take that of the others."""
+    filled = [ax for ax in axes if all(map(math.isfinite, ax.dataLim.intervaly))]
+    if filled:
+        ends = [ax.get_ylim() for ax in filled]
+        filled[0].set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+        for ax in axes:
+            if ax is not filled[0]:
+                ax.sharey(filled[0])
 
 
 def combinations(study: Study, over: Sequence[str]) -> list[dict[str, Any]]:

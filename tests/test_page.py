@@ -1,0 +1,562 @@
+"""The report: its numbers are the tables', it says what is wrong, it is safe, and it is the same every time."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import planted
+import pytest
+
+from stabstudy.analysis import findings, words
+from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.study import Study
+from stabstudy.report import write_report
+from stabstudy.store import StudyFolder
+from stabstudy.trace import TRACE
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a reader of the page finds."""
+
+    tags: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    tables: list[list[list[str]]] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
+    headings: list[tuple[int, str]] = field(default_factory=list)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "caption":
+            self.captions.append("")
+        elif tag == "li":
+            self.items.append("")
+        elif re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+        elif "caption" in self._open:
+            self.captions[-1] += data
+        elif "li" in self._open:
+            self.items[-1] += data
+        elif self._open and re.fullmatch("h[1-6]", self._open[-1]):
+            self.headings[-1] = (self.headings[-1][0], self.headings[-1][1] + data)
+
+    def table(self, title: str) -> list[list[str]]:
+        return next(t for t, c in zip(self.tables, self.captions, strict=True) if c.startswith(title))
+
+    def counts(self) -> dict[str, int]:
+        found = (re.fullmatch(r"(\d+) \S ([a-z ]+)", " ".join(item.split())) for item in self.items)
+        return {m[2]: int(m[1]) for m in found if m}
+
+
+def read(html: str) -> Page:
+    page = Page()
+    page.feed(html)
+    page.close()
+    assert not page._open
+    return page
+
+
+def unescaped(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Every table of a Markdown text, cells unescaped, without the row of dashes."""
+    tables: list[list[list[str]]] = []
+    for line, before in zip(text.splitlines(), ["", *text.splitlines()], strict=False):
+        if not line.startswith("|"):
+            continue
+        if not before.startswith("|"):
+            tables.append([])
+        if not re.fullmatch(r"[|:-]+", line):
+            tables[-1].append([unescaped(c.strip()) for c in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return tables
+
+
+def report_on(path: Path) -> Page:
+    return read(write_report(path, lambda line: None).read_text())
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 trials in 6 cells; one more diverged, one failed, one damaged; reported."""
+    folder = planted.plant_study(tmp_path_factory.mktemp("page") / "planted", steps=200)
+    diverged = planted.settings(6, 0.5, 1.0, 0, 200)
+    planted.plant_trial(folder, diverged, nonfinite_at=70, steps_done=71, final_loss=math.nan, stop_reason="diverged")
+    error = {"kind": "RuntimeError", "message": "out of luck", "step": 30}
+    planted.plant_trial(folder, planted.settings(6, 0.5, 1.0, 1, 200), status="failed", steps_done=30, error=error)
+    bad = planted.plant_trial(folder, planted.settings(2, 0.5, 1.0, 0, 200))
+    bad.finished(TRACE).write_bytes(b"PAR1")
+    write_report(folder, lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(path: Path) -> Page:
+    return read((path / "report" / "index.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def study(path: Path) -> Study:
+    return Study.load(path)
+
+
+# The numbers
+
+
+def test_counts_are_those_of_the_table(page: Page, study: Study) -> None:
+    verdicts = study.trials.loc[study.trials["state"] == "done", "verdict"].value_counts()
+    assert page.counts() == {
+        "stable": verdicts["stable"], "spiky": verdicts["spiky"], "diverged": 1, "not judged": 0, "unfinished": 0,
+        "failed": 1, "damaged": 1,
+    }  # fmt: skip
+    assert (verdicts["stable"], verdicts["spiky"]) == (7, 5)
+    assert page.headings[1] == (2, "Of 13 judged trials: 7 stable, 5 spiky and 1 diverged; 2 more have no verdict.")
+
+
+def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
+    head, *rows = page.table("Means over")
+    assert head[:4] == ["depth (layers)", "learning rate", "seeds", "final loss"]
+    cells = records(study.cells)
+    assert len(rows) == len(cells) == 7
+    for row, cell in zip(rows, cells, strict=True):
+        shown = dict(zip(head, row, strict=True))
+        assert (int(shown["depth (layers)"]), float(shown["learning rate"])) == (cell["model.depth"], cell["optim.lr"])
+        assert float(shown["final loss"].split(" ± ")[0]) == pytest.approx(cell["final_loss_capped"], rel=5e-4)
+        assert float(shown["spikes"]) == cell["spike_events"]
+        assert float(shown["spike rate"].removesuffix(" %")) / 100 == pytest.approx(cell["spike_rate"], rel=0.05)
+        assert float(shown["max / median"]) == pytest.approx(cell["grad_norm_max_over_median"], rel=5e-3)
+        assert float(shown["clipped"].removesuffix(" %")) / 100 == pytest.approx(cell["clip_share"], rel=0.05)
+        told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|diverged)", shown["verdicts"])}
+        assert told == {v: cell[v] for v in ("stable", "spiky", "diverged") if cell[v]}
+    assert rows[-1][2] == "1 of 2"  # one of the two seeds at the largest rate failed
+    assert "±" not in rows[-1][3] and all("±" in row[3] for row in rows[:-1])
+
+
+def test_markdown_holds_the_same_numbers(path: Path, page: Page) -> None:
+    text = (path / "report" / "report.md").read_text()
+    counts, *tables = markdown_tables(text)
+    assert {row[0].split(" ", 1)[1]: int(row[1]) for row in counts[1:]} == page.counts()
+    assert tables == [[[" ".join(c.split()) for c in row] for row in table] for table in page.tables]
+    bullets = [unescaped(line[2:]) for line in text.splitlines() if line.startswith("- ")]
+    assert bullets == page.items[7:]
+
+
+def test_csv_is_the_table(path: Path, study: Study) -> None:
+    rows = list(csv.DictReader(io.StringIO((path / "report" / "trials.csv").read_text())))
+    assert [row["trial_id"] for row in rows] == list(study.trials.index)
+    for row in rows:
+        for name, value in study.row(row["trial_id"]).items():
+            if isinstance(value, float):
+                assert float(row[name]) == value, name
+            else:
+                assert row[name] == ("" if value is None else str(value)), name
+
+
+def test_effects_are_compare(page: Page, study: Study) -> None:
+    rows = {(r[0], r[2]): r for r in page.table("Paired differences")[1:]}
+    (depth,) = records(study.compare("model.depth", "final_loss"))
+    assert rows["depth", "final loss"][1] == "2 → 6"
+    assert float(rows["depth", "final loss"][4]) == pytest.approx(depth["difference"], rel=5e-3)
+    assert rows["depth", "final loss"][6:8] == [str(depth["pairs"]), str(depth["seeds"])] == ["6", "2"]
+    # 0.5 has a done partner in one pair of four: the widest step with support ends at 0.1
+    assert rows["learning rate", "final loss"][1] == "1e-3 → 0.1"
+
+
+def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Study) -> None:
+    names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
+    assert names == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "spike-rate-map", "traces"]
+    assert sorted(p.stem for p in (path / "report" / "figures").iterdir()) == sorted(names)
+    alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
+    assert "depth 2: from 2.69 at 1e-3 to 2.69 at 0.1; lowest 2.39 at 0.01" in alts["final-loss"]
+    assert "depth 6: " in alts["attn-logit-peak"]
+    assert study.describe(str(study.worst())) in alts["traces"]
+    numbers = [t for t, c in zip(page.tables, page.captions, strict=True) if c == "Numbers of this figure"]
+    assert len(numbers) == len(names)
+    assert numbers[0][0] == ["depth (layers)", "learning rate", "final validation loss (nat/token)", "low", "high", "n", "diverged"]  # fmt: skip  # noqa: E501
+    assert numbers[0][1][:3] == ["2", "1e-3", "2.69"] and numbers[0][-1][-2:] == ["1", "1"]
+
+
+# What it says
+
+
+def test_findings_answer_the_question(page: Page) -> None:
+    said = " ".join(page.items)
+    assert planted.QUESTION in page.text
+    assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not." in said
+    assert "Depth 6: every trial is stable up to learning rate 1e-3; at 0.01, 1 of 2 is not." in said
+    assert "Lowest final loss: 2.350 ± 0.13 nat/token (2 seeds) at depth 6, learning rate 0.01." in said
+
+
+def test_what_is_wrong_is_said(page: Page, study: Study) -> None:
+    said = " ".join(page.items)
+    (damaged,) = study.damaged
+    assert f"1 trial damaged and left out of every number: {damaged.trial_id}." in said
+    assert "In no mean: 1 failed" in said
+    assert "2 seeds: no exact test can give a p-value under 0.50" in said
+    rows = {row[2]: row for row in page.table("Not done, failed or damaged")[1:]}
+    assert rows["failed"][3:] == ["30 of 200", "RuntimeError: out of luck (step 30)"]
+    assert rows["damaged"][0] == damaged.trial_id and "trace.parquet" in rows["damaged"][4]
+
+
+def test_nothing_differs_is_said(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)):
+        planted.plant_trial(tmp_path / "s", planted.settings(lr=lr, seed=seed), logit=4.0)
+    said = " ".join(findings.findings(Study.load(tmp_path / "s")))
+    assert "Every trial is stable at every learning rate, up to 0.01; the limit lies beyond." in said
+    assert "With 2 seeds none of these changes can be told from chance: each paired 95 % interval holds 0." in said
+
+
+def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr in (1e-2, 1e-1):
+        config = planted.settings(lr=lr)
+        planted.plant_trial(tmp_path / "s", config, nonfinite_at=60, final_loss=math.nan, stop_reason="diverged")
+    said = findings.findings(Study.load(tmp_path / "s"))
+    assert said[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
+
+
+def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
+    folder = planted.plant_study(tmp_path / "s", seeds=(0,))
+    page = report_on(folder)
+    assert "One seed: no interval and no test is possible" in " ".join(page.items)
+    assert not any("±" in field for row in page.table("Means over")[1:] for field in row)
+    assert all(row[5] == words.NOTHING for row in page.table("Paired differences")[1:])
+    assert "told from chance" not in page.text
+
+
+def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3))
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-2), eval_hash="other", fingerprint="0" * 16)
+    said = findings.warnings(Study.load(tmp_path / "s"))
+    assert "Losses were measured on 2 different evaluation batches: compare them where data are equal." in said
+    assert "Trials with the same data settings saw different data (their fingerprints differ)." in said
+
+
+def test_missing_seeds_are_said(tmp_path: Path) -> None:
+    folder = planted.plant_study(tmp_path / "s", depths=(2,))
+    planted.plant_trial(folder, planted.settings(lr=0.5, seed=0))
+    assert "1 cell of 4 lack seeds that others have (2)." in findings.warnings(Study.load(folder))
+
+
+def test_a_study_without_a_done_trial_says_so(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    planted.plant_trial(tmp_path / "s", planted.settings(), status="interrupted", steps_done=40)
+    page = report_on(tmp_path / "s")
+    assert page.headings[1][1] == "None of 1 trial has a verdict."
+    assert page.counts()["unfinished"] == 1
+    assert "No trial is done yet: there is nothing to draw." in page.text
+    assert not any(tag == "figure" for tag, _ in page.tags)
+
+
+def test_an_empty_study_says_so(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    page = report_on(tmp_path / "s")
+    assert page.headings[1][1] == "The study holds no trial yet." and sum(page.counts().values()) == 0
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for seed in (0, 1):
+        planted.plant_trial(tmp_path / "s", planted.settings(seed=seed))
+    assert "Nothing varies but the seed" in report_on(tmp_path / "s").text
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=0.5))
+    assert "A map needs two axes; this study varies one." in report_on(tmp_path / "s").text
+    assert not (tmp_path / "s" / "report" / "figures" / "spike-rate-map.svg").exists()
+
+
+def test_data_sets_are_an_axis_like_any_other(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for name in ("pysrc", "synthetic"):
+        for lr in (1e-3, 1e-2):
+            config = planted.settings(lr=lr, data={"source": name})
+            planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
+    page = report_on(tmp_path / "s")
+    assert ["dataset", "data", "pysrc, synthetic"] in page.table("What varied")
+    assert [row[:2] for row in page.table("Means over")[1:]] == [
+        ["1e-3", "pysrc"], ["1e-3", "synthetic"], ["0.01", "pysrc"], ["0.01", "synthetic"],
+    ]  # fmt: skip
+    effects = [row[2] for row in page.table("Paired differences")[1:] if row[0] == "dataset"]
+    assert effects and "final loss" not in effects  # two data sets, two evaluation batches
+    best = [item for item in page.items if item.startswith("Lowest final loss")]
+    assert len(best) == 2  # one for each data set, never the lower of the two
+
+
+# The same every time
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    files = [p for p in path.rglob("*") if p.is_file() and "trials/" not in str(p.relative_to(path)) + "/"]
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
+    before = _bytes(path)
+    write_report(path, lambda line: None)
+    assert _bytes(path) == before and len(before) == 12
+
+
+def test_a_moved_study_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    before = _bytes(path)
+    moved = tmp_path / "elsewhere" / path.name
+    shutil.copytree(path, moved)
+    for made in ("report", "trials.parquet", "spikes.parquet"):
+        shutil.rmtree(moved / made) if (moved / made).is_dir() else (moved / made).unlink()
+    write_report(moved, lambda line: None)
+    assert _bytes(moved) == before
+
+
+def test_figures_of_an_older_report_are_removed(tmp_path: Path) -> None:
+    folder = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
+    (folder / "report" / "figures").mkdir(parents=True)
+    (folder / "report" / "figures" / "gone.svg").write_text("old")
+    write_report(folder, lambda line: None)
+    assert not (folder / "report" / "figures" / "gone.svg").exists()
+
+
+# Safe
+
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</td></tr></table><h1>x",
+    "<!--",
+    "]]><svg onload=x>",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}",
+    "{% for %}",
+    "&lt;b&gt;",
+    "'; DROP TABLE",
+    "\x1b[31mred\x1b[0m",
+    "\x00\x07bell",
+    "\u202egnp.exe",
+    r"$\frac{1}{0}$",
+    "| a | b |",
+    "`x`",
+    "[x](http://example.com)",
+    "![x](http://example.com/x.png)",
+    "# heading",
+    "=HYPERLINK(1)",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose every free text is a payload: question, provenance, choices, case, error, fingerprint."""
+    everything = " ".join(PAYLOADS)
+    folder = tmp_path_factory.mktemp("hostile") / "<b>study"
+    planted.plant_frame(folder, question=everything)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance |= {"argv": [everything], "versions": {everything: everything}, "git": {"commit": everything}}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    for i in range(0, len(PAYLOADS), 4):
+        data, model, case, kind = PAYLOADS[i : i + 4]
+        planted.plant_trial(
+            folder,
+            planted.settings(lr=1e-3 * (i + 1), steps=60),
+            choices={"data": data, "model": model},
+            case=case,
+            fingerprint=f"{i:016x}",
+            eval_hash=kind,
+            status="done" if i % 8 else "failed",
+            error=None if i % 8 else {"kind": kind, "message": everything, "step": 1},
+        )
+    write_report(folder, lambda line: None)
+    return folder
+
+
+def test_foreign_text_stays_text(hostile: Path, path: Path) -> None:
+    html = (hostile / "report" / "index.html").read_text()
+    shown = read(html)
+    allowed = {tag for tag, _ in read((path / "report" / "index.html").read_text()).tags}
+    assert {tag for tag, _ in shown.tags} <= allowed
+    for _, attrs in shown.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        assert not attrs.get("href", "").startswith("javascript")
+    assert all(text in shown.text for text in ("<script>alert(1)</script>", "{{ 7 * 7 }}", "&lt;b&gt;", "<b>study"))
+    assert not re.search(r"(?<![\w.])49(?![\w.])", shown.text)  # 7 * 7
+
+
+def test_no_control_characters_come_out(hostile: Path) -> None:
+    for name in ("index.html", "report.md", "trials.csv"):
+        text = (hostile / "report" / name).read_text()
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text), name
+    assert words.clean("\x1b[31mred\x1b[0m \x1b]0;title\x07x\ny") == "red x y"
+    assert len(words.clean("x" * 5000)) == 300
+
+
+def test_markdown_has_no_foreign_markup(hostile: Path) -> None:
+    text = (hostile / "report" / "report.md").read_text()
+    assert not re.search(r"(?<!\\)<", text.replace("<details>", ""))
+    assert not re.search(r"(?<!\\)\]\(http", text) and "\n# heading" not in text
+    columns = {line.count("|") - line.count(r"\|") for line in text.splitlines() if line.startswith("| done")}
+    assert len(columns) <= 1
+
+
+def test_csv_starts_no_formula(hostile: Path) -> None:
+    rows = list(csv.reader(io.StringIO((hostile / "report" / "trials.csv").read_text())))
+    fields = {field for row in rows[1:] for field in row}
+    assert "'=HYPERLINK(1)" in fields
+    texts = [f for f in fields if f.startswith(("=", "+", "-", "@"))]
+    assert all(math.isfinite(float(f)) for f in texts)  # a negative number is no formula
+
+
+def test_policy_allows_no_script_and_no_request(path: Path, page: Page) -> None:
+    html = (path / "report" / "index.html").read_text()
+    (policy,) = [a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    css = re.search("<style>(.*?)</style>", html, re.DOTALL)
+    assert css is not None
+    digest = base64.b64encode(hashlib.sha256(css[1].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    assert not any("style" in attrs for _, attrs in page.tags)  # the policy would refuse it
+    assert "url(" not in css[1] and "@import" not in css[1]
+    assert all(a["src"].startswith("data:image/svg+xml;base64,") for t, a in page.tags if t == "img")
+    assert not any(t in ("script", "link", "iframe", "object", "form") for t, _ in page.tags)
+
+
+def test_links_resolve(path: Path, page: Page) -> None:
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    for target in [a["href"] for t, a in page.tags if t == "a"]:
+        assert target[1:] in ids if target.startswith("#") else (path / "report" / target).is_file()
+
+
+# For everybody
+
+
+def test_the_page_can_be_read_aloud(page: Page) -> None:
+    assert ("html", {"lang": "en"}) in page.tags
+    depths = [depth for depth, _ in page.headings]
+    assert depths[0] == 1 and depths.count(1) == 1
+    assert all(after - before <= 1 for before, after in zip(depths, depths[1:], strict=False))
+    images = [a for t, a in page.tags if t == "img"]
+    assert images and all(len(a["alt"]) > 40 and int(a["width"]) > 0 and int(a["height"]) > 0 for a in images)
+    assert sum(t == "figcaption" for t, _ in page.tags) == len(images)
+    assert all(a["scope"] == "col" for t, a in page.tags if t == "th")
+    assert len(page.captions) == len(page.tables)
+
+
+CHROMIUM = next((c for c in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(c)), None)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no headless Chromium")
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_nothing_overflows_in_a_browser(path: Path, tmp_path: Path, width: int) -> None:
+    html = (path / "report" / "index.html").read_text()
+    measure = (
+        "<script>for (const d of document.querySelectorAll('details')) d.open = true;"
+        "const w = document.documentElement;"
+        "document.body.dataset.measured = [w.scrollWidth, w.clientWidth, "
+        "[...document.images].every(i => i.complete && i.naturalWidth > 0)].join();</script></body>"
+    )
+    without_policy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    (tmp_path / "page.html").write_text(without_policy.replace("</body>", measure))
+    frame = f'<iframe id="f" src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
+    copy = "<script>f.onload = () => document.body.dataset.measured = f.contentDocument.body.dataset.measured</script>"
+    (tmp_path / "frame.html").write_text(f"<body>{frame}{copy}</body>")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/frame.html",
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    measured = re.search('data-measured="([^"]*)"', shown)
+    assert measured is not None, shown[:300]
+    needs, has, complete = measured[1].split(",")
+    assert needs == has and width - 20 <= int(has) <= width and complete == "true"  # 20: a scroll bar at the side
+
+
+def test_provenance_is_shown(page: Page) -> None:
+    rows = dict(page.table("Provenance")[1:])
+    assert rows["command"] == "python -m stabstudy.sweep sweep=planted"
+    assert rows["versions: torch"] == "2.10.0" and rows["git: commit"] == "0" * 40
+    assert rows["trained"] == "2026-01-02T03:04:05+00:00 to 2026-01-02T03:05:05+00:00"
+    assert rows["trained with"] == "device cpu, threads 1, torch 2.10.0"
+    assert planted.FINGERPRINT in page.text
+
+
+def test_the_rule_and_its_parameters_are_shown(page: Page, study: Study) -> None:
+    rules = study.rules
+    shown = dict(page.table(f"Parameters of the rules ({rules.detector_id})")[1:])
+    assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in vars(rules).items()}
+    assert "at least 6 robust standard deviations above the median of the last 64 ordinary steps" in page.text
+
+
+def test_settings_that_did_not_vary_are_shown(page: Page, study: Study) -> None:
+    shown = dict(page.table("What did not vary")[1:])
+    assert shown["optim.clip"] == "1" and shown["model.dim"] == "64" and shown["data.source"] == "pysrc"
+    assert not {"optim.lr", "model.depth", "seed"} & set(shown)
+    for name, text in shown.items():
+        assert text == words.level(plain(study.trials[name].iloc[0]), name)
+
+
+# How numbers are written
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (2.5, "2.50"), (1234.5678, "1235"), (0.01234, "0.0123"), (1.5e-4, "1.5e-4"), (3e7, "3e7"), (-2.0, "-2"),
+     (None, "–"), (math.nan, "–"), (math.inf, "∞")],
+)  # fmt: skip
+def test_numbers(value: float | None, text: str) -> None:
+    assert words.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "setting", "text"),
+    [(1e-3, "", "1e-3"), (3e-3, "", "3e-3"), (0.01, "", "0.01"), (0.1, "", "0.1"), (6, "", "6"), (6.0, "", "6"),
+     (None, "optim.clip", "off"), (None, "data.path", "null"), (True, "", "true"), ("pysrc", "", "pysrc")],
+)  # fmt: skip
+def test_levels(value: object, setting: str, text: str) -> None:
+    assert words.level(value, setting) == text
+
+
+def test_small_words() -> None:
+    assert words.listing(["a", "b", "c"]) == "a, b and c" and words.listing([]) == ""
+    assert words.count(1, "trial") == "1 trial" and words.count(0, "trial") == "0 trials"
+    assert words.estimate(2.5, math.nan, math.nan) == "2.50" and words.estimate(2.5, 2.4, 2.6) == "2.50 ± 0.10"
+    assert words.statistic(0.0125, "fraction") == "1.2 %" and words.statistic(2.5, "") == "2.5"
+
+
+def test_folder_names_are_not_trusted(hostile: Path) -> None:
+    assert StudyFolder(hostile).name == "<b>study"
+    assert "<b>study" not in (hostile / "report" / "index.html").read_text()
