@@ -1,0 +1,76 @@
+"""A built wheel carries conf/ and sweeps/: the command works from any folder, without the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), str(ROOT)],
+        check=True,
+        capture_output=True,
+        cwd=folder,
+    )
+    (wheel,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, cwd: Path, *arguments: str) -> str:
+    """Output of the command of the unpacked wheel, which must be the one that ran."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    code = "import runpy, stabstudy as s; print(s.__file__); runpy.run_module('stabstudy.sweep', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    origin, _, said = done.stdout.partition("\n")
+    assert Path(origin).is_relative_to(installed), "the checkout was run, not the wheel"
+    return said
+
+
+def test_the_wheel_holds_every_preset_and_sweep(installed: Path):
+    for folder in ("conf", "sweeps"):
+        here = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.yaml")}
+        there = {p.relative_to(installed / "stabstudy") for p in (installed / "stabstudy" / folder).rglob("*.yaml")}
+        assert here == there
+    assert not (installed / "conf").exists() and not (installed / "sweeps").exists()
+
+
+def test_list_and_dry_run_from_another_folder(installed: Path, tmp_path: Path):
+    said = run(installed, tmp_path, "--list")
+    assert "quickstart" in said and "lingua_depth_cpu" in said
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(
+        "# @package _global_\n# Is mine found?\nsweep: {grid: {optim.lr: [0.1, 0.2], data: [pysrc, synthetic]}}\n"
+    )
+    assert "Is mine found?" in run(installed, tmp_path, "--list")
+    assert "4 trials of 4 cells: 0 done, 4 to do" in run(installed, tmp_path, "sweep=mine", "--dry-run")
+    assert "24 trials of 12 cells" in run(installed, tmp_path, "--dry-run")
+    assert "optim=adamw" in run(installed, tmp_path, "--help")
+
+
+def test_the_version_is_the_packages(installed: Path, tmp_path: Path):
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(installed, tmp_path, "--version").strip() == f"stabstudy {wanted}"
