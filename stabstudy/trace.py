@@ -394,12 +394,18 @@ def _to_arrow(rows: Rows) -> pa.Table:
         values, null = rows[column.name], rows.is_null(column.name)
         if column.kind == "floats":
             items = [None if n else v for v, n in zip(values.tolist(), null.tolist(), strict=True)]
-            arrays[column.name] = pa.array(items, type=pa.list_(pa.float64()))
+            arrays[column.name] = pa.array(items, type=_arrow_type(column))
         else:
-            kind = {"int": pa.int64(), "float": pa.float64(), "text": pa.string()}[column.kind]
             # from_pandas=False: a NaN stays NaN, only the mask makes a null
-            arrays[column.name] = pa.array(values, type=kind, mask=null, from_pandas=False)
+            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
     return pa.table(arrays)
+
+
+def _arrow_type(column: Column) -> pa.DataType:
+    import pyarrow as pa
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "text": pa.string(), "floats": pa.list_(pa.float64())}
+    return kinds[column.kind]
 
 
 def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
@@ -410,6 +416,8 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
             columns[column.name], nulls[column.name] = _array([None] * len(table), column)
             continue
         data = table.column(column.name).combine_chunks()
+        if data.type != _arrow_type(column) or (data.null_count and not column.nullable):
+            raise DamagedRecord(f"{schema.name}: {column.name} is {data.type} with {data.null_count} nulls")
         null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
         nulls[column.name] = null
         if column.kind == "floats":

@@ -183,7 +183,7 @@ def test_lists_of_different_lengths_are_damage(tmp_path: Path) -> None:
         trace.read_jsonl(path, TRACE)
 
 
-@pytest.mark.parametrize("flips", [600, pytest.param(20_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("flips", [600, pytest.param(5_000, marks=pytest.mark.faults)])
 def test_a_flipped_bit_raises_nothing_foreign(tmp_path: Path, flips: int) -> None:
     """Live lines carry no checksum: a flip may go unseen. Finished ones do, and the state's sha256 sees every flip."""
     path = write(tmp_path / "t.jsonl", [row(i, loss=2.0 + i) for i in range(40)])
@@ -231,6 +231,16 @@ def test_a_record_without_a_required_column_is_damage(tmp_path: Path) -> None:
     with pytest.raises(DamagedRecord):
         trace.read_jsonl(path, TRACE)
     with pytest.raises(DamagedRecord, match="lr"):
+        trace.read_parquet(tmp_path / "t.parquet", TRACE)
+
+
+@pytest.mark.parametrize("changed", [Column("loss", "text", "", "", True), Column("lr", "float", "", "", True)])
+def test_a_record_with_a_column_of_another_type_or_a_null_is_damage(tmp_path: Path, changed: Column) -> None:
+    """A flipped bit in the footer can change a type, and no page checksum covers the footer."""
+    schema = Schema("trace", tuple(changed if c.name == changed.name else c for c in TRACE.columns), True)
+    path = write(tmp_path / "t.jsonl", [{**row(0), changed.name: None}], schema)
+    trace.compact(path, tmp_path / "t.parquet", schema, {})
+    with pytest.raises(DamagedRecord, match=changed.name):
         trace.read_parquet(tmp_path / "t.parquet", TRACE)
 
 
@@ -506,7 +516,7 @@ for attempt in range(kills):
         work(path, start, acks, attempt)
     os.close(acks)
     seen = b""
-    for _ in range(rng.randrange(1, 60)):
+    for _ in range(rng.randrange(1, 20)):
         seen = os.read(rows, 8)
     for _ in range(rng.randrange(3000)):
         pass
@@ -526,11 +536,12 @@ print(json.dumps({"lost": lost, "torn": torn, "rows": len(read), "acked": acked,
 """
 
 
-@pytest.mark.parametrize("kills", [25, pytest.param(1000, marks=pytest.mark.faults)])
-def test_no_row_that_was_written_is_lost_to_a_kill(tmp_path: Path, kills: int) -> None:
-    """One record, its writer killed and started again; each attempt cuts the torn tail and continues."""
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "t.jsonl"), str(kills), "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["lost"] == 0 and found["right"] and found["rows"] >= found["acked"] > kills
+@pytest.mark.parametrize("records", [1, pytest.param(40, marks=pytest.mark.faults)])
+def test_no_row_that_was_written_is_lost_to_a_kill(tmp_path: Path, records: int) -> None:
+    """25 kills for each record: its writer is killed and started again, cuts the torn tail and continues."""
+    for seed in range(records):
+        command = [sys.executable, "-c", KILLS, str(tmp_path / f"{seed}.jsonl"), "25", str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["lost"] == 0 and found["right"] and found["rows"] >= found["acked"] > 25, (seed, found)
