@@ -33,24 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         folders = [open_study(path) for path in args.study]
+        names = [path.resolve().name for path in args.study]  # "." has no name of its own
+        if args.out is not None and len(set(names)) < len(names):
+            raise StoreError(f"--out {args.out}: two studies have the same name ({', '.join(names)})")
     except StoreError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return BAD_INPUT
     code = OK
     try:
-        for folder in folders:
-            out = None if args.out is None else args.out / folder.name if len(folders) > 1 else args.out
+        for folder, name in zip(folders, names, strict=True):
+            out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             study, _ = _write(folder, _print, out)
             code = max(code, _judge(study))
-        if len(folders) > 1:
-            _print(f"{len(folders)} studies, each reported on its own.")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # `| head` has what it wanted. Python would flush once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return ENVIRONMENT
+    if len(folders) > 1:
+        _print(f"{len(folders)} studies, each reported on its own.")
     return code
 
 
@@ -76,7 +75,11 @@ def _judge(study: Study) -> int:
 
 
 def _print(line: str) -> None:
-    print(line)
+    """Print, unless the reader has gone (`| head`): then the rest is written without a word."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

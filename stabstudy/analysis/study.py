@@ -46,7 +46,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.path.resolve().name  # "." has none of its own
 
     @cached_property
     def tables(self) -> Tables:
