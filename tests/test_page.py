@@ -272,7 +272,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
 def test_missing_seeds_are_said(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,))
     planted.plant_trial(folder, planted.settings(lr=0.5, seed=0))
-    assert "1 cell of 4 lack seeds that others have (2)." in findings.warnings(Study.load(folder))
+    assert "1 of 4 cells lacks seeds that others have (2)." in findings.warnings(Study.load(folder))
 
 
 def test_a_study_without_a_done_trial_says_so(tmp_path: Path) -> None:

@@ -361,6 +361,24 @@ def test_a_config_that_cannot_be_used_excludes_the_trial(tmp_path: Path, change:
     assert not len(study.trials) and reason in study.damaged[0].reason
 
 
+@pytest.mark.parametrize(
+    "change", [{"records": {"trace": "x"}}, {"records": 3}, {"error": "text"}, {"eval_hash": 3}, {"stop_reason": []}]
+)
+def test_a_state_that_cannot_be_used_excludes_the_trial(tmp_path: Path, change: dict[str, Any]) -> None:
+    planted.plant_frame(tmp_path / "s")
+    trial = planted.plant_trial(tmp_path / "s", planted.settings())
+    trial.state_file.write_text(json.dumps(json.loads(trial.state_file.read_text()) | change))
+    assert "state.json: is no trial state" in Study.load(tmp_path / "s").damaged[0].reason
+
+
+def test_a_message_may_hold_what_utf8_cannot(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    error = {"kind": "OSError", "message": "no such file: \udce4.txt", "step": 3}
+    planted.plant_trial(tmp_path / "s", planted.settings(), status="failed", steps_done=3, error=error)
+    study = update_tables(StudyFolder(tmp_path / "s"))
+    assert study.trials["error"].iloc[0] == "OSError: no such file: ?.txt (step 3)"
+
+
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is no study"):
         Study.load(tmp_path)

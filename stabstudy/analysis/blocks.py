@@ -7,16 +7,14 @@ a block is plain text that may come from a file; whoever writes it out escapes i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `items` instead make a list."""
+    """A paragraph."""
 
-    text: str = ""
-    items: tuple[str, ...] = ()
-    warning: bool = False
+    text: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Report:
     findings: Sequence[str]
     warnings: Sequence[str]
     sections: Sequence[Section]
-    files: Sequence[str] = field(default=("report.md", "trials.csv"))
+    files: Sequence[str] = ("report.md", "trials.csv")
 
     @property
     def figures(self) -> list[Figure]:

@@ -18,8 +18,7 @@ from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
 from stabstudy.stability.summary import COLUMNS
 
 LOSS_MARGIN = 0.2
-"""Nat above the best loss at which a learning rate still counts as working (arXiv 2309.14322 has no margin; ours)."""
-
+"""Nat above the best loss at which a learning rate still counts as working (ours)."""
 
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""

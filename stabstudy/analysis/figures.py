@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
-from stabstudy.analysis.levels import Level, split
+from stabstudy.analysis.levels import Level, ordered, split
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 
@@ -65,7 +65,7 @@ def figures(study: Study) -> Iterator[Block]:
 
 def layout_of(study: Study) -> Layout | None:
     """The learning rate across and a line per depth, where they vary; else the first axes of numbers."""
-    axes = sorted(study.axes, key=lambda a: not _numeric(study.axes[a]))
+    axes = sorted(study.axes, key=lambda a: not ordered(study.axes[a]))
     if not axes:
         return None
     x = "optim.lr" if "optim.lr" in axes else axes[0]
@@ -221,10 +221,6 @@ def _why(study: Study, trial_id: str) -> str:
 
 def _spikes(n: int | None) -> str:
     return "spikes not judged" if n is None else words.count(n, "spike")
-
-
-def _numeric(levels: Sequence[Level]) -> bool:
-    return all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in levels)
 
 
 def _level_texts(axes: Iterable[str], levels: Iterable[Level]) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import LOSS_MARGIN
-from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.stability.summary import COLUMNS
@@ -147,10 +147,9 @@ def _changes(study: Study) -> Iterator[str]:
     if not len(table):
         return
     rows = records(table)
-    for (axis, a, b), same in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"])):
-        said = list(same)
-        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in said]
-        yield f"From {step(axis, a, b)} ({words.count(said[0]['pairs'], 'pair')}): {words.listing(moved)}."
+    for (axis, a, b, pairs), same in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"], r["pairs"])):
+        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in same]
+        yield f"From {step(axis, a, b)} ({words.count(pairs, 'pair')}): {words.listing(moved)}."
     judged = [r for r in rows if r["low"] is not None]
     clear = [r for r in judged if r["low"] > 0 or r["high"] < 0]
     if clear:
@@ -169,7 +168,7 @@ def _changes(study: Study) -> Iterator[str]:
 
 def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]]:
     """The rows of `compare` to state: see `effects`."""
-    if not pairs or not all(v is None or isinstance(v, (int, float)) for v in levels):
+    if not pairs or not ordered(levels):
         return [r for r in pairs if r["a"] == levels[0]]
     most = max(r["pairs"] for r in pairs)
     supported = [r for r in pairs if 2 * r["pairs"] >= most]
@@ -193,7 +192,8 @@ def _missing(study: Study) -> Iterator[str]:
         yield f"{unjudged} without a verdict: under {study.rules.min_steps} steps."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
     if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
-        yield f"{words.count(short, 'cell')} of {len(cells)} lack seeds that others have ({int(cells['n'].max())})."
+        verb = "lacks" if short == 1 else "lack"
+        yield f"{short} of {len(cells)} cells {verb} seeds that others have ({int(cells['n'].max())})."
     if notes := int(study.trials["note"].notna().sum()):
         yield f"{words.count(notes, 'record')} read without a torn last line (a trial still running, or killed)."
 

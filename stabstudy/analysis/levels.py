@@ -36,6 +36,11 @@ def levels_of(column: Iterable[Any]) -> list[Level]:
     return ordered + ([None] if None in distinct else [])
 
 
+def ordered(levels: Iterable[Level]) -> bool:
+    """Whether the levels have an order: numbers, and null (which comes last)."""
+    return all(v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in levels)
+
+
 def at_level(trials: pd.DataFrame, setting: str, level: Level) -> pd.DataFrame:
     """The rows whose `setting` is at `level`."""
     column = trials[setting]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Block, Figure, Report, Table
@@ -45,18 +45,16 @@ def _block(block: Block) -> Iterator[str]:
     elif isinstance(block, Figure):
         yield from (f"![{escape(block.alt)}](figures/{block.name}.svg)", "", escape(block.caption), "")
         yield from _block(block.table)
-    elif block.items:
-        yield from (*(f"- {escape(item)}" for item in block.items), "")
     else:
         yield from (escape(block.text), "")
 
 
-def _table(columns: tuple[str, ...], rows: object, numeric: object) -> Iterator[str]:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Container[str]) -> Iterator[str]:
     yield _row(columns)
-    yield "|" + "|".join("---:" if c in numeric else "---" for c in columns) + "|"  # type: ignore[operator]
-    yield from (_row(row) for row in rows)  # type: ignore[attr-defined]
+    yield "|" + "|".join("---:" if c in numeric else "---" for c in columns) + "|"
+    yield from map(_row, rows)
     yield ""
 
 
-def _row(cells: tuple[str, ...]) -> str:
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(escape(words.clean(c)) for c in cells) + " |"

@@ -201,22 +201,22 @@ def _failed(study: Study) -> Iterator[Block]:
     if not len(not_done) and not study.damaged:
         yield Text("None: every trial is done and readable.")
         return
-    rows = [
+    rows = [(d.trial_id, "" if d.seed is None else f"seed {d.seed}", "damaged", "", d.reason) for d in study.damaged]
+    rows += [
         (t, study.describe(t), row["state"], f"{row['steps_done']} of {row['steps_planned']}", row["error"] or "")
         for t, row in zip(not_done.index, records(not_done), strict=True)
     ]
-    rows += [(d.trial_id, "" if d.seed is None else f"seed {d.seed}", "damaged", "", d.reason) for d in study.damaged]
     if (more := len(rows) - MOST_FAILED) > 0:
-        yield Text(f"The first {MOST_FAILED}; {more} more are in trials.csv, by their state.")
+        yield Text(f"The first {MOST_FAILED}; {more} more are not shown. trials.csv has those that can be read.")
     shown = tuple(tuple(words.clean(field) or words.NOTHING for field in row) for row in rows[:MOST_FAILED])
-    yield Table(
-        "Not done, failed or damaged", ("trial", "which", "state", "steps", "reason"), shown, frozenset({"steps"})
-    )
+    heads = ("trial", "which", "state", "steps", "reason")
+    yield Table("Not done, failed or damaged", heads, shown, frozenset({"steps"}))
 
 
 def _definitions() -> Table:
-    shown = ("final_loss_capped", *CELL_STATISTICS, "verdict", "grad_norm_median", "grad_norm_max")
-    rows = tuple((_head(n), n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n in shown)
+    shown = {"final_loss_capped": "final loss"}  # the one loss that the tables show
+    shown |= {n: _head(n) for n in (*CELL_STATISTICS, "verdict", "grad_norm_median", "grad_norm_max")}
+    rows = tuple((head, n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n, head in shown.items())
     heads = ("shown as", "column", "meaning", "unit", "null when")
     return Table("Every column is documented in results/README.md", heads, rows, folded=True)
 
@@ -238,8 +238,8 @@ def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str
                 yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80) or words.NOTHING
     for engine in _engines(states):
         yield "trained with", words.clean(engine)
-    started = [a.started for s in states.values() for a in s.attempts]
-    ended = [a.ended for s in states.values() for a in s.attempts if a.ended]
+    started = [str(a.started) for s in states.values() for a in s.attempts]
+    ended = [str(a.ended) for s in states.values() for a in s.attempts if a.ended]
     if started and ended:
         yield "trained", f"{words.clean(min(started), 40)} to {words.clean(max(ended), 40)}"
 
@@ -254,14 +254,13 @@ def _states(study: Study) -> Iterator[tuple[str, State]]:
 
 def _engines(states: Mapping[str, State]) -> list[str]:
     engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
-    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in engines if e})
+    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in engines if isinstance(e, dict) and e})
 
 
 def _mixed_engines(states: Mapping[str, State]) -> list[str]:
     n = len(_engines(states))
-    return (
-        [f"Trained on {n} different engines (see the end): equal trials may differ in the last bits."] if n > 1 else []
-    )
+    text = f"Trained on {n} different engines (see the end): equal trials may differ in the last bits."
+    return [text] if n > 1 else []
 
 
 def _head(metric: str) -> str:

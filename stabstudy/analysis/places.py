@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import style, words
+from stabstudy.analysis.levels import ordered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,7 @@ class Places:
 
     def __init__(self, levels: Sequence[Any], setting: str, categorical: bool = False):
         self.levels, self.setting = list(levels), setting
-        numeric = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in levels)
-        self.categorical = categorical or not numeric or len(levels) < 2
+        self.categorical = categorical or None in levels or not ordered(levels) or len(levels) < 2
         self.log = not self.categorical and min(levels) > 0 and max(levels) / min(levels) >= LOG_FROM
 
     def of(self, level: Any) -> float:

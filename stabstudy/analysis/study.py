@@ -1,15 +1,17 @@
 """A study read back from its folder: its trials, cells, spikes and records as tables, and questions put to them.
 
-study = Study.load("results/example")
-study.trials                     # a row per trial
-study.cells                      # a row per cell: its seeds, aggregated
-study.compare("optim.clip", "spike_rate")
-study.trace(study.worst())       # one trial, step by step
+Where a notebook starts:
+
+    study = Study.load("results/example")
+    study.trials                     # a row per trial
+    study.cells                      # a row per cell: its seeds, aggregated
+    study.compare("optim.clip", "spike_rate")
+    study.trace(study.worst())       # one trial, step by step
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -141,18 +143,19 @@ class Study:
         return compare.limits(self.trials, setting, by)
 
     def worst(self) -> str | None:
-        """The roughest trial: diverged before spiky before stable, then by largest norm over median, then by id."""
-        return _roughest(self.trials)
+        """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""
+        rank = {verdict: i for i, verdict in enumerate(VERDICTS)}
+        rough = {t: (rank.get(row["verdict"], -1), row["grad_norm_max_over_median"] or 0.0) for t, row in self._done()}
+        return min(rough, key=lambda t: (-rough[t][0], -rough[t][1], t), default=None)
 
     def typical(self) -> str | None:
-        """The trial whose roughness is the median of the done ones, those of the worst trial's cell left out."""
-        done = self.trials[self.trials["grad_norm_max_over_median"].notna()]
-        worst = self.worst()
-        others = done[done["cell_id"] != done["cell_id"].get(worst)]
-        if not len(others):
+        """The done trial with the median of largest norm over median, those of the worst trial's cell left out."""
+        if (worst := self.worst()) is None:
             return None
-        ranked = others.sort_values(["grad_norm_max_over_median"], kind="stable")
-        return str(ranked.index[(len(ranked) - 1) // 2])
+        cell = self._rows[worst]["cell_id"]
+        rough = {t: row["grad_norm_max_over_median"] for t, row in self._done() if row["cell_id"] != cell}
+        ranked = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
+        return ranked[(len(ranked) - 1) // 2] if ranked else None
 
     def describe(self, trial_id: str) -> str:
         """The trial in words: its level on each axis, and its seed."""
@@ -164,6 +167,9 @@ class Study:
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:
         return {row["trial_id"]: row for row in self.tables.trials}
+
+    def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return ((t, row) for t, row in self._rows.items() if row["state"] == "done")
 
     def _part(self, ids: set[str], axes: Mapping[str, list[Level]] | None) -> Study:
         """These trials and their spikes; `axes` None: whatever still differs."""
@@ -195,17 +201,3 @@ def update_tables(folder: StudyFolder) -> Study:
 
 def _frame(rows: list[dict[str, Any]], kinds: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=_DTYPES[k]) for n, k in kinds.items()})
-
-
-def _roughest(trials: pd.DataFrame) -> str | None:
-    if not len(trials):
-        return None
-    rank = {verdict: i for i, verdict in enumerate(VERDICTS)}
-    order = pd.DataFrame(
-        {
-            "verdict": [-rank.get(v, -1) for v in trials["verdict"]],
-            "ratio": -trials["grad_norm_max_over_median"].fillna(0.0).to_numpy(),
-            "id": trials.index,
-        }
-    )
-    return str(order.sort_values(["verdict", "ratio", "id"])["id"].iloc[0])

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import words
+from stabstudy.analysis.levels import ordered
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,9 +109,9 @@ def ordered_colours(n: int) -> list[str]:
 
 
 def colours(levels: Sequence[Any]) -> list[str]:
-    """A colour per level: ordered where the levels are numbers, else categories (repeating after seven)."""
-    ordered = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in levels)
-    return ordered_colours(len(levels)) if ordered else [CATEGORIES[i % len(CATEGORIES)] for i in range(len(levels))]
+    """A colour per level: along viridis where the levels have an order, else categories (repeating after seven)."""
+    n = len(levels)
+    return ordered_colours(n) if ordered(levels) else [CATEGORIES[i % len(CATEGORIES)] for i in range(n)]
 
 
 def plain(text: str) -> str:

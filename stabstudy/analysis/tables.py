@@ -138,10 +138,20 @@ def _open(folder: TrialFolder) -> _Trial:
     for name, allowed in (("cell_id", str), ("data_fingerprint", str), ("case", str | None)):
         if not isinstance(body.get(name), allowed):
             raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
+    if not _usable(state):
+        raise StoreError(f"{folder.state_file}: is no trial state")
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
     return _Trial(folder, cfg.from_dict(config), body, state)
+
+
+def _usable(state: State) -> bool:
+    """Whether the fields that a row is made from have the types that the trainer writes."""
+    texts = all(isinstance(v, str | None) for v in (state.stop_reason, state.eval_hash))
+    records = state.records.values() if isinstance(state.records, dict) else [None]
+    named = all(isinstance(r, dict) and isinstance(r.get("sha256"), str) for r in records)
+    return texts and named and isinstance(state.error, dict | None)
 
 
 def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
@@ -169,7 +179,12 @@ def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
         "source_sha256": source,
     }
     spikes = [{"trial_id": trial_id, "cell_id": row["cell_id"], **spike} for spike in summary.spikes]
-    return row, spikes, True
+    return {name: _encodable(value) for name, value in row.items()}, spikes, True
+
+
+def _encodable(value: Any) -> Any:
+    """Text that UTF-8 can hold: a message may quote a file name that is none."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _facts(t: _Trial) -> TrialFacts:

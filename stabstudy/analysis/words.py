@@ -86,7 +86,9 @@ def level(value: Any, setting: str = "") -> str:
         return "off" if setting == "optim.clip" else "null"
     if isinstance(value, bool) or type(value).__name__ == "bool_":
         return "true" if value else "false"
-    if isinstance(value, (int, float)):
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
         small = value != 0 and abs(value) < 0.01
         return _scientific(float(value), 6) if small else f"{value:.10g}"
     return clean(value, 60)
