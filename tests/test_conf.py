@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,16 @@ def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def composed(**presets: str) -> compose.Base:
+@functools.cache
+def composed_once(presets: tuple[tuple[str, str], ...]) -> compose.Base:
     nothing = document.Document("nothing.yaml", "", {"sweep": {}}, {})
     with compose.conf():
-        return compose.base(nothing, "nothing", presets)
+        return compose.base(nothing, "nothing", dict(presets))
+
+
+def composed(**presets: str) -> compose.Base:
+    """conf/ with these presets and no sweep on top."""
+    return copy.deepcopy(composed_once(tuple(presets.items())))
 
 
 # conf/
@@ -44,9 +52,7 @@ def test_without_a_word_it_is_the_default_trial():
     values = composed().values
     where = values.pop("compute")
     assert cfg.from_dict(values) == TrialConfig()
-    assert compute.read(where, "ray", []) == dataclasses.replace(
-        Compute(), gpus_per_trial=where["gpus_per_trial"] or 0.0
-    )
+    assert compute.read(where, []) == dataclasses.replace(Compute(), gpus_per_trial=where["gpus_per_trial"] or 0.0)
 
 
 def test_every_setting_stands_in_conf_and_nothing_else_does():
@@ -67,7 +73,7 @@ def test_a_preset_composes_to_a_trial(path: Path):
     group, name = path.parent.name, path.stem
     values = composed(**{group: name}).values
     problems: list[cfg.Problem] = []
-    compute.read(values.pop("compute"), "ray", problems)
+    compute.read(values.pop("compute"), problems)
     assert problems == []
     if group == "data" and name in NEEDS_PATH:
         values["data"]["path"] = "somewhere"
@@ -105,7 +111,8 @@ def test_lingua_recipes_share_lr_times_decay():
 # sweeps/
 
 
-def plan_of(name: str, folder: Path, *more: str) -> Plan:
+@functools.cache
+def plan_of(name: str, folder: Path = ROOT / "nowhere", *more: str) -> Plan:
     return make_plan([f"sweep={name}", *more], folder)
 
 
@@ -127,8 +134,8 @@ def test_a_sweep_asks_one_question_and_plans(path: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
-def test_the_header_counts_its_trials(path: Path, tmp_path: Path):
-    assert f" {len(plan_of(path.stem, tmp_path).trials)} trials" in path.read_text()
+def test_the_header_counts_its_trials(path: Path):
+    assert f" {len(plan_of(path.stem).trials)} trials" in path.read_text()
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
@@ -137,8 +144,8 @@ def test_a_sweep_file_holds_settings_and_one_block(path: Path):
     assert set(content) <= {*cfg.GROUPS, "compute", "defaults", "sweep"} and "sweep" in content
 
 
-def test_quickstart_reaches_from_tame_to_rough_on_the_embedded_text(tmp_path: Path):
-    plan = plan_of("quickstart", tmp_path)
+def test_quickstart_reaches_from_tame_to_rough_on_the_embedded_text():
+    plan = plan_of("quickstart")
     assert {a.name for a in plan.axes} == {"model.depth", "optim.lr", "optim.clip"}
     assert len({t.config.seed for t in plan.trials}) == 2
     assert {t.config.data.source for t in plan.trials} == {"pysrc"} and plan.compute.gpus_per_trial == 0
@@ -147,8 +154,8 @@ def test_quickstart_reaches_from_tame_to_rough_on_the_embedded_text(tmp_path: Pa
     assert None in {t.config.optim.clip for t in plan.trials}
 
 
-def test_lingua_depth_changes_only_what_it_says(tmp_path: Path):
-    plan = plan_of("lingua_depth", tmp_path)
+def test_lingua_depth_changes_only_what_it_says():
+    plan = plan_of("lingua_depth")
     flats = [cfg.flat(t.config) for t in plan.trials]
     differing = {name for name in flats[0] if len({f[name] for f in flats}) > 1}
     assert differing == {"model.depth", "optim.lr", "seed"}
@@ -157,8 +164,8 @@ def test_lingua_depth_changes_only_what_it_says(tmp_path: Path):
     assert all(f["data.path"] == "HuggingFaceFW/fineweb-edu" for f in flats)
 
 
-def test_dataset_plans_without_a_network_and_reads_the_named_sets(tmp_path: Path):
-    paths = {t.config.data.path for t in plan_of("dataset", tmp_path).trials}
+def test_dataset_plans_without_a_network_and_reads_the_named_sets():
+    paths = {t.config.data.path for t in plan_of("dataset").trials}
     assert {"HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb-edu", "mlfoundations/dclm-baseline-1.0"} <= paths
 
 

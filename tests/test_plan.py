@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stabstudy import config as cfg
 from stabstudy.config import ConfigError, TrialConfig
 from stabstudy.data import sources
-from stabstudy.sweeping import estimate, grammar, record, words
+from stabstudy.sweeping import compose, estimate, grammar, machine, record, words
 from stabstudy.sweeping.compute import Compute
 from stabstudy.sweeping.plan import Plan, make_plan
 
@@ -280,6 +280,20 @@ def test_exclude_leaves_cells_out_but_no_case(ask):
     assert values(ask(text), "model.depth", "optim.lr") == [(2, 1e-3), (2, 3e-3), (4, 1e-3), (4, 0.5)]
 
 
+def test_a_case_stays_where_its_equal_in_the_grid_is_excluded(ask):
+    text = block("grid: {optim.lr: [0.1, 0.2]}\ncases: {kept: {optim.lr: 0.2}}\nexclude: ['optim.lr == 0.2']")
+    assert [(t.config.optim.lr, t.case) for t in ask(text).trials] == [(0.1, None), (0.2, "kept")]
+
+
+def test_presets_are_composed_once_and_settings_laid_on_top(ask, monkeypatch):
+    """A composition costs a tenth of a second: 2 presets times 200 cells must not cost 40."""
+    composed = []
+    original = compose.base
+    monkeypatch.setattr(compose, "base", lambda *a: composed.append(a) or original(*a))
+    assert len(ask(block("grid: {model: [tiny, small], optim.lr: {log: [1e-4, 1e-1], num: 200}}")).trials) == 400
+    assert len(composed) == 3, "one for each preset, one for the compute group"
+
+
 def test_exclude_by_preset_and_seed(ask):
     text = block("seeds: 2\ngrid: {data: [pysrc, synthetic]}\nexclude: [\"data == 'synthetic' and seed != 0\"]")
     assert [(t.choices["data"], t.config.seed) for t in ask(text).trials] == [
@@ -377,7 +391,8 @@ def test_equal_values_count_once_with_a_warning(ask):
 def test_equal_cells_count_once_with_a_warning(ask):
     plan = ask(block("grid: {optim.lr: [0.1]}\ncases: {same: {optim.lr: 0.1}}\nseeds: 3"))
     assert len(plan.trials) == 3
-    assert plan.warnings == ("optim.lr=0.1: equals another cell and counts once",)
+    assert plan.warnings == (f"case same equals another cell: {plan.trials[0].cell_id} counts once",)
+    assert {t.case for t in plan.trials} == {"same"}, "and goes by the name of the case"
 
 
 def test_a_hub_text_without_revision_is_warned_about(tmp_path):
@@ -441,6 +456,21 @@ def test_text_that_changed_since_the_study_began_is_refused(ask, tmp_path):
     with pytest.raises(ConfigError, match="text of source text has changed since this study began"):
         ask(SWEEP, *arguments)
     assert ask(SWEEP, "seeds=1").trials, "other text is growth"
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "a: [", "\xff", "sweep: {own: 1}", "data: [{settings: {a: [1]}}]"])
+def test_a_broken_sweep_yaml_is_refused(ask, text):
+    plan = ask(SWEEP)
+    written(plan)
+    (plan.folder / "sweep.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="study: "):
+        ask(SWEEP)
+
+
+def test_an_odd_question_does_not_lock_its_study(ask):
+    text = SWEEP.replace("Which of these is rough?", "Is ${x:1} or 1e-400: {worse} 'than' \"no\"?")
+    written(ask(text))
+    assert ask(text).question.startswith("Is $ {x:1} or 1e-400")
 
 
 def test_what_was_trained_on_is_remembered_through_other_launches(ask, tmp_path):
@@ -526,6 +556,67 @@ def test_memory_of_the_published_models_is_of_the_right_size():
     big = cfg.from_dict({"model": {"dim": 4096, "depth": 32, "n_heads": 32, "multiple_of": 256}})
     assert 100e9 < estimate.memory(big) < 400e9
     assert estimate.memory(TrialConfig()) < 200e6
+
+
+class FakeDriver:
+    """The three calls of NVIDIA's management library that the program makes, for two GPUs."""
+
+    sizes = (80 * 10**9, 24 * 10**9)
+
+    def nvmlInit_v2(self):  # noqa: N802 - the library's names
+        return 0
+
+    def nvmlShutdown(self):  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):  # noqa: N802
+        count._obj.value = len(self.sizes)
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):  # noqa: N802
+        handle._obj.value = index.value + 1
+
+    def nvmlDeviceGetMemoryInfo(self, handle, sizes):  # noqa: N802
+        sizes._obj[0] = self.sizes[handle.value - 1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [(None, FakeDriver.sizes), ("0,1", FakeDriver.sizes), ("0", (80 * 10**9,)), ("", ()), ("-1", ())],
+)
+def test_gpus_are_asked_of_the_driver(monkeypatch, visible, found):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine.gpu_memory.__wrapped__() == found
+
+
+def test_a_trial_may_fill_its_share_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "gpu_memory", lambda: (80 * 10**9,))
+    big = cfg.from_dict({"model": {"dim": 2048, "depth": 25, "n_heads": 16, "multiple_of": 256}})  # 1.3 billion: 28 GB
+    assert estimate.too_large([big], Compute(gpus_per_trial=1.0)) == []
+    (problem,) = estimate.too_large([TrialConfig(), big], Compute(gpus_per_trial=0.25))
+    assert "must fit into the 20 GB there are" in problem.rule
+    assert estimate.too_large([big], Compute(gpus_per_trial=0.25, address="auto")) == [], "a cluster's is not known"
+
+
+def test_trials_that_fit_only_one_by_one_are_warned_about(monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    warning = estimate.crowded([TrialConfig()] * 8, Compute(), "ray")
+    assert warning is not None and warning.endswith("; 2 fit")
+    assert estimate.crowded([TrialConfig()] * 2, Compute(), "ray") is None
+    assert estimate.crowded([TrialConfig()] * 8, Compute(max_concurrent=2), "ray") is None
+    assert estimate.crowded([TrialConfig()] * 8, Compute(), "local") is None
+
+
+def test_settings_without_effect_are_warned_about(ask):
+    plan = ask(SWEEP, "launcher=local", "compute.address=auto", "compute.max_concurrent=3", "compute.threads=4")
+    assert plan.warnings == (
+        "compute.address: has no effect with launcher=local",
+        "compute.max_concurrent: has no effect with launcher=local",
+        "compute.threads: 4 threads of a trial share 1 core",
+    )
 
 
 @pytest.mark.parametrize(

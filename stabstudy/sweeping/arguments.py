@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -66,8 +67,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
     seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, found)
     said.pop("seed", None)
     launch = _launch(launch_said, found)
-    if launch.study is not None and (rule := store.check_name(launch.study)):
-        found.refuse("study", rule, repr(launch.study))
+    _check_folder(launch, found)
     return Request(
         str(_value(sweep, "sweep", found, DEFAULT_SWEEP)),
         launch,
@@ -75,6 +75,18 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
         {k: v for k, v in said.items() if isinstance(v, list)},
     )
+
+
+def _check_folder(launch: Launch, found: Findings) -> None:
+    """Refuse a study or a results folder that cannot be a name."""
+    if launch.study is not None and (rule := store.check_name(launch.study)):
+        found.refuse("study", rule, repr(launch.study))
+    try:
+        Path(launch.results_dir).expanduser()
+    except RuntimeError:  # ~nobody
+        found.refuse("results_dir", "names the home of a user who is not there", repr(launch.results_dir))
+    if not launch.results_dir.strip():
+        found.refuse("results_dir", "must name a folder", repr(launch.results_dir))
 
 
 def _read_one(
@@ -164,7 +176,7 @@ def _unreadable(argument: str) -> Problem:
             from_dict({group: {key: text}} if group else {key: text})
         except ConfigError as error:
             return error.problems[0]
-    quote = "quote a value that holds any of , = { } [ ] ( ) ' \" or a space at its end, as \"KEY='VALUE'\""
+    quote = "quote a value that holds any of ~ , = { } [ ] ( ) ' \" or a space at its end, as \"KEY='VALUE'\""
     return Problem(name, f"is not in Hydra's override grammar: {quote}", repr(text))
 
 

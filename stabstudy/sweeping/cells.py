@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.config import GROUPS
 from stabstudy.sweeping.arguments import Request
 from stabstudy.sweeping.axes import Alternatives, Chosen
 from stabstudy.sweeping.compose import PRESET_GROUPS
@@ -95,9 +94,3 @@ def _distinct(alternatives: Alternatives) -> Alternatives:
     """Alternatives that a removed partner axis left equal stand once."""
     kept = {repr([(n, c.value) for n, c in alternative.items()]): alternative for alternative in alternatives}
     return list(kept.values())
-
-
-def describe(cell: Cell) -> str:
-    """'optim.lr=0.01, data=c4', for messages."""
-    named = {**{g: p for g, p in cell.presets.items() if g in GROUPS}, **cell.values}
-    return ", ".join(f"{name}={value}" for name, value in named.items()) or "the only cell"

@@ -56,7 +56,7 @@ class Composer:
         problems: list[Problem] = []
         try:
             pins = {k: v for k, v in cell.values.items() if k.startswith("compute.")}
-            return compute.read(compose.resolved(base.values, pins)["compute"], request.launch.launcher, problems)
+            return compute.read(compose.resolved(base.values, pins)["compute"], problems)
         except ConfigError as error:
             problems += error.problems
             return Compute()

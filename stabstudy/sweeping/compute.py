@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stabstudy.config import Problem, read_group, setting
-from stabstudy.sweeping import machine
+from stabstudy.sweeping import machine, words
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,26 @@ def names() -> list[str]:
     return [f"compute.{f.name}" for f in dataclasses.fields(Compute)]
 
 
-def read(values: Mapping[str, Any], launcher: str, problems: list[Problem]) -> Compute:
+def read(values: Mapping[str, Any], problems: list[Problem]) -> Compute:
     """The composed group as Compute; a null `gpus_per_trial` becomes 1 where this machine has a GPU, else 0."""
     known = dict(values)
     if "gpus_per_trial" in known and known["gpus_per_trial"] is None:
         known["gpus_per_trial"] = 1.0 if known.get("address") is None and machine.gpu_memory() else 0.0
     compute = read_group("compute", Compute, known, problems)
-    gpus, address = compute.gpus_per_trial, compute.address
+    gpus = compute.gpus_per_trial
     if gpus > 1 and gpus != int(gpus):
         problems.append(Problem("compute.gpus_per_trial", "must be a share below 1 or a whole number", f"{gpus:g}"))
-    if address is not None and launcher == "local":
-        problems.append(Problem("compute.address", "acts with launcher=ray only", repr(address)))
     return compute
+
+
+def idle(compute: Compute, launcher: str) -> list[str]:
+    """One line for each setting that does nothing, or harm, in this combination."""
+    lines = []
+    if launcher == "local":
+        said = {"address": compute.address, "max_concurrent": compute.max_concurrent}
+        lines += [f"compute.{k}: has no effect with launcher=local" for k, v in said.items() if v is not None]
+    if compute.threads > compute.cpus_per_trial:
+        lines.append(
+            f"compute.threads: {compute.threads} threads of a trial share {words.count(compute.cpus_per_trial, 'core')}"
+        )
+    return lines

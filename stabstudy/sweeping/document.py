@@ -33,9 +33,9 @@ class Document:
         return f"{self.name}:{self.lines[path]}" if path in self.lines else self.name
 
 
-def read(path: Path, name: str, max_nodes: int = MAX_NODES) -> Document:
+def read(path: Path, name: str) -> Document:
     """The file as a Document, called `name` in messages. Raises ConfigError with every problem of the text."""
-    text, lines = check(path, name, max_nodes)
+    text, lines = check(path, name)
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -44,12 +44,12 @@ def read(path: Path, name: str, max_nodes: int = MAX_NODES) -> Document:
     return Document(name, text, {str(k): v for k, v in content.items()}, lines)
 
 
-def check(path: Path, name: str, max_nodes: int = MAX_NODES) -> tuple[str, dict[str, int]]:
+def check(path: Path, name: str) -> tuple[str, dict[str, int]]:
     """The file's text, and the line of every dotted key. Raises ConfigError with every problem of the text."""
     text = _decoded(path, name)
     lines: dict[str, int] = {}
     try:
-        problems = list(_walk(_parsed(text, name, max_nodes), "", name, lines, set()))
+        problems = list(_walk(_parsed(text, name), "", name, lines, set()))
     except RecursionError as error:
         raise ConfigError(Problem(name, "is nested too deeply")) from error
     if problems:
@@ -74,7 +74,7 @@ def _decoded(path: Path, name: str) -> str:
         raise ConfigError(Problem(f"{name}:{line}", "is not UTF-8", f"byte 0x{raw[error.start]:02x}")) from error
 
 
-def _parsed(text: str, name: str, max_nodes: int) -> yaml.Node:
+def _parsed(text: str, name: str) -> yaml.Node:
     """The node graph, aliases still shared, of a file whose written-out size is bounded."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -85,8 +85,8 @@ def _parsed(text: str, name: str, max_nodes: int) -> yaml.Node:
         raise ConfigError(Problem(at, f"is no YAML: {reason}")) from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(Problem(f"{name}:1", "is empty" if root is None else "must hold a mapping of settings"))
-    if _size(root, {}, name) > max_nodes:
-        raise ConfigError(Problem(name, f"holds more than {max_nodes} values once its aliases are written out"))
+    if _size(root, {}, name) > MAX_NODES:
+        raise ConfigError(Problem(name, f"holds more than {MAX_NODES} values once its aliases are written out"))
     return root
 
 

@@ -9,7 +9,7 @@ format at the widths measured (208 bytes a row at 14 layer groups).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabstudy import store, trace
@@ -123,23 +123,37 @@ def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     return operations / spent if spent > 0 else None
 
 
-def too_large(configs: Iterable[TrialConfig], compute: Compute) -> list[Problem]:
-    """A problem where the largest trial cannot fit where it would run. The memory of a cluster is not known here."""
-    gpu = compute.gpus_per_trial > 0
+def room(compute: Compute) -> float | None:
+    """Bytes that one trial may fill: its share of a GPU, else all of this machine; None where it is not known here."""
     if compute.address is not None:
+        return None
+    if compute.gpus_per_trial:
+        return max(machine.gpu_memory(), default=0) * min(1.0, compute.gpus_per_trial) or None
+    return machine.memory() - PROCESS_BYTES
+
+
+def too_large(configs: Sequence[TrialConfig], compute: Compute) -> list[Problem]:
+    """A problem where the largest trial cannot fit where it would run."""
+    there = room(compute)
+    largest = max(configs, key=memory)
+    if there is None or memory(largest) <= there:
         return []
-    there = machine.gpu_memory()
-    if gpu and not there:
-        return []  # refused for another reason
-    room = max(there) * max(1.0, compute.gpus_per_trial) if gpu else machine.memory()
-    largest = max(configs, key=memory, default=None)
-    if largest is None or memory(largest) + PROCESS_BYTES * (not gpu) <= room:
-        return []
-    where = "GPU" if gpu else "machine"
-    rule = f"the model must fit this {where}'s {room / 1e9:.0f} GB (force=true launches all the same)"
-    m = largest.model
-    got = f"about {memory(largest) / 1e9:,.0f} GB for {m.parameters(vocabulary(largest)):,} parameters"
+    rule = f"a trial must fit into the {there / 1e9:.0f} GB there are (force=true launches all the same)"
+    parameters = largest.model.parameters(vocabulary(largest))
+    got = f"about {memory(largest) / 1e9:,.0f} GB for {parameters:,} parameters"
     return [Problem("model.depth, model.dim, train.batch_size", rule, got)]
+
+
+def crowded(configs: Sequence[TrialConfig], compute: Compute, launcher: str) -> str | None:
+    """A warning where trials fit one by one, but not as many as would run at once on this machine's cores."""
+    at_once = slots(compute, launcher)
+    if at_once is None or compute.gpus_per_trial:
+        return None
+    each = max(memory(config) for config in configs) + PROCESS_BYTES
+    fit = int(machine.memory() / each)
+    if min(at_once, len(configs)) <= max(fit, 1):
+        return None
+    return f"compute.max_concurrent: {at_once} trials at once need {at_once * each / 1e9:.0f} GB; {max(fit, 1)} fit"
 
 
 def _seconds(config: TrialConfig, compute: Compute, rate: float | None) -> float:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError
-from stabstudy.sweeping import arguments, cells, compose, estimate, record, sweepfile
+from stabstudy.config import ConfigError, TrialConfig
+from stabstudy.sweeping import arguments, cells, compose, compute, estimate, record, sweepfile
 from stabstudy.sweeping.arguments import Request
 from stabstudy.sweeping.axes import Alternatives
 from stabstudy.sweeping.complete import Composed, Composer
 from stabstudy.sweeping.compute import Compute
 from stabstudy.sweeping.findings import Findings
 from stabstudy.sweeping.sweepfile import SweepFile
-from stabstudy.sweeping.trials import PlannedTrial, fingerprints, planned, without_excluded
+from stabstudy.sweeping.trials import PlannedTrial, distinct, fingerprints, planned, without_excluded
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
 
@@ -81,13 +81,12 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
         resources = composer.compute(request)
     known = fingerprints((c.config.data for c in composed), found)
     found.stop()
-    every = planned(composed, request.seeds or sweep.seeds, known, found)
-    trials = without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found)
+    every = planned(composed, request.seeds or sweep.seeds, known)
+    trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found), found)
     folder = study_folder(request, cwd)
     before = record.belongs(folder, sweep.name, known, found)
-    if not request.launch.force:
-        found.take(estimate.too_large([t.config for t in trials], resources))
     found.stop()
+    _check_room([t.config for t in trials], resources, request, found)
     varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
     body = _body(sweep, request, varying, trials) | {"data": record.data_records(before, known)}
     body |= {"compute": dataclasses.asdict(resources), "command": given}
@@ -110,6 +109,17 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
 def study_folder(request: Request, cwd: Path) -> Path:
     """Where the study's files lie."""
     return cwd / Path(request.launch.results_dir).expanduser() / request.study
+
+
+def _check_room(configs: list[TrialConfig], resources: Compute, request: Request, found: Findings) -> None:
+    """Memory, by estimate: refuse what cannot fit unless forced, warn about what fits only one by one."""
+    if not request.launch.force:
+        found.take(estimate.too_large(configs, resources))
+        found.stop()
+    if crowd := estimate.crowded(configs, resources, request.launch.launcher):
+        found.warn(crowd)
+    for idle in compute.idle(resources, request.launch.launcher):
+        found.warn(idle)
 
 
 def _completed(composer: Composer, sweep: SweepFile, request: Request, product: list[Alternatives]) -> list[Composed]:

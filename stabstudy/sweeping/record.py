@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
 from stabstudy import store
-from stabstudy.config import DataConfig
-from stabstudy.sweeping import document
+from stabstudy.config import ConfigError, DataConfig, Problem
 from stabstudy.sweeping.findings import Findings
 
 HEADER = "# What was asked, as composed and launched last. Written by the program; the trials' files are the truth.\n"
@@ -53,7 +53,15 @@ def text(body: Mapping[str, Any]) -> str:
 def read(folder: Path) -> dict[str, Any] | None:
     """What sweep.yaml in the folder says, or None where there is none. Raises ConfigError when it is broken."""
     path = store.StudyFolder(folder).sweep_file
-    return document.read(path, str(path), max_nodes=100 * document.MAX_NODES).content if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(Problem("study", f"{path} cannot be read ({type(error).__name__})")) from error
+    if not isinstance(content, dict):
+        raise ConfigError(Problem("study", f"{path} must hold a mapping"))
+    return content
 
 
 def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], found: Findings) -> dict[str, Any]:
@@ -104,7 +112,11 @@ def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str]
 def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     written = before.get("data")
     listed = written if isinstance(written, list) else []
-    return [r for r in listed if isinstance(r, dict) and "settings" in r and "fingerprint" in r]
+    return [r for r in listed if isinstance(r, dict) and "fingerprint" in r and _is_flat(r.get("settings"))]
+
+
+def _is_flat(settings: Any) -> bool:
+    return isinstance(settings, dict) and not any(isinstance(v, dict | list) for v in settings.values())
 
 
 def _differing(data: DataConfig) -> dict[str, Any]:

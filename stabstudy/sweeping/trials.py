@@ -10,7 +10,6 @@ from stabstudy import config as cfg
 from stabstudy.config import ConfigError, DataConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.errors import DataError
-from stabstudy.sweeping import cells
 from stabstudy.sweeping.complete import Composed
 from stabstudy.sweeping.findings import Findings
 from stabstudy.sweeping.grammar import Expression
@@ -46,21 +45,28 @@ def fingerprints(configs: Iterable[DataConfig], found: Findings) -> dict[DataCon
     return known
 
 
-def planned(
-    composed: Sequence[Composed], seeds: Sequence[int], known: dict[DataConfig, str], found: Findings
-) -> list[PlannedTrial]:
-    """Every trial once, seed by seed, so that a study stopped half-way has every cell once before any cell twice."""
-    trials: dict[str, PlannedTrial] = {}
+def planned(composed: Sequence[Composed], seeds: Sequence[int], known: dict[DataConfig, str]) -> list[PlannedTrial]:
+    """Every trial, seed by seed, so that a study stopped half-way has every cell once before any cell twice."""
+    trials = []
     for seed in seeds:
         for c in composed:
-            config = dataclasses.replace(c.config, seed=seed)
-            fingerprint = known[config.data]
+            config, fingerprint = dataclasses.replace(c.config, seed=seed), known[c.config.data]
             ids = cfg.trial_id(config, fingerprint), cfg.cell_id(config, fingerprint)
-            if ids[0] in trials:
-                found.warn(f"{cells.describe(c.cell)}: equals another cell and counts once")
-            else:
-                trials[ids[0]] = PlannedTrial(*ids, config, c.choices, c.cell.case, fingerprint)
-    return list(trials.values())
+            trials.append(PlannedTrial(*ids, config, c.choices, c.cell.case, fingerprint))
+    return trials
+
+
+def distinct(trials: Sequence[PlannedTrial], found: Findings) -> list[PlannedTrial]:
+    """Every trial once; a cell of the grid that is also a named case goes by that name."""
+    known: dict[str, PlannedTrial] = {}
+    for trial in trials:
+        first = known.setdefault(trial.trial_id, trial)
+        if first is not trial:
+            known[trial.trial_id] = dataclasses.replace(first, case=first.case or trial.case)
+            found.warn(
+                f"{f'case {trial.case}' if trial.case else 'a cell'} equals another cell: {trial.cell_id} counts once"
+            )
+    return list(known.values())
 
 
 def without_excluded(
