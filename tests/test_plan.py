@@ -213,6 +213,12 @@ def test_a_pin_takes_its_setting_out_of_a_zip(ask):
     assert len(ask(text, "optim.warmup_steps=5", "train.batch_size=4").trials) == 1
 
 
+def test_what_a_removed_partner_leaves_equal_counts_once(ask):
+    text = block("zip:\n  - {train.batch_size: [8, 8, 4], optim.warmup_steps: [40, 10, 5]}")
+    plan = ask(text, "optim.warmup_steps=5")
+    assert values(plan, "train.batch_size") == [(8,), (4,)] and plan.warnings == ()
+
+
 def test_an_axis_override_takes_its_setting_out_of_a_zip(ask):
     text = block("zip:\n  - {train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}")
     plan = ask(text, "optim.warmup_steps=1,2,3")

@@ -164,6 +164,10 @@ def test_status_of_a_damaged_trial(capsys, tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{")
     (folder / "state.json").write_text("[]")
+    odd = folder.with_name("1123456789")
+    odd.mkdir()
+    (odd / "config.json").write_text('{"config": {"train": 3}, "choices": []}')
+    (tmp_path / "results" / "s" / "provenance.json").write_text('{"axes": {"optim.lr": [], "data": []}}')
     assert sweep.main(["--status", "study=s"]) == 0
     assert "failed" in capsys.readouterr().out
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +17,95 @@ from stabstudy.sweeping import words
 TAIL = 64 * 1024
 """Bytes at the end of a live trace in which its last whole line lies."""
 
+UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A trial as found: its state, and what its config.json says of it ({} where that cannot be read)."""
+
+    folder: TrialFolder
+    state: State
+    settings: dict[str, Any]
+    choices: dict[str, Any]
+
+    def values(self, axes: Sequence[str]) -> list[Any]:
+        """Its value on each axis, and its seed."""
+        groups = [_at(self.settings if "." in name else self.choices, name) for name in axes]
+        return [*groups, _at(self.settings, "seed")]
+
 
 def show(folder: Path) -> None:
-    """Print the study's trials and counts. Raises StoreError where the folder is no study."""
+    """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is no study."""
     study = store.open_study(folder)
-    trials = study.trials()
-    states = [_state(trial) for trial in trials]
-    if trials:
-        axes = _axes(study)
-        rows = [_row(trial, state, axes) for trial, state in zip(trials, states, strict=True)]
+    axes = _axes(study)
+    listed = sorted(map(_found, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
+    if listed:
+        rows = [_row(trial, axes) for trial in listed]
         words.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
-    print(summary(study, states))
+    print(summary(study, [trial.state for trial in listed]))
 
 
-def summary(study: store.StudyFolder, states: list[State]) -> str:
-    """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; launched now by pid 7 ...'."""
+def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
+    """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is at work'."""
     counts = Counter(state.status for state in states)
     verdicts = Counter(state.verdict or "not judged" for state in states if state.status == "done")
-    parts = []
-    for status in store.STATUSES:
-        if counts[status]:
-            judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items())) if status == "done" else ""
-            parts.append(f"{counts[status]} {status}" + (f" ({judged})" if judged else ""))
+    judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
+    parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
     live = "a launch is at work" if store.is_locked(study.path) else "no launch is at work"
     return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {live}"
-
-
-def _state(trial: TrialFolder) -> State:
-    """The trial's state; one that cannot be read counts as failed, with the reason."""
-    try:
-        return trial.read_state()
-    except store.StoreError as error:
-        return State(trial.trial_id, status="failed", error={"kind": "StoreError", "message": str(error)})
 
 
 def _axes(study: store.StudyFolder) -> list[str]:
     """The names of what varies, as the last launch said."""
     try:
-        return list(store.read_json(study.provenance_file).get("axes", {}))
+        axes = store.read_json(study.provenance_file).get("axes")
     except store.StoreError:
         return []
+    return list(axes) if isinstance(axes, dict) else []
 
 
-def _row(trial: TrialFolder, state: State, axes: list[str]) -> list[str]:
+def _found(folder: TrialFolder) -> Listed:
+    """The trial; one whose state cannot be read counts as failed, with the reason."""
     try:
-        described = trial.read_config()
+        state = folder.read_state()
+    except store.StoreError as error:
+        state = State(folder.trial_id, status="failed", error={"kind": "StoreError", "message": str(error)})
+    try:
+        said = folder.read_config()
     except store.StoreError:
-        described = {}
-    config = described.get("config", {})
-    reached = state.step
-    if state.status in ("running", "lost"):
-        reached = max(reached, _live_steps(trial))
-    steps = f"{reached}/{config.get('train', {}).get('steps', '?')}"
-    verdict = state.verdict or (state.error or {}).get("message", "")
+        said = {}
+    settings, choices = said.get("config"), said.get("choices")
+    return Listed(
+        folder, state, settings if isinstance(settings, dict) else {}, choices if isinstance(choices, dict) else {}
+    )
+
+
+def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
+    state = trial.state
+    shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
+    reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
+    verdict = state.verdict or str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
-    return [trial.trial_id, _settings(described, config, axes), state.status, steps, str(verdict), spikes]
+    steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
+    return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]
 
 
-def _settings(described: dict[str, Any], config: dict[str, Any], axes: list[str]) -> str:
-    """'depth=4 lr=0.01 clip=off seed=1'."""
-    shown = []
-    for name in axes:
-        group, _, key = name.partition(".")
-        value = config.get(group, {}).get(key) if key else described.get("choices", {}).get(group)
-        text = "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        shown.append(f"{key or group}={text}")
-    return " ".join([*shown, f"seed={config.get('seed', '?')}"])
+def _at(nested: Any, dotted: str) -> Any:
+    """The value under the dotted name, UNKNOWN where there is none."""
+    for key in dotted.split("."):
+        nested = nested.get(key, UNKNOWN) if isinstance(nested, dict) else UNKNOWN
+    return nested
+
+
+def _rank(value: Any) -> tuple[int, float, str]:
+    """Sorts numbers by size before text, and null last."""
+    number = isinstance(value, int | float)
+    return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
+
+
+def _text(value: Any) -> str:
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _live_steps(trial: TrialFolder) -> int:
