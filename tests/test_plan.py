@@ -267,6 +267,13 @@ def test_auto_takes_a_gpu_where_there_is_one(ask, monkeypatch):
     assert ask(SWEEP).compute == Compute()
 
 
+@pytest.mark.parametrize("name", ["1e3", "2024", "a.b", "null", "true"])
+def test_a_sweep_may_have_any_name_that_a_study_may_have(tmp_path, name):
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / f"{name}.yaml").write_text("# @package _global_\n# Named?\noptim: {lr: 0.5}\n")
+    assert make_plan([f"sweep='{name}'"], tmp_path).study == name
+
+
 def test_own_sweeps_come_before_shipped_ones(tmp_path):
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "quickstart.yaml").write_text("# @package _global_\n# Mine?\noptim: {lr: 0.5}\n")

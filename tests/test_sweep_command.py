@@ -25,6 +25,17 @@ SMALL = [
     "optim.warmup_steps=2",
     "data=text",
 ]
+KNOWN = """\
+# @package _global_
+# Is it known?
+data: {seq_len: 64}
+train: {steps: 150, eval_every: 75}
+sweep:
+  seeds: 2
+  grid: {model.depth: [2, 4], optim.lr: [1e-3, 1e-2, 1e-1], optim.clip: [1.0, null]}
+"""
+"""24 trials of 12 cells, whatever the shipped sweeps become."""
+
 CPU_SECONDS = 2.0
 """Goal for everything that answers without torch and ray."""
 
@@ -33,6 +44,15 @@ CPU_SECONDS = 2.0
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Path:
+    """The sweep above in the place of quickstart: what a user's own folder holds comes first."""
+    path = tmp_path / "sweeps" / "quickstart.yaml"
+    path.parent.mkdir()
+    path.write_text(KNOWN)
+    return path
 
 
 @pytest.fixture
@@ -87,12 +107,12 @@ def test_list_shows_every_sweep_with_its_question(capsys):
     assert all(line.strip().endswith("?") for name, line in lines.items() if name != "sweep")
 
 
-def test_dry_run_counts_and_creates_nothing(capsys, tmp_path):
+def test_dry_run_counts_and_creates_nothing(capsys, tmp_path, known):
     assert sweep.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "24 trials of 12 cells: 0 done, 24 to do in " in said
     assert "1.84 M tokens" in said, "24 trials x 150 steps x 8 x 64 tokens"
-    assert "a rule of thumb" in said and not list(tmp_path.iterdir())
+    assert "a rule of thumb" in said and list(tmp_path.iterdir()) == [known.parent]
     rows = [line.split() for line in said.splitlines() if line[:10].isalnum() and len(line.split()) == 6]
     cells = {(depth, lr, clip) for _, depth, lr, clip, trials, done in rows}
     assert len(cells) == 12 and ("4", "0.1", "null") in cells
@@ -116,7 +136,7 @@ def finished(plan, trial_id: str, seconds: float) -> None:
     folder.write_state(dataclasses.replace(state, records={"trace": {"rows": rows, "sha256": sha}}))
 
 
-def test_dry_run_learns_the_time_from_finished_trials(capsys, tmp_path):
+def test_dry_run_learns_the_time_from_finished_trials(capsys, tmp_path, known):
     plan = make_plan(["model.depth=2"], tmp_path)
     finished(plan, plan.trials[0].trial_id, seconds=1.0)
     (plan.folder / "sweep.yaml").write_text(plan.sweep_text)
@@ -128,7 +148,7 @@ def test_dry_run_learns_the_time_from_finished_trials(capsys, tmp_path):
     assert "from this study's finished trials" in said
 
 
-def test_status_reads_files_alone(capsys, tmp_path):
+def test_status_reads_files_alone(capsys, tmp_path, known):
     plan = make_plan(["seeds=1"], tmp_path)
     (plan.folder / "trials").mkdir(parents=True)
     (plan.folder / "sweep.yaml").write_text(plan.sweep_text)
@@ -179,7 +199,7 @@ def test_status_of_a_running_launch(capsys, tmp_path):
     assert capsys.readouterr().out == "s: 0 trials: none begun; a launch is at work\n"
 
 
-def test_warnings_go_to_stderr(capsys):
+def test_warnings_go_to_stderr(capsys, known):
     assert sweep.main(["--dry-run", "optim.lr=1e-3,0.001"]) == 0
     said = capsys.readouterr()
     assert said.err.startswith("warning: optim.lr: 0.001 stands twice") and "twice" not in said.out

@@ -63,7 +63,7 @@ def test_list_and_dry_run_from_another_folder(installed: Path, tmp_path: Path):
     )
     assert "Is mine found?" in run(installed, tmp_path, "--list")
     assert "4 trials of 4 cells: 0 done, 4 to do" in run(installed, tmp_path, "sweep=mine", "--dry-run")
-    assert "24 trials of 12 cells" in run(installed, tmp_path, "--dry-run")
+    assert "quickstart: How rough" in run(installed, tmp_path, "--dry-run")
     assert "optim=adamw" in run(installed, tmp_path, "--help")
 
 

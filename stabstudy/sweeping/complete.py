@@ -66,7 +66,7 @@ class Composer:
     def _base(self, cell: Cell) -> Base:
         key = frozenset(cell.presets.items())
         if key not in self.bases:
-            self.bases[key] = compose.base(self.sweep.document, self.sweep.name, cell.presets)
+            self.bases[key] = compose.base(self.sweep.document, cell.presets)
         return self.bases[key]
 
     def _take(self, problems: list[Problem], cell: Cell, base: Base) -> None:

@@ -21,7 +21,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -76,18 +76,15 @@ def check_preset(loader: ConfigLoader, group: str, name: object) -> Problem | No
     return Problem(group, f"must name a preset{nearest(str(name), known)}", repr(name))
 
 
-def base(sweep: Document, name: str, choices: Mapping[str, str]) -> Base:
+def base(sweep: Document, choices: Mapping[str, str]) -> Base:
     """The sweep over the primary configuration, with these presets instead of its own. Raises ConfigError."""
-    ConfigStore.instance().store(
-        group="sweep", name=name, node=OmegaConf.create(sweep.content), package="_global_", provider=sweep.name
-    )
-    overrides = [f"+sweep={name}", *(f"{group}={preset}" for group, preset in sorted(choices.items()))]
+    node = OmegaConf.create(sweep.content)
+    ConfigStore.instance().store(group="sweep", name="asked", node=node, package="_global_", provider=sweep.name)
+    overrides = ["+sweep=asked", *(f"{group}={preset}" for group, preset in sorted(choices.items()))]
     try:
         composed = compose("trial", overrides=overrides, return_hydra_config=True)
         made = dict(composed.hydra.runtime.choices)
         values = OmegaConf.to_container(composed, resolve=False)
-    except MissingConfigException as error:
-        raise ConfigError(_missing(error, sweep)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(Problem(sweep.name, f"cannot be composed: {_first_line(error)}")) from error
     assert isinstance(values, dict)
@@ -103,7 +100,9 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
     nested = copy.deepcopy(values)
     for name, value in settings.items():
         group, _, key = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[key] = value
+        target = nested.setdefault(group, {}) if group else nested
+        if isinstance(target, dict):  # else the file put a scalar where a group belongs, which is reported as that
+            target[key] = value
     texts = list(_interpolations(nested))
     parts = {k: v for k, v in nested.items() if any(k in text for text in texts) or any(_interpolations(v))}
     try:
@@ -140,12 +139,6 @@ def _interpolations(value: Any) -> Iterator[str]:
             yield from _interpolations(below)
     elif isinstance(value, str) and "${" in value:
         yield value
-
-
-def _missing(error: MissingConfigException, sweep: Document) -> Problem:
-    group, _, name = (error.missing_cfg_file or "").rpartition("/")
-    where = sweep.where("defaults")
-    return Problem(group or "defaults", f"has no preset {name!r}{nearest(name, list(error.options or []))} ({where})")
 
 
 def _first_line(error: Exception) -> str:

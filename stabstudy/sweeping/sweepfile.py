@@ -18,8 +18,8 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import ConfigError, nearest, setting_names
-from stabstudy.sweeping import axes, document, grammar, places
+from stabstudy.config import ConfigError, Problem, nearest, setting_names
+from stabstudy.sweeping import axes, compose, document, grammar, places
 from stabstudy.sweeping.axes import Alternatives, Chosen
 from stabstudy.sweeping.document import Document
 from stabstudy.sweeping.findings import Findings
@@ -44,10 +44,8 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
     """The sweep called `name`. Raises ConfigError where there is no such file or its text is broken."""
     path = places.find_sweep(name, cwd)
     doc = document.read(path, places.shown(path, cwd))
-    for key, rule in (("seed", "write sweep.seeds"), ("hydra", "Hydra's own settings have no effect here")):
-        if key in doc.content:
-            found.refuse(key, rule, origin=doc.where(key))
-    block = _mapping(doc.content.get("sweep"), "sweep", doc, found)
+    _check_shape(doc, loader)
+    block = _mapping(doc.content.get("sweep", {}), "sweep", doc, found)
     for key in [key for key in block if key not in KEYS]:
         part = f"sweep.{key}"
         found.refuse(part, f"is no part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
@@ -65,8 +63,41 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
     )
 
 
+def _check_shape(doc: Document, loader: ConfigLoader) -> None:
+    """Raises ConfigError for what is neither settings of a group, nor presets to choose, nor the sweep block.
+
+    At once, because Hydra meets other shapes with errors of every kind.
+    """
+    found = Findings()
+    for key, rule in (("seed", "write sweep.seeds"), ("hydra", "Hydra's own settings have no effect here")):
+        if key in doc.content:
+            found.refuse(key, rule, origin=doc.where(key))
+    for group in compose.PRESET_GROUPS:
+        for name, value in _mapping(doc.content.get(group, {}), group, doc, found).items():
+            if isinstance(value, dict | list):
+                found.refuse(f"{group}.{name}", "must be one value", repr(value), doc.where(f"{group}.{name}"))
+    entries = doc.content.get("defaults", [])
+    for entry in entries if isinstance(entries, list) else [entries]:
+        problem = _default_problem(entry, loader)
+        if problem:
+            found.take([problem], doc.where("defaults"))
+    found.stop()
+
+
+def _default_problem(entry: Any, loader: ConfigLoader) -> Problem | None:
+    """What is wrong with an entry of the defaults list: a sweep chooses presets of groups and nothing else."""
+    if entry == "_self_":
+        return None
+    if isinstance(entry, dict) and len(entry) == 1:
+        key, preset = next(iter(entry.items()))
+        group = str(key).removeprefix("override /")
+        if group in compose.PRESET_GROUPS and group != key:
+            return compose.check_preset(loader, group, preset)
+    return Problem("defaults", "chooses presets, each as - override /data: c4", repr(entry))
+
+
 def _grid(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:
-    grid = _mapping(block.get("grid"), "sweep.grid", doc, found)
+    grid = _mapping(block.get("grid", {}), "sweep.grid", doc, found)
     return [_axis(name, written, doc.where(f"sweep.grid.{name}"), loader, found) for name, written in grid.items()]
 
 
@@ -111,7 +142,7 @@ def _paired(pairing: dict[str, list[Any]], origin: str, loader: ConfigLoader, fo
 
 def _cases(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> dict[str, dict[str, Chosen]]:
     cases = {}
-    for case, written in _mapping(block.get("cases"), "sweep.cases", doc, found).items():
+    for case, written in _mapping(block.get("cases", {}), "sweep.cases", doc, found).items():
         path = f"sweep.cases.{case}"
         settings: dict[str, Chosen] = {}
         for name, value in _mapping(written, path, doc, found).items():
@@ -145,8 +176,6 @@ def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -
 
 
 def _mapping(value: Any, path: str, doc: Document, found: Findings) -> dict[str, Any]:
-    if value is None:
-        return {}
     if isinstance(value, dict):
         return {str(k): v for k, v in value.items()}
     found.refuse(path, "must be a mapping", repr(value), doc.where(path))
