@@ -28,9 +28,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from stabstudy import store
+from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping.launch import launch, write_study
-from stabstudy.sweeping.plan import Plan, make_plan
 from stabstudy.sweeping.worker import train_pack
 
 

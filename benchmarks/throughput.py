@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--threads 1 2] [--shapes h d64 d256] [--rounds 7] [--lingua PATH]
 
-Rivals: `lingua` (its own Transformer in a plain loop, from a checkout at PATH; three of its imports that a CPU lacks are
-empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain loop
+Rivals: `lingua` (its own Transformer in a plain loop, from a checkout at PATH; three of its imports that a CPU lacks
+are empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain loop
 on the same model). All train the same shape in float32 with fused AdamW and clipping at 1.0 on the same random tokens.
 Ours runs the real loop: every trace column at every step, written to disk, probes every 10 steps.
 
@@ -48,6 +48,8 @@ STEPS, WARM = 10, 2
 
 @dataclass(frozen=True)
 class Shape:
+    """Model, sequence length and sequences per step."""
+
     depth: int
     dim: int
     heads: int
@@ -63,7 +65,7 @@ class Shape:
         return self.batch * self.seq
 
     def flops_per_token(self) -> float:
-        """6 for each parameter of a matrix, 12 * depth * dim * seq for attention (PaLM's formula, causal not halved)."""
+        """6 for each parameter of a matrix, 12 * depth * dim * seq for attention (PaLM's count, causal not halved)."""
         matrices = self.model.parameters(VOCAB) - VOCAB * self.dim
         return 6 * matrices + 12 * self.depth * self.dim * self.seq
 
@@ -100,9 +102,7 @@ class RandomBatches:
 
 def ours(shape: Shape, compiled: bool = False) -> Callable[[], tuple[float, float]]:
     train = TrainConfig(steps=10**6, batch_size=shape.batch, eval_every=10**8, checkpoint_every=10**8, compile=compiled)
-    config = TrialConfig(
-        model=shape.model, optim=OptimConfig(lr=1e-3), data=DataConfig(seq_len=shape.seq), train=train
-    )
+    config = TrialConfig(model=shape.model, optim=OptimConfig(lr=1e-3), data=DataConfig(seq_len=shape.seq), train=train)
     model = Decoder(config.model, VOCAB, shape.seq)
     initialise(model, config.model, 0)
     stepper = Stepper(config, model, torch.device("cpu"))
@@ -233,7 +233,11 @@ def sgemm_ceiling(threads: int) -> float:
 def measure(name: str, threads: int, rounds: int, checkout: Path | None, compiled: bool) -> dict[str, Any]:
     torch.set_num_threads(threads)
     shape = SHAPES[name]
-    rivals: dict[str, Callable[[], Any]] = {"ours": ours(shape), "hf_trainer": hf_trainer(shape), "hf_loop": hf_loop(shape)}
+    rivals: dict[str, Callable[[], Any]] = {
+        "ours": ours(shape),
+        "hf_trainer": hf_trainer(shape),
+        "hf_loop": hf_loop(shape),
+    }
     if checkout is not None:
         rivals["lingua"] = lingua(shape, checkout)
     if compiled:

@@ -10,59 +10,16 @@ The standard library only: the plan, `--help` and every config error must answer
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
+
+from stabstudy.settings import ConfigError, Problem, check_annotations, nearest, read_group, read_value, setting, show
 
 FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with one setting: its dotted name, the rule, and what was received."""
-
-    setting: str
-    rule: str
-    got: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.setting}: {self.rule}" + (f", got {self.got}" if self.got else "")
-
-
-class ConfigError(ValueError):
-    """Every problem found in the settings of a launch; `str()` has one line for each."""
-
-    def __init__(self, problems: list[Problem] | Problem):
-        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        super().__init__(self.problems)  # as its one argument, so that it survives pickling between processes
-
-    def __str__(self) -> str:
-        return "\n".join(str(p) for p in self.problems)
-
-
-def setting(
-    default: Any,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A dataclass field with its default and the rules that `read_group` holds a value to."""
-    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
-    return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
-
 
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
@@ -205,14 +162,6 @@ def setting_names() -> list[str]:
     return [f"{g}.{f.name}" for g, cls in GROUPS.items() for f in dataclasses.fields(cls)] + ["seed"]
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """' (did you mean a, b?)', or every known name where nothing is near, or '' where nothing is known."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f" (did you mean {', '.join(close)}?)"
-    return f" (known: {', '.join(known)})" if known and len(known) <= 24 else ""
-
-
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules make one ConfigError of all.
 
@@ -224,12 +173,12 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     for key, value in values.items():
         if key in GROUPS:
             if isinstance(value, Mapping):
-                parts[key] = read_group(key, GROUPS[key], value, problems)
+                parts[key] = read_group(key, GROUPS[key], value, problems, setting_names())
             else:
-                problems.append(Problem(key, "must be a mapping of settings", _show(value)))
+                problems.append(Problem(key, "must be a mapping of settings", show(value)))
         elif key == "seed":
             field = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed")
-            parts[key] = _read_value("seed", "int", field.metadata, value, problems, 0)
+            parts[key] = read_value("seed", "int", field.metadata, value, problems, 0)
         else:
             problems.append(Problem(str(key), f"is no setting{nearest(str(key), [*GROUPS, 'seed'])}"))
     config = TrialConfig(**parts)
@@ -275,87 +224,6 @@ def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
 def cell_id(config: TrialConfig, data_fingerprint: str) -> str:
     """The id that the replicates (seeds) of one cell share."""
     return trial_id(dataclasses.replace(config, seed=0), data_fingerprint)
-
-
-def read_group(group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem]) -> T:
-    """The mapping as `cls`, a dataclass of `setting` fields; what is wrong is appended to `problems`."""
-    hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    read: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{group}.{key}"
-        if key not in fields:
-            problems.append(Problem(name, f"is no setting{_nearest_setting(name, list(fields))}"))
-            continue
-        field = fields[key]
-        read[key] = _read_value(name, hints[key], field.metadata, value, problems, field.default)
-    return cls(**read)
-
-
-def _nearest_setting(name: str, siblings: list[str]) -> str:
-    """The nearest names among the group's own settings, else among all: `model.lr` should find `optim.lr`."""
-    group, _, key = name.partition(".")
-    same_key = [n for n in setting_names() if n.endswith(f".{key}")]
-    close = same_key or [f"{group}.{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
-    return f" (did you mean {', '.join(close)}?)" if close else nearest(name, setting_names())
-
-
-def _read_value(
-    name: str, hint: str, rules: Mapping[str, Any], value: Any, problems: list[Problem], default: Any
-) -> Any:
-    """The value in its declared type, or the default with a Problem noted."""
-    kinds = [k.strip() for k in hint.split("|")]
-    if value is None and "None" in kinds:
-        return None
-    kind = kinds[0]
-    if kind == "float" and isinstance(value, str):
-        value = _number_from_text(value)
-    if kind == "float" and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
-    if type(value) is not wanted:
-        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", _show(value)))
-        return default
-    if not _within(value, rules):
-        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", _show(value)))
-        return default
-    return value
-
-
-_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
-
-
-def _number_from_text(text: str) -> float | str:
-    """The number that the text spells in decimal; the text where it is none, or one that readers disagree on (012)."""
-    return float(text) if _NUMBER.fullmatch(text) else text
-
-
-def _within(value: Any, rules: Mapping[str, Any]) -> bool:
-    if "choices" in rules:
-        return value in rules["choices"]
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return (
-        value >= rules.get("ge", value)
-        and value <= rules.get("le", value)
-        and (value > rules["gt"] if "gt" in rules else True)
-        and (value < rules["lt"] if "lt" in rules else True)
-    )
-
-
-def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
-    null = " or null" if "None" in kinds else ""
-    if "choices" in rules:
-        return f"one of {', '.join(rules['choices'])}{null}"
-    noun = {"int": "a whole number", "float": "a finite number", "bool": "true or false", "str": "text"}[kind]
-    low = f"[{rules['ge']:g}" if "ge" in rules else f"({rules['gt']:g}" if "gt" in rules else ""
-    high = f"{rules['le']:g}]" if "le" in rules else f"{rules['lt']:g})" if "lt" in rules else ""
-    return noun + (f" in {low}, {high}" if low and high else "") + null
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
@@ -419,13 +287,5 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
         yield Problem("data.synth_branching", "acts with synth_order >= 1 only", str(d.synth_branching))
 
 
-def _annotations_are_plain() -> None:
-    """Every setting's type is one that `_read_value` knows (checked when the module loads: a typo fails at once)."""
-    for cls in GROUPS.values():
-        for name, hint in typing.get_type_hints(cls).items():
-            members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            if not set(members) <= {int, float, bool, str, type(None)}:
-                raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")
-
-
-_annotations_are_plain()
+for _group in GROUPS.values():
+    check_annotations(_group)  # a typo in a type fails when this module loads

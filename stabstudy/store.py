@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import trace
+from stabstudy import finished, trace
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -139,7 +139,7 @@ class TrialFolder:
         known = state.records.get(schema.name)
         parquet, live = self.finished(schema), self.live(schema)
         if known and parquet.exists():
-            return trace.read_parquet(parquet, schema, known["sha256"] if verify else None)
+            return finished.read_parquet(parquet, schema, known["sha256"] if verify else None)
         if live.exists():
             return trace.read_jsonl(live, schema)
         if known:

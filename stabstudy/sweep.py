@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stabstudy.sweeping.plan import Plan
+    from stabstudy.planning.plan import Plan
 
 FLAGS = ("--help", "-h", "--version", "--list", "--dry-run", "--status", "--debug")
 MAX_ERRORS = 20
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(flags: list[str], overrides: list[str]) -> int:
-    from stabstudy.sweeping import machine
+    from stabstudy.planning import machine
 
     if reason := machine.why_not_python():
         raise machine.NotReadyError(reason)
@@ -83,7 +83,7 @@ def _run(flags: list[str], overrides: list[str]) -> int:
 
 
 def _sweep(overrides: list[str], dry_run: bool) -> int:
-    from stabstudy.sweeping import plan, preview
+    from stabstudy.planning import plan, preview
 
     made = plan.make_plan(overrides, Path.cwd())
     for warning in made.warnings:
@@ -109,7 +109,7 @@ def _train(made: Plan, overrides: list[str]) -> int:
 
 
 def _help() -> int:
-    from stabstudy.sweeping import places
+    from stabstudy.planning import places
 
     print(HELP)
     folder = places.conf_folder()
@@ -121,14 +121,15 @@ def _help() -> int:
 
 
 def _list() -> int:
-    from stabstudy.sweeping import places, words
+    from stabstudy.planning import places, words
 
     words.table(("sweep", "question"), [(s.name, s.question) for s in places.sweeps(Path.cwd())])
     return 0
 
 
 def _status(overrides: list[str]) -> int:
-    from stabstudy.sweeping import arguments, findings, plan, status
+    from stabstudy.planning import arguments, findings, plan
+    from stabstudy.sweeping import status
 
     found = findings.Findings()
     request = arguments.read(overrides, None, found)
@@ -138,18 +139,18 @@ def _status(overrides: list[str]) -> int:
 
 
 def _no_flags(unknown: list[str]) -> Exception:
-    from stabstudy.config import ConfigError, Problem, nearest
+    from stabstudy.settings import ConfigError, Problem, nearest
 
     return ConfigError([Problem(flag, f"is no flag{nearest(flag, list(FLAGS))}") for flag in unknown])
 
 
 def _explain(error: Exception) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
-    from stabstudy.config import ConfigError
     from stabstudy.data.errors import DataError
+    from stabstudy.planning import words
+    from stabstudy.planning.machine import NotReadyError
+    from stabstudy.settings import ConfigError
     from stabstudy.store import LockHeldError, StoreError
-    from stabstudy.sweeping import words
-    from stabstudy.sweeping.machine import NotReadyError
 
     if isinstance(error, ConfigError):
         lines, code = [f"conf: {problem}" for problem in error.problems], 2

@@ -1,10 +1,9 @@
-"""The record of a trial: which columns, the live writer, and the finished reader.
+"""The record of a trial: which columns, and the live form that grows while the trial runs.
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are JSON lines (bare NaN and Infinity are
 kept; null means "not applicable") appended with one `os.write` per flush, so a kill at any moment leaves at most one
-torn last line. When it ends, `compact` turns the lines into one Parquet file with page checksums, and the sha256 of
-that file goes into the trial's state.
+torn last line. When it ends, `finished.compact` turns the lines into one Parquet file.
 
 Null and NaN are different answers: `clip_scale` null says "clipping was off", NaN says "the norm was not finite". The
 reader keeps them apart (`Rows.is_null`).
@@ -17,18 +16,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-FORMAT = 1
 MAX_WRITE = 64 * 1024
 FLUSH_SECONDS = 1.0
 
@@ -229,61 +224,6 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
     return dropped, size - keep
 
 
-def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Turn the finished lines into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
-
-    The `.jsonl` stays: the caller removes it once the sha256 stands in the trial's state.
-    """
-    import pyarrow.parquet as pq
-
-    rows = read_jsonl(jsonl, schema)
-    if rows.note:
-        raise DamagedRecord(f"{jsonl}: {rows.note}")
-    table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
-    tmp = parquet.with_name(parquet.name + ".tmp")
-    floats = [c.name for c in schema.columns if c.kind == "float"]
-    pq.write_table(
-        table,
-        tmp,
-        compression="zstd",
-        use_dictionary=["skip"] if "skip" in schema.names else False,
-        column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
-        write_page_checksum=True,
-    )
-    sha = sync_file(tmp)
-    tmp.replace(parquet)
-    sync_folder(parquet.parent)
-    return len(rows), sha
-
-
-def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
-    """A finished record. With `sha256` the file's bytes are checked first. `columns` limits what is read (plus step).
-
-    Raises DamagedRecord for a wrong checksum, another record's file, a newer format, a column that every row must
-    have, or wrong steps.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if sha256 is not None and (found := file_sha256(path)) != sha256:
-        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., the state says {sha256[:12]}...")
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
-        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
-        table = file.read(columns=wanted)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedRecord(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    if meta.get("record") != schema.name:
-        raise DamagedRecord(f"{path}: holds {meta.get('record', 'no known record')}, not {schema.name}")
-    if not meta.get("format", "").isdigit() or int(meta["format"]) > FORMAT:
-        raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
-    if missing := [c.name for c in schema.columns if not c.nullable and c.name not in file.schema_arrow.names]:
-        raise DamagedRecord(f"{path}: lacks the column {', '.join(missing)}")
-    asked = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
-    return _from_arrow(table, replace(schema, columns=tuple(asked)))
-
-
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes, read in blocks."""
     with path.open("rb") as f:
@@ -364,11 +304,12 @@ def _from_dicts(rows: list[dict[str, Any]], schema: Schema, note: str = "") -> R
     nulls: dict[str, NDArray[np.bool_]] = {}
     for column in schema.columns:
         values = [row.get(column.name) for row in rows]
-        columns[column.name], nulls[column.name] = _array(values, column)
+        columns[column.name], nulls[column.name] = as_array(values, column)
     return Rows(schema, columns, nulls, note)
 
 
-def _array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def as_array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """(values, nulls) of one column; None is null. Raises DamagedRecord for lists of different lengths."""
     null = np.array([v is None for v in values], dtype=bool)
     if column.kind == "int":
         return np.array(values, dtype=np.int64), null
@@ -384,55 +325,3 @@ def _array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[np.
         if v is not None:
             table[i] = v
     return table, null
-
-
-def _to_arrow(rows: Rows) -> pa.Table:
-    import pyarrow as pa
-
-    arrays: dict[str, Any] = {}
-    for column in rows.schema.columns:
-        values, null = rows[column.name], rows.is_null(column.name)
-        if column.kind == "floats":
-            items = [None if n else v for v, n in zip(values.tolist(), null.tolist(), strict=True)]
-            arrays[column.name] = pa.array(items, type=_arrow_type(column))
-        else:
-            # from_pandas=False: a NaN stays NaN, only the mask makes a null
-            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
-    return pa.table(arrays)
-
-
-def _arrow_type(column: Column) -> pa.DataType:
-    import pyarrow as pa
-
-    kinds = {"int": pa.int64(), "float": pa.float64(), "text": pa.string(), "floats": pa.list_(pa.float64())}
-    return kinds[column.kind]
-
-
-def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
-    columns: dict[str, NDArray[Any]] = {}
-    nulls: dict[str, NDArray[np.bool_]] = {}
-    for column in schema.columns:
-        if column.name not in table.column_names:
-            columns[column.name], nulls[column.name] = _array([None] * len(table), column)
-            continue
-        data = table.column(column.name).combine_chunks()
-        if data.type != _arrow_type(column) or (data.null_count and not column.nullable):
-            raise DamagedRecord(f"{schema.name}: {column.name} is {data.type} with {data.null_count} nulls")
-        null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
-        nulls[column.name] = null
-        if column.kind == "floats":
-            columns[column.name], _ = _array(data.to_pylist(), column)
-        elif column.kind == "text":
-            columns[column.name] = np.array(data.to_pylist(), dtype=object)
-        elif column.kind == "int":
-            columns[column.name] = data.to_numpy(zero_copy_only=False).astype(np.int64)
-        else:
-            columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
-    _check_steps(columns["step"], schema)
-    return Rows(schema, columns, nulls)
-
-
-def _check_steps(steps: NDArray[Any], schema: Schema) -> None:
-    wrong = np.any(steps != np.arange(len(steps))) if schema.contiguous else np.any(np.diff(steps) <= 0)
-    if wrong:
-        raise DamagedRecord(f"{schema.name}: steps are not {'contiguous' if schema.contiguous else 'increasing'}")

@@ -17,8 +17,9 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy.config import TrialConfig
+from stabstudy.finished import compact
 from stabstudy.store import Attempt, State, StudyFolder, TrialFolder
-from stabstudy.trace import PROBES, TRACE, RowWriter, compact
+from stabstudy.trace import PROBES, TRACE, RowWriter
 
 FINGERPRINT = "f" * 16
 EVAL_HASH = "e" * 16

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stabstudy import sweep
-from stabstudy.config import ConfigError, Problem
 from stabstudy.data import sources
-from stabstudy.sweeping import arguments, compose, document, machine, scalars
-from stabstudy.sweeping.findings import Findings
+from stabstudy.planning import arguments, compose, document, machine, scalars
+from stabstudy.planning.findings import Findings
+from stabstudy.settings import ConfigError, Problem
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError, DataConfig, TrialConfig
-from stabstudy.sweeping import compose, compute, document, places
-from stabstudy.sweeping.compute import Compute
-from stabstudy.sweeping.plan import Plan, make_plan
+from stabstudy.config import DataConfig, TrialConfig
+from stabstudy.planning import compose, compute, document, places
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.plan import Plan, make_plan
+from stabstudy.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(p for p in (ROOT / "conf").rglob("*.yaml") if p.parent != ROOT / "conf")

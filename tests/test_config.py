@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.settings import ConfigError
 
 
 def problems_of(values: dict[str, Any]) -> list[str]:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from stabstudy import store, trace
-from stabstudy.config import ConfigError
+from stabstudy.planning.plan import Plan, make_plan
+from stabstudy.settings import ConfigError
 from stabstudy.sweeping.launch import Outcome, label, launch
-from stabstudy.sweeping.plan import Plan, make_plan
 
 SWEEP = """\
 # @package _global_

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"config", "trace", "store"}
+FACTS = {"settings", "config", "trace", "finished", "store"}
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,17 @@ class May:
     late: set[str] = field(default_factory=set)
 
 
-# Data flows one way: facts | stability, data | training, analysis | sweeping, report, ingest | sweep.
+# Data flows one way: facts | stability, data | training, analysis, planning | sweeping, report, ingest | sweep.
 MAY = {
     "__init__": May(set()),
-    "config": May(set()),
-    "trace": May(set(), {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "store": May({"config", "trace"}),
+    "settings": May(set()),
+    "config": May({"settings"}),
+    "trace": May(set(), {"numpy"}),
+    "finished": May({"trace"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
+    "store": May({"config", "trace", "finished"}),
     "stability": May({"trace"}, {"numpy"}),
     "data": May(
-        {"config"},
+        {"config", "settings"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
     ),
@@ -43,14 +45,17 @@ MAY = {
     "analysis": May(
         FACTS | {"stability"}, {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe"}
     ),
+    "planning": May(FACTS | {"data"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(
-        FACTS | {"stability", "data", "training"},
-        {"numpy", "hydra", "omegaconf", "yaml", "rich", "ray", "optuna", "torch"},
-        late={"ray", "optuna", "torch", "training"},
+        FACTS | {"stability", "data", "planning", "training"},
+        {"numpy", "rich", "ray", "optuna"},
+        late={"ray", "optuna", "training"},
     ),
     "report": May(FACTS | {"analysis"}, late={"analysis"}),
     "ingest": May(FACTS | {"stability", "analysis"}, {"numpy", "pandas", "pyarrow"}, late={"pandas", "pyarrow"}),
-    "sweep": May(FACTS | {"data", "sweeping", "report"}, late=FACTS | {"data", "sweeping", "report"}),
+    "sweep": May(
+        FACTS | {"data", "planning", "sweeping", "report"}, late=FACTS | {"data", "planning", "sweeping", "report"}
+    ),
 }
 
 EXECUTES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -151,7 +156,7 @@ PLANTED = {
     "data/x.py": ("def f():\n    import torch", "data/x.py:2: imports torch"),
     "data/y.py": ("import transformers", "data/y.py:1: imports transformers when it is loaded, not inside a function"),
     "training/x.py": ("import ray", "training/x.py:1: imports ray"),
-    "training/y.py": ("from stabstudy.sweeping.plan import Plan", "training/y.py:1: imports stabstudy.sweeping"),
+    "training/y.py": ("from stabstudy.planning.plan import Plan", "training/y.py:1: imports stabstudy.planning"),
     "analysis/x.py": ("import torch.nn as nn", "analysis/x.py:1: imports torch"),
     "sweeping/x.py": (
         "try:\n    import ray\nfinally: pass",
@@ -159,7 +164,7 @@ PLANTED = {
     ),
     "sweeping/y.py": (
         "class A:\n    import torch",
-        "sweeping/y.py:2: imports torch when it is loaded, not inside a function",
+        "sweeping/y.py:2: imports torch",
     ),
     "sweep.py": ("from stabstudy import config", "sweep.py:1: imports config when it is loaded, not inside a function"),
     "store.py": ("import pickle as p", "store.py:1: imports pickle, which runs what it reads"),
@@ -217,6 +222,7 @@ def modules_of(part: str) -> list[str]:
         ("analysis", {"torch", "ray", "hydra", "omegaconf", "optuna", "transformers", "safetensors", "rich"}),
         ("data", {"torch", "ray", "hydra", "pandas", "datasets", "transformers", "tokenizers", "zstandard", "pyarrow"}),
         ("stability", {"torch", "ray", "hydra", "pandas", "pyarrow", "matplotlib", "scipy"}),
+        ("planning", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
         ("sweeping", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
     ],
 )
@@ -239,7 +245,7 @@ def sources() -> list[Path]:
 def test_modules_stay_small():
     """About 130 lines is the aim. Size is a smell, not a law, but from here on something has to be split."""
     sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
-    assert not {name: size for name, size in sizes.items() if size > 450}
+    assert not {name: size for name, size in sizes.items() if size > 400}
     assert sorted(sizes.values())[len(sizes) // 2] < 180
 
 

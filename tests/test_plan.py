@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError, TrialConfig
+from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.sweeping import compose, estimate, grammar, machine, record, words
-from stabstudy.sweeping.compute import Compute
-from stabstudy.sweeping.plan import Plan, make_plan
+from stabstudy.planning import compose, estimate, grammar, machine, record, words
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.plan import Plan, make_plan
+from stabstudy.settings import ConfigError
 
 SWEEP = """\
 # @package _global_
@@ -261,9 +262,9 @@ def test_launch_keys(ask, tmp_path):
 
 
 def test_auto_takes_a_gpu_where_there_is_one(ask, monkeypatch):
-    monkeypatch.setattr("stabstudy.sweeping.machine.gpu_memory", lambda: (80 * 10**9,))
+    monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: (80 * 10**9,))
     assert ask(SWEEP).compute.gpus_per_trial == 1.0
-    monkeypatch.setattr("stabstudy.sweeping.machine.gpu_memory", lambda: ())
+    monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: ())
     assert ask(SWEEP).compute == Compute()
 
 

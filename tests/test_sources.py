@@ -20,11 +20,12 @@ import pytest
 import zstandard
 from omegaconf import OmegaConf
 
-from stabstudy.config import ConfigError, DataConfig, Problem, from_dict
+from stabstudy.config import DataConfig, from_dict
 from stabstudy.data import files, hub, pysrc, synthetic
 from stabstudy.data.errors import DataError
 from stabstudy.data.rows import RowCount
 from stabstudy.data.sources import check, documents, fingerprint
+from stabstudy.settings import ConfigError, Problem
 
 TEXTS = ["First, plain.\nTwo lines.", "Zweitens: Straße, 東京, 🚀.", "tab\there \u2028 line separator", "x" * 300_000]
 

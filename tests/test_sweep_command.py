@@ -14,8 +14,9 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy import store, sweep, trace
-from stabstudy.sweeping import words
-from stabstudy.sweeping.plan import make_plan
+from stabstudy.finished import compact
+from stabstudy.planning import words
+from stabstudy.planning.plan import make_plan
 
 SMALL = [
     "model.depth=1",
@@ -131,7 +132,7 @@ def finished(plan, trial_id: str, seconds: float) -> None:
         row = dict.fromkeys(trace.TRACE.names) | {"step": step, "tokens": 512, "seconds": seconds, "lr": 0.1}
         writer.append(row | {"layer_grad_norm": [1.0] * (trial.config.model.depth + 2)})
     writer.close()
-    rows, sha = trace.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
+    rows, sha = compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
     state = store.State(trial_id, status="done", step=rows, verdict="stable", spike_events=3)
     folder.write_state(dataclasses.replace(state, records={"trace": {"rows": rows, "sha256": sha}}))
 
@@ -242,7 +243,7 @@ def test_a_bug_of_ours_is_exit_code_1_and_debug_shows_where(capsys, monkeypatch)
     def broken(*_: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("stabstudy.sweeping.plan.make_plan", broken)
+    monkeypatch.setattr("stabstudy.planning.plan.make_plan", broken)
     assert sweep.main(["--dry-run"]) == 1
     assert capsys.readouterr().err == "error: internal: RuntimeError: boom (a bug; --debug shows where)\n"
     assert sweep.main(["--dry-run", "--debug"]) == 1

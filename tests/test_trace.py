@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stabstudy import trace
+from stabstudy import finished, trace
 from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Rows, RowWriter, Schema
 
 TINY = Schema("tiny", (Column("step", "int", "", ""), Column("x", "float", "", "", True)), contiguous=True)
@@ -56,9 +56,9 @@ def test_null_nan_and_infinity_are_four_answers_in_both_forms(tmp_path: Path) ->
     assert live.is_null("loss").tolist() == [False] * 8 + [True]
     assert math.isnan(live["loss"][-1]) and math.isnan(live["loss"][5])
     assert live["skip"].tolist() == [None] * 8 + ["amp"] and live["step"].dtype == np.int64
-    n, sha = trace.compact(tmp_path / "trace.jsonl", tmp_path / "trace.parquet", TRACE, {})
-    finished = trace.read_parquet(tmp_path / "trace.parquet", TRACE, sha)
-    assert n == len(rows) and cells(finished) == cells(live)
+    n, sha = finished.compact(tmp_path / "trace.jsonl", tmp_path / "trace.parquet", TRACE, {})
+    done = finished.read_parquet(tmp_path / "trace.parquet", TRACE, sha)
+    assert n == len(rows) and cells(done) == cells(live)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -75,8 +75,8 @@ def test_every_float_survives_both_forms(tmp_path: Path, values: list[float | No
             assert (
                 live["loss"][i].hex() == v.hex() and [x.hex() for x in live["layer_grad_norm"][i]] == [v.hex()] * width
             )
-    _, sha = trace.compact(tmp_path / "t.jsonl", tmp_path / "t.parquet", TRACE, {})
-    assert cells(trace.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == cells(live)
+    _, sha = finished.compact(tmp_path / "t.jsonl", tmp_path / "t.parquet", TRACE, {})
+    assert cells(finished.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == cells(live)
 
 
 def test_probes_may_have_gaps(tmp_path: Path) -> None:
@@ -85,15 +85,15 @@ def test_probes_may_have_gaps(tmp_path: Path) -> None:
     read = trace.read_jsonl(write(tmp_path / "p.jsonl", rows, PROBES), PROBES)
     assert read["step"].tolist() == [0, 10, 25] and read["attn_logit_max"].shape == (3, 2)
     assert read.has("attn_logit_max") and not read.has("param_norm")
-    trace.compact(tmp_path / "p.jsonl", tmp_path / "p.parquet", PROBES, {})
-    assert cells(trace.read_parquet(tmp_path / "p.parquet", PROBES)) == cells(read)
+    finished.compact(tmp_path / "p.jsonl", tmp_path / "p.parquet", PROBES, {})
+    assert cells(finished.read_parquet(tmp_path / "p.parquet", PROBES)) == cells(read)
 
 
 def test_no_rows(tmp_path: Path) -> None:
     read = trace.read_jsonl(write(tmp_path / "t.jsonl", []), TRACE)
     assert len(read) == 0 and not read.note and not read.has("loss")
-    assert trace.compact(tmp_path / "t.jsonl", tmp_path / "t.parquet", TRACE, {})[0] == 0
-    assert len(trace.read_parquet(tmp_path / "t.parquet", TRACE)) == 0
+    assert finished.compact(tmp_path / "t.jsonl", tmp_path / "t.parquet", TRACE, {})[0] == 0
+    assert len(finished.read_parquet(tmp_path / "t.parquet", TRACE)) == 0
 
 
 def test_a_row_must_have_every_column(tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_lists_of_different_lengths_are_damage(tmp_path: Path) -> None:
 def test_a_flipped_bit_raises_nothing_foreign(tmp_path: Path, flips: int) -> None:
     """Live lines carry no checksum: a flip may go unseen. Finished ones do, and the state's sha256 sees every flip."""
     path = write(tmp_path / "t.jsonl", [row(i, loss=2.0 + i) for i in range(40)])
-    _, sha = trace.compact(path, tmp_path / "t.parquet", TRACE, {})
+    _, sha = finished.compact(path, tmp_path / "t.parquet", TRACE, {})
     rng = random.Random(7)
-    for source, read in ((path, trace.read_jsonl), (tmp_path / "t.parquet", trace.read_parquet)):
+    for source, read in ((path, trace.read_jsonl), (tmp_path / "t.parquet", finished.read_parquet)):
         whole, hurt = source.read_bytes(), tmp_path / "hurt"
         for _ in range(flips):
             changed = bytearray(whole)
@@ -201,16 +201,16 @@ def test_a_flipped_bit_raises_nothing_foreign(tmp_path: Path, flips: int) -> Non
                 assert "\n" not in str(error)
             if source.suffix == ".parquet":
                 with pytest.raises(DamagedRecord, match="sha256"):
-                    trace.read_parquet(hurt, TRACE, sha)
+                    finished.read_parquet(hurt, TRACE, sha)
 
 
 def test_a_parquet_cut_at_any_byte_is_damage(tmp_path: Path) -> None:
-    trace.compact(write(tmp_path / "t.jsonl", [row(0)], TRACE), tmp_path / "t.parquet", TRACE, {})
+    finished.compact(write(tmp_path / "t.jsonl", [row(0)], TRACE), tmp_path / "t.parquet", TRACE, {})
     whole = (tmp_path / "t.parquet").read_bytes()
     for size in range(0, len(whole), 7):
         (tmp_path / "cut.parquet").write_bytes(whole[:size])
         with pytest.raises(DamagedRecord):
-            trace.read_parquet(tmp_path / "cut.parquet", TRACE)
+            finished.read_parquet(tmp_path / "cut.parquet", TRACE)
 
 
 OLDER = Schema("trace", tuple(c for c in TRACE.columns if c.name not in ("logz_mean", "layer_grad_norm")), True)
@@ -219,19 +219,19 @@ OTHER = Schema("trace", tuple(c for c in TRACE.columns if c.name != "lr"), True)
 
 def test_a_record_of_an_older_version_lacks_columns_that_may_be_null(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [row(0), row(1)], OLDER)
-    trace.compact(path, tmp_path / "t.parquet", OLDER, {})
-    for read in (trace.read_jsonl(path, TRACE), trace.read_parquet(tmp_path / "t.parquet", TRACE)):
+    finished.compact(path, tmp_path / "t.parquet", OLDER, {})
+    for read in (trace.read_jsonl(path, TRACE), finished.read_parquet(tmp_path / "t.parquet", TRACE)):
         assert read.is_null("logz_mean").all() and read.is_null("layer_grad_norm").all()
         assert read["loss"].tolist() == [2.0, 2.0] and read["layer_grad_norm"].shape == (2, 0)
 
 
 def test_a_record_without_a_required_column_is_damage(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [row(0), row(1)], OTHER)
-    trace.compact(path, tmp_path / "t.parquet", OTHER, {})
+    finished.compact(path, tmp_path / "t.parquet", OTHER, {})
     with pytest.raises(DamagedRecord):
         trace.read_jsonl(path, TRACE)
     with pytest.raises(DamagedRecord, match="lr"):
-        trace.read_parquet(tmp_path / "t.parquet", TRACE)
+        finished.read_parquet(tmp_path / "t.parquet", TRACE)
 
 
 @pytest.mark.parametrize("changed", [Column("loss", "text", "", "", True), Column("lr", "float", "", "", True)])
@@ -239,14 +239,14 @@ def test_a_record_with_a_column_of_another_type_or_a_null_is_damage(tmp_path: Pa
     """A flipped bit in the footer can change a type, and no page checksum covers the footer."""
     schema = Schema("trace", tuple(changed if c.name == changed.name else c for c in TRACE.columns), True)
     path = write(tmp_path / "t.jsonl", [{**row(0), changed.name: None}], schema)
-    trace.compact(path, tmp_path / "t.parquet", schema, {})
+    finished.compact(path, tmp_path / "t.parquet", schema, {})
     with pytest.raises(DamagedRecord, match=changed.name):
-        trace.read_parquet(tmp_path / "t.parquet", TRACE)
+        finished.read_parquet(tmp_path / "t.parquet", TRACE)
 
 
 def test_columns_may_be_chosen(tmp_path: Path) -> None:
-    trace.compact(write(tmp_path / "t.jsonl", [row(0)]), tmp_path / "t.parquet", TRACE, {})
-    read = trace.read_parquet(tmp_path / "t.parquet", TRACE, columns=["loss"])
+    finished.compact(write(tmp_path / "t.jsonl", [row(0)]), tmp_path / "t.parquet", TRACE, {})
+    read = finished.read_parquet(tmp_path / "t.parquet", TRACE, columns=["loss"])
     assert set(read.columns) == {"step", "loss"} and read["loss"].tolist() == [2.0]
 
 
@@ -263,7 +263,7 @@ def test_a_resumed_record_compacts_to_the_same_bytes(tmp_path: Path) -> None:
     assert dropped == 13 and broken.stat().st_size == size - cut_bytes
     write(broken, rows[20:])
     assert broken.read_bytes() == whole.read_bytes()
-    shas = {trace.compact(p, p.with_suffix(".parquet"), TRACE, {"trial_id": "x"})[1] for p in (whole, broken)}
+    shas = {finished.compact(p, p.with_suffix(".parquet"), TRACE, {"trial_id": "x"})[1] for p in (whole, broken)}
     assert len(shas) == 1 and whole.exists()
 
 
@@ -291,7 +291,7 @@ def test_a_torn_record_is_not_compacted(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [row(0)])
     path.write_bytes(path.read_bytes() + b"{")
     with pytest.raises(DamagedRecord, match="torn"):
-        trace.compact(path, tmp_path / "t.parquet", TRACE, {})
+        finished.compact(path, tmp_path / "t.parquet", TRACE, {})
     assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
 
 
@@ -299,8 +299,8 @@ def test_a_compaction_that_was_killed_is_done_again(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", [row(0)])
     (tmp_path / "t.parquet.tmp").write_bytes(b"half")
     (tmp_path / "t.parquet").write_bytes(b"of another attempt")
-    _, sha = trace.compact(path, tmp_path / "t.parquet", TRACE, {})
-    assert len(trace.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == 1
+    _, sha = finished.compact(path, tmp_path / "t.parquet", TRACE, {})
+    assert len(finished.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.jsonl", "t.parquet"]
 
 
@@ -324,7 +324,7 @@ def test_the_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(trace, "sync_file", note_file)
     monkeypatch.setattr(trace, "sync_folder", note_folder)
     monkeypatch.setattr(Path, "replace", note_rename)
-    trace.compact(path, tmp_path / "t.parquet", TRACE, {})
+    finished.compact(path, tmp_path / "t.parquet", TRACE, {})
     assert done == ["sync t.parquet.tmp", "rename t.parquet.tmp", "sync folder"]
 
 
@@ -332,22 +332,22 @@ def test_metadata_is_kept_and_a_newer_format_refused(tmp_path: Path, monkeypatch
     import pyarrow.parquet as pq
 
     path = write(tmp_path / "t.jsonl", [row(0)])
-    trace.compact(path, tmp_path / "t.parquet", TRACE, {"trial_id": "0123456789"})
+    finished.compact(path, tmp_path / "t.parquet", TRACE, {"trial_id": "0123456789"})
     assert pq.read_schema(tmp_path / "t.parquet").metadata[b"trial_id"] == b"0123456789"
     with pytest.raises(DamagedRecord, match="holds trace, not probes"):
-        trace.read_parquet(tmp_path / "t.parquet", PROBES)
+        finished.read_parquet(tmp_path / "t.parquet", PROBES)
     monkeypatch.setattr(trace, "FORMAT", 2)
-    trace.compact(path, tmp_path / "newer.parquet", TRACE, {})
+    finished.compact(path, tmp_path / "newer.parquet", TRACE, {})
     monkeypatch.undo()
     with pytest.raises(DamagedRecord, match="format 2, this version reads up to 1"):
-        trace.read_parquet(tmp_path / "newer.parquet", TRACE)
+        finished.read_parquet(tmp_path / "newer.parquet", TRACE)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"])
 def test_a_file_that_is_no_parquet_is_damage(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.parquet").write_bytes(content)
     with pytest.raises(DamagedRecord):
-        trace.read_parquet(tmp_path / "t.parquet", TRACE)
+        finished.read_parquet(tmp_path / "t.parquet", TRACE)
 
 
 # --- the writer ---

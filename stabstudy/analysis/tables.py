@@ -21,6 +21,7 @@ from typing import Any
 from stabstudy import config as cfg
 from stabstudy import trace
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules, rules_for
 from stabstudy.stability.summary import TrialFacts, summarise
 from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
@@ -71,7 +72,7 @@ def read_tables(folder: StudyFolder) -> Tables:
     for trial in folder.trials():
         try:
             trials.append(_open(trial))
-        except (StoreError, cfg.ConfigError) as error:
+        except (StoreError, ConfigError) as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
     rules = rules_for(min((t.config.train.steps for t in trials), default=1))
     known = _Known.read(folder, rules)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stabstudy.config import Problem
+from stabstudy.settings import Problem
 
 
 class DataError(Exception):

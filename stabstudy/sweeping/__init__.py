@@ -1,1 +1,1 @@
-"""From words to trials: read what is asked (plan), then train it (launch)."""
+"""From a plan to trained trials: through Ray Tune or in this process, shown, stopped and resumed."""

@@ -17,9 +17,10 @@ from stabstudy import store
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
+from stabstudy.planning.plan import Plan, PlannedTrial
+from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import rules_for
 from stabstudy.sweeping.board import Board
-from stabstudy.sweeping.plan import Plan, PlannedTrial
 from stabstudy.sweeping.provenance import provenance
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
 from stabstudy.sweeping.worker import TrialFailed, train_pack
@@ -54,14 +55,14 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
     """Tokenize once what the trials read; check that it is enough for each. Raises ConfigError with all problems."""
-    problems: dict[str, cfg.Problem] = {}
+    problems: dict[str, Problem] = {}
     for config in {dataclasses.replace(t.config, seed=0) for t in plan.trials}:
         try:
             open_batches(config, cache_dir, say)
         except DataError as error:
             problems[str(error)] = error.problem
     if problems:
-        raise cfg.ConfigError(list(problems.values()))
+        raise ConfigError(list(problems.values()))
 
 
 def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path) -> Outcome:

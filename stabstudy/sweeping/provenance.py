@@ -11,8 +11,8 @@ from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy import store
-from stabstudy.sweeping import machine
-from stabstudy.sweeping.plan import Plan
+from stabstudy.planning import machine
+from stabstudy.planning.plan import Plan
 
 PACKAGES = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
 

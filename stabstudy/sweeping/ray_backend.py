@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from stabstudy import store, trace
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.machine import NotReadyError, cores
 from stabstudy.sweeping.board import Board
-from stabstudy.sweeping.compute import Compute
-from stabstudy.sweeping.machine import NotReadyError, cores
 from stabstudy.sweeping.worker import tune_trial
 
 START_TRIES = 3

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import store, trace
+from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
-from stabstudy.sweeping import words
 
 TAIL = 64 * 1024
 """Bytes at the end of a live trace in which its last whole line lies."""

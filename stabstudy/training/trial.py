@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from stabstudy import config as cfg
-from stabstudy import store, trace
+from stabstudy import finished, store, trace
 from stabstudy.data import sources
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.errors import DataError
@@ -196,7 +196,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
     records: dict[str, Any] = {}
     for schema in RECORDS:
         meta = {"trial_id": state.trial_id}
-        count, sha = trace.compact(folder.live(schema), folder.finished(schema), schema, meta)
+        count, sha = finished.compact(folder.live(schema), folder.finished(schema), schema, meta)
         records[schema.name] = {"rows": count, "sha256": sha}
     facts = TrialFacts(
         steps_planned=config.train.steps,
@@ -207,7 +207,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         init_loss=state.init_loss,
         final_loss=state.final_loss,
     )
-    rows, probes = (trace.read_parquet(folder.finished(s), s) for s in RECORDS)
+    rows, probes = (finished.read_parquet(folder.finished(s), s) for s in RECORDS)
     found = summarise(rows, probes, facts, rules).columns
     verdict, code, events = (found[name] for name in ("verdict", "verdict_code", "spike_events"))
     assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(events, int | None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stabstudy.config import GROUPS, ConfigError, Problem, TrialConfig, from_dict
-from stabstudy.sweeping import compose, compute
-from stabstudy.sweeping.arguments import Request
-from stabstudy.sweeping.cells import Cell, make_cell
-from stabstudy.sweeping.compose import Base
-from stabstudy.sweeping.compute import Compute
-from stabstudy.sweeping.findings import Findings
-from stabstudy.sweeping.sweepfile import SweepFile
+from stabstudy.config import GROUPS, TrialConfig, from_dict
+from stabstudy.planning import compose, compute
+from stabstudy.planning.arguments import Request
+from stabstudy.planning.cells import Cell, make_cell
+from stabstudy.planning.compose import Base
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.findings import Findings
+from stabstudy.planning.sweepfile import SweepFile
+from stabstudy.settings import ConfigError, Problem
 
 
 @dataclass(frozen=True)

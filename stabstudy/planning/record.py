@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
 from stabstudy import store
-from stabstudy.config import ConfigError, DataConfig, Problem
-from stabstudy.sweeping.findings import Findings
+from stabstudy.config import DataConfig
+from stabstudy.planning.findings import Findings
+from stabstudy.settings import ConfigError, Problem
 
 HEADER = "# What was asked, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}

@@ -25,9 +25,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabstudy.config import GROUPS, ConfigError, Problem, nearest
-from stabstudy.sweeping import places
-from stabstudy.sweeping.document import Document, check
+from stabstudy.config import GROUPS
+from stabstudy.planning import places
+from stabstudy.planning.document import Document, check
+from stabstudy.settings import ConfigError, Problem, nearest
 
 PRESET_GROUPS = (*GROUPS, "compute")
 """The groups of conf/. `compute` says where trials run and is no part of a trial."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import GROUPS, nearest, setting_names
-from stabstudy.sweeping import compose
-from stabstudy.sweeping.findings import Findings
+from stabstudy.config import GROUPS, setting_names
+from stabstudy.planning import compose
+from stabstudy.planning.findings import Findings
+from stabstudy.settings import nearest
 
 MAX_VALUES = 10_000
 """Of one axis; a longer one is a typing error, and must not be enumerated to find out."""

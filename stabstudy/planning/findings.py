@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from stabstudy.config import ConfigError, Problem
+from stabstudy.settings import ConfigError, Problem
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from stabstudy import store
-from stabstudy.sweeping import estimate, machine, words
-from stabstudy.sweeping.plan import Plan
+from stabstudy.planning import estimate, machine, words
+from stabstudy.planning.plan import Plan
 
 SHOWN = 40
 """Cells listed before the rest is counted."""

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.config import GROUPS, ConfigError, Problem, nearest, setting_names
+from stabstudy.config import GROUPS, setting_names
+from stabstudy.settings import ConfigError, Problem, nearest
 
 MAX_LENGTH = 500
 

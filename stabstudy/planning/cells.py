@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.sweeping.arguments import Request
-from stabstudy.sweeping.axes import Alternatives, Chosen
-from stabstudy.sweeping.compose import PRESET_GROUPS
-from stabstudy.sweeping.findings import Findings
-from stabstudy.sweeping.sweepfile import SweepFile
+from stabstudy.planning.arguments import Request
+from stabstudy.planning.axes import Alternatives, Chosen
+from stabstudy.planning.compose import PRESET_GROUPS
+from stabstudy.planning.findings import Findings
+from stabstudy.planning.sweepfile import SweepFile
 
 
 @dataclass(frozen=True)

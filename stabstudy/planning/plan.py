@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError, TrialConfig
-from stabstudy.sweeping import arguments, cells, compose, compute, estimate, record, sweepfile
-from stabstudy.sweeping.arguments import Request
-from stabstudy.sweeping.axes import Alternatives
-from stabstudy.sweeping.complete import Composed, Composer
-from stabstudy.sweeping.compute import Compute
-from stabstudy.sweeping.findings import Findings
-from stabstudy.sweeping.sweepfile import SweepFile
-from stabstudy.sweeping.trials import PlannedTrial, distinct, fingerprints, planned, without_excluded
+from stabstudy.config import TrialConfig
+from stabstudy.planning import arguments, cells, compose, compute, estimate, record, sweepfile
+from stabstudy.planning.arguments import Request
+from stabstudy.planning.axes import Alternatives
+from stabstudy.planning.complete import Composed, Composer
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.findings import Findings
+from stabstudy.planning.sweepfile import SweepFile
+from stabstudy.planning.trials import PlannedTrial, distinct, fingerprints, planned, without_excluded
+from stabstudy.settings import ConfigError
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
 

@@ -18,11 +18,12 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import ConfigError, Problem, nearest, setting_names
-from stabstudy.sweeping import axes, compose, document, grammar, places
-from stabstudy.sweeping.axes import Alternatives, Chosen
-from stabstudy.sweeping.document import Document
-from stabstudy.sweeping.findings import Findings
+from stabstudy.config import setting_names
+from stabstudy.planning import axes, compose, document, grammar, places
+from stabstudy.planning.axes import Alternatives, Chosen
+from stabstudy.planning.document import Document
+from stabstudy.planning.findings import Findings
+from stabstudy.settings import ConfigError, Problem, nearest
 
 KEYS = ("seeds", "grid", "zip", "cases", "exclude")
 

@@ -18,10 +18,11 @@ from hydra.core.override_parser.types import Override, OverrideType, QuotedStrin
 from hydra.errors import HydraException
 
 from stabstudy import store
-from stabstudy.config import GROUPS, ConfigError, Problem, from_dict, read_group, setting, setting_names
-from stabstudy.sweeping import axes, compose, compute, scalars
-from stabstudy.sweeping.axes import Chosen
-from stabstudy.sweeping.findings import Findings
+from stabstudy.config import GROUPS, from_dict, setting_names
+from stabstudy.planning import axes, compose, compute, scalars
+from stabstudy.planning.axes import Chosen
+from stabstudy.planning.findings import Findings
+from stabstudy.settings import ConfigError, Problem, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
 

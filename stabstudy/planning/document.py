@@ -11,8 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabstudy.config import ConfigError, Problem
-from stabstudy.sweeping import scalars
+from stabstudy.planning import scalars
+from stabstudy.settings import ConfigError, Problem
 
 MAX_BYTES = 2**20
 MAX_NODES = 10_000

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.config import Problem, read_group, setting
-from stabstudy.sweeping import machine, words
+from stabstudy.planning import machine, words
+from stabstudy.settings import Problem, read_group, setting
 
 
 @dataclass(frozen=True)

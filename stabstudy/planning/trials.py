@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stabstudy import config as cfg
-from stabstudy.config import ConfigError, DataConfig, TrialConfig
+from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.errors import DataError
-from stabstudy.sweeping.complete import Composed
-from stabstudy.sweeping.findings import Findings
-from stabstudy.sweeping.grammar import Expression
+from stabstudy.planning.complete import Composed
+from stabstudy.planning.findings import Findings
+from stabstudy.planning.grammar import Expression
+from stabstudy.settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabstudy import store, trace
-from stabstudy.config import ConfigError, Problem, TrialConfig, from_dict
-from stabstudy.sweeping import machine
-from stabstudy.sweeping.compute import Compute
+from stabstudy.config import TrialConfig, from_dict
+from stabstudy.planning import machine
+from stabstudy.planning.compute import Compute
+from stabstudy.settings import ConfigError, Problem
 
 BYTE_VOCABULARY = 258
 ASSUMED_VOCABULARY = 65_536

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import stabstudy
 from stabstudy import store
-from stabstudy.config import ConfigError, Problem, nearest
+from stabstudy.settings import ConfigError, Problem, nearest
 
 _PACKAGE = Path(stabstudy.__file__).resolve().parent
 

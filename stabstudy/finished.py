@@ -1,0 +1,135 @@
+"""The finished form of a record: one Parquet file with page checksums, whose sha256 stands in the trial's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.trace import (
+    Column,
+    DamagedRecord,
+    Rows,
+    Schema,
+    as_array,
+    file_sha256,
+    read_jsonl,
+    sync_file,
+    sync_folder,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1
+
+
+def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Turn the finished lines into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
+
+    The `.jsonl` stays: the caller removes it once the sha256 stands in the trial's state.
+    """
+    import pyarrow.parquet as pq
+
+    rows = read_jsonl(jsonl, schema)
+    if rows.note:
+        raise DamagedRecord(f"{jsonl}: {rows.note}")
+    table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
+    tmp = parquet.with_name(parquet.name + ".tmp")
+    floats = [c.name for c in schema.columns if c.kind == "float"]
+    pq.write_table(
+        table,
+        tmp,
+        compression="zstd",
+        use_dictionary=["skip"] if "skip" in schema.names else False,
+        column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
+        write_page_checksum=True,
+    )
+    sha = sync_file(tmp)
+    tmp.replace(parquet)
+    sync_folder(parquet.parent)
+    return len(rows), sha
+
+
+def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
+    """A finished record. With `sha256` the file's bytes are checked first. `columns` limits what is read (plus step).
+
+    Raises DamagedRecord for a wrong checksum, another record's file, a newer format, a column that every row must
+    have, or wrong steps.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., the state says {sha256[:12]}...")
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
+        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
+        table = file.read(columns=wanted)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DamagedRecord(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    if meta.get("record") != schema.name:
+        raise DamagedRecord(f"{path}: holds {meta.get('record', 'no known record')}, not {schema.name}")
+    if not meta.get("format", "").isdigit() or int(meta["format"]) > FORMAT:
+        raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
+    if missing := [c.name for c in schema.columns if not c.nullable and c.name not in file.schema_arrow.names]:
+        raise DamagedRecord(f"{path}: lacks the column {', '.join(missing)}")
+    asked = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
+    return _from_arrow(table, replace(schema, columns=tuple(asked)))
+
+
+def _to_arrow(rows: Rows) -> pa.Table:
+    import pyarrow as pa
+
+    arrays: dict[str, Any] = {}
+    for column in rows.schema.columns:
+        values, null = rows[column.name], rows.is_null(column.name)
+        if column.kind == "floats":
+            items = [None if n else v for v, n in zip(values.tolist(), null.tolist(), strict=True)]
+            arrays[column.name] = pa.array(items, type=_arrow_type(column))
+        else:
+            # from_pandas=False: a NaN stays NaN, only the mask makes a null
+            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
+    return pa.table(arrays)
+
+
+def _arrow_type(column: Column) -> pa.DataType:
+    import pyarrow as pa
+
+    kinds = {"int": pa.int64(), "float": pa.float64(), "text": pa.string(), "floats": pa.list_(pa.float64())}
+    return kinds[column.kind]
+
+
+def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
+    columns: dict[str, NDArray[Any]] = {}
+    nulls: dict[str, NDArray[np.bool_]] = {}
+    for column in schema.columns:
+        if column.name not in table.column_names:
+            columns[column.name], nulls[column.name] = as_array([None] * len(table), column)
+            continue
+        data = table.column(column.name).combine_chunks()
+        if data.type != _arrow_type(column) or (data.null_count and not column.nullable):
+            raise DamagedRecord(f"{schema.name}: {column.name} is {data.type} with {data.null_count} nulls")
+        null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
+        nulls[column.name] = null
+        if column.kind == "floats":
+            columns[column.name], _ = as_array(data.to_pylist(), column)
+        elif column.kind == "text":
+            columns[column.name] = np.array(data.to_pylist(), dtype=object)
+        elif column.kind == "int":
+            columns[column.name] = data.to_numpy(zero_copy_only=False).astype(np.int64)
+        else:
+            columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    _check_steps(columns["step"], schema)
+    return Rows(schema, columns, nulls)
+
+
+def _check_steps(steps: NDArray[Any], schema: Schema) -> None:
+    wrong = np.any(steps != np.arange(len(steps))) if schema.contiguous else np.any(np.diff(steps) <= 0)
+    if wrong:
+        raise DamagedRecord(f"{schema.name}: steps are not {'contiguous' if schema.contiguous else 'increasing'}")

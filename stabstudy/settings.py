@@ -1,0 +1,163 @@
+"""What a setting is: a dataclass field with a type and rules, read strictly, every problem told in one line.
+
+Nothing is converted silently: whole numbers are taken for floats, and plain decimal text for floats (some YAML readers
+make text of 1e-3); 3.0 is not a depth, `no` is not a number. The standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one setting: its dotted name, the rule, and what was received."""
+
+    setting: str
+    rule: str
+    got: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.rule}" + (f", got {self.got}" if self.got else "")
+
+
+class ConfigError(ValueError):
+    """Every problem found in the settings of a launch; `str()` has one line for each."""
+
+    def __init__(self, problems: list[Problem] | Problem):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self.problems)  # as its one argument, so that it survives pickling between processes
+
+    def __str__(self) -> str:
+        return "\n".join(str(p) for p in self.problems)
+
+
+def setting(
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its default and the rules that `read_group` holds a value to."""
+    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """' (did you mean a, b?)', or every known name where nothing is near, or '' where nothing is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f" (did you mean {', '.join(close)}?)"
+    return f" (known: {', '.join(known)})" if known and len(known) <= 24 else ""
+
+
+def read_group(
+    group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem], known: Sequence[str] = ()
+) -> T:
+    """The mapping as `cls`, a dataclass of `setting` fields; what is wrong is appended to `problems`.
+
+    `known`: dotted names of other groups' settings, among which a misplaced one is looked for.
+    """
+    hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{group}.{key}"
+        if key not in fields:
+            problems.append(Problem(name, f"is no setting{_nearest_setting(name, list(fields), known)}"))
+            continue
+        field = fields[key]
+        read[key] = read_value(name, hints[key], field.metadata, value, problems, field.default)
+    return cls(**read)
+
+
+def _nearest_setting(name: str, siblings: list[str], known: Sequence[str]) -> str:
+    """The nearest names among the group's own settings, else among all: `model.lr` should find `optim.lr`."""
+    group, _, key = name.partition(".")
+    same_key = [n for n in known if n.endswith(f".{key}")]
+    close = same_key or [f"{group}.{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
+    return (
+        f" (did you mean {', '.join(close)}?)"
+        if close
+        else nearest(name, [*(f"{group}.{s}" for s in siblings), *known])
+    )
+
+
+def read_value(
+    name: str, hint: str, rules: Mapping[str, Any], value: Any, problems: list[Problem], default: Any
+) -> Any:
+    """The value in its declared type, or the default with a Problem noted."""
+    kinds = [k.strip() for k in hint.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    kind = kinds[0]
+    if kind == "float" and isinstance(value, str):
+        value = _number_from_text(value)
+    if kind == "float" and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
+    if type(value) is not wanted:
+        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", show(value)))
+        return default
+    if not _within(value, rules):
+        problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", show(value)))
+        return default
+    return value
+
+
+_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def _number_from_text(text: str) -> float | str:
+    """The number that the text spells in decimal; the text where it is none, or one that readers disagree on (012)."""
+    return float(text) if _NUMBER.fullmatch(text) else text
+
+
+def _within(value: Any, rules: Mapping[str, Any]) -> bool:
+    if "choices" in rules:
+        return value in rules["choices"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return (
+        value >= rules.get("ge", value)
+        and value <= rules.get("le", value)
+        and (value > rules["gt"] if "gt" in rules else True)
+        and (value < rules["lt"] if "lt" in rules else True)
+    )
+
+
+def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
+    null = " or null" if "None" in kinds else ""
+    if "choices" in rules:
+        return f"one of {', '.join(rules['choices'])}{null}"
+    noun = {"int": "a whole number", "float": "a finite number", "bool": "true or false", "str": "text"}[kind]
+    low = f"[{rules['ge']:g}" if "ge" in rules else f"({rules['gt']:g}" if "gt" in rules else ""
+    high = f"{rules['le']:g}]" if "le" in rules else f"{rules['lt']:g})" if "lt" in rules else ""
+    return noun + (f" in {low}, {high}" if low and high else "") + null
+
+
+def show(value: Any) -> str:
+    """The value as code would spell it, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_annotations(cls: type) -> None:
+    """Raises TypeError where a setting's type is not one that `read_value` knows."""
+    for name, hint in typing.get_type_hints(cls).items():
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not set(members) <= {int, float, bool, str, type(None)}:
+            raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")
