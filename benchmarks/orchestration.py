@@ -15,11 +15,13 @@ Prints one JSON line. Terms, all medians over the repeats, in seconds:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -71,7 +73,8 @@ def bare_seconds(planned: Plan, cache: Path) -> float:
 def ray_seconds(planned: Plan) -> tuple[float, float]:
     """(wall, CPU of this process) of a launch through Ray."""
     wall, cpu = time.perf_counter(), time.process_time()
-    outcome = launch(planned, lambda line: None)
+    with contextlib.redirect_stdout(sys.stderr):  # the board's lines; standard output is for the result
+        outcome = launch(planned)
     assert outcome.code == 0, outcome
     return time.perf_counter() - wall, time.process_time() - cpu
 

@@ -3,9 +3,9 @@
     python benchmarks/throughput.py [--threads 1 2] [--shapes h d64 d256] [--rounds 7] [--lingua PATH]
 
 Rivals: `lingua` (its own Transformer in a plain loop, from a checkout at PATH; three of its imports that a CPU lacks
-are empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain loop
-on the same model). All train the same shape in float32 with fused AdamW and clipping at 1.0 on the same random tokens.
-Ours runs the real loop: every trace column at every step, written to disk, probes every 10 steps.
+are empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain
+loop on the same model). All train the same shape in float32 with fused AdamW and clipping at 1.0 on the same random
+tokens. Ours runs the real loop: every trace column at every step, written to disk, probes every 10 steps.
 
 Segments of the rivals take turns, so that a change of the machine's speed meets all of them; figures are medians over
 the rounds. A segment whose process did not get its cores (CPU seconds per wall second below .9 a thread for one thread)

@@ -248,3 +248,22 @@ def test_a_two_node_cluster(folder: Path, command: Command, started: Started) ->
     assert process.returncode == 0, err
     assert [s.status for s in states(folder, "cluster")] == ["done"] * 4
     assert "index.html" in out
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from stabstudy.planning.plan import make_plan
+from stabstudy.sweeping.launch import launch
+for study in ("first", "second"):
+    assert launch(make_plan([*sys.argv[1:], f"study={study}"], Path.cwd())).code == 0
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
+    """As a notebook does: Ray reads its token once in a process, so the second Ray needs the same one."""
+    process = started([sys.executable, "-c", TWICE, *TINY, "optim.lr=1e-3", "optim.clip=1.0"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err

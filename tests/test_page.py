@@ -18,7 +18,7 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import findings, words
+from stabstudy.analysis import sentences, words
 from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
@@ -237,7 +237,7 @@ def test_nothing_differs_is_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for lr, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)):
         planted.plant_trial(tmp_path / "s", planted.settings(lr=lr, seed=seed), logit=4.0)
-    said = " ".join(findings.findings(Study.load(tmp_path / "s")))
+    said = " ".join(sentences.findings(Study.load(tmp_path / "s")))
     assert "Every trial is stable at every learning rate, up to 0.01; the limit lies beyond." in said
     assert "With 2 seeds none of these changes can be told from chance: each paired 95 % interval holds 0." in said
 
@@ -247,7 +247,7 @@ def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
     for lr in (1e-2, 1e-1):
         config = planted.settings(lr=lr)
         planted.plant_trial(tmp_path / "s", config, nonfinite_at=60, final_loss=math.nan, stop_reason="diverged")
-    said = findings.findings(Study.load(tmp_path / "s"))
+    said = sentences.findings(Study.load(tmp_path / "s"))
     assert said[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
 
 
@@ -264,7 +264,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3))
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-2), eval_hash="other", fingerprint="0" * 16)
-    said = findings.warnings(Study.load(tmp_path / "s"))
+    said = sentences.warnings(Study.load(tmp_path / "s"))
     assert "Losses were measured on 2 different evaluation batches: compare them where data are equal." in said
     assert "Trials with the same data settings saw different data (their fingerprints differ)." in said
 
@@ -272,7 +272,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
 def test_missing_seeds_are_said(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,))
     planted.plant_trial(folder, planted.settings(lr=0.5, seed=0))
-    assert "1 of 4 cells lacks seeds that others have (2)." in findings.warnings(Study.load(folder))
+    assert "1 of 4 cells lacks seeds that others have (2)." in sentences.warnings(Study.load(folder))
 
 
 def test_a_study_without_a_done_trial_says_so(tmp_path: Path) -> None:

@@ -321,8 +321,8 @@ def test_the_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch
         done.append("sync folder")
         sync_folder(p)
 
-    monkeypatch.setattr(trace, "sync_file", note_file)
-    monkeypatch.setattr(trace, "sync_folder", note_folder)
+    monkeypatch.setattr(finished, "sync_file", note_file)
+    monkeypatch.setattr(finished, "sync_folder", note_folder)
     monkeypatch.setattr(Path, "replace", note_rename)
     finished.compact(path, tmp_path / "t.parquet", TRACE, {})
     assert done == ["sync t.parquet.tmp", "rename t.parquet.tmp", "sync folder"]
@@ -336,7 +336,7 @@ def test_metadata_is_kept_and_a_newer_format_refused(tmp_path: Path, monkeypatch
     assert pq.read_schema(tmp_path / "t.parquet").metadata[b"trial_id"] == b"0123456789"
     with pytest.raises(DamagedRecord, match="holds trace, not probes"):
         finished.read_parquet(tmp_path / "t.parquet", PROBES)
-    monkeypatch.setattr(trace, "FORMAT", 2)
+    monkeypatch.setattr(finished, "FORMAT", 2)
     finished.compact(path, tmp_path / "newer.parquet", TRACE, {})
     monkeypatch.undo()
     with pytest.raises(DamagedRecord, match="format 2, this version reads up to 1"):

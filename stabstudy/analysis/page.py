@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import findings, words
+from stabstudy.analysis import sentences, words
 from stabstudy.analysis.blocks import Block, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import plain, records
@@ -38,15 +38,15 @@ CELL_STATISTICS = (
 
 def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
-    numbers = findings.counts(study)
+    numbers = sentences.counts(study)
     states = dict(_states(study))
     return Report(
         study=words.clean(study.name, 80),
         question=words.clean(study.question),
-        headline=findings.headline(study),
+        headline=sentences.headline(study),
         counts=[Count(kind, n, SIGNS[kind]) for kind, n in numbers.items()],
-        findings=findings.findings(study),
-        warnings=findings.warnings(study) + _mixed_engines(states),
+        findings=sentences.findings(study),
+        warnings=sentences.warnings(study) + _mixed_engines(states),
         sections=[s for s in _sections(study, states) if s.blocks],
     )
 
@@ -132,7 +132,7 @@ def _cells(study: Study) -> Table:
 
 
 def _effects(study: Study) -> Iterator[Block]:
-    table = findings.effects(study)
+    table = sentences.effects(study)
     if not len(table):
         yield Text("No pair of trials differs in one axis alone, so nothing can be compared pairwise.")
         return

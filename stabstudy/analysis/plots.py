@@ -19,7 +19,7 @@ import pandas as pd
 from stabstudy.analysis import compare, style, words
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.paired import Estimate
-from stabstudy.analysis.places import Places
+from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import trace, traces, trial
 from stabstudy.stability.summary import COLUMNS
@@ -57,15 +57,15 @@ def curves(
     ax = style.new_figure().axes[0] if ax is None else ax
     needed = dict.fromkeys([x, *study.axes, "state", "verdict", "eval_hash", metric, compare.column(metric)])
     trials = drawable(study.trials[list(needed)], metric)
-    places = Places(study.axes.get(x) or levels_of(study.trials[x]), x)
+    positions = Positions(study.axes.get(x) or levels_of(study.trials[x]), x)
     if by is None or by == x or by not in study.axes:
-        _draw_group(ax, trials, metric, places, _Look(style.BLUE, 0, None))
+        _draw_group(ax, trials, metric, positions, _Look(style.BLUE, 0, None))
     else:
         for i, (level, colour) in enumerate(zip(study.axes[by], style.colours(study.axes[by]), strict=True)):
             look = _Look(colour, i, style.plain(words.level(level, by)))
-            _draw_group(ax, at_level(trials, by, level), metric, places, look)
+            _draw_group(ax, at_level(trials, by, level), metric, positions, look)
         style.legend(ax, words.heading(by))
-    places.apply_x(ax)
+    positions.apply_x(ax)
     ax.set_ylabel(style.plain(metric_label(metric)))
     _limit_to_dots(ax, trials, metric, log_y)
     return ax
@@ -84,8 +84,8 @@ def stability_map(
     `highest` fixes the top of the colour scale, so that several maps can be compared.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    columns = Places(study.axes.get(x) or levels_of(study.trials[x]), x, categorical=True)
-    rows = Places(study.axes.get(y) or levels_of(study.trials[y]), y, categorical=True)
+    columns = Positions(study.axes.get(x) or levels_of(study.trials[x]), x, categorical=True)
+    rows = Positions(study.axes.get(y) or levels_of(study.trials[y]), y, categorical=True)
     done = study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", compare.column(value)]]
     fields = dict(split(done, {x: columns.levels, y: rows.levels}))
     means = {levels: compare.mean(trials, value).mean for levels, trials in fields.items()}
@@ -168,12 +168,12 @@ def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
 
 
-def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, places: Places, look: _Look) -> None:
+def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
     means, at = [], []
-    for level in places.levels:
-        rows = at_level(trials, places.setting, level)
+    for level in positions.levels:
+        rows = at_level(trials, positions.setting, level)
         if len(rows):
-            at.append(places.of(level))
+            at.append(positions.of(level))
             means.append(mean_of(rows, metric))
     ax.plot(
         at, [m.mean for m in means], color=look.colour, linestyle=look.dash, marker=look.marker, markersize=5,
@@ -186,12 +186,14 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, places: Places, loo
     diverged = trials["verdict"] == "diverged"
     kept, gone = trials[~diverged], trials[diverged]
     ax.plot(
-        [places.of(v) for v in _levels_in(kept, places)], list(kept[metric]), linestyle="none", marker=look.marker,
+        [positions.of(v) for v in _levels_in(kept, positions)],
+        list(kept[metric]),
+        linestyle="none", marker=look.marker,
         markersize=3, color=look.colour, alpha=0.75,
     )  # fmt: skip
     if len(gone):
         ax.plot(
-            [places.of(v) for v in _levels_in(gone, places)], [1.0] * len(gone),
+            [positions.of(v) for v in _levels_in(gone, positions)], [1.0] * len(gone),
             transform=ax.get_xaxis_transform(), linestyle="none", marker="^", markersize=8, markerfacecolor="none",
             markeredgecolor=look.colour, clip_on=False, gid="diverged",
         )  # fmt: skip
@@ -203,8 +205,8 @@ def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
     return compare.mean(counted, metric)
 
 
-def _levels_in(trials: pd.DataFrame, places: Places) -> list[Any]:
-    return [None if words.is_null(v) else v for v in trials[places.setting]]
+def _levels_in(trials: pd.DataFrame, positions: Positions) -> list[Any]:
+    return [None if words.is_null(v) else v for v in trials[positions.setting]]
 
 
 def _limit_to_dots(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool) -> None:

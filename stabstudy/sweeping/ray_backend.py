@@ -6,6 +6,7 @@ ignores an edited grid and unpickles what it finds). Facts behind the settings w
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -13,6 +14,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,13 +100,10 @@ def _ray(compute: Compute, study: store.StudyFolder) -> Iterator[tuple[int, Path
     storage = study.path / ".ray"  # on a cluster the folder that every node sees
     shutil.rmtree(storage, ignore_errors=True)
     try:
-        if compute.address is None:
-            token = scratch / "token"
-            token.touch(mode=0o600)
-            token.write_text(secrets.token_hex(32))
-            # before ray is imported: its core reads them once. Its ports listen on every interface, so the token is the
-            # only fence
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+        if compute.address is None and "ray" not in sys.modules:
+            # before ray is imported: its core reads these once. Its ports listen on every interface, so the token is
+            # the only fence
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(_token_file()))
         import ray
 
         try:
@@ -115,6 +114,16 @@ def _ray(compute: Compute, study: store.StudyFolder) -> Iterator[tuple[int, Path
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _token_file() -> Path:
+    """A secret of this process, for every Ray that it starts; gone when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="stabstudy-token-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return token
 
 
 def _start(compute: Compute, scratch: Path) -> None:

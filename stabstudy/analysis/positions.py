@@ -18,7 +18,7 @@ LOG_FROM = 8
 MOST_TICKS = 9
 
 
-class Places:
+class Positions:
     """Where the levels of an axis lie: at their numbers (log where they span a factor of 8), else side by side."""
 
     def __init__(self, levels: Sequence[Any], setting: str, categorical: bool = False):
