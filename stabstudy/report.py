@@ -57,12 +57,17 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
     from stabstudy.analysis.page import report
     from stabstudy.analysis.publish import publish
+    from stabstudy.analysis.sentences import counts
     from stabstudy.analysis.study import update_tables
 
     study = update_tables(folder)
     made = report(study)
     page = publish(study, made, folder.report if out is None else out)
-    say(made.headline)
+    found = counts(study)
+    say(f"{study.name}: {sum(found.values())} trials")
+    for outcome, count in found.items():
+        if count:
+            say(f"{count:6} {outcome}")
     for damaged in study.damaged:
         say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
     say(f"report: {page}")

@@ -274,6 +274,13 @@ def test_probing_and_evaluating_change_nothing(make: Make, run: Run) -> None:
     assert_same(records(often)[0], records(never)[0])
 
 
+def test_heartbeats_tell_a_speed_that_the_trace_agrees_with(make: Make, run: Run) -> None:
+    told: list[float] = []
+    folder = make(vary(train={"probe_every": 1, "eval_every": 2}))
+    run(folder, lambda p: bool(told.append(p.tokens_per_second)))  # type: ignore[func-returns-value]
+    assert told == pytest.approx((64 / records(folder)[0]["seconds"]).tolist(), rel=0.01)
+
+
 def test_paired_trials_share_initial_weights_and_data(make: Make, run: Run) -> None:
     """Loss of step 0 depends on weights and batch alone: equal whatever the optimizer's settings."""
     other = vary(optim={"lr": 0.1, "clip": None, "weight_decay": 0.0, "schedule": "linear"}, train={"steps": 5})

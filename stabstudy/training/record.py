@@ -78,9 +78,11 @@ class Recorder:
 
     def drain(self) -> None:
         """Copy what is queued to the host (one copy) and append its rows."""
+        if not self.pending:
+            return
         vectors = [p.vector for p in self.pending if p.vector is not None]
         values = iter(torch.stack(vectors).cpu().double().numpy() if vectors else ())
-        seconds = (time.perf_counter() - self._clock) / max(1, len(self.pending))
+        seconds = (time.perf_counter() - self._clock) / len(self.pending)
         for pending in self.pending:
             row = self._row(pending, None if pending.vector is None else next(values), seconds)
             alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
