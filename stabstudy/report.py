@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
+    from stabstudy.analysis import words
     from stabstudy.analysis.page import report
     from stabstudy.analysis.publish import publish
     from stabstudy.analysis.sentences import counts
@@ -64,10 +65,10 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     made = report(study)
     page = publish(study, made, folder.report if out is None else out)
     found = counts(study)
-    say(f"{study.name}: {sum(found.values())} trials")
-    for outcome, count in found.items():
-        if count:
-            say(f"{count:6} {outcome}")
+    say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
+    for outcome, number in found.items():
+        if number:
+            say(f"{number:6} {outcome}")
     for damaged in study.damaged:
         say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
     say(f"report: {page}")

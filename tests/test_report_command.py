@@ -25,7 +25,7 @@ def test_a_finished_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(study)]) == 0
     out = capsys.readouterr()
     page = study / "report" / "index.html"
-    assert out.out.splitlines() == ["s: 1 trials", "     1 spiky", f"report: {page}"] and not out.err
+    assert out.out.splitlines() == ["s: 1 trial", "     1 spiky", f"report: {page}"] and not out.err
     assert page.is_file() and (study / "report" / "report.md").is_file()
     assert (study / "trials.parquet").is_file() and (study / "spikes.parquet").is_file()
 
