@@ -163,19 +163,21 @@ Command, Started = Callable[..., list[str]], Callable[[list[str]], "subprocess.P
 @pytest.mark.ray
 def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command: Command, started: Started) -> None:
     launch(plan(folder, "launcher=local", "study=local", "train.steps=300"))
-    study = store.StudyFolder(folder / "results" / "ray")
-    process = started(command("study=ray", "train.steps=300"))
-    until(lambda: any(s.status == "running" and s.step == 0 and _rows(study, s) > 15 for s in states(folder, "ray")))
-    victim = next(s for s in states(folder, "ray") if s.status == "running" and _rows(study, s) > 15)
+    study = store.StudyFolder(folder / "results" / "scheduled")
+    process = started(command("study=scheduled", "train.steps=300"))
+    until(
+        lambda: any(s.status == "running" and s.step == 0 and _rows(study, s) > 15 for s in states(folder, "scheduled"))
+    )
+    victim = next(s for s in states(folder, "scheduled") if s.status == "running" and _rows(study, s) > 15)
     os.kill(victim.attempts[-1].pid, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    ended = {s.trial_id: s for s in states(folder, "ray")}
+    ended = {s.trial_id: s for s in states(folder, "scheduled")}
     assert [s.status for s in ended.values()] == ["done"] * 4
     assert len(ended[victim.trial_id].attempts) == 2 and ended[victim.trial_id].attempts[1].from_step >= 10
     assert same_traces(folder / "results" / "local", study.path)
     assert out.count("] ") >= 4 and "index.html" in out
-    noise = [line for line in (out + err).splitlines() if "ray" in line.lower() and "results/ray" not in line]
+    noise = [line for line in (out + err).splitlines() if "ray" in line.lower() and "results/scheduled" not in line]
     assert noise == []
     assert sorted(p.name for p in study.path.iterdir() if p.name.startswith(".")) == [".lock"]
 
