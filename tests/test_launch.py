@@ -19,6 +19,7 @@ from stabstudy import store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.launch import Outcome, label, launch
+from stabstudy.sweeping.ray_backend import kill_hung_trials
 
 SWEEP = """\
 # @package _global_
@@ -269,3 +270,39 @@ def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
     process = started([sys.executable, "-c", TWICE, *TINY, "optim.lr=1e-3", "optim.clip=1.0"])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+
+
+HANGING = """
+import os, socket, sys, time
+from pathlib import Path
+from stabstudy import store
+folder = store.TrialFolder(Path(sys.argv[1]))
+with store.lock(folder.path):
+    attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
+    folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not(
+    folder: Path, started: Started
+) -> None:
+    study = store.StudyFolder(folder / "results" / "hung")
+    trial = study.trial("0123456789")
+    trial.path.mkdir(parents=True)
+    process = started([sys.executable, "-c", HANGING, str(trial.path)])
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}
+    trial.live(trace.TRACE).write_text(json.dumps(row) + "\n")
+    for silent, killed in ((100, False), (500, False), (700, True)):  # 20 median steps are 600 s
+        then = time.time() - silent
+        os.utime(trial.live(trace.TRACE), (then, then))
+        os.utime(trial.state_file, (then, then))
+        kill_hung_trials(study, [trial.trial_id], limit=120)
+        if killed:
+            assert process.wait(timeout=10) == -signal.SIGKILL
+        else:
+            time.sleep(0.2)
+            assert process.poll() is None
+    assert trial.read_state().status == "lost"
