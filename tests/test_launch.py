@@ -286,7 +286,7 @@ with store.lock(folder.path):
 
 
 def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not(
-    folder: Path, started: Started
+    folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = store.StudyFolder(folder / "results" / "hung")
     trial = study.trial("0123456789")
@@ -295,14 +295,15 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}
     trial.live(trace.TRACE).write_text(json.dumps(row) + "\n")
-    for silent, killed in ((100, False), (500, False), (700, True)):  # 20 median steps are 600 s
-        then = time.time() - silent
-        os.utime(trial.live(trace.TRACE), (then, then))
-        os.utime(trial.state_file, (then, then))
-        kill_hung_trials(study, [trial.trial_id], limit=120)
-        if killed:
-            assert process.wait(timeout=10) == -signal.SIGKILL
-        else:
-            time.sleep(0.2)
-            assert process.poll() is None
+    killed: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+        for silent in (100, 500, 700):  # 20 median steps are 600 s
+            then = time.time() - silent
+            os.utime(trial.live(trace.TRACE), (then, then))
+            os.utime(trial.state_file, (then, then))
+            kill_hung_trials(study, [trial.trial_id], limit=120)
+            assert killed == ([process.pid] if silent == 700 else [])
+    kill_hung_trials(study, [trial.trial_id], limit=120)
+    assert process.wait(timeout=10) == -signal.SIGKILL
     assert trial.read_state().status == "lost"
