@@ -42,6 +42,7 @@ class ModelConfig:
     qk_norm: bool = setting(False)  # RMSNorm on queries and keys of each head, before RoPE
     init: str = setting("lingua", choices=INITS)
     tied: bool = setting(False)  # the output matrix is the embedding
+    logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
 
     @property
     def kv_heads(self) -> int:

@@ -82,7 +82,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise`, never left at a library's default."""
+    """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise`, never left at a library's default.
+
+    The logits are those before `logit_softcap`: the loss caps them, and the record needs them uncapped.
+    """
 
     def __init__(self, config: ModelConfig, vocab: int, seq_len: int):
         super().__init__()

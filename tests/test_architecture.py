@@ -1,0 +1,168 @@
+"""The knobs of the architecture against transformers' models with mapped weights, or formulas by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.step import Stepper
+
+V, T, B = 61, 16, 4
+BASE = ModelConfig(depth=2, dim=32, n_heads=4, n_kv_heads=2)
+WINDOWS = np.random.default_rng(0).integers(0, V, (B, T + 1))
+
+
+def make(config: ModelConfig, gain: float = 1.0) -> Stepper:
+    """A Stepper whose weights are `gain` times larger than initialised, so that caps and norms have work to do."""
+    trial = TrialConfig(
+        model=config, optim=OptimConfig(clip=None), data=DataConfig(seq_len=T), train=TrainConfig(batch_size=B)
+    )
+    decoder = Decoder(config, V, T)
+    initialise(decoder, config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.ndim == 1:  # norms: all ones would hide a missing or a swapped one
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+            else:
+                parameter.mul_(gain)
+    return Stepper(trial, decoder, torch.device("cpu"))
+
+
+def halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k (or a norm's weight) from interleaved pairs to Hugging Face's rotated halves."""
+    return weight.view(heads, weight.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def to_hf(ours: dict[str, Tensor], config: ModelConfig, norms: dict[str, str]) -> dict[str, Tensor]:
+    """Our named tensors (weights or gradients) under Hugging Face's names; `norms`: our norm of a layer -> theirs."""
+    kv = config.kv_heads * config.head_dim
+    named = {"model.embed_tokens.weight": ours["embed.weight"], "model.norm.weight": ours["norm.weight"]}
+    named["lm_head.weight"] = ours["head.weight"]
+    for i in range(config.depth):
+        to, at = f"model.layers.{i}", f"layers.{i}"
+        q, k, v = ours[f"{at}.attention.wqkv.weight"].split([config.dim, kv, kv])
+        named |= {
+            f"{to}.self_attn.q_proj.weight": halves(q, config.n_heads),
+            f"{to}.self_attn.k_proj.weight": halves(k, config.kv_heads),
+            f"{to}.self_attn.v_proj.weight": v,
+            f"{to}.self_attn.o_proj.weight": ours[f"{at}.attention.wo.weight"],
+            f"{to}.mlp.down_proj.weight": ours[f"{at}.ffn.w2.weight"],
+        }
+        gate, up = ours[f"{at}.ffn.w13.weight"].chunk(2)
+        named |= {f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up}
+        named |= {f"{to}.{theirs}.weight": ours[f"{at}.{name}.weight"] for name, theirs in norms.items()}
+    return named
+
+
+def shape_of(config: ModelConfig) -> dict[str, object]:
+    """What every reference is told of the shape."""
+    return {
+        "vocab_size": V,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": T,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": False,
+        "attn_implementation": "eager",
+        "pad_token_id": None,
+    }
+
+
+def loss_of(reference: PreTrainedModel, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy, mean logsumexp) of the reference's own logits."""
+    tokens = torch.from_numpy(windows)
+    logits = reference(tokens[:, :-1], use_cache=False).logits
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return loss, logits.logsumexp(-1).mean()
+
+
+def largest_difference(stepper: Stepper, reference: PreTrainedModel, named: dict[str, str]) -> float:
+    """Over loss, logsumexp and every gradient; `named`: the layer norms that both have. The step's own code path."""
+    config = stepper.config.model
+    loss, logz, _ = stepper.accumulate(WINDOWS, B * T)
+    expected, expected_logz = loss_of(reference, WINDOWS)
+    expected.backward()
+    ours = to_hf({n: p.grad for n, p in stepper.model.named_parameters() if p.grad is not None}, config, named)
+    theirs = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    assert set(ours) == set(theirs)
+    apart = [(ours[name] - grad).abs().max().item() for name, grad in theirs.items()]
+    return max(abs((loss - expected).item()), abs((logz - expected_logz).item()), *apart)
+
+
+PRE = {"attention_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+
+
+def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
+    """Gemma 2 with full attention and a SwiGLU: soft caps, scaled embedding, a norm before and after each branch.
+
+    Its norms multiply by 1 + weight, its embedding by a scale: ours. Where no norm comes after: an identity.
+    """
+    config = stepper.config.model
+    shape = shape_of(config) | {
+        "hidden_activation": "silu",
+        "query_pre_attn_scalar": config.head_dim,
+        "layer_types": ["full_attention"] * config.depth,
+        "final_logit_softcapping": config.logit_softcap,
+        "attn_logit_softcapping": None,
+    }
+    reference = Gemma2ForCausalLM(Gemma2Config(**shape))
+    reference.model.embed_tokens.embed_scale = torch.tensor(1.0)
+    for layer in reference.model.layers:
+        layer.post_attention_layernorm = layer.post_feedforward_layernorm = nn.Identity()
+    weights = to_hf(dict(stepper.model.named_parameters()), config, PRE)
+    reference.load_state_dict({n: w - 1 if w.ndim == 1 else w for n, w in weights.items()})
+    return reference, PRE
+
+
+def test_capped_logits_equal_gemma() -> None:
+    stepper = make(dataclasses.replace(BASE, logit_softcap=1.5), gain=2.0)
+    assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
+
+
+def test_another_cap_is_not_gemmas() -> None:
+    """Negative control: none, and one twice as high, are seen."""
+    capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c), gain=2.0) for c in (1.5, None))
+    assert largest_difference(uncapped, *gemma(capped)) > 1e-2
+    higher = make(dataclasses.replace(BASE, logit_softcap=3.0), gain=2.0)
+    assert largest_difference(higher, *gemma(capped)) > 1e-2
+
+
+def test_the_largest_logit_is_recorded_before_the_cap() -> None:
+    capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c), gain=2.0) for c in (1.5, None))
+    with torch.no_grad():
+        largest = capped.model(torch.from_numpy(WINDOWS[:, :-1])).abs().max()
+    for stepper in (capped, uncapped):
+        assert torch.equal(stepper.accumulate(WINDOWS, B * T)[2], largest)
+    assert largest > 2 * 1.5
+
+
+def test_a_cap_far_above_changes_next_to_nothing() -> None:
+    capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c)) for c in (1e4, None))
+    for stepper in (capped, uncapped):
+        stepper.accumulate(WINDOWS, B * T)
+    for p, q in zip(capped.parameters, uncapped.parameters, strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_capped_loss_is_bounded(precision: str) -> None:
+    """Logits within +-c: the loss is at most 2 c + ln V, however large the weights."""
+    stepper = make(dataclasses.replace(BASE, logit_softcap=2.0), gain=50.0)
+    train = dataclasses.replace(stepper.config.train, precision=precision)
+    stepper.config = dataclasses.replace(stepper.config, train=train)
+    assert stepper.loss_on(WINDOWS) <= 4.0 + np.log(V)
