@@ -43,6 +43,7 @@ class ModelConfig:
     init: str = setting("lingua", choices=INITS)
     tied: bool = setting(False)  # the output matrix is the embedding
     logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
+    attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
 
     @property
     def kv_heads(self) -> int:

@@ -13,6 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.probes import probe
 from stabstudy.training.step import Stepper
 
 V, T, B = 61, 16, 4
@@ -117,7 +118,7 @@ def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
         "query_pre_attn_scalar": config.head_dim,
         "layer_types": ["full_attention"] * config.depth,
         "final_logit_softcapping": config.logit_softcap,
-        "attn_logit_softcapping": None,
+        "attn_logit_softcapping": config.attn_softcap,
     }
     reference = Gemma2ForCausalLM(Gemma2Config(**shape))
     reference.model.embed_tokens.embed_scale = torch.tensor(1.0)
@@ -139,6 +140,33 @@ def test_another_cap_is_not_gemmas() -> None:
     assert largest_difference(uncapped, *gemma(capped)) > 1e-2
     higher = make(dataclasses.replace(BASE, logit_softcap=3.0), gain=2.0)
     assert largest_difference(higher, *gemma(capped)) > 1e-2
+
+
+def test_capped_attention_equals_gemma() -> None:
+    stepper = make(dataclasses.replace(BASE, attn_softcap=0.7), gain=2.0)
+    assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
+    grouped_by_one = make(dataclasses.replace(BASE, n_kv_heads=1, attn_softcap=0.7, logit_softcap=2.0), gain=2.0)
+    assert largest_difference(grouped_by_one, *gemma(grouped_by_one)) <= 1e-5
+
+
+def test_uncapped_attention_is_not_gemmas() -> None:
+    """Negative control."""
+    capped, uncapped = (make(dataclasses.replace(BASE, attn_softcap=c), gain=2.0) for c in (0.7, None))
+    assert largest_difference(uncapped, *gemma(capped)) > 1e-3
+
+
+def test_the_probe_sees_scores_before_the_cap_and_weights_after_it() -> None:
+    capped, uncapped = (make(dataclasses.replace(BASE, depth=1, attn_softcap=c), gain=3.0) for c in (0.5, None))
+    row, plain = (probe(s, WINDOWS, 0, updated=False) for s in (capped, uncapped))
+    assert row["attn_logit_max"] == plain["attn_logit_max"] and row["attn_logit_max"][0] > 3 * 0.5
+    ((q, k, _),) = capped.model.walk(torch.from_numpy(WINDOWS[:, :-1]))
+    scores = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / np.sqrt(8)).detach()
+    entropies = []
+    for i in range(1, T):
+        weights = (0.5 * (scores[:, :, i, : i + 1] / 0.5).tanh()).softmax(-1).double()
+        entropies.append(-(weights * weights.log()).sum(-1).mean() / np.log(i + 1))
+    assert row["attn_entropy"][0] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert row["attn_entropy"][0] > plain["attn_entropy"][0] + 0.01
 
 
 def test_the_largest_logit_is_recorded_before_the_cap() -> None:

@@ -26,6 +26,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 
 LATER = {
     "model.logit_softcap": None,
+    "model.attn_softcap": None,
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 

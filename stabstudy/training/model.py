@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
+from stabstudy.training.softcap import capped_attention
 
 
 class Attention(nn.Module):
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, (self.H + 2 * self.G) * self.K, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.eps = config.norm_eps
+        self.softcap = config.attn_softcap
         self.q_norm = nn.Parameter(torch.ones(self.K)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.K)) if config.qk_norm else None
 
@@ -46,7 +48,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
         q_BHTK, k_BGTK, v_BGTK = self.qkv(x_BTD, rotation_TK)
-        mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.G != self.H)
+        if self.softcap is not None:
+            mixed_BHTK = capped_attention(q_BHTK, k_BGTK, v_BGTK, self.softcap)
+        else:
+            grouped = self.G != self.H
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
         out: Tensor = self.wo(mixed_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return out
 
