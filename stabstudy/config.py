@@ -44,6 +44,7 @@ class ModelConfig:
     tied: bool = setting(False)  # the output matrix is the embedding
     logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
     attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
+    embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
 
     @property
     def kv_heads(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training.model import Decoder, initialise
@@ -48,6 +49,9 @@ def to_hf(ours: dict[str, Tensor], config: ModelConfig, norms: dict[str, str]) -
     kv = config.kv_heads * config.head_dim
     named = {"model.embed_tokens.weight": ours["embed.weight"], "model.norm.weight": ours["norm.weight"]}
     named["lm_head.weight"] = ours["head.weight"]
+    if config.qk_norm:
+        for i, name in itertools.product(range(config.depth), ("q_norm", "k_norm")):
+            named[f"model.layers.{i}.self_attn.{name}.weight"] = halves(ours[f"layers.{i}.attention.{name}"], 1)
     for i in range(config.depth):
         to, at = f"model.layers.{i}", f"layers.{i}"
         q, k, v = ours[f"{at}.attention.wqkv.weight"].split([config.dim, kv, kv])
@@ -121,7 +125,7 @@ def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
         "attn_logit_softcapping": config.attn_softcap,
     }
     reference = Gemma2ForCausalLM(Gemma2Config(**shape))
-    reference.model.embed_tokens.embed_scale = torch.tensor(1.0)
+    reference.model.embed_tokens.embed_scale = torch.tensor(config.embed_scale)
     for layer in reference.model.layers:
         layer.post_attention_layernorm = layer.post_feedforward_layernorm = nn.Identity()
     weights = to_hf(dict(stepper.model.named_parameters()), config, PRE)
@@ -167,6 +171,53 @@ def test_the_probe_sees_scores_before_the_cap_and_weights_after_it() -> None:
         entropies.append(-(weights * weights.log()).sum(-1).mean() / np.log(i + 1))
     assert row["attn_entropy"][0] == pytest.approx(np.mean(entropies), rel=1e-5)
     assert row["attn_entropy"][0] > plain["attn_entropy"][0] + 0.01
+
+
+def test_scaled_embeddings_equal_gemma() -> None:
+    stepper = make(dataclasses.replace(BASE, embed_scale=BASE.dim**0.5))
+    assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
+
+
+def test_unscaled_embeddings_are_not_gemmas() -> None:
+    """Negative control."""
+    scaled, plain = (make(dataclasses.replace(BASE, embed_scale=s)) for s in (BASE.dim**0.5, 1.0))
+    assert largest_difference(plain, *gemma(scaled)) > 1e-2
+
+
+def test_the_probe_sees_scaled_embeddings() -> None:
+    """A tiny scale leaves the residual stream to the branches; a huge one drowns them."""
+    huge = make(dataclasses.replace(BASE, embed_scale=1e4))
+    embedded = huge.model.embed(torch.from_numpy(WINDOWS[:, :-1])) * 1e4
+    row = probe(huge, WINDOWS, 0, updated=False)
+    assert row["resid_rms"] == pytest.approx([embedded.square().mean().sqrt().item()] * 2, rel=1e-2)
+
+
+LLAMA = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def qwen(stepper: Stepper) -> tuple[Qwen3ForCausalLM, dict[str, str]]:
+    """Qwen 3: Llama with an RMSNorm over each head's queries and keys, before RoPE."""
+    reference = Qwen3ForCausalLM(Qwen3Config(**shape_of(stepper.config.model)))
+    reference.load_state_dict(to_hf(dict(stepper.model.named_parameters()), stepper.config.model, LLAMA))
+    return reference, LLAMA
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+def test_qk_norm_equals_qwen(kv_heads: int | None) -> None:
+    stepper = make(dataclasses.replace(BASE, qk_norm=True, n_kv_heads=kv_heads))
+    assert largest_difference(stepper, *qwen(stepper)) <= 1e-5
+    tokens = torch.from_numpy(WINDOWS[:, :-1])
+    apart = stepper.model(tokens) - qwen(stepper)[0](tokens, use_cache=False).logits
+    assert apart.abs().max() <= 1e-5
+
+
+def test_queries_and_keys_swapped_are_not_qwens() -> None:
+    """Negative control: the weights of the two norms change places."""
+    stepper = make(dataclasses.replace(BASE, qk_norm=True))
+    reference, norms = qwen(stepper)
+    for layer in stepper.model.layers:
+        layer.attention.q_norm, layer.attention.k_norm = layer.attention.k_norm, layer.attention.q_norm
+    assert largest_difference(stepper, reference, norms) > 1e-4
 
 
 def test_the_largest_logit_is_recorded_before_the_cap() -> None:

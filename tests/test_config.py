@@ -27,6 +27,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 LATER = {
     "model.logit_softcap": None,
     "model.attn_softcap": None,
+    "model.embed_scale": 1.0,
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 

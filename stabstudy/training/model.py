@@ -96,6 +96,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab: int, seq_len: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, config.dim)
+        self.embed_scale = config.embed_scale
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, vocab, bias=False)
@@ -104,8 +105,13 @@ class Decoder(nn.Module):
         self.rotation_TK: Tensor
         self.register_buffer("rotation_TK", rotation(seq_len, config.head_dim, config.rope_theta), persistent=False)
 
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        """What enters the first layer, [B,T,D]."""
+        x_BTD: Tensor = self.embed(tokens_BT)
+        return x_BTD if self.embed_scale == 1.0 else x_BTD * self.embed_scale
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, self.rotation_TK)
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
@@ -113,7 +119,7 @@ class Decoder(nn.Module):
 
     def walk(self, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Layer by layer (q [B,H,T,K], k [B,G,T,K], residual after the layer [B,T,D]): what the probes look at."""
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             assert isinstance(layer, Block)
             q_BHTK, k_BGTK, _ = layer.attention.qkv(layer.attention_norm(x_BTD), self.rotation_TK)
