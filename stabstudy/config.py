@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
 
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
+PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -29,7 +30,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
 
     depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
     dim: int = setting(64, ge=2, le=65_536)  # residual width
@@ -45,6 +46,7 @@ class ModelConfig:
     logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
     attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
     embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
 
     @property
     def kv_heads(self) -> int:
@@ -65,6 +67,7 @@ class ModelConfig:
         kv_dim = self.kv_heads * self.head_dim
         layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
         layer += 2 * self.head_dim if self.qk_norm else 0
+        layer += 2 * self.dim if self.norm_placement == "sandwich" else 0
         return self.depth * layer + self.dim + (1 if self.tied else 2) * vocab * self.dim
 
 

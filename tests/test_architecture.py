@@ -10,9 +10,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import PLACEMENTS, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.probes import probe
 from stabstudy.training.step import Stepper
@@ -110,6 +118,8 @@ def largest_difference(stepper: Stepper, reference: PreTrainedModel, named: dict
 
 PRE = {"attention_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 
+SANDWICH = PRE | {"attention_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
+
 
 def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
     """Gemma 2 with full attention and a SwiGLU: soft caps, scaled embedding, a norm before and after each branch.
@@ -126,11 +136,12 @@ def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
     }
     reference = Gemma2ForCausalLM(Gemma2Config(**shape))
     reference.model.embed_tokens.embed_scale = torch.tensor(config.embed_scale)
-    for layer in reference.model.layers:
+    norms = SANDWICH if config.norm_placement == "sandwich" else PRE
+    for layer in reference.model.layers if norms is PRE else ():
         layer.post_attention_layernorm = layer.post_feedforward_layernorm = nn.Identity()
-    weights = to_hf(dict(stepper.model.named_parameters()), config, PRE)
+    weights = to_hf(dict(stepper.model.named_parameters()), config, norms)
     reference.load_state_dict({n: w - 1 if w.ndim == 1 else w for n, w in weights.items()})
-    return reference, PRE
+    return reference, norms
 
 
 def test_capped_logits_equal_gemma() -> None:
@@ -218,6 +229,61 @@ def test_queries_and_keys_swapped_are_not_qwens() -> None:
     for layer in stepper.model.layers:
         layer.attention.q_norm, layer.attention.k_norm = layer.attention.k_norm, layer.attention.q_norm
     assert largest_difference(stepper, reference, norms) > 1e-4
+
+
+def test_sandwich_equals_gemma_with_all_its_parts() -> None:
+    config = dataclasses.replace(BASE, norm_placement="sandwich", logit_softcap=3.0, attn_softcap=1.0, embed_scale=5.0)
+    stepper = make(config, gain=2.0)
+    assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
+
+
+REORDERED = {"attention_norm": "post_attention_layernorm", "ffn_norm": "post_feedforward_layernorm"}
+
+
+def olmo(stepper: Stepper) -> tuple[Olmo2ForCausalLM, dict[str, str]]:
+    """OLMo 2 without its norms of queries and keys (they span all heads)."""
+    reference = Olmo2ForCausalLM(Olmo2Config(**shape_of(stepper.config.model)))
+    for layer in reference.model.layers:
+        layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+    reference.load_state_dict(to_hf(dict(stepper.model.named_parameters()), stepper.config.model, REORDERED))
+    return reference, REORDERED
+
+
+def test_reordered_equals_olmo() -> None:
+    stepper = make(dataclasses.replace(BASE, norm_placement="reordered"))
+    assert largest_difference(stepper, *olmo(stepper)) <= 1e-5
+
+
+def test_pre_norm_is_not_olmos() -> None:
+    """Negative control: the same weights under the same names."""
+    reordered, pre = (make(dataclasses.replace(BASE, norm_placement=p)) for p in ("reordered", "pre"))
+    assert largest_difference(pre, *olmo(reordered)) > 1e-2
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + BASE.norm_eps).sqrt()
+
+
+def test_post_norm_by_hand_and_what_the_walk_sees() -> None:
+    model = make(dataclasses.replace(BASE, norm_placement="post")).model
+    tokens = torch.from_numpy(WINDOWS[:, :-1])
+    x = model.embed(tokens)
+    for layer, (q, k, walked) in zip(model.layers, model.walk(tokens), strict=True):
+        expected_q, expected_k, _ = layer.attention.qkv(x, model.rotation_TK)
+        assert (q - expected_q).abs().max() <= 1e-5 and (k - expected_k).abs().max() <= 1e-5
+        h = normed(x + layer.attention(x, model.rotation_TK), layer.attention_norm.weight)
+        x = normed(h + layer.ffn(h), layer.ffn_norm.weight)
+        assert (x - walked).abs().max() <= 1e-5
+    assert (model(tokens) - normed(x, model.norm.weight) @ model.head.weight.T).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_walk_ends_where_the_forward_does(placement: str) -> None:
+    stepper = make(dataclasses.replace(BASE, norm_placement=placement, embed_scale=3.0, attn_softcap=1.0))
+    tokens = torch.from_numpy(WINDOWS[:, :-1])
+    *_, (_, _, last) = stepper.model.walk(tokens)
+    assert torch.equal(stepper.model.head(stepper.model.norm(last)), stepper.model(tokens))
+    assert sum(p.numel() for p in stepper.parameters) == stepper.config.model.parameters(V)
 
 
 def test_the_largest_logit_is_recorded_before_the_cap() -> None:

@@ -28,6 +28,7 @@ LATER = {
     "model.logit_softcap": None,
     "model.attn_softcap": None,
     "model.embed_scale": 1.0,
+    "model.norm_placement": "pre",
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 

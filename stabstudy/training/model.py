@@ -1,4 +1,4 @@
-"""The Lingua-like decoder: pre-norm RMSNorm, causal attention with RoPE and grouped queries, SwiGLU, no biases.
+"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
 
 Shapes: B sequences, T positions, D dim, H query heads, G key/value heads, K head_dim, F ffn_dim, V vocabulary, L depth.
 Facts of the architecture: facebookresearch/lingua (lingua/transformer.py); the code is ours. q, k, v are one matrix and
@@ -72,19 +72,46 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: h = x + attention(norm(x)); out = h + ffn(norm(h))."""
+    """One layer: two branches f (attention, then feed-forward) on the residual stream x, normed where the config says.
+
+        pre        x + f(norm(x))                    Lingua, Llama
+        reordered  x + norm(f(x))                    OLMo 2
+        sandwich   x + post_norm(f(norm(x)))         Gemma 2
+        post       norm(x + f(x))                    the first Transformer
+
+    The final norm before the head is there in all four.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.placement = config.norm_placement
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
+        sandwich = self.placement == "sandwich"
+        self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
+        self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
 
     def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TK)
-        out: Tensor = h_BTD + self.ffn(self.ffn_norm(h_BTD))
+        branch_BTD = self.attention(self.entering(x_BTD, self.attention_norm), rotation_TK)
+        h_BTD = self._joined(x_BTD, branch_BTD, self.attention_norm, self.attention_post_norm)
+        branch_BTD = self.ffn(self.entering(h_BTD, self.ffn_norm))
+        return self._joined(h_BTD, branch_BTD, self.ffn_norm, self.ffn_post_norm)
+
+    def entering(self, x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """What a branch gets of the stream."""
+        out: Tensor = norm(x_BTD) if self.placement in ("pre", "sandwich") else x_BTD
         return out
+
+    def _joined(self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.RMSNorm, post_norm: nn.RMSNorm | None) -> Tensor:
+        """The stream with a branch's output in it."""
+        if self.placement == "reordered":
+            branch_BTD = norm(branch_BTD)
+        elif post_norm is not None:
+            branch_BTD = post_norm(branch_BTD)
+        out: Tensor = x_BTD + branch_BTD
+        return norm(out) if self.placement == "post" else out
 
 
 class Decoder(nn.Module):
@@ -122,7 +149,7 @@ class Decoder(nn.Module):
         x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             assert isinstance(layer, Block)
-            q_BHTK, k_BGTK, _ = layer.attention.qkv(layer.attention_norm(x_BTD), self.rotation_TK)
+            q_BHTK, k_BGTK, _ = layer.attention.qkv(layer.entering(x_BTD, layer.attention_norm), self.rotation_TK)
             x_BTD = layer(x_BTD, self.rotation_TK)
             yield q_BHTK, k_BGTK, x_BTD
 
