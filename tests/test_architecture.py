@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    NemotronConfig,
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
-from stabstudy.config import PLACEMENTS, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import FFNS, PLACEMENTS, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.probes import probe
 from stabstudy.training.step import Stepper
@@ -70,8 +72,11 @@ def to_hf(ours: dict[str, Tensor], config: ModelConfig, norms: dict[str, str]) -
             f"{to}.self_attn.o_proj.weight": ours[f"{at}.attention.wo.weight"],
             f"{to}.mlp.down_proj.weight": ours[f"{at}.ffn.w2.weight"],
         }
-        gate, up = ours[f"{at}.ffn.w13.weight"].chunk(2)
-        named |= {f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up}
+        if config.ffn == "swiglu":
+            gate, up = ours[f"{at}.ffn.w13.weight"].chunk(2)
+            named |= {f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up}
+        else:
+            named[f"{to}.mlp.up_proj.weight"] = ours[f"{at}.ffn.w1.weight"]
         named |= {f"{to}.{theirs}.weight": ours[f"{at}.{name}.weight"] for name, theirs in norms.items()}
     return named
 
@@ -206,9 +211,14 @@ def test_the_probe_sees_scaled_embeddings() -> None:
 LLAMA = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
-def qwen(stepper: Stepper) -> tuple[Qwen3ForCausalLM, dict[str, str]]:
-    """Qwen 3: Llama with an RMSNorm over each head's queries and keys, before RoPE."""
-    reference = Qwen3ForCausalLM(Qwen3Config(**shape_of(stepper.config.model)))
+def qwen(stepper: Stepper, activation: str = "") -> tuple[Qwen3ForCausalLM, dict[str, str]]:
+    """Qwen 3: Llama with an RMSNorm over each head's queries and keys, before RoPE. `activation`: Nemotron's FFN."""
+    config = stepper.config.model
+    reference = Qwen3ForCausalLM(Qwen3Config(**shape_of(config)))
+    for layer in reference.model.layers if activation else ():
+        layer.mlp = NemotronMLP(
+            NemotronConfig(hidden_size=config.dim, intermediate_size=config.ffn_dim, hidden_act=activation)
+        )
     reference.load_state_dict(to_hf(dict(stepper.model.named_parameters()), stepper.config.model, LLAMA))
     return reference, LLAMA
 
@@ -284,6 +294,30 @@ def test_the_walk_ends_where_the_forward_does(placement: str) -> None:
     *_, (_, _, last) = stepper.model.walk(tokens)
     assert torch.equal(stepper.model.head(stepper.model.norm(last)), stepper.model(tokens))
     assert sum(p.numel() for p in stepper.parameters) == stepper.config.model.parameters(V)
+
+
+@pytest.mark.parametrize(("ffn", "activation"), [("squared_relu", "relu2"), ("gelu", "gelu")])
+def test_an_ungated_feed_forward_equals_nemotrons(ffn: str, activation: str) -> None:
+    stepper = make(dataclasses.replace(BASE, qk_norm=True, ffn=ffn))
+    assert largest_difference(stepper, *qwen(stepper, activation)) <= 1e-5
+
+
+@pytest.mark.parametrize(("ffn", "activation"), [("squared_relu", "relu"), ("gelu", "gelu_new"), ("gelu", "relu2")])
+def test_another_activation_is_seen(ffn: str, activation: str) -> None:
+    """Negative control; gelu_new is gelu's approximation by tanh, at most 5e-4 away."""
+    stepper = make(dataclasses.replace(BASE, qk_norm=True, ffn=ffn), gain=2.0)
+    assert largest_difference(stepper, *qwen(stepper, activation)) > 1e-4
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_every_feed_forward_has_about_as_many_parameters(ffn: str) -> None:
+    config = dataclasses.replace(BASE, dim=96, multiple_of=1, ffn=ffn)
+    stepper = make(config)
+    assert config.ffn_dim == {"swiglu": 256, "squared_relu": 384, "gelu": 384}[ffn]
+    assert sum(p.numel() for p in stepper.parameters) == config.parameters(V) == BASE_96
+
+
+BASE_96 = 2 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 256 + 2 * 96) + 96 + 2 * V * 96
 
 
 def test_the_largest_logit_is_recorded_before_the_cap() -> None:

@@ -29,6 +29,7 @@ LATER = {
     "model.attn_softcap": None,
     "model.embed_scale": 1.0,
     "model.norm_placement": "pre",
+    "model.ffn": "swiglu",
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 

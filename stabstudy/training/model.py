@@ -71,6 +71,21 @@ class FeedForward(nn.Module):
         return out
 
 
+class PlainFeedForward(nn.Module):
+    """No gate: w2(f(w1 x)), f the square of relu (Primer, Nemotron) or gelu in its exact form."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.squared_relu = config.ffn == "squared_relu"
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = self.w1(x_BTD)
+        out: Tensor = self.w2(F.relu(hidden_BTF).square() if self.squared_relu else F.gelu(hidden_BTF))
+        return out
+
+
 class Block(nn.Module):
     """One layer: two branches f (attention, then feed-forward) on the residual stream x, normed where the config says.
 
@@ -88,7 +103,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config) if config.ffn == "swiglu" else PlainFeedForward(config)
         sandwich = self.placement == "sandwich"
         self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
         self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
