@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
 PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu")
+RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -49,6 +50,7 @@ class ModelConfig:
     embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
     norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
     ffn: str = setting("swiglu", choices=FFNS)  # squared_relu, gelu (exact, by erf): two matrices, no gate, 4*dim wide
+    residual_scale: str = setting("none", choices=RESIDUAL_SCALES)  # inverse_depth: branches / depth; deepnorm: post
 
     @property
     def kv_heads(self) -> int:
@@ -252,6 +254,14 @@ def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
             "n_heads must be divisible by n_kv_heads",
             f"{m.n_heads} and {m.kv_heads}",
         )
+    if m.residual_scale == "deepnorm" and m.norm_placement != "post":
+        yield Problem(
+            "model.residual_scale, model.norm_placement",
+            "deepnorm needs norm_placement post (without it the residual stream grows as (2*depth)^(depth/2))",
+            f"norm_placement {m.norm_placement}",
+        )
+    if m.residual_scale == "inverse_depth" and m.depth == 1:
+        yield Problem("model.residual_scale, model.depth", "inverse_depth has no effect at depth 1", "depth 1")
     if o.warmup_steps > t.steps:
         yield Problem(
             "optim.warmup_steps, train.steps", "the warmup must end within the run", f"{o.warmup_steps} and {t.steps}"

@@ -320,6 +320,50 @@ def test_every_feed_forward_has_about_as_many_parameters(ffn: str) -> None:
 BASE_96 = 2 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 256 + 2 * 96) + 96 + 2 * V * 96
 
 
+SCALED = [("inverse_depth", p) for p in PLACEMENTS] + [("deepnorm", "post")]
+
+
+@pytest.mark.parametrize(("scale", "placement"), SCALED)
+def test_scaled_residuals_by_hand(scale: str, placement: str) -> None:
+    """L = 2: branches halved, or the stream multiplied by 4^(1/4) = sqrt(2)."""
+    keep, add = (1.0, 0.5) if scale == "inverse_depth" else (2**0.5, 1.0)
+    model = make(dataclasses.replace(BASE, residual_scale=scale, norm_placement=placement)).model
+    tokens = torch.from_numpy(WINDOWS[:, :-1])
+    x = model.embed(tokens)
+    for layer, (q, _, walked) in zip(model.layers, model.walk(tokens), strict=True):
+        for branch, name in ((lambda y, a=layer.attention: a(y, model.rotation_TK), "attention"), (layer.ffn, "ffn")):
+            norm = getattr(layer, f"{name}_norm").weight
+            y = normed(x, norm) if placement in ("pre", "sandwich") else x
+            if name == "attention":
+                assert (layer.attention.qkv(y, model.rotation_TK)[0] - q).abs().max() <= 1e-5
+            y = branch(y)
+            if placement == "reordered":
+                y = normed(y, norm)
+            if placement == "sandwich":
+                y = normed(y, getattr(layer, f"{name}_post_norm").weight)
+            x = keep * x + add * y
+            x = normed(x, norm) if placement == "post" else x
+        assert (x - walked).abs().max() <= 1e-5
+    assert (model(tokens) - normed(x, model.norm.weight) @ model.head.weight.T).abs().max() <= 1e-5
+
+
+def test_deepnorm_shrinks_what_its_paper_shrinks() -> None:
+    """v, the output projection and the feed-forward by (8L)^(-1/4) = 1/2 at L = 2; q, k and the embeddings not."""
+    plain = dataclasses.replace(BASE, norm_placement="post")
+    deep = dataclasses.replace(plain, residual_scale="deepnorm")
+    decoders = [Decoder(c, V, T) for c in (plain, deep)]
+    for decoder, config in zip(decoders, (plain, deep), strict=True):
+        initialise(decoder, config, seed=0)
+    weights = dict(decoders[1].named_parameters())
+    for name, weight in decoders[0].named_parameters():
+        factor = torch.ones(len(weight), *[1] * (weight.ndim - 1))
+        if name.endswith(("wo.weight", "w13.weight", "w2.weight")):
+            factor *= 0.5
+        elif name.endswith("wqkv.weight"):
+            factor[-16:] = 0.5
+        assert torch.allclose(weights[name], factor * weight, rtol=1e-6, atol=0), name
+
+
 def test_the_largest_logit_is_recorded_before_the_cap() -> None:
     capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c), gain=2.0) for c in (1.5, None))
     with torch.no_grad():

@@ -94,12 +94,17 @@ class Block(nn.Module):
         sandwich   x + post_norm(f(norm(x)))         Gemma 2
         post       norm(x + f(x))                    the first Transformer
 
-    The final norm before the head is there in all four.
+    The final norm before the head is there in all four. With `residual_scale` x + y is `keep` * x + `add` * y:
+
+        inverse_depth  keep 1, add 1/L               CompleteP's exponent 1 (2505.01618), without its other rules
+        deepnorm       keep (2L)^(1/4), add 1        DeepNet (2203.00555), decoder only; `initialise` has its beta
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.placement = config.norm_placement
+        self.keep = (2 * config.depth) ** 0.25 if config.residual_scale == "deepnorm" else 1.0
+        self.add = 1 / config.depth if config.residual_scale == "inverse_depth" else 1.0
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -125,8 +130,10 @@ class Block(nn.Module):
             branch_BTD = norm(branch_BTD)
         elif post_norm is not None:
             branch_BTD = post_norm(branch_BTD)
-        out: Tensor = x_BTD + branch_BTD
-        return norm(out) if self.placement == "post" else out
+        kept_BTD = x_BTD if self.keep == 1.0 else x_BTD * self.keep
+        out = torch.add(kept_BTD, branch_BTD, alpha=self.add)
+        joined: Tensor = norm(out) if self.placement == "post" else out
+        return joined
 
 
 class Decoder(nn.Module):
@@ -206,11 +213,15 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     sqrt(2(L+1)), `lingua_current_depth` sqrt(2(l+1)), `lingua_dim_ratio` dim/4096 (a division: below dim 4096 the std
     GROWS). `normal_002`: N(0, 0.02) for every matrix, untruncated (the Hugging Face default).
 
+    `residual_scale: deepnorm` multiplies stds and bounds of wv, wo, w1, w2, w3 by its beta (8L)^(-1/4), as published
+    (there on Xavier's stds; here on those of `init`).
+
     Each matrix has a random stream of its own, keyed by (seed, its unfused name): equal names and shapes get equal
     numbers whatever the depth, optimizer or device. Drawn on the CPU in float32.
     """
     base, hidden = config.dim**-0.5, config.ffn_dim**-0.5
     kv_rows = config.kv_heads * config.head_dim
+    beta = (8 * config.depth) ** -0.25 if config.residual_scale == "deepnorm" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(("q_norm", "k_norm")):
@@ -227,7 +238,8 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
             parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
             rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
-                part.copy_(_normal(part.shape, std, bound, f"{seed}/{name}/{i}"))
+                shrink = beta if ".ffn." in name or name.endswith("wo.weight") or i == 2 else 1.0  # 2: v of wqkv
+                part.copy_(_normal(part.shape, shrink * std, shrink * bound, f"{seed}/{name}/{i}"))
 
 
 def _depth_factor(config: ModelConfig, layer: int) -> float:
