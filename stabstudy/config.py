@@ -21,7 +21,7 @@ from stabstudy.settings import ConfigError, Problem, check_annotations, nearest,
 FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
 
-INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
+INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
 PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")

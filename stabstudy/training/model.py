@@ -212,6 +212,7 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     factor of layer l (0-based) of L: `lingua` 1 (its published configs: no depth scaling), `lingua_global_depth`
     sqrt(2(L+1)), `lingua_current_depth` sqrt(2(l+1)), `lingua_dim_ratio` dim/4096 (a division: below dim 4096 the std
     GROWS). `normal_002`: N(0, 0.02) for every matrix, untruncated (the Hugging Face default).
+    `scaled`: the same with 0.02 / sqrt(2L) for wo and w2 (GPT-2, Megatron): the branches of all layers add up alike.
 
     `residual_scale: deepnorm` multiplies stds and bounds of wv, wo, w1, w2, w3 by its beta (8L)^(-1/4), as published
     (there on Xavier's stds; here on those of `init`).
@@ -233,8 +234,10 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
                 std = base / factor
             elif name.endswith("w2.weight"):
                 std, bound = hidden / factor, 3 * hidden / factor
-            if config.init == "normal_002":
+            if config.init in ("normal_002", "scaled"):
                 std, bound = 0.02, math.inf
+            if config.init == "scaled" and name.endswith(("wo.weight", "w2.weight")):
+                std = 0.02 / math.sqrt(2 * config.depth)
             parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
             rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
