@@ -21,7 +21,10 @@ from stabstudy.settings import ConfigError, Problem, check_annotations, nearest,
 FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
 
-INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
+INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
+PLACEMENTS = ("pre", "reordered", "sandwich", "post")
+FFNS = ("swiglu", "squared_relu", "gelu")
+RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -29,19 +32,25 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+    """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
 
     depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
     dim: int = setting(64, ge=2, le=65_536)  # residual width
     n_heads: int = setting(4, ge=1, le=1024)
     n_kv_heads: int | None = setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
-    ffn_multiplier: float = setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim
+    ffn_multiplier: float = setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim (no gate: of 4 * dim)
     multiple_of: int = setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
     norm_eps: float = setting(1e-5, gt=0, le=1)
     rope_theta: float = setting(10_000.0, gt=0, le=1e9)
     qk_norm: bool = setting(False)  # RMSNorm on queries and keys of each head, before RoPE
     init: str = setting("lingua", choices=INITS)
     tied: bool = setting(False)  # the output matrix is the embedding
+    logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
+    attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
+    embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
+    ffn: str = setting("swiglu", choices=FFNS)  # squared_relu, gelu (exact, by erf): two matrices, no gate, 4*dim wide
+    residual_scale: str = setting("none", choices=RESIDUAL_SCALES)  # inverse_depth: branches / depth; deepnorm: post
 
     @property
     def kv_heads(self) -> int:
@@ -53,15 +62,21 @@ class ModelConfig:
 
     @property
     def ffn_dim(self) -> int:
-        """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256)."""
-        hidden = int(int(2 * (4 * self.dim) / 3) * self.ffn_multiplier)
+        """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256).
+
+        The 2/3 pays for the third matrix of a gate; without a gate it is 4 * dim: about as many parameters.
+        """
+        width = int(2 * (4 * self.dim) / 3) if self.ffn == "swiglu" else 4 * self.dim
+        hidden = int(width * self.ffn_multiplier)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
     def parameters(self, vocab: int) -> int:
         """Number of parameters, embeddings included."""
         kv_dim = self.kv_heads * self.head_dim
-        layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        ffn_matrices = 3 if self.ffn == "swiglu" else 2
+        layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + ffn_matrices * self.dim * self.ffn_dim + 2 * self.dim
         layer += 2 * self.head_dim if self.qk_norm else 0
+        layer += 2 * self.dim if self.norm_placement == "sandwich" else 0
         return self.depth * layer + self.dim + (1 if self.tied else 2) * vocab * self.dim
 
 
@@ -239,6 +254,14 @@ def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
             "n_heads must be divisible by n_kv_heads",
             f"{m.n_heads} and {m.kv_heads}",
         )
+    if m.residual_scale == "deepnorm" and m.norm_placement != "post":
+        yield Problem(
+            "model.residual_scale, model.norm_placement",
+            "deepnorm needs norm_placement post (without it the residual stream grows as (2*depth)^(depth/2))",
+            f"norm_placement {m.norm_placement}",
+        )
+    if m.residual_scale == "inverse_depth" and m.depth == 1:
+        yield Problem("model.residual_scale, model.depth", "inverse_depth has no effect at depth 1", "depth 1")
     if o.warmup_steps > t.steps:
         yield Problem(
             "optim.warmup_steps, train.steps", "the warmup must end within the run", f"{o.warmup_steps} and {t.steps}"

@@ -24,12 +24,26 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 
 # ids
 
+LATER = {
+    "model.logit_softcap": None,
+    "model.attn_softcap": None,
+    "model.embed_scale": 1.0,
+    "model.norm_placement": "pre",
+    "model.ffn": "swiglu",
+    "model.residual_scale": "none",
+}
+"""Settings that came after the first ids were given, with their defaults: what was trained before them."""
+
 
 def test_the_default_trial_keeps_its_id():
     # defaults stay out of the hash: changing one silently changes what old ids mean, and needs a new FORMAT_VERSION
     assert cfg.FORMAT_VERSION == 1
     assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
-    defaults = json.dumps(cfg.to_dict(TrialConfig()), sort_keys=True)
+    first = cfg.to_dict(TrialConfig())
+    for name, default in LATER.items():
+        group, key = name.split(".")
+        assert first[group].pop(key) == default
+    defaults = json.dumps(first, sort_keys=True)
     assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "b4c4043b17169f56"
 
 
@@ -107,6 +121,11 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         ({"seed": -1}, "seed: must be a whole number in [0, 9.22337e+18], got -1"),
         ({"model": {"dim": 66}}, "model.dim, model.n_heads: dim must be divisible by n_heads, got 66 and 4"),
         ({"model": {"dim": 12}}, "model.dim, model.n_heads: dim / n_heads must be even (RoPE rotates pairs), got 3"),
+        ({"model": {"residual_scale": "deepnorm"}}, "model.residual_scale, model.norm_placement: deepnorm needs"),
+        (
+            {"model": {"residual_scale": "inverse_depth", "depth": 1}},
+            "model.residual_scale, model.depth: inverse_depth has no effect at depth 1",
+        ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stabstudy.config import ModelConfig
+from stabstudy.config import FFNS, ModelConfig
 from stabstudy.training.model import Decoder, initialise
 
 V, T = 97, 24
@@ -191,6 +191,30 @@ def test_normal_002_is_untruncated() -> None:
         if weight.ndim == 2:
             assert weight.std().item() == pytest.approx(0.02, rel=0.02), name
     assert model.embed.weight.abs().max() > 0.07  # 3.5 std: a cut at 3 would forbid it
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+def test_scaled_is_normal_002_with_smaller_outputs_of_branches(ffn: str) -> None:
+    configs = [ModelConfig(depth=DEPTH, dim=DIM, n_heads=4, ffn=ffn, init=i) for i in ("normal_002", "scaled")]
+    models = [Decoder(c, 512, T) for c in configs]
+    for model, config in zip(models, configs, strict=True):
+        initialise(model, config, seed=0)
+    weights = dict(models[1].named_parameters())
+    for name, weight in models[0].named_parameters():
+        factor = 1 / math.sqrt(8) if name.endswith(("wo.weight", "w2.weight")) else 1.0
+        assert torch.allclose(weights[name], factor * weight, rtol=1e-6, atol=0), name
+    assert weights["layers.3.ffn.w2.weight"].std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.02)
+
+
+@pytest.mark.parametrize("ffn", ["squared_relu", "gelu"])
+def test_an_ungated_feed_forward_starts_by_the_same_table(ffn: str) -> None:
+    config = ModelConfig(depth=1, dim=DIM, n_heads=4, ffn=ffn)
+    model = Decoder(config, 512, T)
+    initialise(model, config, seed=0)
+    for name, std in (("w1", BASE), ("w2", 1024**-0.5)):
+        weight = model.get_parameter(f"layers.0.ffn.{name}.weight")
+        assert weight.std().item() == pytest.approx(truncated_std(std, 3 * std), rel=0.02)
+        assert weight.abs().max() <= 3 * std
 
 
 def test_published_configs_start_near_ln_v_plus_half() -> None:

@@ -572,6 +572,13 @@ def test_memory_of_the_published_models_is_of_the_right_size():
     assert estimate.memory(TrialConfig()) < 200e6
 
 
+def test_capped_attention_keeps_its_scores_in_memory():
+    """8 sequences of 4096, 4 layers, 4 heads: 4096 scores for each position and head, 16 bytes each."""
+    long = {"data": {"seq_len": 4096}}
+    plain, capped = (estimate.memory(cfg.from_dict(long | {"model": {"attn_softcap": cap}})) for cap in (None, 50.0))
+    assert capped - plain == pytest.approx(8 * 4 * 4 * 4096**2 * 16)
+
+
 class FakeDriver:
     """The three calls of NVIDIA's management library that the program makes, for two GPUs."""
 

@@ -28,6 +28,7 @@ STEP_SECONDS = {"cpu": 0.006, "gpu": 0.01}  # what a step costs beside its arith
 START_SECONDS = 3.0  # of a trial: its model, its data, its files
 BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments of AdamW, one temporary
 ACTIVATION_BYTES = 84  # per token, layer and unit of width
+SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
 PROCESS_BYTES = 0.7e9  # a process with torch in it
 
 
@@ -61,6 +62,8 @@ def memory(config: TrialConfig) -> float:
     """Bytes that a trial needs at its peak: weights and their moments, activations of one micro-batch, logits."""
     m, tokens = config.model, config.train.micro_batch * config.data.seq_len
     activations = tokens * m.dim * m.depth * ACTIVATION_BYTES
+    if m.attn_softcap is not None:  # explicit scores, some of them kept for the backward pass
+        activations += tokens * config.data.seq_len * m.n_heads * m.depth * SCORE_BYTES
     return m.parameters(vocabulary(config)) * BYTES_PER_PARAMETER + activations + 12.0 * tokens * vocabulary(config)
 
 

@@ -1,4 +1,4 @@
-"""The Lingua-like decoder: pre-norm RMSNorm, causal attention with RoPE and grouped queries, SwiGLU, no biases.
+"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
 
 Shapes: B sequences, T positions, D dim, H query heads, G key/value heads, K head_dim, F ffn_dim, V vocabulary, L depth.
 Facts of the architecture: facebookresearch/lingua (lingua/transformer.py); the code is ours. q, k, v are one matrix and
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
+from stabstudy.training.softcap import capped_attention
 
 
 class Attention(nn.Module):
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, (self.H + 2 * self.G) * self.K, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.eps = config.norm_eps
+        self.softcap = config.attn_softcap
         self.q_norm = nn.Parameter(torch.ones(self.K)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(self.K)) if config.qk_norm else None
 
@@ -46,7 +48,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
         q_BHTK, k_BGTK, v_BGTK = self.qkv(x_BTD, rotation_TK)
-        mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.G != self.H)
+        if self.softcap is not None:
+            mixed_BHTK = capped_attention(q_BHTK, k_BGTK, v_BGTK, self.softcap)
+        else:
+            grouped = self.G != self.H
+            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
         out: Tensor = self.wo(mixed_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return out
 
@@ -65,28 +71,81 @@ class FeedForward(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """One layer: h = x + attention(norm(x)); out = h + ffn(norm(h))."""
+class PlainFeedForward(nn.Module):
+    """No gate: w2(f(w1 x)), f the square of relu (Primer, Nemotron) or gelu in its exact form."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config)
+        self.squared_relu = config.ffn == "squared_relu"
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
-        h_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation_TK)
-        out: Tensor = h_BTD + self.ffn(self.ffn_norm(h_BTD))
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = self.w1(x_BTD)
+        out: Tensor = self.w2(F.relu(hidden_BTF).square() if self.squared_relu else F.gelu(hidden_BTF))
         return out
 
 
+class Block(nn.Module):
+    """One layer: two branches f (attention, then feed-forward) on the residual stream x, normed where the config says.
+
+        pre        x + f(norm(x))                    Lingua, Llama
+        reordered  x + norm(f(x))                    OLMo 2
+        sandwich   x + post_norm(f(norm(x)))         Gemma 2
+        post       norm(x + f(x))                    the first Transformer
+
+    The final norm before the head is there in all four. With `residual_scale` x + y is `keep` * x + `add` * y:
+
+        inverse_depth  keep 1, add 1/L               CompleteP's exponent 1 (2505.01618), without its other rules
+        deepnorm       keep (2L)^(1/4), add 1        DeepNet (2203.00555), decoder only; `initialise` has its beta
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.placement = config.norm_placement
+        self.keep = (2 * config.depth) ** 0.25 if config.residual_scale == "deepnorm" else 1.0
+        self.add = 1 / config.depth if config.residual_scale == "inverse_depth" else 1.0
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = FeedForward(config) if config.ffn == "swiglu" else PlainFeedForward(config)
+        sandwich = self.placement == "sandwich"
+        self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
+        self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
+
+    def forward(self, x_BTD: Tensor, rotation_TK: Tensor) -> Tensor:
+        branch_BTD = self.attention(self.entering(x_BTD, self.attention_norm), rotation_TK)
+        h_BTD = self._joined(x_BTD, branch_BTD, self.attention_norm, self.attention_post_norm)
+        branch_BTD = self.ffn(self.entering(h_BTD, self.ffn_norm))
+        return self._joined(h_BTD, branch_BTD, self.ffn_norm, self.ffn_post_norm)
+
+    def entering(self, x_BTD: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """What a branch gets of the stream."""
+        out: Tensor = norm(x_BTD) if self.placement in ("pre", "sandwich") else x_BTD
+        return out
+
+    def _joined(self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.RMSNorm, post_norm: nn.RMSNorm | None) -> Tensor:
+        """The stream with a branch's output in it."""
+        if self.placement == "reordered":
+            branch_BTD = norm(branch_BTD)
+        elif post_norm is not None:
+            branch_BTD = post_norm(branch_BTD)
+        kept_BTD = x_BTD if self.keep == 1.0 else x_BTD * self.keep
+        out = torch.add(kept_BTD, branch_BTD, alpha=self.add)
+        joined: Tensor = norm(out) if self.placement == "post" else out
+        return joined
+
+
 class Decoder(nn.Module):
-    """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise`, never left at a library's default."""
+    """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise`, never left at a library's default.
+
+    The logits are those before `logit_softcap`: the loss caps them, and the record needs them uncapped.
+    """
 
     def __init__(self, config: ModelConfig, vocab: int, seq_len: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, config.dim)
+        self.embed_scale = config.embed_scale
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, vocab, bias=False)
@@ -95,8 +154,13 @@ class Decoder(nn.Module):
         self.rotation_TK: Tensor
         self.register_buffer("rotation_TK", rotation(seq_len, config.head_dim, config.rope_theta), persistent=False)
 
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        """What enters the first layer, [B,T,D]."""
+        x_BTD: Tensor = self.embed(tokens_BT)
+        return x_BTD if self.embed_scale == 1.0 else x_BTD * self.embed_scale
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, self.rotation_TK)
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
@@ -104,10 +168,10 @@ class Decoder(nn.Module):
 
     def walk(self, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Layer by layer (q [B,H,T,K], k [B,G,T,K], residual after the layer [B,T,D]): what the probes look at."""
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             assert isinstance(layer, Block)
-            q_BHTK, k_BGTK, _ = layer.attention.qkv(layer.attention_norm(x_BTD), self.rotation_TK)
+            q_BHTK, k_BGTK, _ = layer.attention.qkv(layer.entering(x_BTD, layer.attention_norm), self.rotation_TK)
             x_BTD = layer(x_BTD, self.rotation_TK)
             yield q_BHTK, k_BGTK, x_BTD
 
@@ -148,12 +212,17 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     factor of layer l (0-based) of L: `lingua` 1 (its published configs: no depth scaling), `lingua_global_depth`
     sqrt(2(L+1)), `lingua_current_depth` sqrt(2(l+1)), `lingua_dim_ratio` dim/4096 (a division: below dim 4096 the std
     GROWS). `normal_002`: N(0, 0.02) for every matrix, untruncated (the Hugging Face default).
+    `scaled`: the same with 0.02 / sqrt(2L) for wo and w2 (GPT-2, Megatron): the branches of all layers add up alike.
+
+    `residual_scale: deepnorm` multiplies stds and bounds of wv, wo, w1, w2, w3 by its beta (8L)^(-1/4), as published
+    (there on Xavier's stds; here on those of `init`).
 
     Each matrix has a random stream of its own, keyed by (seed, its unfused name): equal names and shapes get equal
     numbers whatever the depth, optimizer or device. Drawn on the CPU in float32.
     """
     base, hidden = config.dim**-0.5, config.ffn_dim**-0.5
     kv_rows = config.kv_heads * config.head_dim
+    beta = (8 * config.depth) ** -0.25 if config.residual_scale == "deepnorm" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(("q_norm", "k_norm")):
@@ -165,12 +234,15 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
                 std = base / factor
             elif name.endswith("w2.weight"):
                 std, bound = hidden / factor, 3 * hidden / factor
-            if config.init == "normal_002":
+            if config.init in ("normal_002", "scaled"):
                 std, bound = 0.02, math.inf
+            if config.init == "scaled" and name.endswith(("wo.weight", "w2.weight")):
+                std = 0.02 / math.sqrt(2 * config.depth)
             parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
             rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
-                part.copy_(_normal(part.shape, std, bound, f"{seed}/{name}/{i}"))
+                shrink = beta if ".ffn." in name or name.endswith("wo.weight") or i == 2 else 1.0  # 2: v of wqkv
+                part.copy_(_normal(part.shape, shrink * std, shrink * bound, f"{seed}/{name}/{i}"))
 
 
 def _depth_factor(config: ModelConfig, layer: int) -> float:

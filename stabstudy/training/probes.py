@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy.training.optim import update_sizes
+from stabstudy.training.softcap import soft_cap
 from stabstudy.training.step import Stepper
 
 PROBE_SEQUENCES = 4
@@ -25,12 +26,12 @@ def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool
     """One row of the probes record, without `val_loss`. `updated`: an update was made, so its size can be measured."""
     tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
     per_layer: list[Tensor] = []
-    precision = stepper.config.train.precision
+    precision, cap = stepper.config.train.precision, stepper.config.model.attn_softcap
     kind = torch.bfloat16 if precision == "bf16" else torch.float16
     with torch.no_grad():
         with torch.autocast(stepper.device.type, dtype=kind, enabled=precision != "fp32"):
             for q_BHTK, k_BGTK, x_BTD in stepper.model.walk(tokens_BT):
-                largest, entropy = attention_statistics(q_BHTK, k_BGTK)
+                largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
                 per_layer.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
         norm = torch.linalg.vector_norm(weight_norms(stepper))
         sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if updated else None
@@ -53,14 +54,18 @@ def weight_norms(stepper: Stepper) -> Tensor:
     return torch.stack(torch._foreach_norm([p.detach() for p in stepper.parameters], 2))
 
 
-def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest unmasked q.k/sqrt(K), mean over rows i >= 1 of entropy / log(i + 1)) of one layer, in float32."""
+def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """(largest unmasked q.k/sqrt(K), mean over rows i >= 1 of entropy / log(i + 1)) of one layer, in float32.
+
+    With a soft cap the largest score is that before it, the entropy that of the weights which attention really uses.
+    """
     B, H, T, K = q_BHTK.shape
     k_BHTK = k_BGTK.repeat_interleave(H // k_BGTK.shape[1], dim=1).float()
     scores_BHTT = q_BHTK.float() @ k_BHTK.transpose(-1, -2) / math.sqrt(K)
     hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
     scores_BHTT = scores_BHTT.masked_fill(hidden_TT, -math.inf)
-    log_weights = torch.log_softmax(scores_BHTT, dim=-1).masked_fill(hidden_TT, 0.0)
+    used_BHTT = scores_BHTT if cap is None else soft_cap(scores_BHTT, cap).masked_fill(hidden_TT, -math.inf)
+    log_weights = torch.log_softmax(used_BHTT, dim=-1).masked_fill(hidden_TT, 0.0)
     entropy_BHT = -(log_weights.exp() * log_weights).masked_fill(hidden_TT, 0.0).sum(-1)
     positions = torch.arange(2, T + 1, device=q_BHTK.device).float()
     return scores_BHTT.amax(), (entropy_BHT[..., 1:] / positions.log()).mean()

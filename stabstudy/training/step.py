@@ -23,6 +23,7 @@ from stabstudy.config import TrialConfig
 from stabstudy.training import clip
 from stabstudy.training.model import Decoder
 from stabstudy.training.optim import AdamW
+from stabstudy.training.softcap import soft_cap
 
 IGNORE = -100
 """A target that counts for nothing (padding)."""
@@ -44,19 +45,27 @@ class Sums:
     logit_absmax: Tensor
 
 
-def target_sums(logits_BTV: Tensor, targets_BT: Tensor, masked: bool, want_squares: bool) -> Sums:
-    """Cross-entropy and logit statistics in float32. logsumexp is cross-entropy plus the target's own logit."""
+def target_sums(
+    logits_BTV: Tensor, targets_BT: Tensor, masked: bool, want_squares: bool, cap: float | None = None
+) -> Sums:
+    """Cross-entropy and logit statistics in float32. logsumexp is cross-entropy plus the target's own logit.
+
+    With a soft cap, cross-entropy and logsumexp are of the capped logits; `logit_absmax` is what they were before it.
+    """
     logits_NV = logits_BTV.flatten(0, 1).float()
     targets_N = targets_BT.flatten()
     if masked:
         valid = targets_N != IGNORE
         logits_NV, targets_N = logits_NV[valid], targets_N[valid]
+    raw_NV = logits_NV.detach()
+    if cap is not None:
+        logits_NV = soft_cap(logits_NV, cap)
     ce_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
     with torch.set_grad_enabled(want_squares and torch.is_grad_enabled()):
         logz_N = ce_N + logits_NV.gather(1, targets_N[:, None]).squeeze(1)
         squares = logz_N.square().sum() if want_squares else logz_N.new_zeros(())
     with torch.no_grad():
-        low, high = torch.aminmax(logits_NV) if len(logits_NV) else (logits_NV.new_zeros(()),) * 2
+        low, high = torch.aminmax(raw_NV) if len(raw_NV) else (raw_NV.new_zeros(()),) * 2
     return Sums(ce_N.sum(), logz_N.detach().sum(), squares, torch.maximum(-low, high))
 
 
@@ -121,7 +130,8 @@ class Stepper:
         kind = torch.bfloat16 if precision == "bf16" else torch.float16
         with torch.autocast(self.device.type, dtype=kind, enabled=precision != "fp32"):
             logits_BTV = self.model(inputs_BT)
-        return target_sums(logits_BTV, targets_BT, masked, self.config.train.z_loss > 0)
+        cap = self.config.model.logit_softcap
+        return target_sums(logits_BTV, targets_BT, masked, self.config.train.z_loss > 0, cap)
 
     def _micro_batches(self, windows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(windows), self.config.train.micro_batch):
