@@ -25,6 +25,7 @@ INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ra
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
+CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class OptimConfig:
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
     decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
     clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
+    # norm: at clip; zclip, adagc: at clip in their first 25, 100 steps only; agc: never, so clip is 1.0 (on) or null
+    clip_kind: str = setting("norm", choices=CLIP_KINDS)
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,11 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
         yield Problem(
             "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"
         )
+    if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
+        yield Problem("optim.clip_kind", "acts with optim.clip on only", f"{o.clip_kind} and clip null")
+    if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
+        rule = f"clip_kind agc has bounds of its own: must be {OptimConfig.clip:g} (on) or null (off)"
+        yield Problem("optim.clip", rule, f"{o.clip:g}")
     needs_path = d.source not in ("pysrc", "synthetic")
     if needs_path and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")

@@ -30,7 +30,7 @@ def test_the_default_trial_keeps_its_id():
     assert cfg.FORMAT_VERSION == 1
     assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
     defaults = json.dumps(cfg.to_dict(TrialConfig()), sort_keys=True)
-    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "b4c4043b17169f56"
+    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "c666f4c01f18bccc"
 
 
 def test_the_id_is_the_documented_hash():
@@ -111,6 +111,14 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
+        (
+            {"optim": {"clip": None, "clip_kind": "zclip"}},
+            "optim.clip_kind: acts with optim.clip on only, got zclip and clip null",
+        ),
+        (
+            {"optim": {"clip": 2.0, "clip_kind": "agc"}},
+            "optim.clip: clip_kind agc has bounds of its own: must be 1 (on) or null (off), got 2",
+        ),
         (
             {"optim": {"schedule": "inv_sqrt", "warmup_steps": 0}},
             "optim.schedule, optim.warmup_steps: inv_sqrt scales by the warmup",

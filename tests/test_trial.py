@@ -19,7 +19,7 @@ from stabstudy import store, trace
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.stability.rules import Rules
-from stabstudy.training import checkpoint
+from stabstudy.training import checkpoint, clip_rules
 from stabstudy.training import step as st
 from stabstudy.training.loop import Heartbeat, Loop, Progress
 from stabstudy.training.step import Stepper
@@ -129,6 +129,9 @@ VARIANTS = {
     "accumulated": vary(train={"micro_batch_size": 1}),
     "wsd, no clip": vary(optim={"schedule": "wsd", "clip": None}),
     "fp16": vary(train={"precision": "fp16"}),
+    "zclip": vary(optim={"clip_kind": "zclip"}),
+    "adagc": vary(optim={"clip_kind": "adagc", "clip": 0.5}),
+    "agc": vary(optim={"clip_kind": "agc"}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
 
@@ -136,8 +139,10 @@ VARIANTS = {
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("stops", [(4,), (5, 6), (1, 11)])
 def test_stopped_and_resumed_equals_uninterrupted(
-    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run
+    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(clip_rules, "Z_FIRST", 3)  # so that the memories of these rules matter within 12 steps
+    monkeypatch.setattr(clip_rules, "ADAGC_FIRST", 3)
     whole, broken = make(config, "whole"), make(config, "broken")
     run(whole)
     for stop in stops:
@@ -148,6 +153,22 @@ def test_stopped_and_resumed_equals_uninterrupted(
     for a, b in zip(records(whole), records(broken), strict=True):
         assert_same(a, b)
     assert whole.read_state().final_loss == state.final_loss
+
+
+@pytest.mark.parametrize("kind", ["zclip", "adagc"])
+def test_a_clipping_rule_that_forgets_would_be_seen(
+    kind: str, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the test above: resumed without its memory, the rule clips otherwise."""
+    monkeypatch.setattr(clip_rules, "Z_FIRST", 3)
+    monkeypatch.setattr(clip_rules, "ADAGC_FIRST", 3)
+    monkeypatch.setattr(checkpoint, "_memories", lambda stepper: {})
+    whole, broken = make(VARIANTS[kind], "whole"), make(VARIANTS[kind], "broken")
+    run(whole)
+    run(broken, lambda p: p.step == 6)
+    run(broken)
+    scales = [records(folder)[0]["clip_scale"] for folder in (whole, broken)]
+    assert np.array_equal(scales[0][:6], scales[1][:6]) and not np.array_equal(*scales)
 
 
 class Crash(Exception):

@@ -39,6 +39,7 @@ class TrialFacts:
     init_loss: float | None
     final_loss: float | None
     approximate: bool = False  # the source did not log every step
+    clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,11 @@ def _slope(x: Floats, y: Floats) -> float:
 def _clipping(norm: Floats, trace: Rows, facts: TrialFacts) -> dict[str, Value]:
     finite, warm = np.isfinite(norm), np.arange(len(norm)) < facts.warmup_steps
     scale = trace["clip_scale"][finite & np.isfinite(trace["clip_scale"])] if facts.clip is not None else np.array([])
+    fixed = facts.clip if facts.clip_kind == "norm" else None
+    clipped = trace["clip_scale"] < 1 if fixed is None else norm > fixed
 
     def share(steps: NDArray[np.bool_]) -> float | None:
-        return float(np.mean(norm[steps] > facts.clip)) if facts.clip is not None and steps.any() else None
+        return float(np.mean(clipped[steps])) if facts.clip is not None and steps.any() else None
 
     return {
         "clip_share": share(finite),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stabstudy.config import TrialConfig
 from stabstudy.training import clip
+from stabstudy.training.clip_rules import clip_rule
 from stabstudy.training.model import Decoder
 from stabstudy.training.optim import AdamW
 
@@ -69,6 +70,7 @@ class Stepper:
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
         self.optimizer = AdamW(self.parameters, config.optim)
+        self.clip_rule = clip_rule(config.optim, self.parameters)
         self.scaled = config.train.precision == "fp16"
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
@@ -90,7 +92,7 @@ class Stepper:
         norms = clip.tensor_norms(grads)
         norm = torch.linalg.vector_norm(norms)
         used_scale = self.loss_scale.clone()
-        factor = self._clip(grads, norm)
+        factor = self._clip(grads, norms, norm)
         self._update(norm, loss, lr)
         return torch.cat([torch.stack([loss, absmax, logz, norm, factor, used_scale]), norms])
 
@@ -130,14 +132,11 @@ class Stepper:
             # an ignored position is a target only; as an input it may be any token
             yield part[:, :-1].clamp(min=0), part[:, 1:]
 
-    def _clip(self, grads: list[Tensor], norm: Tensor) -> Tensor:
+    def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
         """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""
-        if self.config.optim.clip is None:
+        if self.clip_rule is None:
             return torch.ones((), device=self.device)
-        factor = clip.clip_scale(norm, self.config.optim.clip)
-        if self.device.type != "cpu" or factor < 1:  # on a CPU reading it is free, and x * 1 need not be computed
-            clip.scale_(grads, factor)
-        return factor
+        return self.clip_rule.apply(grads, norms, norm)
 
     def _update(self, norm: Tensor, loss: Tensor, lr: float) -> None:
         """The AdamW step, which the fused kernel itself leaves out where `found_inf` is 1."""
