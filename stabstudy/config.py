@@ -26,6 +26,7 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
+SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class TrainConfig:
     precision: str = setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
+    skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
     compile: bool = setting(False)
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
     eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
@@ -278,6 +280,9 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
     if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
         rule = f"clip_kind agc has bounds of its own: must be {OptimConfig.clip:g} (on) or null (off)"
         yield Problem("optim.clip", rule, f"{o.clip:g}")
+    if config.train.skip_spikes and config.train.steps <= SPIKE_SKIP_FROM:
+        rule = f"can skip nothing in the first {SPIKE_SKIP_FROM} steps: needs more of them"
+        yield Problem("train.skip_spikes, train.steps", rule, str(config.train.steps))
     needs_path = d.source not in ("pysrc", "synthetic")
     if needs_path and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")

@@ -98,8 +98,8 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
 
 def _memories(stepper: Stepper) -> dict[str, Tensor]:
     """What the settings' own mechanisms remember: tensors that are written in place."""
-    rule = stepper.clip_rule
-    return {} if rule is None else {f"clip/{key}": tensor for key, tensor in rule.state.items()}
+    owners = {"clip": stepper.clip_rule, "spike_skip": stepper.spike_skip}
+    return {f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()}
 
 
 def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
