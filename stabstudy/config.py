@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
@@ -83,6 +84,7 @@ class OptimConfig:
     schedule: str = setting("cosine", choices=SCHEDULES)
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
     decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
+    decay_shape: str = setting("linear", choices=DECAY_SHAPES)  # wsd only: how it gets from lr to the floor
     clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
     # norm: at clip; zclip, adagc: at clip in their first 25, 100 steps only; agc: never, so clip is 1.0 (on) or null
     clip_kind: str = setting("norm", choices=CLIP_KINDS)
@@ -271,6 +273,8 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
     """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
         yield Problem("optim.decay_share", "acts on schedule wsd only", f"schedule {o.schedule}")
+    if o.schedule != "wsd" and o.decay_shape != OptimConfig.decay_shape:
+        yield Problem("optim.decay_shape", "acts on schedule wsd only", f"schedule {o.schedule}")
     if o.schedule == "inv_sqrt" and o.warmup_steps == 0:
         yield Problem(
             "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"

@@ -30,7 +30,7 @@ def test_the_default_trial_keeps_its_id():
     assert cfg.FORMAT_VERSION == 1
     assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
     defaults = json.dumps(cfg.to_dict(TrialConfig()), sort_keys=True)
-    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "844d16c5086d77ea"
+    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "50c49de53d476d63"
 
 
 def test_the_id_is_the_documented_hash():
@@ -108,6 +108,7 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         ({"model": {"dim": 66}}, "model.dim, model.n_heads: dim must be divisible by n_heads, got 66 and 4"),
         ({"model": {"dim": 12}}, "model.dim, model.n_heads: dim / n_heads must be even (RoPE rotates pairs), got 3"),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
         ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
