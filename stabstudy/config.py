@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ FORMAT_VERSION = 1
 
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -73,6 +75,8 @@ class OptimConfig:
     """AdamW, its schedule and the clip."""
 
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
+    lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
+    base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
     allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
     decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
@@ -151,6 +155,14 @@ class TrialConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: int = setting(0, ge=0, le=2**63 - 1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the schedule multiplies: `optim.lr` after `optim.lr_rule`."""
+        if self.optim.lr_rule == "none" or self.optim.base_batch is None:
+            return self.optim.lr
+        ratio = self.train.batch_size / self.optim.base_batch
+        return self.optim.lr * (ratio if self.optim.lr_rule == "linear_batch" else math.sqrt(ratio))
 
     @property
     def tokens_per_step(self) -> int:
@@ -279,6 +291,12 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
         yield Problem(
             "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"
         )
+    if o.lr_rule != "none" and o.base_batch is None:
+        yield Problem(
+            "optim.lr_rule, optim.base_batch", f"{o.lr_rule} needs the base_batch that lr is meant for", "null"
+        )
+    if o.lr_rule == "none" and o.base_batch is not None:
+        yield Problem("optim.base_batch", "acts with optim.lr_rule only", f"{o.base_batch} and lr_rule none")
     if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
         yield Problem("optim.clip_kind", "acts with optim.clip on only", f"{o.clip_kind} and clip null")
     if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):

@@ -30,7 +30,7 @@ def test_the_default_trial_keeps_its_id():
     assert cfg.FORMAT_VERSION == 1
     assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
     defaults = json.dumps(cfg.to_dict(TrialConfig()), sort_keys=True)
-    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "50c49de53d476d63"
+    assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "2b87f18ab78ffa68"
 
 
 def test_the_id_is_the_documented_hash():
@@ -95,7 +95,7 @@ def test_flat_names_every_setting_once_with_derived_defaults():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr?"),
+        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr, optim.lr_rule?)"),
         ({"model": {"lr": 1}}, "model.lr: is no setting (did you mean optim.lr?)"),
         ({"optm": {}}, "optm: is no setting (did you mean optim?)"),
         ({"optim": 3}, "optim: must be a mapping of settings, got 3"),
@@ -109,6 +109,11 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         ({"model": {"dim": 12}}, "model.dim, model.n_heads: dim / n_heads must be even (RoPE rotates pairs), got 3"),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"base_batch": 8}}, "optim.base_batch: acts with optim.lr_rule only, got 8 and lr_rule none"),
+        (
+            {"optim": {"lr_rule": "sqrt_batch"}},
+            "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, got null",
+        ),
         ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
@@ -142,6 +147,13 @@ def test_all_problems_come_at_once():
 def test_a_control_trial_may_learn_nothing():
     config = cfg.from_dict({"optim": {"lr": 0, "allow_zero_lr": True}})
     assert config.optim.lr == 0
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt_batch", 2.0), ("linear_batch", 4.0)])
+def test_the_peak_learning_rate_follows_its_rule(rule: str, factor: float):
+    base = None if rule == "none" else 8
+    config = cfg.from_dict({"optim": {"lr": 0.003, "lr_rule": rule, "base_batch": base}, "train": {"batch_size": 32}})
+    assert config.peak_lr == 0.003 * factor
 
 
 def test_long_values_are_shortened():

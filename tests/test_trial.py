@@ -114,6 +114,19 @@ def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) ->
     assert state.attempts[-1].engine["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("sqrt_batch", 2.0), ("linear_batch", 4.0)])
+def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: float, make: Make, run: Run) -> None:
+    """A rule gives the very training that its effective rate, said outright, gives; decay included."""
+    decay = {"decay_mode": "independent", "weight_decay": 1e-2}
+    said = make(vary(optim={"lr": 3e-3 * factor, **decay}), "said")
+    ruled = make(vary(optim={"lr_rule": rule, "base_batch": 1, **decay}), "ruled")
+    for folder in (said, ruled):
+        run(folder)
+    assert records(ruled)[0]["lr"].max() == 3e-3 * factor
+    for a, b in zip(records(said), records(ruled), strict=True):
+        assert_same(a, b)
+
+
 def test_equal_seeds_give_equal_records_and_other_seeds_do_not(make: Make, run: Run) -> None:
     first, again, other = make(BASE, "a"), make(BASE, "b"), make(dataclasses.replace(BASE, seed=1))
     for folder in (first, again, other):

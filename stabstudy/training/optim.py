@@ -3,6 +3,8 @@
     coupled      w <- w - lr_t * wd * w            torch's AdamW, Lingua, HF: decay shrinks when lr does
     independent  w <- w - (lr_t / lr) * wd * w     arXiv 2309.14322: decay follows the schedule but not the peak lr
 
+Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
+
 `matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
 everything, as Lingua's single parameter group does.
 
@@ -41,9 +43,9 @@ class Group:
 class AdamW:
     """The optimizer of one trial: `step` makes one update from the parameters' gradients."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: OptimConfig):
+    def __init__(self, parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float):
         self.config = config
-        self.groups = [g for g in _groups(parameters, config) if g.parameters]
+        self.groups = [g for g in _groups(parameters, config, peak_lr) if g.parameters]
         self.state: dict[nn.Parameter, Moments] = {}
         for p in parameters:
             zeros = torch.zeros_like(p), torch.zeros_like(p)
@@ -81,9 +83,9 @@ class AdamW:
             p.grad = None
 
 
-def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig) -> Iterator[Group]:
+def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float) -> Iterator[Group]:
     # the kernel multiplies the decay by lr_t; divided by the peak lr it follows lr_t / lr instead
-    decay = config.weight_decay / config.lr if config.decay_mode == "independent" else config.weight_decay
+    decay = config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
     yield Group([p for p in parameters if config.decay_params == "all" or p.ndim >= 2], decay)
     yield Group([p for p in parameters if config.decay_params != "all" and p.ndim < 2], 0.0)
 

@@ -70,7 +70,7 @@ class Stepper:
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        self.optimizer = AdamW(self.parameters, config.optim)
+        self.optimizer = AdamW(self.parameters, config.optim, config.peak_lr)
         self.clip_rule = clip_rule(config.optim, self.parameters)
         self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
         self.scaled = config.train.precision == "fp16"
