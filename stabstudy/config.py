@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+OPTIMIZERS = ("adamw", "stable_adamw")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
@@ -74,6 +75,7 @@ class ModelConfig:
 class OptimConfig:
     """AdamW, its schedule and the clip."""
 
+    kind: str = setting("adamw", choices=OPTIMIZERS)  # stable_adamw: a tensor's update is divided by max(1, RMS_t)
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
     lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
     base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)

@@ -146,6 +146,7 @@ VARIANTS = {
     "adagc": vary(optim={"clip_kind": "adagc", "clip": 0.5}),
     "agc": vary(optim={"clip_kind": "agc"}),
     "skip_spikes": vary(train={"skip_spikes": True, "steps": 66}),
+    "stable_adamw": vary(optim={"kind": "stable_adamw"}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
 

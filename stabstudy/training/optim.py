@@ -5,6 +5,9 @@
 
 Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
 
+`optim.kind` stable_adamw holds back the update of each tensor by its RMS_t (`stable_adamw.py`); moments and groups are
+the same.
+
 `matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
 everything, as Lingua's single parameter group does.
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stabstudy.config import OptimConfig
+from stabstudy.training.stable_adamw import stable_update
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class AdamW:
     def step(self, lr: float, found_inf: Tensor) -> None:
         """One update at this learning rate; none, and no memory of it, where `found_inf` (0-dim float32) is 1."""
         for group in self.groups:
+            if self.config.kind == "stable_adamw":
+                self._stable_step(group, lr, found_inf)
+                continue
             moments = [self.state[p] for p in group.parameters]
             steps = [m.step for m in moments]
             torch._foreach_add_(steps, 1)
@@ -76,6 +83,11 @@ class AdamW:
                     found_inf=found_inf,
                 )
             torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def _stable_step(self, group: Group, lr: float, found_inf: Tensor) -> None:
+        for p in group.parameters:
+            m = self.state[p]
+            stable_update(p, m.step, m.exp_avg, m.exp_avg_sq, self.config, group.weight_decay, lr, found_inf)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
