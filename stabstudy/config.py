@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,13 @@ PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+OPTIMIZERS = ("adamw", "stable_adamw")
+LR_RULES = ("none", "sqrt_batch", "linear_batch")
+DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
+CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
+SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,10 @@ class ModelConfig:
 class OptimConfig:
     """AdamW, its schedule and the clip."""
 
+    kind: str = setting("adamw", choices=OPTIMIZERS)  # stable_adamw: a tensor's update is divided by max(1, RMS_t)
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
+    lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
+    base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
     allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
     decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
@@ -96,7 +105,10 @@ class OptimConfig:
     schedule: str = setting("cosine", choices=SCHEDULES)
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
     decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
+    decay_shape: str = setting("linear", choices=DECAY_SHAPES)  # wsd only: how it gets from lr to the floor
     clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
+    # norm: at clip; zclip, adagc: at clip in their first 25, 100 steps only; agc: never, so clip is 1.0 (on) or null
+    clip_kind: str = setting("norm", choices=CLIP_KINDS)
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class TrainConfig:
     precision: str = setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
+    skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
     compile: bool = setting(False)
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
     eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
@@ -159,6 +172,14 @@ class TrialConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     seed: int = setting(0, ge=0, le=2**63 - 1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that the schedule multiplies: `optim.lr` after `optim.lr_rule`."""
+        if self.optim.lr_rule == "none" or self.optim.base_batch is None:
+            return self.optim.lr
+        ratio = self.train.batch_size / self.optim.base_batch
+        return self.optim.lr * (ratio if self.optim.lr_rule == "linear_batch" else math.sqrt(ratio))
 
     @property
     def tokens_per_step(self) -> int:
@@ -289,10 +310,26 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
     """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
         yield Problem("optim.decay_share", "acts on schedule wsd only", f"schedule {o.schedule}")
+    if o.schedule != "wsd" and o.decay_shape != OptimConfig.decay_shape:
+        yield Problem("optim.decay_shape", "acts on schedule wsd only", f"schedule {o.schedule}")
     if o.schedule == "inv_sqrt" and o.warmup_steps == 0:
         yield Problem(
             "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"
         )
+    if o.lr_rule != "none" and o.base_batch is None:
+        yield Problem(
+            "optim.lr_rule, optim.base_batch", f"{o.lr_rule} needs the base_batch that lr is meant for", "null"
+        )
+    if o.lr_rule == "none" and o.base_batch is not None:
+        yield Problem("optim.base_batch", "acts with optim.lr_rule only", f"{o.base_batch} and lr_rule none")
+    if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
+        yield Problem("optim.clip_kind", "acts with optim.clip on only", f"{o.clip_kind} and clip null")
+    if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
+        rule = f"clip_kind agc has bounds of its own: must be {OptimConfig.clip:g} (on) or null (off)"
+        yield Problem("optim.clip", rule, f"{o.clip:g}")
+    if config.train.skip_spikes and config.train.steps <= SPIKE_SKIP_FROM:
+        rule = f"can skip nothing in the first {SPIKE_SKIP_FROM} steps: needs more of them"
+        yield Problem("train.skip_spikes, train.steps", rule, str(config.train.steps))
     needs_path = d.source not in ("pysrc", "synthetic")
     if needs_path and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")

@@ -70,7 +70,9 @@ TRACE = Schema(
         Column("logit_absmax", "float", "nat", "largest absolute output logit on valid targets", True),
         Column("logz_mean", "float", "nat", "mean logsumexp of the output logits on valid targets", True),
         Column("loss_scale", "float", "1", "fp16 scaler value used at this step; null: no scaler", True),
-        Column("skip", "text", "", "policy that skipped the update: amp | nonfinite | no_targets; null: none", True),
+        Column(
+            "skip", "text", "", "policy that skipped the update: amp | nonfinite | spike | no_targets; null: none", True
+        ),
     ),
     contiguous=True,
 )

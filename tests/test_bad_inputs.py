@@ -263,7 +263,7 @@ def test_a_problem_of_many_cells_is_said_once(capsys):
 # sweep files: (row, text, what the line must say behind "error: conf: ")
 FILES = [
     (5, 'optim: {lr: "1e-3x"}', "optim.lr: must be a finite number in [0, 10], got '1e-3x' (sweeps/own.yaml:1)"),
-    (8, "optim: {lrr: 1}", "optim.lrr: is no setting (did you mean optim.lr?"),
+    (8, "optim: {lrr: 1}", "optim.lrr: is no setting (did you mean optim.lr, optim.lr_rule?)"),
     (8, "optimizer: {lr: 1}", "optimizer: is no setting (did you mean optim?) (sweeps/own.yaml:1)"),
     (8, "sweep: {grd: {}}", "sweep.grd: is no part of a sweep (did you mean grid?) (sweeps/own.yaml:1)"),
     (8, "sweep: {grid: {optim.lrr: [1]}}", "optim.lrr: is no setting (did you mean optim.lr"),

@@ -31,6 +31,12 @@ LATER = {
     "model.norm_placement": "pre",
     "model.ffn": "swiglu",
     "model.residual_scale": "none",
+    "optim.kind": "adamw",
+    "optim.lr_rule": "none",
+    "optim.base_batch": None,
+    "optim.decay_shape": "linear",
+    "optim.clip_kind": "norm",
+    "train.skip_spikes": False,
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 
@@ -109,7 +115,7 @@ def test_flat_names_every_setting_once_with_derived_defaults():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr?"),
+        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr, optim.lr_rule?)"),
         ({"model": {"lr": 1}}, "model.lr: is no setting (did you mean optim.lr?)"),
         ({"optm": {}}, "optm: is no setting (did you mean optim?)"),
         ({"optim": 3}, "optim: must be a mapping of settings, got 3"),
@@ -127,9 +133,27 @@ def test_flat_names_every_setting_once_with_derived_defaults():
             "model.residual_scale, model.depth: inverse_depth has no effect at depth 1",
         ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"base_batch": 8}}, "optim.base_batch: acts with optim.lr_rule only, got 8 and lr_rule none"),
+        (
+            {"optim": {"lr_rule": "sqrt_batch"}},
+            "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, got null",
+        ),
         ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
+        (
+            {"optim": {"clip": None, "clip_kind": "zclip"}},
+            "optim.clip_kind: acts with optim.clip on only, got zclip and clip null",
+        ),
+        (
+            {"train": {"skip_spikes": True, "steps": 64}},
+            "train.skip_spikes, train.steps: can skip nothing in the first 64 steps: needs more of them, got 64",
+        ),
+        (
+            {"optim": {"clip": 2.0, "clip_kind": "agc"}},
+            "optim.clip: clip_kind agc has bounds of its own: must be 1 (on) or null (off), got 2",
+        ),
         (
             {"optim": {"schedule": "inv_sqrt", "warmup_steps": 0}},
             "optim.schedule, optim.warmup_steps: inv_sqrt scales by the warmup",
@@ -148,6 +172,13 @@ def test_all_problems_come_at_once():
 def test_a_control_trial_may_learn_nothing():
     config = cfg.from_dict({"optim": {"lr": 0, "allow_zero_lr": True}})
     assert config.optim.lr == 0
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("sqrt_batch", 2.0), ("linear_batch", 4.0)])
+def test_the_peak_learning_rate_follows_its_rule(rule: str, factor: float):
+    base = None if rule == "none" else 8
+    config = cfg.from_dict({"optim": {"lr": 0.003, "lr_rule": rule, "base_batch": base}, "train": {"batch_size": 32}})
+    assert config.peak_lr == 0.003 * factor
 
 
 def test_long_values_are_shortened():

@@ -42,6 +42,21 @@ def test_wsd_holds_then_decays_linearly() -> None:
     assert got == pytest.approx([0.5] + [1.0] * 7 + [1 - 0.9 * k / 4 for k in (1, 2, 3, 4)], abs=1e-15)
 
 
+@pytest.mark.parametrize(
+    ("decay", "left"),
+    [
+        ("linear", [0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [(2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0]),
+        ("one_minus_sqrt", [0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0.0]),
+    ],
+)
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+def test_wsd_decays_in_three_shapes(decay: str, left: list[float], floor: float) -> None:
+    got = factors(schedule="wsd", decay_share=0.4, decay_shape=decay, min_lr_ratio=floor)
+    assert got == pytest.approx([0.5] + [1.0] * 7 + [floor + (1 - floor) * x for x in left], abs=1e-15)
+    assert factors(steps=9, schedule="wsd", decay_share=1.0, decay_shape=decay, warmup_steps=0)[0] == 1.0
+
+
 def test_inv_sqrt_exact_and_floored() -> None:
     got = factors(schedule="inv_sqrt", min_lr_ratio=0.5)
     assert got[2] == pytest.approx(math.sqrt(2 / 3), abs=1e-15)

@@ -230,6 +230,54 @@ def test_adamw_by_hand(mode: str, params: str) -> None:
             assert (parameter - weights[i]).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("mode", ["coupled", "independent"])
+@pytest.mark.parametrize("params", ["matrices", "all"])
+def test_stable_adamw_by_hand(mode: str, params: str) -> None:
+    """Five updates in float64, the gradients of the fourth a hundredfold: algorithm 2 of arXiv 2304.13013."""
+    optim = OptimConfig(
+        kind="stable_adamw", lr=0.01, weight_decay=0.3, decay_mode=mode, decay_params=params, clip=None, beta2=0.99
+    )
+    stepper = make(optim=optim)
+    weights = [p.detach().double().clone() for p in stepper.parameters]
+    first = [torch.zeros_like(w) for w in weights]
+    second = [torch.zeros_like(w) for w in weights]
+    held = []
+    for t, lr in enumerate((0.004, 0.01, 0.01, 0.01, 0.007), start=1):
+        hooks = [p.register_hook(lambda g, t=t: g * (100 if t == 4 else 1)) for p in stepper.parameters]
+        stepper.step(packed(t), lr)
+        for hook in hooks:
+            hook.remove()
+        for i, parameter in enumerate(stepper.parameters):
+            assert parameter.grad is not None
+            grad = parameter.grad.double()
+            decay = 0.3 if parameter.ndim >= 2 or params == "all" else 0.0
+            first[i] = 0.9 * first[i] + 0.1 * grad
+            second[i] = 0.99 * second[i] + 0.01 * grad**2
+            m_hat, v_hat = first[i] / (1 - 0.9**t), second[i] / (1 - 0.99**t)
+            ratio = (grad**2 / torch.clamp(v_hat, min=1e-16)).mean().sqrt().item()
+            eta = lr / max(1.0, ratio)
+            weights[i] -= (eta if mode == "coupled" else eta / 0.01) * decay * weights[i]
+            weights[i] -= eta * m_hat / (v_hat.sqrt() + 1e-8)
+            held.append(ratio)
+            assert (parameter - weights[i]).abs().max() < 2e-6
+    assert max(held) > 1.9 and min(held) < 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_stable_adamw_forgets_a_nonfinite_gradient(bad: float) -> None:
+    """The steps around it are those of a trial that never had it."""
+    clean, poisoned = (make(optim=OptimConfig(kind="stable_adamw"), skip_nonfinite=True) for _ in range(2))
+    for t in range(3):
+        for stepper in (clean, poisoned):
+            stepper.step(packed(t), 1e-2)
+        if t == 1:
+            handle = poisoned.parameters[3].register_hook(lambda g: g.index_fill(0, torch.tensor([0]), bad))
+            poisoned.step(packed(9), 1e-2)
+            handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(clean.parameters, poisoned.parameters, strict=True))
+    assert all(s.step.item() == 3 for s in poisoned.optimizer.state.values())
+
+
 def test_micro_batch_size_moves_the_first_steps_only_by_rounding() -> None:
     whole, split = make(), make(4)
     for t in range(3):

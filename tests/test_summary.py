@@ -274,6 +274,14 @@ def test_a_skipped_step_is_in_no_window_and_no_spike() -> None:
     assert row["grad_norm_max"] == 1.0
 
 
+def test_a_spike_whose_update_was_skipped_is_a_spike() -> None:
+    norm, loss = np.ones(400), np.full(400, 2.5)
+    norm[100], loss[100] = 50.0, 9.0
+    row = columns(norm, loss, skip={100: "spike"})
+    assert row["spike_events"] == row["spike_loss_events"] == 1 and row["nonfinite_steps"] == 0
+    assert row == columns(norm, loss)
+
+
 def test_counters() -> None:
     norm, loss = [1.0] * 100, [2.5] * 100
     norm[3] = norm[4] = loss[4] = loss[50] = math.nan

@@ -19,7 +19,7 @@ from stabstudy import store, trace
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.stability.rules import Rules
-from stabstudy.training import checkpoint
+from stabstudy.training import checkpoint, clip_rules, spike_skip
 from stabstudy.training import step as st
 from stabstudy.training.loop import Heartbeat, Loop, Progress
 from stabstudy.training.step import Stepper
@@ -114,6 +114,19 @@ def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) ->
     assert state.attempts[-1].engine["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(("rule", "factor"), [("sqrt_batch", 2.0), ("linear_batch", 4.0)])
+def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: float, make: Make, run: Run) -> None:
+    """A rule gives the very training that its effective rate, said outright, gives; decay included."""
+    decay = {"decay_mode": "independent", "weight_decay": 1e-2}
+    said = make(vary(optim={"lr": 3e-3 * factor, **decay}), "said")
+    ruled = make(vary(optim={"lr_rule": rule, "base_batch": 1, **decay}), "ruled")
+    for folder in (said, ruled):
+        run(folder)
+    assert records(ruled)[0]["lr"].max() == 3e-3 * factor
+    for a, b in zip(records(said), records(ruled), strict=True):
+        assert_same(a, b)
+
+
 def test_equal_seeds_give_equal_records_and_other_seeds_do_not(make: Make, run: Run) -> None:
     first, again, other = make(BASE, "a"), make(BASE, "b"), make(dataclasses.replace(BASE, seed=1))
     for folder in (first, again, other):
@@ -129,15 +142,32 @@ VARIANTS = {
     "accumulated": vary(train={"micro_batch_size": 1}),
     "wsd, no clip": vary(optim={"schedule": "wsd", "clip": None}),
     "fp16": vary(train={"precision": "fp16"}),
+    "zclip": vary(optim={"clip_kind": "zclip"}),
+    "adagc": vary(optim={"clip_kind": "adagc", "clip": 0.5}),
+    "agc": vary(optim={"clip_kind": "agc"}),
+    "skip_spikes": vary(train={"skip_spikes": True, "steps": 66}),
+    "stable_adamw": vary(optim={"kind": "stable_adamw"}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
+
+
+def act_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memories of these rules must matter within a few steps."""
+    for module, name, value in (
+        (clip_rules, "Z_FIRST", 3),
+        (clip_rules, "ADAGC_FIRST", 3),
+        (spike_skip, "SPIKE_SKIP_FROM", 3),
+        (spike_skip, "SIGMAS", 0.1),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("stops", [(4,), (5, 6), (1, 11)])
 def test_stopped_and_resumed_equals_uninterrupted(
-    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run
+    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    act_early(monkeypatch)
     whole, broken = make(config, "whole"), make(config, "broken")
     run(whole)
     for stop in stops:
@@ -148,6 +178,48 @@ def test_stopped_and_resumed_equals_uninterrupted(
     for a, b in zip(records(whole), records(broken), strict=True):
         assert_same(a, b)
     assert whole.read_state().final_loss == state.final_loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip")]
+)
+def test_a_rule_that_forgets_would_be_seen(
+    kind: str, column: str, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the test above: resumed without its memory, the rule acts otherwise."""
+    act_early(monkeypatch)
+    monkeypatch.setattr(checkpoint, "_memories", lambda stepper: {})
+    whole, broken = make(VARIANTS[kind], "whole"), make(VARIANTS[kind], "broken")
+    run(whole)
+    run(broken, lambda p: p.step == 6)
+    run(broken)
+    one, other = [records(folder)[0][column].tolist() for folder in (whole, broken)]
+    assert one[:6] == other[:6] and one != other
+
+
+def test_skip_spikes_marks_the_step_and_leaves_the_weights(
+    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One gradient a hundredfold: the step is left out, is counted as a spike all the same, and is no divergence."""
+    original, count = Stepper.accumulate, [0]
+
+    def accumulate(self: Stepper, windows: Any, valid: int) -> Any:
+        result = original(self, windows, valid)
+        if count[0] % 80 == 70:
+            for p in self.parameters:
+                assert p.grad is not None
+                p.grad.mul_(100)
+        count[0] += 1
+        return result
+
+    monkeypatch.setattr(Stepper, "accumulate", accumulate)
+    plain, skipping = make(vary(train={"steps": 80})), make(vary(train={"steps": 80, "skip_spikes": True}))
+    states = run(plain), run(skipping)
+    a, b = records(plain)[0], records(skipping)[0]
+    assert not a.has("skip") and [i for i, s in enumerate(b["skip"]) if s] == [70] and b["skip"][70] == "spike"
+    assert a["loss"][:71].tolist() == b["loss"][:71].tolist() and a["loss"][71] != b["loss"][71]
+    assert [s.verdict_code for s in states] == ["ok", "ok"]
+    assert [s.spike_events for s in states] == [1, 1]  # what was skipped has happened all the same
 
 
 class Crash(Exception):

@@ -87,6 +87,15 @@ def test_a_step_without_targets_is_neither_a_skip_nor_an_update() -> None:
     assert fired(watch(loss, loss, {**skip, 13: "amp"})) == ("nonfinite", 13)
 
 
+def test_skipped_spikes_are_no_divergence_but_their_losses_are_the_models() -> None:
+    loss = [2.0] * 50
+    assert fired(watch(loss, loss, dict.fromkeys(range(10, 40), "spike"))) == (None, None)
+    assert fired(watch(loss, loss, {10: "amp", 11: "spike", 12: "amp", 13: "amp"})) == ("nonfinite", 13)
+    worse = [2.0] * 30 + [50.0] * 30
+    assert fired(watch(worse, worse, dict.fromkeys(range(30, 60), "spike"))) == fired(watch(worse, worse))
+    assert watch(worse, worse).code == "above_init"
+
+
 def test_weights_that_are_not_finite() -> None:
     monitor = watch([2.0] * 10)
     monitor.weights_not_finite(9)

@@ -193,6 +193,7 @@ def _facts(t: _Trial) -> TrialFacts:
         steps_planned=t.config.train.steps,
         warmup_steps=t.config.optim.warmup_steps,
         clip=t.config.optim.clip,
+        clip_kind=t.config.optim.clip_kind,
         status=t.state.status,
         stop_reason=t.state.stop_reason,
         init_loss=t.state.init_loss,

@@ -82,7 +82,7 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
     rows = study.trace(trial_id)
     figure = trace(
         rows,
-        clip=row["optim.clip"],
+        clip=row["optim.clip"] if row["optim.clip_kind"] == "norm" else None,
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
         rough=ratio3(measured(rows, "grad_norm"), study.rules).flagged,

@@ -42,7 +42,9 @@ COLUMNS: dict[str, Definition] = {
     "grad_norm_tail_slope": Definition(
         "slope of log norm over the last half", "1/1k steps", f"under {FEWEST} points", "tail slope"
     ),
-    "clip_share": Definition("finite steps with a norm above the threshold", "fraction", _NO_CLIP, "clipped"),
+    "clip_share": Definition(
+        "finite steps that were clipped (kind norm: norm above the threshold)", "fraction", _NO_CLIP, "clipped"
+    ),
     "clip_share_warmup": Definition(
         "clip_share during warm-up", "fraction", f"{_NO_CLIP}, or no warm-up", "clipped in warm-up"
     ),

@@ -133,8 +133,17 @@ def ratio3(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
 
 
 def measured(rows: Rows, name: str) -> NDArray[np.float64]:
-    """A column with NaN at the steps that made no update (`skip`): those belong in no window and no spike."""
-    return np.where(rows.is_null("skip"), rows[name], np.nan)
+    """A column with NaN at the steps that prove nothing (see `counts`): those belong in no window and no spike."""
+    return np.where(rows.is_null("skip") | (rows["skip"] == "spike"), rows[name], np.nan)
+
+
+def counts(skip: str | None) -> bool:
+    """Whether a step's loss and norm count: it made an update, or would have but for `train.skip_spikes`.
+
+    A spike is one whether or not a policy left its update out, as it is whether or not it was clipped. Steps skipped
+    for other reasons had no value that is finite, or none at all.
+    """
+    return skip is None or skip == "spike"
 
 
 def _replay(update: Callable[[float], Reading], series: NDArray[np.float64]) -> Flags:

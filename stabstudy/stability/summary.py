@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.stability.columns import COLUMNS, FEWEST, SETTLED, TREND, Definition
-from stabstudy.stability.detectors import MadDetector, mad_lin, mad_log, measured, ratio3
+from stabstudy.stability.detectors import MadDetector, counts, mad_lin, mad_log, measured, ratio3
 from stabstudy.stability.events import Spike, couple, find_spikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import DivergenceMonitor, divergence, judge
@@ -39,6 +39,7 @@ class TrialFacts:
     init_loss: float | None
     final_loss: float | None
     approximate: bool = False  # the source did not log every step
+    clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class LiveSpikes:
         self.spike_events = 0  # spikes of the gradient norm so far
 
     def update(self, grad_norm: float | None, loss: float | None, skip: str | None) -> bool:
-        """Take the next row; True where either series is flagged. None, or a skipped step: not measured."""
+        """Take the next row; True where either series is flagged. None, or a step that does not count: not measured."""
         self._step += 1
-        grad = self._grad.update(math.nan if grad_norm is None or skip is not None else grad_norm)
-        lost = self._loss.update(math.nan if loss is None or skip is not None else loss)
+        grad = self._grad.update(math.nan if grad_norm is None or not counts(skip) else grad_norm)
+        lost = self._loss.update(math.nan if loss is None or not counts(skip) else loss)
         if grad.flagged:
             if self._last_flag is None or self._step - self._last_flag > self._gap:
                 self.spike_events += 1
@@ -159,9 +160,11 @@ def _slope(x: Floats, y: Floats) -> float:
 def _clipping(norm: Floats, trace: Rows, facts: TrialFacts) -> dict[str, Value]:
     finite, warm = np.isfinite(norm), np.arange(len(norm)) < facts.warmup_steps
     scale = trace["clip_scale"][finite & np.isfinite(trace["clip_scale"])] if facts.clip is not None else np.array([])
+    fixed = facts.clip if facts.clip_kind == "norm" else None
+    clipped = trace["clip_scale"] < 1 if fixed is None else norm > fixed
 
     def share(steps: NDArray[np.bool_]) -> float | None:
-        return float(np.mean(norm[steps] > facts.clip)) if facts.clip is not None and steps.any() else None
+        return float(np.mean(clipped[steps])) if facts.clip is not None and steps.any() else None
 
     return {
         "clip_share": share(finite),

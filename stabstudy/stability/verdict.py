@@ -3,6 +3,7 @@
 Divergence codes, tested in this order at each step; the first that fires is kept:
 
     nonfinite    loss, gradient norm or weights not finite in a step that was not skipped, or too many skips in a row
+                 (those of `train.skip_spikes` do not count)
     above_init   the moving mean of the loss is clearly above what the untrained model had
     persistent   the loss is at twice its recent mean, and half a nat above it, for `limit` steps in a row
     no_recovery  at the end: the loss of the last steps is far above the best moving mean
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy.stability.detectors import Flags
+from stabstudy.stability.detectors import Flags, counts
 from stabstudy.stability.events import Spike
 from stabstudy.stability.rules import Rules
 from stabstudy.trace import Rows
@@ -37,7 +38,8 @@ FIXED_POINT = 40  # bits behind the point
 class DivergenceMonitor:
     """Watches a trial step by step. `code` and `step` are those of the first code that fired, then they stay.
 
-    A null loss or norm was not measured and proves nothing. The losses of skipped steps enter no mean.
+    A null loss or norm was not measured and proves nothing. The losses of skipped steps enter no mean, but for those
+    that `train.skip_spikes` skipped: they are finite, and the model's.
     """
 
     def __init__(self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None):
@@ -62,7 +64,7 @@ class DivergenceMonitor:
         lost = skip is None and not all(math.isfinite(x) for x in (loss, grad_norm) if x is not None)
         if lost or self._skips >= (self._rules.max_skips if self._updated else self._rules.max_first_skips):
             self._fire("nonfinite", step)
-        usable = loss if skip is None and loss is not None and math.isfinite(loss) else None
+        usable = loss if counts(skip) and loss is not None and math.isfinite(loss) else None
         self._tail.append(math.nan if usable is None else usable)
         if usable is not None:
             self._average(step, usable)
@@ -94,7 +96,7 @@ class DivergenceMonitor:
     def _count_skip(self, skip: str | None) -> None:
         if skip is None:
             self._skips, self._updated = 0, True
-        elif skip != "no_targets":  # a step without targets is neither an update nor a skip
+        elif skip not in ("no_targets", "spike"):  # neither is an update, nor a sign of values that are not finite
             self._skips += 1
 
     def _average(self, step: int, loss: float) -> None:

@@ -87,6 +87,7 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
         "scaler/loss_scale": stepper.loss_scale,
         "scaler/good_steps": stepper.good_steps,
         "halted": stepper.halted,
+        **_memories(stepper),
     }
     for name, parameter in stepper.model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
@@ -95,9 +96,16 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
+def _memories(stepper: Stepper) -> dict[str, Tensor]:
+    """What the settings' own mechanisms remember: tensors that are written in place."""
+    owners = {"clip": stepper.clip_rule, "spike_skip": stepper.spike_skip}
+    return {f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()}
+
+
 def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     named = dict(stepper.model.named_parameters())
-    expected = {"scaler/loss_scale", "scaler/good_steps", "halted"}
+    memories = _memories(stepper)
+    expected = {"scaler/loss_scale", "scaler/good_steps", "halted", *memories}
     expected |= {f"{kind}/{name}" for name in named for kind in ("model", *(f"adam/{key}" for key in MOMENTS))}
     wrong = sorted(expected ^ set(tensors)) + [
         name for name, p in named.items() if f"model/{name}" in tensors and tensors[f"model/{name}"].shape != p.shape
@@ -110,6 +118,8 @@ def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     stepper.loss_scale = tensors["scaler/loss_scale"].to(device)
     stepper.good_steps = tensors["scaler/good_steps"].to(device)
     stepper.halted = tensors["halted"].to(device)
+    for key, tensor in memories.items():
+        tensor.copy_(tensors[key])
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"model/{name}"])

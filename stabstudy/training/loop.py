@@ -58,7 +58,7 @@ class Loop:
         factor = schedule(config.optim, config.train.steps)
         for step in range(start, config.train.steps):
             windows = self.batches.batch(step)
-            lr = config.optim.lr * factor(step)
+            lr = config.peak_lr * factor(step)
             recorder.start_clock()
             recorder.add(step, lr, self.stepper.step(windows, lr))
             done = step + 1

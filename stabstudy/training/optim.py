@@ -3,6 +3,11 @@
     coupled      w <- w - lr_t * wd * w            torch's AdamW, Lingua, HF: decay shrinks when lr does
     independent  w <- w - (lr_t / lr) * wd * w     arXiv 2309.14322: decay follows the schedule but not the peak lr
 
+Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
+
+`optim.kind` stable_adamw holds back the update of each tensor by its RMS_t (`stable_adamw.py`); moments and groups are
+the same.
+
 `matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
 everything, as Lingua's single parameter group does.
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stabstudy.config import OptimConfig
+from stabstudy.training.stable_adamw import stable_update
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,9 @@ class Group:
 class AdamW:
     """The optimizer of one trial: `step` makes one update from the parameters' gradients."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: OptimConfig):
+    def __init__(self, parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float):
         self.config = config
-        self.groups = [g for g in _groups(parameters, config) if g.parameters]
+        self.groups = [g for g in _groups(parameters, config, peak_lr) if g.parameters]
         self.state: dict[nn.Parameter, Moments] = {}
         for p in parameters:
             zeros = torch.zeros_like(p), torch.zeros_like(p)
@@ -52,6 +58,9 @@ class AdamW:
     def step(self, lr: float, found_inf: Tensor) -> None:
         """One update at this learning rate; none, and no memory of it, where `found_inf` (0-dim float32) is 1."""
         for group in self.groups:
+            if self.config.kind == "stable_adamw":
+                self._stable_step(group, lr, found_inf)
+                continue
             moments = [self.state[p] for p in group.parameters]
             steps = [m.step for m in moments]
             torch._foreach_add_(steps, 1)
@@ -75,15 +84,20 @@ class AdamW:
                 )
             torch._foreach_sub_(steps, [found_inf] * len(steps))
 
+    def _stable_step(self, group: Group, lr: float, found_inf: Tensor) -> None:
+        for p in group.parameters:
+            m = self.state[p]
+            stable_update(p, m.step, m.exp_avg, m.exp_avg_sq, self.config, group.weight_decay, lr, found_inf)
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for p in self.state:
             p.grad = None
 
 
-def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig) -> Iterator[Group]:
+def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float) -> Iterator[Group]:
     # the kernel multiplies the decay by lr_t; divided by the peak lr it follows lr_t / lr instead
-    decay = config.weight_decay / config.lr if config.decay_mode == "independent" else config.weight_decay
+    decay = config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
     yield Group([p for p in parameters if config.decay_params == "all" or p.ndim >= 2], decay)
     yield Group([p for p in parameters if config.decay_params != "all" and p.ndim < 2], 0.0)
 

@@ -129,7 +129,7 @@ class Recorder:
         row["loss_scale"] = number[st.LOSS_SCALE] if scaled else None
         finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
         policy = "amp" if scaled else "nonfinite" if self.config.train.skip_nonfinite else None
-        row["skip"] = None if finite else policy
+        row["skip"] = ("spike" if number[st.SPIKE] else None) if finite else policy
         return row
 
     def _layer_norms(self, tensor_norms: NDArray[np.float64]) -> list[float]:

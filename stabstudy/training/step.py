@@ -21,9 +21,11 @@ from torch import Tensor
 
 from stabstudy.config import TrialConfig
 from stabstudy.training import clip
+from stabstudy.training.clip_rules import clip_rule
 from stabstudy.training.model import Decoder
 from stabstudy.training.optim import AdamW
 from stabstudy.training.softcap import soft_cap
+from stabstudy.training.spike_skip import SpikeSkip
 
 IGNORE = -100
 """A target that counts for nothing (padding)."""
@@ -31,7 +33,7 @@ IGNORE = -100
 SCALE_START, SCALE_GROWTH_STEPS = 2.0**16, 2000
 """fp16 loss scaling: the first scale, and the good steps after which it doubles (torch.amp.GradScaler's values)."""
 
-LOSS, LOGIT_ABSMAX, LOGZ_MEAN, GRAD_NORM, CLIP_SCALE, LOSS_SCALE, TENSOR_NORMS = 0, 1, 2, 3, 4, 5, 6
+LOSS, LOGIT_ABSMAX, LOGZ_MEAN, GRAD_NORM, CLIP_SCALE, LOSS_SCALE, SPIKE, TENSOR_NORMS = 0, 1, 2, 3, 4, 5, 6, 7
 """Positions in the vector of a step; the per-tensor gradient norms fill the rest."""
 
 
@@ -77,7 +79,9 @@ class Stepper:
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        self.optimizer = AdamW(self.parameters, config.optim)
+        self.optimizer = AdamW(self.parameters, config.optim, config.peak_lr)
+        self.clip_rule = clip_rule(config.optim, self.parameters)
+        self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
         self.scaled = config.train.precision == "fp16"
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
@@ -99,9 +103,10 @@ class Stepper:
         norms = clip.tensor_norms(grads)
         norm = torch.linalg.vector_norm(norms)
         used_scale = self.loss_scale.clone()
-        factor = self._clip(grads, norm)
-        self._update(norm, loss, lr)
-        return torch.cat([torch.stack([loss, absmax, logz, norm, factor, used_scale]), norms])
+        factor = self._clip(grads, norms, norm)
+        spike = torch.zeros_like(norm) if self.spike_skip is None else self.spike_skip.judge(loss, norm)
+        self._update(norm, loss, lr, spike)
+        return torch.cat([torch.stack([loss, absmax, logz, norm, factor, used_scale, spike]), norms])
 
     def accumulate(self, windows: NDArray[np.int64], valid: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole step into `.grad`. Returns (loss, mean logsumexp, largest absolute logit)."""
@@ -140,21 +145,18 @@ class Stepper:
             # an ignored position is a target only; as an input it may be any token
             yield part[:, :-1].clamp(min=0), part[:, 1:]
 
-    def _clip(self, grads: list[Tensor], norm: Tensor) -> Tensor:
+    def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
         """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""
-        if self.config.optim.clip is None:
+        if self.clip_rule is None:
             return torch.ones((), device=self.device)
-        factor = clip.clip_scale(norm, self.config.optim.clip)
-        if self.device.type != "cpu" or factor < 1:  # on a CPU reading it is free, and x * 1 need not be computed
-            clip.scale_(grads, factor)
-        return factor
+        return self.clip_rule.apply(grads, norms, norm)
 
-    def _update(self, norm: Tensor, loss: Tensor, lr: float) -> None:
+    def _update(self, norm: Tensor, loss: Tensor, lr: float, spike: Tensor) -> None:
         """The AdamW step, which the fused kernel itself leaves out where `found_inf` is 1."""
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         if not self.scaled and not self.config.train.skip_nonfinite:
             self.halted = torch.maximum(self.halted, bad)
-        self.optimizer.step(lr, torch.maximum(bad, self.halted))
+        self.optimizer.step(lr, torch.maximum(torch.maximum(bad, spike), self.halted))
         if self.scaled:
             self._rescale(bad)
 

@@ -202,6 +202,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         steps_planned=config.train.steps,
         warmup_steps=config.optim.warmup_steps,
         clip=config.optim.clip,
+        clip_kind=config.optim.clip_kind,
         status="done",
         stop_reason=state.stop_reason,
         init_loss=state.init_loss,
