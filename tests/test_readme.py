@@ -12,7 +12,15 @@ from stabstudy import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LISTED = ("sweeps/*.yaml", "stabstudy/**/*.py", "notebooks/*.ipynb", "benchmarks/*.py", "conf/*.yaml", "results/*.md")
+LISTED = (
+    "sweeps/*.yaml",
+    "stabstudy/**/*.py",
+    "notebooks/*.ipynb",
+    "benchmarks/*.py",
+    "conf/*.yaml",
+    "results/*.md",
+    "benchmarks/*.md",
+)
 
 
 def tree() -> dict[str, str]:
