@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -165,7 +163,6 @@ def test_fp16_scales_recover_gradients_that_underflow() -> None:
     def shrunk(stepper: Stepper) -> Tensor:
         with torch.no_grad():
             stepper.model.norm.weight.mul_(tiny)  # small logit gradients flow back
-            stepper.model.layers[0].attention_norm.weight.mul_(1.0)
         vector = stepper.step(packed(), lr=0.0)
         assert vector is not None
         return vector[st.TENSOR_NORMS :]
@@ -301,7 +298,6 @@ def test_loss_on_is_the_mean_and_leaves_no_trace() -> None:
     expected, _ = reference(stepper, windows)
     assert stepper.loss_on(windows) == pytest.approx(expected.item(), rel=1e-6)
     assert all(p.grad is None for p in stepper.parameters)
-    assert dataclasses.replace(stepper.config) == stepper.config
 
 
 def test_weights_equal_torch_adamw_bit_for_bit() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from stabstudy import config as cfg
@@ -264,7 +265,22 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
     assert_same(records(whole)[0], records(broken)[0])
 
 
-def test_checkpoints_of_another_trial_or_with_nan_are_refused(make: Make, run: Run) -> None:
+def test_a_checkpoint_with_nan_weights_fails_the_trial(make: Make, run: Run) -> None:
+    """Its bytes and checksum are right: resuming from it would train nothing but NaN."""
+    folder = make(BASE)
+    run(folder, crash_at(6))
+    at = folder.checkpoints / "step-00000004"
+    tensors = safetensors.torch.load_file(at / "tensors.safetensors")
+    tensors["model/embed.weight"][0, 0] = math.nan
+    safetensors.torch.save_file(tensors, at / "tensors.safetensors")
+    body = store.read_json(at / "state.json") | {"sha256": trace.file_sha256(at / "tensors.safetensors")}
+    store.write_json(at / "state.json", body)
+    state = run(folder)
+    assert state.status == "failed" and state.error is not None
+    assert state.error["message"] == "nonfinite checkpoint step-00000004"
+
+
+def test_a_checkpoint_of_another_trial_is_refused(make: Make, run: Run) -> None:
     a, b = make(BASE, "a"), make(dataclasses.replace(BASE, seed=5), "b")
     run(a, crash_at(6))
     shutil.copytree(a.checkpoints, b.checkpoints)
@@ -298,6 +314,26 @@ def test_a_nan_ends_the_trial_as_a_result(make: Make, run: Run, monkeypatch: pyt
     assert len(rows) == 8 and math.isnan(rows["grad_norm"][7]) and math.isfinite(rows["loss"][7])
     assert state.final_loss is not None and math.isfinite(state.final_loss)  # the weights were never touched
     assert probes["step"].tolist()[-1] == 8 and np.isfinite(probes["param_norm"]).all()
+
+
+def test_weights_that_overflow_are_found_by_the_probe(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and norm of the step were finite, the update was not: divergence, and one probes row for that state."""
+    original, count = Stepper.step, [0]
+
+    def step(self: Stepper, windows: Any, lr: float) -> Any:
+        vector = original(self, windows, lr)
+        count[0] += 1
+        if count[0] == 5:
+            with torch.no_grad():
+                self.parameters[0][0, 0] = math.inf
+        return vector
+
+    monkeypatch.setattr(Stepper, "step", step)
+    folder = make(BASE)
+    state = run(folder)
+    rows, probes = records(folder)
+    assert (state.status, state.stop_reason, state.verdict_code) == ("done", "diverged", "nonfinite")
+    assert len(rows) == 5 and probes["step"].tolist() == [0, 5] and math.isinf(probes["param_norm"][1])
 
 
 def test_skip_nonfinite_marks_the_step_and_goes_on(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,4 +489,3 @@ def test_restore_needs_the_rows_it_implies(make: Make, run: Run) -> None:
     trace.cut(folder.live(trace.TRACE), trace.TRACE, 6)
     state = run(folder)
     assert state.status == "done" and state.attempts[-1].from_step == 4
-    assert checkpoint.KEEP == 2

@@ -51,6 +51,7 @@ class Loop:
         self.recorder, self.probes = recorder, probes
         self.checkpoint, self.heartbeat = checkpoint, heartbeat
         self.evaluation = batches.evaluation()
+        self.measured: int | None = None  # updates made when the last probes row was written
 
     def run(self, start: int) -> str:
         """Train from step `start` on. Returns 'complete', 'diverged' or 'interrupted'."""
@@ -77,6 +78,7 @@ class Loop:
 
     def measure(self, done: int, val_loss: float | None = None) -> None:
         """Append the probes row for the state after `done` updates; a known `val_loss` is not measured again."""
+        self.measured = done
         row = probe(self.stepper, self.evaluation, done, updated=done > 0)
         if val_loss is None and done % self.config.train.eval_every == 0:
             val_loss = self.stepper.loss_on(self.evaluation)

@@ -107,7 +107,8 @@ def _attempt(
         if stop_reason == "interrupted":
             return _end(folder, replace(state, status="interrupted", step=recorder.rows))
         final_loss = stepper.loss_on(batches.evaluation())
-        loop.measure(recorder.rows, final_loss)
+        if loop.measured != recorder.rows:  # else the probe that found weights not finite has just written this row
+            loop.measure(recorder.rows, final_loss)
     state = replace(state, step=recorder.rows, stop_reason=stop_reason, final_loss=final_loss)
     state = _finish(folder, config, state, rules)
     if not engine.keep_checkpoints:
