@@ -80,6 +80,7 @@ class State:
     eval_hash: str | None = None
     records: dict[str, Any] = field(default_factory=dict)  # {"trace": {rows, sha256}, "probes": {rows, sha256}}
     error: dict[str, Any] | None = None
+    outcome: str | None = None  # the verdict in one sentence, see stability.explain
     format: int = cfg.FORMAT_VERSION
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from stabstudy import store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
+from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.launch import Outcome, label, launch
 from stabstudy.sweeping.ray_backend import kill_hung_trials
 
@@ -307,3 +310,14 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
     kill_hung_trials(study, [trial.trial_id], limit=120)
     assert process.wait(timeout=10) == -signal.SIGKILL
     assert trial.read_state().status == "lost"
+
+
+def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
+    text = io.StringIO()
+    board = Board("study", {"a": "lr 0.1"}, 0, Console(file=text, width=160))
+    board.finish(
+        "a", store.State("a", status="done", verdict="spiky", outcome="Spiky: a spike lasted more than 10 steps.")
+    )
+    text.truncate(0)
+    board.console.print(board)
+    assert text.getvalue().rstrip().splitlines()[-1] == "lr 0.1: Spiky: a spike lasted more than 10 steps."

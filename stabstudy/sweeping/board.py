@@ -46,6 +46,7 @@ class Board:
         self.console = console or Console(file=sys.stdout, highlight=False)
         self.running: dict[str, Running] = {}
         self.finished: dict[str, str] = {}
+        self.latest = ""  # the last trial to end, in a sentence
         self._live: Live | None = None
         self._started = self._spoke = time.monotonic()
 
@@ -87,6 +88,8 @@ class Board:
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
         why = f": {state.error['message']}" if state.error and state.status != "done" else why
+        if state.outcome:
+            self.latest = f"{self.labels.get(trial_id, trial_id)}: {state.outcome}"
         spikes = "" if state.spike_events is None else f", {state.spike_events} spikes"
         number = f"[{len(self.finished)}/{len(self.labels)}]"
         self.say(f"{number} {trial_id}  {self.labels.get(trial_id, '')}: {outcome}{why}{spikes}{took}")
@@ -131,7 +134,7 @@ class Board:
                 str(row.spike_events),
                 f"{row.tokens_per_second:,.0f}",
             )
-        return Group(Text(self.title, style="bold"), Text(self.summary()), table)
+        return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
 
     def _speak_now_and_then(self) -> None:
         if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:

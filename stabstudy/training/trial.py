@@ -24,6 +24,7 @@ from stabstudy import finished, store, trace
 from stabstudy.data import sources
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.errors import DataError
+from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
@@ -214,6 +215,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
     verdict, code, events = (found[name] for name in ("verdict", "verdict_code", "spike_events"))
     assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(events, int | None)
     state = replace(state, status="done", records=records, verdict=verdict, verdict_code=code, spike_events=events)
+    state = replace(state, outcome=outcome(found, rules))
     state = _end(folder, state)
     for schema in RECORDS:
         folder.live(schema).unlink(missing_ok=True)

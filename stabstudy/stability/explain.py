@@ -1,0 +1,169 @@
+"""One trial in plain sentences with numbers: what people ask first, answered from its row and its spikes alone.
+
+Nothing is advised here and nothing is guessed: a statistic that is null leaves its part of a sentence out. Steps are
+those of the trace, norms those before clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stabstudy.stability.rules import Rules
+
+Row = Mapping[str, Any]
+
+DIVERGED = {
+    "nonfinite": "a loss, gradient norm or weight was no longer finite",
+    "above_init": "the loss stayed above that of the untrained model",
+    "persistent": "the loss rose to twice its recent mean and stayed there",
+    "no_recovery": "at the end the loss was far above the best it had reached",
+}
+"""What each divergence code says of a trial."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that the sentences name; None where they are not known, or off."""
+
+    clip: float | None
+    warmup_steps: int | None
+    clip_kind: str = "norm"
+
+
+def explain(columns: Row, spikes: Sequence[Row], recipe: Recipe, rules: Rules) -> list[str]:
+    """Two or three sentences on a trial: its verdict, its spikes, its clipping.
+
+    Args:
+        columns: The trial's statistics, keyed as `summary.COLUMNS`; None is null.
+        spikes: Its spikes, keyed as `events.SPIKE_COLUMNS`.
+        recipe: Settings to relate the numbers to.
+        rules: Those that made the statistics.
+    """
+    found = [_verdict(columns, rules), _spikes(columns, spikes, recipe), _clipping(columns, recipe)]
+    return [sentence for sentence in found if sentence]
+
+
+def outcome(columns: Row, rules: Rules) -> str:
+    """The verdict and what it rests on, in one sentence: all that fits in a line of a table."""
+    return _verdict(columns, rules)
+
+
+def _verdict(columns: Row, rules: Rules) -> str:
+    verdict, judged = columns["verdict"], columns["n_evaluable"]
+    unit = "logged row" if columns["approximate"] else "step"
+    so_far = " as far as it was let run" if columns["verdict_partial"] else ""
+    if verdict is None:
+        return _unjudged(columns, rules)
+    if verdict == "diverged":
+        code = columns["verdict_code"]
+        return f"Diverged at step {columns['verdict_step']} of {columns['steps_planned']}: {DIVERGED[code]} ({code})."
+    if verdict == "spiky":
+        broken = [_broken(rule, columns, rules, unit) for rule in str(columns["verdict_rule"]).split("+")]
+        return f"Spiky{so_far}: {'; '.join(broken)}."
+    events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
+    seen = f"{_count(events, 'spike')}, too short or too low for R1 to R3," if events else "no spike"
+    return f"Stable{so_far}: {seen} in {_count(judged, f'judged {unit}')}."
+
+
+def _unjudged(columns: Row, rules: Rules) -> str:
+    if columns["verdict_reason"] == "too_short":
+        return f"Not judged: {_count(columns['steps_done'], 'step')}, and a verdict needs {rules.min_steps}."
+    done, planned = columns["steps_done"], columns["steps_planned"]
+    return f"Not judged: {columns['verdict_reason']} after {done} of {_count(planned, 'step')}."
+
+
+def _broken(rule: str, columns: Row, rules: Rules, unit: str) -> str:
+    """What rule R1, R2 or R3 (see `verdict`) found."""
+    if rule == "R3":
+        share = _percent(columns["spike_ratio3_rate"])
+        rough, judged = columns["spike_ratio3_steps"], columns["n_evaluable"]
+        return (
+            f"{rough} of {_count(judged, f'judged {unit}')} ({share}) had {rules.ratio:g} times the recent median norm"
+        )
+    if rule == "R2":
+        grad, loss = columns["spike_events"] or 0, columns["spike_loss_events"] or 0
+        return f"spikes came back ({grad} of the gradient norm, {loss} of the loss)"
+    return f"a spike lasted more than {rules.narrow_steps} steps"
+
+
+def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
+    """The first spike of the norm and the highest; those of the loss alone where the norm has none."""
+    grad = [s for s in spikes if s["series"] == "grad"]
+    loss = [s for s in spikes if s["series"] == "loss"]
+    if not grad:
+        return f"The loss spiked at {_steps(loss)}; the gradient norm did not." if loss else ""
+    highest = max(grad, key=lambda s: (s["peak_ratio"], -s["start"]))
+    first = f"The {_ordinal(len(grad))} of the gradient norm began at step {grad[0]['start']}"
+    first += _where_in_warmup(grad[0], recipe)
+    which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
+    height = f"reached {highest['peak_ratio']:.3g} times its baseline ({highest['peak']:.3g})"
+    return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."
+
+
+def _ordinal(n: int) -> str:
+    return "one spike" if n == 1 else f"first of {n} spikes"
+
+
+def _where_in_warmup(spike: Row, recipe: Recipe) -> str:
+    if recipe.warmup_steps is None or not recipe.warmup_steps:
+        return ""
+    inside = "in" if spike["in_warmup"] else "after"
+    return f", {inside} the warmup of {recipe.warmup_steps}"
+
+
+def _attribution(spike: Row) -> str:
+    """Where it began, as far as one layer group was flagged before the others."""
+    first = spike.get("attrib_first")
+    return f", first seen in {first}" if first else ""
+
+
+def _length(spike: Row) -> str:
+    if spike["duration"] is None:
+        return "lasted an unknown time (not every step was logged)"
+    return f"{'was over after' if spike['recovered'] else 'was not over after'} {_count(spike['duration'], 'step')}"
+
+
+def _followed(spike: Row) -> str:
+    if spike["partner"] is None:
+        return "and the loss did not follow"
+    lag = spike["lag"]
+    if lag is None or lag == 0:
+        return "and the loss spiked with it"
+    return f"and the loss {'followed' if lag > 0 else 'led'} by {_count(abs(lag), 'step')}"
+
+
+def _clipping(columns: Row, recipe: Recipe) -> str:
+    """How a fixed threshold relates to the norms it met. Other rules have no threshold to compare."""
+    share, median = columns["clip_share"], columns["grad_norm_median"]
+    if recipe.clip is None or share is None or median is None:
+        return ""
+    unit = "logged steps" if columns["approximate"] else "steps"
+    if recipe.clip_kind != "norm":
+        return f"Clipping by {recipe.clip_kind} rescaled {_percent(share)} of the {unit} (median norm {median:.3g})."
+    clip = f"{recipe.clip:.1f}" if float(recipe.clip).is_integer() else f"{recipe.clip:g}"
+    if not share:
+        return f"A clip of {clip} never acted: the largest norm was {columns['grad_norm_max']:.3g}."
+    below = recipe.clip < median
+    so = ", so the threshold, not the gradient, sets the step" if below and share > 0.5 else ""
+    side = "below" if below else "above"
+    rescales = f"it rescales {_percent(share)} of the {unit}{so}"
+    return f"A clip of {clip} lies {side} the median norm of {median:.3g}: {rescales}."
+
+
+def _steps(spikes: Sequence[Row]) -> str:
+    """`step 7`, `steps 7 and 90`, `steps 7, 90 and 3 more`."""
+    starts = [str(s["start"]) for s in spikes]
+    if len(starts) == 1:
+        return f"step {starts[0]}"
+    shown, rest = (starts[:-1], starts[-1]) if len(starts) <= 3 else (starts[:2], f"{len(starts) - 2} more")
+    return f"steps {', '.join(shown)} and {rest}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.3g} %"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

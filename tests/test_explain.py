@@ -1,0 +1,127 @@
+"""The sentences on a trial, from records whose story is known: each number in them is checked by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from series import Floats, learning, lognormal, trace_rows
+
+from stabstudy.stability.explain import DIVERGED, Recipe, explain, outcome
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import TrialFacts, summarise
+
+RULES = Rules()
+FACTS = TrialFacts(
+    steps_planned=400, warmup_steps=40, clip=1.0, status="done", stop_reason="complete", init_loss=6.5, final_loss=2.5
+)
+RECIPE = Recipe(clip=1.0, warmup_steps=40)
+
+
+def told(norm: Floats, loss: Floats | None = None, facts: TrialFacts = FACTS, recipe: Recipe = RECIPE) -> list[str]:
+    found = summarise(trace_rows(learning(len(norm), 1) if loss is None else loss, norm), None, facts, RULES)
+    return explain(found.columns, found.spikes, recipe, RULES)
+
+
+def quiet(n: int = 400, level: float = 0.5) -> Floats:
+    return level * lognormal(0.1, n, 0)
+
+
+def test_a_quiet_trial_has_no_spike_and_a_clip_that_never_acted() -> None:
+    norm = quiet()
+    assert told(norm) == [
+        "Stable: no spike in 384 judged steps.",
+        f"A clip of 1.0 never acted: the largest norm was {norm.max():.3g}.",
+    ]
+
+
+def test_clipping_off_is_not_spoken_of() -> None:
+    facts = dataclasses.replace(FACTS, clip=None)
+    assert told(quiet(), facts=facts, recipe=Recipe(None, 40)) == ["Stable: no spike in 384 judged steps."]
+
+
+def test_a_threshold_below_the_median_sets_the_step() -> None:
+    norm = np.where(np.arange(400) % 10 == 0, 0.9, 1.66)  # 40 of 400 below the threshold
+    assert told(norm)[-1] == (
+        "A clip of 1.0 lies below the median norm of 1.66: it rescales 90 % of the steps, so the threshold, not the "
+        "gradient, sets the step."
+    )
+
+
+def test_a_threshold_above_the_median_does_not() -> None:
+    norm = np.where(np.arange(400) % 10 == 0, 1.1, 0.8)
+    assert told(norm)[-1] == "A clip of 1.0 lies above the median norm of 0.8: it rescales 10 % of the steps."
+
+
+def test_one_spike_that_the_loss_follows() -> None:
+    norm, loss = quiet(), learning(400, 1)
+    norm[200], loss[203] = 5.0, loss[203] + 3.0
+    sentence = told(norm, loss)[1]
+    assert sentence.startswith(
+        "The one spike of the gradient norm began at step 200, after the warmup of 40; it reached "
+    )
+    assert "(5), was over after 1 step, and the loss followed by 3 steps." in sentence
+
+
+def test_several_spikes_name_the_first_and_the_highest() -> None:
+    norm = quiet()
+    norm[[25, 150, 300]] = 2.0, 8.0, 4.0
+    verdict, spikes, _ = told(norm)
+    assert verdict == "Spiky: spikes came back (3 of the gradient norm, 0 of the loss)."
+    assert spikes.startswith("The first of 3 spikes of the gradient norm began at step 25, in the warmup of 40; ")
+    assert "the highest, at step 150, reached " in spikes and spikes.endswith("and the loss did not follow.")
+
+
+def test_a_spike_of_the_loss_alone() -> None:
+    loss = learning(400, 1)
+    loss[250] += 2.0
+    assert told(quiet(), loss)[1] == "The loss spiked at step 250; the gradient norm did not."
+
+
+def test_roughness_says_how_many_steps() -> None:
+    norm = quiet() * np.where(np.arange(400) % 20 == 10, 3.3, 1.0)
+    found = summarise(trace_rows(learning(400, 1), norm), None, FACTS, RULES).columns
+    steps, judged = found["spike_ratio3_steps"], found["n_evaluable"]
+    assert isinstance(steps, int) and isinstance(judged, int)
+    assert (
+        f"{steps} of {judged} judged steps ({100 * steps / judged:.2g} %) had 3 times the recent median norm"
+        in outcome(found, RULES)
+    )
+
+
+def test_divergence_names_its_code_and_step() -> None:
+    norm = quiet()
+    norm[120] = math.nan
+    assert told(norm)[0] == f"Diverged at step 120 of 400: {DIVERGED['nonfinite']} (nonfinite)."
+
+
+def test_a_short_or_failed_trial_is_not_judged() -> None:
+    short = dataclasses.replace(FACTS, steps_planned=30)
+    assert told(quiet(30), facts=short)[0] == "Not judged: 30 steps, and a verdict needs 50."
+    failed = dataclasses.replace(FACTS, status="oom", stop_reason=None)
+    assert told(quiet(120), facts=failed)[0] == "Not judged: oom after 120 of 400 steps."
+
+
+def test_other_clipping_rules_have_no_threshold() -> None:
+    facts = dataclasses.replace(FACTS, clip_kind="zclip")
+    norm = quiet()
+    scale = np.where(np.arange(400) < 100, 0.5, 1.0)
+    found = summarise(trace_rows(learning(400, 1), norm, clip_scale=scale), None, facts, RULES)
+    sentence = explain(found.columns, found.spikes, Recipe(1.0, 40, "zclip"), RULES)[-1]
+    assert sentence.startswith("Clipping by zclip rescaled 25 % of the steps (median norm ")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, 1e6) | st.just(math.nan) | st.just(math.inf), max_size=150),
+    st.sampled_from(["done", "failed"]),
+    st.sampled_from([None, 1e-3, 1.0]),
+)
+def test_every_record_can_be_told(norms: list[float], status: str, clip: float | None) -> None:
+    facts = dataclasses.replace(FACTS, status=status, clip=clip)
+    norm = np.array(norms)
+    sentences = told(norm, np.full(len(norm), 2.5), facts, Recipe(clip, None))
+    assert sentences and all(s.endswith(".") and "None" not in s and "nan" not in s for s in sentences)
