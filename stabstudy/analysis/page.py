@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import sentences, words
+from stabstudy.analysis import advice, sentences, words
 from stabstudy.analysis.blocks import Block, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import plain, records
@@ -55,6 +55,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     yield Section("asked", "What was asked", list(_asked(study)))
     yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
+    yield Section("told", "Two trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
     yield Section("spikes", "Largest spikes", list(_spikes(study)))
     yield Section("failed", "Trials without a result", list(_failed(study)))
@@ -129,6 +130,13 @@ def _cells(study: Study) -> Table:
     )
     title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
     return Table(title, (*case, *numbers, "verdicts"), rows, frozenset(numbers))
+
+
+def _told(study: Study) -> Iterator[Block]:
+    """The trials of the traces' figure: what happened, how the clip relates to the norms, what did better."""
+    for kind, trial_id in {"Roughest": study.worst(), "Typical": study.typical()}.items():
+        if trial_id is not None:
+            yield Text(f"{kind} ({trial_id}: {study.describe(trial_id)}). {' '.join(advice.tell(study, trial_id))}")
 
 
 def _effects(study: Study) -> Iterator[Block]:
