@@ -77,6 +77,19 @@ def test_a_diverged_trial_enters_no_mean_but_that_of_the_loss(study: Study) -> N
     assert math.isnan(drawn["6"].get_ydata()[-1])
 
 
+def test_on_a_log_axis_the_mean_is_geometric_and_its_band_stays_above_zero(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for seed, logit in enumerate((1.0, 10.0, 100.0)):  # the t-interval of the plain mean reaches from -99 to 173
+        planted.plant_trial(tmp_path / "s", planted.settings(2, 0.1, seed=seed), logit=logit)
+    ax = plots.curves(Study.load(tmp_path / "s"), "attn_logit_peak", by=None, log_y=True)
+    peaks = [2 * 121 / 120 * logit for logit in (1.0, 10.0, 100.0)]
+    half = 4.302653 * math.log(10) / math.sqrt(3)
+    mean = next(line for line in ax.get_lines() if line.get_linestyle() != "None")
+    assert list(mean.get_ydata()) == pytest.approx([peaks[1]])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((peaks[1] * math.exp(-half), peaks[1] * math.exp(half)))
+
+
 def test_a_band_needs_three_trials(study: Study) -> None:
     assert len(plots.lr_curves(study).collections) == 2  # four trials to a point: clipping is pooled
     assert not plots.lr_curves(study.where({"optim.clip": 1.0})).collections

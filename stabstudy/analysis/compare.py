@@ -41,6 +41,15 @@ def mean(trials: pd.DataFrame, metric: str) -> Estimate:
     return t_interval([] if mixed else values(trials, metric))
 
 
+def log_mean(trials: pd.DataFrame, metric: str) -> Estimate:
+    """The geometric mean and its interval, those of the logarithm taken back, of the values above 0.
+
+    What a log axis shows: the interval of the plain mean of widely spread values reaches below 0, where there is none.
+    """
+    e = t_interval([math.log(v) for v in values(trials, metric) if v > 0])
+    return Estimate(e.n, *(math.exp(x) for x in (e.mean, e.low, e.high)))
+
+
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """A row per cell, by cell_id, in the order of its levels.
 

@@ -93,11 +93,13 @@ def _curves(study: Study, layout: Layout) -> Iterator[Block]:
         diverged = int((drawable["verdict"] == "diverged").sum())
         caption = (
             f"{against}, on the {words.count(len(drawable), 'done trial')} that have it. Small marks are trials, lines "
-            f"their means, bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
+            f"their {'geometric ' if log_y else ''}means, bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
             f"{_pooled(layout)}{_triangles(diverged)}{_left_out(study, len(drawable))}"
         )
-        table = _curve_table(study, layout, metric)
-        yield Figure(_file(metric), style.to_svg(figure), _curve_alt(study, layout, metric, against), caption, table)
+        table = _curve_table(study, layout, metric, log_y)
+        yield Figure(
+            _file(metric), style.to_svg(figure), _curve_alt(study, layout, metric, log_y, against), caption, table
+        )
 
 
 def _map(study: Study, layout: Layout) -> Figure:
@@ -149,26 +151,26 @@ def _mixed(study: Study, layout: Layout) -> bool:
     return any(trials["eval_hash"].nunique() > 1 for _, trials in _points(study, layout, "final_loss"))
 
 
-def _curve_table(study: Study, layout: Layout, metric: str) -> Table:
+def _curve_table(study: Study, layout: Layout, metric: str, log_y: bool) -> Table:
     axes = layout.axes(study)
     heads = (*map(words.heading, axes), plots.metric_label(metric), "low", "high", "n", "diverged")
     rows = []
     for levels, trials in _points(study, layout, metric):
         drawn = plots.drawable(trials, metric)
         if len(drawn):
-            e = plots.mean_of(drawn, metric)
+            e = plots.mean_of(drawn, metric, log_y)
             diverged = int((drawn["verdict"] == "diverged").sum())
             numbers = map(words.number, (e.mean, e.low, e.high, len(drawn), diverged))
             rows.append((*_level_texts(axes, levels), *numbers))
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
 
 
-def _curve_alt(study: Study, layout: Layout, metric: str, against: str) -> str:
+def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: str) -> str:
     """Where each line starts, ends, and is lowest and highest."""
     axes = layout.axes(study)
     lines: dict[tuple[Level, ...], list[tuple[Level, float]]] = {}
     for levels, trials in _points(study, layout, metric):
-        mean = plots.mean_of(plots.drawable(trials, metric), metric).mean
+        mean = plots.mean_of(plots.drawable(trials, metric), metric, log_y).mean
         if mean == mean:
             lines.setdefault(levels[:-1], []).append((levels[-1], mean))
     parts = [f"Line chart. {against}."]
