@@ -29,6 +29,14 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Figure:
     """A drawing, its words, and its numbers."""
 
@@ -48,7 +56,7 @@ class Count:
     sign: str
 
 
-Block = Text | Table | Figure
+Block = Text | Code | Table | Figure
 
 
 @dataclass(frozen=True)

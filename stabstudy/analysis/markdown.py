@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Figure, Report, Table
+from stabstudy.analysis.blocks import Block, Code, Figure, Report, Table
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 
@@ -45,6 +45,8 @@ def _block(block: Block) -> Iterator[str]:
     elif isinstance(block, Figure):
         yield from (f"![{escape(block.alt)}](figures/{block.name}.svg)", "", escape(block.caption), "")
         yield from _block(block.table)
+    elif isinstance(block, Code):
+        yield from (f"**{escape(block.title)}**", "", *(f"    {line}" for line in block.text.splitlines()), "")
     else:
         yield from (escape(block.text), "")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, sentences, words
-from stabstudy.analysis.blocks import Block, Count, Report, Section, Table, Text
+from stabstudy.analysis import advice, recipe, sentences, words
+from stabstudy.analysis.blocks import Block, Code, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.study import VERDICTS, Study
@@ -52,6 +52,7 @@ def report(study: Study) -> Report:
 
 
 def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
+    yield Section("recipe", "What to use", list(_recipe(study)))
     yield Section("asked", "What was asked", list(_asked(study)))
     yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
@@ -61,6 +62,24 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     yield Section("failed", "Trials without a result", list(_failed(study)))
     yield Section("words", "What the columns mean", [_definitions()])
     yield Section("origin", "Where this comes from", list(_origin(study, states)))
+
+
+def _recipe(study: Study) -> Iterator[Block]:
+    """The best stable cell, and how to say it elsewhere."""
+    found = recipe.best(study)
+    if found is None:
+        yield Text("No recipe: no cell is stable in every trial, or their losses cannot be compared.")
+        return
+    yield Text(recipe.sentence(found))
+    yield Code("As overrides of this tool", "\n".join(recipe.overrides(found.levels, found.settings)))
+    for title, (text, notes) in (
+        ("As a Lingua config (one device)", recipe.lingua(found.settings)),
+        (
+            "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)",
+            recipe.hugging_face(found.settings),
+        ),
+    ):
+        yield Code(title, "\n".join([*(f"# not the same: {words.clean(note)}" for note in notes), text]))
 
 
 def _asked(study: Study) -> Iterator[Block]:

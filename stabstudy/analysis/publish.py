@@ -18,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Figure, Report, Table
+from stabstudy.analysis.blocks import Code, Figure, Report, Table
 from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.store import write_text
@@ -53,6 +53,7 @@ def html(report: Report) -> str:
         keep_trailing_newline=True,
     )
     environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
     css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
