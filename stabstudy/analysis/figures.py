@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from stabstudy.analysis import compare, plots, style, words
+from stabstudy.analysis import compare, effect_figures, plots, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.levels import Level, ordered, split
 from stabstudy.analysis.study import Study
@@ -60,6 +60,7 @@ def figures(study: Study) -> Iterator[Block]:
     else:
         yield from _curves(grid, layout)
         yield _map(grid, layout) if layout.by else Text("A map needs two axes; this study varies one.")
+        yield from effect_figures.figures(study, layout.x)
     yield from _traces(study)
 
 

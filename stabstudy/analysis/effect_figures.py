@@ -1,0 +1,162 @@
+"""The report's figures of what the axes did: forest, clipping, single axes, all at once; each only with its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from stabstudy.analysis import compare, effect_plots, plots, sentences, style, words
+from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.levels import at_level, records
+from stabstudy.analysis.study import Study
+from stabstudy.stability.summary import COLUMNS
+
+PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_rate")
+
+OWN_PANELS = ("optim.warmup_steps", "train.batch_size", "data")
+"""Axes that get the final loss drawn against them alone, where another axis is the main one."""
+
+
+def figures(study: Study, main_axis: str | None) -> Iterator[Block]:
+    """Every figure of effects that the study allows; `main_axis` has its curves elsewhere."""
+    yield from _effects(study)
+    yield from _clipping(study)
+    for axis in OWN_PANELS:
+        if axis in study.axes and axis != main_axis:
+            yield from _against(study, axis)
+    yield from _parallel(study)
+
+
+def _effects(study: Study) -> Iterator[Block]:
+    table = sentences.effects(study)
+    if not len(table):
+        return
+    rows = records(table)
+    metrics = [m for m in sentences.EFFECTS if any(r["metric"] == m for r in rows)]
+    height = 0.9 + 0.42 * max(sum(r["metric"] == m for r in rows) for m in metrics)
+    columns = min(2, len(metrics))
+    figure = style.new_figure(
+        9.2, height * -(-len(metrics) // columns), rows=-(-len(metrics) // columns), columns=columns
+    )
+    for ax, metric in zip(figure.axes, metrics, strict=False):
+        effect_plots.effects(study, metric, table, ax)
+    for ax in figure.axes[len(metrics) :]:
+        ax.set_visible(False)
+    caption = (
+        f"What each axis changed, paired by seed and all other axes: mean difference and its 95 % t-interval (from "
+        f"{effect_plots.INTERVAL_FROM} seeds on). Filled: the interval does not hold 0 (not corrected for the "
+        f"{len(rows)} comparisons; the corrected p stands in the table of paired differences)."
+    )
+    said = [f"{sentences.step(r['axis'], r['a'], r['b'])}: {words.STATISTICS[r['metric']]} {_change(r)}" for r in rows]
+    heads = ("axis", "statistic", "change", "low", "high", "seeds")
+    texts = tuple(
+        (
+            sentences.step(r["axis"], r["a"], r["b"]),
+            COLUMNS[r["metric"]].label,
+            *map(words.number, (r["difference"], r["low"], r["high"], r["seeds"])),
+        )
+        for r in rows
+    )
+    numbers = Table("Numbers of this figure", heads, texts, frozenset(heads[2:]), folded=True)
+    yield Figure("paired-effects", style.to_svg(figure), f"Forest plot. {'; '.join(said)}.", caption, numbers)
+
+
+def _change(row: dict[str, float]) -> str:
+    interval = "" if row["low"] is None else f" ({words.number(row['low'])} to {words.number(row['high'])})"
+    return f"{words.number(row['difference'])}{interval}"
+
+
+def _clipping(study: Study) -> Iterator[Block]:
+    trials = effect_plots.clipped_trials(study)
+    if not len(trials):
+        return
+    groups = [(clip, members) for clip, members in trials.groupby("optim.clip")]
+    heads = ("clip threshold", "trials", "median norm, smallest", "median norm, largest", "share of steps clipped")
+    rows = tuple(
+        (
+            words.level(clip, "optim.clip"),
+            str(len(members)),
+            *map(words.number, (members["grad_norm_median"].min(), members["grad_norm_median"].max())),
+            words.percent(float(members["clip_share"].mean())),
+        )
+        for clip, members in groups
+    )
+    said = [
+        f"threshold {r[0]}: {r[1]} trials, median norms {r[2]} to {r[3]}, {r[4]} of the steps clipped" for r in rows
+    ]
+    above = int((trials["grad_norm_median"] > trials["optim.clip"]).sum())
+    caption = (
+        "Median gradient norm before clipping of each trial against its clip threshold. Dashed: where they are equal; "
+        f"above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the threshold "
+        "sets their size, not the gradient. In words: the mean share of steps that were clipped."
+    )
+    drawing = style.to_svg(effect_plots.clipping(study).figure)  # type: ignore[arg-type]
+    table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
+    yield Figure("clipping", drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
+
+
+def _against(study: Study, axis: str) -> Iterator[Block]:
+    """The final loss against one axis, every other axis pooled but the main line's."""
+    grid = study.grid
+    if axis not in grid.axes or _mixes_batches(grid, axis):
+        return
+    trials = plots.drawable(grid.trials, "final_loss")
+    drawing = plots.curves(grid, "final_loss", x=axis, by=None)
+    pooled = [words.label(a) for a in grid.axes if a != axis]
+    over = f", averaged over {words.listing(pooled)}" if pooled else ""
+    rows = []
+    for level in grid.axes[axis]:
+        members = at_level(trials, axis, level)
+        if len(members):
+            e = compare.mean(members, "final_loss")
+            numbers = map(words.number, (e.mean, e.low, e.high, e.n))
+            rows.append((words.level(level, axis), *numbers))
+    heads = (words.heading(axis), "final loss (nat/token)", "low", "high", "n")
+    said = "; ".join(f"{row[1]} at {row[0]}" for row in rows)
+    caption = (
+        f"Final validation loss against {words.label(axis)}{over}: small marks are trials, the line their means, the "
+        f"band the 95 % t-interval (from {plots.BAND_FROM} trials on). Levels are compared pairwise in the forest plot."
+    )
+    table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
+    name = f"final-loss-{axis.replace('.', '-').replace('_', '-')}"
+    yield Figure(name, style.to_svg(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
+
+
+def _mixes_batches(study: Study, axis: str) -> bool:
+    """Whether the losses at any level, or at two of them, are on different evaluation batches."""
+    done = study.trials[study.trials["state"] == "done"]
+    return bool(done["eval_hash"].nunique() > 1 or axis not in done)
+
+
+def _parallel(study: Study) -> Iterator[Block]:
+    grid = study.grid
+    if len(grid.axes) < 2:
+        yield Text("Parallel coordinates: left out, fewer than two axes vary.")
+        return
+    trials = effect_plots.judged_trials(grid, PARALLEL)
+    if not len(trials) or trials["eval_hash"].nunique() > 1:
+        yield Text("Parallel coordinates: left out, no judged trials with losses on one evaluation batch.")
+        return
+    drawing = effect_plots.parallel(grid, PARALLEL)
+    counts = [(v, int((trials["verdict"] == v).sum())) for v in ("stable", "spiky", "diverged")]
+    said = words.listing([f"{n} {v}" for v, n in counts if n])
+    caption = (
+        f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "
+        "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest."
+    )
+    heads = ("coordinate", "lowest", "highest")
+    rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *PARALLEL))
+    table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
+    yield Figure("parallel", style.to_svg(drawing.figure), f"Parallel coordinates of {said} trials.", caption, table)  # type: ignore[arg-type]
+
+
+def _name(coordinate: str) -> str:
+    return words.STATISTICS.get(coordinate, words.label(coordinate))
+
+
+def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
+    if name in study.axes:
+        return words.level(study.axes[name][0], name), words.level(study.axes[name][-1], name)
+    values = compare.values(trials, name)
+    return words.number(min(values)), words.number(max(values))

@@ -1,0 +1,163 @@
+"""Figures of what the axes did: paired changes as a forest, clipping against its threshold, all axes at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stabstudy.analysis import compare, sentences, style, words
+from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.stability.summary import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+INTERVAL_FROM = 3
+"""Seeds from which a paired interval is drawn: that of two spans 12.7 standard errors on each side."""
+
+VERDICT_COLOURS = {"stable": style.GREEN, "spiky": style.VERMILLION, "diverged": style.PURPLE}
+
+
+def effects(
+    study: Study, metric: str = "final_loss", table: pd.DataFrame | None = None, ax: Axes | None = None
+) -> Axes:
+    """Forest plot: the paired change of a statistic along each axis, with its 95 % t-interval (from 3 seeds on).
+
+    A filled mark: the interval does not hold 0. `table`: rows of `sentences.effects`, to spare making them again.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    found = sentences.effects(study) if table is None else table
+    rows = [r for r in records(found) if r["metric"] == metric] if len(found) else []
+    for i, row in enumerate(rows):
+        known = row["seeds"] >= INTERVAL_FROM and row["low"] is not None
+        clear = known and (row["low"] > 0 or row["high"] < 0)
+        if known:
+            ax.plot([row["low"], row["high"]], [i, i], color=style.BLUE, linewidth=1.8, solid_capstyle="butt")
+        ax.plot(
+            row["difference"], i, marker="s", markersize=6, color=style.BLUE, linestyle="none",
+            markerfacecolor=style.BLUE if clear else style.PAPER, gid="effect",
+        )  # fmt: skip
+    ax.axvline(0.0, color=style.MUTED, linewidth=1.0)
+    ax.set_yticks(range(len(rows)), [style.plain(sentences.step(r["axis"], r["a"], r["b"])) for r in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.margins(x=0.1)
+    ax.set_xlabel(f"change of {style.plain(words.STATISTICS.get(metric, metric))}{_unit(metric)}")
+    return ax
+
+
+def clipping(study: Study, ax: Axes | None = None) -> Axes:
+    """Median gradient norm of each trial against its clip threshold; on the line they are equal.
+
+    A trial below the line is clipped rarely; above it the threshold, not the gradient, sets the step. Beside each
+    threshold: the mean share of steps that were clipped. Only trials with clipping by the norm are drawn.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    trials = clipped_trials(study)
+    for clip in levels_of(trials["optim.clip"]):
+        members = trials[trials["optim.clip"] == clip]
+        medians = compare.values(members, "grad_norm_median")
+        ax.plot(
+            [float(clip)] * len(members),
+            medians,
+            marker="o",
+            markersize=4,
+            linestyle="none",
+            color=style.BLUE,
+            alpha=0.7,
+        )
+        share = words.percent(float(members["clip_share"].mean()))
+        ax.annotate(
+            f"{share} clipped", (float(clip), max(medians)), (0, 7), textcoords="offset points", ha="center",
+            fontsize=8, color=style.INK,
+        )  # fmt: skip
+    ends = [*trials["optim.clip"], *trials["grad_norm_median"]]
+    if ends:
+        low, high = min(ends) / 1.6, max(ends) * 1.6
+        ax.plot([low, high], [low, high], color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
+        ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        style.log_ticks(ax)
+        grid = levels_of(trials["optim.clip"])
+        ax.set_xticks(grid, [words.level(c) for c in grid])
+        style.tidy(ax)
+    ax.set_xlabel("clip threshold (gradient)")
+    ax.set_ylabel("median gradient norm (gradient)")
+    return ax
+
+
+def clipped_trials(study: Study) -> pd.DataFrame:
+    """The done trials that `clipping` draws."""
+    trials = study.trials
+    drawn = (trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()
+    return trials[drawn & trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
+
+
+def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_log_sd"), ax: Axes | None = None) -> Axes:
+    """Parallel coordinates: a line per judged trial through its level on each axis and its statistics.
+
+    Every coordinate runs from its lowest value (bottom) to its highest; levels of an axis are evenly spaced, and spread
+    a little so that lines do not hide each other. Colour and dash are the verdict. Trials without one of the statistics
+    are left out.
+    """
+    ax = style.new_figure(8.2, 4.2).axes[0] if ax is None else ax
+    names = [*study.axes, *metrics]
+    trials = judged_trials(study, metrics)
+    heights = {a: _heights(trials[a], study.axes[a]) for a in study.axes}
+    heights |= {m: _scaled(compare.values(trials, m)) for m in metrics}
+    seen = set()
+    for i, verdict in enumerate(VERDICTS):
+        for row in np.flatnonzero((trials["verdict"] == verdict).to_numpy()):
+            label = verdict if verdict not in seen else None
+            seen.add(verdict)
+            ax.plot(
+                range(len(names)), [heights[n][row] for n in names], color=VERDICT_COLOURS[verdict], alpha=0.45,
+                linestyle=style.DASHES[i], linewidth=1.0, label=label,
+            )  # fmt: skip
+    for at, name in enumerate(names):
+        low, high = _ends(name, trials, study)
+        ax.annotate(low, (at, 0), (0, -4), textcoords="offset points", ha="center", va="top", fontsize=8)
+        ax.annotate(high, (at, 1), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=8)
+    ax.set_xticks(range(len(names)), [style.plain(words.STATISTICS.get(n, words.label(n))) for n in names])
+    ax.tick_params(axis="x", pad=16, labelsize=8)
+    ax.set(ylim=(-0.02, 1.02), yticks=[])
+    ax.spines[["left", "bottom"]].set_visible(False)
+    style.legend(ax, "verdict")
+    if (found := ax.get_legend()) is not None:
+        found.set_loc("center left")
+        found.set_bbox_to_anchor((1.02, 0.5))
+    return ax
+
+
+def judged_trials(study: Study, metrics: Sequence[str]) -> pd.DataFrame:
+    """The trials that `parallel` draws."""
+    trials = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
+    known = [all(map(math.isfinite, row)) for row in zip(*(compare.values(trials, m) for m in metrics), strict=True)]
+    return trials[known]
+
+
+def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
+    places = {level: i / max(1, len(levels) - 1) for i, level in enumerate(levels)}
+    spread = 0.12 / max(1, len(levels) - 1)
+    return [min(1.0, max(0.0, places[plain(v)] + spread * (i / len(column) - 0.5))) for i, v in enumerate(column)]
+
+
+def _scaled(values: list[float]) -> list[float]:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    return [(v - low) / (high - low) if high > low else 0.5 for v in values]
+
+
+def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
+    if name in study.axes:
+        levels = study.axes[name]
+        return words.level(levels[0], name), words.level(levels[-1], name)
+    values = compare.values(trials, name)
+    return (words.number(min(values)), words.number(max(values))) if values else (words.NOTHING, words.NOTHING)
+
+
+def _unit(metric: str) -> str:
+    unit = COLUMNS[metric].unit
+    return "" if unit in ("", "1", "ratio") else f" ({unit})"

@@ -1,0 +1,76 @@
+"""Figures of what the axes did: what is drawn is what the tables say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import planted
+import pytest
+
+from stabstudy.analysis import effect_plots, sentences
+from stabstudy.analysis.effect_figures import figures
+from stabstudy.analysis.levels import records
+from stabstudy.analysis.study import Study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    path = tmp_path_factory.mktemp("effects") / "planted"
+    return Study.load(planted.plant_study(path, seeds=(0, 1, 2), clips=(0.5, 1.0, None)))
+
+
+def test_the_forest_draws_each_paired_difference_and_its_interval(study: Study) -> None:
+    ax = effect_plots.effects(study, "final_loss")
+    rows = [r for r in records(sentences.effects(study)) if r["metric"] == "final_loss"]
+    marks = [line for line in ax.get_lines() if line.get_gid() == "effect"]
+    assert [line.get_xdata()[0] for line in marks] == pytest.approx([r["difference"] for r in rows])
+    bars = [line for line in ax.get_lines() if line.get_gid() is None and len(line.get_xdata()) == 2][: len(rows)]
+    assert [tuple(b.get_xdata()) for b in bars] == [pytest.approx((r["low"], r["high"])) for r in rows]
+    filled = [line.get_markerfacecolor() == line.get_markeredgecolor() for line in marks]
+    assert filled == [r["low"] > 0 or r["high"] < 0 for r in rows]
+    assert [t.get_text() for t in ax.get_yticklabels()][0] == "depth 2 to 6"
+
+
+def test_two_seeds_have_no_bar(tmp_path: Path) -> None:
+    two = Study.load(planted.plant_study(tmp_path / "two", seeds=(0, 1)))
+    lines = effect_plots.effects(two, "final_loss").get_lines()
+    assert not [b for b in lines if b.get_gid() is None and len(set(b.get_ydata())) == 1 and len(b.get_xdata()) == 2]
+
+
+def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None:
+    ax = effect_plots.clipping(study)
+    dots = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
+    drawn = sorted((x, y) for line in dots for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
+    kept = study.trials[study.trials["optim.clip"].notna()]
+    assert drawn == sorted(zip(kept["optim.clip"], kept["grad_norm_median"], strict=True))
+    shares = [float(kept.loc[kept["optim.clip"] == c, "clip_share"].mean()) for c in (0.5, 1.0)]
+    texts = [t.get_text() for t in ax.texts]
+    assert [float(t.split(" %")[0]) for t in texts] == [pytest.approx(100 * s, rel=0.06) for s in shares]
+
+
+def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
+    ax = effect_plots.parallel(study)
+    assert len(ax.get_lines()) == len(study.trials)
+    heights = [y for line in ax.get_lines() for y in line.get_ydata()]
+    assert min(heights) == 0 and max(heights) == 1 and all(map(math.isfinite, heights))
+
+
+def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
+    assert [b.name for b in figures(study, "optim.lr")] == ["paired-effects", "clipping", "parallel"]
+    off = Study.load(planted.plant_study(tmp_path / "off", depths=(2,), clips=(None,)))
+    names = [getattr(b, "name", "") or b.text for b in figures(off, "optim.lr")]
+    assert names == ["paired-effects", "Parallel coordinates: left out, fewer than two axes vary."]
+
+
+def test_warmup_and_batch_get_panels_of_their_own(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr in (0.01, 0.1):
+        for warmup in (5, 20):
+            for batch in (8, 16):
+                config = planted.settings(2, lr, warmup=warmup, batch_size=batch)
+                planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + warmup / 100 + batch / 1000)
+    blocks = {getattr(b, "name", ""): b for b in figures(Study.load(tmp_path / "s"), "optim.lr")}
+    panel = blocks["final-loss-optim-warmup-steps"]
+    assert [row[:2] for row in panel.table.rows] == [("5", "2.06"), ("20", "2.21")]
+    assert "final-loss-train-batch-size" in blocks
