@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folders = [open_study(path) for path in args.study]
         names = [path.resolve().name for path in args.study]  # "." has no name of its own
-        if args.out is not None and len(set(names)) < len(names):
-            raise StoreError(f"--out {args.out}: two studies have the same name ({', '.join(names)})")
+        if len(set(names)) < len(names):
+            raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
     except StoreError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             study, _ = _write(folder, _print, out)
             code = max(code, _judge(study))
+        if len(folders) > 1:
+            _compare(folders, folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out)
     except OSError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return ENVIRONMENT
-    if len(folders) > 1:
-        _print(f"{len(folders)} studies, each reported on its own.")
     return code
 
 
@@ -75,6 +75,16 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     return study, page
 
 
+def _compare(folders: Sequence[StudyFolder], out: Path) -> None:
+    from stabstudy.analysis import several
+    from stabstudy.analysis.publish import publish
+    from stabstudy.analysis.study import Study
+
+    studies = [Study(folder) for folder in folders]
+    page = publish(Study.concat(studies), several.report(studies), out)
+    _print(f"comparison: {page}")
+
+
 def _judge(study: Study) -> int:
     done = bool((study.trials["state"] == "done").any())
     return OK if done and not study.damaged else NOTHING_OR_DAMAGED
@@ -91,10 +101,12 @@ def _print(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stabstudy.report",
-        description="Write report/index.html, report.md, figures/ and trials.csv of a study.",
+        description="Write report/index.html, report.md, figures/ and trials.csv of a study; several are compared.",
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
-    parser.add_argument("--out", type=Path, help="write here instead of the study's report/ (several: DIR/<study>)")
+    parser.add_argument(
+        "--out", type=Path, help="write here instead of the study's report/ (several: beside DIR/<study>)"
+    )
     return parser
 
 

@@ -36,18 +36,19 @@ def test_out_takes_the_place_of_the_folder(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "out" / "index.html").is_file() and not (study / "report").exists()
 
 
-def test_several_studies_are_each_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_studies_are_each_reported_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [small(tmp_path / "a"), small(tmp_path / "b")]
     assert main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "a" / "index.html").is_file() and (tmp_path / "out" / "b" / "index.html").is_file()
-    assert capsys.readouterr().out.splitlines()[-1] == "2 studies, each reported on its own."
+    assert capsys.readouterr().out.splitlines()[-1] == f"comparison: {tmp_path / 'out' / 'index.html'}"
+    assert (tmp_path / "out" / "index.html").is_file()
 
 
 def test_studies_of_one_name_do_not_overwrite_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(small(tmp_path / where / "s")) for where in ("old", "new")]
     assert main([*folders, "--out", str(tmp_path / "out")]) == 2
-    assert "two studies have the same name (s, s)" in capsys.readouterr().err
-    assert main(folders) == 0
+    assert "two of the studies have the same name: s, s" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_study_may_be_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

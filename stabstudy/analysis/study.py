@@ -11,7 +11,7 @@ Where a notebook starts:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
-from stabstudy.analysis.levels import Level, at_level, axes_of, plain
+from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -40,11 +40,32 @@ class Study:
     ):
         self.folder = folder
         self._tables, self._axes = tables, axes
+        self._parts: dict[str, Study] = {}  # of `concat`: where the records lie
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
         """The study in this folder, also while it runs. Raises StoreError where there is none."""
         return cls(open_study(Path(path)))
+
+    @classmethod
+    def concat(cls, studies: Sequence[Study]) -> Study:
+        """Several studies as one, whose first axis is `study`; its trials and cells are named <study>/<id>.
+
+        What varies within one of them is an axis of the whole. Statistics keep the rules of their own study: see
+        `several.warnings` for what may not be compared. Raises ValueError for equal names or fewer than two studies.
+        """
+        names = [study.name for study in studies]
+        if len(set(names)) < max(2, len(names)):
+            raise ValueError(f"needs at least two studies of different names, got {', '.join(names) or 'none'}")
+        groups = ["study", *dict.fromkeys(g for study in studies for g in study.tables.groups)]
+        each = list(zip(names, (study.tables for study in studies), strict=True))
+        trials = [row | _named(name, row) for name, tables in each for row in tables.trials]
+        spikes = [row | _named(name, row) for name, tables in each for row in tables.spikes]
+        whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes))
+        whole._parts = dict(zip(names, studies, strict=True))
+        varied = dict.fromkeys(axis for study in studies for axis in study.axes)
+        whole._axes = {"study": names} | {axis: levels_of(whole.trials[axis]) for axis in varied}
+        return whole
 
     @property
     def name(self) -> str:
@@ -181,7 +202,8 @@ class Study:
 
     def _record(self, trial_id: str, schema: Any) -> Rows | None:
         self._known(trial_id)
-        return read_record(self.folder.trial(trial_id), schema)
+        name, _, rest = trial_id.partition("/")
+        return self._parts[name]._record(rest, schema) if rest else read_record(self.folder.trial(trial_id), schema)
 
     def _known(self, trial_id: str) -> None:
         if trial_id not in self.trials.index:
@@ -197,6 +219,11 @@ def update_tables(folder: StudyFolder) -> Study:
     study = Study(folder)
     write_tables(folder, study.tables)
     return study
+
+
+def _named(study: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of a row with their study before them, and the study."""
+    return {"study": study, "trial_id": f"{study}/{row['trial_id']}", "cell_id": f"{study}/{row['cell_id']}"}
 
 
 def _frame(rows: list[dict[str, Any]], kinds: Mapping[str, str]) -> pd.DataFrame:

@@ -1,0 +1,245 @@
+"""Two studies or more beside each other: cells that match, differences paired by seed, and what cannot be compared.
+
+Studies are put together as one whose first axis is `study`. Trials are paired across it as across any other axis: same
+seed, same level of everything that varies within a study. What differs between the studies and within none is what the
+axis stands for, and is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stabstudy.analysis import compare, plots, sentences, style, words
+from stabstudy.analysis.blocks import Block, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis.levels import Level, levels_of, records, split
+from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.config import setting_names
+from stabstudy.stability.summary import COLUMNS
+
+AXIS = "study"
+
+BY_DETECTOR = ("spike_rate",)
+"""Statistics compared here that depend on the detector and on the logging stride."""
+
+FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
+
+
+def report(studies: Sequence[Study]) -> Report:
+    """The comparison of at least two studies of different names; the first is what the others are compared with."""
+    whole = Study.concat(studies)
+    metrics = _comparable(whole)
+    table = _differences(whole, metrics)
+    names = whole.axes[AXIS]
+    return Report(
+        study=" against ".join(words.clean(name, 60) for name in names),
+        question="",
+        headline=f"{len(names)} studies side by side.",
+        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), "") for v in VERDICTS],
+        findings=list(_findings(table)),
+        warnings=list(warnings(whole)),
+        sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
+    )
+
+
+def warnings(whole: Study) -> Iterator[str]:
+    """What keeps a number of one study from being compared with that of another."""
+    trials = whole.trials
+    by_study = trials.groupby(AXIS)
+    if _differ(by_study["eval_hash"]):
+        yield "The evaluation batches differ: losses are shown, and not compared."
+    if _differ(by_study["data_fingerprint"]):
+        yield "The studies read different data."
+    if trials["detector_id"].nunique() > 1:
+        yield "The rules of spikes differ (detector_id): spike rates and verdicts are shown, and not compared."
+    if "log_stride" in trials and trials["log_stride"].nunique() > 1:
+        yield "The logs have different strides: rates of spikes are shown, and not compared."
+    if _differ(by_study["train.batch_size"]) or _differ(by_study["data.seq_len"]):
+        yield "Steps hold different numbers of tokens: what is counted per step is not the same."
+
+
+def _differ(column: Any) -> bool:
+    """Whether the sets of values of a grouped column are not the same in every group."""
+    return len({frozenset(levels_of(values)) for _, values in column}) > 1
+
+
+def _comparable(whole: Study) -> list[str]:
+    trials = whole.trials
+    strides = trials["log_stride"].nunique() if "log_stride" in trials else 1
+    mixed = trials["detector_id"].nunique() > 1 or strides > 1
+    return [m for m in sentences.EFFECTS if not (mixed and m in BY_DETECTOR)]
+
+
+def _sections(
+    studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
+) -> Iterator[Section]:
+    yield Section("studies", "The studies", [_studies(studies), *_settings(whole)])
+    yield Section("differences", "Differences", list(_difference_blocks(whole, metrics, table)))
+    yield Section("figures", "Figures", list(_figures(whole)))
+    yield Section("cells", "Matched cells", list(_cells(whole)))
+
+
+def _studies(studies: Sequence[Study]) -> Table:
+    rows = []
+    for study in studies:
+        found = sentences.counts(study)
+        rows.append(
+            (
+                words.clean(study.name, 60),
+                words.clean(study.question) or words.NOTHING,
+                *(str(found[v]) for v in VERDICTS),
+                str(sum(found.values()) - sum(found[v] for v in VERDICTS)),
+                study.rules.detector_id,
+            )
+        )
+    heads = ("study", "question", *VERDICTS, "others", "detector")
+    return Table("What is compared", heads, tuple(rows), frozenset((*VERDICTS, "others")))
+
+
+def _settings(whole: Study) -> Iterator[Block]:
+    """What differs between the studies and within none of them."""
+    by_study = {name: whole.trials[whole.trials[AXIS] == name] for name in whole.axes[AXIS]}
+    rows = []
+    for setting in setting_names():
+        levels = {name: levels_of(trials[setting]) for name, trials in by_study.items()}
+        if setting != "seed" and all(len(v) == 1 for v in levels.values()) and len({v[0] for v in levels.values()}) > 1:
+            rows.append((setting, *(words.level(v[0], setting) for v in levels.values())))
+    if rows:
+        heads = ("setting", *(words.clean(name, 60) for name in by_study))
+        yield Table("What differs between them, and within none", heads, tuple(rows))
+    else:
+        yield Text("No setting differs between the studies that is the same within each.")
+
+
+def _differences(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `compare.levels` along the study axis, with the first study as `a`."""
+    first = whole.axes[AXIS][0]
+    found = []
+    for metric in metrics:
+        rows = records(compare.levels(whole.trials, list(whole.axes), AXIS, metric))
+        kept = [row for row in rows if row["pairs"] and first in (row["a"], row["b"])]
+        found += [{"metric": metric, **_from(first, row)} for row in kept]
+    return found
+
+
+def _from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `first` as its `a`."""
+    if row["a"] == first:
+        return row
+    low, high = (None if row[end] is None else -row[end] for end in ("high", "low"))
+    turned = {"difference": -row["difference"], "low": low, "high": high, "positive": 1 - row["positive"]}
+    swapped = {
+        f"{name}{one}": row[f"{name}{other}"] for name in ("", "mean_", "diverged_") for one, other in ("ab", "ba")
+    }
+    return row | turned | swapped
+
+
+def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
+    if not table:
+        yield Text("No trial of one study has a partner of the same seed and levels in another: nothing is compared.")
+        return
+    yield Text(
+        "A pair is two trials of different studies with the same seed and the same level of everything that varies "
+        "within a study. Differences are averaged per seed; the interval is Student's over seeds."
+    )
+    rows = tuple(
+        (
+            f"{words.clean(r['a'], 60)} → {words.clean(r['b'], 60)}",
+            COLUMNS[r["metric"]].label,
+            f"{_value(r['metric'], r['mean_a'])} → {_value(r['metric'], r['mean_b'])}",
+            _value(r["metric"], r["difference"]),
+            words.NOTHING
+            if r["low"] is None
+            else f"{_value(r['metric'], r['low'])} to {_value(r['metric'], r['high'])}",
+            str(r["pairs"]),
+            str(r["seeds"]),
+        )
+        for r in table
+    )
+    numbers = ("mean", "change", "95 % interval", "pairs", "seeds")
+    yield Table("Paired differences", ("studies", "statistic", *numbers), rows, frozenset(numbers))
+    for metric in sentences.EFFECTS:
+        if metric not in metrics:
+            yield Text(f"{words.STATISTICS[metric]}: not compared (see above).")
+
+
+def _findings(table: list[dict[str, Any]]) -> Iterator[str]:
+    clear = [r for r in table if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
+    for r in clear:
+        yield (
+            f"{words.STATISTICS[r['metric']]}: {_value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
+            f"{_value(r['metric'], r['mean_b'])} in {words.clean(r['b'], 60)} ({words.count(r['pairs'], 'pair')}, "
+            f"{words.count(r['seeds'], 'seed')}; the paired 95 % interval of the change does not hold 0, not corrected "
+            f"for {len(table)} comparisons)."
+        )
+    if table and not clear:
+        yield "No difference can be told from chance: each paired 95 % interval holds 0, or is missing."
+
+
+def _figures(whole: Study) -> Iterator[Block]:
+    axes = [a for a in whole.axes if a != AXIS]
+    x = "optim.lr" if "optim.lr" in axes else axes[0] if axes else None
+    if x is None:
+        yield Text("Nothing varies within the studies: there is no axis to draw a statistic against.")
+        return
+    pooled = [words.label(a) for a in axes if a != x]
+    over = f", averaged over {words.listing(pooled)}" if pooled else ""
+    for metric, log_y in FIGURES:
+        drawn = plots.drawable(whole.trials, metric)
+        if len(drawn):
+            ax = plots.curves(whole, metric, x=x, by=AXIS, log_y=log_y)
+            caption = f"{plots.metric_label(metric)} against {words.label(x)}, a line for each study{over}."
+            table = _figure_table(whole, metric, x, log_y)
+            said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
+            name = f"studies-{metric.replace('_', '-')}"
+            svg = style.to_svg(ax.figure)  # type: ignore[arg-type]
+            yield Figure(name, svg, f"Line chart. {said}.", caption, table)
+
+
+def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:
+    rows = []
+    for (study, level), trials in split(
+        plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
+    ):
+        e = plots.mean_of(trials, metric, log_y)
+        rows.append((words.clean(study, 60), words.level(level, x), *map(words.number, (e.mean, e.low, e.high, e.n))))
+    heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n")
+    return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
+
+
+CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_rate")
+
+
+def _cells(whole: Study) -> Iterator[Block]:
+    """A row per combination of levels that at least two studies hold."""
+    axes = {a: levels for a, levels in whole.axes.items() if a != AXIS}
+    names = whole.axes[AXIS]
+    rows = []
+    done = whole.trials[whole.trials["state"] == "done"]
+    for levels, trials in split(done, axes):
+        parts = [trials[trials[AXIS] == name] for name in names]
+        if sum(map(bool, map(len, parts))) > 1:
+            texts = [words.level(v, a) for a, v in zip(axes, levels, strict=True)]
+            rows.append((*texts, *(_cell(part, m) for m in CELL for part in parts), *map(_verdicts, parts)))
+    if not rows:
+        yield Text("No cell of one study is a cell of another.")
+        return
+    statistics = [f"{COLUMNS[m].label}: {words.clean(n, 30)}" for m in CELL for n in names]
+    verdicts = [f"verdicts: {words.clean(n, 30)}" for n in names]
+    heads = (*map(words.heading, axes), *statistics, *verdicts)
+    title = "Cells that at least two studies hold: means over done seeds, ± half the 95 % t-interval"
+    yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
+
+
+def _cell(trials: Any, metric: str) -> str:
+    e = compare.mean(trials, metric)
+    return words.estimate(e.mean, e.low, e.high) if COLUMNS[metric].unit != "fraction" else words.percent(e.mean)
+
+
+def _verdicts(trials: Any) -> str:
+    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
+    return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING
+
+
+def _value(metric: str, value: Any) -> str:
+    return words.statistic(value, COLUMNS[metric].unit)

@@ -1,0 +1,128 @@
+"""Studies beside each other: cells that match, differences paired by seed, refusals of what cannot be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import planted
+import pytest
+
+from stabstudy import report as command
+from stabstudy.analysis import several
+from stabstudy.analysis.blocks import Figure, Report, Table, Text
+from stabstudy.analysis.study import Study
+
+
+def plant(folder: Path, decay: float, gain: float, eval_hash: str = planted.EVAL_HASH, seeds: int = 3) -> Study:
+    """A study over two learning rates with another weight decay, whose losses are `gain` lower."""
+    planted.plant_frame(folder)
+    for lr in (0.01, 0.1):
+        for seed in range(seeds):
+            values = {
+                "model": {"depth": 2},
+                "optim": {"lr": lr, "weight_decay": decay, "warmup_steps": 10},
+                "train": {"steps": 120},
+                "seed": seed,
+            }
+            loss = 2.501 + lr + 0.01 * seed - gain - 0.001 * seed * gain
+            planted.plant_trial(folder, planted.cfg.from_dict(values), final_loss=loss, eval_hash=eval_hash)
+    return Study.load(folder)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Study]:
+    base = tmp_path_factory.mktemp("several")
+    return [plant(base / "low", 0.1, 0.0), plant(base / "high", 0.3, 0.2)]
+
+
+def table(made: Report, title: str) -> Table:
+    return next(b for s in made.sections for b in s.blocks if isinstance(b, Table) and b.title.startswith(title))
+
+
+def test_the_whole_has_the_study_as_its_first_axis(two: list[Study]) -> None:
+    whole = Study.concat(two)
+    assert whole.axes == {"study": ["low", "high"], "optim.lr": [0.01, 0.1]}
+    assert len(whole.trials) == 12 and whole.trials.index.is_unique
+    assert len(whole.cells) == 4 and set(whole.cells["n"]) == {3}
+    trial_id = whole.trials.index[0]
+    name, _, rest = trial_id.partition("/")
+    own = next(s for s in two if s.name == name)
+    assert whole.trace(trial_id)["grad_norm"].tolist() == own.trace(rest)["grad_norm"].tolist()
+
+
+def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
+    made = several.report(two)
+    losses = [r for r in table(made, "Paired differences").rows if r[1] == "final loss"]
+    ((studies, _, means, change, interval, pairs, seeds),) = losses
+    assert (studies, pairs, seeds) == ("low → high", "6", "3")
+    assert change == "-0.200" and means == "2.57 → 2.37"
+    assert interval.startswith("-0.201")
+    assert any(
+        f.startswith("final validation loss: 2.57 in low, 2.37 in high (6 pairs, 3 seeds;") for f in made.findings
+    )
+
+
+def test_the_other_order_turns_every_sign(two: list[Study]) -> None:
+    ((*_, change, interval, _, _),) = [
+        r for r in table(several.report(two[::-1]), "Paired differences").rows if r[1] == "final loss"
+    ]
+    assert change == "0.200" and interval.endswith("0.201")
+
+
+def test_what_differs_between_them_is_named(two: list[Study]) -> None:
+    made = several.report(two)
+    assert table(made, "What differs").rows == (("optim.weight_decay", "0.1", "0.3"),)
+    cells = table(made, "Cells that at least two").rows
+    assert [row[0] for row in cells] == ["0.01", "0.1"] and all(row[-1] == "3 stable" for row in cells)
+    assert {b.name for s in made.sections for b in s.blocks if isinstance(b, Figure)} == {
+        "studies-final-loss",
+        "studies-grad-norm-log-sd",
+        "studies-attn-logit-peak",
+    }
+
+
+def test_losses_on_other_batches_are_not_compared(tmp_path: Path, two: list[Study]) -> None:
+    other = plant(tmp_path / "other", 0.3, 0.2, eval_hash="a" * 16)
+    made = several.report([two[0], other])
+    assert "The evaluation batches differ: losses are shown, and not compared." in made.warnings
+    compared = {row[1] for row in table(made, "Paired differences").rows}
+    assert "final loss" not in compared and "roughness" in compared
+
+
+def test_spike_rates_of_other_rules_are_not_compared(tmp_path: Path, two: list[Study]) -> None:
+    planted.plant_frame(tmp_path / "long")
+    planted.plant_trial(tmp_path / "long", planted.settings(2, 0.01, steps=2000))  # its window is wider
+    made = several.report([two[0], Study.load(tmp_path / "long")])
+    assert any("detector_id" in w for w in made.warnings)
+    assert "spike rate" not in {row[1] for row in table(made, "Paired differences").rows}
+    assert any("spike rate: not compared" in b.text for s in made.sections for b in s.blocks if isinstance(b, Text))
+
+
+def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) -> None:
+    planted.plant_frame(tmp_path / "far")
+    for lr in (0.5, 0.6):
+        planted.plant_trial(tmp_path / "far", planted.settings(2, lr, seed=7))
+    made = several.report([two[0], Study.load(tmp_path / "far")])
+    texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
+    assert any("nothing is compared" in t for t in texts) and "No cell of one study is a cell of another." in texts
+
+
+def test_equal_names_are_refused(two: list[Study]) -> None:
+    with pytest.raises(ValueError, match="different names"):
+        Study.concat([two[0], two[0]])
+    with pytest.raises(ValueError, match="at least two"):
+        Study.concat(two[:1])
+
+
+def test_the_command_writes_the_comparison(
+    two: list[Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(s.folder.path) for s in two]
+    assert command.main([*paths, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"comparison: {tmp_path / 'out' / 'index.html'}"
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "low against high" in page and "optim.weight_decay" in page
+    assert (tmp_path / "out" / "low" / "index.html").exists()
+    before = page
+    assert command.main([*paths, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "index.html").read_text() == before
