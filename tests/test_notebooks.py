@@ -26,6 +26,7 @@ def test_notebooks_are_kept_without_outputs(path: Path) -> None:
 )
 def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STABSTUDY_STUDY", str(planted.plant_study(tmp_path / "s")))
+    monkeypatch.setenv("STABSTUDY_OTHER", str(planted.plant_study(tmp_path / "other", seeds=(0, 1, 2))))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
