@@ -331,8 +331,8 @@ def _not_of_family(m: ModelConfig) -> Iterator[Problem]:
     if m.attn_softcap is not None:
         yield Problem("model.attn_softcap", "acts on family lingua only (sdpa has no cap)", f"family {m.family}")
     if m.embed_scale != ModelConfig.embed_scale:
-        own = "gemma3 multiplies by sqrt(dim) itself" if m.family == "gemma3" else f"family {m.family}"
-        yield Problem("model.embed_scale", "acts on family lingua only", own)
+        own = ", which multiplies by sqrt(dim) itself" if m.family == "gemma3" else ""
+        yield Problem("model.embed_scale", "acts on family lingua only", f"family {m.family}{own}")
     if m.residual_scale != ModelConfig.residual_scale:
         yield Problem("model.residual_scale", "acts on family lingua only", f"family {m.family}")
 

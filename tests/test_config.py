@@ -155,7 +155,7 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ({"model": {**GEMMA3, "norm_placement": "pre"}}, "model.norm_placement: must be sandwich with family gemma3"),
         (
             {"model": {**GEMMA3, "embed_scale": 8}},
-            "model.embed_scale: acts on family lingua only, got gemma3 multiplies by sqrt(dim) itself",
+            "model.embed_scale: acts on family lingua only, got family gemma3, which multiplies by sqrt(dim) itself",
         ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
