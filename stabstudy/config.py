@@ -22,9 +22,16 @@ from stabstudy.settings import ConfigError, Problem, check_annotations, nearest,
 FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
 
+FAMILIES = ("lingua", "llama", "qwen3", "gemma3")
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"qk_norm": False, "norm_placement": "pre", "ffn": "swiglu"},
+    "qwen3": {"qk_norm": True, "norm_placement": "pre", "ffn": "swiglu"},
+    "gemma3": {"qk_norm": True, "norm_placement": "sandwich", "ffn": "geglu", "tied": True},
+}
+"""What a family of Hugging Face is made of, in our settings: they have to say it, so that no record lies."""
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
 PLACEMENTS = ("pre", "reordered", "sandwich", "post")
-FFNS = ("swiglu", "squared_relu", "gelu")
+FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 OPTIMIZERS = ("adamw", "stable_adamw")
@@ -40,6 +47,7 @@ SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 class ModelConfig:
     """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
 
+    family: str = setting("lingua", choices=FAMILIES)  # the others: transformers' own layers, by training/hf.py
     depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
     dim: int = setting(64, ge=2, le=65_536)  # residual width
     n_heads: int = setting(4, ge=1, le=1024)
@@ -55,7 +63,7 @@ class ModelConfig:
     attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
     embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
     norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
-    ffn: str = setting("swiglu", choices=FFNS)  # squared_relu, gelu (exact, by erf): two matrices, no gate, 4*dim wide
+    ffn: str = setting("swiglu", choices=FFNS)  # geglu: gated by tanh gelu; squared_relu, gelu (by erf): no gate, 4*dim
     residual_scale: str = setting("none", choices=RESIDUAL_SCALES)  # inverse_depth: branches / depth; deepnorm: post
 
     @property
@@ -67,19 +75,23 @@ class ModelConfig:
         return self.dim // self.n_heads
 
     @property
+    def gated(self) -> bool:
+        return self.ffn in ("swiglu", "geglu")
+
+    @property
     def ffn_dim(self) -> int:
         """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256).
 
         The 2/3 pays for the third matrix of a gate; without a gate it is 4 * dim: about as many parameters.
         """
-        width = int(2 * (4 * self.dim) / 3) if self.ffn == "swiglu" else 4 * self.dim
+        width = int(2 * (4 * self.dim) / 3) if self.gated else 4 * self.dim
         hidden = int(width * self.ffn_multiplier)
         return self.multiple_of * -(-hidden // self.multiple_of)
 
     def parameters(self, vocab: int) -> int:
         """Number of parameters, embeddings included."""
         kv_dim = self.kv_heads * self.head_dim
-        ffn_matrices = 3 if self.ffn == "swiglu" else 2
+        ffn_matrices = 3 if self.gated else 2
         layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + ffn_matrices * self.dim * self.ffn_dim + 2 * self.dim
         layer += 2 * self.head_dim if self.qk_norm else 0
         layer += 2 * self.dim if self.norm_placement == "sandwich" else 0
@@ -303,7 +315,26 @@ def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
         yield Problem("optim.allow_zero_lr", "has no effect unless optim.lr is 0", "true")
     if o.lr == 0 and o.decay_mode == "independent":
         yield Problem("optim.decay_mode", "independent decay needs optim.lr > 0 (it follows lr_t / lr)", "optim.lr 0")
+    yield from _not_of_family(m)
     yield from _no_effect(o, d, config)
+
+
+def _not_of_family(m: ModelConfig) -> Iterator[Problem]:
+    """What a family of Hugging Face has for good, and what it has not."""
+    if m.family == "lingua":
+        return
+    for name, value in OF_FAMILY[m.family].items():
+        if (got := getattr(m, name)) != value:
+            said = str(value).lower() if isinstance(value, bool) else value
+            how = f"say model.{name}={said}, in a zip where families differ, or take the preset model={m.family}"
+            yield Problem(f"model.{name}", f"must be {said} with family {m.family} ({how})", str(got).lower())
+    if m.attn_softcap is not None:
+        yield Problem("model.attn_softcap", "acts on family lingua only (sdpa has no cap)", f"family {m.family}")
+    if m.embed_scale != ModelConfig.embed_scale:
+        own = ", which multiplies by sqrt(dim) itself" if m.family == "gemma3" else ""
+        yield Problem("model.embed_scale", "acts on family lingua only", f"family {m.family}{own}")
+    if m.residual_scale != ModelConfig.residual_scale:
+        yield Problem("model.residual_scale", "acts on family lingua only", f"family {m.family}")
 
 
 def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[Problem]:

@@ -72,7 +72,7 @@ def to_hf(ours: dict[str, Tensor], config: ModelConfig, norms: dict[str, str]) -
             f"{to}.self_attn.o_proj.weight": ours[f"{at}.attention.wo.weight"],
             f"{to}.mlp.down_proj.weight": ours[f"{at}.ffn.w2.weight"],
         }
-        if config.ffn == "swiglu":
+        if config.gated:
             gate, up = ours[f"{at}.ffn.w13.weight"].chunk(2)
             named |= {f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up}
         else:
@@ -127,13 +127,13 @@ SANDWICH = PRE | {"attention_post_norm": "post_attention_layernorm", "ffn_post_n
 
 
 def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
-    """Gemma 2 with full attention and a SwiGLU: soft caps, scaled embedding, a norm before and after each branch.
+    """Gemma 2 with full attention, gated by silu too: soft caps, scaled embedding, a norm before and after each branch.
 
     Its norms multiply by 1 + weight, its embedding by a scale: ours. Where no norm comes after: an identity.
     """
     config = stepper.config.model
     shape = shape_of(config) | {
-        "hidden_activation": "silu",
+        "hidden_activation": "silu" if config.ffn == "swiglu" else "gelu_pytorch_tanh",
         "query_pre_attn_scalar": config.head_dim,
         "layer_types": ["full_attention"] * config.depth,
         "final_logit_softcapping": config.logit_softcap,
@@ -296,6 +296,17 @@ def test_the_walk_ends_where_the_forward_does(placement: str) -> None:
     assert sum(p.numel() for p in stepper.parameters) == stepper.config.model.parameters(V)
 
 
+def test_geglu_equals_gemmas() -> None:
+    stepper = make(dataclasses.replace(BASE, ffn="geglu"), gain=2.0)
+    assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
+
+
+def test_swiglu_is_not_gemmas() -> None:
+    """Negative control."""
+    swiglu, geglu = (make(dataclasses.replace(BASE, ffn=f), gain=2.0) for f in ("swiglu", "geglu"))
+    assert largest_difference(swiglu, *gemma(geglu)) > 1e-3
+
+
 @pytest.mark.parametrize(("ffn", "activation"), [("squared_relu", "relu2"), ("gelu", "gelu")])
 def test_an_ungated_feed_forward_equals_nemotrons(ffn: str, activation: str) -> None:
     stepper = make(dataclasses.replace(BASE, qk_norm=True, ffn=ffn))
@@ -313,7 +324,7 @@ def test_another_activation_is_seen(ffn: str, activation: str) -> None:
 def test_every_feed_forward_has_about_as_many_parameters(ffn: str) -> None:
     config = dataclasses.replace(BASE, dim=96, multiple_of=1, ffn=ffn)
     stepper = make(config)
-    assert config.ffn_dim == {"swiglu": 256, "squared_relu": 384, "gelu": 384}[ffn]
+    assert config.ffn_dim == {"swiglu": 256, "geglu": 256, "squared_relu": 384, "gelu": 384}[ffn]
     assert sum(p.numel() for p in stepper.parameters) == config.parameters(V) == BASE_96
 
 

@@ -25,6 +25,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 # ids
 
 LATER = {
+    "model.family": "lingua",
     "model.logit_softcap": None,
     "model.attn_softcap": None,
     "model.embed_scale": 1.0,
@@ -111,6 +112,8 @@ def test_flat_names_every_setting_once_with_derived_defaults():
 
 # rules
 
+QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwen3", "gemma3"))
+
 
 @pytest.mark.parametrize(
     ("values", "line"),
@@ -131,6 +134,28 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         (
             {"model": {"residual_scale": "inverse_depth", "depth": 1}},
             "model.residual_scale, model.depth: inverse_depth has no effect at depth 1",
+        ),
+        (
+            {"model": {"family": "llama", "qk_norm": True}},
+            "model.qk_norm: must be false with family llama (say model.qk_norm=false, in a zip where families differ, "
+            "or take the preset model=llama), got true",
+        ),
+        ({"model": {"family": "qwen3"}}, "model.qk_norm: must be true with family qwen3 (say model.qk_norm=true, in a"),
+        ({"model": {**QWEN3, "norm_placement": "sandwich"}}, "model.norm_placement: must be pre with family qwen3"),
+        ({"model": {**QWEN3, "ffn": "geglu"}}, "model.ffn: must be swiglu with family qwen3"),
+        ({"model": {**QWEN3, "attn_softcap": 30}}, "model.attn_softcap: acts on family lingua only (sdpa has no cap)"),
+        ({"model": {**QWEN3, "embed_scale": 8}}, "model.embed_scale: acts on family lingua only, got family qwen3"),
+        (
+            {"model": {**QWEN3, "residual_scale": "inverse_depth"}},
+            "model.residual_scale: acts on family lingua only, got family qwen3",
+        ),
+        ({"model": {**GEMMA3, "tied": False}}, "model.tied: must be true with family gemma3"),
+        ({"model": {**GEMMA3, "ffn": "swiglu"}}, "model.ffn: must be geglu with family gemma3"),
+        ({"model": {**GEMMA3, "qk_norm": False}}, "model.qk_norm: must be true with family gemma3"),
+        ({"model": {**GEMMA3, "norm_placement": "pre"}}, "model.norm_placement: must be sandwich with family gemma3"),
+        (
+            {"model": {**GEMMA3, "embed_scale": 8}},
+            "model.embed_scale: acts on family lingua only, got family gemma3, which multiplies by sqrt(dim) itself",
         ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
@@ -163,6 +188,19 @@ def test_flat_names_every_setting_once_with_derived_defaults():
 def test_a_broken_rule_is_named(values: dict[str, Any], line: str):
     found = problems_of(values)
     assert len(found) == 1 and found[0].startswith(line), found
+
+
+@pytest.mark.parametrize("family", cfg.OF_FAMILY)
+def test_a_family_takes_what_acts_on_it(family: str):
+    free = {
+        "logit_softcap": 30,
+        "init": "scaled",
+        "n_kv_heads": 1,
+        "multiple_of": 8,
+        "ffn_multiplier": 2,
+        "norm_eps": 1e-6,
+    }
+    assert cfg.from_dict({"model": {"family": family, **cfg.OF_FAMILY[family], **free, "tied": True}})
 
 
 def test_all_problems_come_at_once():

@@ -148,6 +148,8 @@ VARIANTS = {
     "agc": vary(optim={"clip_kind": "agc"}),
     "skip_spikes": vary(train={"skip_spikes": True, "steps": 66}),
     "stable_adamw": vary(optim={"kind": "stable_adamw"}),
+    "qwen3": vary(model={"family": "qwen3", **cfg.OF_FAMILY["qwen3"]}),
+    "gemma3": vary(model={"family": "gemma3", **cfg.OF_FAMILY["gemma3"]}, train={"micro_batch_size": 2}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
 
@@ -375,9 +377,11 @@ def test_rows_kept_on_the_device_end_where_the_trial_ends(
     assert on_cpu.read_state().final_loss == state.final_loss
 
 
-def test_probing_and_evaluating_change_nothing(make: Make, run: Run) -> None:
-    often = make(vary(train={"probe_every": 1, "eval_every": 1}), "often")
-    never = make(vary(train={"probe_every": 1000, "eval_every": 1000}), "never")
+@pytest.mark.parametrize("family", cfg.FAMILIES)
+def test_probing_and_evaluating_change_nothing(family: str, make: Make, run: Run) -> None:
+    model = {"family": family, **cfg.OF_FAMILY.get(family, {})}
+    often = make(vary(model=model, train={"probe_every": 1, "eval_every": 1}), "often")
+    never = make(vary(model=model, train={"probe_every": 1000, "eval_every": 1000}), "never")
     assert run(often).final_loss == run(never).final_loss
     assert_same(records(often)[0], records(never)[0])
 

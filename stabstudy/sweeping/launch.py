@@ -21,6 +21,7 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import rules_for
 from stabstudy.sweeping.board import Board
+from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.provenance import provenance
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
 from stabstudy.sweeping.worker import TrialFailed, train_pack
@@ -37,20 +38,27 @@ class Outcome:
 def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     """Train every trial of the plan that is not done.
 
-    Raises ConfigError for data that does not serve its trials, before anything is created; store.LockHeldError when the
-    study is being worked on; machine.NotReadyError when Ray does not start.
+    Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, before
+    anything is created; store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the
+    pre-flight does not start.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
     prepare_data(plan, cache_dir, say)
     study = store.StudyFolder(plan.folder)
+    preflight([t.config for t in _waiting(plan, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         write_study(study, plan)
-        todo = [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+        todo = _waiting(plan, study)
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")
             return Outcome(0)
         return _train(plan, study, todo, cache_dir)
+
+
+def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
+    """The trials that are not done; all of them while there is no study yet."""
+    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:

@@ -58,16 +58,18 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x); `w13` holds w1 above w3."""
+    """SwiGLU: w2(silu(w1 x) * w3 x), GeGLU (Gemma): gelu, by tanh, for silu; `w13` holds w1 above w3."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.silu = config.ffn == "swiglu"
         self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, up_BTF = self.w13(x_BTD).chunk(2, dim=-1)
-        out: Tensor = self.w2(F.silu(gate_BTF) * up_BTF)
+        active_BTF = F.silu(gate_BTF) if self.silu else F.gelu(gate_BTF, approximate="tanh")
+        out: Tensor = self.w2(active_BTF * up_BTF)
         return out
 
 
@@ -108,7 +110,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = FeedForward(config) if config.ffn == "swiglu" else PlainFeedForward(config)
+        self.ffn = FeedForward(config) if config.gated else PlainFeedForward(config)
         sandwich = self.placement == "sandwich"
         self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
         self.ffn_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if sandwich else None
@@ -220,29 +222,34 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     Each matrix has a random stream of its own, keyed by (seed, its unfused name): equal names and shapes get equal
     numbers whatever the depth, optimizer or device. Drawn on the CPU in float32.
     """
-    base, hidden = config.dim**-0.5, config.ffn_dim**-0.5
     kv_rows = config.kv_heads * config.head_dim
-    beta = (8 * config.depth) ** -0.25 if config.residual_scale == "deepnorm" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(("q_norm", "k_norm")):
                 parameter.fill_(1.0)
                 continue
-            factor = _depth_factor(config, int(name.split(".")[1])) if name.startswith("layers.") else 1.0
-            std, bound = base, 3 * base
-            if name.endswith("wo.weight"):
-                std = base / factor
-            elif name.endswith("w2.weight"):
-                std, bound = hidden / factor, 3 * hidden / factor
-            if config.init in ("normal_002", "scaled"):
-                std, bound = 0.02, math.inf
-            if config.init == "scaled" and name.endswith(("wo.weight", "w2.weight")):
-                std = 0.02 / math.sqrt(2 * config.depth)
             parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
             rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
-                shrink = beta if ".ffn." in name or name.endswith("wo.weight") or i == 2 else 1.0  # 2: v of wqkv
-                part.copy_(_normal(part.shape, shrink * std, shrink * bound, f"{seed}/{name}/{i}"))
+                part.copy_(initial_matrix(config, seed, name, i, part.shape))
+
+
+def initial_matrix(config: ModelConfig, seed: int, name: str, part: int, shape: torch.Size) -> Tensor:
+    """One matrix by the table of `initialise`: part `part` (of wqkv: 0, 1, 2; of w13: 0, 1; else 0) of the weight."""
+    base, hidden = config.dim**-0.5, config.ffn_dim**-0.5
+    factor = _depth_factor(config, int(name.split(".")[1])) if name.startswith("layers.") else 1.0
+    std, bound = base, 3 * base
+    if name.endswith("wo.weight"):
+        std = base / factor
+    elif name.endswith("w2.weight"):
+        std, bound = hidden / factor, 3 * hidden / factor
+    if config.init in ("normal_002", "scaled"):
+        std, bound = 0.02, math.inf
+    if config.init == "scaled" and name.endswith(("wo.weight", "w2.weight")):
+        std = 0.02 / math.sqrt(2 * config.depth)
+    beta = (8 * config.depth) ** -0.25 if config.residual_scale == "deepnorm" else 1.0
+    shrink = beta if ".ffn." in name or name.endswith("wo.weight") or part == 2 else 1.0  # 2: v of wqkv
+    return _normal(shape, shrink * std, shrink * bound, f"{seed}/{name}/{part}")
 
 
 def _depth_factor(config: ModelConfig, layer: int) -> float:

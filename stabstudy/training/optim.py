@@ -9,7 +9,8 @@ Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.
 the same.
 
 `matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
-everything, as Lingua's single parameter group does.
+everything, as Lingua's single parameter group does. (Decay pulls a norm's weight to 0, which is the identity for
+Gemma's norms, that multiply by 1 + weight.)
 
 Why not `torch.optim.AdamW`: making one imports the compiler, 1.8 CPU seconds in every trial's process. The arithmetic
 is the same kernel's, so weights equal torch's bit for bit (a test compares them).

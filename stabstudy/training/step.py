@@ -22,7 +22,7 @@ from torch import Tensor
 from stabstudy.config import TrialConfig
 from stabstudy.training import clip
 from stabstudy.training.clip_rules import clip_rule
-from stabstudy.training.model import Decoder
+from stabstudy.training.hf import Model
 from stabstudy.training.optim import AdamW
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.spike_skip import SpikeSkip
@@ -74,7 +74,7 @@ def target_sums(
 class Stepper:
     """Model, optimizer and loss scale of one trial. `step` makes one update and returns its vector."""
 
-    def __init__(self, config: TrialConfig, model: Decoder, device: torch.device):
+    def __init__(self, config: TrialConfig, model: Model, device: torch.device):
         self.config, self.model, self.device = config, model, device
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]

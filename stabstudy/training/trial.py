@@ -28,9 +28,8 @@ from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.training import checkpoint
+from stabstudy.training import checkpoint, hf
 from stabstudy.training.loop import Heartbeat, Loop
-from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper
 
@@ -137,8 +136,7 @@ def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine) -> Stepper
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-    model = Decoder(config.model, batches.corpus.vocab_size, config.data.seq_len)
-    initialise(model, config.model, config.seed)
+    model = hf.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
     return Stepper(config, model.to(device), device)
 
 
