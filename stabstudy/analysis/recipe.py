@@ -91,10 +91,17 @@ def sentence(recipe: Recipe) -> str:
     return f"{said} Margin: at {times} times its learning rate {bad} of {words.count(n, 'trial')} were not stable."
 
 
+ALWAYS_SAID = (
+    *("model.depth", "optim.lr", "optim.weight_decay", "optim.warmup_steps", "optim.clip"),
+    *("train.batch_size", "train.steps"),
+)
+"""Settings that sweeps vary or set: said also where they have their default."""
+
+
 def overrides(levels: Mapping[str, Level], settings: Settings) -> list[str]:
     """The recipe as overrides of this tool: its level on each axis, and every setting that differs from its default."""
     defaults = cfg.flat(cfg.TrialConfig())
-    differing = {k: v for k, v in settings.items() if v != defaults[k]}
+    differing = {k: v for k, v in settings.items() if v != defaults[k] or k in ALWAYS_SAID}
     return [f"{k}={_scalar(v)}" for k, v in (dict(levels) | differing).items()]
 
 
@@ -203,7 +210,16 @@ def _not_plain(s: Settings) -> Iterator[str]:
     """Settings that differ from a plain AdamW run of the architecture and have no key elsewhere."""
     defaults = cfg.flat(cfg.TrialConfig())
     elsewhere = ("optim.kind", "optim.clip_kind", "train.z_loss", "train.skip_spikes", "train.skip_nonfinite")
-    shape = ("qk_norm", "norm_placement", "ffn", "residual_scale", "logit_softcap", "attn_softcap", "embed_scale")
+    shape = (
+        "family",
+        "qk_norm",
+        "norm_placement",
+        "ffn",
+        "residual_scale",
+        "logit_softcap",
+        "attn_softcap",
+        "embed_scale",
+    )
     for name in (*elsewhere, *(f"model.{k}" for k in shape)):
         if s[name] != defaults[name]:
             yield f"{name}={_scalar(s[name])} has no key there"

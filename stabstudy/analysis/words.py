@@ -18,6 +18,9 @@ LABELS = {
     "optim.warmup_steps": "warmup",
     "optim.clip": "clip threshold",
     "data": "dataset",
+    "model.qk_norm": "qk-norm",
+    "model.family": "model family",
+    "train.micro_batch_size": "micro-batch size",
 }
 
 STATISTICS = {
