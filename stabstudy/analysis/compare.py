@@ -15,10 +15,8 @@ import pandas as pd
 from stabstudy.analysis.columns import trial_kinds
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain
 from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
+from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
-
-LOSS_MARGIN = 0.2
-"""Nat above the best loss at which a learning rate still counts as working (ours)."""
 
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
@@ -100,6 +98,18 @@ def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
     return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
 
 
+def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget; null: no final loss.
+
+    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
+    length), and the same evaluation batch.
+    """
+    loss = trials[column("final_loss")]
+    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
+    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
+    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")
+
+
 def column(metric: str) -> str:
     """The column that a comparison of this statistic reads."""
     return "final_loss_capped" if metric == "final_loss" else metric
@@ -170,7 +180,7 @@ def _mean_loss(trials: pd.DataFrame) -> float:
 
 def _works_to(at: dict[Level, pd.DataFrame], losses: dict[Level, float], grid: list[Level], best: Level) -> Level:
     def works(v: Level) -> bool:
-        return losses[v] <= losses[best] + LOSS_MARGIN and bool((at[v]["verdict_code"] == "ok").all())
+        return losses[v] <= losses[best] + STABLE_MARGIN and bool((at[v]["verdict_code"] == "ok").all())
 
     working = list(itertools.takewhile(works, grid[grid.index(best) :]))
     return working[-1] if working else None

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import LOSS_MARGIN
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
 
 EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
@@ -123,7 +123,7 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
             parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
-            f"Largest learning rate within {LOSS_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
+            f"Largest learning rate within {STABLE_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
             f"({trials})."
         )
 

@@ -11,14 +11,14 @@ Where a notebook starts:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, words
+from stabstudy.analysis import compare, sensitivity, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
@@ -141,6 +141,35 @@ class Study:
         if by is not None:
             self._check(by, list(self.axes), "axis")
         return compare.limits(self.trials, setting, by)
+
+    @property
+    def underperform(self) -> pd.Series[bool]:
+        """By trial_id: whether it ended over 0.2 nat above the best at an equal budget; see `compare.underperform`."""
+        return compare.underperform(self.trials)
+
+    def sensitivity(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """LR sensitivity and what belongs to it, over the grid without named cases; see `stability.sensitivity`.
+
+        A row per combination of the levels of `by` (None: of every other axis), other axes averaged per seed.
+
+            study.sensitivity()
+            study.sensitivity(by="model.qk_norm")[["model.qk_norm", "lrs", "lrs_se", "max_stable_lr", "reason"]]
+        """
+        grid = self.grid
+        others = [a for a in grid.axes if a != sensitivity.LR]
+        names = others if by is None else [by] if isinstance(by, str) else list(by)
+        grid._check(sensitivity.LR, list(grid.axes), "axis")
+        for name in names:
+            grid._check(name, others, "axis beside the learning rate")
+        return sensitivity.by_recipe(grid.trials, list(grid.axes), names)
+
+    def logit_growth(self) -> pd.DataFrame:
+        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
+
+        growth = study.logit_growth()
+        growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
+        """
+        return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def worst(self) -> str | None:
         """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""
