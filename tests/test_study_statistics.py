@@ -13,7 +13,7 @@ import pytest
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, sensitivity
+from stabstudy.analysis import compare, sensitivity, sentences
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
@@ -145,3 +145,57 @@ def test_underperform_is_against_the_best_at_an_equal_budget() -> None:
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, True]
     table.loc[4, "eval_hash"] = "other"
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, False]
+
+
+# What is paired and pooled
+
+
+def pair(**differs: tuple[Any, Any]) -> pd.DataFrame:
+    """Two trials that differ in the learning rate and in these columns."""
+    columns = [{name: values[i] for name, values in differs.items()} for i in (0, 1)]
+    return pd.DataFrame([trial(lr, **own) for lr, own in zip((1e-3, 1e-2), columns, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "differs", "pairs"),
+    [
+        ("spike_rate", {}, 1),
+        ("spike_rate", {"detector_id": ("mad-1", "mad-2")}, 0),
+        ("grad_norm_log_sd", {"detector_id": ("mad-1", "mad-2")}, 1),
+        ("grad_norm_log_sd", {"log_stride": (1, 10)}, 0),
+        ("spike_rate", {"log_stride": (10, 10)}, 1),
+        ("final_loss", {"log_stride": (1, 10)}, 1),
+        ("final_loss", {"eval_hash": ("e", "other")}, 0),
+        ("spike_rate", {"eval_hash": ("e", "other")}, 1),
+        ("spike_rate", {"data_fingerprint": ("f", "other")}, 0),
+    ],
+)
+def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str, Any], pairs: int) -> None:
+    table = pair(spike_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **differs)
+    (row,) = records(compare.levels(table, ["optim.lr"], "optim.lr", metric))
+    assert row["pairs"] == pairs
+    assert (row["difference"] is None) == (pairs == 0)
+    if "data_fingerprint" not in differs:
+        assert math.isfinite(compare.mean(table, metric).mean) == bool(pairs)
+
+
+def test_other_data_are_compared_along_the_axis_of_the_data() -> None:
+    table = pair(data_fingerprint=("f", "other"), spike_rate=(0.01, 0.02)).assign(**{"data.seq_len": [64, 128]})
+    (row,) = records(compare.levels(table, ["data.seq_len"], "data.seq_len", "spike_rate"))
+    assert (row["pairs"], row["positive"], row["p"]) == (1, 1.0, 1.0)
+
+
+def test_counts_are_compared_as_rates(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,)))
+    with pytest.raises(ValueError, match="spike_events is a count, and counts are compared as rates: spike_rate, "):
+        study.compare("optim.lr", "spike_events")
+    assert not compare.counted("spike_first_step") and not compare.counted("steps_done")
+    with pytest.raises(KeyError, match="'verdict' is no statistic"):
+        study.compare("optim.lr", "verdict")
+
+
+def test_records_of_different_strides_are_warned_about(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,)))
+    study.trials["log_stride"] = [1, 10, 10]
+    (said,) = [s for s in sentences.warnings(study) if "Logged" in s]
+    assert said.startswith("Logged every 1 and 10 steps: statistics of records with different strides are never")

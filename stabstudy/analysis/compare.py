@@ -22,10 +22,32 @@ ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
 
 
+STRIDE = "log_stride"
+"""The column of the steps between two logged rows: statistics of records with different ones are never compared."""
+
+
 def statistics() -> list[str]:
     """The statistics that have a mean: numbers, final_loss in its capped form only."""
     kinds = trial_kinds([])
     return [n for n in COLUMNS if kinds[n] in ("int", "float") and n != "final_loss"]
+
+
+def counted(metric: str) -> bool:
+    """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
+    count = trial_kinds([]).get(metric) == "int" and not metric.endswith("_step")
+    return metric.startswith("spike_") and count
+
+
+def alike(metric: str, trials: pd.DataFrame) -> list[str]:
+    """The columns, of those in the table, in which trials must be equal for this statistic to be pooled or compared.
+
+    Losses on the fixed evaluation batch: that batch. All others: the steps between two logged rows; spikes also the
+    rules that found them.
+    """
+    if column(metric) in ON_EVALUATION:
+        return ["eval_hash"]
+    names = [STRIDE, *(["detector_id"] if metric.startswith("spike_") else [])]
+    return [name for name in names if name in trials]
 
 
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
@@ -34,8 +56,8 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean of a statistic; unknown where it would mix losses on different evaluation batches."""
-    mixed = metric in ON_EVALUATION and trials["eval_hash"].nunique() > 1
+    """The mean of a statistic; unknown where it would mix what cannot be compared (see `alike`)."""
+    mixed = any(trials[name].nunique() > 1 for name in alike(metric, trials))
     return t_interval([] if mixed else values(trials, metric))
 
 
@@ -69,10 +91,11 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str) ->
     order. Differences b - a are averaged per seed; `seeds` of them give `difference`, its 95 % t-interval `low`,
     `high`, and the exact sign-flip `p` (floor 2 / 2^seeds). `mean_a`, `mean_b` are means over the `pairs`, `positive`
     the share of them in which b is larger. `diverged_a`, `diverged_b` count pairs. `p_holm` adjusts for all rows.
-    Losses are paired only where both were measured on the same evaluation batch.
+    A pair also shares what `alike` names and, unless `axis` is one of the data, the data themselves.
     """
-    others = [a for a in axes if a != axis]
-    done = trials.loc[trials["state"] == "done", ["seed", *axes, "verdict", "eval_hash", column(metric)]]
+    same_data = [] if axis.partition(".")[0] == "data" else ["data_fingerprint"]
+    others = [*(a for a in axes if a != axis), *alike(metric, trials), *same_data]
+    done = trials.loc[trials["state"] == "done", ["seed", axis, *others, "verdict", column(metric)]]
     rows = [_pair(done, others, axis, metric, a, b) for a, b in itertools.combinations(levels_of(trials[axis]), 2)]
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(list(table["p"]))
@@ -141,10 +164,9 @@ def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Leve
 
 
 def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], tuple[float, bool]]:
-    """(seed, level on each other axis) -> the statistic, and whether the trial diverged."""
-    partners = ["seed", *others, *(["eval_hash"] if metric in ON_EVALUATION else [])]
+    """(seed, what a partner must share) -> the statistic, and whether the trial diverged."""
     answers = zip(values(trials, metric), trials["verdict"] == "diverged", strict=True)
-    return dict(zip(keys(trials, partners), answers, strict=True))
+    return dict(zip(keys(trials, ["seed", *others]), answers, strict=True))
 
 
 def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]:

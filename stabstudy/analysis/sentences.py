@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import words
+from stabstudy.analysis import compare, words
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
@@ -202,6 +202,10 @@ def _incomparable(study: Study) -> Iterator[str]:
     hashes = levels_of(study.trials["eval_hash"].dropna())
     if len(hashes) > 1:
         yield f"Losses were measured on {len(hashes)} different evaluation batches: compare them where data are equal."
+    strides = levels_of(study.trials.get(compare.STRIDE, []))
+    if len(strides) > 1:
+        every = words.listing([words.level(s) for s in strides])
+        yield f"Logged every {every} steps: statistics of records with different strides are never paired or averaged."
     data = [c for c in study.trials.columns if c == "data" or str(c).startswith("data.")]
     if (study.trials.groupby(data, dropna=False)["data_fingerprint"].nunique() > 1).any():
         yield "Trials with the same data settings saw different data (their fingerprints differ)."

@@ -130,9 +130,15 @@ class Study:
         return self._record(trial_id, PROBES)
 
     def compare(self, axis: str, metric: str = "final_loss") -> pd.DataFrame:
-        """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`."""
+        """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`.
+
+        Raises KeyError for what is no axis or has no mean, ValueError for a count.
+        """
         self._check(axis, list(self.axes), "axis")
-        self._check(metric, list(COLUMNS), "statistic")
+        self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        if compare.counted(metric):
+            rates = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
+            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
         return compare.levels(self.trials, list(self.axes), axis, metric)
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = "model.depth") -> pd.DataFrame:
