@@ -50,6 +50,11 @@ def alike(metric: str, trials: pd.DataFrame) -> list[str]:
     return [name for name in names if name in trials]
 
 
+def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
+    """The columns of `alike` in which these trials differ, so that the statistic cannot be pooled over them."""
+    return [name for name in alike(metric, trials) if trials[name].nunique() > 1]
+
+
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
@@ -57,8 +62,7 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
     """The mean of a statistic; unknown where it would mix what cannot be compared (see `alike`)."""
-    mixed = any(trials[name].nunique() > 1 for name in alike(metric, trials))
-    return t_interval([] if mixed else values(trials, metric))
+    return t_interval([] if mixed(trials, metric) else values(trials, metric))
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:

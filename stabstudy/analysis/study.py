@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, sensitivity, words
+from stabstudy.analysis import compare, importance, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
@@ -176,6 +176,30 @@ class Study:
         growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
         """
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
+
+    def rate_model(self) -> rates.RateModel:
+        """How the rate of spikes changes along every axis, all in one model; see `rates.rate_model`.
+
+        model = study.rate_model()
+        model.ratios if model.reason is None else model.reason
+        """
+        return rates.rate_model(self.grid.trials, list(self.grid.axes))
+
+    def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
+        """Kaplan-Meier curves of the first spike per level of an axis; see `survival.first_spikes`.
+
+        first = study.time_to_first_spike(by="optim.lr")
+        first.levels[["level", "free", "low", "high", "median_step"]], first.p
+        """
+        self._check(by, list(self.grid.axes), "axis")
+        return survival.first_spikes(self.grid.trials, by)
+
+    def importance(self) -> pd.DataFrame:
+        """The share of each statistic's variance that each axis explains; see `importance.importance`.
+
+        study.importance().set_index("metric")["optim.lr"]
+        """
+        return importance.importance(self.grid.trials, list(self.grid.axes))
 
     def worst(self) -> str | None:
         """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""
