@@ -51,7 +51,7 @@ def findings(study: Study) -> list[str]:
     """The sentences of the box, most wanted first."""
     if not (study.trials["state"] == "done").any():
         return []
-    return [*_limits(study), *_best(study), *_changes(study)]
+    return [*_limits(study), *_best(study), *_behind(study), *_changes(study)]
 
 
 def warnings(study: Study) -> list[str]:
@@ -139,6 +139,16 @@ def _best(study: Study) -> Iterator[str]:
             where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
             seeds = words.count(best["n_done"], "seed")
             yield f"Lowest final loss: {words.estimate(mean, low, high, 4)} nat/token ({seeds}) at {where}."
+
+
+def _behind(study: Study) -> Iterator[str]:
+    """How many stable trials are far from the best: who learns nothing is stable."""
+    stable = study.trials["verdict"] == "stable"
+    if behind := int(study.underperform[stable].sum()):
+        yield (
+            f"{behind} of {words.count(int(stable.sum()), 'stable trial')} ended over {STABLE_MARGIN:g} nat/token "
+            "above the best trial of as many tokens: stable is not yet good."
+        )
 
 
 def _changes(study: Study) -> Iterator[str]:
