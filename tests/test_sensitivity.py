@@ -105,6 +105,7 @@ def test_a_basin_of_known_width() -> None:
         ([2.0, 2.1], [1e-2, 1e-3], "positive and rising"),
         ([2.0, 2.1], [1e-2, 1e-2], "positive and rising"),
         ([2.0, 2.1], [0.0, 1e-2], "positive and rising"),
+        ([2.0, 2.1], [1e-2, math.nan], "positive and rising"),
         ([[], []], None, r"shape \[2, seeds\]"),
     ],
 )

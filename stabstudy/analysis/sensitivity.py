@@ -95,6 +95,8 @@ def _mean(trials: list[Row], name: str, log: bool = False) -> float:
 
 
 def _growth(trials: pd.DataFrame) -> Row:
+    if trials[["model.depth", "model.dim"]].isna().any(axis=None):
+        return {"reason": "the size of the model is not known"}
     sizes = [_parameters(row) for row in records(trials)]
     row: Row = {"sizes": len(set(sizes)), "largest": max(sizes), "reason": None}
     logit = trials["attn_logit_peak"].to_numpy(np.float64)

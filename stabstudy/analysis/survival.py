@@ -25,7 +25,7 @@ from stabstudy.analysis.levels import Level, at_level, levels_of
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-PERMUTATIONS = 1999
+PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -139,27 +139,29 @@ def _test(seen: pd.DataFrame, per_level: dict[Level, pd.DataFrame]) -> tuple[flo
 
 def log_rank(time: Floats, event: Bools, group: NDArray[np.int_], seed: int = 0) -> tuple[float, float]:
     """Mantel's log-rank statistic for groups 0..k-1 and its p-value: `FirstSpikes` says which. All arrays [n]."""
-    steps = np.unique(time[event])
-    at_risk = (time >= steps[:, None]).astype(np.float64)  # [steps, n]
-    ends = ((time == steps[:, None]) & event).astype(np.float64)
-    seen = float(_chi2(at_risk, ends, group))
+    order = np.argsort(time, kind="stable")
+    time, event, group = time[order], event[order], group[order]
+    seen = float(_chi2(time, event, group))
     if group.max() == 1:
         return seen, math.erfc(math.sqrt(seen / 2))
     permuted = np.random.default_rng(seed).permuted(np.tile(group, (PERMUTATIONS, 1)), axis=1)
-    as_large = np.sum(_chi2(at_risk, ends, permuted) >= seen * (1 - 1e-9))
-    return seen, float(1 + as_large) / (1 + PERMUTATIONS)
+    blocks = np.array_split(permuted, 1 + permuted.size * group.max() // 10**7)  # at most some 100 MB at a time
+    as_large = sum(int(np.sum(_chi2(time, event, rows) >= seen * (1 - 1e-9))) for rows in blocks)
+    return seen, (1 + as_large) / (1 + PERMUTATIONS)
 
 
-def _chi2(at_risk: Floats, ends: Floats, group: NDArray[np.int_]) -> Floats:
+def _chi2(time: Floats, event: Bools, group: NDArray[np.int_]) -> Floats:
     """(O - E)' V^-1 (O - E) over all groups but the last, whose part follows from the others'.
 
-    `at_risk`, `ends` [steps, n] of 0 and 1; `group` [n], or [permutations, n] for a statistic each.
+    `time` [n] rises; `group` [n], or [permutations, n] for a statistic each.
     """
+    steps, deaths = np.unique(time[event], return_counts=True)
+    first = np.searchsorted(time, steps)  # who is at risk at a step: all from here on
+    at_risk = len(time) - first
     member = (group[..., None] == np.arange(group.max())).astype(np.float64)  # [..., n, k-1]
-    n, d = at_risk.sum(axis=1), ends.sum(axis=1)
-    share = at_risk @ member / n[:, None]  # [..., steps, k-1]
-    excess = (ends @ member - d[:, None] * share).sum(axis=-2)
-    weight = d * (n - d) / np.maximum(n - 1, 1)  # the last one at risk: n = d, so the weight is 0 whatever divides it
+    share = np.flip(np.flip(member, -2).cumsum(-2), -2)[..., first, :] / at_risk[:, None]  # [..., steps, k-1]
+    excess = (member * event[:, None]).sum(axis=-2) - (deaths[:, None] * share).sum(axis=-2)
+    weight = deaths * (at_risk - deaths) / np.maximum(at_risk - 1, 1)  # 0 where one is left, whatever divides it
     alone = np.eye(group.max()) * (weight @ share)[..., None, :]
     variance = alone - np.swapaxes(share * weight[:, None], -1, -2) @ share
     inverse = np.linalg.pinv(variance, hermitian=True)

@@ -50,7 +50,7 @@ class LossCurve:
     def __post_init__(self) -> None:
         if len(self.lr) < 2:
             raise Refused("needs at least two learning rates")
-        if self.lr[0] <= 0 or (np.diff(self.lr) <= 0).any():
+        if not (self.lr[0] > 0 and (np.diff(self.lr) > 0).all()):  # so written, an unknown rate (NaN) is refused too
             raise Refused("learning rates must be positive and rising")
         if self.loss.ndim != 2 or self.loss.shape[0] != len(self.lr) or not self.loss.shape[1]:
             raise Refused(f"needs losses of shape [{len(self.lr)}, seeds], got {list(self.loss.shape)}")
