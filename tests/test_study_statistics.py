@@ -29,6 +29,7 @@ def trial(
         "state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_step": None, "eval_hash": "e",
         "final_loss_capped": 2.5, "attn_logit_peak": 4.0, "steps_done": 100, "n_evaluable": 84, "detector_id": "mad-1",
         "spike_events": 0, "spike_first_step": None, "data_fingerprint": "f",
+        "stop_reason": "complete",
     }  # fmt: skip
     return cfg.flat(config) | {f"model.{k}": v for k, v in (model or {}).items()} | row | columns
 
@@ -70,6 +71,7 @@ def test_other_axes_are_averaged_before_the_minimum() -> None:
     [
         ({"state": "oom", "final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (oom)"),
         ({"final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (no final loss)"),
+        ({"stop_reason": "scheduler"}, "the grid has a hole at learning rate 0.03, seed 1 (stopped by a scheduler)"),
         ({"optim.lr": 0.031}, "the grid has a hole at learning rate 0.03, seed 1 (no trial)"),
         ({"eval_hash": "other"}, "its losses are on different evaluation batches"),
     ],
@@ -149,6 +151,8 @@ def test_underperform_is_against_the_best_at_an_equal_budget() -> None:
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, True]
     table.loc[4, "eval_hash"] = "other"
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, False]
+    table.loc[1, "stop_reason"] = "scheduler"
+    assert compare.underperform(table).tolist() == [False, pd.NA, False, pd.NA, False]
 
 
 # What is paired and pooled
@@ -431,7 +435,8 @@ def variance_shares(table: pd.DataFrame, values: pd.Series, names: list[str]) ->
 
 def test_shares_are_those_of_an_analysis_of_variance() -> None:
     table = full_grid()
-    loss, rate, rough, logit = records(importance.importance(table, AXES))
+    found = importance.importance(table, AXES)
+    loss, rate, rough, logit = records(found)
     names = [*AXES, "seed"]
     for row in (loss, rate):
         values = table["final_loss_capped" if row["metric"] == "final_loss" else "spike_rate"]
@@ -439,7 +444,7 @@ def test_shares_are_those_of_an_analysis_of_variance() -> None:
     assert (loss["trials"], loss["warning"], loss["reason"]) == (36, None, None)
     assert loss["optim.lr"] > 0.7 and rough["model.depth"] == pytest.approx(1.0, abs=0.02)
     assert (logit["optim.lr"], logit["reason"]) == (None, "every trial has the same value")
-    pd.testing.assert_frame_equal(importance.importance(table, AXES), importance.importance(table, AXES))
+    pd.testing.assert_frame_equal(importance.importance(table, AXES), found)
 
 
 def test_too_few_trials_are_warned_about() -> None:

@@ -21,9 +21,12 @@ from stabstudy.stability.summary import COLUMNS
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
 
-
 STRIDE = "log_stride"
 """The column of the steps between two logged rows: statistics of records with different ones are never compared."""
+
+
+SCHEDULER = "scheduler"
+"""The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
 
 
 def statistics() -> list[str]:
@@ -126,12 +129,12 @@ def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
 
 
 def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
-    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget; null: no final loss.
+    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
 
     A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
-    length), and the same evaluation batch.
+    length), and the same evaluation batch. Null without a final loss, and for a trial that a scheduler stopped.
     """
-    loss = trials[column("final_loss")]
+    loss = trials[column("final_loss")].mask(trials["stop_reason"] == SCHEDULER)
     tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
     best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
     return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")

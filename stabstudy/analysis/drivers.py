@@ -139,6 +139,9 @@ def _first(study: Study, axes: list[str]) -> Iterator[Block]:
     heads = ("axis", "level", "trials", "spiked", "diverged", "free of both", "95 % interval", "up to step", "p (Holm)")
     rows = tuple(row for axis, f in found.items() for row in _free(axis, f, adjusted[axis]))
     yield Table("Free of spikes", heads, rows, frozenset(heads[2:]))
+    for axis, f in found.items():
+        if f.reason is not None:
+            yield Text(f"No test along {words.label(axis)}: {f.reason}.")
 
 
 def _free(axis: str, found: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:

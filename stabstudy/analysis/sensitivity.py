@@ -15,6 +15,7 @@ import pandas as pd
 
 from stabstudy import config as cfg
 from stabstudy.analysis import words
+from stabstudy.analysis.compare import SCHEDULER
 from stabstudy.analysis.levels import Level, keys, levels_of, records, split
 from stabstudy.stability import sensitivity as sens
 from stabstudy.stability.sensitivity import Floats, LossCurve, Refused, Sensitivity
@@ -78,14 +79,21 @@ def _statistics(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> S
 
 
 def _done(found: dict[tuple[Level, ...], Row], key: tuple[Level, ...], pooled: list[str]) -> Row:
-    """The trial at these levels. Raises Refused where there is none, or none with a final loss."""
+    """The trial at these levels. Raises Refused where there is none that ran to its end and has a final loss."""
     trial = found.get(key)
-    if trial is not None and trial["state"] == "done" and trial["final_loss_capped"] is not None:
+    if trial is None:
+        reason = "no trial"
+    elif trial["state"] != "done":
+        reason = trial["state"]
+    elif trial["stop_reason"] == SCHEDULER:
+        reason = "stopped by a scheduler"
+    elif trial["final_loss_capped"] is None:
+        reason = "no final loss"
+    else:
         return trial
     seed, *others, lr = key
     named = [f"{words.label(a)} {words.level(v, a)}" for a, v in zip((LR, *pooled), (lr, *others), strict=True)]
-    state = "no trial" if trial is None else "no final loss" if trial["state"] == "done" else trial["state"]
-    raise Refused(f"the grid has a hole at {', '.join(named)}, seed {seed} ({state})")
+    raise Refused(f"the grid has a hole at {', '.join(named)}, seed {seed} ({reason})")
 
 
 def _mean(trials: list[Row], name: str, log: bool = False) -> float:

@@ -137,8 +137,8 @@ class Study:
         self._check(axis, list(self.axes), "axis")
         self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
         if compare.counted(metric):
-            rates = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
-            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
+            known = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
+            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(known)}")
         return compare.levels(self.trials, list(self.axes), axis, metric)
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = "model.depth") -> pd.DataFrame:
@@ -158,6 +158,7 @@ class Study:
 
         A row per combination of the levels of `by` (None: of every other axis), other axes averaged per seed.
 
+        Example:
             study.sensitivity()
             study.sensitivity(by="model.qk_norm")[["model.qk_norm", "lrs", "lrs_se", "max_stable_lr", "reason"]]
         """
@@ -172,24 +173,27 @@ class Study:
     def logit_growth(self) -> pd.DataFrame:
         """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
 
-        growth = study.logit_growth()
-        growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
+        Example:
+            growth = study.logit_growth()
+            growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
         """
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def rate_model(self) -> rates.RateModel:
         """How the rate of spikes changes along every axis, all in one model; see `rates.rate_model`.
 
-        model = study.rate_model()
-        model.ratios if model.reason is None else model.reason
+        Example:
+            model = study.rate_model()
+            model.ratios if model.reason is None else model.reason
         """
         return rates.rate_model(self.grid.trials, list(self.grid.axes))
 
     def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
         """Kaplan-Meier curves of the first spike per level of an axis; see `survival.first_spikes`.
 
-        first = study.time_to_first_spike(by="optim.lr")
-        first.levels[["level", "free", "low", "high", "median_step"]], first.p
+        Example:
+            first = study.time_to_first_spike(by="optim.lr")
+            first.levels[["level", "free", "low", "high", "median_step"]], first.p
         """
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by)
@@ -197,7 +201,8 @@ class Study:
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`.
 
-        study.importance().set_index("metric")["optim.lr"]
+        Example:
+            study.importance().set_index("metric")["optim.lr"]
         """
         return importance.importance(self.grid.trials, list(self.grid.axes))
 
