@@ -86,6 +86,19 @@ def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
     assert "Shares of variance: not computed: 13 trials for 2 axes, and it needs 10 for each: mostly chance." in text
 
 
+def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
+    folder = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0, 1), lrs=(1e-2, 1e-1))
+    for seed in (0, 1):
+        planted.plant_trial(folder, planted.settings(4, 1e-2, 1.0, seed, 120), final_loss=2.5)
+    page = report_on(folder)
+    assert [row[:3] for row in page.table("By recipe")[1:]] == [["2", page.table("By recipe")[1][1], "2"]]
+    assert (
+        "LR sensitivity: not computed at depth 4: the grid has a hole at learning rate 0.1, seed 0 (no trial)"
+        in page.text
+    )
+    assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not." in page.items
+
+
 def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4):

@@ -74,7 +74,8 @@ def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
     if known:
         yield Text(
             "Growth of the largest attention logit with size: the exponent of depth, and the size (parameters without "
-            "embeddings) at which a parabola through its logarithm reaches 1e4. An extrapolation without an interval."
+            "embeddings) at which a parabola through its logarithm reaches 1e4 (∞: never). An extrapolation, and "
+            "without an interval."
         )
         columns = (*map(words.heading, axes), "sizes", "depth exponent", "largest size", "reaches 1e4 at")
         numbers = ("attn_logit_depth_exponent", "largest", "predicted_unstable")

@@ -26,6 +26,10 @@ LR_MEANING = ("optim.kind", "optim.lr_rule", "optim.base_batch")
 SIZE = ("model", "model.depth", "model.dim")
 """Axes along which a model grows."""
 
+_TYPES = {f.name: "float64" for f in fields(Sensitivity) if f.name != "grid"}
+_TYPES |= {"seeds": "Int64", "opt_at_edge": "boolean", "basin_at_edge": "boolean"}
+"""So that a row without numbers does not change those of the others: a null would make a count 3.0."""
+
 Row = dict[str, Any]
 
 
@@ -38,7 +42,7 @@ def by_recipe(trials: pd.DataFrame, axes: Sequence[str], by: Sequence[str]) -> p
     pooled = [a for a in axes if a not in (LR, *by)]
     groups = split(trials, {a: levels_of(trials[a]) for a in by})
     rows = [dict(zip(by, levels, strict=True)) | _sensitivity(rows, grid, pooled) for levels, rows in groups]
-    return pd.DataFrame(rows, columns=[*by, *(f.name for f in fields(Sensitivity)), "reason"])
+    return pd.DataFrame(rows, columns=[*by, *(f.name for f in fields(Sensitivity)), "reason"]).astype(_TYPES)
 
 
 def growth(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -51,8 +55,13 @@ def growth(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     by = [LR, *(a for a in axes if a not in (LR, *SIZE))]
     groups = split(trials, {a: levels_of(trials[a]) for a in by})
     rows = [dict(zip(by, levels, strict=True)) | _growth(rows) for levels, rows in groups]
-    names = ("sizes", "attn_logit_depth_exponent", "largest", "predicted_unstable", "reason")
-    return pd.DataFrame(rows, columns=[*by, *names])
+    types = {
+        "sizes": "Int64",
+        "attn_logit_depth_exponent": "float64",
+        "largest": "Int64",
+        "predicted_unstable": "float64",
+    }
+    return pd.DataFrame(rows, columns=[*by, *types, "reason"]).astype(types)
 
 
 def _sensitivity(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> Row:

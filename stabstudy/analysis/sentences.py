@@ -106,7 +106,8 @@ def _limit_text(row: dict[str, Any], grid: list[float]) -> str:
         return "no trial is spiky or diverged, but not every one has a verdict."
     back = "" if again is None else f", though every one at {words.level(again)} is again"
     verb = "is" if row["n_unstable"] == 1 else "are"
-    there = f"at {words.level(unstable)}, {row['n_unstable']} of {row['n_there']} {verb} not{back}."
+    bad, total = (words.number(row[name]) for name in ("n_unstable", "n_there"))  # 1.0 beside a null, not 1
+    there = f"at {words.level(unstable)}, {bad} of {total} {verb} not{back}."
     if unstable == grid[0]:
         return f"not even at the smallest learning rate is every trial stable: {there}"
     if stable is not None and grid.index(stable) + 1 == grid.index(unstable):
