@@ -43,7 +43,9 @@ MAY = {
     ),
     "training": May(FACTS | {"stability", "data"}, {"numpy", "torch", "safetensors", "transformers"}),
     "analysis": May(
-        FACTS | {"stability"}, {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe"}
+        FACTS | {"stability"},
+        {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna"},
+        late={"statsmodels", "optuna"},
     ),
     "planning": May(FACTS | {"data"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(

@@ -15,13 +15,18 @@ import pandas as pd
 from stabstudy.analysis.columns import trial_kinds
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain
 from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
+from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
-
-LOSS_MARGIN = 0.2
-"""Nat above the best loss at which a learning rate still counts as working (ours)."""
 
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
+
+STRIDE = "log_stride"
+"""The column of the steps between two logged rows: statistics of records with different ones are never compared."""
+
+
+SCHEDULER = "scheduler"
+"""The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
 
 
 def statistics() -> list[str]:
@@ -30,15 +35,37 @@ def statistics() -> list[str]:
     return [n for n in COLUMNS if kinds[n] in ("int", "float") and n != "final_loss"]
 
 
+def counted(metric: str) -> bool:
+    """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
+    count = trial_kinds([]).get(metric) == "int" and not metric.endswith("_step")
+    return metric.startswith("spike_") and count
+
+
+def alike(metric: str, trials: pd.DataFrame) -> list[str]:
+    """The columns, of those in the table, in which trials must be equal for this statistic to be pooled or compared.
+
+    Losses on the fixed evaluation batch: that batch. All others: the steps between two logged rows; spikes also the
+    rules that found them.
+    """
+    if column(metric) in ON_EVALUATION:
+        return ["eval_hash"]
+    names = [STRIDE, *(["detector_id"] if metric.startswith("spike_") else [])]
+    return [name for name in names if name in trials]
+
+
+def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
+    """The columns of `alike` in which these trials differ, so that the statistic cannot be pooled over them."""
+    return [name for name in alike(metric, trials) if trials[name].nunique() > 1]
+
+
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean of a statistic; unknown where it would mix losses on different evaluation batches."""
-    mixed = metric in ON_EVALUATION and trials["eval_hash"].nunique() > 1
-    return t_interval([] if mixed else values(trials, metric))
+    """The mean of a statistic; unknown where it would mix what cannot be compared (see `alike`)."""
+    return t_interval([] if mixed(trials, metric) else values(trials, metric))
 
 
 def log_mean(trials: pd.DataFrame, metric: str) -> Estimate:
@@ -80,10 +107,11 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str) ->
     order. Differences b - a are averaged per seed; `seeds` of them give `difference`, its 95 % t-interval `low`,
     `high`, and the exact sign-flip `p` (floor 2 / 2^seeds). `mean_a`, `mean_b` are means over the `pairs`, `positive`
     the share of them in which b is larger. `diverged_a`, `diverged_b` count pairs. `p_holm` adjusts for all rows.
-    Losses are paired only where both were measured on the same evaluation batch.
+    A pair also shares what `alike` names and, unless `axis` is one of the data, the data themselves.
     """
-    others = [a for a in axes if a != axis]
-    done = trials.loc[trials["state"] == "done", ["seed", *axes, "verdict", "eval_hash", column(metric)]]
+    same_data = [] if axis.partition(".")[0] == "data" else ["data_fingerprint"]
+    others = [*(a for a in axes if a != axis), *alike(metric, trials), *same_data]
+    done = trials.loc[trials["state"] == "done", ["seed", axis, *others, "verdict", column(metric)]]
     rows = [_pair(done, others, axis, metric, a, b) for a, b in itertools.combinations(levels_of(trials[axis]), 2)]
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(list(table["p"]))
@@ -107,6 +135,18 @@ def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
     rows = [_limit(trials if by is None else at_level(trials, by, level), setting, level) for level in groups]
     table = pd.DataFrame(rows)
     return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
+
+
+def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
+
+    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
+    length), and the same evaluation batch. Null without a final loss, and for a trial that a scheduler stopped.
+    """
+    loss = trials[column("final_loss")].mask(trials["stop_reason"] == SCHEDULER)
+    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
+    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
+    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")
 
 
 def column(metric: str) -> str:
@@ -140,10 +180,9 @@ def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Leve
 
 
 def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], tuple[float, bool]]:
-    """(seed, level on each other axis) -> the statistic, and whether the trial diverged."""
-    partners = ["seed", *others, *(["eval_hash"] if metric in ON_EVALUATION else [])]
+    """(seed, what a partner must share) -> the statistic, and whether the trial diverged."""
     answers = zip(values(trials, metric), trials["verdict"] == "diverged", strict=True)
-    return dict(zip(keys(trials, partners), answers, strict=True))
+    return dict(zip(keys(trials, ["seed", *others]), answers, strict=True))
 
 
 def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]:
@@ -179,7 +218,7 @@ def _mean_loss(trials: pd.DataFrame) -> float:
 
 def _works_to(at: dict[Level, pd.DataFrame], losses: dict[Level, float], grid: list[Level], best: Level) -> Level:
     def works(v: Level) -> bool:
-        return losses[v] <= losses[best] + LOSS_MARGIN and bool((at[v]["verdict_code"] == "ok").all())
+        return losses[v] <= losses[best] + STABLE_MARGIN and bool((at[v]["verdict_code"] == "ok").all())
 
     working = list(itertools.takewhile(works, grid[grid.index(best) :]))
     return working[-1] if working else None

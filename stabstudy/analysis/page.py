@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, recipe, sentences, words
+from stabstudy.analysis import advice, drivers, recipe, sentences, words
 from stabstudy.analysis.blocks import Block, Code, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import plain, records
@@ -58,6 +58,8 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     yield Section("figures", "Figures", list(figures(study)))
     yield Section("told", "Two trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
+    yield Section("sensitivity", "How sensitive", list(drivers.sensitivity(study)))
+    yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
     yield Section("spikes", "Largest spikes", list(_spikes(study)))
     yield Section("failed", "Trials without a result", list(_failed(study)))
     yield Section("words", "What the columns mean", [_definitions()])

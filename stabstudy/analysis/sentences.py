@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import words
-from stabstudy.analysis.compare import LOSS_MARGIN
+from stabstudy.analysis import compare, words
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
 
 EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
@@ -51,7 +51,7 @@ def findings(study: Study) -> list[str]:
     """The sentences of the box, most wanted first."""
     if not (study.trials["state"] == "done").any():
         return []
-    return [*_limits(study), *_best(study), *_changes(study)]
+    return [*_limits(study), *_best(study), *_behind(study), *_changes(study)]
 
 
 def warnings(study: Study) -> list[str]:
@@ -106,7 +106,8 @@ def _limit_text(row: dict[str, Any], grid: list[float]) -> str:
         return "no trial is spiky or diverged, but not every one has a verdict."
     back = "" if again is None else f", though every one at {words.level(again)} is again"
     verb = "is" if row["n_unstable"] == 1 else "are"
-    there = f"at {words.level(unstable)}, {row['n_unstable']} of {row['n_there']} {verb} not{back}."
+    bad, total = (words.number(row[name]) for name in ("n_unstable", "n_there"))  # 1.0 beside a null, not 1
+    there = f"at {words.level(unstable)}, {bad} of {total} {verb} not{back}."
     if unstable == grid[0]:
         return f"not even at the smallest learning rate is every trial stable: {there}"
     if stable is not None and grid.index(stable) + 1 == grid.index(unstable):
@@ -123,7 +124,7 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
             parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
-            f"Largest learning rate within {LOSS_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
+            f"Largest learning rate within {STABLE_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
             f"({trials})."
         )
 
@@ -139,6 +140,16 @@ def _best(study: Study) -> Iterator[str]:
             where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
             seeds = words.count(best["n_done"], "seed")
             yield f"Lowest final loss: {words.estimate(mean, low, high, 4)} nat/token ({seeds}) at {where}."
+
+
+def _behind(study: Study) -> Iterator[str]:
+    """How many stable trials are far from the best: who learns nothing is stable."""
+    stable = study.trials["verdict"] == "stable"
+    if behind := int(study.underperform[stable].sum()):
+        yield (
+            f"{behind} of {words.count(int(stable.sum()), 'stable trial')} ended over {STABLE_MARGIN:g} nat/token "
+            "above the best trial of as many tokens: stable is not yet good."
+        )
 
 
 def _changes(study: Study) -> Iterator[str]:
@@ -202,6 +213,10 @@ def _incomparable(study: Study) -> Iterator[str]:
     hashes = levels_of(study.trials["eval_hash"].dropna())
     if len(hashes) > 1:
         yield f"Losses were measured on {len(hashes)} different evaluation batches: compare them where data are equal."
+    strides = levels_of(study.trials.get(compare.STRIDE, []))
+    if len(strides) > 1:
+        every = words.listing([words.level(s) for s in strides])
+        yield f"Logged every {every} steps: statistics of records with different strides are never paired or averaged."
     data = [c for c in study.trials.columns if c == "data" or str(c).startswith("data.")]
     if (study.trials.groupby(data, dropna=False)["data_fingerprint"].nunique() > 1).any():
         yield "Trials with the same data settings saw different data (their fingerprints differ)."

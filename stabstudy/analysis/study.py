@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, words
+from stabstudy.analysis import compare, importance, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
@@ -151,9 +151,15 @@ class Study:
         return self._record(trial_id, PROBES)
 
     def compare(self, axis: str, metric: str = "final_loss") -> pd.DataFrame:
-        """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`."""
+        """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`.
+
+        Raises KeyError for what is no axis or has no mean, ValueError for a count.
+        """
         self._check(axis, list(self.axes), "axis")
-        self._check(metric, list(COLUMNS), "statistic")
+        self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        if compare.counted(metric):
+            known = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
+            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(known)}")
         return compare.levels(self.trials, list(self.axes), axis, metric)
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = "model.depth") -> pd.DataFrame:
@@ -162,6 +168,64 @@ class Study:
         if by is not None:
             self._check(by, list(self.axes), "axis")
         return compare.limits(self.trials, setting, by)
+
+    @property
+    def underperform(self) -> pd.Series[bool]:
+        """By trial_id: whether it ended over 0.2 nat above the best at an equal budget; see `compare.underperform`."""
+        return compare.underperform(self.trials)
+
+    def sensitivity(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """LR sensitivity and what belongs to it, over the grid without named cases; see `stability.sensitivity`.
+
+        A row per combination of the levels of `by` (None: of every other axis), other axes averaged per seed.
+
+        Example:
+            study.sensitivity()
+            study.sensitivity(by="model.qk_norm")[["model.qk_norm", "lrs", "lrs_se", "max_stable_lr", "reason"]]
+        """
+        grid = self.grid
+        others = [a for a in grid.axes if a != sensitivity.LR]
+        names = others if by is None else [by] if isinstance(by, str) else list(by)
+        grid._check(sensitivity.LR, list(grid.axes), "axis")
+        for name in names:
+            grid._check(name, others, "axis beside the learning rate")
+        return sensitivity.by_recipe(grid.trials, list(grid.axes), names)
+
+    def logit_growth(self) -> pd.DataFrame:
+        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
+
+        Example:
+            growth = study.logit_growth()
+            growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
+        """
+        return sensitivity.growth(self.grid.trials, list(self.grid.axes))
+
+    def rate_model(self) -> rates.RateModel:
+        """How the rate of spikes changes along every axis, all in one model; see `rates.rate_model`.
+
+        Example:
+            model = study.rate_model()
+            model.ratios if model.reason is None else model.reason
+        """
+        return rates.rate_model(self.grid.trials, list(self.grid.axes))
+
+    def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
+        """Kaplan-Meier curves of the first spike per level of an axis; see `survival.first_spikes`.
+
+        Example:
+            first = study.time_to_first_spike(by="optim.lr")
+            first.levels[["level", "free", "low", "high", "median_step"]], first.p
+        """
+        self._check(by, list(self.grid.axes), "axis")
+        return survival.first_spikes(self.grid.trials, by)
+
+    def importance(self) -> pd.DataFrame:
+        """The share of each statistic's variance that each axis explains; see `importance.importance`.
+
+        Example:
+            study.importance().set_index("metric")["optim.lr"]
+        """
+        return importance.importance(self.grid.trials, list(self.grid.axes))
 
     def worst(self) -> str | None:
         """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""

@@ -1,0 +1,476 @@
+"""Statistics of a whole study against values by hand and other implementations: sensitivity, rates, times, axes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+from scipy import stats
+from statsmodels.duration.survfunc import SurvfuncRight, survdiff
+from test_sensitivity import GRID, OFF, ON
+
+from stabstudy import config as cfg
+from stabstudy.analysis import compare, importance, rates, sensitivity, sentences, survival
+from stabstudy.analysis.levels import records
+from stabstudy.analysis.study import Study
+
+
+def trial(
+    lr: float = 3e-3, depth: int = 2, seed: int = 0, clip: float | None = 1.0, model: Any = None, **columns: Any
+) -> dict[str, Any]:
+    """A done trial's row as trials.parquet has it, as far as these statistics read it."""
+    config = cfg.from_dict(cfg.to_dict(planted.settings(depth, lr, clip, seed)))
+    row = {
+        "state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_step": None, "eval_hash": "e",
+        "final_loss_capped": 2.5, "attn_logit_peak": 4.0, "steps_done": 100, "n_evaluable": 84, "detector_id": "mad-1",
+        "spike_events": 0, "spike_first_step": None, "data_fingerprint": "f",
+        "stop_reason": "complete",
+    }  # fmt: skip
+    return cfg.flat(config) | {f"model.{k}": v for k, v in (model or {}).items()} | row | columns
+
+
+def qk_norm(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    """The measured curves of four layers, at two seeds that differ by 0.02 everywhere."""
+    return pd.DataFrame(
+        trial(lr, 4, seed, model={"qk_norm": on}, final_loss_capped=loss + 0.02 * seed, attn_logit_peak=1e3 * lr**power)
+        for on, losses, power in ((False, OFF, 2.4), (True, ON, 0.5))
+        for lr, loss in zip(GRID, losses, strict=True)
+        for seed in seeds
+    )
+
+
+QK = ["model.qk_norm", "optim.lr"]
+
+
+# LR sensitivity
+
+
+def test_a_row_for_each_recipe_gives_the_check_values() -> None:
+    off, on = records(sensitivity.by_recipe(qk_norm(), QK, ["model.qk_norm"]))
+    assert (off["model.qk_norm"], on["model.qk_norm"]) == (False, True)
+    assert (off["lrs"], on["lrs"]) == pytest.approx((0.365, 0.271), abs=5e-4)
+    assert (off["max_stable_lr"], on["max_stable_lr"]) == (1e-2, 3e-2)
+    assert (off["attn_logit_lr_exponent"], on["attn_logit_lr_exponent"]) == pytest.approx((2.4, 0.5))
+    assert (off["seeds"], off["grid"], off["reason"]) == (2, tuple(GRID), None)
+    assert off["lrs_se"] == pytest.approx(0.0, abs=1e-12)  # the seeds' curves are parallel
+
+
+def test_other_axes_are_averaged_before_the_minimum() -> None:
+    (both,) = records(sensitivity.by_recipe(qk_norm(), QK, []))
+    mean = (np.array(OFF) + np.array(ON)) / 2
+    assert both["lrs"] == pytest.approx(np.mean(mean - mean.min()))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"state": "oom", "final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (oom)"),
+        ({"final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (no final loss)"),
+        ({"stop_reason": "scheduler"}, "the grid has a hole at learning rate 0.03, seed 1 (stopped by a scheduler)"),
+        ({"optim.lr": 0.031}, "the grid has a hole at learning rate 0.03, seed 1 (no trial)"),
+        ({"eval_hash": "other"}, "its losses are on different evaluation batches"),
+    ],
+)
+def test_a_grid_with_a_hole_is_refused_and_the_others_are_not(change: dict[str, Any], reason: str) -> None:
+    table = qk_norm()
+    hole = (table["optim.lr"] == 0.03) & (table["seed"] == 1) & ~table["model.qk_norm"]
+    for name, value in change.items():
+        table.loc[hole, name] = math.nan if value is None else value
+    table = table[table["optim.lr"] != 0.031]
+    off, on = records(sensitivity.by_recipe(table, QK, ["model.qk_norm"]))
+    assert (off["reason"], off["lrs"], off["max_stable_lr"]) == (reason, None, None)
+    assert on["reason"] is None and on["lrs"] == pytest.approx(0.271, abs=5e-4)
+
+
+def test_what_changes_the_meaning_of_a_rate_is_never_averaged_over() -> None:
+    table = qk_norm()
+    table["optim.kind"] = np.where(table["model.qk_norm"], "adamw", "stable_adamw")
+    (row,) = records(sensitivity.by_recipe(table, ["optim.kind", "optim.lr"], []))
+    assert (row["lrs"], row["reason"]) == (None, "optim.kind changes what a learning rate means")
+
+
+def test_a_diverged_trial_enters_with_the_untrained_loss(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr, loss in ((1e-3, 2.5), (1e-2, 2.0)):
+        planted.plant_trial(tmp_path / "s", planted.settings(lr=lr), final_loss=loss)
+    nan = {"nonfinite_at": 80, "final_loss": math.nan, "stop_reason": "diverged"}
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-1), **nan)
+    planted.plant_trial(tmp_path / "s", planted.settings(lr=1.0), case="wild", final_loss=0.1)
+    study = Study.load(tmp_path / "s")
+    (row,) = records(study.sensitivity())
+    assert row["lrs"] == pytest.approx((0.5 + 0.0 + planted.INIT_LOSS - 2.0) / 3)
+    assert (row["max_stable_lr"], row["grid"]) == (1e-2, (1e-3, 1e-2, 1e-1))  # the named case is no part of the grid
+    with pytest.raises(KeyError, match="no axis beside the learning rate"):
+        study.sensitivity(by="optim.lr")
+
+
+# Growth of attention logits
+
+
+def test_depth_exponent_and_predicted_size() -> None:
+    table = pd.DataFrame(
+        trial(lr, depth, seed, attn_logit_peak=50 * depth**1.5 * (2.0 if seed else 0.5))
+        for lr in (1e-2, 1e-1)
+        for depth in (2, 4, 8)
+        for seed in (0, 1)
+    )
+    rows = records(sensitivity.growth(table, ["model.depth", "optim.lr"]))
+    assert [row["optim.lr"] for row in rows] == [1e-2, 1e-1]
+    assert rows[0]["attn_logit_depth_exponent"] == pytest.approx(1.5)
+    sizes = [cfg.ModelConfig(depth=d).parameters(0) for d in (2, 4, 8, 34)]
+    assert (rows[0]["sizes"], rows[0]["largest"], rows[0]["reason"]) == (3, sizes[2], None)
+    # parameters are about linear in depth: 1e4 = 50 * 34.2^1.5
+    assert rows[0]["predicted_unstable"] == pytest.approx(sizes[3], rel=0.01)
+
+
+def test_growth_says_why_not() -> None:
+    two = pd.DataFrame(trial(1e-2, depth) for depth in (2, 4))
+    axes = ["model.depth", "optim.lr"]
+    assert records(sensitivity.growth(two, axes))[0]["reason"] == "under 3 sizes"
+    two.loc[0, "attn_logit_peak"] = None
+    assert records(sensitivity.growth(two, axes))[0]["reason"] == "the attention logits were not probed"
+    two.loc[0, "state"] = "failed"
+    assert records(sensitivity.growth(two, axes))[0]["reason"] == "not every trial is done"
+    unknown = two.assign(**{"model.dim": None})
+    assert records(sensitivity.growth(unknown, axes))[0]["reason"] == "the size of the model is not known"
+
+
+# Underperforming trials
+
+
+def test_underperform_is_against_the_best_at_an_equal_budget() -> None:
+    losses = (2.0, 2.1875, 2.25, None, 5.5)
+    table = pd.DataFrame(trial(lr, final_loss_capped=v) for lr, v in zip(GRID, losses, strict=False))
+    assert compare.underperform(table).tolist() == [False, False, True, pd.NA, True]
+    table.loc[0, "train.steps"] = 5000  # a longer trial is no measure for the others
+    assert compare.underperform(table).tolist() == [False, False, False, pd.NA, True]
+    table.loc[4, "eval_hash"] = "other"
+    assert compare.underperform(table).tolist() == [False, False, False, pd.NA, False]
+    table.loc[1, "stop_reason"] = "scheduler"
+    assert compare.underperform(table).tolist() == [False, pd.NA, False, pd.NA, False]
+
+
+# What is paired and pooled
+
+
+def pair(**differs: tuple[Any, Any]) -> pd.DataFrame:
+    """Two trials that differ in the learning rate and in these columns."""
+    columns = [{name: values[i] for name, values in differs.items()} for i in (0, 1)]
+    return pd.DataFrame([trial(lr, **own) for lr, own in zip((1e-3, 1e-2), columns, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "differs", "pairs"),
+    [
+        ("spike_rate", {}, 1),
+        ("spike_rate", {"detector_id": ("mad-1", "mad-2")}, 0),
+        ("grad_norm_log_sd", {"detector_id": ("mad-1", "mad-2")}, 1),
+        ("grad_norm_log_sd", {"log_stride": (1, 10)}, 0),
+        ("spike_rate", {"log_stride": (10, 10)}, 1),
+        ("final_loss", {"log_stride": (1, 10)}, 1),
+        ("final_loss", {"eval_hash": ("e", "other")}, 0),
+        ("spike_rate", {"eval_hash": ("e", "other")}, 1),
+        ("spike_rate", {"data_fingerprint": ("f", "other")}, 0),
+    ],
+)
+def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str, Any], pairs: int) -> None:
+    table = pair(spike_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **differs)
+    (row,) = records(compare.levels(table, ["optim.lr"], "optim.lr", metric))
+    assert row["pairs"] == pairs
+    assert (row["difference"] is None) == (pairs == 0)
+    if "data_fingerprint" not in differs:
+        assert math.isfinite(compare.mean(table, metric).mean) == bool(pairs)
+
+
+def test_other_data_are_compared_along_the_axis_of_the_data() -> None:
+    table = pair(data_fingerprint=("f", "other"), spike_rate=(0.01, 0.02)).assign(**{"data.seq_len": [64, 128]})
+    (row,) = records(compare.levels(table, ["data.seq_len"], "data.seq_len", "spike_rate"))
+    assert (row["pairs"], row["positive"], row["p"]) == (1, 1.0, 1.0)
+
+
+def test_counts_are_compared_as_rates(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,)))
+    with pytest.raises(ValueError, match="spike_events is a count, and counts are compared as rates: spike_rate, "):
+        study.compare("optim.lr", "spike_events")
+    assert not compare.counted("spike_first_step") and not compare.counted("steps_done")
+    with pytest.raises(KeyError, match="'verdict' is no statistic"):
+        study.compare("optim.lr", "verdict")
+
+
+def test_records_of_different_strides_are_warned_about(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,)))
+    study.trials["log_stride"] = [1, 10, 10]
+    (said,) = [s for s in sentences.warnings(study) if "Logged" in s]
+    assert said.startswith("Logged every 1 and 10 steps: statistics of records with different strides are never")
+
+
+# Rates
+
+
+def counts(
+    spikes: dict[tuple[float, float | None], list[int]], n_evaluable: tuple[int, ...] = (100, 150, 250)
+) -> pd.DataFrame:
+    """Trials with these numbers of spikes at (lr, clip), a seed each; the seeds differ in length."""
+    return pd.DataFrame(
+        trial(lr, 2, seed, clip, spike_events=n, n_evaluable=n_evaluable[seed])
+        for (lr, clip), own in spikes.items()
+        for seed, n in enumerate(own)
+    )
+
+
+def test_a_ratio_of_two_levels_by_hand() -> None:
+    model = rates.rate_model(counts({(3e-3, 1.0): [2, 3, 5], (3e-3, None): [5, 9, 16]}), ["optim.clip"])
+    (row,) = records(model.ratios)
+    assert (row["axis"], row["change"], model.reason) == ("optim.clip", "1 → off", None)
+    assert (model.trials, model.seeds, model.spikes) == (6, 3, 40)
+    assert row["ratio"] == pytest.approx(30 / 10)
+    # expected at 10/500 and 30/500 per step: 2, 3, 5 and 6, 9, 15; chi2 = 1/6 + 0 + 1/15, over 6 - 2
+    assert model.dispersion == pytest.approx((1 / 6 + 1 / 15) / 4)
+    half = 2.7764451 * math.sqrt((1 / 6 + 1 / 15) / 4 * (1 / 10 + 1 / 30))  # t .975 at 4; var log ratio = 1/10 + 1/30
+    assert (row["low"], row["high"]) == pytest.approx((3 * math.exp(-half), 3 * math.exp(half)), rel=1e-6)
+
+
+def scored(design: np.ndarray, y: np.ndarray, exposure: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Another quasi-Poisson fit: Newton's method on the score. Coefficients, standard errors, dispersion."""
+    beta = np.zeros(design.shape[1])
+    beta[0] = math.log(y.sum() / exposure.sum())
+    for _ in range(50):
+        mean = exposure * np.exp(design @ beta)
+        information = design.T @ (design * mean[:, None])
+        beta = beta + np.linalg.solve(information, design.T @ (y - mean))
+    dispersion = float(np.sum((y - mean) ** 2 / mean) / (len(y) - len(beta)))
+    return beta, np.sqrt(dispersion * np.diag(np.linalg.inv(information))), dispersion
+
+
+def test_rates_over_all_axes_against_another_fit() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        trial(lr, depth, seed, clip, n_evaluable=(n := 400 + 100 * seed),
+              spike_events=int(rng.negative_binomial(8, 1 / (1 + n * (lr / 1e-3) ** 0.3 * (2 if clip else 1) / 400))))
+        for lr in (1e-3, 1e-2, 1e-1) for depth in (2, 4, 8) for clip in (0.5, 1.0, None) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    model = rates.rate_model(table, ["model.depth", "optim.lr", "optim.clip"])
+    changes = [(row["axis"], row["change"]) for row in records(model.ratios)]
+    assert changes == [
+        ("model.depth", "per doubling"),
+        ("optim.lr", "per doubling"),
+        ("optim.clip", "0.5 → 1"),
+        ("optim.clip", "0.5 → off"),
+    ]
+    log = [np.log2(table[name].to_numpy(float)) for name in ("model.depth", "optim.lr")]
+    levels = [(table["optim.clip"] == 1).to_numpy(float), table["optim.clip"].isna().to_numpy(float)]
+    design = np.column_stack([np.ones(len(table)), *log, *levels])
+    beta, error, dispersion = scored(
+        design, table["spike_events"].to_numpy(float), table["n_evaluable"].to_numpy(float)
+    )
+    half = 1.9921 * error  # t .975 at 81 - 5
+    assert model.dispersion == pytest.approx(dispersion) and dispersion > 1.2
+    assert model.ratios["ratio"].tolist() == pytest.approx(np.exp(beta[1:]).tolist(), rel=1e-6)
+    assert model.ratios["low"].tolist() == pytest.approx(np.exp(beta - half)[1:].tolist(), rel=1e-3)
+    assert model.ratios["high"].tolist() == pytest.approx(np.exp(beta + half)[1:].tolist(), rel=1e-3)
+    truth = (1.0, 2**0.3, 1.0, 0.5)
+    assert all(row["low"] < t < row["high"] for row, t in zip(records(model.ratios), truth, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spikes", "axes", "reason"),
+    [
+        ({(1e-3, 1.0): [9, 9], (1e-3, None): [9, 9]}, ["optim.clip"], "2 seeds, and it needs 3"),
+        ({(1e-3, 1.0): [1, 1, 1], (1e-3, None): [2, 2, 2]}, ["optim.clip"], "9 spikes for 1 term, and it needs 10"),
+        ({(1e-3, 1.0): [0, 0, 0], (1e-3, None): [9, 9, 9]}, ["optim.clip"], "no spike at clip threshold 1: the ratio"),
+        ({(1e-3, 1.0): [9, 9, 9], (1e-2, None): [9, 9, 9]}, ["optim.lr", "optim.clip"], "always change together"),
+        ({(1e-3, 1.0): [0, 0, 0], (1e-2, 1.0): [0, 0, 0], (1e-1, 1.0): [9, 9, 9]}, ["optim.lr"], "no spike at"),
+        ({(1e-3, 1.0): [9, 9, 9]}, ["optim.lr"], "nothing varies but the seed"),
+    ],
+)  # fmt: skip
+def test_a_rate_model_that_says_more_than_the_data_is_refused(spikes: Any, axes: list[str], reason: str) -> None:
+    model = rates.rate_model(counts(spikes), axes)
+    assert reason in (model.reason or "")
+    assert model.dispersion is None and not len(model.ratios)
+
+
+def test_spikes_of_different_rules_make_no_rate() -> None:
+    table = counts({(1e-3, 1.0): [9, 9, 9], (1e-3, None): [9, 9, 9]})
+    table.loc[0, "detector_id"] = "mad-2"
+    assert "not comparable" in (rates.rate_model(table, ["optim.clip"]).reason or "")
+
+
+# Times
+
+EVENTS, CENSORED = [6, 6, 6, 7, 10, 13, 16, 22, 23], [6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
+"""Weeks in remission under 6-MP (Freireich et al. 1963), and under placebo."""
+PLACEBO = [1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23]
+
+
+def remission() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Time, event, group of both."""
+    time = np.array([*EVENTS, *CENSORED, *PLACEBO], dtype=float)
+    event = np.array([True] * len(EVENTS) + [False] * len(CENSORED) + [True] * len(PLACEBO))
+    return time, event, np.repeat([0, 1], [21, 21])
+
+
+def at(curve: pd.DataFrame, step: float, name: str = "free") -> float:
+    return float(curve.loc[curve["step"] <= step, name].iloc[-1])
+
+
+def test_kaplan_meier_check_values() -> None:
+    time, event, _ = remission()
+    curve = survival.kaplan_meier(time[:21], event[:21])
+    assert [at(curve, t) for t in (6, 10, 23)] == pytest.approx([0.8571, 0.7529, 0.4482], abs=5e-5)
+    assert [at(curve, t, "at_risk") for t in (6, 7, 10, 35)] == [21, 17, 15, 1]
+
+
+def test_log_rank_check_value() -> None:
+    chi2, p = survival.log_rank(*remission())
+    assert chi2 == pytest.approx(16.793, abs=5e-4)
+    assert p == pytest.approx(math.erfc(math.sqrt(chi2 / 2))) and p == pytest.approx(4.17e-5, rel=1e-2)
+
+
+def test_curve_and_interval_against_other_implementations() -> None:
+    rng = np.random.default_rng(1)
+    time, event = rng.integers(1, 30, 60).astype(float), rng.random(60) < 0.6
+    curve = survival.kaplan_meier(time, event)
+    free, greenwood = 1.0, 0.0
+    for step, at_risk, found, low, high in curve.itertuples(index=False):
+        deaths, there = np.sum((time == step) & event), np.sum(time >= step)
+        free, greenwood = (
+            free * (1 - deaths / there),
+            greenwood + (deaths / (there * (there - deaths)) if deaths else 0.0),
+        )
+        assert (at_risk, found) == (there, pytest.approx(free))
+        if 0 < free < 1:
+            width = 1.959964 * math.sqrt(greenwood) / abs(math.log(free))
+            assert (low, high) == pytest.approx((free ** math.exp(width), free ** math.exp(-width)), abs=1e-6)
+    theirs = SurvfuncRight(time, event.astype(int))
+    assert [at(curve, t) for t in theirs.surv_times] == pytest.approx(theirs.surv_prob.tolist())
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+def test_log_rank_against_other_implementations(groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    group = rng.integers(0, groups, 80)
+    time, event = np.ceil(rng.exponential(10 + 4 * group)), rng.random(80) < 0.7
+    chi2, p = survival.log_rank(time, event, group)
+    assert chi2 == pytest.approx(survdiff(time, event.astype(int), group)[0])
+    if groups == 2:
+        x, y = (
+            stats.CensoredData(uncensored=time[own & event], right=time[own & ~event])
+            for own in (group == 0, group == 1)
+        )
+        assert chi2 == pytest.approx(stats.logrank(x, y).statistic ** 2)
+    else:
+        assert p == pytest.approx(stats.chi2.sf(chi2, groups - 1), abs=0.03)
+    assert survival.log_rank(time, event, group) == (chi2, p)
+
+
+def test_permutations_keep_their_level() -> None:
+    rng = np.random.default_rng(5)
+    p = [
+        survival.log_rank(rng.exponential(10, 24).round(), rng.random(24) < 0.5, np.arange(24) % 3)[1]
+        for _ in range(60)
+    ]
+    assert 0.3 < np.mean(p) < 0.7 and min(p) >= 1 / 1000
+
+
+def test_first_spikes_of_trials() -> None:
+    rows = [
+        trial(1e-3, seed=0, steps_done=100),  # no spike in 100 steps
+        trial(1e-3, seed=1, steps_done=40),  # stopped by a scheduler
+        trial(1e-1, seed=0, spike_first_step=30),
+        trial(1e-1, seed=1, spike_first_step=80, verdict="diverged", verdict_step=60),
+        trial(1e-1, seed=2, spike_first_step=20, verdict="diverged", verdict_step=60),
+        trial(1e-1, seed=3, state="failed", spike_first_step=1),  # no result
+        trial(1e-1, seed=4, steps_done=10, n_evaluable=0),  # never at risk
+    ]
+    first = survival.first_spikes(pd.DataFrame(rows), "optim.lr")
+    low, high = records(first.levels)
+    assert (low["level"], low["trials"], low["spiked"], low["diverged"], low["censored"]) == (1e-3, 2, 0, 0, 2)
+    assert (high["trials"], high["spiked"], high["diverged"], high["censored"]) == (3, 2, 1, 0)
+    assert (low["free"], low["low"], low["median_step"]) == (1.0, None, None)
+    assert (high["free"], high["median_step"], first.horizon) == (0.0, 30.0, 60.0)
+    assert first.curves.groupby("level")["step"].agg(list).tolist() == [[40, 100], [20, 30, 60]]
+    assert first.reason is None and first.p is not None
+
+
+def test_a_test_without_an_event_or_a_second_level_is_refused() -> None:
+    calm = pd.DataFrame([trial(1e-3), trial(1e-1)])
+    assert survival.first_spikes(calm, "optim.lr").reason == "no trial spiked or diverged"
+    assert survival.first_spikes(calm, "model.depth").reason == "fewer than two levels"
+    nothing = survival.first_spikes(calm.assign(state="failed"), "optim.lr")
+    assert (nothing.horizon, len(nothing.levels), nothing.p) == (None, 0, None)
+    assert "different rules" in (survival.first_spikes(calm.assign(log_stride=[1, 10]), "optim.lr").reason or "")
+
+
+# Importance
+
+
+def full_grid(seeds: int = 3) -> pd.DataFrame:
+    """Loss: 3 parts from the rate, 1 from clipping, a little from the seed; spikes: chance alone."""
+    rng = np.random.default_rng(3)
+    return pd.DataFrame(
+        trial(
+            lr, depth, seed, clip,
+            final_loss_capped=2 + 0.5 * (lr == 1e-2) + 0.2 * (clip is None) + 0.02 * seed, spike_rate=rng.random(),
+            grad_norm_log_sd=math.exp(depth), attn_logit_peak=7.0,
+        )
+        for lr in (1e-3, 1e-2, 1e-1) for depth in (2, 6) for clip in (1.0, None) for seed in range(seeds)
+    )  # fmt: skip
+
+
+AXES = ["model.depth", "optim.lr", "optim.clip"]
+
+
+def variance_shares(table: pd.DataFrame, values: pd.Series, names: list[str]) -> list[float]:
+    """Sums of squares between levels over the total: exact on a full grid."""
+    whole = np.sum((values - values.mean()) ** 2)
+    groups = [table.groupby(name, dropna=False).indices.values() for name in names]
+    return [sum(len(i) * (values.iloc[i].mean() - values.mean()) ** 2 for i in own) / whole for own in groups]
+
+
+def test_shares_are_those_of_an_analysis_of_variance() -> None:
+    table = full_grid()
+    found = importance.importance(table, AXES)
+    loss, rate, rough, logit = records(found)
+    names = [*AXES, "seed"]
+    for row in (loss, rate):
+        values = table["final_loss_capped" if row["metric"] == "final_loss" else "spike_rate"]
+        assert [row[n] for n in names] == pytest.approx(variance_shares(table, values, names), abs=0.09)
+    assert (loss["trials"], loss["warning"], loss["reason"]) == (36, None, None)
+    assert loss["optim.lr"] > 0.7 and rough["model.depth"] == pytest.approx(1.0, abs=0.02)
+    assert (logit["optim.lr"], logit["reason"]) == (None, "every trial has the same value")
+    pd.testing.assert_frame_equal(importance.importance(table, AXES), found)
+
+
+def test_too_few_trials_are_warned_about() -> None:
+    table = full_grid(seeds=2)
+    loss, *_ = records(importance.importance(table, AXES))
+    assert loss["warning"] == "24 trials for 3 axes, and it needs 10 for each: mostly chance"
+    assert loss["optim.lr"] > 0.5
+    one = records(importance.importance(table[:3], AXES))[0]
+    assert (one["optim.lr"], one["reason"]) == (None, "3 trials, and it needs 4")
+
+
+def test_shares_of_losses_on_different_batches_are_refused() -> None:
+    table = full_grid()
+    table.loc[0, "eval_hash"] = "other"
+    loss, rate, *_ = records(importance.importance(table, AXES))
+    assert loss["reason"] == "eval_hash differs between trials: they are not comparable" and rate["reason"] is None
+
+
+def test_a_study_answers_all_of_it(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", seeds=(0, 1, 2, 3), steps=200))
+    assert study.sensitivity()["reason"].isna().all() and len(study.sensitivity()) == 2
+    assert len(study.logit_growth()) == 3 and study.underperform.sum() == 16
+    model = study.rate_model()
+    assert model.ratios["axis"].tolist() == ["model.depth", "optim.lr"] and model.ratios["low"].iloc[1] > 1
+    first = study.time_to_first_spike("optim.lr")
+    assert first.levels["spiked"].tolist() == [0, 1, 8] and first.p is not None and first.p < 0.01
+    assert study.importance().set_index("metric").loc["attn_logit_peak", "optim.lr"] > 0.9
+    with pytest.raises(KeyError, match="no axis"):
+        study.time_to_first_spike("seed")
