@@ -151,7 +151,7 @@ def _trace_row(config: TrialConfig, step: int, grad: float) -> dict[str, Any]:
         "step": step,
         "tokens": (step + 1) * config.tokens_per_step,
         "seconds": 0.01,
-        "lr": config.optim.lr * min(1.0, (step + 1) / max(1, config.optim.warmup_steps)),
+        "lr": config.optim.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)),
         "loss": loss_at(step),
         "grad_norm": grad,
         "clip_scale": None if clip is None else (min(1.0, clip / (grad + 1e-6)) if grad == grad else math.nan),

@@ -191,7 +191,7 @@ def _encodable(value: Any) -> Any:
 def _facts(t: _Trial) -> TrialFacts:
     return TrialFacts(
         steps_planned=t.config.train.steps,
-        warmup_steps=t.config.optim.warmup_steps,
+        warmup_steps=t.config.warmup_steps,
         clip=t.config.optim.clip,
         clip_kind=t.config.optim.clip_kind,
         status=t.state.status,

@@ -175,7 +175,7 @@ def _recorder(
     writer: trace.RowWriter,
     rules: Rules,
 ) -> Recorder:
-    warmup, steps = config.optim.warmup_steps, config.train.steps
+    warmup, steps = config.warmup_steps, config.train.steps
     assert state.init_loss is not None
     monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss)
     recorder = Recorder(
@@ -201,7 +201,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         records[schema.name] = {"rows": count, "sha256": sha}
     facts = TrialFacts(
         steps_planned=config.train.steps,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=config.warmup_steps,
         clip=config.optim.clip,
         clip_kind=config.optim.clip_kind,
         status="done",
