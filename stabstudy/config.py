@@ -27,7 +27,8 @@ PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
-OPTIMIZERS = ("adamw", "stable_adamw")
+OPTIMIZERS = ("adamw", "stable_adamw", "muon")
+MUON_ADJUSTMENTS = ("match_rms_adamw", "original")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
@@ -90,7 +91,8 @@ class ModelConfig:
 class OptimConfig:
     """AdamW, its schedule and the clip."""
 
-    kind: str = setting("adamw", choices=OPTIMIZERS)  # stable_adamw: a tensor's update is divided by max(1, RMS_t)
+    # stable_adamw: a tensor's update is divided by max(1, RMS_t); muon: for the layers' matrices, AdamW for the rest
+    kind: str = setting("adamw", choices=OPTIMIZERS)
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
     lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
     base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
@@ -101,6 +103,8 @@ class OptimConfig:
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.95, ge=0, lt=1)
     eps: float = setting(1e-8, gt=0, le=1)
+    muon_momentum: float = setting(0.95, ge=0, lt=1)  # Nesterov's
+    muon_adjust_lr: str = setting("match_rms_adamw", choices=MUON_ADJUSTMENTS)  # lr for a matrix, see training/muon.py
     warmup_steps: int | None = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
     warmup_share: float | None = setting(None, ge=0, le=1)  # of train.steps, instead of warmup_steps (then null)
     schedule: str = setting("cosine", choices=SCHEDULES)
@@ -326,6 +330,9 @@ def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
 
 def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[Problem]:
     """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
+    for name in ("muon_momentum", "muon_adjust_lr"):
+        if o.kind != "muon" and getattr(o, name) != getattr(OptimConfig, name):
+            yield Problem(f"optim.{name}", "acts on kind muon only", f"kind {o.kind}")
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
         yield Problem("optim.decay_share", "acts on schedule wsd only", f"schedule {o.schedule}")
     if o.schedule != "wsd" and o.decay_shape != OptimConfig.decay_shape:

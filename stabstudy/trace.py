@@ -82,8 +82,16 @@ PROBES = Schema(
     (
         Column("step", "int", "", "state after this many updates (0: the initial weights)"),
         Column("val_loss", "float", "nat/token", "loss on the fixed evaluation batch", True),
-        Column("update_rms", "float", "1", "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update", True),
-        Column("adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2)))", True),
+        Column(
+            "update_rms",
+            "float",
+            "1",
+            "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update; null: not Adam",
+            True,
+        ),
+        Column(
+            "adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2))); null: not Adam", True
+        ),
         Column("attn_logit_max", "floats", "nat", "per layer: largest unmasked q.k/sqrt(head_dim)", True),
         Column(
             "attn_entropy",

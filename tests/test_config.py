@@ -36,6 +36,8 @@ LATER = {
     "optim.base_batch": None,
     "optim.decay_shape": "linear",
     "optim.warmup_share": None,
+    "optim.muon_momentum": 0.95,
+    "optim.muon_adjust_lr": "match_rms_adamw",
     "optim.clip_kind": "norm",
     "train.skip_spikes": False,
 }
@@ -140,6 +142,11 @@ def test_flat_names_every_setting_once_with_derived_defaults():
         ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"muon_momentum": 0.9}}, "optim.muon_momentum: acts on kind muon only, got kind adamw"),
+        (
+            {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
+            "optim.muon_adjust_lr: acts on kind muon only, got kind stable_adamw",
+        ),
         ({"optim": {"base_batch": 8}}, "optim.base_batch: acts with optim.lr_rule only, got 8 and lr_rule none"),
         (
             {"optim": {"lr_rule": "sqrt_batch"}},

@@ -148,6 +148,7 @@ VARIANTS = {
     "agc": vary(optim={"clip_kind": "agc"}),
     "skip_spikes": vary(train={"skip_spikes": True, "steps": 66}),
     "stable_adamw": vary(optim={"kind": "stable_adamw"}),
+    "muon": vary(optim={"kind": "muon", "weight_decay": 1.0}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
 
@@ -182,7 +183,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize(
-    ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip")]
+    ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip"), ("muon", "loss")]
 )
 def test_a_rule_that_forgets_would_be_seen(
     kind: str, column: str, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch

@@ -199,6 +199,12 @@ def rotate(x_BTNK: Tensor, rotation_TK: Tensor) -> Tensor:
     return turned.view(x_BTNK.shape).to(x_BTNK.dtype)
 
 
+def fused_rows(config: ModelConfig) -> dict[str, list[int]]:
+    """The modules that hold several matrices, one above the other, with the rows of each: q k v, w1 w3."""
+    kv_rows = config.kv_heads * config.head_dim
+    return {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
+
+
 def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     """Every initial weight, in place. Truncated normals at the bounds; norms are 1.
 
@@ -221,7 +227,7 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     numbers whatever the depth, optimizer or device. Drawn on the CPU in float32.
     """
     base, hidden = config.dim**-0.5, config.ffn_dim**-0.5
-    kv_rows = config.kv_heads * config.head_dim
+    fused = fused_rows(config)
     beta = (8 * config.depth) ** -0.25 if config.residual_scale == "deepnorm" else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -238,8 +244,7 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
                 std, bound = 0.02, math.inf
             if config.init == "scaled" and name.endswith(("wo.weight", "w2.weight")):
                 std = 0.02 / math.sqrt(2 * config.depth)
-            parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
-            rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
+            rows = fused.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
                 shrink = beta if ".ffn." in name or name.endswith("wo.weight") or i == 2 else 1.0  # 2: v of wqkv
                 part.copy_(_normal(part.shape, shrink * std, shrink * bound, f"{seed}/{name}/{i}"))

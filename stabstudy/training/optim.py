@@ -6,7 +6,7 @@
 Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
 
 `optim.kind` stable_adamw holds back the update of each tensor by its RMS_t (`stable_adamw.py`); moments and groups are
-the same.
+the same. muon takes the matrices of the layers away from AdamW (`muon.py`).
 
 `matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
 everything, as Lingua's single parameter group does.
@@ -89,15 +89,14 @@ class AdamW:
             m = self.state[p]
             stable_update(p, m.step, m.exp_avg, m.exp_avg_sq, self.config, group.weight_decay, lr, found_inf)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for p in self.state:
-            p.grad = None
+
+def decay_rate(config: OptimConfig, peak_lr: float) -> float:
+    """What an update multiplies by lr_t and the weight; divided by the peak lr it follows lr_t / lr instead."""
+    return config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
 
 
 def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float) -> Iterator[Group]:
-    # the kernel multiplies the decay by lr_t; divided by the peak lr it follows lr_t / lr instead
-    decay = config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
+    decay = decay_rate(config, peak_lr)
     yield Group([p for p in parameters if config.decay_params == "all" or p.ndim >= 2], decay)
     yield Group([p for p in parameters if config.decay_params != "all" and p.ndim < 2], 0.0)
 

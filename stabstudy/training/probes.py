@@ -34,7 +34,8 @@ def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool
                 largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
                 per_layer.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
         norm = torch.linalg.vector_norm(weight_norms(stepper))
-        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if updated else None
+        measurable = updated and stepper.muon is None  # sizes of Adam's update of every tensor
+        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if measurable else None
     layers = torch.stack(per_layer).tolist()
     rms, ratio = sizes.tolist() if sizes is not None else (None, None)
     return {

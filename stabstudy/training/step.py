@@ -22,8 +22,9 @@ from torch import Tensor
 from stabstudy.config import TrialConfig
 from stabstudy.training import clip
 from stabstudy.training.clip_rules import clip_rule
-from stabstudy.training.model import Decoder
-from stabstudy.training.optim import AdamW
+from stabstudy.training.model import Decoder, fused_rows
+from stabstudy.training.muon import Muon
+from stabstudy.training.optim import AdamW, decay_rate
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.spike_skip import SpikeSkip
 
@@ -79,7 +80,10 @@ class Stepper:
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        self.optimizer = AdamW(self.parameters, config.optim, config.peak_lr)
+        decay, muon = decay_rate(config.optim, config.peak_lr), config.optim.kind == "muon"
+        self.muon = Muon(named, fused_rows(config.model), config.optim, decay) if muon else None
+        rest = [p for n, p in named if self.muon is None or n not in self.muon.matrices]
+        self.optimizer = AdamW(rest, config.optim, config.peak_lr)
         self.clip_rule = clip_rule(config.optim, self.parameters)
         self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
         self.scaled = config.train.precision == "fp16"
@@ -110,7 +114,8 @@ class Stepper:
 
     def accumulate(self, windows: NDArray[np.int64], valid: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole step into `.grad`. Returns (loss, mean logsumexp, largest absolute logit)."""
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         loss = logz = absmax = torch.zeros((), device=self.device)
         masked = valid != windows[:, 1:].size
         for inputs, targets in self._micro_batches(windows):
@@ -152,11 +157,14 @@ class Stepper:
         return self.clip_rule.apply(grads, norms, norm)
 
     def _update(self, norm: Tensor, loss: Tensor, lr: float, spike: Tensor) -> None:
-        """The AdamW step, which the fused kernel itself leaves out where `found_inf` is 1."""
+        """The optimizer's step, which it leaves out by itself, on the device, where `found_inf` is 1."""
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         if not self.scaled and not self.config.train.skip_nonfinite:
             self.halted = torch.maximum(self.halted, bad)
-        self.optimizer.step(lr, torch.maximum(torch.maximum(bad, spike), self.halted))
+        found_inf = torch.maximum(torch.maximum(bad, spike), self.halted)
+        self.optimizer.step(lr, found_inf)
+        if self.muon is not None:
+            self.muon.step(lr, found_inf)
         if self.scaled:
             self._rescale(bad)
 
