@@ -29,6 +29,7 @@ RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 OPTIMIZERS = ("adamw", "stable_adamw", "muon")
 MUON_ADJUSTMENTS = ("match_rms_adamw", "original")
+DECAY_PARAMS = ("matrices", "matrices_no_embed", "all")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
@@ -99,7 +100,8 @@ class OptimConfig:
     allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
     decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
-    decay_params: str = setting("matrices", choices=("matrices", "all"))  # "all" decays the norms too, as Lingua does
+    # matrices: all but the norms; matrices_no_embed: nor the embedding (OLMo 2); all: the norms too, as Lingua does
+    decay_params: str = setting("matrices", choices=DECAY_PARAMS)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.95, ge=0, lt=1)
     eps: float = setting(1e-8, gt=0, le=1)

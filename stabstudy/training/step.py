@@ -82,7 +82,7 @@ class Stepper:
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
         decay, muon = decay_rate(config.optim, config.peak_lr), config.optim.kind == "muon"
         self.muon = Muon(named, fused_rows(config.model), config.optim, decay) if muon else None
-        rest = [p for n, p in named if self.muon is None or n not in self.muon.matrices]
+        rest = [(n, p) for n, p in named if self.muon is None or n not in self.muon.matrices]
         self.optimizer = AdamW(rest, config.optim, config.peak_lr)
         self.clip_rule = clip_rule(config.optim, self.parameters)
         self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
