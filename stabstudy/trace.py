@@ -102,6 +102,23 @@ PROBES = Schema(
         ),
         Column("resid_rms", "floats", "1", "per layer: RMS of the residual stream after it", True),
         Column("param_norm", "float", "1", "L2 norm of all weights", True),
+        Column(
+            "noise_g2",
+            "float",
+            "gradient^2",
+            "squared norm of the true gradient, estimated from one step's batch",
+            True,
+        ),
+        Column(
+            "noise_s", "float", "gradient^2 token", "trace of the covariance of one token's gradient, likewise", True
+        ),
+        Column(
+            "noise_scale",
+            "float",
+            "token",
+            "moving mean of noise_s / that of noise_g2; all three null: one micro-batch; it alone: mean noise_g2 <= 0",
+            True,
+        ),
     ),
     contiguous=False,
 )

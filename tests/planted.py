@@ -174,6 +174,9 @@ def _probe_row(config: TrialConfig, step: int, logit: float) -> dict[str, Any]:
         "attn_entropy": [0.8] * depth,
         "resid_rms": [1.0] * depth,
         "param_norm": 30.0,
+        "noise_g2": None,
+        "noise_s": None,
+        "noise_scale": None,
     }
 
 

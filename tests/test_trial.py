@@ -23,6 +23,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint, clip_rules, spike_skip
 from stabstudy.training import step as st
 from stabstudy.training.loop import Heartbeat, Loop, Progress
+from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine, run_trial
 
@@ -199,6 +200,19 @@ def test_a_rule_that_forgets_would_be_seen(
     assert one[:6] == other[:6] and one != other
 
 
+def test_noise_means_that_forget_would_be_seen(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: resumed without what the rows tell, the noise scale is another."""
+    monkeypatch.setattr(NoiseMeans, "replay", lambda *a: None)
+    config = vary(train={"micro_batch_size": 1, "probe_every": 2})
+    whole, broken = make(config, "whole"), make(config, "broken")
+    run(whole)
+    run(broken, lambda p: p.step == 6)
+    run(broken)
+    (_, a), (_, b) = records(whole), records(broken)
+    assert np.array_equal(a["noise_s"], b["noise_s"], equal_nan=True)
+    assert not np.array_equal(a["noise_scale"], b["noise_scale"], equal_nan=True)
+
+
 def test_skip_spikes_marks_the_step_and_leaves_the_weights(
     make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +236,21 @@ def test_skip_spikes_marks_the_step_and_leaves_the_weights(
     assert a["loss"][:71].tolist() == b["loss"][:71].tolist() and a["loss"][71] != b["loss"][71]
     assert [s.verdict_code for s in states] == ["ok", "ok"]
     assert [s.spike_events for s in states] == [1, 1]  # what was skipped has happened all the same
+
+
+def test_probing_at_every_step_changes_no_loss_and_no_weight(make: Make, run: Run) -> None:
+    """Noise included: with micro-batches a probe's step looks at the gradient after each of them."""
+    often, seldom = (make(vary(train={"micro_batch_size": 1, "probe_every": n}), f"every{n}") for n in (1, 10))
+    run(often, keep=True), run(seldom, keep=True)
+    a, b = records(often), records(seldom)
+    assert_same(a[0], b[0])
+    assert a[1].is_null("noise_scale").tolist() == [True] + [False] * 12 and (a[1]["noise_s"][1:] > 0).all()
+    assert b[1]["step"].tolist() == [0, 6, 10, 12] and b[1].is_null("noise_s").tolist() == [True] + [False] * 3
+    assert b[1]["noise_s"][1:].tolist() == a[1]["noise_s"][[6, 10, 12]].tolist()
+    one, other = (
+        safetensors.torch.load_file(f.checkpoints / "step-00000008/tensors.safetensors") for f in (often, seldom)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 class Crash(Exception):

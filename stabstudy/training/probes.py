@@ -23,7 +23,7 @@ PROBE_SEQUENCES = 4
 
 
 def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool) -> dict[str, Any]:
-    """One row of the probes record, without `val_loss`. `updated`: an update was made, so its size can be measured."""
+    """One row of the probes record, validation loss and noise aside. `updated`: there is an update to be measured."""
     tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
     per_layer: list[Tensor] = []
     precision, cap = stepper.config.train.precision, stepper.config.model.attn_softcap

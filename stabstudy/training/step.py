@@ -24,6 +24,7 @@ from stabstudy.training import clip
 from stabstudy.training.clip_rules import clip_rule
 from stabstudy.training.model import Decoder, fused_rows
 from stabstudy.training.muon import Muon
+from stabstudy.training.noise_scale import MicroBatches
 from stabstudy.training.optim import AdamW, decay_rate
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.spike_skip import SpikeSkip
@@ -90,6 +91,8 @@ class Stepper:
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.halted = torch.zeros((), device=device)  # 1 from the non-finite step that ends the trial on
+        self.measure_noise = False  # set before a step that a probe follows
+        self.noise: Tensor | None = None  # of the last step, see noise_scale.py; None: not measured
         self._sums: Callable[..., Sums] = torch.compile(self._micro) if config.train.compile else self._micro
 
     def step(self, windows: NDArray[np.int64], lr: float) -> Tensor | None:
@@ -97,6 +100,7 @@ class Stepper:
 
         Returns the step's vector on the device, or None when it had no valid target (no update then).
         """
+        self.noise = None
         valid = int((windows[:, 1:] != IGNORE).sum())
         if valid == 0:
             return None
@@ -118,13 +122,18 @@ class Stepper:
             p.grad = None
         loss = logz = absmax = torch.zeros((), device=self.device)
         masked = valid != windows[:, 1:].size
+        watched = self._watched(windows)
         for inputs, targets in self._micro_batches(windows):
             sums = self._sums(inputs, targets, masked)
             objective = (sums.cross_entropy + self.config.train.z_loss * sums.logz_squared) / valid
             (objective * self.loss_scale if self.scaled else objective).backward()  # type: ignore[no-untyped-call]
+            if watched is not None:
+                watched.add()
             loss = loss + sums.cross_entropy.detach() / valid
             logz = logz + sums.logz / valid
             absmax = torch.maximum(absmax, sums.logit_absmax)
+        if watched is not None:
+            self.noise = watched.terms() / self.loss_scale.double().square()
         return loss, logz, absmax
 
     def loss_on(self, windows: NDArray[np.int64]) -> float:
@@ -149,6 +158,13 @@ class Stepper:
             part = part.to(self.device, non_blocking=True)
             # an ignored position is a target only; as an input it may be any token
             yield part[:, :-1].clamp(min=0), part[:, 1:]
+
+    def _watched(self, windows: NDArray[np.int64]) -> MicroBatches | None:
+        """What measures the noise of this step, where it is due and there is more than one micro-batch to compare."""
+        starts = range(0, len(windows), self.config.train.micro_batch)
+        targets = (windows[:, 1:] != IGNORE).sum(1)
+        counts = np.add.reduceat(targets, starts).tolist()
+        return MicroBatches(self.parameters, counts) if self.measure_noise and np.count_nonzero(counts) > 1 else None
 
     def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
         """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""

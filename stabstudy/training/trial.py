@@ -100,6 +100,8 @@ def _attempt(
             lambda step: checkpoint.save(folder.checkpoints, state.trial_id, stepper, step),
             heartbeat,
         )
+        probed = trace.read_jsonl(folder.live(trace.PROBES), trace.PROBES)
+        loop.noise.replay(probed["noise_g2"], probed["noise_s"])
         if start == 0:
             loop.measure(0, state.init_loss)
         say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
