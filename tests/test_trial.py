@@ -113,6 +113,9 @@ def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) ->
     assert state.verdict is None and state.verdict_code is None  # 12 steps: too short to judge
     assert state.records["trace"]["rows"] == 12 and not folder.live(trace.TRACE).exists()
     assert not folder.checkpoints.exists()
+    assert state.growth_act is not None and -1 < state.growth_act < 1
+    assert state.growth_grad is not None and -1 < state.growth_grad < 1
+    assert folder.read_state() == state
     assert state.attempts[-1].engine["torch"] == torch.__version__
 
 
@@ -126,6 +129,15 @@ def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: floa
         run(folder)
     assert records(ruled)[0]["lr"].max() == 3e-3 * factor
     for a, b in zip(records(said), records(ruled), strict=True):
+        assert_same(a, b)
+
+
+def test_measuring_growth_changes_no_bit(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, left_out = make(BASE, "measured"), make(BASE, "left_out")
+    run(measured)
+    monkeypatch.setattr("stabstudy.training.trial.growth", lambda *a: (None, None))
+    assert run(left_out).growth_act is None
+    for a, b in zip(records(measured), records(left_out), strict=True):
         assert_same(a, b)
 
 

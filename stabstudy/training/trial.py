@@ -28,6 +28,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint
+from stabstudy.training.growth import growth
 from stabstudy.training.loop import Heartbeat, Loop
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.record import Recorder
@@ -162,9 +163,12 @@ def _resume(
 
 
 def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Stepper, batches: Batches) -> store.State:
-    """The loss of the initial weights, measured by the first attempt that gets so far."""
+    """What is measured of the initial weights, by the first attempt that gets so far."""
     if state.init_loss is None:
-        state = replace(state, init_loss=stepper.loss_on(batches.evaluation()), eval_hash=batches.eval_hash)
+        evaluation = batches.evaluation()
+        act, grad = growth(stepper, evaluation)
+        state = replace(state, init_loss=stepper.loss_on(evaluation), growth_act=act, growth_grad=grad)
+        state = replace(state, eval_hash=batches.eval_hash)
         folder.write_state(state)
     return state
 
@@ -210,6 +214,8 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         stop_reason=state.stop_reason,
         init_loss=state.init_loss,
         final_loss=state.final_loss,
+        growth_act=state.growth_act,
+        growth_grad=state.growth_grad,
     )
     rows, probes = (finished.read_parquet(folder.finished(s), s) for s in RECORDS)
     found = summarise(rows, probes, facts, rules).columns
