@@ -116,7 +116,8 @@ PROBES = Schema(
             "noise_scale",
             "float",
             "token",
-            "moving mean of noise_s / that of noise_g2; all three null: one micro-batch; it alone: mean noise_g2 <= 0",
+            "moving mean of noise_s / that of noise_g2, each keeping 0.9 per probe; "
+            "all three null: one micro-batch; it alone: mean noise_g2 <= 0",
             True,
         ),
     ),

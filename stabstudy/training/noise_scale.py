@@ -40,17 +40,16 @@ class MicroBatches:
         """`targets`: valid targets of each micro-batch, in their order."""
         self.parameters, self.targets = parameters, targets
         self.squares: list[Tensor] = []  # n_i norm(g_i)^2 / N^2 of each, float64
-        self._before: list[Tensor] = []
+        self._before = [torch.zeros_like(p) for p in parameters]
 
     def add(self) -> None:
         """Look at the gradients after the backward pass of the next micro-batch."""
         now = gradients(self.parameters)
-        change = torch._foreach_sub(now, self._before) if self._before else now
+        torch._foreach_sub_(self._before, now)  # minus what was added; in place: one copy of the gradients is enough
+        square = torch.linalg.vector_norm(tensor_norms(self._before)).double().square()
         targets = self.targets[len(self.squares)]
-        square = torch.linalg.vector_norm(tensor_norms(change)).double().square()
         self.squares.append(square / targets if targets else torch.zeros_like(square))
-        if len(self.squares) < len(self.targets):
-            self._before = [g.clone() for g in now]
+        torch._foreach_copy_(self._before, now)
 
     def terms(self) -> Tensor:
         """[G2, S], in float64; needs at least two micro-batches with targets."""

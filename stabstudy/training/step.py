@@ -161,10 +161,11 @@ class Stepper:
 
     def _watched(self, windows: NDArray[np.int64]) -> MicroBatches | None:
         """What measures the noise of this step, where it is due and there is more than one micro-batch to compare."""
+        if not self.measure_noise:
+            return None
         starts = range(0, len(windows), self.config.train.micro_batch)
-        targets = (windows[:, 1:] != IGNORE).sum(1)
-        counts = np.add.reduceat(targets, starts).tolist()
-        return MicroBatches(self.parameters, counts) if self.measure_noise and np.count_nonzero(counts) > 1 else None
+        targets = np.add.reduceat((windows[:, 1:] != IGNORE).sum(1), starts)
+        return MicroBatches(self.parameters, targets.tolist()) if np.count_nonzero(targets) > 1 else None
 
     def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
         """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""
