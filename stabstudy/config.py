@@ -34,7 +34,9 @@ PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
-OPTIMIZERS = ("adamw", "stable_adamw")
+OPTIMIZERS = ("adamw", "stable_adamw", "muon")
+MUON_ADJUSTMENTS = ("match_rms_adamw", "original")
+DECAY_PARAMS = ("matrices", "matrices_no_embed", "all")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
@@ -102,18 +104,23 @@ class ModelConfig:
 class OptimConfig:
     """AdamW, its schedule and the clip."""
 
-    kind: str = setting("adamw", choices=OPTIMIZERS)  # stable_adamw: a tensor's update is divided by max(1, RMS_t)
+    # stable_adamw: a tensor's update is divided by max(1, RMS_t); muon: for the layers' matrices, AdamW for the rest
+    kind: str = setting("adamw", choices=OPTIMIZERS)
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
     lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
     base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
     allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
     decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
-    decay_params: str = setting("matrices", choices=("matrices", "all"))  # "all" decays the norms too, as Lingua does
+    # matrices: all but the norms; matrices_no_embed: nor the embedding (OLMo 2); all: the norms too, as Lingua does
+    decay_params: str = setting("matrices", choices=DECAY_PARAMS)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.95, ge=0, lt=1)
     eps: float = setting(1e-8, gt=0, le=1)
-    warmup_steps: int = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
+    muon_momentum: float = setting(0.95, ge=0, lt=1)  # Nesterov's
+    muon_adjust_lr: str = setting("match_rms_adamw", choices=MUON_ADJUSTMENTS)  # lr for a matrix, see training/muon.py
+    warmup_steps: int | None = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
+    warmup_share: float | None = setting(None, ge=0, le=1)  # of train.steps, instead of warmup_steps (then null)
     schedule: str = setting("cosine", choices=SCHEDULES)
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
     decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
@@ -121,6 +128,12 @@ class OptimConfig:
     clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
     # norm: at clip; zclip, adagc: at clip in their first 25, 100 steps only; agc: never, so clip is 1.0 (on) or null
     clip_kind: str = setting("norm", choices=CLIP_KINDS)
+
+    def warmup(self, steps: int) -> int:
+        """Warmup steps of a run of `steps`: warmup_steps, or round(warmup_share * steps)."""
+        if self.warmup_share is not None:
+            return round(self.warmup_share * steps)
+        return 0 if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -194,6 +207,11 @@ class TrialConfig:
         return self.optim.lr * (ratio if self.optim.lr_rule == "linear_batch" else math.sqrt(ratio))
 
     @property
+    def warmup_steps(self) -> int:
+        """Steps of warmup, however they were said."""
+        return self.optim.warmup(self.train.steps)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.train.batch_size * self.data.seq_len
 
@@ -243,9 +261,10 @@ def to_dict(config: TrialConfig) -> dict[str, Any]:
 
 
 def flat(config: TrialConfig) -> dict[str, Any]:
-    """Every setting under its dotted name, derived defaults resolved (micro_batch_size, n_kv_heads)."""
+    """Every setting under its dotted name, derived ones resolved (micro_batch_size, n_kv_heads, warmup_steps)."""
     settings = {name: getattr(getattr(config, group), key) for name, group, key in _PLACES}
     derived = {"model.n_kv_heads": config.model.kv_heads, "train.micro_batch_size": config.train.micro_batch}
+    derived["optim.warmup_steps"] = config.warmup_steps
     return settings | derived | {"seed": config.seed}
 
 
@@ -257,9 +276,11 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
 
     Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
-    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test).
+    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup said as a share
+    stays out too: warmup_steps has what it comes to, and what trains alike has one id.
     """
-    differing = {k: v for k, v in flat(config).items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
+    said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
+    differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -295,7 +316,10 @@ def _cross_checks(config: TrialConfig) -> Iterator[Problem]:
         )
     if m.residual_scale == "inverse_depth" and m.depth == 1:
         yield Problem("model.residual_scale, model.depth", "inverse_depth has no effect at depth 1", "depth 1")
-    if o.warmup_steps > t.steps:
+    if (o.warmup_steps is None) == (o.warmup_share is None):
+        got = "null and null" if o.warmup_steps is None else f"{o.warmup_steps} and {o.warmup_share:g}"
+        yield Problem("optim.warmup_steps, optim.warmup_share", "say one of them, and the other is null", got)
+    elif config.warmup_steps > t.steps:
         yield Problem(
             "optim.warmup_steps, train.steps", "the warmup must end within the run", f"{o.warmup_steps} and {t.steps}"
         )
@@ -339,11 +363,14 @@ def _not_of_family(m: ModelConfig) -> Iterator[Problem]:
 
 def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[Problem]:
     """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
+    for name in ("muon_momentum", "muon_adjust_lr"):
+        if o.kind != "muon" and getattr(o, name) != getattr(OptimConfig, name):
+            yield Problem(f"optim.{name}", "acts on kind muon only", f"kind {o.kind}")
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
         yield Problem("optim.decay_share", "acts on schedule wsd only", f"schedule {o.schedule}")
     if o.schedule != "wsd" and o.decay_shape != OptimConfig.decay_shape:
         yield Problem("optim.decay_shape", "acts on schedule wsd only", f"schedule {o.schedule}")
-    if o.schedule == "inv_sqrt" and o.warmup_steps == 0:
+    if o.schedule == "inv_sqrt" and config.warmup_steps == 0:
         yield Problem(
             "optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1", "0"
         )

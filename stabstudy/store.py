@@ -82,6 +82,12 @@ class State:
     error: dict[str, Any] | None = None
     outcome: str | None = None  # the verdict in one sentence, see stability.explain
     format: int = cfg.FORMAT_VERSION
+    growth_act: float | None = None  # exponents of the initial weights, see training/growth.py; None: one layer
+    growth_grad: float | None = None
+
+
+NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad")
+"""Of a state: each may be a float that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,7 @@ class TrialFolder:
 
     def write_state(self, state: State) -> None:
         body = asdict(state)
-        for key in ("init_loss", "final_loss"):
+        for key in NUMBERS:
             body[key] = encode_float(body[key])
         write_json(self.state_file, body)
 
@@ -305,7 +311,7 @@ def _state_from(body: dict[str, Any], path: Path) -> State:
         values["attempts"] = tuple(
             Attempt(**{k: v for k, v in a.items() if k in attempt_keys}) for a in body.get("attempts", ())
         )
-        for key in ("init_loss", "final_loss"):
+        for key in NUMBERS:
             values[key] = None if values.get(key) is None else float(values[key])
         state = State(**values)
     except (TypeError, ValueError, AttributeError) as error:

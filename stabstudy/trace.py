@@ -82,8 +82,16 @@ PROBES = Schema(
     (
         Column("step", "int", "", "state after this many updates (0: the initial weights)"),
         Column("val_loss", "float", "nat/token", "loss on the fixed evaluation batch", True),
-        Column("update_rms", "float", "1", "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update", True),
-        Column("adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2)))", True),
+        Column(
+            "update_rms",
+            "float",
+            "1",
+            "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update; null: not Adam",
+            True,
+        ),
+        Column(
+            "adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2))); null: not Adam", True
+        ),
         Column("attn_logit_max", "floats", "nat", "per layer: largest unmasked q.k/sqrt(head_dim)", True),
         Column(
             "attn_entropy",
@@ -94,6 +102,24 @@ PROBES = Schema(
         ),
         Column("resid_rms", "floats", "1", "per layer: RMS of the residual stream after it", True),
         Column("param_norm", "float", "1", "L2 norm of all weights", True),
+        Column(
+            "noise_g2",
+            "float",
+            "gradient^2",
+            "squared norm of the true gradient, estimated from one step's batch",
+            True,
+        ),
+        Column(
+            "noise_s", "float", "gradient^2 token", "trace of the covariance of one token's gradient, likewise", True
+        ),
+        Column(
+            "noise_scale",
+            "float",
+            "token",
+            "moving mean of noise_s / that of noise_g2, each keeping 0.9 per probe; "
+            "all three null: one micro-batch; it alone: mean noise_g2 <= 0",
+            True,
+        ),
     ),
     contiguous=False,
 )

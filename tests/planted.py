@@ -151,7 +151,7 @@ def _trace_row(config: TrialConfig, step: int, grad: float) -> dict[str, Any]:
         "step": step,
         "tokens": (step + 1) * config.tokens_per_step,
         "seconds": 0.01,
-        "lr": config.optim.lr * min(1.0, (step + 1) / max(1, config.optim.warmup_steps)),
+        "lr": config.optim.lr * min(1.0, (step + 1) / max(1, config.warmup_steps)),
         "loss": loss_at(step),
         "grad_norm": grad,
         "clip_scale": None if clip is None else (min(1.0, clip / (grad + 1e-6)) if grad == grad else math.nan),
@@ -174,6 +174,9 @@ def _probe_row(config: TrialConfig, step: int, logit: float) -> dict[str, Any]:
         "attn_entropy": [0.8] * depth,
         "resid_rms": [1.0] * depth,
         "param_norm": 30.0,
+        "noise_g2": None,
+        "noise_s": None,
+        "noise_scale": None,
     }
 
 

@@ -112,7 +112,7 @@ OVERRIDES = [
     ),
     (12, "train.steps=0", "train.steps: must be a whole number in [1, 1e+09], got 0"),
     (12, "train.steps=-5", "train.steps: must be a whole number in [1, 1e+09], got -5"),
-    (12, "optim.warmup_steps=-1", "optim.warmup_steps: must be a whole number in [0, 1e+09], got -1"),
+    (12, "optim.warmup_steps=-1", "optim.warmup_steps: must be a whole number in [0, 1e+09] or null, got -1"),
     (12, "optim.beta1=1", "optim.beta1: must be a finite number in [0, 1), got 1.0"),
     (12, "optim.beta2=-.1", "optim.beta2: must be a finite number in [0, 1), got -0.1"),
     (12, "optim.eps=0", "optim.eps: must be a finite number in (0, 1], got 0.0"),

@@ -36,6 +36,9 @@ LATER = {
     "optim.lr_rule": "none",
     "optim.base_batch": None,
     "optim.decay_shape": "linear",
+    "optim.warmup_share": None,
+    "optim.muon_momentum": 0.95,
+    "optim.muon_adjust_lr": "match_rms_adamw",
     "optim.clip_kind": "norm",
     "train.skip_spikes": False,
 }
@@ -77,6 +80,11 @@ def test_seeds_of_a_cell_share_its_id_and_nothing_else_does():
         ({"optim": {"lr": 1}}, {"optim": {"lr": 1.0}}),
         ({"optim": {"lr": "1e-3"}}, {"optim": {"lr": 0.001}}),
         ({"optim": {"lr": 3e-3, "clip": 1.0}}, {"optim": {"clip": 1.0, "lr": 3e-3}}),
+        ({"optim": {"warmup_steps": None, "warmup_share": 0.1}}, {}),
+        (
+            {"optim": {"warmup_steps": None, "warmup_share": 0.133}, "train": {"steps": 150}},
+            {"optim": {"warmup_steps": 20}, "train": {"steps": 150}},
+        ),
     ],
 )
 def test_what_trains_alike_has_one_id(said: dict[str, Any], same: dict[str, Any]):
@@ -159,6 +167,11 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ),
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
+        ({"optim": {"muon_momentum": 0.9}}, "optim.muon_momentum: acts on kind muon only, got kind adamw"),
+        (
+            {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
+            "optim.muon_adjust_lr: acts on kind muon only, got kind stable_adamw",
+        ),
         ({"optim": {"base_batch": 8}}, "optim.base_batch: acts with optim.lr_rule only, got 8 and lr_rule none"),
         (
             {"optim": {"lr_rule": "sqrt_batch"}},
@@ -182,6 +195,18 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         (
             {"optim": {"schedule": "inv_sqrt", "warmup_steps": 0}},
             "optim.schedule, optim.warmup_steps: inv_sqrt scales by the warmup",
+        ),
+        (
+            {"optim": {"schedule": "inv_sqrt", "warmup_steps": None, "warmup_share": 0.001}},
+            "optim.schedule, optim.warmup_steps: inv_sqrt scales by the warmup",
+        ),
+        (
+            {"optim": {"warmup_share": 0.1}},
+            "optim.warmup_steps, optim.warmup_share: say one of them, and the other is null, got 20 and 0.1",
+        ),
+        (
+            {"optim": {"warmup_steps": None}},
+            "optim.warmup_steps, optim.warmup_share: say one of them, and the other is null, got null and null",
         ),
     ],
 )
@@ -217,6 +242,13 @@ def test_the_peak_learning_rate_follows_its_rule(rule: str, factor: float):
     base = None if rule == "none" else 8
     config = cfg.from_dict({"optim": {"lr": 0.003, "lr_rule": rule, "base_batch": base}, "train": {"batch_size": 32}})
     assert config.peak_lr == 0.003 * factor
+
+
+@pytest.mark.parametrize(("share", "steps", "warmup"), [(0.133, 150, 20), (0.133, 5, 1), (0.0, 9, 0), (1.0, 9, 9)])
+def test_a_warmup_said_as_a_share_is_recorded_in_steps(share: float, steps: int, warmup: int):
+    config = cfg.from_dict({"optim": {"warmup_steps": None, "warmup_share": share}, "train": {"steps": steps}})
+    assert config.warmup_steps == warmup == cfg.flat(config)["optim.warmup_steps"]
+    assert cfg.flat(config)["optim.warmup_share"] == share
 
 
 def test_long_values_are_shortened():

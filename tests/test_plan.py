@@ -157,6 +157,57 @@ def test_all_seven_axes_in_every_combination(ask):
     assert len({t.trial_id for t in plan.trials}) == 2**7
 
 
+SHARE = """\
+# @package _global_
+# Long or short?
+optim: {warmup_steps: null, warmup_share: 0.1}
+train: {steps: 50}
+sweep:
+  grid: {train.batch_size: [4, 8]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "warmups", "shares"),
+    [
+        ([], [5, 5], {0.1}),
+        (["train.steps=20"], [2, 2], {0.1}),
+        (["optim.warmup_share=0.2"], [10, 10], {0.2}),
+        (["optim.warmup_share=0.2,0.4"], [10, 20, 10, 20], {0.2, 0.4}),
+        (["optim.warmup_steps=7"], [7, 7], {None}),
+        (["optim.warmup_steps=7", "optim.warmup_share=null"], [7, 7], {None}),
+        (["optim.warmup_steps=0,20"], [0, 20, 0, 20], {None}),
+    ],
+)
+def test_who_says_the_warmup_one_way_takes_back_the_other(ask, said, warmups, shares):
+    plan = ask(SHARE, *said)
+    assert [w for (w,) in values(plan, "optim.warmup_steps")] == warmups
+    assert {s for (s,) in values(plan, "optim.warmup_share")} == shares and plan.warnings == ()
+
+
+def test_the_command_line_takes_the_warmup_out_of_grids_and_cases(ask):
+    grid = "grid: {train.batch_size: [4], optim.warmup_share: [0.1, 0.2]}"
+    text = block(f"{grid}\ncases:\n  long: {{optim.warmup_share: 0.5, optim.lr: 1e-3}}")
+    names = "optim.warmup_steps", "optim.warmup_share"
+    assert values(ask(text), *names) == [(20, 0.1), (40, 0.2), (100, 0.5)]
+    assert [a.name for a in ask(text).axes] == ["train.batch_size", "optim.warmup_share"]
+    assert values(ask(text, "optim.warmup_steps=7"), *names) == [(7, None), (7, None)]
+    assert values(ask(text, "optim.warmup_steps=7,9"), *names) == [(7, None), (9, None), (100, 0.5)]
+    text = block("grid: {optim.warmup_steps: [1, 2]}")
+    assert values(ask(text, "optim.warmup_share=null"), *names) == [(1, None), (2, None)]
+    assert values(ask(text, "optim.warmup_share=0.5"), *names) == [(100, 0.5)]
+
+
+def test_both_ways_at_once_are_refused(ask):
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps, optim\.warmup_share: say one of them.* got 7 and 0.2"):
+        ask(SHARE, "optim.warmup_steps=7", "optim.warmup_share=0.2")
+
+
+def test_shares_that_come_to_the_same_steps_are_one_cell(ask):
+    plan = ask(SHARE, "optim.warmup_share=0.1,0.101", "train.batch_size=4")
+    assert len(plan.trials) == 1 and "equals another cell" in plan.warnings[0]
+
+
 def test_interpolations_follow_the_axis(ask):
     text = "train: {checkpoint_every: '${train.steps}'}\n" + block("grid: {train.steps: [50, 60]}")
     assert values(ask(text), "train.steps", "train.checkpoint_every") == [(50, 50), (60, 60)]

@@ -20,6 +20,11 @@ def test_warmup_is_linear_and_never_zero() -> None:
         assert factors(warmup_steps=4, schedule=name)[:4] == [0.25, 0.5, 0.75, 1.0], name
 
 
+def test_a_share_is_the_steps_that_it_comes_to() -> None:
+    for name in SCHEDULES:
+        assert factors(schedule=name, warmup_steps=None, warmup_share=0.26) == factors(schedule=name, warmup_steps=3)
+
+
 def test_constant_warms_up_and_stays() -> None:
     assert factors(schedule="constant") == [0.5] + [1.0] * 11
 

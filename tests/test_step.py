@@ -319,6 +319,37 @@ def test_loss_on_is_the_mean_and_leaves_no_trace() -> None:
     assert all(p.grad is None for p in stepper.parameters)
 
 
+LAYER = {"attention.wqkv.weight", "attention.wo.weight", "ffn.w13.weight", "ffn.w2.weight"}
+MATRICES = {f"layers.{i}.{n}" for i in (0, 1) for n in LAYER} | {"embed.weight", "head.weight"}
+NORMS = {f"layers.{i}.{n}_norm.weight" for i in (0, 1) for n in ("attention", "ffn")} | {"norm.weight"}
+
+
+@pytest.mark.parametrize("mode", ["coupled", "independent"])
+@pytest.mark.parametrize("kind", ["adamw", "stable_adamw", "muon"])
+@pytest.mark.parametrize(
+    ("which", "tied", "decayed"),
+    [
+        ("matrices", False, MATRICES),
+        ("matrices_no_embed", False, MATRICES - {"embed.weight"}),
+        ("all", False, MATRICES | NORMS),
+        ("matrices", True, MATRICES - {"head.weight"}),
+        ("matrices_no_embed", True, MATRICES - {"embed.weight", "head.weight"}),
+    ],
+)
+def test_which_tensors_decay(mode: str, kind: str, which: str, tied: bool, decayed: set[str]) -> None:
+    """Without a gradient only decay moves a weight: by lr * 0.5, or lr / peak lr * 0.5, of itself."""
+    optim = OptimConfig(kind=kind, lr=0.2, weight_decay=0.5, decay_mode=mode, decay_params=which)
+    stepper = make(optim=optim, model=ModelConfig(depth=2, dim=32, n_heads=2, tied=tied))
+    before = {n: p.detach().clone() for n, p in stepper.model.named_parameters()}
+    for p in stepper.parameters:
+        p.grad = torch.zeros_like(p)
+    stepper._update(torch.zeros(()), torch.zeros(()), 0.1, torch.zeros(()))
+    after = dict(stepper.model.named_parameters())
+    assert {n for n in before if not torch.equal(before[n], after[n])} == decayed
+    factor = 1 - (0.1 if mode == "coupled" else 0.1 / 0.2) * 0.5
+    assert all(torch.allclose(after[n], factor * before[n], rtol=1e-6, atol=0) for n in decayed)
+
+
 def test_weights_equal_torch_adamw_bit_for_bit() -> None:
     """The same kernel called by torch.optim.AdamW on the same gradients: guards the private entry point."""
     settings = OptimConfig(lr=0.02, weight_decay=0.1, beta2=0.97, clip=None)

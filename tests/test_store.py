@@ -213,11 +213,13 @@ def test_losses_that_are_not_finite_are_text(folder: TrialFolder, value: float |
     def refuse(token: str) -> None:
         raise AssertionError(f"{token} is no JSON")
 
-    folder.write_state(replace(FULL, init_loss=value, final_loss=value))
+    folder.write_state(replace(FULL, init_loss=value, final_loss=value, growth_act=value, growth_grad=value))
     body = json.loads(folder.state_file.read_text(), parse_constant=refuse)
-    assert body["init_loss"] == body["final_loss"] == text
+    assert body["init_loss"] == body["final_loss"] == body["growth_act"] == body["growth_grad"] == text
     read = folder.read_state()
-    assert repr(read.init_loss) == repr(read.final_loss) == repr(value)
+    assert (
+        repr(read.init_loss) == repr(read.final_loss) == repr(read.growth_act) == repr(read.growth_grad) == repr(value)
+    )
 
 
 def edited(folder: TrialFolder, **changes: Any) -> TrialFolder:

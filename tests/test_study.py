@@ -120,6 +120,19 @@ def test_settings_that_follow_another_setting_are_no_axes(tmp_path: Path) -> Non
     assert Study.load(tmp_path / "s").axes == {"train.batch_size": [4, 8]}  # micro_batch_size null: the batch size
 
 
+def test_a_warmup_is_one_axis_however_it_was_said(tmp_path: Path) -> None:
+    def axes(name: str, *said: tuple[float | None, int]) -> dict[str, list[Any]]:
+        planted.plant_frame(tmp_path / name)
+        for share, steps in said:
+            optim = {"warmup_steps": steps if share is None else None, "warmup_share": share}
+            planted.plant_trial(tmp_path / name, cfg.from_dict({"optim": optim}))
+        return Study.load(tmp_path / name).axes
+
+    assert axes("shares", (0.1, 0), (0.2, 0)) == {"optim.warmup_share": [0.1, 0.2]}
+    assert axes("steps", (None, 20), (None, 40)) == {"optim.warmup_steps": [20, 40]}
+    assert axes("mixed", (0.1, 0), (None, 40)) == {"optim.warmup_steps": [20, 40]}
+
+
 # Tables
 
 

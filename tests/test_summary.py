@@ -378,3 +378,9 @@ def test_scaling_the_norm_scales_only_what_is_in_its_unit() -> None:
     in_its_unit = {name for name, definition in COLUMNS.items() if definition.unit == "gradient"}
     differ = {name for name in plain if plain[name] != pytest.approx(scaled[name])}
     assert differ == in_its_unit | {"clip_share", "clip_share_warmup", "clip_share_after"}
+
+
+def test_growth_is_the_states_and_null_where_nobody_measured_it() -> None:
+    row = columns([1.0] * 50, facts=with_facts(growth_act=0.25, growth_grad=-0.5))
+    assert (row["growth_act"], row["growth_grad"]) == (0.25, -0.5)
+    assert columns([1.0] * 50)["growth_act"] is None

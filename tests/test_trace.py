@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -47,6 +48,17 @@ def cells(rows: Rows) -> list[list[str]]:
 
 
 # --- round trips ---
+
+
+def test_probes_of_an_older_version_read_with_the_later_columns_null(tmp_path):
+    old = [n for n in PROBES.names if not n.startswith("noise_")]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({**dict.fromkeys(old), "step": s, "param_norm": 3.0}) + "\n" for s in (0, 10)))
+    read = trace.read_jsonl(path, PROBES)
+    assert read["param_norm"].tolist() == [3.0, 3.0] and not read.has("noise_scale") and not read.has("noise_g2")
+    schema = dataclasses.replace(PROBES, columns=tuple(c for c in PROBES.columns if c.name in old))
+    finished.compact(path, tmp_path / "p.parquet", schema, {})
+    assert cells(finished.read_parquet(tmp_path / "p.parquet", PROBES)) == cells(read)
 
 
 def test_null_nan_and_infinity_are_four_answers_in_both_forms(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint, clip_rules, spike_skip
 from stabstudy.training import step as st
 from stabstudy.training.loop import Heartbeat, Loop, Progress
+from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine, run_trial
 
@@ -112,6 +113,9 @@ def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) ->
     assert state.verdict is None and state.verdict_code is None  # 12 steps: too short to judge
     assert state.records["trace"]["rows"] == 12 and not folder.live(trace.TRACE).exists()
     assert not folder.checkpoints.exists()
+    assert state.growth_act is not None and -1 < state.growth_act < 1
+    assert state.growth_grad is not None and -1 < state.growth_grad < 1
+    assert folder.read_state() == state
     assert state.attempts[-1].engine["torch"] == torch.__version__
 
 
@@ -125,6 +129,15 @@ def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: floa
         run(folder)
     assert records(ruled)[0]["lr"].max() == 3e-3 * factor
     for a, b in zip(records(said), records(ruled), strict=True):
+        assert_same(a, b)
+
+
+def test_measuring_growth_changes_no_bit(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, left_out = make(BASE, "measured"), make(BASE, "left_out")
+    run(measured)
+    monkeypatch.setattr("stabstudy.training.trial.growth", lambda *a: (None, None))
+    assert run(left_out).growth_act is None
+    for a, b in zip(records(measured), records(left_out), strict=True):
         assert_same(a, b)
 
 
@@ -150,6 +163,7 @@ VARIANTS = {
     "stable_adamw": vary(optim={"kind": "stable_adamw"}),
     "qwen3": vary(model={"family": "qwen3", **cfg.OF_FAMILY["qwen3"]}),
     "gemma3": vary(model={"family": "gemma3", **cfg.OF_FAMILY["gemma3"]}, train={"micro_batch_size": 2}),
+    "muon": vary(optim={"kind": "muon", "weight_decay": 1.0}),
     "tied": vary(model={"tied": True}, optim={"schedule": "inv_sqrt"}),
 }
 
@@ -184,7 +198,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.parametrize(
-    ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip")]
+    ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip"), ("muon", "loss")]
 )
 def test_a_rule_that_forgets_would_be_seen(
     kind: str, column: str, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +212,19 @@ def test_a_rule_that_forgets_would_be_seen(
     run(broken)
     one, other = [records(folder)[0][column].tolist() for folder in (whole, broken)]
     assert one[:6] == other[:6] and one != other
+
+
+def test_noise_means_that_forget_would_be_seen(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: resumed without what the rows tell, the noise scale is another."""
+    monkeypatch.setattr(NoiseMeans, "replay", lambda *a: None)
+    config = vary(train={"micro_batch_size": 1, "probe_every": 2})
+    whole, broken = make(config, "whole"), make(config, "broken")
+    run(whole)
+    run(broken, lambda p: p.step == 6)
+    run(broken)
+    (_, a), (_, b) = records(whole), records(broken)
+    assert np.array_equal(a["noise_s"], b["noise_s"], equal_nan=True)
+    assert not np.array_equal(a["noise_scale"], b["noise_scale"], equal_nan=True)
 
 
 def test_skip_spikes_marks_the_step_and_leaves_the_weights(
@@ -223,6 +250,21 @@ def test_skip_spikes_marks_the_step_and_leaves_the_weights(
     assert a["loss"][:71].tolist() == b["loss"][:71].tolist() and a["loss"][71] != b["loss"][71]
     assert [s.verdict_code for s in states] == ["ok", "ok"]
     assert [s.spike_events for s in states] == [1, 1]  # what was skipped has happened all the same
+
+
+def test_probing_at_every_step_changes_no_loss_and_no_weight(make: Make, run: Run) -> None:
+    """Noise included: with micro-batches a probe's step looks at the gradient after each of them."""
+    often, seldom = (make(vary(train={"micro_batch_size": 1, "probe_every": n}), f"every{n}") for n in (1, 10))
+    run(often, keep=True), run(seldom, keep=True)
+    a, b = records(often), records(seldom)
+    assert_same(a[0], b[0])
+    assert a[1].is_null("noise_scale").tolist() == [True] + [False] * 12 and (a[1]["noise_s"][1:] > 0).all()
+    assert b[1]["step"].tolist() == [0, 6, 10, 12] and b[1].is_null("noise_s").tolist() == [True] + [False] * 3
+    assert b[1]["noise_s"][1:].tolist() == a[1]["noise_s"][[6, 10, 12]].tolist()
+    one, other = (
+        safetensors.torch.load_file(f.checkpoints / "step-00000008/tensors.safetensors") for f in (often, seldom)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 class Crash(Exception):

@@ -72,10 +72,16 @@ def _in_order(groups: list[str]) -> list[str]:
     return ordered
 
 
+_WARMUPS = ("optim.warmup_steps", "optim.warmup_share")
+"""Two ways to say one thing: the share is the axis where every trial has one, else the steps that it comes to."""
+
+
 def _follows(trials: pd.DataFrame, name: str, found: dict[str, list[Level]]) -> bool:
     """Whether another axis already says all that `name` says."""
     if name in _DERIVED:
         return bool((trials[name] == trials[_DERIVED[name]]).all())
+    if name in _WARMUPS and set(_WARMUPS) <= set(trials):
+        return bool(trials["optim.warmup_share"].notna().all()) == (name == "optim.warmup_steps")
     group = _GROUP_OF.get(name)
     if group is None or group not in found or name == group:
         return False

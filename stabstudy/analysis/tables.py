@@ -191,13 +191,15 @@ def _encodable(value: Any) -> Any:
 def _facts(t: _Trial) -> TrialFacts:
     return TrialFacts(
         steps_planned=t.config.train.steps,
-        warmup_steps=t.config.optim.warmup_steps,
+        warmup_steps=t.config.warmup_steps,
         clip=t.config.optim.clip,
         clip_kind=t.config.optim.clip_kind,
         status=t.state.status,
         stop_reason=t.state.stop_reason,
         init_loss=t.state.init_loss,
         final_loss=t.state.final_loss,
+        growth_act=t.state.growth_act,
+        growth_grad=t.state.growth_grad,
     )
 
 
@@ -213,7 +215,8 @@ def _unchanged(t: _Trial) -> bool:
 def _source(t: _Trial) -> str:
     """What a finished trial's row depends on. Attempts, hosts and times are no part of it."""
     state = asdict(t.state)
-    parts = {k: state[k] for k in ("status", "stop_reason", "init_loss", "final_loss", "eval_hash", "records", "error")}
+    measured = ("init_loss", "final_loss", "growth_act", "growth_grad", "eval_hash")
+    parts = {k: state[k] for k in ("status", "stop_reason", *measured, "records", "error")}
     body = {k: t.body.get(k) for k in ("cell_id", "case", "choices", "data_fingerprint")}
     text = json.dumps([parts, body, cfg.flat(t.config)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,6 +19,9 @@ from stabstudy.planning.compose import PRESET_GROUPS
 from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import SweepFile
 
+EXCLUSIVE = {"optim.warmup_steps": "optim.warmup_share", "optim.warmup_share": "optim.warmup_steps"}
+"""Two ways to say one thing. Who chooses one takes back the other, and what the sweep file had chosen for it."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -37,13 +40,15 @@ def factors(sweep: SweepFile, request: Request) -> list[Alternatives]:
     """The factors of the product: the sweep's, less what is pinned, with the command line's axes in their places."""
     replaced: list[Alternatives] = []
     used: set[str] = set()
+    gone = {*request.axes, *request.pins}
+    gone |= {other for name, other in EXCLUSIVE.items() if name in request.axes or _pinned(name, request)}
     for factor in sweep.factors:
         names = list(factor[0])
         for name in names:
             if name in request.axes and name not in used:
                 replaced.append([{name: chosen} for chosen in request.axes[name]])
                 used.add(name)
-        kept = [n for n in names if n not in request.axes and n not in request.pins]
+        kept = [n for n in names if n not in gone]
         if kept:
             replaced.append(_distinct([{n: alternative[n] for n in kept} for alternative in factor]))
     added = [name for name in request.axes if name not in used]
@@ -81,13 +86,20 @@ def enumerate_cells(sweep: SweepFile, request: Request, product: list[Alternativ
                 merged |= alternative
             yield make_cell(request.pins | merged)
     for name, settings in sweep.cases.items():
-        yield make_cell(settings | request.pins, name)
+        kept = {n: c for n, c in settings.items() if not _pinned(EXCLUSIVE.get(n, ""), request)}
+        yield make_cell(kept | request.pins, name)
 
 
 def make_cell(chosen: dict[str, Chosen], case: str | None = None) -> Cell:
-    """The cell of these choices, presets apart from settings."""
+    """The cell of these choices, presets apart from settings; what they exclude is null."""
+    said = {n: c.origin for n, c in chosen.items() if n in EXCLUSIVE and c.value is not None}
+    chosen = {EXCLUSIVE[n]: Chosen(None, origin) for n, origin in said.items()} | chosen
     presets = {name: str(c.value) for name, c in chosen.items() if name in PRESET_GROUPS}
     return Cell(presets, {name: c for name, c in chosen.items() if name not in PRESET_GROUPS}, case)
+
+
+def _pinned(name: str, request: Request) -> bool:
+    return name in request.pins and request.pins[name].value is not None
 
 
 def _distinct(alternatives: Alternatives) -> Alternatives:

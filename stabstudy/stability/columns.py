@@ -106,4 +106,13 @@ COLUMNS: dict[str, Definition] = {
         f"{_NOT_DONE}, or not evaluated",
         "final loss (capped)",
     ),
+    "growth_act": Definition(
+        "log of the last layer's mean activation over the first's, per layer, initial weights: near 0 is good",
+        "1/layer",
+        "one layer, or not measured",
+        "growth",
+    ),
+    "growth_grad": Definition(
+        "likewise of the loss's mean gradient there", "1/layer", "one layer, or not measured", "gradient growth"
+    ),
 }

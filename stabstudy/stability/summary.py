@@ -40,6 +40,8 @@ class TrialFacts:
     final_loss: float | None
     approximate: bool = False  # the source did not log every step
     clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
+    growth_act: float | None = None  # of the initial weights; None: one layer, or not measured
+    growth_grad: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
         **_losses(facts, monitor.best_loss),
+        "growth_act": facts.growth_act,
+        "growth_grad": facts.growth_grad,
     }
     rows = [{**spike.row(), "detector_id": rules.detector_id} for spike in (*grad, *lost)]
     return Summary({name: columns[name] for name in COLUMNS}, rows)

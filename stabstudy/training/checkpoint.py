@@ -91,14 +91,15 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
     }
     for name, parameter in stepper.model.named_parameters():
         tensors[f"model/{name}"] = parameter.detach()
-        for key in MOMENTS:
-            tensors[f"adam/{key}/{name}"] = getattr(stepper.optimizer.state[parameter], key)
+        if parameter in stepper.optimizer.state:
+            for key in MOMENTS:
+                tensors[f"adam/{key}/{name}"] = getattr(stepper.optimizer.state[parameter], key)
     return {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
 
 
 def _memories(stepper: Stepper) -> dict[str, Tensor]:
     """What the settings' own mechanisms remember: tensors that are written in place."""
-    owners = {"clip": stepper.clip_rule, "spike_skip": stepper.spike_skip}
+    owners = {"clip": stepper.clip_rule, "spike_skip": stepper.spike_skip, "muon": stepper.muon}
     return {f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()}
 
 
@@ -106,7 +107,8 @@ def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     named = dict(stepper.model.named_parameters())
     memories = _memories(stepper)
     expected = {"scaler/loss_scale", "scaler/good_steps", "halted", *memories}
-    expected |= {f"{kind}/{name}" for name in named for kind in ("model", *(f"adam/{key}" for key in MOMENTS))}
+    adam = {name: stepper.optimizer.state[p] for name, p in named.items() if p in stepper.optimizer.state}
+    expected |= {f"model/{name}" for name in named} | {f"adam/{key}/{name}" for name in adam for key in MOMENTS}
     wrong = sorted(expected ^ set(tensors)) + [
         name for name, p in named.items() if f"model/{name}" in tensors and tensors[f"model/{name}"].shape != p.shape
     ]
@@ -123,5 +125,6 @@ def _load(stepper: Stepper, tensors: dict[str, Tensor], label: str) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"model/{name}"])
+        for name, moments in adam.items():
             for key in MOMENTS:
-                getattr(stepper.optimizer.state[parameter], key).copy_(tensors[f"adam/{key}/{name}"])
+                getattr(moments, key).copy_(tensors[f"adam/{key}/{name}"])

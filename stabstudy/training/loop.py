@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from stabstudy.config import TrialConfig
 from stabstudy.data.batches import Batches
 from stabstudy.trace import RowWriter
+from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import probe
 from stabstudy.training.record import Recorder
 from stabstudy.training.schedule import schedule
@@ -51,6 +52,7 @@ class Loop:
         self.recorder, self.probes = recorder, probes
         self.checkpoint, self.heartbeat = checkpoint, heartbeat
         self.evaluation = batches.evaluation()
+        self.noise = NoiseMeans()
         self.measured: int | None = None  # updates made when the last probes row was written
 
     def run(self, start: int) -> str:
@@ -60,6 +62,7 @@ class Loop:
         for step in range(start, config.train.steps):
             windows = self.batches.batch(step)
             lr = config.peak_lr * factor(step)
+            self.stepper.measure_noise = self._due(step + 1) or step + 1 == config.train.steps
             recorder.start_clock()
             recorder.add(step, lr, self.stepper.step(windows, lr))
             done = step + 1
@@ -82,7 +85,7 @@ class Loop:
         row = probe(self.stepper, self.evaluation, done, updated=done > 0)
         if val_loss is None and done % self.config.train.eval_every == 0:
             val_loss = self.stepper.loss_on(self.evaluation)
-        row["val_loss"] = val_loss
+        row |= {"val_loss": val_loss, **self.noise.row(self.stepper.noise)}
         weights = row["param_norm"]
         self.probes.append(row, urgent=not math.isfinite(weights))
         if not math.isfinite(weights):

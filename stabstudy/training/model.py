@@ -201,6 +201,12 @@ def rotate(x_BTNK: Tensor, rotation_TK: Tensor) -> Tensor:
     return turned.view(x_BTNK.shape).to(x_BTNK.dtype)
 
 
+def fused_rows(config: ModelConfig) -> dict[str, list[int]]:
+    """The modules that hold several matrices, one above the other, with the rows of each: q k v, w1 w3."""
+    kv_rows = config.kv_heads * config.head_dim
+    return {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
+
+
 def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     """Every initial weight, in place. Truncated normals at the bounds; norms are 1.
 
@@ -222,14 +228,13 @@ def initialise(model: Decoder, config: ModelConfig, seed: int) -> None:
     Each matrix has a random stream of its own, keyed by (seed, its unfused name): equal names and shapes get equal
     numbers whatever the depth, optimizer or device. Drawn on the CPU in float32.
     """
-    kv_rows = config.kv_heads * config.head_dim
+    fused = fused_rows(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith(("q_norm", "k_norm")):
                 parameter.fill_(1.0)
                 continue
-            parts = {"wqkv": [config.dim, kv_rows, kv_rows], "w13": [config.ffn_dim] * 2}
-            rows = parts.get(name.split(".")[-2], [parameter.shape[0]])
+            rows = fused.get(name.split(".")[-2], [parameter.shape[0]])
             for i, part in enumerate(torch.split(parameter, rows)):
                 part.copy_(initial_matrix(config, seed, name, i, part.shape))
 

@@ -6,11 +6,12 @@
 Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
 
 `optim.kind` stable_adamw holds back the update of each tensor by its RMS_t (`stable_adamw.py`); moments and groups are
-the same.
+the same. muon takes the matrices of the layers away from AdamW (`muon.py`).
 
-`matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight; `all` decays
-everything, as Lingua's single parameter group does. (Decay pulls a norm's weight to 0, which is the identity for
-Gemma's norms, that multiply by 1 + weight.)
+`matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight;
+`matrices_no_embed` leaves out the embedding too, as OLMo 2 does (arXiv 2501.00656), and with it a tied output matrix;
+`all` decays everything, as Lingua's single parameter group does. (Decay pulls a norm's weight to 0, which is the
+identity for Gemma's norms, that multiply by 1 + weight.)
 
 Why not `torch.optim.AdamW`: making one imports the compiler, 1.8 CPU seconds in every trial's process. The arithmetic
 is the same kernel's, so weights equal torch's bit for bit (a test compares them).
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from stabstudy.config import OptimConfig
+from stabstudy.training.clip import layer_of
 from stabstudy.training.stable_adamw import stable_update
 
 
@@ -48,11 +50,11 @@ class Group:
 class AdamW:
     """The optimizer of one trial: `step` makes one update from the parameters' gradients."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float):
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], config: OptimConfig, peak_lr: float):
         self.config = config
-        self.groups = [g for g in _groups(parameters, config, peak_lr) if g.parameters]
+        self.groups = [g for g in _groups(named, config, peak_lr) if g.parameters]
         self.state: dict[nn.Parameter, Moments] = {}
-        for p in parameters:
+        for _, p in named:
             zeros = torch.zeros_like(p), torch.zeros_like(p)
             self.state[p] = Moments(torch.zeros((), dtype=torch.float32, device=p.device), *zeros)
 
@@ -90,17 +92,22 @@ class AdamW:
             m = self.state[p]
             stable_update(p, m.step, m.exp_avg, m.exp_avg_sq, self.config, group.weight_decay, lr, found_inf)
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for p in self.state:
-            p.grad = None
+
+def decay_rate(config: OptimConfig, peak_lr: float) -> float:
+    """What an update multiplies by lr_t and the weight; divided by the peak lr it follows lr_t / lr instead."""
+    return config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
 
 
-def _groups(parameters: Sequence[nn.Parameter], config: OptimConfig, peak_lr: float) -> Iterator[Group]:
-    # the kernel multiplies the decay by lr_t; divided by the peak lr it follows lr_t / lr instead
-    decay = config.weight_decay / peak_lr if config.decay_mode == "independent" else config.weight_decay
-    yield Group([p for p in parameters if config.decay_params == "all" or p.ndim >= 2], decay)
-    yield Group([p for p in parameters if config.decay_params != "all" and p.ndim < 2], 0.0)
+def _groups(named: Sequence[tuple[str, nn.Parameter]], config: OptimConfig, peak_lr: float) -> Iterator[Group]:
+    decayed = [_decays(name, p, config.decay_params) for name, p in named]
+    yield Group([p for (_, p), yes in zip(named, decayed, strict=True) if yes], decay_rate(config, peak_lr))
+    yield Group([p for (_, p), yes in zip(named, decayed, strict=True) if not yes], 0.0)
+
+
+def _decays(name: str, parameter: nn.Parameter, which: str) -> bool:
+    if which == "all":
+        return True
+    return parameter.ndim >= 2 and not (which == "matrices_no_embed" and layer_of(name) == "embed")
 
 
 def update_sizes(optimizer: AdamW) -> tuple[Tensor, Tensor]:

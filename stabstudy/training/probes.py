@@ -23,7 +23,7 @@ PROBE_SEQUENCES = 4
 
 
 def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool) -> dict[str, Any]:
-    """One row of the probes record, without `val_loss`. `updated`: an update was made, so its size can be measured."""
+    """One row of the probes record, validation loss and noise aside. `updated`: there is an update to be measured."""
     tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
     per_layer: list[Tensor] = []
     precision, cap = stepper.config.train.precision, stepper.config.model.attn_softcap
@@ -34,7 +34,8 @@ def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool
                 largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
                 per_layer.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
         norm = torch.linalg.vector_norm(weight_norms(stepper))
-        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if updated else None
+        measurable = updated and stepper.muon is None  # sizes of Adam's update of every tensor
+        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if measurable else None
     layers = torch.stack(per_layer).tolist()
     rms, ratio = sizes.tolist() if sizes is not None else (None, None)
     return {

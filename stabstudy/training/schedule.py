@@ -1,6 +1,7 @@
 """Learning-rate schedules: pure functions of the step, testable without torch.
 
 Step i is 0-based; of T steps the last is T-1. `factor(i)` multiplies the peak learning rate in the update of step i.
+Where the warmup is said as a share, warmup_steps below is round(warmup_share * T).
 
     warmup     (i + 1) / warmup_steps for i < warmup_steps: reaches 1 in its last step, never wastes a step at 0
     s          (i - warmup_steps) / (T - 1 - warmup_steps): 0 in the first step after the warmup, 1 in the last step
@@ -28,7 +29,7 @@ from stabstudy.config import OptimConfig
 
 def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
     """The factor of the peak learning rate as a function of the 0-based step, for a run of `steps` steps."""
-    warmup, floor = optim.warmup_steps, optim.min_lr_ratio
+    warmup, floor = optim.warmup(steps), optim.min_lr_ratio
     wsd = functools.partial(_wsd, decay_shape=optim.decay_shape)
     shapes: dict[str, Callable[[int, int, int, float, float], float]]
     shapes = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": wsd, "inv_sqrt": _inv_sqrt}

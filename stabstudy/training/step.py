@@ -23,7 +23,10 @@ from stabstudy.config import TrialConfig
 from stabstudy.training import clip
 from stabstudy.training.clip_rules import clip_rule
 from stabstudy.training.hf import Model
-from stabstudy.training.optim import AdamW
+from stabstudy.training.model import fused_rows
+from stabstudy.training.muon import Muon
+from stabstudy.training.noise_scale import MicroBatches
+from stabstudy.training.optim import AdamW, decay_rate
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.spike_skip import SpikeSkip
 
@@ -79,13 +82,18 @@ class Stepper:
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        self.optimizer = AdamW(self.parameters, config.optim, config.peak_lr)
+        decay, muon = decay_rate(config.optim, config.peak_lr), config.optim.kind == "muon"
+        self.muon = Muon(named, fused_rows(config.model), config.optim, decay) if muon else None
+        rest = [(n, p) for n, p in named if self.muon is None or n not in self.muon.matrices]
+        self.optimizer = AdamW(rest, config.optim, config.peak_lr)
         self.clip_rule = clip_rule(config.optim, self.parameters)
         self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
         self.scaled = config.train.precision == "fp16"
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.halted = torch.zeros((), device=device)  # 1 from the non-finite step that ends the trial on
+        self.measure_noise = False  # set before a step that a probe follows
+        self.noise: Tensor | None = None  # of the last step, see noise_scale.py; None: not measured
         self._sums: Callable[..., Sums] = torch.compile(self._micro) if config.train.compile else self._micro
 
     def step(self, windows: NDArray[np.int64], lr: float) -> Tensor | None:
@@ -93,6 +101,7 @@ class Stepper:
 
         Returns the step's vector on the device, or None when it had no valid target (no update then).
         """
+        self.noise = None
         valid = int((windows[:, 1:] != IGNORE).sum())
         if valid == 0:
             return None
@@ -110,16 +119,22 @@ class Stepper:
 
     def accumulate(self, windows: NDArray[np.int64], valid: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the whole step into `.grad`. Returns (loss, mean logsumexp, largest absolute logit)."""
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         loss = logz = absmax = torch.zeros((), device=self.device)
         masked = valid != windows[:, 1:].size
+        watched = self._watched(windows)
         for inputs, targets in self._micro_batches(windows):
             sums = self._sums(inputs, targets, masked)
             objective = (sums.cross_entropy + self.config.train.z_loss * sums.logz_squared) / valid
             (objective * self.loss_scale if self.scaled else objective).backward()  # type: ignore[no-untyped-call]
+            if watched is not None:
+                watched.add()
             loss = loss + sums.cross_entropy.detach() / valid
             logz = logz + sums.logz / valid
             absmax = torch.maximum(absmax, sums.logit_absmax)
+        if watched is not None:
+            self.noise = watched.terms() / self.loss_scale.double().square()
         return loss, logz, absmax
 
     def loss_on(self, windows: NDArray[np.int64]) -> float:
@@ -145,6 +160,14 @@ class Stepper:
             # an ignored position is a target only; as an input it may be any token
             yield part[:, :-1].clamp(min=0), part[:, 1:]
 
+    def _watched(self, windows: NDArray[np.int64]) -> MicroBatches | None:
+        """What measures the noise of this step, where it is due and there is more than one micro-batch to compare."""
+        if not self.measure_noise:
+            return None
+        starts = range(0, len(windows), self.config.train.micro_batch)
+        targets = np.add.reduceat((windows[:, 1:] != IGNORE).sum(1), starts)
+        return MicroBatches(self.parameters, targets.tolist()) if np.count_nonzero(targets) > 1 else None
+
     def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
         """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""
         if self.clip_rule is None:
@@ -152,11 +175,14 @@ class Stepper:
         return self.clip_rule.apply(grads, norms, norm)
 
     def _update(self, norm: Tensor, loss: Tensor, lr: float, spike: Tensor) -> None:
-        """The AdamW step, which the fused kernel itself leaves out where `found_inf` is 1."""
+        """The optimizer's step, which it leaves out by itself, on the device, where `found_inf` is 1."""
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         if not self.scaled and not self.config.train.skip_nonfinite:
             self.halted = torch.maximum(self.halted, bad)
-        self.optimizer.step(lr, torch.maximum(torch.maximum(bad, spike), self.halted))
+        found_inf = torch.maximum(torch.maximum(bad, spike), self.halted)
+        self.optimizer.step(lr, found_inf)
+        if self.muon is not None:
+            self.muon.step(lr, found_inf)
         if self.scaled:
             self._rescale(bad)
 

@@ -29,6 +29,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint, hf
+from stabstudy.training.growth import growth
 from stabstudy.training.loop import Heartbeat, Loop
 from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper
@@ -100,6 +101,8 @@ def _attempt(
             lambda step: checkpoint.save(folder.checkpoints, state.trial_id, stepper, step),
             heartbeat,
         )
+        probed = trace.read_jsonl(folder.live(trace.PROBES), trace.PROBES)
+        loop.noise.replay(probed["noise_g2"], probed["noise_s"])
         if start == 0:
             loop.measure(0, state.init_loss)
         say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
@@ -159,9 +162,12 @@ def _resume(
 
 
 def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Stepper, batches: Batches) -> store.State:
-    """The loss of the initial weights, measured by the first attempt that gets so far."""
+    """What is measured of the initial weights, by the first attempt that gets so far."""
     if state.init_loss is None:
-        state = replace(state, init_loss=stepper.loss_on(batches.evaluation()), eval_hash=batches.eval_hash)
+        evaluation = batches.evaluation()
+        act, grad = growth(stepper, evaluation)
+        state = replace(state, init_loss=stepper.loss_on(evaluation), growth_act=act, growth_grad=grad)
+        state = replace(state, eval_hash=batches.eval_hash)
         folder.write_state(state)
     return state
 
@@ -174,7 +180,7 @@ def _recorder(
     writer: trace.RowWriter,
     rules: Rules,
 ) -> Recorder:
-    warmup, steps = config.optim.warmup_steps, config.train.steps
+    warmup, steps = config.warmup_steps, config.train.steps
     assert state.init_loss is not None
     monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss)
     recorder = Recorder(
@@ -200,13 +206,15 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         records[schema.name] = {"rows": count, "sha256": sha}
     facts = TrialFacts(
         steps_planned=config.train.steps,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=config.warmup_steps,
         clip=config.optim.clip,
         clip_kind=config.optim.clip_kind,
         status="done",
         stop_reason=state.stop_reason,
         init_loss=state.init_loss,
         final_loss=state.final_loss,
+        growth_act=state.growth_act,
+        growth_grad=state.growth_grad,
     )
     rows, probes = (finished.read_parquet(folder.finished(s), s) for s in RECORDS)
     found = summarise(rows, probes, facts, rules).columns
