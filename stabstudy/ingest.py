@@ -112,7 +112,7 @@ def _say_meanings(found: Sequence[Run]) -> None:
 
 def _counted(outcomes: Counter[str]) -> str:
     total = sum(outcomes.values())
-    parts = ", ".join(f"{outcomes[kind]} {kind}" for kind in ("new", "changed", "unchanged") if outcomes[kind])
+    parts = ", ".join(f"{outcomes[kind]} {kind}" for kind in ("new", "grown", "changed", "unchanged") if outcomes[kind])
     return f"{total} trial{'' if total == 1 else 's'} ({parts})"
 
 
@@ -135,7 +135,7 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
         value = None if text in ("null", "off") else _number(text)
         found[name], problem = beside.check(name, value)
         if problem:
-            raise ValueError(f"--set {pair}: {problem}")
+            raise ValueError(f"--set: {problem}")
     return found
 
 

@@ -237,6 +237,9 @@ def test_event_files(tmp_path: Path) -> None:
     study = take(tmp_path, tmp_path)
     assert series(study, "grad_norm") == pytest.approx(grads, rel=1e-6) and series(study, "loss") == [2.0] * 30
     assert only(study)[0]["log_stride"] == 5
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-60])  # torn in the last step
+    assert series(take(tmp_path / "torn", folder), "grad_norm")[:29] == pytest.approx(grads[:29], rel=1e-6)
 
 
 def test_without_tensorboard_the_extra_is_named(tmp_path: Path) -> None:
@@ -392,6 +395,12 @@ def test_a_restart_leaves_out_what_it_wrote_again() -> None:
     assert raw.left_out == {"written again after a restart": 3} and raw.notes == [
         "1 restart: of repeated steps the last is kept"
     ]
+
+
+def test_steps_within_epochs_are_asked_about() -> None:
+    raw = Raw("table")
+    assert values(points_of([0, 1, 2, 0, 1, 2, 0, 1, 2], raw)) == [6.0, 7.0, 8.0]
+    assert raw.notes[1] == "2 times it began anew at its first step: are these steps within an epoch?"
 
 
 def test_steps_that_go_back_without_repeating_are_sorted() -> None:
@@ -550,7 +559,7 @@ def test_clipping_known_to_be_off_is_not_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (("--set", "optim.lrr=1"), "optim.lrr is no setting"),
+        (("--set", "optim.lrr=1"), "optim.lrr: is no setting (did you mean optim.lr"),
         (("--set", "optim.lr=fast"), "must be a finite number"),
         (("--columns", "stepp=t"), "must be NAME=COLUMN with a NAME of step, loss, grad_norm, lr"),
         (("--columns", "step"), "must be NAME=COLUMN"),
@@ -581,6 +590,19 @@ def test_ingesting_again_adds_what_is_new_and_leaves_the_rest(tmp_path: Path, ca
     args(first.parent, learning_rate=1e-4)
     assert take(tmp_path, tmp_path / "in").trials["optim.lr"].tolist().count(1e-4) == 1
     assert "2 trials (1 changed, 1 unchanged)" in capsys.readouterr().out
+
+
+def test_a_log_that_has_grown_takes_the_place_of_its_shorter_self(tmp_path: Path, capsys: Out) -> None:
+    grads = logs.norms(90)
+    for n in (60, 90):
+        logs.trainer_state(tmp_path / "run", logs.history(grads[:n]))
+        study = take(tmp_path, tmp_path / "run")
+        assert series(study, "grad_norm") == grads[:n]
+    assert "1 trial (1 grown)" in capsys.readouterr().out
+    logs.trainer_state(tmp_path / "run", logs.history(logs.norms(95, seed=1)))  # another training in the same folder
+    assert len(take(tmp_path, tmp_path / "run").trials) == 2
+    logs.trainer_state(tmp_path / "branch", logs.history([*grads, 2.0]))  # one that goes on from it under its own name
+    assert len(take(tmp_path, tmp_path / "branch").trials) == 3
 
 
 def test_one_log_at_two_places_is_one_trial(tmp_path: Path, capsys: Out) -> None:

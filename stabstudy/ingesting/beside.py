@@ -15,7 +15,7 @@ from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy.ingesting.lines import flat
-from stabstudy.settings import ConfigError, Problem, read_value
+from stabstudy.settings import ConfigError, Problem, nearest, read_value
 
 FILES = ("config.yaml", "config.yml", "training_args.yaml", "training_args.yml", "training_args.json", "config.json")
 LARGEST = 2**20
@@ -66,12 +66,23 @@ class Settings:
 
     def put(self, name: str, value: Any, source: str) -> None:
         """Keep a value that our rules allow; note one that they refuse."""
-        problems: list[Problem] = []
-        checked = read_value(name, *_rules(name), value, problems, None)
-        if problems:
-            self.notes.append(f"{source}: {problems[0]}: left unknown")
+        checked, problem = check(name, value)
+        if problem:
+            self.notes.append(f"{source}: {problem}: left unknown")
         else:
             self.known[name] = checked
+
+
+def check(name: str, value: Any) -> tuple[Any, Problem | None]:
+    """The value of a setting as its rules want it, or what they refuse."""
+    if name not in cfg.setting_names():
+        return None, Problem(name, f"is no setting{nearest(name, cfg.setting_names())}")
+    group, _, key = name.partition(".")
+    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
+    found = next(f for f in dataclasses.fields(cls) if f.name == (key or group))
+    problems: list[Problem] = []
+    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    return checked, problems[0] if problems else None
 
 
 def find(folder: Path, steps_planned: int | None) -> Settings:
@@ -92,15 +103,6 @@ def find(folder: Path, steps_planned: int | None) -> Settings:
     kept = {k: v for k, v in values.items() if k not in SAME.keys() | NAMES_OF_RUNS}
     found.others = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str) and _is_plain(v)}
     return found
-
-
-def check(name: str, value: Any) -> tuple[Any, str | None]:
-    """A value that a person gave for a setting, and why it is refused."""
-    if name not in cfg.setting_names():
-        return None, f"{name} is no setting"
-    one = Settings()
-    one.put(name, value, "")
-    return one.known.get(name), one.notes[0].removeprefix(": ").removesuffix(": left unknown") if one.notes else None
 
 
 def _derive(found: Settings, values: Mapping[str, Any], steps: int | None) -> None:
@@ -165,13 +167,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ConfigError(Problem(path.name, "must hold a mapping of settings"))
     return dict(record.redact(body))
-
-
-def _rules(name: str) -> tuple[str, Mapping[str, Any]]:
-    group, _, key = name.partition(".")
-    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    found = next(f for f in dataclasses.fields(cls) if f.name == (key or group))
-    return str(found.type), found.metadata
 
 
 def _is_plain(value: bool | int | float | str) -> bool:

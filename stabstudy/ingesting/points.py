@@ -39,7 +39,6 @@ class Raw:
     points: list[Point] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-    told: dict[str, Any] = field(default_factory=dict)  # settings that the log itself names
     steps_planned: int | None = None
 
     def take(self, row: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -107,14 +106,17 @@ def settle(raw: Raw) -> list[Point]:
             raw.notes.append(f"steps went backwards {backwards} times and were sorted")
         return sorted(merged)
     kept: list[Point] = []
-    restarts = 0
+    restarts = from_start = 0
     for point in merged:
         restarts += bool(kept) and point.step <= kept[-1].step
+        from_start += bool(kept) and point.step <= kept[0].step
         while kept and kept[-1].step >= point.step:
             kept.pop()
             raw.left_out["written again after a restart"] += 1
         kept.append(point)
     raw.notes.append(f"{restarts} restart{'' if restarts == 1 else 's'}: of repeated steps the last is kept")
+    if from_start > 1:
+        raw.notes.append(f"{from_start} times it began anew at its first step: are these steps within an epoch?")
     return kept
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy import finished, store
-from stabstudy.external import ExternalLog
+from stabstudy.external import ExternalLog, read_external
 from stabstudy.ingesting import beside
 from stabstudy.ingesting.points import Grid, on_grid, settle
 from stabstudy.ingesting.search import Source
-from stabstudy.trace import LOG, Rows, as_array, file_sha256
+from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ def named(runs: Sequence[Run]) -> list[Run]:
 
 
 def write(study: store.StudyFolder, run: Run) -> str:
-    """Write the trial, or leave it as it is: new | changed | unchanged. Under the study's lock."""
+    """Write the trial, or leave it as it is: new | grown | changed | unchanged. Under the study's lock.
+
+    The trial of an earlier, shorter state of the same log gives way to it.
+    """
     folder = study.trial(run.trial_id)
     body = {
         "format": cfg.FORMAT_VERSION,
@@ -105,7 +109,23 @@ def write(study: store.StudyFolder, run: Run) -> str:
         )
     )
     store.write_json(folder.config_file, body)  # last: a trial is there once its config is
-    return "changed" if there else "new"
+    outgrown = [] if there else [old for old in study.trials() if _continues(run, old)]
+    for old in outgrown:
+        shutil.rmtree(old.path)
+    return "changed" if there else "grown" if outgrown else "new"
+
+
+def _continues(run: Run, old: store.TrialFolder) -> bool:
+    """Whether the run has another trial's name, and all of its rows and more."""
+    try:
+        log, rows = read_external(old.read_config(), old.config_file), old.rows(LOG)
+    except (store.StoreError, DamagedRecord):
+        return False
+    if log is None or rows is None or (log.run, log.first_step) != (run.log.run, run.log.first_step):
+        return False
+    ours, n = _rows(run), len(rows)
+    same = (np.array_equal(rows[name], ours[name][:n], equal_nan=True) for name in ("loss", "grad_norm"))
+    return log.stride == run.log.stride and n < len(ours) and all(same)
 
 
 def _rows(run: Run) -> Rows:

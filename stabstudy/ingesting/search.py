@@ -103,7 +103,10 @@ def _state_of(folder: Path) -> tuple[Path, ...]:
 
 
 def _is_lingua(path: Path) -> bool:
-    return set(lines.keys(path)) >= {lingua.NAMES["step"], lingua.NAMES["grad_norm"]}
+    try:
+        return set(lines.keys(path)) >= {lingua.NAMES["step"], lingua.NAMES["grad_norm"]}
+    except OSError:
+        return path.name == METRICS  # reading it will say what is wrong
 
 
 def _is_table(path: Path, given: Mapping[str, str]) -> bool:

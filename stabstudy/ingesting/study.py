@@ -44,7 +44,7 @@ def write(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
             store.write_json(study.provenance_file, _provenance(study, argv))
         outcomes = Counter(runs.write(study, run) for run in found)
-        if outcomes["new"] + outcomes["changed"]:
+        if outcomes.keys() - {"unchanged"}:
             store.write_json(study.provenance_file, _provenance(study, argv))
     return outcomes
 
