@@ -13,7 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from stabstudy import config as cfg
+from stabstudy.settings import Problem, nearest, read_value
 from stabstudy.store import StoreError
+
+LARGEST_STEP = 2**53
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,18 @@ _TYPES = {
 }  # fmt: skip
 
 
+def check(name: str, value: Any) -> tuple[Any, Problem | None]:
+    """The value of a setting as its rules want it, or what they refuse."""
+    if name not in cfg.setting_names():
+        return None, Problem(name, f"is no setting{nearest(name, cfg.setting_names())}")
+    group, _, key = name.partition(".")
+    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
+    found = next(f for f in fields(cls) if f.name == (key or group))
+    problems: list[Problem] = []
+    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    return checked, problems[0] if problems else None
+
+
 def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     """The block of a config.json; None for a trial of our own. Raises StoreError where it is none that we wrote."""
     block = body.get("external")
@@ -78,6 +94,13 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     for name, kind in _TYPES.items():
         if not isinstance(block[name], kind) or isinstance(block[name], bool):
             raise StoreError(f"{path}: external.{name} has the wrong type ({type(block[name]).__name__})")
-    if block["format"] not in FORMATS or block["stride"] < 1 or block["first_step"] < 0:
-        raise StoreError(f"{path}: external: unknown format, or a stride below 1, or a step below 0")
+    if block["format"] not in FORMATS:
+        raise StoreError(f"{path}: external.format: unknown ({block['format']!r})")
+    for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):
+        if block[name] is not None and not least <= block[name] <= LARGEST_STEP:
+            raise StoreError(f"{path}: external.{name}: must be from {least} to 2^53")
+    if problem := next((p for n, v in block["settings"].items() if (p := check(n, v)[1])), None):
+        raise StoreError(f"{path}: external.settings: {problem}")
+    if not all(isinstance(v, bool | int | float | str) for v in block["others"].values()):
+        raise StoreError(f"{path}: external.others: must hold single values")
     return ExternalLog(**{name: block[name] for name in _TYPES} | {"notes": tuple(block["notes"])})

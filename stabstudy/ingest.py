@@ -127,13 +127,13 @@ def _columns(text: str | None) -> dict[str, str]:
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:
     """`optim.clip=1.0` as a mapping of checked settings; `off` and `null` are None. Raises ValueError."""
-    from stabstudy.ingesting import beside
+    from stabstudy.external import check
 
     found: dict[str, Any] = {}
     for pair in given:
         name, _, text = pair.partition("=")
         value = None if text in ("null", "off") else _number(text)
-        found[name], problem = beside.check(name, value)
+        found[name], problem = check(name, value)
         if problem:
             raise ValueError(f"--set: {problem}")
     return found

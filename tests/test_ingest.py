@@ -710,7 +710,10 @@ def test_a_block_that_we_did_not_write_is_damage(tmp_path: Path) -> None:
     study = take(tmp_path, logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60))))
     (config,) = study.folder.path.glob("trials/*/config.json")
     good = json.loads(config.read_text())
-    for key, value in (("stride", 0), ("stride", "10"), ("format", "x"), ("settings", []), ("first_step", -1)):
+    for key, value in (
+        ("stride", 0), ("stride", "10"), ("format", "x"), ("settings", []), ("first_step", -1), ("others", {"a": []}),
+        ("settings", {"optim.lr": "fast"}), ("settings", {"optim.lrr": 1.0}), ("steps_planned", 10**30),
+    ):  # fmt: skip
         config.write_text(json.dumps(good | {"external": good["external"] | {key: value}}))
         (damaged,) = Study.load(study.folder.path).damaged
         assert "external" in damaged.reason

@@ -35,9 +35,8 @@ MAY = {
     "trace": May(set(), {"numpy"}),
     "finished": May({"trace"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "store": May({"config", "trace", "finished"}),
-    "external": May(
-        {"store"}
-    ),  # what a config.json says of a run trained elsewhere: ingesting writes, analysis reads it
+    # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
+    "external": May({"settings", "config", "store"}),
     "stability": May({"trace"}, {"numpy"}),
     "data": May(
         {"config", "settings"},

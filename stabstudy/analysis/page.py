@@ -184,7 +184,7 @@ def _spikes(study: Study) -> Iterator[Block]:
         f"{words.count(len(found['grad']), 'spike')} of the gradient norm and {len(found['loss'])} of the loss, in all "
         "trials that have a record, done or not."
     )
-    if study.ingested:
+    if study.trials["approximate"].any():
         yield Text(
             "Approximate where a log leaves steps out: steps are those of the source, and how long a spike lasted "
             "is known to within the stride."

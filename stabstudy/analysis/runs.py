@@ -101,7 +101,8 @@ def _sentence(study: Study, trial_id: str) -> str:
     norm = study.trace(trial_id)["grad_norm"]
     norm = norm[np.isfinite(norm)]
     ratio, lost = row["grad_norm_max_over_median"], row["nonfinite_steps"]
-    later = f"; after the first {SETTLED} rows at most {words.number(ratio)} times the median" if ratio else ""
+    start = f"{'the warmup and ' if row['optim.warmup_steps'] else ''}the first {SETTLED} rows"
+    later = f"; after {start} at most {words.number(ratio)} times the median" if ratio else ""
     broken = f"; {words.count(lost, 'row')} not finite" if lost else ""
     return (
         f"{name}: of {words.count(len(norm), 'logged norm')} the largest is {words.number(row['grad_norm_max'], 4)}, "

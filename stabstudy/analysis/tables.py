@@ -146,12 +146,13 @@ class _Known:
 
 def _open(folder: TrialFolder) -> _Trial:
     body = folder.read_config()
-    config, log = body.get("config"), read_external(body, folder.config_file)
-    if not isinstance(config, dict) and log is None:
+    log = read_external(body, folder.config_file)
+    config = body.get("config") if log is None else {}
+    if not isinstance(config, dict):
         raise StoreError(f"{folder.config_file}: holds no config")
     state = folder.read_state()
-    data = str if log is None else None
-    for name, allowed in (("cell_id", str), ("data_fingerprint", data or str | None), ("case", str | None)):
+    data = str if log is None else str | None
+    for name, allowed in (("cell_id", str), ("data_fingerprint", data), ("case", str | None)):
         if not isinstance(body.get(name), allowed):
             raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
     if not _usable(state):
@@ -159,7 +160,7 @@ def _open(folder: TrialFolder) -> _Trial:
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
-    settings = cfg.flat(cfg.from_dict(config or {})) if log is None else ingested.settings(log)
+    settings = ingested.settings(log) if log else cfg.flat(cfg.from_dict(config))
     return _Trial(folder, settings, body, state, log)
 
 

@@ -5,7 +5,6 @@ Nothing is assumed. What a file does not say, or says in a way that our rules re
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stabstudy import config as cfg
+from stabstudy.external import check
 from stabstudy.ingesting.lines import flat
-from stabstudy.settings import ConfigError, Problem, nearest, read_value
+from stabstudy.settings import ConfigError, Problem
 
 FILES = ("config.yaml", "config.yml", "training_args.yaml", "training_args.yml", "training_args.json", "config.json")
 LARGEST = 2**20
@@ -71,18 +70,6 @@ class Settings:
             self.notes.append(f"{source}: {problem}: left unknown")
         else:
             self.known[name] = checked
-
-
-def check(name: str, value: Any) -> tuple[Any, Problem | None]:
-    """The value of a setting as its rules want it, or what they refuse."""
-    if name not in cfg.setting_names():
-        return None, Problem(name, f"is no setting{nearest(name, cfg.setting_names())}")
-    group, _, key = name.partition(".")
-    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    found = next(f for f in dataclasses.fields(cls) if f.name == (key or group))
-    problems: list[Problem] = []
-    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
-    return checked, problems[0] if problems else None
 
 
 def find(folder: Path, steps_planned: int | None) -> Settings:

@@ -12,7 +12,16 @@ KNOWN = {
         *("step", "global_step", "steps", "iter", "iteration", "iterations", "current_steps", "update", "num_updates"),
         *("optimizer_step", "training_step", "it", "trainer_global_step"),
     ),
-    "loss": ("loss", "training_loss", "lm_loss", "ce_loss", "loss_out", "cross_entropy", "cross_entropy_loss"),
+    "loss": (
+        "loss",
+        "training_loss",
+        "loss_mean",
+        "lm_loss",
+        "ce_loss",
+        "loss_out",
+        "cross_entropy",
+        "cross_entropy_loss",
+    ),
     "grad_norm": (
         *("grad_norm", "gradnorm", "gnorm", "gradient_norm", "grad_norm_total", "total_grad_norm", "global_grad_norm"),
         *("optim_grad_norm", "optim_total_grad_norm", "norm_grad", "total_norm"),

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-LARGEST_STEP = 2**53
+from stabstudy.external import LARGEST_STEP
+
 SPARSEST = 20
 """A grid may have so many rows for each logged one; more means that the steps are no steps."""
 

@@ -44,9 +44,9 @@ def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) ->
     """The run of a source; `said`: settings that a person gives. Raises LogError or OSError."""
     raw = source.read(columns)
     found = beside.find(source.folder, raw.steps_planned) if source.alone else beside.Settings()
-    known = found.known | dict(said)
     if raw.steps_planned:
-        known["train.steps"] = raw.steps_planned
+        found.put("train.steps", raw.steps_planned, "steps planned")
+    known = found.known | dict(said)
     if "optim.clip" in known:
         known.setdefault("optim.clip_kind", "norm")
     grid = on_grid(settle(raw), raw)
