@@ -33,11 +33,17 @@ def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, s
 
     The `.jsonl` stays: the caller removes it once the sha256 stands in the trial's state.
     """
-    import pyarrow.parquet as pq
-
     rows = read_jsonl(jsonl, schema)
     if rows.note:
         raise DamagedRecord(f"{jsonl}: {rows.note}")
+    return len(rows), write(rows, parquet, metadata)
+
+
+def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
+    """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state."""
+    import pyarrow.parquet as pq
+
+    schema = rows.schema
     table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
     tmp = parquet.with_name(parquet.name + ".tmp")
     floats = [c.name for c in schema.columns if c.kind == "float"]
@@ -52,7 +58,7 @@ def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, s
     sha = sync_file(tmp)
     tmp.replace(parquet)
     sync_folder(parquet.parent)
-    return len(rows), sha
+    return sha
 
 
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
@@ -122,7 +128,7 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
         elif column.kind == "text":
             columns[column.name] = np.array(data.to_pylist(), dtype=object)
         elif column.kind == "int":
-            columns[column.name] = data.to_numpy(zero_copy_only=False).astype(np.int64)
+            columns[column.name] = data.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         else:
             columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
     _check_steps(columns["step"], schema)

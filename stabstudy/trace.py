@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,9 @@ TRACE = Schema(
     ),
     contiguous=True,
 )
+
+LOG = replace(TRACE, columns=tuple(replace(c, nullable=c.name != "step") for c in TRACE.columns))
+"""The trace of a run trained elsewhere: what its log does not say is null. Row i is a logged step, not step i."""
 
 PROBES = Schema(
     "probes",
@@ -340,7 +343,7 @@ def as_array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[n
     """(values, nulls) of one column; None is null. Raises DamagedRecord for lists of different lengths."""
     null = np.array([v is None for v in values], dtype=bool)
     if column.kind == "int":
-        return np.array(values, dtype=np.int64), null
+        return np.array([0 if v is None else v for v in values], dtype=np.int64), null
     if column.kind == "text":
         return np.array(values, dtype=object), null
     if column.kind == "float":

@@ -35,8 +35,10 @@ def tell(study: Study, trial_id: str) -> list[str]:
     """A trial in words: `explain`'s sentences, then the cells that did better with the same seeds, if any did."""
     row = study.row(trial_id)
     spikes = records(study.spikes[study.spikes["trial_id"] == trial_id])
-    recipe = Recipe(row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
-    return [*explain(row, spikes, recipe, study.rules), *_better_than(study, row)]
+    off = row["optim.clip"] == math.inf  # of an ingested run, where null says that nobody knows
+    recipe = Recipe(None if off else row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
+    told = explain(row, spikes, recipe, study.rules)
+    return told if study.ingested else [*told, *_better_than(study, row)]
 
 
 def neighbours(study: Study, cell_id: str) -> list[Neighbour]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from stabstudy import config as cfg
 from stabstudy.stability.events import SPIKE_COLUMNS, Spike
@@ -31,10 +32,12 @@ class OwnColumn:
 OWN = {
     "trial_id": OwnColumn("text", "first 10 hex digits of the sha256 over settings and data fingerprint"),
     "cell_id": OwnColumn("text", "the id that the seeds of one cell share"),
-    "case": OwnColumn("text", "name of the one-off cell in the sweep; null: part of the grid"),
+    "case": OwnColumn("text", "name of the one-off cell in the sweep, or of the ingested run; null: part of the grid"),
     "state": OwnColumn("text", "pending, running, done, failed, oom, timeout, disk_full, interrupted or lost"),
     "error": OwnColumn("text", "why it is not done: kind, message and step; null: no error"),
     "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
+    "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
+    "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
     "eval_hash": OwnColumn("text", "names the fixed evaluation batch; losses of different hashes are not comparable"),
     "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
     "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
@@ -48,13 +51,24 @@ def spike_kinds() -> dict[str, str]:
     return {"trial_id": "text", "cell_id": "text"} | own | {"detector_id": "text"}
 
 
-def trial_kinds(groups: Sequence[str]) -> dict[str, str]:
-    """Every column of trials.parquet in its order -> int | float | text | bool."""
+def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Every column of trials.parquet in its order -> int | float | text | bool.
+
+    `external`: the settings of ingested runs that have no name of ours, and their types; they follow the settings.
+    """
     settings = {name: _setting_kind(name) for name in cfg.setting_names()}
     own = {name: column.kind for name, column in OWN.items()}
     last = {name: own.pop(name) for name in ("eval_hash", "data_fingerprint", "source_sha256")}
     statistics = {name: _KINDS.get(name, "float") for name in COLUMNS}
-    return own | {"seed": settings.pop("seed")} | dict.fromkeys(groups, "text") | settings | statistics | last
+    return (
+        own
+        | {"seed": settings.pop("seed")}
+        | dict.fromkeys(groups, "text")
+        | settings
+        | dict(external)
+        | statistics
+        | last
+    )
 
 
 def _setting_kind(name: str) -> str:

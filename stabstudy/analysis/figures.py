@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from stabstudy.analysis import compare, effect_figures, plots, style, words
+from stabstudy.analysis import compare, effect_figures, plots, runs, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.levels import Level, ordered, split
 from stabstudy.analysis.study import Study
@@ -55,8 +55,14 @@ def figures(study: Study) -> Iterator[Block]:
     if not (study.trials["state"] == "done").any():
         yield Text("No trial is done yet: there is nothing to draw.")
         return
-    if layout is None:
-        yield Text("Nothing varies but the seed: there is no axis to draw a statistic against.")
+    if study.ingested and not runs.one_stride(study):
+        yield Text("No figure over settings: the runs were logged at different strides, so their statistics differ.")
+    elif layout is None:
+        yield Text(
+            "Nothing varies but the seed: there is no axis to draw a statistic against."
+            if not study.ingested
+            else "No setting is known to differ between the runs: there is no axis to draw a statistic against."
+        )
     else:
         yield from _curves(grid, layout)
         yield _map(grid, layout) if layout.by else Text("A map needs two axes; this study varies one.")

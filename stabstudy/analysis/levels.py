@@ -53,8 +53,11 @@ def axes_of(trials: pd.DataFrame, groups: list[str]) -> dict[str, list[Level]]:
     A group choice (`data`) that differs stands for the settings that merely follow it.
     """
     found: dict[str, list[Level]] = {}
-    for name in _in_order(groups):
+    ingested = "log_format" in trials and bool(trials["log_format"].notna().any())
+    for name in (*_in_order(groups), *(c for c in trials.columns if str(c).startswith("external."))):
         levels = levels_of(trials[name]) if name in trials else []
+        if ingested and None in levels:  # not known of every run, so nothing can be laid out along it
+            continue
         if len(levels) > 1 and not _follows(trials, name, found):
             found[name] = levels
     return found

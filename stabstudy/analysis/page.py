@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, drivers, recipe, sentences, words
+from stabstudy.analysis import advice, drivers, recipe, runs, sentences, words
 from stabstudy.analysis.blocks import Block, Code, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
-from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.config import setting_names
 from stabstudy.stability.rules import Rules
@@ -52,14 +52,19 @@ def report(study: Study) -> Report:
 
 
 def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
-    yield Section("recipe", "What to use", list(_recipe(study)))
-    yield Section("asked", "What was asked", list(_asked(study)))
-    yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
+    if study.ingested:
+        yield Section("read", "What was read", list(runs.read(study)))
+        yield Section("asked", "What is known, and what was judged", list(_asked(study)))
+    else:
+        yield Section("recipe", "What to use", list(_recipe(study)))
+        yield Section("asked", "What was asked", list(_asked(study)))
+        yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
     yield Section("told", "Two trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
-    yield Section("sensitivity", "How sensitive", list(drivers.sensitivity(study)))
-    yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
+    if not study.ingested:
+        yield Section("sensitivity", "How sensitive", list(drivers.sensitivity(study)))
+        yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
     yield Section("spikes", "Largest spikes", list(_spikes(study)))
     yield Section("failed", "Trials without a result", list(_failed(study)))
     yield Section("words", "What the columns mean", [_definitions()])
@@ -85,13 +90,20 @@ def _recipe(study: Study) -> Iterator[Block]:
 
 
 def _asked(study: Study) -> Iterator[Block]:
-    seeds = sorted({int(s) for s in study.trials["seed"]})
+    seeds = levels_of(study.trials["seed"].dropna())
     varied = [(words.heading(a), a, ", ".join(words.level(v, a) for v in levels)) for a, levels in study.axes.items()]
     varied.append(("seed", "seed", ", ".join(map(str, seeds)) or words.NOTHING))
-    yield Table("What varied", ("axis", "setting", "levels"), tuple(varied))
+    if study.axes or not study.ingested:
+        yield Table("What varied", ("axis", "setting", "levels"), tuple(varied))
     yield Text(_spike_rule(study.rules))
     yield Text(_verdict_rule(study.rules))
-    yield Table("What did not vary", ("setting", "value"), tuple(_fixed(study)), folded=True)
+    if fixed := tuple(_fixed(study)):
+        yield Table("What did not vary", ("setting", "value"), fixed, folded=True)
+    if study.ingested:
+        yield Text(
+            "Settings that no file beside a log names are not shown: none is assumed. Above, steps of a log "
+            "that leaves steps out are its rows."
+        )
     parameters = dataclasses.asdict(study.rules)
     title = f"Parameters of the rules ({study.rules.detector_id})"
     rows = [(name, f"{value:g}") for name, value in parameters.items()]
@@ -126,7 +138,7 @@ def _fixed(study: Study) -> Iterator[tuple[str, str]]:
     for name in setting_names():
         hidden = name == "seed" or (name.startswith("data.synth_") and not synthetic)
         values = [] if hidden else list({plain(v): None for v in study.trials[name]})
-        if len(values) == 1:
+        if len(values) == 1 and not (study.ingested and values[0] is None):
             yield name, words.level(values[0], name)
 
 
@@ -161,6 +173,9 @@ def _told(study: Study) -> Iterator[Block]:
 
 
 def _effects(study: Study) -> Iterator[Block]:
+    if study.ingested:
+        yield Text(runs.NO_PAIRS)
+        return
     table = sentences.effects(study)
     if not len(table):
         yield Text("No pair of trials differs in one axis alone, so nothing can be compared pairwise.")
@@ -199,6 +214,11 @@ def _spikes(study: Study) -> Iterator[Block]:
         f"{words.count(len(found['grad']), 'spike')} of the gradient norm and {len(found['loss'])} of the loss, in all "
         "trials that have a record, done or not."
     )
+    if study.trials["approximate"].any():
+        yield Text(
+            "Approximate where a log leaves steps out: steps are those of the source, and how long a spike lasted "
+            "is known to within the stride."
+        )
     for series, name, height in (("grad", "Gradient norm", "peak_ratio"), ("loss", "Loss", "peak_delta")):
         if n := min(MOST_SPIKES, len(found[series])):
             highest = found[series].sort_values([height, "trial_id", "start"], ascending=[False, True, True]).head(n)
@@ -215,8 +235,8 @@ def _spike_table(study: Study, title: str, spikes: pd.DataFrame, height: str) ->
             words.number(s["peak"]),
             words.number(s[height]),
             f"{s['duration']}" if s["recovered"] else f"over {s['duration']}",
-            s["class"],
-            "yes" if s["in_warmup"] else "no",
+            s["class"] or words.NOTHING,
+            words.NOTHING if s["in_warmup"] is None else "yes" if s["in_warmup"] else "no",
             "no" if s["partner"] is None else "yes",
         )
         for s in records(spikes)
@@ -252,7 +272,7 @@ def _definitions() -> Table:
 
 def _origin(study: Study, states: Mapping[str, State]) -> Iterator[Block]:
     yield Table("Provenance", ("what", "value"), tuple(_provenance(study, states)))
-    if prints := sorted({str(v) for v in study.trials["data_fingerprint"]}):
+    if prints := sorted({str(v) for v in study.trials["data_fingerprint"].dropna()}):
         yield Text(f"Data fingerprints: {', '.join(words.clean(p, 20) for p in prints)}.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, words
+from stabstudy.analysis import compare, runs, words
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
@@ -51,11 +51,15 @@ def findings(study: Study) -> list[str]:
     """The sentences of the box, most wanted first."""
     if not (study.trials["state"] == "done").any():
         return []
+    if study.ingested:
+        return runs.findings(study)
     return [*_limits(study), *_best(study), *_behind(study), *_changes(study)]
 
 
 def warnings(study: Study) -> list[str]:
     """What a reader must know before believing the numbers."""
+    if study.ingested:
+        return [*_missing(study), *runs.warnings(study)]
     return [*_missing(study), *_incomparable(study), *_few(study)]
 
 

@@ -18,14 +18,15 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, importance, rates, sensitivity, survival, words
+from stabstudy.analysis import compare, importance, ingested, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
+from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_json
-from stabstudy.trace import PROBES, TRACE, DamagedRecord, Rows
+from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
 
 VERDICTS = ("stable", "spiky", "diverged")
 
@@ -104,7 +105,7 @@ class Study:
 
         Null is null, but a float that was not finite reads as NaN too: `nonfinite_steps` and `verdict` tell them apart.
         """
-        return _frame(self.tables.trials, trial_kinds(self.tables.groups)).set_index("trial_id")
+        return _frame(self.tables.trials, trial_kinds(self.tables.groups, self.tables.external)).set_index("trial_id")
 
     @cached_property
     def spikes(self) -> pd.DataFrame:
@@ -140,11 +141,26 @@ class Study:
         return {name: plain(value) for name, value in self._rows[trial_id].items()}
 
     def trace(self, trial_id: str) -> Rows:
-        """The trial's record, a row per optimizer step. Raises KeyError, or DamagedRecord where there is none."""
-        rows = self._record(trial_id, TRACE)
+        """The trial's record, a row per optimizer step. Raises KeyError, or DamagedRecord where there is none.
+
+        That of an ingested run has a row per logged step, and the steps are those of its source.
+        """
+        rows = self._record(trial_id, LOG if self.ingested else TRACE)
         if rows is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
-        return rows
+        log = self.log(trial_id)
+        return rows if log is None else ingested.in_source_steps(rows, log)
+
+    def log(self, trial_id: str) -> ExternalLog | None:
+        """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
+        self._known(trial_id)
+        trial = self.folder.trial(trial_id)
+        return read_external(trial.read_config(), trial.config_file) if self.ingested else None
+
+    @cached_property
+    def ingested(self) -> bool:
+        """Whether its trials were read from logs of other trainers."""
+        return bool(self.trials["log_format"].notna().any())
 
     def probes(self, trial_id: str) -> Rows | None:
         """What was measured at intervals: attention logits, validation loss. None where nothing was."""
@@ -246,8 +262,9 @@ class Study:
         """The trial in words: its level on each axis, and its seed."""
         row = self.row(trial_id)
         levels = [f"{words.label(a)} {words.level(row[a], a)}" for a in self.axes]
-        case = [f"case {words.clean(row['case'], 60)}"] if row["case"] else []
-        return ", ".join([*case, *levels, f"seed {row['seed']}"])
+        case = [f"{'run' if row['log_format'] else 'case'} {words.clean(row['case'], 60)}"] if row["case"] else []
+        seed = [] if row["seed"] is None else [f"seed {row['seed']}"]
+        return ", ".join([*case, *levels, *seed])
 
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:

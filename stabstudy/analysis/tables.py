@@ -20,12 +20,14 @@ from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy import trace
+from stabstudy.analysis import ingested
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules, rules_for
 from stabstudy.stability.summary import TrialFacts, summarise
 from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
-from stabstudy.trace import PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
+from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]
 
@@ -53,6 +55,7 @@ class Tables:
     spikes: list[Row]
     damaged: list[Damaged] = field(default_factory=list)
     computed: int = 0  # trials whose statistics were computed now and not taken from the tables
+    external: Mapping[str, str] = field(default_factory=dict)  # columns of ingested runs alone -> their type
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,15 @@ class _Trial:
     """What a trial's own files say, records aside."""
 
     folder: TrialFolder
-    config: cfg.TrialConfig
+    settings: Mapping[str, Any]  # by their dotted names
     body: Mapping[str, Any]
     state: State
+    log: ExternalLog | None  # None: trained here
+
+    @property
+    def rows_planned(self) -> int:
+        planned: int = self.settings["train.steps"]
+        return planned if self.log is None else ingested.rows_planned(self.log, self.state)
 
 
 def read_tables(folder: StudyFolder) -> Tables:
@@ -74,7 +83,7 @@ def read_tables(folder: StudyFolder) -> Tables:
             trials.append(_open(trial))
         except (StoreError, ConfigError) as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
-    rules = rules_for(min((t.config.train.steps for t in trials), default=1))
+    rules = rules_for(min((t.rows_planned for t in trials), default=1))
     known = _Known.read(folder, rules)
     rows: list[Row] = []
     spikes: list[Row] = []
@@ -84,18 +93,23 @@ def read_tables(folder: StudyFolder) -> Tables:
             row, own_spikes, fresh = _row(t, rules, known)
         except DamagedRecord as error:
             reason = _reason(error, folder)
-            damaged.append(Damaged(t.folder.trial_id, reason, t.body.get("cell_id"), t.config.seed))
+            damaged.append(Damaged(t.folder.trial_id, reason, t.body.get("cell_id"), t.settings["seed"]))
             continue
         rows.append(row)
         spikes += own_spikes
         computed += fresh
     groups = [g for g in cfg.GROUPS if any(g in _choices(t.body) for t in trials)]
-    return Tables(rules, groups, rows, spikes, sorted(damaged, key=lambda d: d.trial_id), computed)
+    logs = {t.folder.trial_id: t.log for t in trials if t.log is not None}
+    external = ingested.differing(logs.values())
+    for row in rows:
+        if log := logs.get(row["trial_id"]):
+            row |= {column: ingested.other(log, column, kind) for column, kind in external.items()}
+    return Tables(rules, groups, rows, spikes, sorted(damaged, key=lambda d: d.trial_id), computed, external)
 
 
 def write_tables(folder: StudyFolder, tables: Tables) -> None:
     """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes."""
-    _write(folder.trials_table, tables.trials, trial_kinds(tables.groups), tables)
+    _write(folder.trials_table, tables.trials, trial_kinds(tables.groups, tables.external), tables)
     _write(folder.spikes_table, tables.spikes, spike_kinds(), tables)
 
 
@@ -132,11 +146,13 @@ class _Known:
 
 def _open(folder: TrialFolder) -> _Trial:
     body = folder.read_config()
-    config = body.get("config")
+    log = read_external(body, folder.config_file)
+    config = body.get("config") if log is None else {}
     if not isinstance(config, dict):
         raise StoreError(f"{folder.config_file}: holds no config")
     state = folder.read_state()
-    for name, allowed in (("cell_id", str), ("data_fingerprint", str), ("case", str | None)):
+    data = str if log is None else str | None
+    for name, allowed in (("cell_id", str), ("data_fingerprint", data), ("case", str | None)):
         if not isinstance(body.get(name), allowed):
             raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
     if not _usable(state):
@@ -144,7 +160,8 @@ def _open(folder: TrialFolder) -> _Trial:
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
-    return _Trial(folder, cfg.from_dict(config), body, state)
+    settings = ingested.settings(log) if log else cfg.flat(cfg.from_dict(config))
+    return _Trial(folder, settings, body, state, log)
 
 
 def _usable(state: State) -> bool:
@@ -160,20 +177,24 @@ def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
     trial_id, source = t.folder.trial_id, _source(t)
     if known.trials.get(trial_id, {}).get("source_sha256") == source and _unchanged(t):
         return dict(known.trials[trial_id]), known.spikes.get(trial_id, []), False
-    trace_rows, probes = read_record(t.folder, TRACE), read_record(t.folder, PROBES)
+    trace_rows, probes = read_record(t.folder, TRACE if t.log is None else LOG), read_record(t.folder, PROBES)
     if t.state.status == "done" and trace_rows is None:
         raise DamagedRecord(f"{t.folder.finished(TRACE)}: missing, though the trial is done")
     summary = summarise(no_rows(TRACE) if trace_rows is None else trace_rows, probes, _facts(t), rules)
+    if t.settings["optim.warmup_steps"] is None:
+        ingested.unknown_warmup(summary.columns, summary.spikes)
     notes = [r.note for r in (trace_rows, probes) if r is not None and r.note]
     row: Row = {
         "trial_id": trial_id,
         "cell_id": t.body["cell_id"],
-        "case": t.body.get("case"),
+        "case": t.body.get("case") if t.log is None else t.log.run,
         "state": t.state.status,
         "error": _error(t.state),
         "note": "; ".join(notes) or None,
+        "log_format": t.log.format if t.log else None,
+        "log_stride": t.log.stride if t.log else 1,
         **_choices(t.body),
-        **cfg.flat(t.config),
+        **t.settings,
         **summary.columns,
         "eval_hash": t.state.eval_hash,
         "data_fingerprint": t.body["data_fingerprint"],
@@ -189,11 +210,13 @@ def _encodable(value: Any) -> Any:
 
 
 def _facts(t: _Trial) -> TrialFacts:
+    if t.log is not None:
+        return ingested.facts(t.log, t.state)
     return TrialFacts(
-        steps_planned=t.config.train.steps,
-        warmup_steps=t.config.warmup_steps,
-        clip=t.config.optim.clip,
-        clip_kind=t.config.optim.clip_kind,
+        steps_planned=t.settings["train.steps"],
+        warmup_steps=t.settings["optim.warmup_steps"],
+        clip=t.settings["optim.clip"],
+        clip_kind=t.settings["optim.clip_kind"],
         status=t.state.status,
         stop_reason=t.state.stop_reason,
         init_loss=t.state.init_loss,
@@ -218,7 +241,8 @@ def _source(t: _Trial) -> str:
     measured = ("init_loss", "final_loss", "growth_act", "growth_grad", "eval_hash")
     parts = {k: state[k] for k in ("status", "stop_reason", *measured, "records", "error")}
     body = {k: t.body.get(k) for k in ("cell_id", "case", "choices", "data_fingerprint")}
-    text = json.dumps([parts, body, cfg.flat(t.config)], sort_keys=True, default=str)
+    log = t.log.body() if t.log else None
+    text = json.dumps([parts, body, dict(t.settings), *([log] if log else [])], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -78,11 +78,11 @@ def trace(
 def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[Axes] | None = None) -> Figure:
     """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
     row = study.row(trial_id)
-    planned = row["steps_planned"]
+    planned, clip = row["steps_planned"], row["optim.clip"]
     rows = study.trace(trial_id)
     figure = trace(
         rows,
-        clip=row["optim.clip"] if row["optim.clip_kind"] == "norm" else None,
+        clip=clip if row["optim.clip_kind"] == "norm" and clip is not None and np.isfinite(clip) else None,
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
         rough=ratio3(measured(rows, "grad_norm"), study.rules).flagged,

@@ -91,6 +91,8 @@ def level(value: Any, setting: str = "") -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
+    if value == float("inf") and setting == "optim.clip":
+        return "off"  # of an ingested run, where null says that nobody knows
     if isinstance(value, float):
         small = value != 0 and abs(value) < 0.01
         return _scientific(float(value), 6) if small else f"{value:.10g}"

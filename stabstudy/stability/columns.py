@@ -26,7 +26,9 @@ _NO_PROBE, _NOT_DONE, _NOT_JUDGED = "not probed", "not done", "not judged"
 COLUMNS: dict[str, Definition] = {
     "steps_done": Definition("steps in the trace", "step", _NEVER, "steps"),
     "steps_planned": Definition("steps asked for", "step", _NEVER, "planned"),
-    "stop_reason": Definition("complete, diverged, scheduler, or the state of a trial not done", "", _NEVER, "stopped"),
+    "stop_reason": Definition(
+        "complete, diverged, scheduler, log_ended, or the state of a trial not done", "", _NEVER, "stopped"
+    ),
     "n_evaluable": Definition("steps at which the gradient norm could be judged", "step", _NEVER, "evaluable"),
     "detector_id": Definition("name and hash of every parameter of the rules", "", _NEVER, "detector"),
     "approximate": Definition("the source did not log every step", "", _NEVER, "approximate"),
@@ -89,7 +91,9 @@ COLUMNS: dict[str, Definition] = {
         "the divergence code, or the rules of R1, R2, R3 that hold", "", "stable, or not judged", "rule"
     ),
     "verdict_reason": Definition("why there is no verdict: too_short, or the state", "", "judged", "reason"),
-    "verdict_partial": Definition("judged as far as a scheduler let it run", "", _NOT_JUDGED, "partial"),
+    "verdict_partial": Definition(
+        "judged as far as a scheduler let it run, or as its log goes", "", _NOT_JUDGED, "partial"
+    ),
     "verdict_code": Definition("nonfinite, above_init, persistent, no_recovery, or ok", "", _NOT_JUDGED, "code"),
     "verdict_step": Definition("step at which the divergence code fired", "step", "not diverged", "at step"),
     "init_loss": Definition("of the initial weights, fixed evaluation batch", "nat/token", _NOT_DONE, "loss at start"),

@@ -18,6 +18,7 @@ from stabstudy.stability.columns import COLUMNS, FEWEST, SETTLED, TREND, Definit
 from stabstudy.stability.detectors import MadDetector, counts, mad_lin, mad_log, measured, ratio3
 from stabstudy.stability.events import Spike, couple, find_spikes
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.strided import source_columns, source_spike
 from stabstudy.stability.verdict import DivergenceMonitor, divergence, judge
 from stabstudy.trace import Rows
 
@@ -42,6 +43,12 @@ class TrialFacts:
     clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
     growth_act: float | None = None  # of the initial weights; None: one layer, or not measured
     growth_grad: float | None = None
+    stride: int = 1  # steps of the source between rows; above 1 the statistics are approximate
+    first_step: int = 0  # step of the source that row 0 is
+
+    def rows_before(self, step: int) -> int:
+        """How many places of the log lie before this step of the source."""
+        return max(0, -(-(step - self.first_step) // self.stride))
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     """
     norm, loss = measured(trace, "grad_norm"), measured(trace, "loss")
     grad_flags, loss_flags, rough = mad_log(norm, rules), mad_lin(loss, rules), ratio3(norm, rules)
-    warmup, planned = facts.warmup_steps, facts.steps_planned
+    # in rows, as everything up to `source_columns` is
+    warmup, planned = facts.rows_before(facts.warmup_steps), max(1, facts.rows_before(facts.steps_planned))
     grad, lost = couple(
         find_spikes(norm, grad_flags, warmup, planned, rules, "grad"),
         find_spikes(loss, loss_flags, warmup, planned, rules, "loss"),
@@ -96,13 +104,13 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     verdict = judge(monitor, grad, lost, rough, rules, facts.status, facts.stop_reason)
     columns: dict[str, Value] = {
         "steps_done": len(trace),
-        "steps_planned": planned,
+        "steps_planned": facts.steps_planned,
         "stop_reason": (facts.stop_reason or "complete") if facts.status == "done" else facts.status,
         "n_evaluable": grad_flags.n_evaluable,
         "detector_id": rules.detector_id,
-        "approximate": facts.approximate,
+        "approximate": facts.approximate or facts.stride > 1,
         **_norms(norm, warmup),
-        **_clipping(norm, trace, facts),
+        **_clipping(norm, trace, facts, warmup),
         **_flag_counts("spike", grad_flags.n_flagged, grad_flags.n_evaluable),
         **_grad_spikes(grad, grad_flags.n_evaluable),
         **_flag_counts("spike_ratio3", rough.n_flagged, rough.n_evaluable),
@@ -120,6 +128,9 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "growth_grad": facts.growth_grad,
     }
     rows = [{**spike.row(), "detector_id": rules.detector_id} for spike in (*grad, *lost)]
+    if (facts.stride, facts.first_step) != (1, 0):
+        columns = source_columns(columns, len(trace), facts.stride, facts.first_step)
+        rows = [source_spike(row, facts.stride, facts.first_step) for row in rows]
     return Summary({name: columns[name] for name in COLUMNS}, rows)
 
 
@@ -161,8 +172,8 @@ def _slope(x: Floats, y: Floats) -> float:
     return float(dx @ (y - y.mean()) / (dx @ dx))
 
 
-def _clipping(norm: Floats, trace: Rows, facts: TrialFacts) -> dict[str, Value]:
-    finite, warm = np.isfinite(norm), np.arange(len(norm)) < facts.warmup_steps
+def _clipping(norm: Floats, trace: Rows, facts: TrialFacts, warmup: int) -> dict[str, Value]:
+    finite, warm = np.isfinite(norm), np.arange(len(norm)) < warmup
     scale = trace["clip_scale"][finite & np.isfinite(trace["clip_scale"])] if facts.clip is not None else np.array([])
     fixed = facts.clip if facts.clip_kind == "norm" else None
     clipped = trace["clip_scale"] < 1 if fixed is None else norm > fixed

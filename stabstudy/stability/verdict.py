@@ -129,7 +129,7 @@ class Verdict:
     verdict: str | None  # stable | spiky | diverged
     rule: str | None = None  # the code, or those of R1+R2+R3 that hold; null for stable
     reason: str | None = None  # too_short, or the state that is not done
-    partial: bool | None = None  # a scheduler stopped it: judged as seen
+    partial: bool | None = None  # a scheduler stopped it, or its log ends early: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
 
@@ -171,7 +171,7 @@ def judge(
     """
     if status != "done":
         return Verdict(None, reason=status)
-    partial = stop_reason == "scheduler"
+    partial = stop_reason in ("scheduler", "log_ended")
     if monitor.code is not None:
         return Verdict("diverged", monitor.code, None, partial, monitor.code, monitor.step)
     if monitor.steps < rules.min_steps:

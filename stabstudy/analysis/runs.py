@@ -1,0 +1,140 @@
+"""What the report says of runs that were trained elsewhere: what was read, what it means, and what cannot be known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.analysis import words
+from stabstudy.analysis.blocks import Block, Table, Text
+from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.study import Study
+from stabstudy.external import FORMATS, ExternalLog
+from stabstudy.stability.columns import COLUMNS, SETTLED
+from stabstudy.store import StoreError
+
+MOST_SAID = 6
+
+SHOWN = (
+    "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "grad_norm_max_over_median", "spike_events", "spike_rate",
+    "spike_loss_events", "clip_share", "verdict",
+)  # fmt: skip
+
+NO_PAIRS = (
+    "Nothing is compared pairwise: of runs trained elsewhere nobody knows that they share initial weights and data "
+    "order, and a setting that no file beside a log names is not known at all."
+)
+
+
+def read(study: Study) -> Iterator[Block]:
+    """Which runs came in, what their numbers mean, what was left out."""
+    logs = dict(_logs(study))
+    yield _table(study, logs)
+    for key in dict.fromkeys(log.format for log in logs.values()):
+        yield Text(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
+    if said := tuple(_left_out(logs)):
+        yield Table("Left out, and noticed", ("run", "what"), said, folded=len(said) > 8)
+
+
+def findings(study: Study) -> list[str]:
+    """A sentence or two for each of the roughest runs."""
+    done = study.trials[study.trials["state"] == "done"]
+    ranked = done.sort_values("grad_norm_max_over_median", ascending=False, kind="stable", na_position="last")
+    said = [_sentence(study, str(trial_id)) for trial_id in ranked.index[:MOST_SAID]]
+    more = len(ranked) - len(said)
+    return said + ([f"{words.count(more, 'more run')}: see What was read."] if more > 0 else [])
+
+
+def warnings(study: Study) -> list[str]:
+    """What can be believed less than in a study of our own."""
+    strides = [int(s) for s in levels_of(study.trials["log_stride"])]
+    found = []
+    if top := [s for s in strides if s > 1]:
+        every = words.listing([str(s) for s in top])
+        found.append(
+            f"Approximate: logs with a row every {every} steps do not show the steps between. A spike there is not "
+            "seen, and rates are per logged row."
+        )
+    if len(strides) > 1:
+        found.append(f"Strides differ ({words.listing(list(map(str, strides)))}): rates of these runs do not compare.")
+    if blind := int(study.trials["grad_norm_max"].isna().sum()):
+        found.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
+    return found
+
+
+def one_stride(study: Study) -> bool:
+    """Whether statistics of its runs may stand in one figure."""
+    return study.trials["log_stride"].nunique() == 1
+
+
+def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
+    heads = ("run", "log", "steps", "every", "rows with a norm", *(COLUMNS[n].label for n in SHOWN))
+    rows = []
+    for trial_id, row in zip(study.trials.index, records(study.trials), strict=True):
+        log = logs.get(trial_id)
+        steps = words.NOTHING if log is None else f"{log.first_step} to {row['steps_done']}"
+        norms = words.NOTHING if log is None else str(int(np.isfinite(study.trace(trial_id)["grad_norm"]).sum()))
+        name = words.clean(row["case"], 60)
+        kind = FORMATS[row["log_format"]].name
+        rows.append((name, kind, steps, str(row["log_stride"]), norms, *(_shown(n, row[n]) for n in SHOWN)))
+    return Table("Runs", heads, tuple(rows), frozenset(heads[2:-1]))
+
+
+def _left_out(logs: dict[str, ExternalLog]) -> Iterator[tuple[str, str]]:
+    for log in logs.values():
+        name = words.clean(log.run, 60)
+        if parts := [f"{words.clean(what)}: {n}" for what, n in log.left_out.items()]:
+            yield name, f"left out: {', '.join(parts)}"
+        for note in log.notes:
+            yield name, words.clean(note)
+
+
+def _sentence(study: Study, trial_id: str) -> str:
+    row = study.row(trial_id)
+    name = words.clean(row["case"], 60)
+    if row["grad_norm_max"] is None:
+        return f"{name}: no gradient norm in {words.count(row['steps_done'], 'step')}."
+    norm = study.trace(trial_id)["grad_norm"]
+    norm = norm[np.isfinite(norm)]
+    ratio, lost = row["grad_norm_max_over_median"], row["nonfinite_steps"]
+    start = f"{'the warmup and ' if row['optim.warmup_steps'] else ''}the first {SETTLED} rows"
+    later = f"; after {start} at most {words.number(ratio)} times the median" if ratio else ""
+    broken = f"; {words.count(lost, 'row')} not finite" if lost else ""
+    return (
+        f"{name}: of {words.count(len(norm), 'logged norm')} the largest is {words.number(row['grad_norm_max'], 4)}, "
+        f"at step {row['grad_norm_argmax']}, and the median {words.number(float(np.median(norm)))}{later}{broken}."
+        f"{_clipping(norm, row)}"
+    )
+
+
+def _clipping(norm: NDArray[np.float64], row: dict[str, Any]) -> str:
+    """How the clip threshold lies to the norms; where it is not known, how the default of that trainer would."""
+    clip, default = row["optim.clip"], FORMATS[row["log_format"]].default_clip
+    if clip is not None:
+        share = words.percent(float(np.mean(norm > clip)))
+        return "" if clip == math.inf else f" {share} of them lie above its clip of {words.level(clip)}."
+    if default is None:
+        return ""
+    threshold, setting = default
+    share = words.percent(float(np.mean(norm > threshold)))
+    return f" {share} of them lie above {words.level(threshold)}, that trainer's default; its {setting} is not known."
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, str) or value is None:
+        return value or words.NOTHING
+    return words.statistic(value, COLUMNS[name].unit)
+
+
+def _logs(study: Study) -> Iterator[tuple[str, ExternalLog]]:
+    for trial_id in study.trials.index:
+        try:
+            log = study.log(trial_id)
+        except StoreError:  # it was readable when the tables were made
+            continue
+        if log is not None:
+            yield trial_id, log

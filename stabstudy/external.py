@@ -1,0 +1,106 @@
+"""Runs trained elsewhere: which logs are read, what their numbers mean, and what a trial's config.json says about one.
+
+Such a trial has no TrialConfig: most of its settings are unknown, and a default in their place would be a lie in every
+table. Its config.json holds `config: null` and a block `external` instead; a setting that is not in that block is not
+known. The rows of its trace are the logged steps on a regular grid: row i is step `first_step + i * stride` of the
+source, and a row that the source lacks is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy.settings import Problem, nearest, read_value
+from stabstudy.store import StoreError
+
+LARGEST_STEP = 2**53
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of log: its name, and what must be said beside its numbers."""
+
+    name: str
+    meaning: str
+    default_clip: tuple[float, str] | None = None  # clips at this unless told otherwise; the setting's name there
+
+
+_TRAINER = (
+    "the gradient norm is that before clipping of the last step before each log line, the loss the mean since the "
+    "line before; transformers 4.x logs the learning rate of the next step"
+)
+_UNSAID = "whether the norm is that before clipping is unknown"
+FORMATS = {
+    "trainer_state": Format("Hugging Face Trainer", _TRAINER, (1.0, "max_grad_norm")),
+    "trainer_log": Format("LLaMA-Factory", _TRAINER, (1.0, "max_grad_norm")),
+    "lingua": Format(
+        "Lingua",
+        "the gradient norm is that before clipping; the loss is that of the last micro-batch alone, a mean over ranks",
+    ),
+    "table": Format("table", f"only the names of its columns say what they hold: {_UNSAID}"),
+    "tensorboard": Format("TensorBoard", f"only the names of its tags say what they hold: {_UNSAID}"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExternalLog:
+    """The block `external` of a config.json."""
+
+    run: str
+    format: str  # a key of FORMATS
+    files: Mapping[str, str]  # path as it was given -> sha256
+    first_step: int
+    stride: int  # steps of the source from one row to the next
+    steps_planned: int | None  # as the source says
+    settings: Mapping[str, Any]  # by our names, known ones only; optim.clip null: known to be off
+    others: Mapping[str, Any]  # under the source's names
+    left_out: Mapping[str, int]  # what rows -> how many
+    notes: tuple[str, ...] = ()
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+_TYPES = {
+    "run": str, "format": str, "files": dict, "first_step": int, "stride": int, "steps_planned": int | None,
+    "settings": dict, "others": dict, "left_out": dict, "notes": list,
+}  # fmt: skip
+
+
+def check(name: str, value: Any) -> tuple[Any, Problem | None]:
+    """The value of a setting as its rules want it, or what they refuse."""
+    if name not in cfg.setting_names():
+        return None, Problem(name, f"is no setting{nearest(name, cfg.setting_names())}")
+    group, _, key = name.partition(".")
+    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
+    found = next(f for f in fields(cls) if f.name == (key or group))
+    problems: list[Problem] = []
+    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    return checked, problems[0] if problems else None
+
+
+def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
+    """The block of a config.json; None for a trial of our own. Raises StoreError where it is none that we wrote."""
+    block = body.get("external")
+    if block is None:
+        return None
+    if not isinstance(block, dict) or set(block) < {f.name for f in fields(ExternalLog)}:
+        raise StoreError(f"{path}: external must hold {', '.join(_TYPES)}")
+    for name, kind in _TYPES.items():
+        if not isinstance(block[name], kind) or isinstance(block[name], bool):
+            raise StoreError(f"{path}: external.{name} has the wrong type ({type(block[name]).__name__})")
+    if block["format"] not in FORMATS:
+        raise StoreError(f"{path}: external.format: unknown ({block['format']!r})")
+    for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):
+        if block[name] is not None and not least <= block[name] <= LARGEST_STEP:
+            raise StoreError(f"{path}: external.{name}: must be from {least} to 2^53")
+    if problem := next((p for n, v in block["settings"].items() if (p := check(n, v)[1])), None):
+        raise StoreError(f"{path}: external.settings: {problem}")
+    if not all(isinstance(v, bool | int | float | str) for v in block["others"].values()):
+        raise StoreError(f"{path}: external.others: must hold single values")
+    return ExternalLog(**{name: block[name] for name in _TYPES} | {"notes": tuple(block["notes"])})

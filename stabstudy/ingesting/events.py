@@ -1,0 +1,58 @@
+"""TensorBoard event files, through TensorBoard's own reader (the extra `tensorboard`)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stabstudy.ingesting import names
+from stabstudy.ingesting.points import LogError, Raw
+
+PREFIX = "events.out.tfevents."
+INSTALL = "pip install 'stabstudy[tensorboard]'"
+
+
+class ReaderMissingError(LogError):
+    """TensorBoard is not installed."""
+
+
+def read(paths: Sequence[Path], given: Mapping[str, str]) -> Raw:
+    """The scalars of one run, whose files continue each other, a row per step. `given`: ours -> the tag."""
+    raw = Raw("tensorboard")
+    rows: list[dict[str, Any]] = []
+    tags: dict[str, None] = {}
+    for path in paths:
+        for step, tag, value in _scalars(path):
+            if not rows or rows[-1]["step"] != step or tag in rows[-1]["values"]:
+                rows.append({"step": step, "values": {}})
+            rows[-1]["values"][tag] = value
+            tags[tag] = None
+    if not tags:
+        raise LogError("holds no scalar")
+    named = names.match(["step", *tags], given)
+    wanted = {theirs for ours, theirs in named.items() if ours != "step"}
+    for row in rows:
+        if row["values"].keys() & wanted:
+            raw.take(row["values"] | {named["step"]: row["step"]}, named)
+    raw.notes.append("tags: " + ", ".join(f"{ours}={tag}" for ours, tag in named.items() if ours != "step"))
+    return raw
+
+
+def _scalars(path: Path) -> Iterator[tuple[int, str, float]]:
+    """(step, tag, value) in the order of the file, up to where it is torn."""
+    try:
+        # beside TensorFlow the package logs to the terminal when it is imported
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+        from tensorboard.util import tensor_util
+    except ModuleNotFoundError as error:
+        raise ReaderMissingError(f"needs TensorBoard's reader: {INSTALL}") from error
+    for event in EventFileLoader(str(path)).Load():
+        for value in event.summary.value:
+            with contextlib.suppress(ValueError, TypeError):  # text, images
+                number = tensor_util.make_ndarray(value.tensor)
+                if number.ndim == 0 and number.dtype.kind in "fiu":
+                    yield int(event.step), value.tag, float(number)

@@ -1,0 +1,62 @@
+"""JSON lines of any origin: whole good lines are kept, others counted; nested keys become dotted ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stabstudy.ingesting.points import LogError, Raw
+
+
+def rows(path: Path, raw: Raw) -> Iterator[dict[str, Any]]:
+    """Every line that is a JSON object. Raises LogError for a file without any."""
+    good = bad = 0
+    torn = False
+    with path.open("rb") as f:
+        for line in f:
+            if not line.strip(b" \t\r\n\0"):
+                continue
+            row = parse(line)
+            torn = row is None
+            if row is None:
+                bad += 1
+            else:
+                good += 1
+                yield flat(row)
+    if not good:
+        raise LogError("is empty" if not bad else "has no line that is a JSON object")
+    if torn:
+        raw.left_out["torn last line"] += 1
+    if bad - torn:
+        raw.left_out["lines that are no JSON object"] += bad - torn
+
+
+def keys(path: Path) -> list[str]:
+    """Every key of the JSON objects in the first hundred lines."""
+    found: dict[str, None] = {}
+    with path.open("rb") as f:
+        for _ in range(100):
+            found |= dict.fromkeys(flat(parse(f.readline(2**20)) or {}))
+    return list(found)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of one line; None for anything else."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = value
+    return found

@@ -1,0 +1,148 @@
+"""One run, from its files to a trial in a study's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stabstudy import config as cfg
+from stabstudy import finished, store
+from stabstudy.external import ExternalLog, read_external
+from stabstudy.ingesting import beside
+from stabstudy.ingesting.points import Grid, on_grid, settle
+from stabstudy.ingesting.search import Source
+from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
+
+
+@dataclass(frozen=True)
+class Run:
+    """A log that was read: its block for config.json, and its rows."""
+
+    log: ExternalLog
+    grid: Grid
+    name_parts: tuple[str, ...]  # of the path, last first: what a name can be made of
+
+    @property
+    def trial_id(self) -> str:
+        """Named by what was logged: the same rows are the same trial, whatever is known of their settings."""
+        body = [cfg.FORMAT_VERSION, self.log.format, self.grid.first_step, self.grid.stride, self.grid.points]
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:10]
+
+    def count(self, name: str) -> int:
+        """How many rows have an answer in this column."""
+        return sum(getattr(p, name) is not None for p in self.grid.points)
+
+
+def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) -> Run:
+    """The run of a source; `said`: settings that a person gives. Raises LogError or OSError."""
+    raw = source.read(columns)
+    found = beside.find(source.folder, raw.steps_planned) if source.alone else beside.Settings()
+    if raw.steps_planned:
+        found.put("train.steps", raw.steps_planned, "steps planned")
+    known = found.known | dict(said)
+    if "optim.clip" in known:
+        known.setdefault("optim.clip_kind", "norm")
+    grid = on_grid(settle(raw), raw)
+    log = ExternalLog(
+        run="",
+        format=raw.format,
+        files={str(path): file_sha256(path) for path in (*source.files, *found.files)},
+        first_step=grid.first_step,
+        stride=grid.stride,
+        steps_planned=known.get("train.steps"),
+        settings=known,
+        others=found.others,
+        left_out=dict(+raw.left_out),
+        notes=(*raw.notes, *found.notes),
+    )
+    where = source.files[0].resolve().with_suffix("") if source.kind == "table" else source.folder.resolve()
+    return Run(log, grid, tuple(reversed(where.parts[1:])) or ("run",))
+
+
+def named(runs: Sequence[Run]) -> list[Run]:
+    """The runs with names as short as tells them apart: the folder's, or the table's, with folders above it."""
+    depth = 1
+    names = [_name(run, depth) for run in runs]
+    while len(set(names)) < len(names) and depth < max(len(run.name_parts) for run in runs):
+        depth += 1
+        names = [_name(run, depth) for run in runs]
+    return [replace(run, log=replace(run.log, run=name)) for run, name in zip(runs, names, strict=True)]
+
+
+def write(study: store.StudyFolder, run: Run) -> str:
+    """Write the trial, or leave it as it is: new | grown | changed | unchanged. Under the study's lock.
+
+    The trial of an earlier, shorter state of the same log gives way to it.
+    """
+    folder = study.trial(run.trial_id)
+    body = {
+        "format": cfg.FORMAT_VERSION,
+        "trial_id": run.trial_id,
+        "cell_id": run.trial_id,  # of two runs nobody knows that they differ in the seed alone
+        "config": None,
+        "external": run.log.body(),
+        "choices": {},
+        "case": None,
+        "data_fingerprint": None,
+    }
+    there = folder.config_file.exists()
+    if there and store.read_json(folder.config_file) == json.loads(json.dumps(body)):
+        return "unchanged"
+    folder.path.mkdir(parents=True, exist_ok=True)
+    store.sweep_leftovers(folder.path)
+    sha = finished.write(_rows(run), folder.finished(LOG), {"trial_id": run.trial_id})
+    planned, last = run.log.steps_planned, run.grid.last_step
+    folder.write_state(
+        store.State(
+            run.trial_id,
+            status="done",
+            step=last,
+            stop_reason="complete" if planned is None or last + run.grid.stride > planned else "log_ended",
+            records={LOG.name: {"rows": len(run.grid.points), "sha256": sha}},
+        )
+    )
+    store.write_json(folder.config_file, body)  # last: a trial is there once its config is
+    outgrown = [] if there else [old for old in study.trials() if _continues(run, old)]
+    for old in outgrown:
+        shutil.rmtree(old.path)
+    return "changed" if there else "grown" if outgrown else "new"
+
+
+def _continues(run: Run, old: store.TrialFolder) -> bool:
+    """Whether the run has another trial's name, and all of its rows and more."""
+    try:
+        log, rows = read_external(old.read_config(), old.config_file), old.rows(LOG)
+    except (store.StoreError, DamagedRecord):
+        return False
+    if log is None or rows is None or (log.run, log.first_step) != (run.log.run, run.log.first_step):
+        return False
+    ours, n = _rows(run), len(rows)
+    same = (np.array_equal(rows[name], ours[name][:n], equal_nan=True) for name in ("loss", "grad_norm"))
+    return log.stride == run.log.stride and n < len(ours) and all(same)
+
+
+def _rows(run: Run) -> Rows:
+    """The trace: row i is the i-th place of the grid. Clipping is derived where its threshold is known, torch's way."""
+    n, clip = len(run.grid.points), run.log.settings.get("optim.clip")
+    values: dict[str, Sequence[Any]] = {name: [None] * n for name in LOG.names} | {"step": range(n)}
+    values |= {name: [getattr(p, name) for p in run.grid.points] for name in ("loss", "grad_norm", "lr")}
+    if clip is not None:
+        values["clip_scale"] = [None if g is None else _scale(g, clip) for g in values["grad_norm"]]
+    arrays = {c.name: as_array(list(values[c.name]), c) for c in LOG.columns}
+    assert np.array_equal(arrays["step"][0], np.arange(n))
+    return Rows(LOG, {name: a for name, (a, _) in arrays.items()}, {name: null for name, (_, null) in arrays.items()})
+
+
+def _scale(norm: float, clip: float) -> float:
+    return min(1.0, clip / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+
+
+def _name(run: Run, depth: int) -> str:
+    return "/".join(reversed(run.name_parts[:depth]))
