@@ -5,7 +5,6 @@ Nothing here knows when or where it runs: an unchanged study gives the same repo
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,9 +69,8 @@ def _asked(study: Study) -> Iterator[Block]:
     yield Text(_spike_rule(study.rules))
     yield Text(_verdict_rule(study.rules))
     yield Table("What did not vary", ("setting", "value"), tuple(_fixed(study)), folded=True)
-    parameters = dataclasses.asdict(study.rules)
     title = f"Parameters of the rules ({study.rules.detector_id})"
-    rows = [(name, f"{value:g}") for name, value in parameters.items()]
+    rows = [(name, f"{value:g}") for name, value in study.rules.parameters().items()]
     yield Table(title, ("parameter", "value"), tuple(rows), frozenset({"value"}), folded=True)
 
 
