@@ -156,7 +156,8 @@ def ratio3(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
 
 def measured(rows: Rows, name: str) -> NDArray[np.float64]:
     """A column with NaN at the steps that prove nothing (see `counts`): those belong in no window and no spike."""
-    return np.where(rows.is_null("skip") | (rows["skip"] == "spike"), rows[name], np.nan)
+    proven = rows.is_null("skip") | (rows["skip"] == "spike")
+    return np.where(proven if rows[name].ndim == 1 else proven[:, None], rows[name], np.nan)
 
 
 def counts(skip: str | None) -> bool:

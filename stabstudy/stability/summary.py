@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.stability.attribution import attribute
 from stabstudy.stability.columns import COLUMNS, FEWEST, SETTLED, TREND, Definition
 from stabstudy.stability.detectors import MadDetector, counts, mad_lin, mad_log, measured, ratio3
 from stabstudy.stability.events import Spike, couple, find_spikes
@@ -89,6 +90,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         find_spikes(loss, loss_flags, warmup, planned, rules, "loss"),
         rules,
     )
+    grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
     monitor = DivergenceMonitor(rules, planned, warmup, facts.init_loss)
     divergence(trace, probes, monitor, facts.final_loss)
     verdict = judge(monitor, grad, lost, rough, rules, facts.status, facts.stop_reason)
