@@ -194,6 +194,7 @@ def _facts(t: _Trial) -> TrialFacts:
         warmup_steps=t.config.optim.warmup_steps,
         clip=t.config.optim.clip,
         clip_kind=t.config.optim.clip_kind,
+        beta2=t.config.optim.beta2,
         status=t.state.status,
         stop_reason=t.state.stop_reason,
         init_loss=t.state.init_loss,

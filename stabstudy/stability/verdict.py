@@ -16,6 +16,9 @@ Diverged is a result, not a failure of the trial. A spiky trial is not diverged,
     R3  the norm is at three times its recent median (`ratio3`) on at least 4 steps and 2 % of the evaluable ones
 
 A stable trial is neither; so is a model that learns nothing.
+
+A log that leaves steps out can show that a trial diverged or is spiky (R2 and R3, over the logged rows), but not how
+long anything lasted: `persistent` and R1 are not asked, and none of its trials is called stable (reason `strided`).
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ class DivergenceMonitor:
     that `train.skip_spikes` skipped: they are finite, and the model's.
     """
 
-    def __init__(self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None):
+    def __init__(
+        self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None, every_step: bool = True
+    ):
+        self.every_step = every_step  # False: a log that leaves steps out, so nothing is `persistent`
         self.code: str | None = None
         self.step: int | None = None
         self.steps = 0  # seen
@@ -70,7 +76,7 @@ class DivergenceMonitor:
             self._average(step, usable)
             if self._is_above_init(step):
                 self._fire("above_init", step)
-            if self._rise.update(usable):
+            if self.every_step and self._rise.update(usable):
                 self._fire("persistent", step)
         return self.code
 
@@ -128,7 +134,7 @@ class Verdict:
 
     verdict: str | None  # stable | spiky | diverged
     rule: str | None = None  # the code, or those of R1+R2+R3 that hold; null for stable
-    reason: str | None = None  # too_short, or the state that is not done
+    reason: str | None = None  # too_short, strided, or the state that is not done
     partial: bool | None = None  # a scheduler stopped it: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
@@ -176,17 +182,19 @@ def judge(
         return Verdict("diverged", monitor.code, None, partial, monitor.code, monitor.step)
     if monitor.steps < rules.min_steps:
         return Verdict(None, reason="too_short")
-    broken = "+".join(_rules_broken(grad, loss, rough, rules))
+    broken = "+".join(_rules_broken(grad, loss, rough, rules, monitor.every_step))
+    if not broken and not monitor.every_step:
+        return Verdict(None, reason="strided")
     return Verdict("spiky" if broken else "stable", broken or None, None, partial, "ok")
 
 
-def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules) -> list[str]:
+def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules, every_step: bool) -> list[str]:
     high = [s for s in grad if s.peak_ratio is not None and s.peak_ratio >= rules.spiky_ratio]
     partners = {s.partner for s in high}
     events = len(high) + sum(1 for s in loss if s.start not in partners)
     evaluable, rough_steps = rough.n_evaluable, rough.n_flagged
     holds = {
-        "R1": any(_lasts(s, rules) for s in (*high, *loss)),
+        "R1": every_step and any(_lasts(s, rules) for s in (*high, *loss)),
         "R2": events >= rules.spiky_events and 1000 * events >= rules.spiky_per_1k * evaluable,
         "R3": rough_steps >= rules.rough_steps and rough_steps >= rules.rough_share * evaluable,
     }
