@@ -53,8 +53,7 @@ class Streaming(Protocol):
 
 def replay(detector: Streaming, values: Floats) -> Marks:
     """The streaming form over a series, shape [steps], NaN where there is no value."""
-    rows = np.array([detector.update(x) for x in values.tolist()], dtype=bool).reshape(-1, 2)
-    return Marks(rows[:, 0].copy(), rows[:, 1].copy())
+    return _marks([detector.update(x) for x in values.tolist()])
 
 
 def sigma(values: Floats, rule: SigmaRule) -> Marks:
@@ -69,7 +68,7 @@ def sigma(values: Floats, rule: SigmaRule) -> Marks:
 
 def zclip(values: Floats, p: Published) -> Marks:
     """`ZClip` over a series. Each answer depends on the last one, so there is nothing to vectorise."""
-    return replay(ZClip(p), values)
+    return _marks(ZClip(p).run(values.tolist()))
 
 
 def gss_ratio(values: Floats) -> Floats:
@@ -142,6 +141,13 @@ def _window_sums(x: Floats, size: int) -> tuple[Floats, Floats]:
     end = np.arange(len(x))
     sums, sizes = (np.concatenate([[0.0], np.cumsum(v)]) for v in (x, np.abs(x)))
     return sums[end] - sums[np.maximum(end - size, 0)], (end + 8) * ROUNDING * sizes[end]
+
+
+def _marks(answers: list[Mark]) -> Marks:
+    return Marks(
+        np.fromiter((m.flagged for m in answers), bool, len(answers)),
+        np.fromiter((m.evaluable for m in answers), bool, len(answers)),
+    )
 
 
 def _spread(answers: Bools, finite: Bools) -> Bools:

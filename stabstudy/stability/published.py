@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Mark(NamedTuple):
     evaluable: bool
 
 
-UNJUDGED = Mark(False, False)
+UNJUDGED, ORDINARY, FLAGGED = Mark(False, False), Mark(False, True), Mark(True, True)
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,31 @@ class ZClip:
         away = admitted - self._mean
         self._variance = self._keep * self._variance + (1 - self._keep) * (away * away)
         return Mark(flagged, True)
+
+    def run(self, values: Iterable[float]) -> list[Mark]:
+        """`update` on each value; the loop is written out because nothing of it can be vectorised."""
+        waiting = iter(values)
+        marks = []
+        while len(self._first) < self._fill and (x := next(waiting, None)) is not None:
+            marks.append(self.update(x))
+        top, keep, eps, root, finite = self._z, self._keep, self._eps, math.sqrt, math.isfinite
+        new, mean, variance = 1 - keep, self._mean, self._variance
+        for x in waiting:
+            if not finite(x):
+                marks.append(UNJUDGED)
+                continue
+            sd = root(variance)
+            z = (x - mean) / (sd + eps)
+            if z > top:
+                marks.append(FLAGGED)
+                x = mean + top * sd / (z / top)
+            else:
+                marks.append(ORDINARY)
+            mean = keep * mean + new * x
+            away = x - mean
+            variance = keep * variance + new * (away * away)
+        self._mean, self._variance = mean, variance
+        return marks
 
     def state(self) -> State:
         return {"first": list(self._first), "mean": self._mean, "variance": self._variance}

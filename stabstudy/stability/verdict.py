@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabstudy.stability.detectors import Flags, counts
 from stabstudy.stability.events import Spike
@@ -36,6 +37,9 @@ from stabstudy.stability.rules import Rules
 from stabstudy.trace import Rows
 
 FIXED_POINT = 40  # bits behind the point
+HIGH = 1e9  # losses above count as this in the reference of a persistent rise
+
+Floats = NDArray[np.float64]
 
 
 class DivergenceMonitor:
@@ -79,6 +83,30 @@ class DivergenceMonitor:
             if self.every_step and self._rise.update(usable):
                 self._fire("persistent", step)
         return self.code
+
+    def take_calm(self, loss: Floats) -> bool:
+        """Take a whole trial of these losses at once, if it is calm; else take nothing and answer False.
+
+        Calm: every loss is finite, and none stands so high above those before it that a rise could begin. The trial
+        must have skipped no step, and have no norm that is not finite. The same as `update` with each row, bit by bit.
+        """
+        if self.steps or not len(loss) or not self._rise.cannot_begin(loss):
+            return False
+        listed = loss.tolist()
+        factor, ema = 2 / (self._rules.ema_steps + 1), listed[0]
+        means = []
+        for x in listed:
+            ema += factor * (x - ema)
+            means.append(ema)
+        self._start = listed[0] if self._start is None else self._start
+        self._highest_start = max(listed[0], self._start)
+        above = np.flatnonzero(np.array(means) > self._highest_start + self._rules.above_init)
+        if len(above := above[above >= self._judged_from]):
+            self._fire("above_init", int(above[0]))
+        self.steps, self._ema, self._updated = len(listed), ema, True
+        self.best_loss = min(means[self._rules.ema_steps :], default=None)
+        self._tail.extend(listed)
+        return True
 
     def weights_not_finite(self, step: int) -> None:
         """A probe found a weight that is not finite after this step."""
@@ -147,6 +175,8 @@ def divergence(trace: Rows, probes: Rows | None, monitor: DivergenceMonitor, fin
         lost = ~probes.is_null("param_norm") & ~np.isfinite(probes["param_norm"])
         # a probe at `step` shows the weights after that many updates, so after row step - 1
         weights_lost_after = {max(0, step - 1) for step in probes["step"][lost].tolist()}
+    if not weights_lost_after and _nothing_lost(trace) and monitor.take_calm(trace["loss"]):
+        return monitor.finish(final_loss)
     columns = (_optional(trace, name) for name in ("loss", "grad_norm", "skip"))
     for step, (loss, grad_norm, skip) in enumerate(zip(*columns, strict=True)):
         monitor.update(step, loss, grad_norm, skip)
@@ -207,6 +237,12 @@ def _lasts(spike: Spike, rules: Rules) -> bool:
     return spike.spike_class in ("wide", "malignant")
 
 
+def _nothing_lost(trace: Rows) -> bool:
+    """Whether every step made its update, with values that are finite."""
+    norms = np.isfinite(trace["grad_norm"]) | trace.is_null("grad_norm")
+    return bool(trace.is_null("skip").all() and np.isfinite(trace["loss"]).all() and norms.all())
+
+
 def _optional(rows: Rows, name: str) -> list[Any]:
     """A column with None where it is null."""
     return [None if null else x for x, null in zip(rows[name].tolist(), rows.is_null(name).tolist(), strict=True)]
@@ -235,6 +271,16 @@ class _PersistentRise:
         self._stretch = []
         return False
 
+    def cannot_begin(self, loss: Floats) -> bool:
+        """Whether no loss of a whole series begins a stretch, even if the reference were a little lower than it is."""
+        if np.abs(loss).max() > HIGH or len(loss) <= self._size:
+            return bool(np.abs(loss).max() <= HIGH)
+        sums = np.concatenate([[0.0], np.cumsum(loss)])
+        slack = 1e-9 * (1 + float(np.abs(sums).max()))  # far above the rounding of the sums, here and in `_remember`
+        reference = (sums[self._size : -1] - sums[: -self._size - 1]) / self._size - slack
+        ahead = loss[self._size :]
+        return bool(((ahead < self._ratio * reference) | (ahead < reference + self._rise)).all())
+
     def _remember(self, loss: float) -> None:
         # whole numbers, so that a huge loss leaves no rounding error behind when it leaves the sum
         self._total += _fixed(loss)
@@ -244,7 +290,7 @@ class _PersistentRise:
 
 
 def _fixed(loss: float) -> int:
-    return int(math.ldexp(max(-1e9, min(loss, 1e9)), FIXED_POINT))
+    return int(math.ldexp(max(-HIGH, min(loss, HIGH)), FIXED_POINT))
 
 
 def _tail_steps(steps: int, rules: Rules) -> int:
