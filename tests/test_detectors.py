@@ -139,12 +139,13 @@ def test_a_replayed_detector_goes_on_as_if_unbroken(values: Floats, cut: int) ->
 
 @relaxed
 @given(st.integers(-40, 40), st.integers(0, 2**32 - 1))
-def test_mad_log_does_not_depend_on_the_scale(power: int, seed: int) -> None:
+def test_rules_of_ratios_do_not_depend_on_the_scale(power: int, seed: int) -> None:
     values = np.exp(0.5 * np.random.default_rng(seed).standard_t(2, 150))
     plain, scaled = mad_log(values, SMALL), mad_log(values * 2.0**power, SMALL)
     np.testing.assert_array_equal(plain.flagged, scaled.flagged)
     np.testing.assert_array_equal(plain.dip, scaled.dip)
     np.testing.assert_allclose(plain.z, scaled.z, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(ratio3(values, SMALL).flagged, ratio3(values * 2.0**power, SMALL).flagged)
 
 
 @relaxed

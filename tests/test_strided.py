@@ -101,7 +101,7 @@ def test_it_is_never_called_stable() -> None:
 
 def test_it_may_be_spiky_by_the_rules_of_rates() -> None:
     loss = learning(600, 1)
-    assert verdict(TENTH, lognormal(0.6, 600, 1), loss)[:2] == ("spiky", "R3")
+    assert verdict(TENTH, lognormal(0.6, 600, 1), loss) == ("spiky", "R3", None, None, None)
     norm = lognormal(0.1, 600, 1)
     norm[[200, 400]] *= 20
     assert verdict(TENTH, norm, loss)[:2] == ("spiky", "R2")

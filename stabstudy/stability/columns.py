@@ -183,7 +183,9 @@ COLUMNS: dict[str, Definition] = {
     ),
     "verdict_reason": Definition("why there is no verdict: too_short, strided, or the state", "", "judged", "reason"),
     "verdict_partial": Definition("judged as far as a scheduler let it run", "", _NOT_JUDGED, "partial"),
-    "verdict_code": Definition("nonfinite, above_init, persistent, no_recovery, or ok", "", _NOT_JUDGED, "code"),
+    "verdict_code": Definition(
+        "nonfinite, above_init, persistent, no_recovery, or ok", "", f"{_NOT_JUDGED}, or strided", "code"
+    ),
     "verdict_step": Definition("step at which the divergence code fired", "step", "not diverged", "at step"),
     "init_loss": Definition("of the initial weights, fixed evaluation batch", "nat/token", _NOT_DONE, "loss at start"),
     "best_loss": Definition(

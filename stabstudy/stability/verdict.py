@@ -215,7 +215,8 @@ def judge(
     broken = "+".join(_rules_broken(grad, loss, rough, rules, monitor.every_step))
     if not broken and not monitor.every_step:
         return Verdict(None, reason="strided")
-    return Verdict("spiky" if broken else "stable", broken or None, None, partial, "ok")
+    code = "ok" if monitor.every_step else None  # nobody asked for `persistent`
+    return Verdict("spiky" if broken else "stable", broken or None, None, partial, code)
 
 
 def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules, every_step: bool) -> list[str]:
