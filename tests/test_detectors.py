@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from stabstudy.stability.detectors import (
     measured,
     ratio3,
 )
-from stabstudy.stability.rules import Rules, Series, rules_for
+from stabstudy.stability.rules import Published, Rules, Series, rules_for
 
 SMALL = Rules(window=7, fill_floor=3)  # evicts and readmits within a short series
 relaxed = settings(deadline=None)  # a loaded machine is no failure
@@ -363,6 +364,18 @@ def test_rules_survive_json() -> None:
     assert Rules.from_json(rules.to_json()) == rules
     with pytest.raises(ValueError, match="knob"):
         Rules.from_json(rules.to_json().replace('"k":', '"knob":'))
+
+
+def test_the_parameters_of_published_rules_are_in_the_id_and_in_the_json() -> None:
+    other = Rules(published=Published(gss_ratio=40))
+    assert other.detector_id != Rules().detector_id and other.detector_id.startswith("mad6w64-")
+    assert Rules.from_json(other.to_json()) == other
+    assert other.parameters()["published.gss_ratio"] == 40.0
+    assert len(other.parameters()) == len(dataclasses.fields(Rules)) - 1 + len(dataclasses.fields(Published))
+    with pytest.raises(ValueError, match="published.gss_ratio"):
+        Rules.from_json(other.to_json().replace("published.gss_ratio", "published.gss"))
+    with pytest.raises(ValueError, match="core_window"):
+        Published(core_window=0)
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"min_jump_loss": -0.1}, {"window": 8}, {"ratio": math.nan}])
