@@ -6,6 +6,8 @@ estimates that of the steps. Row numbers become steps here, and what cannot be s
     how long a spike lasts, so its class, its recovery and the severity: most spikes are shorter than a stride
     what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead
     foundry_kill, `persistent` and R1: so many steps in a row (`verdict`)
+
+R2 counts spikes of the norm and of the loss as one where they are coupled by rows: rather too few than too many.
 """
 
 from __future__ import annotations
