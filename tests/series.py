@@ -31,15 +31,20 @@ def learning(n: int, seed: int, start: float = 6.5, end: float = 2.5, noise: flo
 
 
 def trace_rows(
-    loss: Optional, grad_norm: Optional, skip: Mapping[int, str] | None = None, clip_scale: Optional | None = None
+    loss: Optional,
+    grad_norm: Optional,
+    skip: Mapping[int, str] | None = None,
+    clip_scale: Optional | None = None,
+    **others: Sequence[Any] | Floats,
 ) -> Rows:
-    """A trace; None is null. `skip` maps a step to its reason."""
+    """A trace; None is null. `skip` maps a step to its reason; `others` are more columns."""
     n = len(loss)
     reasons = [(skip or {}).get(step) for step in range(n)]
     given: dict[str, Sequence[Any] | Floats] = {"loss": loss, "grad_norm": grad_norm, "skip": reasons}
     given |= {"seconds": [0.1] * n, "lr": [1e-3] * n, "tokens": range(n)}
     if clip_scale is not None:
         given["clip_scale"] = clip_scale
+    given |= others
     return _rows(TRACE, n, given, range(n))
 
 

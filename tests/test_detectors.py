@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from stabstudy.stability.detectors import (
     measured,
     ratio3,
 )
-from stabstudy.stability.rules import Rules, Series, rules_for
+from stabstudy.stability.rules import Published, Rules, Series, rules_for
 
 SMALL = Rules(window=7, fill_floor=3)  # evicts and readmits within a short series
 relaxed = settings(deadline=None)  # a loaded machine is no failure
@@ -139,12 +140,13 @@ def test_a_replayed_detector_goes_on_as_if_unbroken(values: Floats, cut: int) ->
 
 @relaxed
 @given(st.integers(-40, 40), st.integers(0, 2**32 - 1))
-def test_mad_log_does_not_depend_on_the_scale(power: int, seed: int) -> None:
+def test_rules_of_ratios_do_not_depend_on_the_scale(power: int, seed: int) -> None:
     values = np.exp(0.5 * np.random.default_rng(seed).standard_t(2, 150))
     plain, scaled = mad_log(values, SMALL), mad_log(values * 2.0**power, SMALL)
     np.testing.assert_array_equal(plain.flagged, scaled.flagged)
     np.testing.assert_array_equal(plain.dip, scaled.dip)
     np.testing.assert_allclose(plain.z, scaled.z, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(ratio3(values, SMALL).flagged, ratio3(values * 2.0**power, SMALL).flagged)
 
 
 @relaxed
@@ -362,6 +364,18 @@ def test_rules_survive_json() -> None:
     assert Rules.from_json(rules.to_json()) == rules
     with pytest.raises(ValueError, match="knob"):
         Rules.from_json(rules.to_json().replace('"k":', '"knob":'))
+
+
+def test_the_parameters_of_published_rules_are_in_the_id_and_in_the_json() -> None:
+    other = Rules(published=Published(gss_ratio=40))
+    assert other.detector_id != Rules().detector_id and other.detector_id.startswith("mad6w64-")
+    assert Rules.from_json(other.to_json()) == other
+    assert other.parameters()["published.gss_ratio"] == 40.0
+    assert len(other.parameters()) == len(dataclasses.fields(Rules)) - 1 + len(dataclasses.fields(Published))
+    with pytest.raises(ValueError, match="published.gss_ratio"):
+        Rules.from_json(other.to_json().replace("published.gss_ratio", "published.gss"))
+    with pytest.raises(ValueError, match="core_window"):
+        Published(core_window=0)
 
 
 @pytest.mark.parametrize("wrong", [{"k": 0}, {"min_jump_loss": -0.1}, {"window": 8}, {"ratio": math.nan}])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from series import Floats, lognormal
 
 from stabstudy.stability.detectors import mad_lin, mad_log
-from stabstudy.stability.events import SPIKE_COLUMNS, Spike, couple, find_spikes, merge
+from stabstudy.stability.events import SPIKE_COLUMNS, Spike, couple, coupling_lift, find_spikes, merge, severity
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
 
@@ -304,3 +304,45 @@ def test_a_loss_spike_taken_twice_names_the_nearer() -> None:
 def test_nothing_to_couple() -> None:
     assert couple([], [], RULES) == ([], [])
     assert links(couple(at("grad", 5), [], RULES)[0]) == [(None, None)]
+
+
+# --- lift ---
+
+
+def test_lift_by_hand() -> None:
+    """1 loss spike in 100 steps: by chance 1 - .99^11 = 10.47 % of the grad spikes have one near."""
+    assert coupling_lift(40, 20, 10, 1000, RULES) == pytest.approx(0.5 / (1 - 0.99**11))
+    assert coupling_lift(30, 0, 10, 1000, RULES) == 0
+
+
+def test_lift_is_null_where_it_says_nothing() -> None:
+    assert coupling_lift(29, 20, 10, 1000, RULES) is None
+    assert coupling_lift(30, 0, 0, 1000, RULES) is None and coupling_lift(30, 0, 0, 0, RULES) is None
+
+
+def test_lift_of_independent_spikes_is_one() -> None:
+    """30 and 40 spikes at random steps: on average 1, and seldom above 2.4."""
+    rng, lifts = np.random.default_rng(0), []
+    for _ in range(300):
+        starts = (sorted(rng.choice(3000, n, replace=False).tolist()) for n in (30, 40))
+        grad, _ = couple(at("grad", *next(starts)), at("loss", *next(starts)), RULES)
+        lifts.append(coupling_lift(30, sum(s.partner is not None for s in grad), 40, 3000, RULES))
+    assert abs(np.mean(lifts) - 1) < 0.1  # type: ignore[arg-type]
+    assert 1.6 < np.quantile(lifts, 0.975) < 2.6  # type: ignore[arg-type]
+
+
+def test_lift_of_spikes_that_belong_together_is_high() -> None:
+    starts = list(range(50, 3050, 100))
+    grad, _ = couple(at("grad", *starts), at("loss", *(s + 3 for s in starts)), RULES)
+    assert coupling_lift(30, sum(s.lag == 3 for s in grad), 30, 3000, RULES) == pytest.approx(9.6, abs=0.1)
+
+
+# --- severity ---
+
+
+def test_severity_by_hand() -> None:
+    """log2 of 4 for one step, and log2 of 8 for 100 of 250 steps, over 1000 steps."""
+    one, long = at("grad", 100, 300)
+    long = dataclasses.replace(long, peak_ratio=8.0, duration=250)
+    assert severity([one, long], 1000, RULES) == (2 * 1 + 3 * 100) / 1000
+    assert severity([], 1000, RULES) == 0

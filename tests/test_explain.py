@@ -63,7 +63,7 @@ def test_one_spike_that_the_loss_follows() -> None:
     assert sentence.startswith(
         "The one spike of the gradient norm began at step 200, after the warmup of 40; it reached "
     )
-    assert "(5), was over after 1 step, and the loss followed by 3 steps." in sentence
+    assert "(5)" in sentence and sentence.endswith(", was over after 1 step, and the loss followed by 3 steps.")
 
 
 def test_several_spikes_name_the_first_and_the_highest() -> None:
@@ -112,6 +112,19 @@ def test_other_clipping_rules_have_no_threshold() -> None:
     found = summarise(trace_rows(learning(400, 1), norm, clip_scale=scale), None, facts, RULES)
     sentence = explain(found.columns, found.spikes, Recipe(1.0, 40, "zclip"), RULES)[-1]
     assert sentence.startswith("Clipping by zclip rescaled 25 % of the steps (median norm ")
+
+
+def test_a_log_that_leaves_steps_out_proves_no_stability() -> None:
+    strided = dataclasses.replace(FACTS, stride=10, steps_planned=4000, warmup_steps=0)
+    assert told(quiet(), facts=strided, recipe=Recipe(None, None)) == [
+        "Not judged: no spike in 384 judged rows, and the log leaves out the steps between."
+    ]
+    norm = quiet()
+    norm[200] = 5.0
+    assert told(norm, facts=strided, recipe=Recipe(None, None))[1].startswith(
+        "The one spike of the gradient norm began at step 2000; it reached "
+    )
+    assert told(norm, facts=strided)[1].endswith("(not every step was logged: how long it lasted is not known).")
 
 
 @settings(max_examples=60, deadline=None)

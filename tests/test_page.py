@@ -518,7 +518,7 @@ def test_provenance_is_shown(page: Page) -> None:
 def test_the_rule_and_its_parameters_are_shown(page: Page, study: Study) -> None:
     rules = study.rules
     shown = dict(page.table(f"Parameters of the rules ({rules.detector_id})")[1:])
-    assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in vars(rules).items()}
+    assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in rules.parameters().items()}
     assert "at least 6 robust standard deviations above the median of the last 64 ordinary steps" in page.text
 
 

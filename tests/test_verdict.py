@@ -296,6 +296,40 @@ def test_the_recorded_trial_gives_the_live_answer() -> None:
     assert (fired(offline), offline.best_loss) == (fired(live), live.best_loss)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.sampled_from([0.3, 1.0, 1.1, 2.0, 2.1, 4.5, 9.0, 1e10])), max_size=8),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 60),
+    st.sampled_from([None, 4.0, math.nan]),
+    st.sampled_from([None, math.nan]),
+    st.booleans(),
+)
+def test_a_whole_trial_at_once_is_every_row(
+    levels: list[tuple[int, float]], seed: int, warmup: int, init: float | None, odd: float | None, quiet: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    loss = np.array([level * (1 + 0.1 * rng.standard_normal()) for length, level in levels for _ in range(length)])
+    norm: list[float | None] = [1.0] * len(loss)
+    if norm and not quiet:
+        norm[int(rng.integers(len(norm)))] = odd
+    live = DivergenceMonitor(RULES, max(len(loss), 1), warmup, init)
+    for step, (x, g) in enumerate(zip(loss.tolist(), norm, strict=True)):
+        live.update(step, x, g, None)
+    offline = DivergenceMonitor(RULES, max(len(loss), 1), warmup, init)
+    code = divergence(trace_rows(loss, norm), None, offline, 3.0)
+    assert code == live.finish(3.0)
+    assert (fired(offline), offline.best_loss, offline.steps) == (fired(live), live.best_loss, live.steps)
+
+
+@pytest.mark.parametrize(
+    ("loss", "calm"),
+    [(learning(T, 0), True), (planted(500, 4.9), True), (planted(500, 5.2), False), (np.full(T, 1e10), False)],
+)
+def test_which_trials_are_taken_at_once(loss: Floats, calm: bool) -> None:
+    assert DivergenceMonitor(RULES, T, 20, 6.5).take_calm(loss) is calm
+
+
 def test_probed_weights_count_after_the_update_they_show() -> None:
     for steps, expected in (([0, 10, 20], 19), ([0, 10, 100], 99)):
         probes = probe_rows(steps, param_norm=[None, 1.0, math.nan])

@@ -14,8 +14,13 @@ _INT = (
     *("steps_done", "steps_planned", "n_evaluable", "grad_norm_argmax", "attn_logit_layer", "verdict_step"),
     *("spike_steps", "spike_events", "spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
     *("spike_ratio3_steps", "spike_first_step", "spike_loss_events", "nonfinite_steps", "amp_skips"),
+    *("spike_dip_steps", "olmo7_window", "spike_gss50_steps", "spike_foundry_step", "spike_duration_max"),
+    "spike_unrecovered",
 )
-_TEXT = ("stop_reason", "detector_id", "verdict", "verdict_rule", "verdict_reason", "verdict_code")
+_TEXT = (
+    *("stop_reason", "detector_id", "verdict", "verdict_rule", "verdict_reason", "verdict_code"),
+    *("spike_first_layer", "spike_peak_layer"),
+)
 _BOOL = ("approximate", "spike_first_censored", "verdict_partial")
 _KINDS = dict.fromkeys(_INT, "int") | dict.fromkeys(_TEXT, "text") | dict.fromkeys(_BOOL, "bool")
 """Types of the statistics that are no float."""

@@ -5,7 +5,6 @@ Nothing here knows when or where it runs: an unchanged study gives the same repo
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,9 +103,8 @@ def _asked(study: Study) -> Iterator[Block]:
             "Settings that no file beside a log names are not shown: none is assumed. Above, steps of a log "
             "that leaves steps out are its rows."
         )
-    parameters = dataclasses.asdict(study.rules)
     title = f"Parameters of the rules ({study.rules.detector_id})"
-    rows = [(name, f"{value:g}") for name, value in parameters.items()]
+    rows = [(name, f"{value:g}") for name, value in study.rules.parameters().items()]
     yield Table(title, ("parameter", "value"), tuple(rows), frozenset({"value"}), folded=True)
 
 

@@ -217,6 +217,7 @@ def _facts(t: _Trial) -> TrialFacts:
         warmup_steps=t.settings["optim.warmup_steps"],
         clip=t.settings["optim.clip"],
         clip_kind=t.settings["optim.clip_kind"],
+        beta2=t.settings["optim.beta2"],
         status=t.state.status,
         stop_reason=t.state.stop_reason,
         init_loss=t.state.init_loss,

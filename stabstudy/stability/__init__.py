@@ -15,5 +15,8 @@ An adaptive detector divides by the roughness it should report: the rougher the 
 stands alone here. Beside it stand an absolute rule (`ratio3`), the spread of the log norm, and the verdict, which looks
 at how long spikes last and whether the loss follows them.
 
-    rules -> detectors -> events -> verdict -> summary
+Beside our rules stand the published ones, exactly as published but for their defects, so that a study can be set beside
+the numbers of others.
+
+    rules -> detectors, calm | published, offline, moments -> events -> attribution, verdict -> summary
 """

@@ -11,8 +11,8 @@ row on also those that are. `min_jump` keeps a nearly constant series from flagg
 A value that is not finite (for grad_norm also one that is not positive) is not evaluable: it enters no window and ends
 a run of outliers. The steps at which no update was made are handed in as NaN (`measured`), so they are treated alike.
 
-Live and offline flags are equal bit for bit, because offline *is* the live code. A detector's state is never saved: on
-resume it is replayed from the trace.
+Live and offline flags are equal bit for bit, because offline *is* the live code here; `calm` finds the same outliers
+faster. A trial saves no detector's state: on resume it is replayed from the trace.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,9 @@ class Reading(NamedTuple):
     center: float
     scale: float
 
+
+State = Mapping[str, Any]
+"""What a detector remembers: numbers and lists that JSON gives back bit by bit."""
 
 READING = [("z", "f8"), ("flagged", "?"), ("dip", "?"), ("evaluable", "?"), ("center", "f8"), ("scale", "f8")]
 NOT_EVALUABLE = Reading(math.nan, False, False, False, math.nan, math.nan)
@@ -94,6 +97,19 @@ class MadDetector:
             self._window.push(y)
         return Reading(z, flagged, dip, True, center, scale)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the window holds as many values as it can."""
+        return len(self._window) == self._window.size
+
+    def state(self) -> State:
+        """All it remembers, as JSON holds it exactly."""
+        return {"window": self._window.arrived(), "run": self._run}
+
+    def load(self, state: State) -> None:
+        """Go on where the detector that gave this `state` was; it must have had the same rules."""
+        self._window, self._run = _Window(self._window.size, state["window"]), state["run"]
+
 
 class RatioDetector:
     """The absolute rule `ratio3`: at least 3 times the median of the last W values, flagged ones included.
@@ -116,6 +132,12 @@ class RatioDetector:
         self._window.push(x)
         return reading
 
+    def state(self) -> State:
+        return {"window": self._window.arrived()}
+
+    def load(self, state: State) -> None:
+        self._window = _Window(self._window.size, state["window"])
+
 
 def mad_log(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
     """Outliers of the gradient norm before clipping; shape [steps], NaN where there is none (see `measured`)."""
@@ -134,7 +156,8 @@ def ratio3(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
 
 def measured(rows: Rows, name: str) -> NDArray[np.float64]:
     """A column with NaN at the steps that prove nothing (see `counts`): those belong in no window and no spike."""
-    return np.where(rows.is_null("skip") | (rows["skip"] == "spike"), rows[name], np.nan)
+    proven = rows.is_null("skip") | (rows["skip"] == "spike")
+    return np.where(proven if rows[name].ndim == 1 else proven[:, None], rows[name], np.nan)
 
 
 def counts(skip: str | None) -> bool:
@@ -154,19 +177,23 @@ def _replay(update: Callable[[float], Reading], series: NDArray[np.float64]) -> 
 class _Window:
     """The last `size` values pushed, in order of arrival and sorted."""
 
-    def __init__(self, size: int):
-        self._size = size
-        self._arrived: deque[float] = deque()
-        self._sorted: list[float] = []
+    def __init__(self, size: int, values: Sequence[float] = ()):
+        self.size = size
+        self._arrived = deque(values)
+        self._sorted = sorted(values)
 
     def __len__(self) -> int:
         return len(self._sorted)
 
     def push(self, y: float) -> None:
-        if len(self._arrived) == self._size:
+        if len(self._arrived) == self.size:
             del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
         self._arrived.append(y)
         insort(self._sorted, y)
+
+    def arrived(self) -> list[float]:
+        """Oldest first."""
+        return list(self._arrived)
 
     def median(self) -> float:
         values, half = self._sorted, len(self._sorted) // 2

@@ -35,6 +35,9 @@ class Spike:
     in_warmup: bool
     partner: int | None = None  # start of the coupled spike in the other series
     lag: int | None = None  # start of the loss spike - start of the grad spike
+    attrib_first: str | None = None  # grad only: part of the model that was flagged first (see `attribution`)
+    attrib_peak: str | None = None  # grad only: part with the most energy above its own baseline at the peak
+    attrib_peak_share: float | None = None  # its share of all energy above baselines
 
     def row(self) -> dict[str, Any]:
         """The spike as a row of a table with the columns `SPIKE_COLUMNS`."""
@@ -118,6 +121,33 @@ def couple(grad: list[Spike], loss: list[Spike], rules: Rules) -> tuple[list[Spi
             takers.setdefault(spike.start + lag, []).append(spike)
         coupled.append(spike)
     return coupled, [_answer(spike, takers.get(spike.start, [])) for spike in loss]
+
+
+def coupling_lift(grad: int, coupled: int, loss: int, evaluable: int, rules: Rules) -> float | None:
+    """How much more often loss spikes accompany grad spikes than they would by chance: 1 is chance.
+
+    Args:
+        grad: Spikes of grad_norm, summed over the trials of a cell; null under `lift_spikes` of them.
+        coupled: Those that have a partner.
+        loss: Spikes of the loss; null without any.
+        evaluable: Steps at which the loss could be judged.
+        rules: Those of the spikes.
+
+    Chance: 1 - (1 - r)^11, that one of the 11 steps around a grad spike starts a loss spike, r their rate.
+    """
+    if grad < rules.lift_spikes or not loss or not evaluable:
+        return None
+    places = rules.couple_before + rules.couple_after + 1
+    return coupled / grad / -math.expm1(places * math.log1p(-loss / evaluable))
+
+
+def severity(grad: list[Spike], steps_done: int, rules: Rules) -> float:
+    """Sum of log2(peak_ratio) * duration over the spikes of grad_norm, at most 100 steps each, per step of the trial.
+
+    One step at twice the baseline, in every step of the trial, would be 1.
+    """
+    parts = (math.log2(s.peak_ratio) * min(s.duration, rules.severity_steps) for s in grad if s.peak_ratio)
+    return math.fsum(parts) / steps_done
 
 
 def _answer(loss_spike: Spike, takers: list[Spike]) -> Spike:

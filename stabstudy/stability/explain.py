@@ -70,6 +70,11 @@ def _verdict(columns: Row, rules: Rules) -> str:
 def _unjudged(columns: Row, rules: Rules) -> str:
     if columns["verdict_reason"] == "too_short":
         return f"Not judged: {_count(columns['steps_done'], 'step')}, and a verdict needs {rules.min_steps}."
+    if columns["verdict_reason"] == "strided":
+        events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
+        seen = _count(events, "spike") if events else "no spike"
+        rows = _count(columns["n_evaluable"], "judged row")
+        return f"Not judged: {seen} in {rows}, and the log leaves out the steps between."
     done, planned = columns["steps_done"], columns["steps_planned"]
     return f"Not judged: {columns['verdict_reason']} after {done} of {_count(planned, 'step')}."
 
@@ -99,6 +104,8 @@ def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
     first += _where_in_warmup(grad[0], recipe)
     which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
     height = f"reached {highest['peak_ratio']:.3g} times its baseline ({highest['peak']:.3g})"
+    if highest["duration"] is None:
+        return f"{first}; {which} {height} (not every step was logged: how long it lasted is not known)."
     return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."
 
 
@@ -120,8 +127,6 @@ def _attribution(spike: Row) -> str:
 
 
 def _length(spike: Row) -> str:
-    if spike["duration"] is None:
-        return "lasted an unknown time (not every step was logged)"
     return f"{'was over after' if spike['recovered'] else 'was not over after'} {_count(spike['duration'], 'step')}"
 
 

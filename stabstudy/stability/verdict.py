@@ -16,6 +16,9 @@ Diverged is a result, not a failure of the trial. A spiky trial is not diverged,
     R3  the norm is at three times its recent median (`ratio3`) on at least 4 steps and 2 % of the evaluable ones
 
 A stable trial is neither; so is a model that learns nothing.
+
+A log that leaves steps out can show that a trial diverged or is spiky (R2 and R3, over the logged rows), but not how
+long anything lasted: `persistent` and R1 are not asked, and none of its trials is called stable (reason `strided`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabstudy.stability.detectors import Flags, counts
 from stabstudy.stability.events import Spike
@@ -33,6 +37,9 @@ from stabstudy.stability.rules import Rules
 from stabstudy.trace import Rows
 
 FIXED_POINT = 40  # bits behind the point
+HIGH = 1e9  # losses above count as this in the reference of a persistent rise
+
+Floats = NDArray[np.float64]
 
 
 class DivergenceMonitor:
@@ -42,7 +49,10 @@ class DivergenceMonitor:
     that `train.skip_spikes` skipped: they are finite, and the model's.
     """
 
-    def __init__(self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None):
+    def __init__(
+        self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None, every_step: bool = True
+    ):
+        self.every_step = every_step  # False: a log that leaves steps out, so nothing is `persistent`
         self.code: str | None = None
         self.step: int | None = None
         self.steps = 0  # seen
@@ -70,9 +80,33 @@ class DivergenceMonitor:
             self._average(step, usable)
             if self._is_above_init(step):
                 self._fire("above_init", step)
-            if self._rise.update(usable):
+            if self.every_step and self._rise.update(usable):
                 self._fire("persistent", step)
         return self.code
+
+    def take_calm(self, loss: Floats) -> bool:
+        """Take a whole trial of these losses at once, if it is calm; else take nothing and answer False.
+
+        Calm: every loss is finite, and none stands so high above those before it that a rise could begin. The trial
+        must have skipped no step, and have no norm that is not finite. The same as `update` with each row, bit by bit.
+        """
+        if self.steps or not len(loss) or not self._rise.cannot_begin(loss):
+            return False
+        listed = loss.tolist()
+        factor, ema = 2 / (self._rules.ema_steps + 1), listed[0]
+        means = []
+        for x in listed:
+            ema += factor * (x - ema)
+            means.append(ema)
+        self._start = listed[0] if self._start is None else self._start
+        self._highest_start = max(listed[0], self._start)
+        above = np.flatnonzero(np.array(means) > self._highest_start + self._rules.above_init)
+        if len(above := above[above >= self._judged_from]):
+            self._fire("above_init", int(above[0]))
+        self.steps, self._ema, self._updated = len(listed), ema, True
+        self.best_loss = min(means[self._rules.ema_steps :], default=None)
+        self._tail.extend(listed)
+        return True
 
     def weights_not_finite(self, step: int) -> None:
         """A probe found a weight that is not finite after this step."""
@@ -128,7 +162,7 @@ class Verdict:
 
     verdict: str | None  # stable | spiky | diverged
     rule: str | None = None  # the code, or those of R1+R2+R3 that hold; null for stable
-    reason: str | None = None  # too_short, or the state that is not done
+    reason: str | None = None  # too_short, strided, or the state that is not done
     partial: bool | None = None  # a scheduler stopped it, or its log ends early: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
@@ -141,6 +175,8 @@ def divergence(trace: Rows, probes: Rows | None, monitor: DivergenceMonitor, fin
         lost = ~probes.is_null("param_norm") & ~np.isfinite(probes["param_norm"])
         # a probe at `step` shows the weights after that many updates, so after row step - 1
         weights_lost_after = {max(0, step - 1) for step in probes["step"][lost].tolist()}
+    if not weights_lost_after and _nothing_lost(trace) and monitor.take_calm(trace["loss"]):
+        return monitor.finish(final_loss)
     columns = (_optional(trace, name) for name in ("loss", "grad_norm", "skip"))
     for step, (loss, grad_norm, skip) in enumerate(zip(*columns, strict=True)):
         monitor.update(step, loss, grad_norm, skip)
@@ -176,17 +212,20 @@ def judge(
         return Verdict("diverged", monitor.code, None, partial, monitor.code, monitor.step)
     if monitor.steps < rules.min_steps:
         return Verdict(None, reason="too_short")
-    broken = "+".join(_rules_broken(grad, loss, rough, rules))
-    return Verdict("spiky" if broken else "stable", broken or None, None, partial, "ok")
+    broken = "+".join(_rules_broken(grad, loss, rough, rules, monitor.every_step))
+    if not broken and not monitor.every_step:
+        return Verdict(None, reason="strided")
+    code = "ok" if monitor.every_step else None  # nobody asked for `persistent`
+    return Verdict("spiky" if broken else "stable", broken or None, None, partial, code)
 
 
-def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules) -> list[str]:
+def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules, every_step: bool) -> list[str]:
     high = [s for s in grad if s.peak_ratio is not None and s.peak_ratio >= rules.spiky_ratio]
     partners = {s.partner for s in high}
     events = len(high) + sum(1 for s in loss if s.start not in partners)
     evaluable, rough_steps = rough.n_evaluable, rough.n_flagged
     holds = {
-        "R1": any(_lasts(s, rules) for s in (*high, *loss)),
+        "R1": every_step and any(_lasts(s, rules) for s in (*high, *loss)),
         "R2": events >= rules.spiky_events and 1000 * events >= rules.spiky_per_1k * evaluable,
         "R3": rough_steps >= rules.rough_steps and rough_steps >= rules.rough_share * evaluable,
     }
@@ -197,6 +236,12 @@ def _lasts(spike: Spike, rules: Rules) -> bool:
     if spike.spike_class == "open":
         return spike.flag_steps >= rules.spiky_open_flags
     return spike.spike_class in ("wide", "malignant")
+
+
+def _nothing_lost(trace: Rows) -> bool:
+    """Whether every step made its update, with values that are finite."""
+    norms = np.isfinite(trace["grad_norm"]) | trace.is_null("grad_norm")
+    return bool(trace.is_null("skip").all() and np.isfinite(trace["loss"]).all() and norms.all())
 
 
 def _optional(rows: Rows, name: str) -> list[Any]:
@@ -227,6 +272,16 @@ class _PersistentRise:
         self._stretch = []
         return False
 
+    def cannot_begin(self, loss: Floats) -> bool:
+        """Whether no loss of a whole series begins a stretch, even if the reference were a little lower than it is."""
+        if np.abs(loss).max() > HIGH or len(loss) <= self._size:
+            return bool(np.abs(loss).max() <= HIGH)
+        sums = np.concatenate([[0.0], np.cumsum(loss)])
+        slack = 1e-9 * (1 + float(np.abs(sums).max()))  # far above the rounding of the sums, here and in `_remember`
+        reference = (sums[self._size : -1] - sums[: -self._size - 1]) / self._size - slack
+        ahead = loss[self._size :]
+        return bool(((ahead < self._ratio * reference) | (ahead < reference + self._rise)).all())
+
     def _remember(self, loss: float) -> None:
         # whole numbers, so that a huge loss leaves no rounding error behind when it leaves the sum
         self._total += _fixed(loss)
@@ -236,7 +291,7 @@ class _PersistentRise:
 
 
 def _fixed(loss: float) -> int:
-    return int(math.ldexp(max(-1e9, min(loss, 1e9)), FIXED_POINT))
+    return int(math.ldexp(max(-HIGH, min(loss, HIGH)), FIXED_POINT))
 
 
 def _tail_steps(steps: int, rules: Rules) -> int:

@@ -209,6 +209,7 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         warmup_steps=config.warmup_steps,
         clip=config.optim.clip,
         clip_kind=config.optim.clip_kind,
+        beta2=config.optim.beta2,
         status="done",
         stop_reason=state.stop_reason,
         init_loss=state.init_loss,

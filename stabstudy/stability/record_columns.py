@@ -1,0 +1,157 @@
+"""The columns of a trial's row that are no count of spikes: norms, clipping, probes, logits, counters, losses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.stability.columns import FEWEST, SETTLED, TREND, Value
+from stabstudy.trace import Rows
+
+Floats = NDArray[np.float64]
+
+
+def norms(norm: Floats, warmup: int) -> dict[str, Value]:
+    """Level, spread and extremes of the gradient norm before clipping; `warmup` in rows."""
+    steps = np.arange(len(norm))
+    finite = np.isfinite(norm)
+    first = max(warmup, SETTLED)
+    settled = norm[first:][finite[first:]]
+    early = norm[:warmup][finite[:warmup]]
+    middle = float(np.median(settled)) if len(settled) else None
+    enough = len(settled) >= FEWEST
+    tail = finite & (norm > 0) & (2 * steps >= len(norm))
+    return {
+        "grad_norm_median": middle,
+        "grad_norm_p99": float(np.quantile(settled, 0.99)) if len(settled) else None,
+        "grad_norm_max": float(np.max(norm[finite])) if finite.any() else None,
+        "grad_norm_argmax": int(np.nanargmax(np.where(finite, norm, np.nan))) if finite.any() else None,
+        "grad_norm_max_over_median": float(settled.max()) / middle if enough and middle else None,
+        "grad_norm_log_sd": _log_sd(norm[first:]),
+        "grad_norm_warmup_max": float(early.max()) if len(early) else None,
+        "grad_norm_tail_slope": _slope(steps[tail] / 1000, np.log(norm[tail])) if tail.sum() >= FEWEST else None,
+    }
+
+
+def _log_sd(norm: Floats) -> float | None:
+    """Spread of log norm about its centred mean over `TREND` steps, which is cut at the ends and passes over gaps."""
+    usable = np.isfinite(norm) & (norm > 0)
+    if usable.sum() < FEWEST:
+        return None
+    logs = np.log(np.where(usable, norm, 1.0))
+    box = np.ones(TREND)
+    trend = np.convolve(logs, box, "same") / np.convolve(usable, box, "same").clip(min=1)
+    return float(np.std((logs - trend)[usable]))
+
+
+def _slope(x: Floats, y: Floats) -> float:
+    """Least-squares slope of y on x."""
+    dx = x - x.mean()
+    return float(dx @ (y - y.mean()) / (dx @ dx))
+
+
+def clipping(norm: Floats, trace: Rows, warmup: int, clip: float | None, kind: str) -> dict[str, Value]:
+    """How many steps were clipped, and how much; of kind norm those above the threshold, else those with a factor."""
+    finite, warm = np.isfinite(norm), np.arange(len(norm)) < warmup
+    scale = trace["clip_scale"][finite & np.isfinite(trace["clip_scale"])] if clip is not None else np.array([])
+    clipped = norm > clip if clip is not None and kind == "norm" else trace["clip_scale"] < 1
+
+    def share(steps: NDArray[np.bool_]) -> float | None:
+        return float(np.mean(clipped[steps])) if clip is not None and steps.any() else None
+
+    return {
+        "clip_share": share(finite),
+        "clip_share_warmup": share(finite & warm),
+        "clip_share_after": share(finite & ~warm),
+        "clip_scale_mean": float(scale.mean()) if len(scale) else None,
+        "clip_scale_min": float(scale.min()) if len(scale) else None,
+    }
+
+
+def attention(probes: Rows | None) -> dict[str, Value]:
+    """Attention logits and entropy over probes and layers."""
+    found: dict[str, Value] = dict.fromkeys(
+        ["attn_logit_final", "attn_logit_peak", "attn_logit_layer", "attn_entropy_min"]
+    )
+    if probes is None:
+        return found
+    if len(table := _known(probes, "attn_logit_max")):  # [probes, layers]
+        found["attn_logit_final"] = _number(np.max(table[-1], initial=-np.inf))
+        if (finite := np.isfinite(table)).any():
+            peak = int(np.argmax(np.where(finite, table, -np.inf)))
+            found["attn_logit_peak"] = float(table.flat[peak])
+            found["attn_logit_layer"] = peak % table.shape[1]
+    if len(table := _known(probes, "attn_entropy")):
+        found["attn_entropy_min"] = _number(np.min(table[-1], initial=np.inf))
+    return found
+
+
+def logits(trace: Rows) -> dict[str, Value]:
+    """Output logits over all steps."""
+    return {
+        "logz_absmax": _peak(np.abs(trace["logz_mean"])),
+        "logit_absmax_peak": _peak(trace["logit_absmax"]),
+    }
+
+
+def updates(probes: Rows | None, beta2: float | None) -> dict[str, Value]:
+    """Size of the updates over probes. Adam's second moment means little in the first 1 / (1 - beta2) steps."""
+    if probes is None:
+        return dict.fromkeys(["update_rms_median", "update_rms_peak", "adam_rms_peak"])
+    size = probes["update_rms"]
+    size = size[np.isfinite(size)]
+    begin = 0 if beta2 is None else round(1 / (1 - beta2))
+    return {
+        "update_rms_median": float(np.median(size)) if len(size) else None,
+        "update_rms_peak": _peak(size),
+        "adam_rms_peak": _peak(probes["adam_rms_max"][probes["step"] > begin]),
+    }
+
+
+def noise(probes: Rows | None) -> dict[str, Value]:
+    """The gradient noise scale over probes: null in the record where the estimated squared norm is not above 0."""
+    if probes is None or not {"noise_scale", "noise_g2"} <= set(probes.schema.names):
+        return {"noise_scale_median": None, "noise_scale_neg_share": None}
+    scale, squared = probes["noise_scale"], _known(probes, "noise_g2")
+    scale, squared = scale[np.isfinite(scale)], squared[np.isfinite(squared)]
+    return {
+        "noise_scale_median": float(np.median(scale)) if len(scale) else None,
+        "noise_scale_neg_share": float(np.mean(squared <= 0)) if len(squared) else None,
+    }
+
+
+def counters(trace: Rows) -> dict[str, Value]:
+    """Steps whose values are not finite, and those that the fp16 scaler skipped."""
+    amp = trace["skip"] == "amp"
+    lost = np.zeros(len(trace), dtype=bool)
+    for name in ("loss", "grad_norm"):
+        lost |= ~trace.is_null(name) & ~np.isfinite(trace[name])
+    return {"nonfinite_steps": int((lost & ~amp).sum()), "amp_skips": int(np.sum(amp))}
+
+
+def losses(status: str, init: float | None, final: float | None, best: float | None) -> dict[str, Value]:
+    """Losses of a trial that is done."""
+    if status != "done":
+        return dict.fromkeys(["init_loss", "best_loss", "final_loss", "final_loss_capped"])
+    capped = final if final is None or math.isfinite(final) else init
+    if capped is not None and init is not None:
+        capped = min(capped, init)
+    return {"init_loss": init, "best_loss": best, "final_loss": final, "final_loss_capped": capped}
+
+
+def _known(rows: Rows, name: str) -> Floats:
+    """A column without its nulls."""
+    values: Floats = rows[name][~rows.is_null(name)]
+    return values
+
+
+def _number(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def _peak(values: Floats) -> float | None:
+    """The largest finite value."""
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) else None

@@ -1,0 +1,120 @@
+"""The columns of a trial's row that count outliers and spikes: by our rules, and by the published ones.
+
+Rates are fractions of the steps that could be judged: each rule has its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.stability import offline, published
+from stabstudy.stability.columns import Value
+from stabstudy.stability.detectors import Flags
+from stabstudy.stability.events import Spike, severity
+from stabstudy.stability.offline import Marks
+from stabstudy.stability.rules import Rules
+
+Floats = NDArray[np.float64]
+
+
+def flagged(name: str, flags: Flags) -> dict[str, Value]:
+    """Count and rate of a rule of ours."""
+    n, known = flags.n_flagged, flags.n_evaluable
+    return {f"{name}_steps": n if known else None, f"{name}_rate": n / known if known else None}
+
+
+def dips(flags: Flags) -> dict[str, Value]:
+    """Outliers downwards."""
+    return {"spike_dip_steps": int(flags.dip.sum()) if flags.n_evaluable else None}
+
+
+def grad_spikes(spikes: list[Spike], evaluable: int, steps: int, rules: Rules) -> dict[str, Value]:
+    """Spikes of the gradient norm: how many of which class, where, how high, how long."""
+    classes = Counter(spike.spike_class for spike in spikes)
+    counts: dict[str, Value] = {
+        "spike_events": len(spikes),
+        "spike_events_per_1k": 1000 * len(spikes) / max(evaluable, 1),
+        "spike_narrow": classes["narrow"],
+        "spike_wide": classes["wide"],
+        "spike_malignant": classes["malignant"],
+        "spike_open": classes["open"],
+        "spike_first_censored": not spikes,
+        "spike_severity": severity(spikes, max(steps, 1), rules),
+    }
+    recovered = [spike.duration for spike in spikes if spike.recovered]
+    ratios = [spike.peak_ratio for spike in spikes if spike.peak_ratio is not None]
+    return {
+        **(counts if evaluable else dict.fromkeys(counts)),
+        "spike_first_step": spikes[0].start if spikes else None,
+        "spike_warmup_share": _share([spike.in_warmup for spike in spikes]),
+        "spike_ratio_max": max(ratios, default=None),
+        "spike_ratio_median": _median(ratios),
+        "spike_duration_median": _median(recovered),
+        "spike_duration_max": max(recovered, default=None),
+        "spike_unrecovered": len(spikes) - len(recovered) if spikes else None,
+        **_coupling(spikes),
+        **_attribution(spikes),
+    }
+
+
+def loss_spikes(spikes: list[Spike], evaluable: int) -> dict[str, Value]:
+    """Spikes of the loss."""
+    return {
+        "spike_loss_events": len(spikes) if evaluable else None,
+        "spike_loss_per_1k": 1000 * len(spikes) / evaluable if evaluable else None,
+        "spike_loss_delta_max": max((s.peak_delta for s in spikes if s.peak_delta is not None), default=None),
+    }
+
+
+def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Rules) -> dict[str, Value]:
+    """What the rules of others say: `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
+    p = rules.published
+    rule = published.olmo7(p, steps_planned)
+    olmo_grad, olmo_loss = (offline.sigma(series, rule).share for series in (norm, loss))
+    core = [offline.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
+    ratio = offline.gss_ratio(norm)
+    known = ratio[~np.isnan(ratio)]
+    stops = np.flatnonzero(offline.foundry_kill(loss, p, steps_planned).flagged)
+    return {
+        "spike_olmo7_grad": olmo_grad,
+        "spike_olmo7_loss": olmo_loss,
+        "olmo7_window": rule.window if (olmo_grad, olmo_loss) != (None, None) else None,
+        "spike_olmocore": _either(*core).share,
+        "spike_zclip": offline.zclip(norm, p).share,
+        "spike_gss_max": float(known.max()) if len(known) else None,
+        "spike_gss50_steps": int((known > p.gss_ratio).sum()) if len(known) else None,
+        "spike_foundry_step": int(stops[0]) if len(stops) else None,
+    }
+
+
+def _either(a: Marks, b: Marks) -> Marks:
+    """A step is flagged where one of two series is, and evaluable where one is."""
+    return Marks(a.flagged | b.flagged, a.evaluable | b.evaluable)
+
+
+def _coupling(spikes: list[Spike]) -> dict[str, Value]:
+    return {
+        "spike_coupled_share": _share([spike.partner is not None for spike in spikes]),
+        "spike_lag_median": _median([spike.lag for spike in spikes if spike.lag is not None]),
+    }
+
+
+def _attribution(spikes: list[Spike]) -> dict[str, Value]:
+    """Where the highest spike came from."""
+    top = max(spikes, key=lambda spike: spike.peak_ratio or 0.0, default=None)
+    return {
+        "spike_first_layer": top.attrib_first if top else None,
+        "spike_peak_layer": top.attrib_peak if top else None,
+        "spike_peak_share": top.attrib_peak_share if top else None,
+    }
+
+
+def _median(values: list[int] | list[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _share(holds: list[bool]) -> float | None:
+    return sum(holds) / len(holds) if holds else None
