@@ -33,6 +33,8 @@ DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
+COMPILE = ("off", "on", "auto")
+COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: where 10 to 60 s of compiling are earned back
 SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 
 
@@ -152,7 +154,7 @@ class TrainConfig:
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
     skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
-    compile: bool = setting(False)
+    compile: str = setting("off", choices=COMPILE)  # auto: on from COMPILE_FROM steps on; false and true are off and on
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
     eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
     probe_every: int = setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
@@ -180,6 +182,16 @@ class TrialConfig:
             return self.optim.lr
         ratio = self.train.batch_size / self.optim.base_batch
         return self.optim.lr * (ratio if self.optim.lr_rule == "linear_batch" else math.sqrt(ratio))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the loss function is compiled, where there is a compiler.
+
+        `auto` looks at the planned steps and at nothing else. Compiled and eager sums differ in their last bits, which
+        training amplifies, so cells that are compared must not differ in it, and steps is what cells rarely differ in.
+        """
+        t = self.train
+        return t.compile == "on" or (t.compile == "auto" and t.steps >= COMPILE_FROM)
 
     @property
     def tokens_per_step(self) -> int:
