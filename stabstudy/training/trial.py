@@ -28,6 +28,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint
+from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.loop import Heartbeat, Loop
 from stabstudy.training.model import Decoder, initialise
@@ -143,6 +144,7 @@ def _begin(
 def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine, compiled: bool) -> Stepper:
     """Model and optimizer, with the settings that make equal configurations give equal numbers."""
     torch.set_num_threads(engine.threads)
+    keep_freed_memory()
     device = torch.device(engine.device)
     if device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
