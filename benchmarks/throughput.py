@@ -1,15 +1,17 @@
 """Tokens per second of this trainer, everything recorded, against what people would use instead, in one run.
 
-    python benchmarks/throughput.py [--threads 1 2] [--shapes h d64 d256] [--rounds 7] [--lingua PATH]
+    python benchmarks/throughput.py [--threads 1 2] [--shapes h d64 d256] [--rounds 5] [--lingua PATH]
 
 Rivals: `lingua` (its own Transformer in a plain loop, from a checkout at PATH; three of its imports that a CPU lacks
 are empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain
 loop on the same model). All train the same shape in float32 with fused AdamW and clipping at 1.0 on the same random
-tokens. Ours runs the real loop: every trace column at every step, written to disk, probes every 10 steps.
+tokens. Ours runs the real loop: every trace column at every step, written to disk, probes every 10 steps. `bare` is our
+model and update without any record: its losses must equal ours bit for bit, and its time is what recording costs.
 
-Segments of the rivals take turns, so that a change of the machine's speed meets all of them; figures are medians over
-the rounds. A segment whose process did not get its cores (CPU seconds per wall second below .9 a thread for one thread)
-is counted in `starved` and left out where others remain. One JSON line for each (shape, threads).
+Each rival has a process of its own. Segments take turns, so that a change of the machine's speed meets all of them;
+figures are medians over the rounds. A segment whose process did not get its cores (CPU seconds per wall second below .9
+a thread for one thread) is counted in `starved` and left out where others remain. `first_s` is the first segment,
+compiling included where kernels were not on disk. One JSON line for each (shape, threads).
 """
 
 from __future__ import annotations
@@ -25,25 +27,32 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.trace import PROBES, TRACE, RowWriter
+from stabstudy.training import clip
+from stabstudy.training.allocation import keep_freed_memory
+from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.loop import Loop, Progress
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.record import Recorder
+from stabstudy.training.schedule import schedule
 from stabstudy.training.step import Stepper
 
 VOCAB = 256
-STEPS, WARM = 10, 2
-"""Timed steps in a segment, and steps before them that are not timed."""
+WARM = 1
+"""Steps of a segment that are not timed."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Shape:
     heads: int
     seq: int
     batch: int
+    steps: int  # timed in a segment
 
     @property
     def model(self) -> ModelConfig:
@@ -70,21 +80,39 @@ class Shape:
         return 6 * matrices + 12 * self.depth * self.dim * self.seq
 
 
-SHAPES = {"h": Shape(4, 128, 4, 256, 8), "d64": Shape(6, 64, 4, 128, 8), "d256": Shape(8, 256, 4, 256, 8)}
+SHAPES = {"h": Shape(4, 128, 4, 256, 8, 10), "d64": Shape(6, 64, 4, 128, 8, 20), "d256": Shape(8, 256, 4, 256, 8, 4)}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One segment: seconds of its timed steps, and the losses of all its steps where the rival tells them."""
+
+    wall: float
+    cpu: float
+    losses: tuple[float, ...] = ()
 
 
 class Marks:
-    """(wall, CPU) at the end of each step."""
+    """(wall, CPU) at the end of each step of a segment."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.count = WARM + shape.steps
         self.at: list[tuple[float, float]] = []
+        self.losses: list[float] = []
 
     def mark(self) -> None:
         self.at.append((time.perf_counter(), time.process_time()))
 
-    def timed(self) -> tuple[float, float]:
-        (wall, cpu), (end_wall, end_cpu) = self.at[WARM - 1], self.at[WARM + STEPS - 1]
-        return end_wall - wall, end_cpu - cpu
+    @property
+    def full(self) -> bool:
+        return len(self.at) == self.count
+
+    def taken(self) -> Taken:
+        (wall, cpu), (end_wall, end_cpu) = self.at[WARM - 1], self.at[-1]
+        return Taken(end_wall - wall, end_cpu - cpu, tuple(self.losses))
+
+
+Segment = Callable[[], Taken]
 
 
 class RandomBatches:
@@ -100,14 +128,23 @@ class RandomBatches:
         return self.windows[0]
 
 
-def ours(shape: Shape, compiled: bool = False) -> Callable[[], tuple[float, float]]:
-    train = TrainConfig(steps=10**6, batch_size=shape.batch, eval_every=10**8, checkpoint_every=10**8, compile=compiled)
-    config = TrialConfig(model=shape.model, optim=OptimConfig(lr=1e-3), data=DataConfig(seq_len=shape.seq), train=train)
-    model = Decoder(config.model, VOCAB, shape.seq)
+def trial(shape: Shape) -> TrialConfig:
+    train = TrainConfig(steps=10**6, batch_size=shape.batch, eval_every=10**8, checkpoint_every=10**8)
+    return TrialConfig(model=shape.model, optim=OptimConfig(lr=1e-3), data=DataConfig(seq_len=shape.seq), train=train)
+
+
+def stepper_of(config: TrialConfig, compiled: bool = False) -> Stepper:
+    """As training/trial.py builds it."""
+    keep_freed_memory()
+    model = Decoder(config.model, VOCAB, config.data.seq_len)
     initialise(model, config.model, 0)
-    stepper = Stepper(config, model, torch.device("cpu"))
-    folder = Path(tempfile.mkdtemp())
-    rules = Rules()
+    return Stepper(config, model, torch.device("cpu"), compiled)
+
+
+def ours(shape: Shape, compiled: bool = False) -> Segment:
+    config = trial(shape)
+    stepper = stepper_of(config, compiled)
+    folder, rules = Path(tempfile.mkdtemp()), Rules()
     recorder = Recorder(
         config,
         stepper.layer_index,
@@ -118,34 +155,61 @@ def ours(shape: Shape, compiled: bool = False) -> Callable[[], tuple[float, floa
     )
     probes = RowWriter(folder / "probes.jsonl", PROBES)
 
-    def segment() -> tuple[float, float]:
-        marks = Marks()
+    def segment() -> Taken:
+        marks = Marks(shape)
 
         def heartbeat(progress: Progress) -> bool:
+            marks.losses.append(progress.loss)
             marks.mark()
-            return len(marks.at) == WARM + STEPS
+            return marks.full
 
         Loop(config, stepper, RandomBatches(shape), recorder, probes, lambda step: None, heartbeat).run(recorder.rows)  # type: ignore[arg-type]
-        return marks.timed()
+        return marks.taken()
 
     return segment
 
 
-def plain_loop(shape: Shape, model: torch.nn.Module, loss_of: Callable[[Any, Any], Any]) -> Callable[[], Any]:
+def bare(shape: Shape) -> Segment:
+    """The same model, clip and optimizer, and the loss of each step; no other number is computed or kept."""
+    config = trial(shape)
+    stepper, batches, factor = stepper_of(config), RandomBatches(shape), schedule(config.optim, config.train.steps)
+    step, never = 0, torch.zeros(())
+
+    def segment() -> Taken:
+        nonlocal step
+        marks = Marks(shape)
+        while not marks.full:
+            windows = torch.from_numpy(batches.batch(step))
+            stepper.optimizer.zero_grad()
+            logits = stepper.model(windows[:, :-1]).flatten(0, 1)
+            loss = F.cross_entropy(logits, windows[:, 1:].flatten(), reduction="none").sum() / shape.tokens
+            loss.backward()
+            grads = clip.gradients(stepper.parameters)
+            clip.scale_(grads, clip.clip_scale(torch.linalg.vector_norm(clip.tensor_norms(grads)), 1.0))
+            stepper.optimizer.step(config.peak_lr * factor(step), never)
+            marks.losses.append(loss.item())
+            marks.mark()
+            step += 1
+        return marks.taken()
+
+    return segment
+
+
+def plain_loop(shape: Shape, model: torch.nn.Module, loss_of: Callable[[Any, Any], Any]) -> Segment:
     """zero_grad, forward, backward, clip, step: the least that anybody writes; the norm is computed and dropped."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = RandomBatches(shape)
 
-    def segment() -> tuple[float, float]:
-        marks = Marks()
-        for step in range(WARM + STEPS):
+    def segment() -> Taken:
+        marks = Marks(shape)
+        for step in range(marks.count):
             windows = torch.from_numpy(batches.batch(step))
             optimizer.zero_grad()
             loss_of(windows[:, :-1], windows[:, 1:]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             marks.mark()
-        return marks.timed()
+        return marks.taken()
 
     return segment
 
@@ -163,7 +227,7 @@ def llama(shape: Shape) -> Any:
     )  # fmt: skip
 
 
-def hf_loop(shape: Shape) -> Callable[[], Any]:
+def hf_loop(shape: Shape) -> Segment:
     model = llama(shape)
 
     def loss(inputs: Any, targets: Any) -> Any:
@@ -173,7 +237,7 @@ def hf_loop(shape: Shape) -> Callable[[], Any]:
     return plain_loop(shape, model, loss)
 
 
-def hf_trainer(shape: Shape) -> Callable[[], Any]:
+def hf_trainer(shape: Shape) -> Segment:
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.utils import logging
 
@@ -182,27 +246,27 @@ def hf_trainer(shape: Shape) -> Callable[[], Any]:
     rows = [{"input_ids": w.tolist(), "labels": w.tolist()} for w in windows]
     model = llama(shape)
 
-    def segment() -> tuple[float, float]:
-        marks = Marks()
+    def segment() -> Taken:
+        marks = Marks(shape)
 
         class Timing(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *arguments: Any, **named: Any) -> None:
                 marks.mark()
 
         arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), max_steps=WARM + STEPS, per_device_train_batch_size=shape.batch,
+            output_dir=tempfile.mkdtemp(), max_steps=marks.count, per_device_train_batch_size=shape.batch,
             logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
             optim="adamw_torch_fused", learning_rate=1e-3, weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
         )  # fmt: skip
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Timing()])
         trainer.remove_callback(__import__("transformers").PrinterCallback)
         trainer.train()
-        return marks.timed()
+        return marks.taken()
 
     return segment
 
 
-def lingua(shape: Shape, checkout: Path) -> Callable[[], Any]:
+def lingua(shape: Shape, checkout: Path) -> Segment:
     for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
         sys.modules.setdefault(name, types.ModuleType(name))
     sys.modules["xformers.ops"].fmha = sys.modules["xformers.ops.fmha"]  # type: ignore[attr-defined]
@@ -230,36 +294,60 @@ def sgemm_ceiling(threads: int) -> float:
     return best / 1e9
 
 
-def measure(name: str, threads: int, rounds: int, checkout: Path | None, compiled: bool) -> dict[str, Any]:
+def rivals(checkout: Path | None) -> dict[str, Callable[[Shape], Segment]]:
+    found: dict[str, Callable[[Shape], Segment]] = {"ours": ours, "ours_compiled": lambda shape: ours(shape, True)}
+    found |= {"bare": bare, "hf_trainer": hf_trainer, "hf_loop": hf_loop}
+    return found | ({"lingua": lambda shape: lingua(shape, checkout)} if checkout is not None else {})
+
+
+def rival_process(name: str, shape: Shape, threads: int, checkout: Path | None, cache: Path, pipe: Connection) -> None:
+    """One segment for each True that comes through the pipe, after a first one that is answered with its seconds."""
     torch.set_num_threads(threads)
-    shape = SHAPES[name]
-    rivals: dict[str, Callable[[], Any]] = {
-        "ours": ours(shape),
-        "hf_trainer": hf_trainer(shape),
-        "hf_loop": hf_loop(shape),
-    }
-    if checkout is not None:
-        rivals["lingua"] = lingua(shape, checkout)
-    if compiled:
-        rivals["ours_compiled"] = ours(shape, compiled=True)
-    ceiling = 0.0
-    taken: dict[str, list[tuple[float, float]]] = {rival: [] for rival in rivals}
+    keep_compiled(cache)
+    segment = rivals(checkout)[name](shape)
+    began = time.perf_counter()
+    pipe.send((segment(), time.perf_counter() - began))
+    while pipe.recv():
+        pipe.send((segment(), 0.0))
+
+
+def take_turns(shape: Shape, threads: int, rounds: int, checkout: Path | None, cache: Path) -> Any:
+    """(segments of each rival, seconds of its first segment, the machine's sgemm ceiling in GFLOP/s)."""
+    torch.set_num_threads(threads)
+    pipes, taken, first, ceiling = {}, {}, {}, 0.0
+    for name in rivals(checkout):  # one after another, so that first_s means something
+        pipes[name], theirs = get_context("spawn").Pipe()
+        arguments = (name, shape, threads, checkout, cache, theirs)
+        get_context("spawn").Process(target=rival_process, args=arguments, daemon=True).start()
+        warm, first[name] = pipes[name].recv()
+        taken[name] = [warm]
     for _ in range(rounds):
         ceiling = max(ceiling, sgemm_ceiling(threads))
-        for rival, segment in rivals.items():
-            taken[rival].append(segment())
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            taken[name].append(pipe.recv()[0])
+    for pipe in pipes.values():
+        pipe.send(False)
+    for ours_took, bare_took in zip(taken["ours"], taken["bare"], strict=True):
+        assert ours_took.losses == bare_took.losses, "recording changed the training"
+    return {name: segments[1:] for name, segments in taken.items()}, first, ceiling
+
+
+def measure(name: str, threads: int, rounds: int, checkout: Path | None, cache: Path) -> dict[str, Any]:
+    shape = SHAPES[name]
+    taken, first, ceiling = take_turns(shape, threads, rounds, checkout, cache)
     found: dict[str, Any] = {}
-    tokens = STEPS * shape.tokens
+    tokens = shape.steps * shape.tokens
     for rival, segments in taken.items():
-        fed = [s for s in segments if s[1] / s[0] >= 0.9] or segments
-        speed = tokens / statistics.median(wall for wall, _ in fed)
+        fed = [s for s in segments if s.cpu / s.wall >= 0.9] or segments
+        speed = tokens / statistics.median(s.wall for s in fed)
         found[rival] = {
             "tokens_per_s": round(speed),
-            "cpu_s_per_1k_tokens": round(1000 * statistics.median(cpu for _, cpu in fed) / tokens, 4),
+            "cpu_s_per_1k_tokens": round(1000 * statistics.median(s.cpu for s in fed) / tokens, 4),
             "mfu": round(speed * shape.flops_per_token() / (ceiling * 1e9), 3),
+            "first_s": round(first[rival], 1),
             "starved": len(segments) - len(fed) if fed is not segments else len(segments),
         }
-    ratios = {r: round(found["ours"]["tokens_per_s"] / f["tokens_per_s"], 3) for r, f in found.items() if r != "ours"}
     return {
         "benchmark": "throughput",
         "shape": name,
@@ -268,19 +356,32 @@ def measure(name: str, threads: int, rounds: int, checkout: Path | None, compile
         "rounds": rounds,
         "sgemm_gflops": round(ceiling, 1),
         "rivals": found,
-        "ours_over": ratios,
+        "ours_over": ratios(found, "tokens_per_s"),
+        "cpu_of_rival_over_ours": ratios(found, "cpu_s_per_1k_tokens"),
         "machine": {"platform": platform.platform(), "torch": torch.__version__, "load": os.getloadavg()[0]},
     }
+
+
+def ratios(found: dict[str, Any], of: str) -> dict[str, dict[str, float]]:
+    """How many times as good ours is as each other one, eager and compiled: more is better for us in both figures."""
+    mine = ("ours", "ours_compiled")
+
+    def ratio(me: str, rival: str) -> float:
+        one, other = found[me][of], found[rival][of]
+        return round(one / other if of == "tokens_per_s" else other / one, 3)
+
+    return {me: {r: ratio(me, r) for r in found if r not in mine} for me in mine}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lingua", type=Path, default=None, help="a checkout of facebookresearch/lingua")
-    parser.add_argument("--compile", action="store_true", help="also ours with train.compile=true")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of compiled kernels; default: a new one")
     chosen = parser.parse_args()
+    kernels = chosen.cache or Path(tempfile.mkdtemp())
     for shape_name in chosen.shapes:
         for count in chosen.threads:
-            print(json.dumps(measure(shape_name, count, chosen.rounds, chosen.lingua, chosen.compile)), flush=True)
+            print(json.dumps(measure(shape_name, count, chosen.rounds, chosen.lingua, kernels)), flush=True)

@@ -42,6 +42,8 @@ DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
+COMPILE = ("off", "on", "auto")
+COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: where 10 to 60 s of compiling are earned back
 SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 
 
@@ -177,7 +179,7 @@ class TrainConfig:
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
     skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
-    compile: bool = setting(False)
+    compile: str = setting("off", choices=COMPILE)  # auto: on from COMPILE_FROM steps on; false and true are off and on
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
     eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
     probe_every: int = setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
@@ -210,6 +212,16 @@ class TrialConfig:
     def warmup_steps(self) -> int:
         """Steps of warmup, however they were said."""
         return self.optim.warmup(self.train.steps)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the loss function is compiled, where there is a compiler.
+
+        `auto` looks at the planned steps and at nothing else. Compiled and eager sums differ in their last bits, which
+        training amplifies, so cells that are compared must not differ in it, and steps is what cells rarely differ in.
+        """
+        t = self.train
+        return t.compile == "on" or (t.compile == "auto" and t.steps >= COMPILE_FROM)
 
     @property
     def tokens_per_step(self) -> int:

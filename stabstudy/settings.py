@@ -108,6 +108,8 @@ def read_value(
         value = _number_from_text(value)
     if kind == "float" and type(value) is int and abs(value) < 2**53:
         value = float(value)
+    if type(value) is bool and {"on", "off"} <= set(rules.get("choices", ())):
+        value = "on" if value else "off"  # YAML reads the bare words on and off as true and false
     wanted = {"int": int, "float": float, "bool": bool, "str": str}[kind]
     if type(value) is not wanted:
         problems.append(Problem(name, f"must be {_expected(kind, kinds, rules)}", show(value)))

@@ -53,6 +53,8 @@ def test_the_default_trial_keeps_its_id():
     for name, default in LATER.items():
         group, key = name.split(".")
         assert first[group].pop(key) == default
+    assert first["train"]["compile"] == "off"
+    first["train"]["compile"] = False  # as it was spelt before there was auto
     defaults = json.dumps(first, sort_keys=True)
     assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "b4c4043b17169f56"
 

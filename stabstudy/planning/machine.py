@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -82,6 +83,15 @@ def package_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "none"
+
+
+def why_not_compile() -> str | None:
+    """Why torch.compile cannot build its kernels here (it calls a C++ compiler at run time), or None."""
+    command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
+    if shutil.which(command) is None:
+        return f"there is no C++ compiler {command}"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"there is no {header} (a package such as python3-dev has it)"
 
 
 def why_not_folder(folder: Path, needed: int) -> str | None:

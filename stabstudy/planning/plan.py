@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.config import TrialConfig
-from stabstudy.planning import arguments, cells, compose, compute, estimate, record, sweepfile
+from stabstudy.config import COMPILE_FROM, TrialConfig
+from stabstudy.planning import arguments, cells, compose, compute, estimate, machine, record, sweepfile
 from stabstudy.planning.arguments import Request
 from stabstudy.planning.axes import Alternatives
 from stabstudy.planning.complete import Composed, Composer
@@ -86,6 +86,7 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found), found)
     folder = study_folder(request, cwd)
     before = record.belongs(folder, sweep.name, known, found)
+    _check_engines([t.config for t in trials], found)
     found.stop()
     _check_room([t.config for t in trials], resources, request, found)
     varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
@@ -121,6 +122,16 @@ def _check_room(configs: list[TrialConfig], resources: Compute, request: Request
         found.warn(crowd)
     for idle in compute.idle(resources, request.launch.launcher):
         found.warn(idle)
+
+
+def _check_engines(configs: list[TrialConfig], found: Findings) -> None:
+    """`train.compile: auto` must decide alike for all trials: eager and compiled ones may not be compared."""
+    chosen = {c.compiled for c in configs if c.train.compile == "auto"}
+    if len(chosen) > 1:
+        rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: say on or off"
+        found.refuse("train.compile, train.steps", rule)
+    elif True in chosen and (missing := machine.why_not_compile()):
+        found.warn(f"train.compile=auto: {missing}; every trial of this launch trains without")
 
 
 def _completed(composer: Composer, sweep: SweepFile, request: Request, product: list[Alternatives]) -> list[Composed]:

@@ -71,4 +71,7 @@ def why_not_here(plan: Plan) -> list[str]:
         reasons.append(f"compute.gpus_per_trial={gpus:g}: there is no GPU here; compute=cpu runs on cores")
     if plan.compute.address is None and cpus > machine.cores():
         reasons.append(f"compute.cpus_per_trial={cpus}: this machine has {machine.cores()} cores")
+    if plan.compute.address is None and any(t.config.train.compile == "on" for t in plan.trials):
+        missing = machine.why_not_compile()
+        reasons += [f"train.compile=on: {missing}; train.compile=off trains without"] if missing else []
     return reasons

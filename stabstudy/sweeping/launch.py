@@ -17,6 +17,7 @@ from stabstudy import store
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
+from stabstudy.planning import machine
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import rules_for
@@ -98,6 +99,7 @@ def _run(
             "device": "cuda" if gpus else "cpu",
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
+            "compiler": machine.why_not_compile() is None,
         },
         "rules": rules_for(min(t.config.train.steps for t in plan.trials)).to_json(),
     }

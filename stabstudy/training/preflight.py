@@ -33,7 +33,7 @@ def differences(config: cfg.TrialConfig, cache_dir: Path, device: torch.device) 
     At the initial weights, in fp32, on the first sequences of the trial's own data. NaN where one is not finite.
     """
     count = min(max(2, config.train.batch_size), SEQUENCES)
-    train = replace(config.train, batch_size=count, micro_batch_size=count, precision="fp32", compile=False)
+    train = replace(config.train, batch_size=count, micro_batch_size=count, precision="fp32", compile="off")
     whole = replace(config, train=train)
     split = replace(config, train=replace(train, micro_batch_size=1))
     batches = open_batches(whole, cache_dir)

@@ -22,6 +22,7 @@ from torch import Tensor
 from stabstudy.config import TrialConfig
 from stabstudy.training import clip
 from stabstudy.training.clip_rules import clip_rule
+from stabstudy.training.compiling import compiled_sums
 from stabstudy.training.hf import Model
 from stabstudy.training.model import fused_rows
 from stabstudy.training.muon import Muon
@@ -77,7 +78,7 @@ def target_sums(
 class Stepper:
     """Model, optimizer and loss scale of one trial. `step` makes one update and returns its vector."""
 
-    def __init__(self, config: TrialConfig, model: Model, device: torch.device):
+    def __init__(self, config: TrialConfig, model: Model, device: torch.device, compiled: bool = False):
         self.config, self.model, self.device = config, model, device
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
@@ -94,7 +95,7 @@ class Stepper:
         self.halted = torch.zeros((), device=device)  # 1 from the non-finite step that ends the trial on
         self.measure_noise = False  # set before a step that a probe follows
         self.noise: Tensor | None = None  # of the last step, see noise_scale.py; None: not measured
-        self._sums: Callable[..., Sums] = torch.compile(self._micro) if config.train.compile else self._micro
+        self._sums: Callable[..., Sums] = compiled_sums(self._micro) if compiled else self._micro
 
     def step(self, windows: NDArray[np.int64], lr: float) -> Tensor | None:
         """One update on windows [batch, T+1] (targets are the inputs shifted by one; IGNORE marks invalid ones).
@@ -125,7 +126,8 @@ class Stepper:
         masked = valid != windows[:, 1:].size
         watched = self._watched(windows)
         for inputs, targets in self._micro_batches(windows):
-            sums = self._sums(inputs, targets, masked)
+            # padded micro-batches have a shape of their own each: compiling them would cost more than it gives
+            sums = (self._micro if masked else self._sums)(inputs, targets, masked)
             objective = (sums.cross_entropy + self.config.train.z_loss * sums.logz_squared) / valid
             (objective * self.loss_scale if self.scaled else objective).backward()  # type: ignore[no-untyped-call]
             if watched is not None:

@@ -29,6 +29,8 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint, hf
+from stabstudy.training.allocation import keep_freed_memory
+from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.growth import growth
 from stabstudy.training.loop import Heartbeat, Loop
 from stabstudy.training.record import Recorder
@@ -45,6 +47,7 @@ class Engine:
     device: str = "cpu"
     threads: int = 1
     keep_checkpoints: bool = False
+    compiler: bool = True  # this launch found a C++ compiler; false: train.compile=auto is off in all its trials
 
 
 def run_trial(folder: store.TrialFolder, engine: Engine, rules: Rules, heartbeat: Heartbeat) -> store.State:
@@ -79,12 +82,13 @@ def _attempt(
 ) -> store.State:
     described = folder.read_config()
     config = cfg.from_dict(described["config"])
-    state = _begin(folder, state, config, engine)
+    compiled = _compiled(config, state, engine)
+    state = _begin(folder, state, config, engine, compiled)
     if (found := sources.fingerprint(config.data)) != described["data_fingerprint"]:
         rule = f"must still have the fingerprint {described['data_fingerprint']} that the study began with"
         raise DataError("data", rule, found)
     batches = open_batches(config, engine.cache_dir)
-    stepper = _build(config, batches, engine)
+    stepper = _build(config, batches, engine, compiled)
     start, state = _resume(folder, state, stepper, say)
     with contextlib.ExitStack() as open_files:
         writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
@@ -120,9 +124,18 @@ def _attempt(
     return state
 
 
-def _begin(folder: store.TrialFolder, state: store.State, config: cfg.TrialConfig, engine: Engine) -> store.State:
+def _compiled(config: cfg.TrialConfig, state: store.State, engine: Engine) -> bool:
+    """Whether this attempt compiles. The first attempt chose for all of them: a trial never changes its engine."""
+    if config.train.compile == "auto" and state.attempts:
+        return bool(state.attempts[0].engine["compiled"])
+    return config.compiled and (engine.compiler or config.train.compile == "on")
+
+
+def _begin(
+    folder: store.TrialFolder, state: store.State, config: cfg.TrialConfig, engine: Engine, compiled: bool
+) -> store.State:
     versions = {"torch": torch.__version__, "device": engine.device, "threads": engine.threads}
-    versions |= {"precision": config.train.precision, "attention": "sdpa", "compiled": config.train.compile}
+    versions |= {"precision": config.train.precision, "attention": "sdpa", "compiled": compiled}
     if engine.device.startswith("cuda"):
         versions["gpu"] = torch.cuda.get_device_name()
     attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now(), engine=versions)
@@ -131,16 +144,19 @@ def _begin(folder: store.TrialFolder, state: store.State, config: cfg.TrialConfi
     return state
 
 
-def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine) -> Stepper:
+def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine, compiled: bool) -> Stepper:
     """Model and optimizer, with the settings that make equal configurations give equal numbers."""
     torch.set_num_threads(engine.threads)
+    keep_freed_memory()
     device = torch.device(engine.device)
     if device.type == "cuda":
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     model = hf.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
-    return Stepper(config, model.to(device), device)
+    if compiled:
+        keep_compiled(engine.cache_dir)
+    return Stepper(config, model.to(device), device, compiled)
 
 
 def _resume(

@@ -1,0 +1,31 @@
+"""torch.compile for the loss function: forward and backward of a micro-batch; the optimizer stays eager.
+
+Every micro-batch of a trial has one shape, so it compiles once. Evaluation and probes, whose shapes differ, are eager
+in both modes: a loss is measured the same way whatever trained the weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+FOLDER = "compiled"
+"""Below the cache folder: compiled kernels, of which trials of equal shape make use together."""
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Keep kernels in the cache folder, unless the user's environment names another. Call before the first compile."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / FOLDER))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
+
+
+def compiled_sums(function: Callable[..., T]) -> Callable[..., T]:
+    """The function compiled for the shapes that it is called with."""
+    compiled: Callable[..., T] = torch.compile(function, dynamic=False)
+    return compiled

@@ -1,0 +1,48 @@
+"""The GPU benchmark runs its smallest shape here, so that it is whole where a device is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu  # type: ignore[import-not-found]
+
+    return gpu
+
+
+def test_every_rival_is_measured_on_a_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)  # the compiler has a test of its own
+    line = gpu.measure("tiny", CPU, steps=2, rounds=1, checkout=None)
+    assert set(line["rivals"]) == {"eager", "compile", "eager_bare", "hf_loop"}
+    assert all(found["tokens_per_s"] > 0 for found in line["rivals"].values())
+
+
+def test_graph_mode_needs_a_device(gpu: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu.ours(gpu.SHAPES["tiny"], CPU, "graph", True)
+
+
+def test_lr_as_a_tensor_is_the_same_update() -> None:
+    """What a captured step passes: float32 holds 2**-9 exactly, so both spellings must agree bit for bit."""
+    from stabstudy.config import OptimConfig
+    from stabstudy.training.optim import AdamW
+
+    weights = []
+    for lr in (2.0**-9, torch.tensor(2.0**-9)):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
+        optimizer = AdamW([p], OptimConfig(), 2.0**-9)
+        for k in range(3):
+            p.grad = torch.sin(p.detach() * (k + 1))
+            optimizer.step(lr, torch.zeros(()))
+        weights.append(p.detach())
+    assert torch.equal(*weights)

@@ -1,0 +1,208 @@
+"""train.compile: what decides, what a missing compiler does, and that compiled training is the same training."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stabstudy import config as cfg
+from stabstudy import store, trace
+from stabstudy.config import COMPILE_FROM, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.data import sources
+from stabstudy.planning import machine, preview
+from stabstudy.planning.plan import make_plan
+from stabstudy.settings import ConfigError
+from stabstudy.stability.rules import Rules
+from stabstudy.training import step as st
+from stabstudy.training import trial
+from stabstudy.training.compiling import compiled_sums
+from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.step import IGNORE, Stepper
+from stabstudy.training.trial import Engine, run_trial
+
+SMALL = TrialConfig(
+    model=ModelConfig(depth=2, dim=16, n_heads=2, qk_norm=True),
+    optim=OptimConfig(warmup_steps=3),
+    data=DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16),
+    train=TrainConfig(steps=8, batch_size=4, checkpoint_every=3, probe_every=3, eval_every=4, eval_sequences=6),
+)
+
+
+def said(word: str, steps: int) -> TrialConfig:
+    return dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, compile=word, steps=steps))
+
+
+@pytest.mark.parametrize(
+    ("word", "steps", "compiled"),
+    [("off", 10**6, False), ("on", 1, True), ("auto", COMPILE_FROM - 1, False), ("auto", COMPILE_FROM, True)],
+)
+def test_auto_looks_at_the_planned_steps_only(word: str, steps: int, compiled: bool) -> None:
+    config = said(word, steps)
+    assert config.compiled == compiled
+    wider = dataclasses.replace(config, model=ModelConfig(dim=512), seed=9, optim=OptimConfig(lr=1e-4))
+    assert wider.compiled == compiled
+
+
+@pytest.mark.parametrize(("yaml", "word"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
+def test_yamls_booleans_are_on_and_off(yaml: object, word: str) -> None:
+    assert cfg.from_dict({"train": {"compile": yaml}}).train.compile == word
+
+
+def test_no_other_word_and_no_other_boolean() -> None:
+    with pytest.raises(ConfigError, match="one of off, on, auto, got 'yes'"):
+        cfg.from_dict({"train": {"compile": "yes"}})
+    with pytest.raises(ConfigError, match="train.precision"):
+        cfg.from_dict({"train": {"precision": True}})
+
+
+PLANNED = ["sweep=quickstart", "data=synthetic", "study=s", "seeds=1", "launcher=local"]
+
+
+def test_on_without_a_compiler_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_plan([*PLANNED, "train.compile=on"], tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(machine.NotReadyError, match="train.compile=on: there is no C\\+\\+ compiler no-such-compiler"):
+        preview.check_machine(made)
+    preview.check_machine(make_plan([*PLANNED, "train.compile=off"], tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_auto_without_a_compiler_trains_eager_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = [*PLANNED, "train.compile=auto", f"train.steps={COMPILE_FROM}"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    made = make_plan(long, tmp_path)
+    assert any("every trial of this launch trains without" in w for w in made.warnings)
+    assert not any("compile" in w for w in make_plan(long[:-1], tmp_path).warnings)
+    preview.check_machine(made)
+
+
+def test_a_missing_python_header_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "sh")  # some program that exists
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in str(machine.why_not_compile())
+    (tmp_path / "Python.h").touch()
+    assert machine.why_not_compile() is None
+
+
+def test_auto_refuses_to_mix_engines(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train.compile, train.steps: auto compiles from"):
+        make_plan([*PLANNED, "train.compile=auto", f"train.steps=100,{COMPILE_FROM}"], tmp_path)
+
+
+def test_the_first_attempt_decides_for_all() -> None:
+    def after(*choices: bool) -> store.State:
+        attempts = tuple(store.Attempt("h", 1, "t", engine={"compiled": c}) for c in choices)
+        return store.State("t", attempts=attempts)
+
+    long, without = said("auto", COMPILE_FROM), Engine(Path(), compiler=False)
+    assert trial._compiled(long, after(), Engine(Path())) and not trial._compiled(long, after(), without)
+    assert trial._compiled(long, after(True), without) and not trial._compiled(long, after(False), Engine(Path()))
+    assert not trial._compiled(said("auto", 10), after(), Engine(Path()))
+
+
+# compiled training (a C++ compiler runs: tens of seconds)
+
+needs_compiler = pytest.mark.skipif(machine.why_not_compile() is not None, reason="no C++ compiler")
+quiet = pytest.mark.filterwarnings("default")  # the compiler's own warnings are not ours to mend
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder of kernels for all tests here, and an error where something would be compiled a second time."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "kernels"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.compiler.reset()
+
+
+def stepper(config: TrialConfig, compiled: bool) -> Stepper:
+    model = Decoder(config.model, 61, 16)
+    initialise(model, config.model, 0)
+    return Stepper(config, model, torch.device("cpu"), compiled)
+
+
+@pytest.mark.slow
+@needs_compiler
+@quiet
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_agrees_with_eager(precision: str) -> None:
+    train = dataclasses.replace(SMALL.train, micro_batch_size=2, precision=precision, z_loss=1e-4)
+    config = dataclasses.replace(SMALL, train=train)
+    one, other = stepper(config, True), stepper(config, False)
+    far = 1e-5 if precision == "fp32" else 2e-2  # bf16: 8 bits, rounded at other places
+    generator = np.random.default_rng(0)
+    for _ in range(6):
+        windows = generator.integers(0, 61, (4, 17))
+        a, b = one.step(windows, 3e-3), other.step(windows, 3e-3)
+        assert a is not None and b is not None
+        for column in (st.LOSS, st.GRAD_NORM, st.LOGIT_ABSMAX, st.LOGZ_MEAN):
+            assert a[column].item() == pytest.approx(b[column].item(), rel=far)
+
+
+@pytest.mark.slow
+@needs_compiler
+@quiet
+@pytest.mark.usefixtures("compiler")
+def test_one_trial_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation batches whose last part is smaller, and padded ones, go past the compiler."""
+    count = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(counting, dynamic=dynamic)(f))
+    made = stepper(dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, micro_batch_size=2)), True)
+    windows = np.random.default_rng(0).integers(0, 61, (5, 17))
+    for step in range(3):
+        made.step(windows[:4], 1e-3 / (step + 1))
+        made.loss_on(windows)
+    padded = windows[:4].copy()
+    padded[0, 9:] = IGNORE
+    made.step(padded, 1e-3)
+    made.step(windows[:4], 1e-3)
+    assert count == 1
+    compiled_sums(made._micro)(torch.zeros((3, 16), dtype=torch.long), torch.zeros((3, 16), dtype=torch.long), False)
+    assert count == 2  # the count can rise
+
+
+@pytest.mark.slow
+@needs_compiler
+@quiet
+@pytest.mark.usefixtures("compiler")
+def test_compiled_trial_repeats_and_resumes_bitwise(tmp_path: Path, cache: Path) -> None:
+    config = said("on", 8)
+
+    def trained(name: str, *stops: int) -> trace.Rows:
+        fingerprint = sources.fingerprint(config.data)
+        folder = store.StudyFolder(tmp_path / name).trial(cfg.trial_id(config, fingerprint))
+        folder.path.mkdir(parents=True)
+        body = {"trial_id": folder.trial_id, "config": cfg.to_dict(config), "data_fingerprint": fingerprint}
+        store.write_json(folder.config_file, body)
+        for stop in stops:
+            torch.compiler.reset()  # a new process has nothing compiled, but the kernels on disk
+            assert run_trial(folder, Engine(cache), Rules(), lambda p, s=stop: p.step == s).status == "interrupted"
+        torch.compiler.reset()
+        state = run_trial(folder, Engine(cache), Rules(), lambda p: False)
+        assert state.status == "done" and all(a.engine["compiled"] for a in state.attempts)
+        rows = folder.rows(trace.TRACE)
+        assert rows is not None
+        return rows
+
+    whole = trained("whole")
+    for other in (trained("again"), trained("stopped", 3, 5)):
+        for name in ("loss", "grad_norm", "layer_grad_norm", "logit_absmax", "logz_mean"):
+            assert np.array_equal(whole[name], other[name]), name
