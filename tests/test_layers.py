@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"settings", "config", "trace", "finished", "store", "external"}
+FACTS = {"settings", "groups", "combinations", "config", "trace", "finished", "store", "external"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class May:
 MAY = {
     "__init__": May(set()),
     "settings": May(set()),
-    "config": May({"settings"}),
+    "groups": May({"settings"}),
+    "combinations": May({"groups", "settings", "config"}),  # config for its type alone
+    "config": May({"combinations", "groups", "settings"}),
     "trace": May(set(), {"numpy"}),
     "finished": May({"trace"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "store": May({"config", "trace", "finished"}),

@@ -49,7 +49,7 @@ def suggestion(name: str, others: Sequence[str] = ()) -> str:
     same_key = [known for known in setting_names() if known.rpartition(".")[2] == key]
     if same_key:
         return f" (did you mean {', '.join(same_key)}?)"
-    return nearest(name, [*setting_names(), *GROUPS, *others]) or " (every setting: conf/ and stabstudy/config.py)"
+    return nearest(name, [*setting_names(), *GROUPS, *others]) or " (every setting: conf/ and stabstudy/groups.py)"
 
 
 def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, found: Findings) -> list[Chosen]:
