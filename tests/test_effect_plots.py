@@ -57,10 +57,11 @@ def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
 
 
 def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
-    assert [b.name for b in figures(study, "optim.lr")] == ["paired-effects", "clipping", "parallel"]
+    drawn = ["paired-effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
+    assert [b.name for b in figures(study, "optim.lr")] == drawn
     off = Study.load(planted.plant_study(tmp_path / "off", depths=(2,), clips=(None,)))
     names = [getattr(b, "name", "") or b.text for b in figures(off, "optim.lr")]
-    assert names == ["paired-effects", "Parallel coordinates: left out, fewer than two axes vary."]
+    assert names == ["paired-effects", "first-spikes", "Parallel coordinates: left out, fewer than two axes vary."]
 
 
 def test_warmup_and_batch_get_panels_of_their_own(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_effects_are_compare(page: Page, study: Study) -> None:
 def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Study) -> None:
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "spike-rate-map"]
-    assert names[4:] == ["paired-effects", "clipping", "parallel", "traces"]
+    assert names[4:] == ["paired-effects", "clipping", "first-spikes", "parallel", "traces"]
     assert sorted(p.stem for p in (path / "report" / "figures").iterdir()) == sorted(names)
     alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
     assert "depth 2: from 2.69 at 1e-3 to 2.69 at 0.1; lowest 2.39 at 0.01" in alts["final-loss"]
@@ -330,7 +330,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 15
+    assert _bytes(path) == before and len(before) == 16
 
 
 def test_a_moved_study_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:

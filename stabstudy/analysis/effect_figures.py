@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, effect_plots, plots, sentences, style, words
+from stabstudy.analysis import compare, curve_plots, effect_plots, plots, sentences, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.levels import at_level, records
 from stabstudy.analysis.study import Study
@@ -25,7 +26,62 @@ def figures(study: Study, main_axis: str | None) -> Iterator[Block]:
     for axis in OWN_PANELS:
         if axis in study.axes and axis != main_axis:
             yield from _against(study, axis)
+    yield from _sensitivity(study)
+    yield from _first_spikes(study, main_axis)
     yield from _parallel(study)
+
+
+def _sensitivity(study: Study) -> Iterator[Block]:
+    grid = study.grid
+    others = [a for a in grid.axes if a != "optim.lr"]
+    if "optim.lr" not in grid.axes or not others or not (grid.trials["state"] == "done").any():
+        return
+    table = study.sensitivity()
+    known = [r for r in records(table) if r["reason"] is None]
+    if not known:
+        return  # the section on sensitivity says why
+    x = "model.depth" if "model.depth" in others else others[0]
+    rows = tuple(
+        (*(words.level(r[a], a) for a in others), *map(words.number, (r["lrs"], r["lrs_se"], r["seeds"])))
+        for r in known
+    )
+    said = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
+    caption = (
+        f"LR sensitivity (see below) against {words.label(x)}, with its standard error over seeds. Open mark: the best "
+        "learning rate lies at an end of the grid, so a wider one may change the number."
+    )
+    heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "standard error", "seeds")
+    numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
+    drawing = style.to_svg(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
+    yield Figure("lr-sensitivity", drawing, f"Line chart. {said}.", caption, numbers)
+
+
+def _where(row: dict[str, Any], axes: list[str]) -> str:
+    return ", ".join(f"{words.label(a)} {words.level(row[a], a)}" for a in axes)
+
+
+def _first_spikes(study: Study, axis: str | None) -> Iterator[Block]:
+    if axis is None or axis not in study.grid.axes:
+        return
+    found = study.time_to_first_spike(axis)
+    if not len(found.levels) or not (found.levels["spiked"] + found.levels["diverged"]).any():
+        return  # the section on what drives spikes says so
+    rows = tuple(
+        (words.level(r["level"], axis), *map(words.number, (r["step"], r["at_risk"], r["free"], r["low"], r["high"])))
+        for r in records(found.curves)
+    )
+    ends = [
+        f"{words.level(r['level'], axis)}: {r['spiked']} of {r['trials']} spiked, {r['diverged']} diverged"
+        for r in records(found.levels)
+    ]
+    caption = (
+        f"Kaplan-Meier: the estimated share of trials that had no spike of the gradient norm and did not diverge, per "
+        f"level of {words.label(axis)}, all other axes pooled. Steps down: first spikes; ticks: trials that ended free."
+    )
+    heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
+    numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
+    drawing = style.to_svg(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
+    yield Figure("first-spikes", drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 
 
 def _effects(study: Study) -> Iterator[Block]:
