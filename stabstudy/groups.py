@@ -31,7 +31,7 @@ SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
 COMPILE = ("off", "on", "auto")
-COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: where 10 to 60 s of compiling are earned back
+COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: about where compiling is earned back at dim 64
 SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 
 
