@@ -61,12 +61,17 @@ def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor, cap: float | None = Non
     With a soft cap the largest score is that before it, the entropy that of the weights which attention really uses.
     """
     B, H, T, K = q_BHTK.shape
-    k_BHTK = k_BGTK.repeat_interleave(H // k_BGTK.shape[1], dim=1).float()
-    scores_BHTT = q_BHTK.float() @ k_BHTK.transpose(-1, -2) / math.sqrt(K)
+    k_BHTK = (k_BGTK if k_BGTK.shape[1] == H else k_BGTK.repeat_interleave(H // k_BGTK.shape[1], dim=1)).float()
+    scores_BHTT = (q_BHTK.float() / math.sqrt(K)) @ k_BHTK.transpose(-1, -2)
     hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
-    scores_BHTT = scores_BHTT.masked_fill(hidden_TT, -math.inf)
-    used_BHTT = scores_BHTT if cap is None else soft_cap(scores_BHTT, cap).masked_fill(hidden_TT, -math.inf)
-    log_weights = torch.log_softmax(used_BHTT, dim=-1).masked_fill(hidden_TT, 0.0)
-    entropy_BHT = -(log_weights.exp() * log_weights).masked_fill(hidden_TT, 0.0).sum(-1)
+    largest = scores_BHTT.masked_fill_(hidden_TT, -math.inf).amax()
+    if cap is not None:
+        scores_BHTT = soft_cap(scores_BHTT, cap).masked_fill_(hidden_TT, -math.inf)
+    # entropy of softmax(s) = log sum e^s - sum softmax(s) s, the row's maximum taken out: few passes over T^2 numbers
+    shifted_BHTT = scores_BHTT - scores_BHTT.amax(-1, keepdim=True)
+    weights_BHTT = shifted_BHTT.exp()
+    total_BHT = weights_BHTT.sum(-1)
+    mean_BHT = (weights_BHTT * shifted_BHTT.masked_fill_(hidden_TT, 0.0)).sum(-1) / total_BHT
+    entropy_BHT = total_BHT.log() - mean_BHT
     positions = torch.arange(2, T + 1, device=q_BHTK.device).float()
-    return scores_BHTT.amax(), (entropy_BHT[..., 1:] / positions.log()).mean()
+    return largest, (entropy_BHT[..., 1:] / positions.log()).mean()
