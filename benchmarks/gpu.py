@@ -125,7 +125,7 @@ def captured(stepper: Stepper, shape: Shape) -> Callable[[Any], Tensor]:
     scale = torch.ones((), device=stepper.device)
 
     def whole() -> Tensor:
-        stepper.optimizer.zero_grad()
+        stepper.model.zero_grad()
         sums = stepper._sums(batch[:, :-1], batch[:, 1:], False)
         valid = shape.batch * shape.seq
         loss = sums.cross_entropy / valid
@@ -146,7 +146,7 @@ def captured(stepper: Stepper, shape: Shape) -> Callable[[Any], Tensor]:
         for _ in range(GRAPH_WARM):
             whole()
     torch.cuda.current_stream().wait_stream(side)
-    stepper.optimizer.zero_grad()  # gradients are born in the graph's own memory
+    stepper.model.zero_grad()  # gradients are born in the graph's own memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         vector = whole()

@@ -40,7 +40,7 @@ def test_lr_as_a_tensor_is_the_same_update() -> None:
     weights = []
     for lr in (2.0**-9, torch.tensor(2.0**-9)):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(8, 8))
-        optimizer = AdamW([p], OptimConfig(), 2.0**-9)
+        optimizer = AdamW([("w", p)], OptimConfig(), 2.0**-9)
         for k in range(3):
             p.grad = torch.sin(p.detach() * (k + 1))
             optimizer.step(lr, torch.zeros(()))

@@ -128,7 +128,7 @@ def _rates(study: Study) -> Iterator[Block]:
 
 def _first(study: Study, axes: list[str]) -> Iterator[Block]:
     found = {axis: study.time_to_first_spike(axis) for axis in axes}
-    if not any((f.levels["spiked"] + f.levels["diverged"]).any() for f in found.values()):
+    if not any(len(f.levels) and (f.levels["spiked"] + f.levels["diverged"]).any() for f in found.values()):
         yield Text("Time to the first spike: no trial spiked or diverged.")
         return
     yield Text(

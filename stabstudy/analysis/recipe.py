@@ -101,7 +101,8 @@ ALWAYS_SAID = (
 def overrides(levels: Mapping[str, Level], settings: Settings) -> list[str]:
     """The recipe as overrides of this tool: its level on each axis, and every setting that differs from its default."""
     defaults = cfg.flat(cfg.TrialConfig())
-    differing = {k: v for k, v in settings.items() if v != defaults[k] or k in ALWAYS_SAID}
+    said_twice = "optim.warmup_share"  # what it comes to stands in optim.warmup_steps, and one of them must be null
+    differing = {k: v for k, v in settings.items() if (v != defaults[k] and k != said_twice) or k in ALWAYS_SAID}
     return [f"{k}={_scalar(v)}" for k, v in (dict(levels) | differing).items()]
 
 
