@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.paired import Estimate, t_interval
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain
 
 FEWEST_SEEDS = 3
@@ -44,11 +43,10 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
 
     Losses are compared only on the same evaluation batch; a pair without one counts for nothing.
     """
-    done = study.trials[study.trials["state"] == "done"]
-    cells = {str(c): members.set_index("seed") for c, members in done.groupby("cell_id")}
+    cells = study.done_by_seed
     if cell_id not in cells:
         return []
-    levels = {c: _levels(members, list(study.axes)) for c, members in cells.items()}
+    levels = {c: next(iter(members.values())) for c, members in cells.items()}
     found = []
     for other, members in cells.items():
         differing = [a for a in study.axes if levels[other][a] != levels[cell_id][a]]
@@ -58,17 +56,13 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
     return sorted(found, key=lambda n: (math.isnan(n.loss.mean), n.loss.mean, n.cell_id))
 
 
-def _levels(members: pd.DataFrame, axes: list[str]) -> dict[str, Any]:
-    return records(members[axes].head(1))[0]
-
-
-def _pair(one: pd.DataFrame, other: pd.DataFrame) -> tuple[Estimate, int, int]:
-    there = dict(zip(other.index, other["eval_hash"], strict=True))
-    shared = [s for s, batch in zip(one.index, one["eval_hash"], strict=True) if there.get(s) == batch]
-    first, second = one.loc[shared], other.loc[shared]
-    pairs = zip(compare.values(first, "final_loss"), compare.values(second, "final_loss"), strict=True)
-    stable, stable_there = (int((members["verdict"] == "stable").sum()) for members in (first, second))
-    return t_interval([a - b for a, b in pairs]), stable, stable_there
+def _pair(one: Mapping[int, Row], other: Mapping[int, Row]) -> tuple[Estimate, int, int]:
+    shared = [s for s, row in one.items() if s in other and other[s]["eval_hash"] == row["eval_hash"]]
+    loss = compare.column("final_loss")
+    pairs = [(one[s][loss], other[s][loss]) for s in shared]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    stable, stable_there = (sum(cell[s]["verdict"] == "stable" for s in shared) for cell in (one, other))
+    return t_interval(differences), stable, stable_there
 
 
 def _better_than(study: Study, row: dict[str, Any]) -> Iterator[str]:

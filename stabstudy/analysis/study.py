@@ -168,6 +168,14 @@ class Study:
     def _rows(self) -> dict[str, dict[str, Any]]:
         return {row["trial_id"]: row for row in self.tables.trials}
 
+    @cached_property
+    def done_by_seed(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The rows of the done trials, null as None: cell_id -> seed -> row."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for trial_id, row in self._done():
+            found.setdefault(row["cell_id"], {})[row["seed"]] = self.row(trial_id)
+        return found
+
     def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((t, row) for t, row in self._rows.items() if row["state"] == "done")
 
