@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.levels import Level, records
+from stabstudy.analysis.levels import Level
 from stabstudy.analysis.paired import Estimate, t_interval
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
@@ -33,7 +33,7 @@ class Neighbour:
 def tell(study: Study, trial_id: str) -> list[str]:
     """A trial in words: `explain`'s sentences, then the cells that did better with the same seeds, if any did."""
     row = study.row(trial_id)
-    spikes = records(study.spikes[study.spikes["trial_id"] == trial_id])
+    spikes = study.spikes_by_trial.get(trial_id, [])
     recipe = Recipe(row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
     return [*explain(row, spikes, recipe, study.rules), *_better_than(study, row)]
 
@@ -43,7 +43,7 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
 
     Losses are compared only on the same evaluation batch; a pair without one counts for nothing.
     """
-    cells = study.done_by_seed
+    cells = {c: done for c, rows in study.rows_by_cell.items() if (done := _done_by_seed(rows))}
     if cell_id not in cells:
         return []
     levels = {c: next(iter(members.values())) for c, members in cells.items()}
@@ -54,6 +54,10 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
             pair = _pair(members, cells[cell_id])
             found.append(Neighbour(other, differing[0], levels[other][differing[0]], *pair))
     return sorted(found, key=lambda n: (math.isnan(n.loss.mean), n.loss.mean, n.cell_id))
+
+
+def _done_by_seed(rows: Iterable[Row]) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if row["state"] == "done"}
 
 
 def _pair(one: Mapping[int, Row], other: Mapping[int, Row]) -> tuple[Estimate, int, int]:

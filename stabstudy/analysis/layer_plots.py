@@ -53,7 +53,9 @@ def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> A
     ax.set_xlabel("optimizer step")
     _name_rows(ax, len(norms))
     bar = ax.get_figure().colorbar(image, ax=ax, pad=0.02)  # type: ignore[union-attr]
-    bar.set_label("gradient norm")
+    bar.set_label("gradient norm", color=style.INK)
+    bar.ax.tick_params(color=style.MUTED, labelcolor=style.INK)
+    bar.outline.set_visible(False)
     style.log_ticks(bar.ax)
     return ax
 

@@ -25,6 +25,8 @@ def paged(study: Study) -> frozenset[str]:
 def linked(text: str, trials: Set[str], folder: str) -> Markup:
     """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names."""
     parts = _ID.split(text)
+    if len(parts) == 1:
+        return escape(text)
     return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
-from stabstudy.analysis.levels import Level, at_level, axes_of, plain
+from stabstudy.analysis.levels import Level, at_level, axes_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -169,11 +169,19 @@ class Study:
         return {row["trial_id"]: row for row in self.tables.trials}
 
     @cached_property
-    def done_by_seed(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """The rows of the done trials, null as None: cell_id -> seed -> row."""
-        found: dict[str, dict[int, dict[str, Any]]] = {}
-        for trial_id, row in self._done():
-            found.setdefault(row["cell_id"], {})[row["seed"]] = self.row(trial_id)
+    def rows_by_cell(self) -> dict[str, list[dict[str, Any]]]:
+        """Each cell's trials, as `row` gives them, by seed."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in sorted(map(self.row, self._rows), key=lambda row: (row["seed"], row["trial_id"])):
+            found.setdefault(row["cell_id"], []).append(row)
+        return found
+
+    @cached_property
+    def spikes_by_trial(self) -> dict[str, list[dict[str, Any]]]:
+        """Each trial's rows of `spikes`, null as None, by step; a trial without spikes is left out."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in records(self.spikes.sort_values(["start", "series"])):
+            found.setdefault(row["trial_id"], []).append(row)
         return found
 
     def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:

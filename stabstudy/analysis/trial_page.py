@@ -14,7 +14,6 @@ import numpy as np
 
 from stabstudy.analysis import advice, layer_plots, plots, style, trial_tables, words
 from stabstudy.analysis.blocks import Block, Code, Drawing, Figure, Section, Table, Text, TrialPage
-from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
@@ -144,16 +143,18 @@ def _no_spike(row: Row) -> str:
 def _trace(study: Study, trial_id: str) -> Figure:
     row = study.row(trial_id)
     figure = plots.trial(study, trial_id, title="", axes=style.new_figure(10.6, 5.0, rows=2, sharex=True).axes)
-    n = len(study.spikes[study.spikes["trial_id"] == trial_id])
+    n = len(study.spikes_by_trial.get(trial_id, []))
     norm_max, median = (words.number(row[name]) for name in ("grad_norm_max", "grad_norm_median"))
     alt = (
         f"Line charts of trial {trial_id}: {words.count(row['steps_done'], 'step')}, largest norm {norm_max} at step "
         f"{words.number(row['grad_norm_argmax'])}, median {median}, {words.count(n, 'spike')}."
     )
+    clip = "Dashed: the clip threshold. " if row["optim.clip"] is not None and row["optim.clip_kind"] == "norm" else ""
+    warmup = "Dotted: the end of the warmup. " if row["optim.warmup_steps"] else ""
     caption = (
-        "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
-        "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
-        "median; a cross on the upper edge: a value that is not finite."
+        f"Gradient norm before clipping (log scale) above the training loss, step by step. {clip}{warmup}Shaded, with "
+        "a mark above: spikes. Rings: steps at three times the recent median. A cross on the upper edge: a value that "
+        "is not finite."
     )
     names = ("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "spike_events", "clip_share")
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
@@ -184,9 +185,9 @@ def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
 
 def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
     """What to draw the layers around: the highest spike; where it diverged; the largest norm of a rough trial."""
-    own = study.spikes[(study.spikes["trial_id"] == trial_id) & (study.spikes["series"] == "grad")]
-    if len(own):
-        spike = records(own.sort_values(["peak_ratio", "start"], ascending=[False, True]).head(1))[0]
+    own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
+    if own:
+        spike = max(own, key=lambda s: s["peak_ratio"])
         return (
             spike,
             f"its highest spike (steps {spike['start']} to {spike['end']}, enclosed; the peak is marked above)",

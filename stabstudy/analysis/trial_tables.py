@@ -9,7 +9,7 @@ import numpy as np
 
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Table
-from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.levels import plain
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -40,7 +40,7 @@ def all_trials(study: Study) -> Table:
             str(row["steps_done"]),
             *(_value(name, row[name]) for name in STATISTICS),
         )
-        for row in records(study.trials.reset_index())
+        for row in map(study.row, study.trials.index)
     )
     return Table(f"All {words.count(len(rows), 'trial')}", heads, rows, frozenset(numbers), folded=True)
 
@@ -71,7 +71,7 @@ def _others(study: Study, row: Mapping[str, Any], axis: str) -> str:
 
 def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
     """The trials of the same cell; None where this is the only one."""
-    same = records(study.trials[study.trials["cell_id"] == row["cell_id"]].reset_index())
+    same = study.rows_by_cell[row["cell_id"]]
     if len(same) < 2:
         return None
     heads = ("seed", "trial", "verdict or state", *(COLUMNS[name].label for name in STATISTICS))
@@ -82,14 +82,14 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
             ended(r),
             *(_value(name, r[name]) for name in STATISTICS),
         )
-        for r in sorted(same, key=lambda r: r["seed"])
+        for r in same
     )
     return Table("The trials of this cell: all settings equal but the seed", heads, rows, frozenset(heads[3:]))
 
 
 def spikes(study: Study, trial_id: str) -> Table | None:
     """Every spike of the trial, in order; None where it has none."""
-    found = records(study.spikes[study.spikes["trial_id"] == trial_id].sort_values(["start", "series"]))
+    found = study.spikes_by_trial.get(trial_id, [])
     if not found:
         return None
     rows = tuple(
