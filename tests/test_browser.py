@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_contrasts_are_measured(browser: Any, tmp_path: Path) -> None:
     with Opened(browser, tmp_path / "pale.html") as page:
         ((contrast, _),) = page.evaluate(CONTRASTS)
     assert contrast == pytest.approx(4.478, abs=1e-3)  # WCAG's own example of a grey that just fails
+
+
+@pytest.mark.skipif("STABSTUDY_AXE" not in os.environ, reason="STABSTUDY_AXE names no axe.min.js (npm's axe-core)")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["index", "spiky", "hostile"])
+def test_axe_finds_nothing(report: Path, browser: Any, name: str, scheme: str) -> None:
+    with Opened(browser, files(report)[name], color_scheme=scheme, bypass_csp=True) as page:
+        page.evaluate(OPEN_ALL)
+        page.add_script_tag(content=Path(os.environ["STABSTUDY_AXE"]).read_text())
+        found = page.evaluate("axe.run()")
+    assert len(found["passes"]) > 30 and [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
 
 
 def column(page: Any, caption: str, head: str) -> list[str]:

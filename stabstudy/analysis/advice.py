@@ -43,16 +43,14 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
 
     Losses are compared only on the same evaluation batch; a pair without one counts for nothing.
     """
-    cells = {c: done for c, rows in study.rows_by_cell.items() if (done := _done_by_seed(rows))}
-    if cell_id not in cells:
+    here = study.rows_by_cell[cell_id]
+    if not (done := _done_by_seed(here)):
         return []
-    levels = {c: next(iter(members.values())) for c, members in cells.items()}
     found = []
-    for other, members in cells.items():
-        differing = [a for a in study.axes if levels[other][a] != levels[cell_id][a]]
-        if len(differing) == 1:
-            pair = _pair(members, cells[cell_id])
-            found.append(Neighbour(other, differing[0], levels[other][differing[0]], *pair))
+    for other, rows in study.rows_by_cell.items():
+        differing = [a for a in study.axes if rows[0][a] != here[0][a]]
+        if len(differing) == 1 and (done_there := _done_by_seed(rows)):
+            found.append(Neighbour(other, differing[0], rows[0][differing[0]], *_pair(done_there, done)))
     return sorted(found, key=lambda n: (math.isnan(n.loss.mean), n.loss.mean, n.cell_id))
 
 

@@ -11,7 +11,7 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,19 @@ def trial(page: TrialPage, source: str) -> str:
 
 def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
     (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js")
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            css=css, css_hash=css_hash, script=script, script_hash=script_hash, image=_image,
-            linked=functools.partial(linked, trials=trials, folder=folder), **content,
-        )
-    )  # fmt: skip
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+    link = functools.partial(linked, trials=trials, folder=folder)
+    made = _environment().get_template(template)
+    return made.render(own, linked=link, rows=functools.partial(_rows, link=link), image=_image, **content)
+
+
+def _rows(table: Table, link: Callable[[str], Markup]) -> Markup:
+    """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
+    starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
+    bodies = (
+        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
+    )
+    return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
 
 
 @functools.cache
