@@ -188,10 +188,9 @@ def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
     own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
     if own:
         spike = max(own, key=lambda s: s["peak_ratio"])
-        return (
-            spike,
-            f"its highest spike (steps {spike['start']} to {spike['end']}, enclosed; the peak is marked above)",
-        )
+        one = spike["start"] == spike["end"]
+        steps = f"step {spike['start']}" if one else f"steps {spike['start']} to {spike['end']}"
+        return spike, f"its highest spike ({steps}, enclosed; the peak is marked above)"
     row = study.row(trial_id)
     settled = np.where(rows["step"] >= max(SETTLED, row["optim.warmup_steps"] or 0), rows["grad_norm"], np.nan)
     if row["verdict_step"] is not None:
