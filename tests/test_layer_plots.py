@@ -45,9 +45,10 @@ def test_what_is_not_finite_is_empty() -> None:
     assert layer_plots.said(rows(made), SPIKE) == "At step 51 the norm of 1 of 6 rows was not finite."
 
 
-def test_a_record_without_layers_is_refused() -> None:
+@pytest.mark.parametrize("layers", [4, 0])
+def test_a_record_without_layers_is_refused(layers: int) -> None:
     with pytest.raises(ValueError, match="no gradient norm of a layer around step 51"):
-        layer_plots.layer_map(rows(np.full((100, 4), np.nan)), SPIKE)
+        layer_plots.layer_map(rows(np.full((100, layers), np.nan)), SPIKE)
 
 
 def test_what_is_said() -> None:

@@ -172,7 +172,9 @@ class Study:
     def rows_by_cell(self) -> dict[str, list[dict[str, Any]]]:
         """Each cell's trials, as `row` gives them, by seed."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for row in sorted(map(self.row, self._rows), key=lambda row: (row["seed"], row["trial_id"])):
+        for row in sorted(
+            map(self.row, self._rows), key=lambda row: (row["seed"] is None, row["seed"] or 0, row["trial_id"])
+        ):
             found.setdefault(row["cell_id"], []).append(row)
         return found
 

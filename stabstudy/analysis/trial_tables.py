@@ -9,7 +9,7 @@ import numpy as np
 
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Table
-from stabstudy.analysis.levels import plain
+from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -35,7 +35,7 @@ def all_trials(study: Study) -> Table:
             row["trial_id"],
             *(words.clean(row[name] or "", 40) for name in case),
             *(words.level(row[a], a) for a in axes),
-            str(row["seed"]),
+            words.level(row["seed"]),
             ended(row),
             str(row["steps_done"]),
             *(_value(name, row[name]) for name in STATISTICS),
@@ -56,7 +56,7 @@ def ended(row: Mapping[str, Any]) -> str:
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:
     """What differs in the study first; then the rest, folded."""
     varied = [(words.heading(a), a, words.level(row[a], a), _others(study, row, a)) for a in study.axes]
-    varied.append(("seed", "seed", str(row["seed"]), _others(study, row, "seed")))
+    varied.append(("seed", "seed", words.level(row["seed"]), _others(study, row, "seed")))
     yield Table("Settings that differ in this study", ("axis", "setting", "here", "elsewhere"), tuple(varied))
     rest = [n for n in setting_names() if n not in study.axes and n != "seed"]
     yield Table(
@@ -65,7 +65,7 @@ def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _others(study: Study, row: Mapping[str, Any], axis: str) -> str:
-    levels = sorted({int(s) for s in study.trials["seed"]}) if axis == "seed" else study.axes[axis]
+    levels = levels_of(study.trials["seed"]) if axis == "seed" else study.axes[axis]
     return ", ".join(words.level(v, axis) for v in levels if v != row[axis]) or words.NOTHING
 
 
@@ -77,7 +77,7 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
     heads = ("seed", "trial", "verdict or state", *(COLUMNS[name].label for name in STATISTICS))
     rows = tuple(
         (
-            str(r["seed"]),
+            words.level(r["seed"]),
             "this one" if r["trial_id"] == row["trial_id"] else r["trial_id"],
             ended(r),
             *(_value(name, r[name]) for name in STATISTICS),
@@ -102,9 +102,9 @@ def spikes(study: Study, trial_id: str) -> Table | None:
             words.number(s["baseline"]),
             words.number(s["peak_ratio"]),
             words.number(s["peak_delta"]),
-            f"{s['duration']}" if s["recovered"] else f"over {s['duration']}",
+            _lasts(s),
             s["class"],
-            "yes" if s["in_warmup"] else "no",
+            {True: "yes", False: "no", None: words.NOTHING}[s["in_warmup"]],
             words.NOTHING if s["partner"] is None else f"step {s['partner']}",
         )
         for s in found
@@ -114,6 +114,13 @@ def spikes(study: Study, trial_id: str) -> Table | None:
         "class", "in warmup", "coupled with",
     )  # fmt: skip
     return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset(heads[1:9]))
+
+
+def _lasts(spike: Mapping[str, Any]) -> str:
+    """Null where not every step was logged."""
+    if spike["duration"] is None:
+        return words.NOTHING
+    return f"{spike['duration']}" if spike["recovered"] else f"over {spike['duration']}"
 
 
 def statistics(row: Mapping[str, Any]) -> Table:
