@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +23,12 @@ _HEAD = 4096
 def publish(study: Study, report: Report, folder: Path) -> Path:
     """Write the report into `folder` and answer with the path of its page. What an older report left is removed."""
     files = dict(_figures(report))
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / name, data)
-    pages = list(_trials(study, report, folder / render.TRIALS))
-    _remove_others(folder / "figures", {Path(name).name for name in files})
-    _remove_others(folder / render.TRIALS, set(pages))
+    pages = list(_trials(study, report, folder / render.TRIALS)) if report.trials else []
+    _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
+    _remove_others(folder / render.TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
     write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
@@ -75,8 +76,9 @@ def _start(file: Path) -> bytes:
         return b""
 
 
-def _remove_others(folder: Path, kept: set[str]) -> None:
+def _remove_others(folder: Path, kept: set[str], old: str) -> None:
+    """Remove what an older report left; `old` matches the names of such files whole."""
     if folder.is_dir():
-        for old in folder.iterdir():
-            if old.name not in kept and old.suffix in (".svg", ".png", ".csv", ".html"):
-                old.unlink()
+        for file in folder.iterdir():
+            if file.name not in kept and re.fullmatch(old, file.name):
+                file.unlink()
