@@ -101,7 +101,7 @@ def _print(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stabstudy.report",
-        description="Write report/index.html, report.md, figures/ and trials.csv of a study; several are compared.",
+        description="Write report/index.html, a page per trial, report.md, figures and tables; several are compared.",
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(

@@ -228,9 +228,14 @@ def write_json(path: Path, body: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write to a temporary neighbour, fsync, rename, fsync the folder."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tmp.open("w", encoding="utf-8") as f:
-        f.write(text)
+    with tmp.open("wb") as f:
+        f.write(data)
         f.flush()
         os.fsync(f.fileno())
     tmp.replace(path)

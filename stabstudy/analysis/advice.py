@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.levels import Level, records
+from stabstudy.analysis.levels import Level
 from stabstudy.analysis.paired import Estimate, t_interval
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain
 
 FEWEST_SEEDS = 3
@@ -34,7 +33,7 @@ class Neighbour:
 def tell(study: Study, trial_id: str) -> list[str]:
     """A trial in words: `explain`'s sentences, then the cells that did better with the same seeds, if any did."""
     row = study.row(trial_id)
-    spikes = records(study.spikes[study.spikes["trial_id"] == trial_id])
+    spikes = study.spikes_by_trial.get(trial_id, [])
     off = row["optim.clip"] == math.inf  # of an ingested run, where null says that nobody knows
     recipe = Recipe(None if off else row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
     told = explain(row, spikes, recipe, study.rules)
@@ -46,31 +45,28 @@ def neighbours(study: Study, cell_id: str) -> list[Neighbour]:
 
     Losses are compared only on the same evaluation batch; a pair without one counts for nothing.
     """
-    done = study.trials[study.trials["state"] == "done"]
-    cells = {str(c): members.set_index("seed") for c, members in done.groupby("cell_id")}
-    if cell_id not in cells:
+    here = study.rows_by_cell[cell_id]
+    if not (done := _done_by_seed(here)):
         return []
-    levels = {c: _levels(members, list(study.axes)) for c, members in cells.items()}
     found = []
-    for other, members in cells.items():
-        differing = [a for a in study.axes if levels[other][a] != levels[cell_id][a]]
-        if len(differing) == 1:
-            pair = _pair(members, cells[cell_id])
-            found.append(Neighbour(other, differing[0], levels[other][differing[0]], *pair))
+    for other, rows in study.rows_by_cell.items():
+        differing = [a for a in study.axes if rows[0][a] != here[0][a]]
+        if len(differing) == 1 and (done_there := _done_by_seed(rows)):
+            found.append(Neighbour(other, differing[0], rows[0][differing[0]], *_pair(done_there, done)))
     return sorted(found, key=lambda n: (math.isnan(n.loss.mean), n.loss.mean, n.cell_id))
 
 
-def _levels(members: pd.DataFrame, axes: list[str]) -> dict[str, Any]:
-    return records(members[axes].head(1))[0]
+def _done_by_seed(rows: Iterable[Row]) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if row["state"] == "done"}
 
 
-def _pair(one: pd.DataFrame, other: pd.DataFrame) -> tuple[Estimate, int, int]:
-    there = dict(zip(other.index, other["eval_hash"], strict=True))
-    shared = [s for s, batch in zip(one.index, one["eval_hash"], strict=True) if there.get(s) == batch]
-    first, second = one.loc[shared], other.loc[shared]
-    pairs = zip(compare.values(first, "final_loss"), compare.values(second, "final_loss"), strict=True)
-    stable, stable_there = (int((members["verdict"] == "stable").sum()) for members in (first, second))
-    return t_interval([a - b for a, b in pairs]), stable, stable_there
+def _pair(one: Mapping[int, Row], other: Mapping[int, Row]) -> tuple[Estimate, int, int]:
+    shared = [s for s, row in one.items() if s in other and other[s]["eval_hash"] == row["eval_hash"]]
+    loss = compare.column("final_loss")
+    pairs = [(one[s][loss], other[s][loss]) for s in shared]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    stable, stable_there = (sum(cell[s]["verdict"] == "stable" for s in shared) for cell in (one, other))
+    return t_interval(differences), stable, stable_there
 
 
 def _better_than(study: Study, row: dict[str, Any]) -> Iterator[str]:

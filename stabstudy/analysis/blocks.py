@@ -6,7 +6,7 @@ a block is plain text that may come from a file; whoever writes it out escapes i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 
@@ -37,11 +37,19 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """A picture as text, and as pixels where it shall be a file of its own."""
+
+    svg: str
+    png: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Figure:
     """A drawing, its words, and its numbers."""
 
     name: str  # file name without ending
-    svg: str
+    drawing: Drawing
     alt: str
     caption: str
     table: Table
@@ -79,8 +87,23 @@ class Report:
     findings: Sequence[str]
     warnings: Sequence[str]
     sections: Sequence[Section]
-    files: Sequence[str] = ("report.md", "trials.csv")
+    trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
+    files: Sequence[str] = ("report.md", "trials.csv", "spikes.csv")
 
     @property
     def figures(self) -> list[Figure]:
         return [b for section in self.sections for b in section.blocks if isinstance(b, Figure)]
+
+
+@dataclass(frozen=True)
+class TrialPage:
+    """What is said of one trial on its own page. `verdict`: that or the state, with its sign as in `Count`."""
+
+    trial_id: str
+    study: str
+    title: str
+    verdict: str
+    sign: str
+    sentences: Sequence[str]
+    sections: Sequence[Section]
+    trials: Set[str]  # as in Report

@@ -52,7 +52,7 @@ def _sensitivity(study: Study) -> Iterator[Block]:
     )
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "standard error", "seeds")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    drawing = style.to_svg(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
+    drawing = style.draw(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
     yield Figure("lr-sensitivity", drawing, f"Line chart. {said}.", caption, numbers)
 
 
@@ -80,7 +80,7 @@ def _first_spikes(study: Study, axis: str | None) -> Iterator[Block]:
     )
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    drawing = style.to_svg(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
+    drawing = style.draw(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
     yield Figure("first-spikes", drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 
 
@@ -115,7 +115,7 @@ def _effects(study: Study) -> Iterator[Block]:
         for r in rows
     )
     numbers = Table("Numbers of this figure", heads, texts, frozenset(heads[2:]), folded=True)
-    yield Figure("paired-effects", style.to_svg(figure), f"Forest plot. {'; '.join(said)}.", caption, numbers)
+    yield Figure("paired-effects", style.draw(figure), f"Forest plot. {'; '.join(said)}.", caption, numbers)
 
 
 def _change(row: dict[str, float]) -> str:
@@ -147,7 +147,7 @@ def _clipping(study: Study) -> Iterator[Block]:
         f"above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the threshold "
         "sets their size, not the gradient. In words: the mean share of steps that were clipped."
     )
-    drawing = style.to_svg(effect_plots.clipping(study).figure)  # type: ignore[arg-type]
+    drawing = style.draw(effect_plots.clipping(study).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     yield Figure("clipping", drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
 
@@ -176,7 +176,7 @@ def _against(study: Study, axis: str) -> Iterator[Block]:
     )
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
     name = f"final-loss-{axis.replace('.', '-').replace('_', '-')}"
-    yield Figure(name, style.to_svg(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
+    yield Figure(name, style.draw(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
 
 
 def _mixes_batches(study: Study, axis: str) -> bool:
@@ -204,7 +204,7 @@ def _parallel(study: Study) -> Iterator[Block]:
     heads = ("coordinate", "lowest", "highest")
     rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *PARALLEL))
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
-    yield Figure("parallel", style.to_svg(drawing.figure), f"Parallel coordinates of {said} trials.", caption, table)  # type: ignore[arg-type]
+    yield Figure("parallel", style.draw(drawing.figure), f"Parallel coordinates of {said} trials.", caption, table)  # type: ignore[arg-type]
 
 
 def _name(coordinate: str) -> str:

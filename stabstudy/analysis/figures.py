@@ -105,7 +105,7 @@ def _curves(study: Study, layout: Layout) -> Iterator[Block]:
         )
         table = _curve_table(study, layout, metric, log_y)
         yield Figure(
-            _file(metric), style.to_svg(figure), _curve_alt(study, layout, metric, log_y, against), caption, table
+            _file(metric), style.draw(figure), _curve_alt(study, layout, metric, log_y, against), caption, table
         )
 
 
@@ -128,7 +128,7 @@ def _map(study: Study, layout: Layout) -> Figure:
     heads = (*map(words.heading, axes), "spike rate", "n", "not stable")
     rows = [(*_level_texts(axes, f.levels), words.percent(f.mean), str(f.n), str(f.not_stable)) for f in fields]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
-    return Figure("spike-rate-map", style.to_svg(figure), f"Map. {what}.{peak}", caption, table)
+    return Figure("spike-rate-map", style.draw(figure), f"Map. {what}.{peak}", caption, table)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _traces(study: Study) -> Iterator[Block]:
         for t, title in titles.items()
     )
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[2:]), folded=True)
-    yield Figure("traces", style.to_svg(figure), " ".join(["Line charts.", *said]), caption, table)
+    yield Figure("traces", style.draw(figure), " ".join(["Line charts.", *said]), caption, table)
 
 
 def _why(study: Study, trial_id: str) -> str:

@@ -11,19 +11,17 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, drivers, recipe, runs, sentences, words
+from stabstudy.analysis import advice, drivers, recipe, runs, sentences, trial_tables, words
 from stabstudy.analysis.blocks import Block, Code, Count, Report, Section, Table, Text
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.links import paged
 from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.trial_page import SIGNS
 from stabstudy.config import setting_names
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import State, StoreError
-
-SIGNS = {
-    "stable": "●", "spiky": "▲", "diverged": "✕", "not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨",
-}  # fmt: skip
 
 MOST_SPIKES = 12
 MOST_FAILED = 50
@@ -47,6 +45,7 @@ def report(study: Study) -> Report:
         findings=sentences.findings(study),
         warnings=sentences.warnings(study) + _mixed_engines(states),
         sections=[s for s in _sections(study, states) if s.blocks],
+        trials=paged(study),
     )
 
 
@@ -66,6 +65,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
         yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
     yield Section("spikes", "Largest spikes", list(_spikes(study)))
     yield Section("failed", "Trials without a result", list(_failed(study)))
+    yield Section("trials", "Every trial", [trial_tables.all_trials(study)] if len(study.trials) else [])
     yield Section("words", "What the columns mean", [_definitions()])
     yield Section("origin", "Where this comes from", list(_origin(study, states)))
 

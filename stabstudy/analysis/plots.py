@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, style, words
+from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.positions import Positions
@@ -24,7 +25,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import trace, traces, trial
 from stabstudy.stability.summary import COLUMNS
 
-__all__ = ["curves", "lr_curves", "metric_label", "panels", "stability_map", "trace", "traces", "trial"]
+__all__ = ["curves", "layer_map", "lr_curves", "metric_label", "panels", "stability_map", "trace", "traces", "trial"]
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,90 +1,84 @@
-"""Writes a report: index.html, report.md, figures/*.svg and trials.csv, each whole or not at all.
-
-Everything that came from a file is untrusted. The page escapes it (jinja2, autoescape on), allows no script and no
-request (Content-Security-Policy), and holds its figures and its one style sheet itself.
-"""
+"""Writes a report: its page, one for each trial, Markdown, figures and tables, each file whole or not at all."""
 
 from __future__ import annotations
 
-import base64
-import csv
 import hashlib
-import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Code, Figure, Report, Table
+from stabstudy.analysis import csv_files, render, trial_page
+from stabstudy.analysis.blocks import Report
 from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
-from stabstudy.store import write_text
+from stabstudy.store import write_bytes, write_text
 
-TEMPLATES = Path(__file__).parent / "templates"
+DRAWN = "1"
+"""Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_HEAD = 4096
+"""Bytes of a page in which its source stands."""
 
 
 def publish(study: Study, report: Report, folder: Path) -> Path:
-    """Write the report into `folder` and answer with the path of its page. Figures of an older report are removed."""
+    """Write the report into `folder` and answer with the path of its page. What an older report left is removed."""
+    files = dict(_figures(report))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for figure in report.figures:
-        write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
-    for old in (folder / "figures").glob("*.svg"):
-        if old.stem not in {f.name for f in report.figures}:
-            old.unlink()
-    write_text(folder / "trials.csv", trials_csv(study))
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    pages = list(_trials(study, report, folder / render.TRIALS)) if report.trials else []
+    _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
+    _remove_others(folder / render.TRIALS, set(pages), r"[0-9a-f]{10}\.html")
+    write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
+    write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", html(report))
+    write_text(folder / "index.html", render.index(report))
     return folder / "index.html"
 
 
-def html(report: Report) -> str:
-    """The page: one file, no script, nothing loaded from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.tests["table"] = lambda block: isinstance(block, Table)
-    environment.tests["code"] = lambda block: isinstance(block, Code)
-    environment.tests["figure"] = lambda block: isinstance(block, Figure)
-    css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    page = environment.get_template("index.html.j2")
-    # Markup: our own style sheet, and base64 text; nothing in them comes from a study.
-    return page.render(report=report, css=Markup(css), css_hash=digest, image=_image)
+def _figures(report: Report) -> Iterator[tuple[str, bytes]]:
+    """Each figure as a drawing, as pixels and as its numbers."""
+    for figure in report.figures:
+        yield f"figures/{figure.name}.svg", figure.drawing.svg.encode()
+        if figure.drawing.png is not None:
+            yield f"figures/{figure.name}.png", figure.drawing.png
+        yield f"figures/{figure.name}.csv", csv_files.of_table(figure.table).encode()
 
 
-def trials_csv(study: Study) -> str:
-    """The trials' table. Null is empty; text that a spreadsheet would run as a formula gets a leading quote."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    frame = study.trials.reset_index()
-    writer.writerow(frame.columns)
-    for row in frame.itertuples(index=False, name=None):
-        writer.writerow([_field(value) for value in row])
-    return out.getvalue()
+def _trials(study: Study, report: Report, folder: Path) -> Iterator[str]:
+    """Write the page of each trial; answers with the files' names. A page that would come out the same is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = set(trial_page.notable(study))
+    for trial_id in sorted(report.trials):
+        page = trial_page.page(study, trial_id, report.trials, trial_id in drawn)
+        file = folder / f"{trial_id}.html"
+        if trial_id in drawn:
+            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), render.trial(page, ""))
+            if source.encode() not in _start(file):
+                write_text(file, render.trial(trial_page.with_figures(study, page), source))
+        else:
+            text = render.trial(page, "")
+            if not file.exists() or file.read_bytes() != text.encode():
+                write_text(file, text)
+        yield file.name
 
 
-def _field(value: Any) -> Any:
-    if words.is_null(value):
-        return ""
-    if isinstance(value, str):
-        text = words.clean(value, 1000)
-        return f"'{text}" if text.startswith(_FORMULA) else text
-    return value
+def _digest(*parts: str) -> str:
+    """What a page with figures depends on: its words, templates and script, and the files that they were made from."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _image(figure: Figure) -> dict[str, Any]:
-    """What an <img> needs: the drawing itself, and its size in CSS pixels so that the page does not jump."""
-    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', figure.svg)
-    width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
-    data = base64.b64encode(figure.svg.encode()).decode()
-    return {"src": f"data:image/svg+xml;base64,{data}", "width": width, "height": height}
+def _start(file: Path) -> bytes:
+    try:
+        with file.open("rb") as f:
+            return f.read(_HEAD)
+    except FileNotFoundError:
+        return b""
+
+
+def _remove_others(folder: Path, kept: set[str], old: str) -> None:
+    """Remove what an older report left; `old` matches the names of such files whole."""
+    if folder.is_dir():
+        for file in folder.iterdir():
+            if file.name not in kept and re.fullmatch(old, file.name):
+                file.unlink()

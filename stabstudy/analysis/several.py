@@ -192,7 +192,7 @@ def _figures(whole: Study) -> Iterator[Block]:
             table = _figure_table(whole, metric, x, log_y)
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
             name = f"studies-{metric.replace('_', '-')}"
-            svg = style.to_svg(ax.figure)  # type: ignore[arg-type]
+            svg = style.draw(ax.figure)  # type: ignore[arg-type]
             yield Figure(name, svg, f"Line chart. {said}.", caption, table)
 
 

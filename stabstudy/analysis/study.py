@@ -20,7 +20,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, importance, ingested, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
-from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
+from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
@@ -269,6 +269,24 @@ class Study:
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:
         return {row["trial_id"]: row for row in self.tables.trials}
+
+    @cached_property
+    def rows_by_cell(self) -> dict[str, list[dict[str, Any]]]:
+        """Each cell's trials, as `row` gives them, by seed."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in sorted(
+            map(self.row, self._rows), key=lambda row: (row["seed"] is None, row["seed"] or 0, row["trial_id"])
+        ):
+            found.setdefault(row["cell_id"], []).append(row)
+        return found
+
+    @cached_property
+    def spikes_by_trial(self) -> dict[str, list[dict[str, Any]]]:
+        """Each trial's rows of `spikes`, null as None, by step; a trial without spikes is left out."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in records(self.spikes.sort_values(["start", "series"])):
+            found.setdefault(row["trial_id"], []).append(row)
+        return found
 
     def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((t, row) for t, row in self._rows.items() if row["state"] == "done")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import words
+from stabstudy.analysis.blocks import Drawing
 from stabstudy.analysis.levels import ordered
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure in light colours at 160 dots per inch; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context(_RC):
+        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw(figure: Figure) -> Drawing:
+    """The figure in both forms."""
+    return Drawing(to_svg(figure), to_png(figure))
 
 
 def ordered_colours(n: int) -> list[str]:

@@ -1,0 +1,86 @@
+"""Blocks as HTML: the page of a study and the page of a trial.
+
+Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
+allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
+page reads the same; it sorts and filters tables.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
+from stabstudy.analysis.links import linked
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+TRIALS = "trials/"
+"""The folder of the trials' pages, beside the study's page."""
+
+
+def index(report: Report) -> str:
+    """The page of the study."""
+    return _render("index.html.j2", report.trials, TRIALS, report=report, sections=report.sections, zoom=False)
+
+
+def trial(page: TrialPage, source: str) -> str:
+    """The page of a trial. `source` stands in its head: what it was drawn from."""
+    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source, zoom=True)
+
+
+def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
+    (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js")
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+    link = functools.partial(linked, trials=trials, folder=folder)
+    made = _environment().get_template(template)
+    return made.render(own, linked=link, rows=functools.partial(_rows, link=link), image=_image, **content)
+
+
+def _rows(table: Table, link: Callable[[str], Markup]) -> Markup:
+    """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
+    starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
+    bodies = (
+        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
+    )
+    return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.tests["table"] = lambda block: isinstance(block, Table)
+    made.tests["code"] = lambda block: isinstance(block, Code)
+    made.tests["figure"] = lambda block: isinstance(block, Figure)
+    return made
+
+
+@functools.cache
+def _own(name: str) -> tuple[Markup, str]:
+    """A file of ours as it stands in the page, and its hash for the policy; nothing in it comes from a study."""
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _image(figure: Figure) -> dict[str, Any]:
+    """What an <img> needs: the drawing itself, and its size in CSS pixels so that the page does not jump."""
+    svg = figure.drawing.svg
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+    width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
+    data = base64.b64encode(svg.encode()).decode()
+    return {"src": f"data:image/svg+xml;base64,{data}", "width": width, "height": height}
