@@ -58,7 +58,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
         yield Section("asked", "What was asked", list(_asked(study)))
         yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
-    yield Section("told", "Two trials in words", list(_told(study)))
+    yield Section("told", "Trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
     if not study.ingested:
         yield Section("sensitivity", "How sensitive", list(drivers.sensitivity(study)))

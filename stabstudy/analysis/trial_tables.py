@@ -103,7 +103,7 @@ def spikes(study: Study, trial_id: str) -> Table | None:
             words.number(s["peak_ratio"]),
             words.number(s["peak_delta"]),
             _lasts(s),
-            s["class"],
+            s["class"] or words.NOTHING,
             {True: "yes", False: "no", None: words.NOTHING}[s["in_warmup"]],
             words.NOTHING if s["partner"] is None else f"step {s['partner']}",
         )
