@@ -115,6 +115,15 @@ def test_a_rule_for_the_learning_rate_is_applied_for_those_who_lack_it() -> None
     assert yaml.safe_load(recipe.hugging_face(settings)[0])["learning_rate"] == pytest.approx(2e-3)
 
 
+def test_a_warmup_said_as_a_share_is_given_in_steps(tmp_path: Path) -> None:
+    settings = flat(optim={"lr": 1e-2, "warmup_steps": None, "warmup_share": 0.1}, train={"steps": 60})
+    assert yaml.safe_load(recipe.lingua(settings)[0])["optim"]["warmup"] == 6
+    assert yaml.safe_load(recipe.hugging_face(settings)[0])["warmup_steps"] == 6
+    said = [*recipe.overrides({"model.depth": 2, "optim.lr": 1e-2, "optim.clip": 1.0}, settings), "seeds=1"]
+    (trial,) = make_plan(said, tmp_path).trials
+    assert trial.config.warmup_steps == 6
+
+
 @pytest.mark.parametrize("schedule", sorted(recipe.SCHEDULERS))
 def test_transformers_accepts_its_keys_and_schedules_alike(schedule: str, tmp_path: Path) -> None:
     optim = {"lr": 1e-3, "warmup_steps": 10, "schedule": schedule, "min_lr_ratio": 0.0}

@@ -84,21 +84,24 @@ def step(axis: str, a: object, b: object) -> str:
 
 
 def _limits(study: Study) -> Iterator[str]:
-    """The largest learning rate at which every trial stayed stable, per depth."""
+    """The largest learning rate at which every trial stayed stable: per depth, or per level of the one other axis."""
     grid = study.grid
     if "optim.lr" not in grid.axes:
         return
-    by = "model.depth" if "model.depth" in grid.axes else None
+    others = [a for a in grid.axes if a != "optim.lr"]
+    by = "model.depth" if "model.depth" in others else others[0] if len(others) == 1 else None
     table = grid.largest_stable("optim.lr", by)
     said: dict[str, list[str]] = {}
     for level, row in zip(table.index, records(table), strict=True):
-        said.setdefault(_limit_text(row, grid.axes["optim.lr"]), []).append(words.level(level))
+        said.setdefault(_limit_text(row, grid.axes["optim.lr"]), []).append(words.level(level, by or ""))
     pooled = [words.label(a) for a in grid.axes if a not in ("optim.lr", by)]
     over = f", pooled over {words.listing(pooled)}" if pooled else ""
     fewest, most = int(table["trials"].min()), int(table["trials"].max())
-    trials = f"{fewest if fewest == most else f'{fewest} to {most}'} trials{' per depth' if by else ''}"
+    trials = f"{fewest if fewest == most else f'{fewest} to {most}'} trials{f' per {words.label(by)}' if by else ''}"
     for text, levels in said.items():
-        yield text[0].upper() + text[1:] if by is None else f"Depth {words.listing(levels)}: {text}"
+        where = "" if by is None else f"{words.label(by)} {words.listing(levels)}: "
+        sentence = f"{where}{text}"
+        yield sentence[0].upper() + sentence[1:]
     yield from _working(table, by, f"{trials}{over}")
 
 
@@ -124,7 +127,7 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
     parts = []
     for level, row in zip(table.index, records(table), strict=True):
         if row["works_to"] is not None:
-            where = "" if by is None else f" at depth {words.level(level)}"
+            where = "" if by is None else f" at {words.label(by)} {words.level(level, by)}"
             parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
