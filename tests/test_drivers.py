@@ -75,6 +75,7 @@ def test_markdown_holds_the_same_sections(path: Path, page: Page) -> None:
     assert len(said) >= 4 and all(line in page.text for line in said)
 
 
+@pytest.mark.slow
 def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", seeds=(0, 1))
     planted.plant_trial(folder, planted.settings(6, 0.5, 1.0, 1, 120), status="oom", steps_done=3)
@@ -86,6 +87,7 @@ def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
     assert "Shares of variance: not computed: 13 trials for 2 axes, and it needs 10 for each: mostly chance." in text
 
 
+@pytest.mark.slow
 def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0, 1), lrs=(1e-2, 1e-1))
     for seed in (0, 1):

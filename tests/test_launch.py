@@ -191,6 +191,7 @@ def _rows(study: store.StudyFolder, state: store.State) -> int:
     return live.read_bytes().count(b"\n") if live.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: Command, started: Started) -> None:
     words = command("study=stopped", "train.steps=1500", "train.checkpoint_every=100000", "optim.clip=1.0")

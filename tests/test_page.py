@@ -19,6 +19,7 @@ import pytest
 
 from stabstudy.analysis import render, sentences, words
 from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.page import report
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.store import StudyFolder
@@ -252,6 +253,7 @@ def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
     assert said[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", seeds=(0,))
     page = report_on(folder)
@@ -259,6 +261,16 @@ def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
     assert not any("±" in field for row in page.table("Means over")[1:] for field in row)
     assert all(row[5] == words.NOTHING for row in page.table("Paired differences")[1:])
     assert "told from chance" not in page.text
+
+
+def test_more_seeds_than_the_exact_test_takes_have_no_p(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr in (0.01, 0.1):
+        for seed in range(21):
+            planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, steps=60), final_loss=2.0 + lr)
+    sections = report(Study.load(tmp_path / "s")).sections
+    (table,) = (b for s in sections for b in s.blocks if getattr(b, "title", "") == "Paired differences")
+    assert {row[-1] for row in table.rows} == {words.NOTHING} and {row[-3] for row in table.rows} == {"21"}
 
 
 def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
@@ -333,6 +345,7 @@ def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     assert _bytes(path) == before and len(before) == 4 + 4 + 9 * 3 + 15  # the study's, the report's, figures, trials
 
 
+@pytest.mark.slow
 def test_a_moved_study_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
     before = _bytes(path)
     moved = tmp_path / "elsewhere" / path.name

@@ -114,6 +114,7 @@ def test_equal_names_are_refused(two: list[Study]) -> None:
         Study.concat(two[:1])
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_comparison(
     two: list[Study], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -198,6 +198,7 @@ def test_the_notable_are_drawn_and_the_rest_say_how_to(
     assert f'"{ended(study, "spiky")}").savefig' in pages[ended(study, "spiky")].text
 
 
+@pytest.mark.slow
 def test_what_has_not_changed_is_not_drawn_again(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / path.name
     shutil.copytree(path, copy)

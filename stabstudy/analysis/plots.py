@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+UNSTABLE_LOGIT = 1e4
+"""Attention logits beyond which arXiv 2309.14322 saw training fail; drawn where a study comes so far."""
+
 MAX_PANELS = 6
 BAND_FROM = 3
 """Seeds from which the interval is drawn. That of two spans 12.7 standard errors: it stands in the tables."""
@@ -70,6 +73,13 @@ def curves(
     positions.apply_x(ax)
     ax.set_ylabel(style.plain(metric_label(metric)))
     _limit_to_dots(ax, trials, metric, log_y)
+    if metric == "attn_logit_peak" and ax.get_ylim()[1] >= UNSTABLE_LOGIT:
+        ax.axhline(UNSTABLE_LOGIT, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
+        place = (0, UNSTABLE_LOGIT)
+        ax.annotate(
+            "1e4: unstable at larger sizes (arXiv 2309.14322)", place, (4, -3), textcoords="offset points", va="top",
+            xycoords=ax.get_yaxis_transform(), color=style.VERMILLION, fontsize=8,
+        )  # fmt: skip
     return ax
 
 

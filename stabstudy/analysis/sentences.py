@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def effects(study: Study) -> pd.DataFrame:
         for metric in EFFECTS:
             pairs = [r for r in records(study.compare(axis, metric)) if r["pairs"]]
             rows += [{"axis": axis, "metric": metric, **r} for r in _ends(pairs, levels)]
-    adjusted = holm([float(row["p"]) for row in rows])
+    adjusted = holm([math.nan if row["p"] is None else float(row["p"]) for row in rows])  # null: over 20 seeds
     return pd.DataFrame([row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)])
 
 
