@@ -537,6 +537,7 @@ TREES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES_IN_FILES, TREES, max_size=4))
 def test_fuzzed_sweeps(tree):

@@ -101,6 +101,7 @@ def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
     assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not." in page.items
 
 
+@pytest.mark.slow
 def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4):
@@ -110,6 +111,7 @@ def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
     assert "Time to the first spike: no trial spiked or diverged." in text
 
 
+@pytest.mark.slow
 def test_growth_is_shown_from_three_sizes_on(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4, 8):

@@ -304,6 +304,7 @@ def test_an_empty_study_says_so(tmp_path: Path) -> None:
     assert page.headings[1][1] == "The study holds no trial yet." and sum(page.counts().values()) == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for seed in (0, 1):
@@ -314,6 +315,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "s" / "report" / "figures" / "spike-rate-map.svg").exists()
 
 
+@pytest.mark.slow
 def test_data_sets_are_an_axis_like_any_other(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for name in ("pysrc", "synthetic"):

@@ -128,6 +128,7 @@ def test_help_and_errors_wait_for_no_library(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_early_hears_no_complaint(tmp_path: Path) -> None:
     study, other = small(tmp_path / "s"), small(tmp_path / "other")
     read_end, write_end = os.pipe()
