@@ -155,7 +155,7 @@ def _clipping(study: Study) -> Iterator[Block]:
 def _against(study: Study, axis: str) -> Iterator[Block]:
     """The final loss against one axis, every other axis pooled but the main line's."""
     grid = study.grid
-    if axis not in grid.axes or _mixes_batches(grid, axis):
+    if axis not in grid.axes or _mixes_batches(grid):
         return
     trials = plots.drawable(grid.trials, "final_loss")
     drawing = plots.curves(grid, "final_loss", x=axis, by=None)
@@ -179,10 +179,9 @@ def _against(study: Study, axis: str) -> Iterator[Block]:
     yield Figure(name, style.draw(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
 
 
-def _mixes_batches(study: Study, axis: str) -> bool:
-    """Whether the losses at any level, or at two of them, are on different evaluation batches."""
-    done = study.trials[study.trials["state"] == "done"]
-    return bool(done["eval_hash"].nunique() > 1 or axis not in done)
+def _mixes_batches(study: Study) -> bool:
+    """Whether the losses are on different evaluation batches."""
+    return bool(study.trials.loc[study.trials["state"] == "done", "eval_hash"].nunique() > 1)
 
 
 def _parallel(study: Study) -> Iterator[Block]:
