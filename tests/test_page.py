@@ -90,8 +90,12 @@ def read(html: str) -> Page:
     return page
 
 
+MARKDOWN_LINK = re.compile(r"(?<!\\)\[([0-9a-f]{10})\]\((trials/\1\.html)\)")
+
+
 def unescaped(text: str) -> str:
-    return re.sub(r"\\(.)", r"\1", text)
+    """What a reader of Markdown sees: links as their words."""
+    return re.sub(r"\\(.)", r"\1", MARKDOWN_LINK.sub(r"\1", text))
 
 
 def markdown_tables(text: str) -> list[list[list[str]]]:
@@ -176,6 +180,14 @@ def test_markdown_holds_the_same_numbers(path: Path, page: Page) -> None:
     assert bullets == page.items[7:]
 
 
+def test_markdown_links_to_the_same_trials(path: Path, page: Page) -> None:
+    text = (path / "report" / "report.md").read_text()
+    linked = [attrs["href"] for tag, attrs in page.tags if tag == "a" and attrs["href"].startswith("trials/")]
+    found = [target for _, target in MARKDOWN_LINK.findall(text)]
+    assert found == linked and len(set(found)) == 15
+    assert all((path / "report" / target).exists() for target in found)
+
+
 def test_csv_is_the_table(path: Path, study: Study) -> None:
     rows = list(csv.DictReader(io.StringIO((path / "report" / "trials.csv").read_text())))
     assert [row["trial_id"] for row in rows] == list(study.trials.index)
@@ -199,8 +211,9 @@ def test_effects_are_compare(page: Page, study: Study) -> None:
 
 def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Study) -> None:
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
-    assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "spike-rate-map"]
-    assert names[4:] == ["paired-effects", "clipping", "first-spikes", "parallel", "traces"]
+    assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map"]
+    assert names[4:7] == ["spike-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
+    assert names[7:] == ["paired-effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
     alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
@@ -311,7 +324,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
         planted.plant_trial(tmp_path / "s", planted.settings(seed=seed))
     assert "Nothing varies but the seed" in report_on(tmp_path / "s").text
     planted.plant_trial(tmp_path / "s", planted.settings(lr=0.5))
-    assert "A map needs two axes; this study varies one." in report_on(tmp_path / "s").text
+    assert "Maps: left out, they need two axes; this study varies one." in report_on(tmp_path / "s").text
     assert not (tmp_path / "s" / "report" / "figures" / "spike-rate-map.svg").exists()
 
 
@@ -344,7 +357,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 4 + 9 * 3 + 15  # the study's, the report's, figures, trials
+    assert _bytes(path) == before and len(before) == 4 + 4 + 13 * 3 + 15  # the study's, the report's, figures, trials
 
 
 @pytest.mark.slow

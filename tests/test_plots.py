@@ -117,9 +117,9 @@ def test_map_writes_value_and_n_in_every_field(study: Study) -> None:
     texts = {(t.get_position()): t.get_text().split("\n") for t in ax.texts}
     spiky = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
     rate = float(spiky["spike_rate"].mean())
-    assert texts[(0, 0)] == ["0", "n=2"]
-    assert texts[(2, 0)] == [f"{rate:.4f}", "n=2", "2 spiky"]
-    assert texts[(3, 1)] == ["0", "n=1", "1 diverged"]
+    assert texts[(0, 0)] == ["0 %", "n=2"]
+    assert texts[(2, 0)] == [f"{100 * rate:.1f} %", "n=2", "2 spiky"]
+    assert texts[(3, 1)] == ["0 %", "n=1", "1 diverged"]
     assert [line.get_xdata() for line in _lines(ax, "diverged")] == [[3.38]]
     hatched = [p.get_xy() for p in ax.patches if p.get_hatch()]
     assert hatched == [(2.5, -0.5)]  # depth 2 never ran at the largest rate

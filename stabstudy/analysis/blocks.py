@@ -49,6 +49,7 @@ class Figure:
     """A drawing, its words, and its numbers."""
 
     name: str  # file name without ending
+    title: str  # its heading: what is drawn against what
     drawing: Drawing
     alt: str
     caption: str

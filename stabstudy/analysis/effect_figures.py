@@ -53,7 +53,8 @@ def _sensitivity(study: Study) -> Iterator[Block]:
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "standard error", "seeds")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     drawing = style.draw(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
-    yield Figure("lr-sensitivity", drawing, f"Line chart. {said}.", caption, numbers)
+    title = f"LR sensitivity against {words.label(x)}"
+    yield Figure("lr-sensitivity", title, drawing, f"Line chart. {said}.", caption, numbers)
 
 
 def _where(row: dict[str, Any], axes: list[str]) -> str:
@@ -81,7 +82,8 @@ def _first_spikes(study: Study, axis: str | None) -> Iterator[Block]:
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     drawing = style.draw(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
-    yield Figure("first-spikes", drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
+    title = f"Time to the first spike, by {words.label(axis)}"
+    yield Figure("first-spikes", title, drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 
 
 def _effects(study: Study) -> Iterator[Block]:
@@ -115,7 +117,8 @@ def _effects(study: Study) -> Iterator[Block]:
         for r in rows
     )
     numbers = Table("Numbers of this figure", heads, texts, frozenset(heads[2:]), folded=True)
-    yield Figure("paired-effects", style.draw(figure), f"Forest plot. {'; '.join(said)}.", caption, numbers)
+    alt = f"Forest plot. {'; '.join(said)}."
+    yield Figure("paired-effects", "What each axis changed, pair by pair", style.draw(figure), alt, caption, numbers)
 
 
 def _change(row: dict[str, float]) -> str:
@@ -149,7 +152,8 @@ def _clipping(study: Study) -> Iterator[Block]:
     )
     drawing = style.draw(effect_plots.clipping(study).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    yield Figure("clipping", drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
+    title = "Clip threshold against the norms"
+    yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
 
 
 def _against(study: Study, axis: str) -> Iterator[Block]:
@@ -176,7 +180,8 @@ def _against(study: Study, axis: str) -> Iterator[Block]:
     )
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
     name = f"final-loss-{axis.replace('.', '-').replace('_', '-')}"
-    yield Figure(name, style.draw(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
+    title = f"Final validation loss against {words.label(axis)}"
+    yield Figure(name, title, style.draw(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
 
 
 def _mixes_batches(study: Study) -> bool:
@@ -203,7 +208,8 @@ def _parallel(study: Study) -> Iterator[Block]:
     heads = ("coordinate", "lowest", "highest")
     rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *PARALLEL))
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
-    yield Figure("parallel", style.draw(drawing.figure), f"Parallel coordinates of {said} trials.", caption, table)  # type: ignore[arg-type]
+    alt = f"Parallel coordinates of {said} trials."
+    yield Figure("parallel", "All axes at once", style.draw(drawing.figure), alt, caption, table)  # type: ignore[arg-type]
 
 
 def _name(coordinate: str) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import pandas as pd
-
-from stabstudy.analysis import compare, effect_figures, plots, runs, style, words
+from stabstudy.analysis import compare, effect_figures, map_figures, norm_figures, plots, runs, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
-from stabstudy.analysis.levels import Level, ordered, split
+from stabstudy.analysis.layout import Layout, layout_of, level_texts, points, pooled, said_levels
+from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 
@@ -33,21 +31,6 @@ TRACE_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What lies where: x, one line per level of `by`, one panel per combination of `over`; `pooled` is averaged."""
-
-    x: str
-    by: str | None
-    over: list[str]
-    pooled: list[str]
-
-    def axes(self, study: Study) -> dict[str, list[Level]]:
-        """Panels, line and x, in that order, with their levels."""
-        drawn = (*self.over, *([] if self.by is None else [self.by]), self.x)
-        return {axis: study.axes[axis] for axis in drawn}
-
-
 def figures(study: Study) -> Iterator[Block]:
     """Every figure that the study allows; in place of one that it does not, the reason."""
     grid = study.grid
@@ -65,21 +48,10 @@ def figures(study: Study) -> Iterator[Block]:
         )
     else:
         yield from _curves(grid, layout)
-        yield _map(grid, layout) if layout.by else Text("A map needs two axes; this study varies one.")
+        yield from map_figures.figures(grid, layout)
         yield from effect_figures.figures(study, layout.x)
+        yield from norm_figures.figures(study, layout.x)
     yield from _traces(study)
-
-
-def layout_of(study: Study) -> Layout | None:
-    """The learning rate across and a line per depth, where they vary; else the first axes of numbers."""
-    axes = sorted(study.axes, key=lambda a: not ordered(study.axes[a]))
-    if not axes:
-        return None
-    x = "optim.lr" if "optim.lr" in axes else axes[0]
-    rest = [a for a in axes if a != x]
-    by = "model.depth" if "model.depth" in rest else rest[0] if rest else None
-    over = plots.panel_axes(study, [x, by])
-    return Layout(x, by, over, [a for a in rest if a not in (by, *over)])
 
 
 def _curves(study: Study, layout: Layout) -> Iterator[Block]:
@@ -101,74 +73,30 @@ def _curves(study: Study, layout: Layout) -> Iterator[Block]:
         caption = (
             f"{against}, on the {words.count(len(drawable), 'done trial')} that have it. Small marks are trials, lines "
             f"their {'geometric ' if log_y else ''}means, bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
-            f"{_pooled(layout)}{_triangles(diverged)}{_left_out(study, len(drawable))}"
+            f"{pooled(layout)}{_triangles(diverged)}{_left_out(study, len(drawable))}"
         )
         table = _curve_table(study, layout, metric, log_y)
-        yield Figure(
-            _file(metric), style.draw(figure), _curve_alt(study, layout, metric, log_y, against), caption, table
-        )
-
-
-def _map(study: Study, layout: Layout) -> Figure:
-    by, axes = str(layout.by), layout.axes(study)
-    fields = [_Field.of(levels, trials) for levels, trials in _points(study, layout, "spike_rate")]
-    known = [f for f in fields if f.mean == f.mean]
-    highest = max(known, key=lambda f: f.mean, default=None)
-    figure = plots.panels(
-        study,
-        lambda part, ax: plots.stability_map(part, layout.x, by, "spike_rate", highest.mean if highest else 0.0, ax),
-        layout.over,
-    )
-    what = f"Spike rate (flagged steps per evaluable step) over {words.label(layout.x)} and {words.label(by)}"
-    caption = (
-        f"{what}: the mean over n done trials, {sum(f.n for f in fields)} in all; lighter is higher. Below it, how "
-        f"many of the n are not stable. Hatched: no done trial; a cross: at least one diverged.{_pooled(layout)}"
-    )
-    peak = f" Highest: {words.percent(highest.mean)} at {_levels(axes, highest.levels)}." if highest else ""
-    heads = (*map(words.heading, axes), "spike rate", "n", "not stable")
-    rows = [(*_level_texts(axes, f.levels), words.percent(f.mean), str(f.n), str(f.not_stable)) for f in fields]
-    table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
-    return Figure("spike-rate-map", style.draw(figure), f"Map. {what}.{peak}", caption, table)
-
-
-@dataclass(frozen=True)
-class _Field:
-    """One field of the map."""
-
-    levels: tuple[Level, ...]
-    mean: float
-    n: int
-    not_stable: int
-
-    @staticmethod
-    def of(levels: tuple[Level, ...], trials: pd.DataFrame) -> _Field:
-        bad = int(trials["verdict"].isin(("spiky", "diverged")).sum())
-        return _Field(levels, compare.mean(trials, "spike_rate").mean, len(trials), bad)
-
-
-def _points(study: Study, layout: Layout, metric: str) -> list[tuple[tuple[Level, ...], pd.DataFrame]]:
-    """The done trials of each combination of panel, line and x; only the columns that a figure of `metric` needs."""
-    axes = layout.axes(study)
-    needed = dict.fromkeys([*axes, "state", "verdict", "eval_hash", metric, "final_loss_capped"])
-    return split(study.trials.loc[study.trials["state"] == "done", list(needed)], axes)
+        alt = _curve_alt(study, layout, metric, log_y, against)
+        title = f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}"
+        yield Figure(_file(metric), title, style.draw(figure), alt, caption, table)
 
 
 def _mixed(study: Study, layout: Layout) -> bool:
     """Whether any point of a figure would pool losses on different evaluation batches."""
-    return any(trials["eval_hash"].nunique() > 1 for _, trials in _points(study, layout, "final_loss"))
+    return any(trials["eval_hash"].nunique() > 1 for _, trials in points(study, layout, "final_loss"))
 
 
 def _curve_table(study: Study, layout: Layout, metric: str, log_y: bool) -> Table:
     axes = layout.axes(study)
     heads = (*map(words.heading, axes), plots.metric_label(metric), "low", "high", "n", "diverged")
     rows = []
-    for levels, trials in _points(study, layout, metric):
+    for levels, trials in points(study, layout, metric):
         drawn = plots.drawable(trials, metric)
         if len(drawn):
             e = plots.mean_of(drawn, metric, log_y)
             diverged = int((drawn["verdict"] == "diverged").sum())
             numbers = map(words.number, (e.mean, e.low, e.high, len(drawn), diverged))
-            rows.append((*_level_texts(axes, levels), *numbers))
+            rows.append((*level_texts(axes, levels), *numbers))
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
 
 
@@ -176,15 +104,15 @@ def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: 
     """Where each line starts, ends, and is lowest and highest."""
     axes = layout.axes(study)
     lines: dict[tuple[Level, ...], list[tuple[Level, float]]] = {}
-    for levels, trials in _points(study, layout, metric):
+    for levels, trials in points(study, layout, metric):
         mean = plots.mean_of(plots.drawable(trials, metric), metric, log_y).mean
         if mean == mean:
             lines.setdefault(levels[:-1], []).append((levels[-1], mean))
     parts = [f"Line chart. {against}."]
-    for levels, points in list(lines.items())[:MOST_LINES_SAID]:
-        low, high = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
-        said = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (points[0], points[-1], low, high)]
-        name = _levels(axes, levels)
+    for levels, line in list(lines.items())[:MOST_LINES_SAID]:
+        low, high = min(line, key=lambda p: p[1]), max(line, key=lambda p: p[1])
+        said = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (line[0], line[-1], low, high)]
+        name = said_levels(axes, levels)
         text = f"from {said[0]} to {said[1]}; lowest {said[2]}, highest {said[3]}."
         parts.append(f"{name}: {text}" if name else text)
     if len(lines) > MOST_LINES_SAID:
@@ -219,7 +147,14 @@ def _traces(study: Study) -> Iterator[Block]:
         for t, title in titles.items()
     )
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[2:]), folded=True)
-    yield Figure("traces", style.draw(figure), " ".join(["Line charts.", *said]), caption, table)
+    yield Figure(
+        "traces",
+        "Step by step: the roughest and a typical trial",
+        style.draw(figure),
+        " ".join(["Line charts.", *said]),
+        caption,
+        table,
+    )
 
 
 def _why(study: Study, trial_id: str) -> str:
@@ -230,19 +165,6 @@ def _why(study: Study, trial_id: str) -> str:
 
 def _spikes(n: int | None) -> str:
     return "spikes not judged" if n is None else words.count(n, "spike")
-
-
-def _level_texts(axes: Iterable[str], levels: Iterable[Level]) -> list[str]:
-    return [words.level(level, axis) for axis, level in zip(axes, levels, strict=False)]
-
-
-def _levels(axes: Iterable[str], levels: Iterable[Level]) -> str:
-    """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
-    return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=False))
-
-
-def _pooled(layout: Layout) -> str:
-    return f" Averaged over {words.listing([words.label(a) for a in layout.pooled])}." if layout.pooled else ""
 
 
 def _triangles(diverged: int) -> str:

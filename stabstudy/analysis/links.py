@@ -13,6 +13,9 @@ from markupsafe import Markup, escape
 
 from stabstudy.analysis.study import Study
 
+TRIALS = "trials/"
+"""The folder of the trials' pages, beside the study's page."""
+
 _ID = re.compile(r"(?<![0-9A-Za-z_])([0-9a-f]{10})(?![0-9A-Za-z_])")
 
 
@@ -24,10 +27,15 @@ def paged(study: Study) -> frozenset[str]:
 
 def linked(text: str, trials: Set[str], folder: str) -> Markup:
     """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names."""
-    parts = _ID.split(text)
+    parts = split_ids(text)
     if len(parts) == 1:
         return escape(text)
     return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
+
+
+def split_ids(text: str) -> list[str]:
+    """The text in parts, of which every second one looks like the id of a trial."""
+    return _ID.split(text)
 
 
 def _link(trial_id: str, folder: str) -> Markup:

@@ -9,7 +9,6 @@ No trial is left out silently: a diverged one is an open triangle on the upper e
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,18 @@ import pandas as pd
 from stabstudy.analysis import compare, style, words
 from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
+from stabstudy.analysis.map_plots import stability_map, verdict_map
+from stabstudy.analysis.norm_plots import accumulation, norm_ratios
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import trace, traces, trial
 from stabstudy.stability.summary import COLUMNS
 
-__all__ = ["curves", "layer_map", "lr_curves", "metric_label", "panels", "stability_map", "trace", "traces", "trial"]
+__all__ = [
+    "accumulation", "curves", "layer_map", "lr_curves", "metric_label", "norm_ratios", "panels", "stability_map",
+    "trace", "traces", "trial", "verdict_map",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,46 +87,15 @@ def curves(
     return ax
 
 
-def stability_map(
-    study: Study,
-    x: str = "optim.lr",
-    y: str = "model.depth",
-    value: str = "spike_rate",
-    highest: float | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
+def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str], height: float = 4.0) -> Figure:
+    """Small multiples with common scales: `draw` once per combination of levels of the axes in `over`.
 
-    `highest` fixes the top of the colour scale, so that several maps can be compared.
+    `height`: of the panel in inches where it is alone; several are a fifth lower each.
     """
-    ax = style.new_figure().axes[0] if ax is None else ax
-    columns = Positions(study.axes.get(x) or levels_of(study.trials[x]), x, categorical=True)
-    rows = Positions(study.axes.get(y) or levels_of(study.trials[y]), y, categorical=True)
-    done = study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", compare.column(value)]]
-    fields = dict(split(done, {x: columns.levels, y: rows.levels}))
-    means = {levels: compare.mean(trials, value).mean for levels, trials in fields.items()}
-    top = max([v for v in means.values() if math.isfinite(v)], default=0.0) if highest is None else highest
-    for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
-        levels = (columns.levels[i], rows.levels[j])
-        if levels in fields:
-            _draw_field(ax, (i, j), fields[levels], means[levels], means[levels] / top if top > 0 else 0.0)
-        else:
-            _hatch(ax, (i, j))
-    columns.apply_x(ax)
-    rows.apply_y(ax)
-    ax.set_xlim(-0.5, len(columns.levels) - 0.5)
-    ax.set_ylim(-0.5, len(rows.levels) - 0.5)
-    ax.grid(False)
-    style.title(ax, metric_label(value))
-    return ax
-
-
-def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]) -> Figure:
-    """Small multiples with common scales: `draw` once per combination of levels of the axes in `over`."""
     parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
     columns = min(2, len(parts))
     rows = math.ceil(len(parts) / columns)
-    size = (6.6, 4.0) if len(parts) == 1 else (8.8, 0.5 + 3.2 * rows)
+    size = (6.6, height) if len(parts) == 1 else (8.8, 0.5 + 0.8 * height * rows)
     figure = style.new_figure(*size, rows=rows, columns=columns)
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):
@@ -232,30 +205,6 @@ def _limit_to_dots(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool) -> 
     elif seen:
         pad = 0.08 * (max(seen) - min(seen)) or 0.05 * max(1.0, abs(seen[0]))
         ax.set_ylim(min(seen) - pad, max(seen) + pad)
-
-
-def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, mean: float, share: float) -> None:
-    """One field of a map: colour, value, n, and how many of its trials were not stable."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    corner = (at[0] - 0.5, at[1] - 0.5)
-    rgb = colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share)) if math.isfinite(mean) else 0.0)
-    ax.add_patch(Rectangle(corner, 1, 1, facecolor=rgb, edgecolor=style.PAPER, linewidth=1.5))
-    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in ("spiky", "diverged")}
-    lines = [words.number(mean), f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
-    ink = style.field_text_colour(rgb)
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=8.5)
-    if bad["diverged"]:
-        ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
-
-
-def _hatch(ax: Axes, at: tuple[int, int]) -> None:
-    """A field without a done trial."""
-    from matplotlib.patches import Rectangle
-
-    corner = (at[0] - 0.5, at[1] - 0.5)
-    ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=style.MUTED, hatch="///", linewidth=0.5))
 
 
 def metric_label(metric: str) -> str:

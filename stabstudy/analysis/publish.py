@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stabstudy.analysis import csv_files, render, trial_page
 from stabstudy.analysis.blocks import Report
+from stabstudy.analysis.links import TRIALS
 from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.store import write_bytes, write_text
@@ -26,9 +27,9 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_bytes(folder / name, data)
-    pages = list(_trials(study, report, folder / render.TRIALS)) if report.trials else []
+    pages = list(_trials(study, report, folder / TRIALS)) if report.trials else []
     _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
-    _remove_others(folder / render.TRIALS, set(pages), r"[0-9a-f]{10}\.html")
+    _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
     write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))

@@ -19,12 +19,9 @@ import jinja2
 from markupsafe import Markup
 
 from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
-from stabstudy.analysis.links import linked
+from stabstudy.analysis.links import TRIALS, linked
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-TRIALS = "trials/"
-"""The folder of the trials' pages, beside the study's page."""
 
 
 def index(report: Report) -> str:

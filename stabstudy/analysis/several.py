@@ -193,7 +193,8 @@ def _figures(whole: Study) -> Iterator[Block]:
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
             name = f"studies-{metric.replace('_', '-')}"
             svg = style.draw(ax.figure)  # type: ignore[arg-type]
-            yield Figure(name, svg, f"Line chart. {said}.", caption, table)
+            title = f"{plots.metric_label(metric).capitalize()} against {words.label(x)}"
+            yield Figure(name, title, svg, f"Line chart. {said}.", caption, table)
 
 
 def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:

@@ -160,7 +160,9 @@ def _trace(study: Study, trial_id: str) -> Figure:
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    return Figure("trace-figure", Drawing(style.to_svg(figure)), alt, caption, table)
+    return Figure(
+        "trace-figure", "Gradient norm and loss, step by step", Drawing(style.to_svg(figure)), alt, caption, table
+    )
 
 
 def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
@@ -180,7 +182,8 @@ def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
     heads = ("layer", "at the peak", "median before the spike", "factor")
     numbers = tuple((name, *map(words.number, values)) for name, *values in layer_plots.growth(rows, spike))
     table = Table("Numbers of this figure", heads, numbers, frozenset(heads[1:]), folded=True)
-    return Figure("layers-figure", Drawing(style.to_svg(figure)), f"Map of layers by steps. {said}", caption, table)
+    title, alt = "Gradient norm of each layer", f"Map of layers by steps. {said}"
+    return Figure("layers-figure", title, Drawing(style.to_svg(figure)), alt, caption, table)
 
 
 def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:

@@ -1,0 +1,201 @@
+"""The report's maps: verdicts with how far each row is stable, then statistics, of the main axes and of other pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from stabstudy.analysis import map_plots, plots, style, words
+from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
+from stabstudy.analysis.levels import Level, split
+from stabstudy.analysis.map_plots import DIVERGED
+from stabstudy.analysis.study import VERDICTS, Study
+
+VALUES = {
+    "spike_rate": "Spike rate (flagged steps per evaluable step)",
+    "grad_norm_max_over_median": "Largest over median gradient norm",
+    DIVERGED: "Share of trials that diverged",
+}
+"""The statistics that have a map, each with its meaning."""
+
+MOST_PAIRS = 4
+"""Other pairs of axes than the main one that get a map of the spike rate, in the order of the settings."""
+
+
+def figures(study: Study, layout: Layout) -> Iterator[Block]:
+    """Every map that the study allows; in place of one that it does not, the reason."""
+    if layout.by is None:
+        yield Text("Maps: left out, they need two axes; this study varies one.")
+        return
+    yield _verdicts(study, layout)
+    for value, meaning in VALUES.items():
+        if value == DIVERGED and not (study.trials["verdict"] == DIVERGED).any():
+            yield Text("Map of the share diverged: left out, no trial diverged.")
+        else:
+            yield _statistic(study, layout, value, meaning)
+    yield from _other_pairs(study, layout)
+
+
+def _verdicts(study: Study, layout: Layout) -> Figure:
+    x, y = layout.x, str(layout.by)
+    figure = plots.panels(study, lambda part, ax: plots.verdict_map(part, x, y, ax), layout.over, _height(study, y))
+    fields = _fields(study, layout)
+    heads = (*map(words.heading, layout.axes(study)), *VERDICTS, "n")
+    rows = tuple(
+        (*level_texts(layout.axes(study), f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields
+    )
+    said = [sentence for fixed in plots.combinations(study, layout.over) for sentence in _limits(study, layout, fixed)]
+    caption = (
+        f"Verdicts over {words.label(x)} and {words.label(y)}; a field has the colour of its worst. Hatched: no done "
+        f"trial.{_pooled_too(layout)}"
+    )
+    if said:
+        caption += (
+            f" Heavy line: up to it every trial of the row is stable; solid where the next {words.label(x)} was seen "
+            f"to be unstable, dashed where that is open. {' '.join(said[:12])}"
+        )
+    worst = [f"{said_levels(layout.axes(study), f.levels)}: {f.said}" for f in fields if f.count("stable") < f.n]
+    alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
+    table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
+    title = f"Verdicts over {words.label(x)} and {words.label(y)}"
+    return Figure("stability-map", title, style.draw(figure), alt, caption, table)
+
+
+def _limits(study: Study, layout: Layout, fixed: dict[str, Level]) -> Iterator[str]:
+    """`depth 2: stable to 0.01, first unstable at 0.03 (1 of 3).` for each row of a panel."""
+    y = str(layout.by)
+    for level, row in map_plots.limits(study.where(fixed), layout.x, y).items():
+        name = said_levels([*fixed, y], [*fixed.values(), level])
+        known = row["all_stable"] is not None
+        stable = f"stable to {words.level(row['all_stable'], layout.x)}" if known else "not all stable at the smallest"
+        if row["first_unstable"] is None:
+            yield f"{name}: {stable}, no larger one seen unstable."
+        else:
+            at, (bad, there) = (
+                words.level(row["first_unstable"], layout.x),
+                (int(row[k]) for k in ("n_unstable", "n_there")),
+            )
+            yield f"{name}: {stable}, first unstable at {at} ({bad} of {there})."
+
+
+def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
+    fields = _fields(study, layout)
+    known = [f for f in fields if f.mean(value) == f.mean(value)]
+    highest = max(known, key=lambda f: f.mean(value), default=None)
+    top = highest.mean(value) if highest else 0.0
+    y, axes = str(layout.by), layout.axes(study)
+    figure = plots.panels(
+        study,
+        lambda part, ax: plots.stability_map(part, layout.x, y, value, top, ax),
+        layout.over,
+        _height(study, y),
+    )
+    what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
+    low, high = (map_plots.text(v, value) for v in map_plots.scale(value, top))
+    mean = "" if value == DIVERGED else "the mean "
+    caption = (
+        f"{what}: {mean}over n done trials, {sum(f.n for f in fields)} in all. Below it, how many of the n are not "
+        f"stable. Colours run from {low} (dark) to {high} (light). Hatched: no done trial; a cross: at least one "
+        f"diverged.{pooled(layout)}"
+    )
+    peak = f" Highest: {map_plots.text(top, value)} at {said_levels(axes, highest.levels)}." if highest else ""
+    heads = (*map(words.heading, axes), map_plots.label(value), "n", "not stable")
+    rows = [(*level_texts(axes, f.levels), f.text(value), str(f.n), str(f.not_stable)) for f in fields]
+    table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
+    title = f"{map_plots.label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}"
+    return Figure(f"{value.replace('_', '-')}-map", title, style.draw(figure), f"Map. {what}.{peak}", caption, table)
+
+
+def _other_pairs(study: Study, layout: Layout) -> Iterator[Block]:
+    """The spike rate over pairs of axes that no map above shows, each pooled over all other axes."""
+    pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
+    if not pairs:
+        return
+    drawn = [_turned(study, *pair) for pair in pairs[:MOST_PAIRS]]
+    fields = {pair: _fields(study, Layout(*pair, [], [])) for pair in drawn}
+    top = max((v for of in fields.values() for f in of if (v := f.mean("spike_rate")) == v), default=0.0)
+    columns = min(2, len(drawn))
+    tall = sum(max(_height(study, y) for _, y in drawn[i : i + columns]) for i in range(0, len(drawn), columns))
+    figure = style.new_figure(6.6 if columns == 1 else 9.2, tall, rows=-(-len(drawn) // columns), columns=columns)
+    for ax, (x, y) in zip(figure.axes, drawn, strict=False):
+        plots.stability_map(study, x, y, "spike_rate", top, ax)
+    for ax in figure.axes[len(drawn) :]:
+        ax.set_visible(False)
+    named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
+    high = map_plots.text(map_plots.scale("spike_rate", top)[1], "spike_rate")
+    caption = (
+        f"Spike rate over {'; '.join(named)}: the mean over n done trials, every other axis pooled. Colours run from 0 "
+        f"(dark) to {high} (light); hatched: no done trial; a cross: at least one diverged."
+    )
+    if more := len(pairs) - len(drawn):
+        caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
+    heads = ("axis", "level", "axis", "level", "spike rate", "n", "not stable")
+    rows = tuple(
+        (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
+         f.text("spike_rate"), str(f.n), str(f.not_stable))
+        for (x, y), found in fields.items() for f in found
+    )  # fmt: skip
+    said = [f"{name}: {_span(found)}" for name, found in zip(named, fields.values(), strict=True)]
+    numbers = Table("Numbers of this figure", heads, rows, frozenset(heads[4:]), folded=True)
+    alt = f"Maps of the spike rate. {'; '.join(said)}."
+    yield Figure("spike-rate-pairs", "Spike rate over other pairs of axes", style.draw(figure), alt, caption, numbers)
+
+
+def _span(fields: list[_Field]) -> str:
+    means = sorted(v for f in fields if (v := f.mean("spike_rate")) == v)
+    return f"{words.percent(means[0])} to {words.percent(means[-1])}" if means else "not known"
+
+
+def _turned(study: Study, a: str, b: str) -> tuple[str, str]:
+    """(x, y): the axis of more levels lies across."""
+    return (a, b) if len(study.axes[a]) >= len(study.axes[b]) else (b, a)
+
+
+def _height(study: Study, y: str) -> float:
+    """Inches of a map: rows of half an inch to one inch."""
+    return 1.0 + max(0.55, min(1.0, 4.0 / len(study.axes[y]))) * len(study.axes[y])
+
+
+def _pooled_too(layout: Layout) -> str:
+    return pooled(replace(layout, pooled=["seed", *layout.pooled])).replace("Averaged", "Pooled")
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One field of a map: its levels (panels, row, column) and its done trials."""
+
+    levels: tuple[Level, ...]
+    trials: pd.DataFrame
+
+    @property
+    def n(self) -> int:
+        return len(self.trials)
+
+    @property
+    def not_stable(self) -> int:
+        return self.count("spiky") + self.count("diverged")
+
+    @property
+    def said(self) -> str:
+        return ", ".join(f"{self.count(v)} {v}" for v in VERDICTS if self.count(v)) or "not judged"
+
+    def count(self, verdict: str) -> int:
+        return int((self.trials["verdict"] == verdict).sum())
+
+    def mean(self, value: str) -> float:
+        return map_plots.mean(self.trials, value)
+
+    def text(self, value: str) -> str:
+        return map_plots.text(self.mean(value), value)
+
+
+def _fields(study: Study, layout: Layout) -> list[_Field]:
+    axes = layout.axes(study)
+    read = [v for v in VALUES if v != DIVERGED]
+    needed = list(dict.fromkeys([*axes, "state", "verdict", "eval_hash", *read]))
+    done = study.trials.loc[study.trials["state"] == "done", needed]
+    return [_Field(levels, trials) for levels, trials in split(done, axes)]

@@ -1,0 +1,193 @@
+"""Figures made from many traces: how far norms rise over their recent median; whether accumulation changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stabstudy import config as cfg
+from stabstudy.analysis import style, words
+from stabstudy.analysis.levels import Level, at_level, keys
+from stabstudy.analysis.study import Study
+from stabstudy.stability.detectors import measured
+from stabstudy.stability.rules import Rules
+from stabstudy.trace import DamagedRecord, Rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+T = TypeVar("T")
+
+MOST_LEVELS = 6
+TRIALS_PER_LEVEL = 4
+"""So many traces are read for the figure of ratios, so that its cost does not grow with the study."""
+
+POINTS = 300
+"""Points of a drawn distribution; its largest values are all drawn."""
+
+MICRO_BATCH = "train.micro_batch_size"
+
+LOSS_AGREES, NORM_AGREES = 1e-5, 1e-4
+"""Relative differences at the first step within which two splits of one float32 batch agree."""
+
+
+def norm_ratios(
+    study: Study,
+    by: str = "optim.lr",
+    ratios: Mapping[Level, NDArray[np.float64]] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Share of the steps after the warmup at which the gradient norm is at least r times its recent median.
+
+    The recent median is that of the last `rules.window` norms, as in `ratio3`, whose threshold is drawn. A line per
+    level of `by`, the steps of its trials pooled (see `read_ratios`, whose answer may be given). Both scales are
+    logarithmic: the distribution's upper tail is what spikes are.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    found = read_ratios(study, by)[0] if ratios is None else ratios
+    levels = list(found)
+    for i, (level, colour) in enumerate(zip(levels, style.colours(levels), strict=True)):
+        values = np.sort(found[level])
+        share = 1.0 - np.arange(len(values)) / len(values)
+        drawn = _thinned(len(values))
+        name = style.plain(words.level(level, by))
+        dash = style.DASHES[i % len(style.DASHES)]
+        ax.step(values[drawn], share[drawn], where="pre", color=colour, linestyle=dash, linewidth=1.6, label=name)
+    ratio = study.rules.ratio
+    ax.axvline(ratio, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
+    place = (ratio, 1.0)
+    ax.annotate(f"×{words.number(ratio)}", place, (3, -2), textcoords="offset points", va="top",
+                xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
+    largest = max((float(v.max()) for v in found.values()), default=ratio)
+    ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
+    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= 1.15 * max(ratio, largest)]
+    ax.set_xticks(ticks, [words.level(float(t)) for t in ticks])
+    style.tidy(ax)
+    style.log_ticks(ax)
+    ax.set(xlabel="gradient norm / recent median", ylabel="share of steps at or above")
+    style.legend(ax, words.heading(by))
+    return ax
+
+
+def read_ratios(study: Study, by: str) -> tuple[dict[Level, NDArray[np.float64]], list[str]]:
+    """Per level of `by` the ratios of its trials' settled steps, and the ids of the trials that were read.
+
+    At most 6 levels, evenly chosen, and 4 done trials of each, evenly chosen in the order of the table.
+    """
+    done = study.trials[study.trials["state"] == "done"]
+    levels = [v for v in study.axes[by] if len(at_level(done, by, v))]
+    found: dict[Level, NDArray[np.float64]] = {}
+    read: list[str] = []
+    for level in _evenly(levels, MOST_LEVELS):
+        parts = []
+        for trial_id in _evenly([str(t) for t in at_level(done, by, level).index], TRIALS_PER_LEVEL):
+            rows = _trace(study, trial_id)
+            if rows is not None:
+                parts.append(ratios_of(rows, study.row(trial_id)["optim.warmup_steps"] or 0, study.rules))
+                read.append(trial_id)
+        if parts and len(pooled := np.concatenate(parts)):
+            found[level] = pooled
+    return found, read
+
+
+def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:
+    """Gradient norm over the median of the last W norms before it, at each settled step that has `min_fill` of them."""
+    norm = measured(rows, "grad_norm")
+    known = np.isfinite(norm) & (norm > 0)
+    series = pd.Series(norm[known])
+    median = series.rolling(rules.window, min_periods=rules.min_fill).median().shift(1)
+    ratio = (series / median).to_numpy()
+    kept = np.isfinite(ratio) & (rows["step"][known] >= warmup)
+    answer: NDArray[np.float64] = ratio[kept]
+    return answer
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two trials that differ in the micro-batch size alone; `loss`, `norm`: relative differences, shape [steps]."""
+
+    trial_id: str
+    partner: str  # of the largest micro-batch
+    sizes: tuple[int, int]  # of the trial and of its partner
+    precision: str
+    loss: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both are within rounding at the first step, where the weights are equal; None: not float32."""
+        if self.precision != "fp32":
+            return None
+        return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
+
+
+def splits(study: Study, most: int = 6) -> list[Split]:
+    """The first `most` pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
+    done = study.trials[study.trials["state"] == "done"]
+    others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
+    groups: dict[tuple[Level, ...], list[str]] = {}
+    for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
+        groups.setdefault(key, []).append(str(trial_id))
+    found: list[Split] = []
+    for members in groups.values():
+        ranked = sorted(members, key=lambda t: -micro_batch(study, t))
+        found += [split for t in ranked[1:] if len(found) < most and (split := _split(study, t, ranked[0]))]
+    return found[:most]
+
+
+def micro_batch(study: Study, trial_id: str) -> int:
+    """Sequences of a micro-batch; those of the batch where it is not split."""
+    row = study.row(trial_id)
+    return int(row[MICRO_BATCH] or row["train.batch_size"])
+
+
+def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | None = None) -> Axes:
+    """Largest relative difference so far of loss (lines) and gradient norm (dashed) between two splits of one batch.
+
+    At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
+    Differences of 0 lie at the lower edge.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    found = splits(study) if pairs is None else pairs
+    floor = 1e-9
+    for i, pair in enumerate(found):
+        colour = style.CATEGORIES[i % len(style.CATEGORIES)]
+        name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
+        for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):
+            ax.plot(
+                np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
+            )
+    ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
+    style.legend(ax, "micro-batch size")
+    return ax
+
+
+def _split(study: Study, trial_id: str, partner: str) -> Split | None:
+    a, b = _trace(study, trial_id), _trace(study, partner)
+    if a is None or b is None or not min(len(a), len(b)):
+        return None
+    n = min(len(a), len(b))
+    loss, norm = (np.abs(a[c][:n] - b[c][:n]) / np.abs(b[c][:n]) for c in ("loss", "grad_norm"))
+    sizes = (micro_batch(study, trial_id), micro_batch(study, partner))
+    return Split(trial_id, partner, sizes, study.row(trial_id)["train.precision"], loss, norm)
+
+
+def _trace(study: Study, trial_id: str) -> Rows | None:
+    try:
+        return study.trace(trial_id)
+    except DamagedRecord:  # it was readable when the tables were made
+        return None
+
+
+def _evenly(items: Sequence[T], most: int) -> list[T]:
+    return list(items) if len(items) <= most else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _thinned(n: int) -> NDArray[np.intp]:
+    """Places of a sorted series that are drawn: evenly spaced ones, and each of the largest."""
+    return np.unique(np.r_[np.linspace(0, n - 1, min(n, POINTS)).round(), np.arange(max(0, n - POINTS), n)]).astype(int)
