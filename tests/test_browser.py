@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.util
+import json
 import math
-import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import planted
 import pytest
 from test_page import PAYLOADS
 
+from stabstudy.analysis import words
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 
@@ -74,6 +78,7 @@ def files(report: Path) -> dict[str, Path]:
     return {"index": report / "index.html"} | pages
 
 
+AXE = Path(str(importlib.util.find_spec("axe_playwright_python").origin)).with_name("axe.min.js")  # type: ignore[union-attr]
 OPEN_ALL = "for (const d of document.querySelectorAll('details')) d.open = true"
 
 
@@ -139,13 +144,12 @@ def test_contrasts_are_measured(browser: Any, tmp_path: Path) -> None:
     assert contrast == pytest.approx(4.478, abs=1e-3)  # WCAG's own example of a grey that just fails
 
 
-@pytest.mark.skipif("STABSTUDY_AXE" not in os.environ, reason="STABSTUDY_AXE names no axe.min.js (npm's axe-core)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["index", "spiky", "hostile"])
 def test_axe_finds_nothing(report: Path, browser: Any, name: str, scheme: str) -> None:
     with Opened(browser, files(report)[name], color_scheme=scheme, bypass_csp=True) as page:
         page.evaluate(OPEN_ALL)
-        page.add_script_tag(content=Path(os.environ["STABSTUDY_AXE"]).read_text())
+        page.add_script_tag(content=AXE.read_text())
         found = page.evaluate("axe.run()")
     assert len(found["passes"]) > 30 and [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
 
@@ -227,13 +231,85 @@ def test_long_tables_filter(report: Path, browser: Any) -> None:
         assert column(page, "All statistics", "column") == everything and shown.text_content() == ""
 
 
-def test_a_figure_grows_on_demand(report: Path, browser: Any) -> None:
-    with Opened(browser, files(report)["spiky"], viewport={"width": 1280, "height": 900}) as page:
-        image = page.locator("#trace-figure img")
-        width = image.bounding_box()["width"]
-        page.locator("#trace-figure").get_by_label("4×").check()
-        assert image.bounding_box()["width"] > 3.5 * width
-        assert page.evaluate("document.documentElement.scrollWidth") == 1280
+def test_pointing_at_a_trial_reads_and_opens_it(report: Path, browser: Any) -> None:
+    trials = Study.load(report.parent).trials
+    with Opened(browser, report / "index.html", viewport={"width": 1280, "height": 900}) as page:
+        image = page.locator("#final-loss img")
+        image.scroll_into_view_if_needed()
+        series = json.loads(page.locator("#final-loss").get_attribute("data-marks"))
+        dots = next(s for s in series if "trials" in s and s["name"] == "2")
+        box = image.bounding_box()
+        x = box["x"] + box["width"] * dots["at"][0] / 1e4
+        y = box["y"] + box["height"] * dots["at"][1] / 1e4
+        page.mouse.move(x + 3, y)
+        trial_id = dots["trials"][0]
+        row = trials.loc[trial_id]
+        rate = f"learning rate {words.level(row['optim.lr'])}"
+        values = f"{rate}, final validation loss (nat/token) {row['final_loss']:.4g}"
+        assert page.locator(".tip").text_content() == f"2: {values} (trial {trial_id})"
+        page.mouse.move(box["x"] + box["width"] + 200, y)
+        assert not page.locator(".tip").is_visible()
+        page.mouse.click(x, y)
+        page.wait_for_url(f"**/trials/{trial_id}.html")
+
+
+def test_a_field_of_a_map_is_read_with_the_keyboard(report: Path, browser: Any) -> None:
+    with Opened(browser, report / "index.html") as page:
+        page.locator("#stability-map .scroll").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.locator(".tip").text_content() == "learning rate 1e-3, depth (layers) 2, ● 2 stable"
+        page.keyboard.press("ArrowRight")
+        assert page.locator(".tip").text_content().startswith("learning rate 1e-3, depth (layers) 6, ")
+        page.keyboard.press("Escape")
+        assert not page.locator(".tip").is_visible()
+
+
+def test_any_range_of_steps_can_be_drawn_and_read(report: Path, browser: Any) -> None:
+    spiky = files(report)["spiky"]
+    rows = Study.load(report.parent).trace(spiky.stem)
+    with Opened(browser, spiky, viewport={"width": 1280, "height": 900}) as page:
+        drawn = page.locator("#trace-figure > svg")
+        assert drawn.get_attribute("aria-label") == "Steps 0 to 199"
+        page.get_by_label("From step").fill("150")
+        page.get_by_label("to step", exact=True).fill("159")
+        page.get_by_label("to step", exact=True).blur()
+        assert drawn.get_attribute("aria-label") == "Steps 150 to 159" and drawn.locator("circle.grad").count() == 10
+        drawn.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+        norm, loss = (float(f"{rows[name][152]:.4g}") for name in ("grad_norm", "loss"))
+        assert page.locator(".tip").text_content().startswith(f"step 152, norm {norm:g}, loss {loss:g}")
+        page.get_by_title("zoom out").click()
+        assert drawn.get_attribute("aria-label") == "Steps 146 to 164"
+        drawn.scroll_into_view_if_needed()
+        box = drawn.bounding_box()
+        page.get_by_title("every step").click()
+        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 80)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 80)
+        page.mouse.up()
+        a, b = map(int, re.findall(r"\d+", drawn.get_attribute("aria-label")))
+        assert 90 <= a <= 95 and 110 <= b <= 117
+        drawn.dblclick()
+        assert drawn.get_attribute("aria-label") == "Steps 0 to 199"
+
+
+def test_a_trial_page_saves_its_steps_and_figures(report: Path, browser: Any, tmp_path: Path) -> None:
+    spiky = files(report)["spiky"]
+    rows = Study.load(report.parent).trace(spiky.stem)
+    with Opened(browser, spiky) as page:
+        for button, ending in (("CSV of every step", "csv"), ("PNG", "png")):
+            with page.expect_download() as found:
+                page.locator("#trace-figure").get_by_role("button", name=button).click()
+            found.value.save_as(tmp_path / f"saved.{ending}")
+        with page.expect_download() as found:
+            page.locator("#trace-figure").get_by_role("link", name="SVG").click()
+        found.value.save_as(tmp_path / "saved.svg")
+    table = list(csv.DictReader((tmp_path / "saved.csv").read_text().splitlines()))
+    assert [float(r["grad_norm"]) for r in table] == pytest.approx(list(rows["grad_norm"]), rel=1e-6)
+    assert [int(r["step"]) for r in table] == list(rows["step"])
+    assert (tmp_path / "saved.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "saved.svg").read_text()
 
 
 def test_hostile_names_are_shown_as_text(report: Path, browser: Any) -> None:
@@ -260,5 +336,7 @@ def test_the_page_reads_the_same_without_the_script(report: Path, browser: Any) 
         Opened(browser, report / "index.html", java_script_enabled=False) as without,
     ):
         assert without.locator("th button, .filter").count() == 0
+        with_script.evaluate("document.querySelector('.hint').remove()")
         texts = [page.locator("main").text_content().split() for page in (with_script, without)]
+        assert without.locator(".hint, .tip").count() == 0
     assert len(texts[1]) > 1000 and [w for w in texts[0] if w != "Filter"] == [w for w in texts[1] if w != "Filter"]

@@ -38,10 +38,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as text, and as pixels where it shall be a file of its own."""
+    """A picture as text, as pixels where it shall be a file of its own, and what can be read off it (see `marks`)."""
 
     svg: str
     png: bytes | None = None
+    marks: str = "[]"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Figure:
     alt: str
     caption: str
     table: Table
+    steps: str = ""  # a trial's own, as JSON, where its page lets any range of them be drawn
 
 
 @dataclass(frozen=True)

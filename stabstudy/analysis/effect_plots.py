@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stabstudy.analysis import compare, sentences, style, words
+from stabstudy.analysis import compare, marks, sentences, style, words
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.stability.summary import COLUMNS
@@ -69,6 +69,7 @@ def clipping(study: Study, ax: Axes | None = None) -> Axes:
             linestyle="none",
             color=style.BLUE,
             alpha=0.7,
+            label=marks.trials(members.index),
         )
         share = words.percent(float(members["clip_share"].mean()))
         ax.annotate(

@@ -153,7 +153,7 @@ def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str,
     bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in ("spiky", "diverged")}
     lines = [shown, f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
     ink = style.field_text_colour(rgb)
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size)
+    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size, gid="field")
     if bad["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 
@@ -168,7 +168,7 @@ def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: fl
     lines = [f"{VERDICT_LOOKS[v][0]} {n} {v}" for v, n in found.items() if n]
     if rest := len(trials) - sum(found.values()):
         lines.append(f"○ {rest} not judged")
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size)
+    ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 
 
 def _draw_limit(ax: Axes, j: int, levels: Sequence[Level], row: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ MOST_LEVELS = 6
 TRIALS_PER_LEVEL = 4
 """So many traces are read for the figure of ratios, so that its cost does not grow with the study."""
 
-POINTS = 300
+POINTS = 150
 """Points of a drawn distribution; its largest values are all drawn."""
 
 MICRO_BATCH = "train.micro_batch_size"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, style, words
+from stabstudy.analysis import compare, marks, style, words
 from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.map_plots import stability_map, verdict_map
@@ -174,13 +174,14 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
         [positions.of(v) for v in _levels_in(kept, positions)],
         list(kept[metric]),
         linestyle="none", marker=look.marker,
-        markersize=3, color=look.colour, alpha=0.75,
+        markersize=3, color=look.colour, alpha=0.75, label=marks.trials(kept.index, look.name),
     )  # fmt: skip
     if len(gone):
         ax.plot(
             [positions.of(v) for v in _levels_in(gone, positions)], [1.0] * len(gone),
             transform=ax.get_xaxis_transform(), linestyle="none", marker="^", markersize=8, markerfacecolor="none",
             markeredgecolor=look.colour, clip_on=False, gid="diverged",
+            label=marks.trials(gone.index, look.name),
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.store import write_bytes, write_text
 
-DRAWN = "1"
+DRAWN = "2"
 """Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
 
 _HEAD = 4096

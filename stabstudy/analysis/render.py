@@ -2,7 +2,7 @@
 
 Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
 allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
-page reads the same; it sorts and filters tables.
+page reads the same; it sorts and filters tables, and reads values off figures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import re
+import urllib.parse
 from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,37 @@ from markupsafe import Markup
 from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
 from stabstudy.analysis.links import TRIALS, linked
 
+_PLAIN = " <>/:=;,.()'-_"
+"""What stands in the address of a drawing as it is; all else that is no letter or digit is written as %xx."""
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def index(report: Report) -> str:
     """The page of the study."""
-    return _render("index.html.j2", report.trials, TRIALS, report=report, sections=report.sections, zoom=False)
+    return _render("index.html.j2", report.trials, TRIALS, report=report, sections=report.sections)
 
 
 def trial(page: TrialPage, source: str) -> str:
     """The page of a trial. `source` stands in its head: what it was drawn from."""
-    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source, zoom=True)
+    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
 
 
 def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
-    (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js")
+    (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js", "figures.js")
     own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
     link = functools.partial(linked, trials=trials, folder=folder)
     made = _environment().get_template(template)
-    return made.render(own, linked=link, rows=functools.partial(_rows, link=link), image=_image, **content)
+    return made.render(
+        own,
+        linked=link,
+        rows=functools.partial(_rows, link=link),
+        image=_image,
+        json=_json,
+        trials=trials,
+        folder=folder,
+        **content,
+    )
 
 
 def _rows(table: Table, link: Callable[[str], Markup]) -> Markup:
@@ -68,10 +81,15 @@ def _environment() -> jinja2.Environment:
 
 
 @functools.cache
-def _own(name: str) -> tuple[Markup, str]:
-    """A file of ours as it stands in the page, and its hash for the policy; nothing in it comes from a study."""
-    text = (TEMPLATES / name).read_text(encoding="utf-8")
+def _own(*names: str) -> tuple[Markup, str]:
+    """Files of ours as they stand in the page, and their hash for the policy; nothing in them comes from a study."""
+    text = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
     return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(text: str) -> Markup:
+    """JSON, safe between single quotes: between double ones it would be half as long again."""
+    return Markup(text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def _image(figure: Figure) -> dict[str, Any]:
@@ -79,5 +97,10 @@ def _image(figure: Figure) -> dict[str, Any]:
     svg = figure.drawing.svg
     size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
     width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
-    data = base64.b64encode(svg.encode()).decode()
-    return {"src": f"data:image/svg+xml;base64,{data}", "width": width, "height": height}
+    return {"src": _data_url(svg), "width": width, "height": height}
+
+
+def _data_url(svg: str) -> Markup:
+    """The drawing as an address, safe between double quotes: two thirds of the length that base64 takes."""
+    bare = re.sub(r"<!--.*?-->|\s*\n\s*", " ", svg, flags=re.DOTALL).replace('"', "'")
+    return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Drawing
 from stabstudy.analysis.levels import ordered
+from stabstudy.analysis.marks import marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,8 +101,13 @@ def to_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with rc_context(_RC):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
+    svg = re.sub(r'(?<= d=")[^"]+', _shorter, buffer.getvalue())
     return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
+
+
+def _shorter(path: re.Match[str]) -> str:
+    """The coordinates of a path to a hundredth of a point; those of the glyphs are whole numbers."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path[0])
 
 
 def to_png(figure: Figure) -> bytes:
@@ -114,9 +120,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def draw(figure: Figure) -> Drawing:
-    """The figure in both forms."""
-    return Drawing(to_svg(figure), to_png(figure))
+def draw(figure: Figure, png: bool = True) -> Drawing:
+    """The figure in both forms, and its marks."""
+    svg = to_svg(figure)  # drawn first: the layout is settled by drawing
+    return Drawing(svg, to_png(figure) if png else None, marks(figure))
 
 
 def ordered_colours(n: int) -> list[str]:

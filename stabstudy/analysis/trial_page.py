@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy.analysis import advice, layer_plots, plots, style, trial_tables, words
-from stabstudy.analysis.blocks import Block, Code, Drawing, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis import advice, layer_plots, plots, steps, style, trial_tables, words
+from stabstudy.analysis.blocks import Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
@@ -81,7 +81,7 @@ def with_figures(study: Study, made: TrialPage) -> TrialPage:
         )
     measured = Text("Nothing was.") if probes is None or not len(probes) else trial_tables.probes(probes)
     sections = [
-        Section("trace", "Step by step", [_trace(study, made.trial_id)]),
+        Section("trace", "Step by step", [_trace(study, made.trial_id, rows)]),
         Section("layers", "Layer by layer", [_layers(study, made.trial_id, rows)]),
         Section("probes", "Measured at intervals", [measured]),
     ]
@@ -140,14 +140,14 @@ def _no_spike(row: Row) -> str:
     return "No spike was found, neither of the gradient norm nor of the loss."
 
 
-def _trace(study: Study, trial_id: str) -> Figure:
+def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     row = study.row(trial_id)
+    spikes = study.spikes_by_trial.get(trial_id, [])
     figure = plots.trial(study, trial_id, title="", axes=style.new_figure(10.6, 5.0, rows=2, sharex=True).axes)
-    n = len(study.spikes_by_trial.get(trial_id, []))
     norm_max, median = (words.number(row[name]) for name in ("grad_norm_max", "grad_norm_median"))
     alt = (
         f"Line charts of trial {trial_id}: {words.count(row['steps_done'], 'step')}, largest norm {norm_max} at step "
-        f"{words.number(row['grad_norm_argmax'])}, median {median}, {words.count(n, 'spike')}."
+        f"{words.number(row['grad_norm_argmax'])}, median {median}, {words.count(len(spikes), 'spike')}."
     )
     clip = "Dashed: the clip threshold. " if row["optim.clip"] is not None and row["optim.clip_kind"] == "norm" else ""
     warmup = "Dotted: the end of the warmup. " if row["optim.warmup_steps"] else ""
@@ -160,9 +160,8 @@ def _trace(study: Study, trial_id: str) -> Figure:
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    return Figure(
-        "trace-figure", "Gradient norm and loss, step by step", Drawing(style.to_svg(figure)), alt, caption, table
-    )
+    title, own = "Gradient norm and loss, step by step", steps.steps(rows, row | {"trial_id": trial_id}, spikes)
+    return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
 
 
 def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
@@ -183,7 +182,7 @@ def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
     numbers = tuple((name, *map(words.number, values)) for name, *values in layer_plots.growth(rows, spike))
     table = Table("Numbers of this figure", heads, numbers, frozenset(heads[1:]), folded=True)
     title, alt = "Gradient norm of each layer", f"Map of layers by steps. {said}"
-    return Figure("layers-figure", title, Drawing(style.to_svg(figure)), alt, caption, table)
+    return Figure("layers-figure", title, style.draw(figure, png=False), alt, caption, table)
 
 
 def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:

@@ -1,0 +1,124 @@
+"""What a page carries so that figures can be read: places against matplotlib's transforms, values against data."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+
+from stabstudy.analysis import marks, plots, steps, style
+from stabstudy.analysis.study import Study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return Study.load(planted.plant_study(tmp_path_factory.mktemp("marks") / "planted", seeds=(0, 1, 2)))
+
+
+def read(figure: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(style.draw(figure, png=False).marks)
+    return found
+
+
+def test_a_mark_lies_where_the_picture_shows_it() -> None:
+    figure = style.new_figure(6, 4)
+    ax = figure.axes[0]
+    ax.plot([1, 2, 3], [10.0, 30.0, 20.0], marker="o", label="one")
+    ax.set(xlabel="x", ylabel="y")
+    (series,) = read(figure)
+    figure.canvas.draw()
+    pixels = ax.transData.transform([(1, 10), (2, 30), (3, 20)]) / (600, 400)
+    places = np.array(series["at"]).reshape(-1, 2) / marks.UNITS
+    assert places[:, 0] == pytest.approx(pixels[:, 0], abs=1e-3)
+    assert 1 - places[:, 1] == pytest.approx(pixels[:, 1], abs=1e-3)
+    assert (series["name"], series["x"], series["y"]) == ("one", "x", "y")
+    assert (series["a"], series["b"]) == (["1", "2", "3"], ["10", "30", "20"])
+
+
+def test_every_drawn_trial_can_be_pointed_at(study: Study) -> None:
+    series = read(plots.lr_curves(study).figure)
+    named = [t for s in series for t in s.get("trials", [])]
+    assert sorted(named) == sorted(str(t) for t in study.trials.index)
+    for s in (s for s in series if "trials" in s):
+        for trial_id, lr, loss in zip(s["trials"], s["a"], s["b"], strict=True):
+            row = study.row(trial_id)
+            assert s["name"] == str(row["model.depth"]) and float(lr) == row["optim.lr"]
+            assert float(loss) == pytest.approx(row["final_loss"], rel=1e-3)
+
+
+def test_a_diverged_trial_is_named_on_the_edge(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for seed, diverged in ((0, False), (1, True)):
+        planted.plant_trial(
+            tmp_path / "s", planted.settings(2, 0.1, seed=seed), nonfinite_at=60 if diverged else None,
+            final_loss=math.nan if diverged else 2.5, stop_reason="diverged" if diverged else "complete",
+        )  # fmt: skip
+    series = read(plots.lr_curves(Study.load(tmp_path / "s"), by=None).figure)
+    (edge,) = [s for s in series if s["b"] == ["diverged"]]
+    assert len(edge["trials"]) == 1 and edge["at"][1] < 1000
+
+
+def test_fields_of_a_map_have_their_words(study: Study) -> None:
+    (series,) = read(plots.stability_map(study).figure)
+    assert series["a"][0] == "learning rate 1e-3, depth (layers) 2".removeprefix("learning rate ")
+    assert series["x"] == "learning rate" and series["b"][0] == "0 %, n=3" and series["y"] == ""
+
+
+def test_ornaments_are_no_marks() -> None:
+    figure = style.new_figure()
+    ax = figure.axes[0]
+    ax.axhline(1.0)
+    ax.axvline(1.0)
+    ax.plot([0, 1], [0, 1])  # a diagonal, an interval
+    ax.plot([0, 1, 2], [1, 1, 1], linestyle="none", marker="|")
+    ax.set_ylabel("y")
+    assert read(figure) == []
+
+
+def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
+    figure = style.new_figure()
+    values = np.sin(np.arange(5000) / 7)
+    values[3333] = 50.0
+    values[100] = math.nan
+    figure.axes[0].plot(values)
+    figure.axes[0].set_ylabel("y")
+    (series,) = read(figure)
+    assert len(series["a"]) <= marks.MOST_VERTICES and "50" in series["b"] and "nan" not in str(series)
+    assert series["a"][series["b"].index("50")] == "3333"
+
+
+def test_hostile_names_stay_text() -> None:
+    figure = style.new_figure()
+    figure.axes[0].plot([1, 2, 3], [1, 2, 3], marker="o", label=style.plain('"><script>$\\frac'))
+    figure.axes[0].set_ylabel("y")
+    (series,) = read(figure)
+    assert series["name"] == '"><script>$\\frac'
+
+
+def _unpacked(text: str) -> Any:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def test_a_page_carries_every_step(study: Study) -> None:
+    worst = str(study.worst())
+    rows = study.trace(worst)
+    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, study.spikes_by_trial.get(worst, [])))
+    for name in steps.COLUMNS:
+        assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
+    assert len(own["spikes"]) == len(study.spikes_by_trial[worst])
+    highest = max((s for s in study.spikes_by_trial[worst] if s["series"] == "grad"), key=lambda s: s["peak_ratio"])
+    assert own["spikes"][own["highest"]] == ["grad", highest["start"], highest["end"]]
+
+
+def test_a_very_long_trace_keeps_its_extremes() -> None:
+    norm, loss = np.random.default_rng(0).lognormal(size=(2, 100_000))
+    norm[77_777], loss[55_555], norm[33_333] = 1e6, 1e6, math.nan
+    kept = steps.thinned(norm, loss)
+    assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= steps.MOST_STEPS + 3
+    assert list(steps.thinned(norm[:500], loss[:500])) == list(range(500))
