@@ -124,7 +124,7 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
         null = np.asarray(data.is_null().to_numpy(zero_copy_only=False), dtype=bool)
         nulls[column.name] = null
         if column.kind == "floats":
-            columns[column.name], _ = as_array(data.to_pylist(), column)
+            columns[column.name] = _floats(data, null, column)
         elif column.kind == "text":
             columns[column.name] = np.array(data.to_pylist(), dtype=object)
         elif column.kind == "int":
@@ -133,6 +133,17 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
             columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
     _check_steps(columns["step"], schema)
     return Rows(schema, columns, nulls)
+
+
+def _floats(data: Any, null: NDArray[np.bool_], column: Column) -> NDArray[Any]:
+    """A column of lists as a table: [rows, width], NaN where a row is null. No list in Python: a page reads many."""
+    lengths = data.value_lengths().drop_null().to_numpy(zero_copy_only=False)
+    width = int(lengths.max(initial=0))
+    if np.any(lengths != width):
+        raise DamagedRecord(f"{column.name}: rows of different lengths")
+    table = np.full((len(data), width), np.nan)
+    table[~null] = data.flatten().fill_null(np.nan).to_numpy(zero_copy_only=False).reshape(-1, width)
+    return table
 
 
 def _check_steps(steps: NDArray[Any], schema: Schema) -> None:

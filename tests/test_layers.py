@@ -48,8 +48,8 @@ MAY = {
     "training": May(FACTS | {"stability", "data"}, {"numpy", "torch", "safetensors", "transformers"}),
     "analysis": May(
         FACTS | {"stability"},
-        {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna"},
-        late={"statsmodels", "optuna"},
+        {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
+        late={"statsmodels", "optuna", "loky"},
     ),
     "planning": May(FACTS | {"data"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(

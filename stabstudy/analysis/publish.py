@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 from stabstudy.analysis import csv_files, render, trial_page
@@ -12,10 +13,14 @@ from stabstudy.analysis.blocks import Report
 from stabstudy.analysis.links import TRIALS
 from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.workers import spread
 from stabstudy.store import write_bytes, write_text
 
 DRAWN = "2"
 """Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
+
+_DRAWN_S, _PAGE_S = 0.5, 0.02
+"""Seconds that a trial's page takes, with figures and without, roughly."""
 
 _HEAD = 4096
 """Bytes of a page in which its source stands."""
@@ -27,7 +32,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_bytes(folder / name, data)
-    pages = list(_trials(study, report, folder / TRIALS)) if report.trials else []
+    pages = _trials(study, report, folder / TRIALS) if report.trials else []
     _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
     _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
@@ -46,13 +51,22 @@ def _figures(report: Report) -> Iterator[tuple[str, bytes]]:
         yield f"figures/{figure.name}.csv", csv_files.of_table(figure.table).encode()
 
 
-def _trials(study: Study, report: Report, folder: Path) -> Iterator[str]:
+def _trials(study: Study, report: Report, folder: Path) -> list[str]:
     """Write the page of each trial; answers with the files' names. A page that would come out the same is left."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = set(trial_page.notable(study))
-    for trial_id in sorted(report.trials):
-        page = trial_page.page(study, trial_id, report.trials, trial_id in drawn)
+    drawn = [t for t in trial_page.notable(study) if t in report.trials]
+    others = sorted(report.trials - set(drawn))
+    write = functools.partial(_pages, study, report.trials, frozenset(drawn), folder)
+    return spread(write, [*drawn, *others], _DRAWN_S * len(drawn) + _PAGE_S * len(others))
+
+
+def _pages(study: Study, trials: Set[str], drawn: Set[str], folder: Path, ids: Sequence[str]) -> list[str]:
+    """Write the pages of these trials, of which `drawn` have figures."""
+    names = []
+    for trial_id in ids:
+        page = trial_page.page(study, trial_id, trials, trial_id in drawn)
         file = folder / f"{trial_id}.html"
+        names.append(file.name)
         if trial_id in drawn:
             source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), render.trial(page, ""))
             if source.encode() not in _start(file):
@@ -61,7 +75,7 @@ def _trials(study: Study, report: Report, folder: Path) -> Iterator[str]:
             text = render.trial(page, "")
             if not file.exists() or file.read_bytes() != text.encode():
                 write_text(file, text)
-        yield file.name
+    return names
 
 
 def _digest(*parts: str) -> str:

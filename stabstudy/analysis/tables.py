@@ -10,6 +10,7 @@ A study that is still running is read without any lock: each live record up to i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from stabstudy import config as cfg
 from stabstudy import trace
 from stabstudy.analysis import ingested
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules, rules_for
@@ -33,6 +35,10 @@ Row = dict[str, Any]
 
 TABLE_FORMAT = "1"
 """Goes up when a statistic is computed in a new way: rows of another format are never taken over."""
+
+
+_STEP_S = 5e-6
+"""Seconds to read a step and compute its share of the statistics, roughly."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +91,22 @@ def read_tables(folder: StudyFolder) -> Tables:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
     rules = rules_for(min((t.rows_planned for t in trials), default=1))
     known = _Known.read(folder, rules)
+    found = [_kept(t, known) for t in trials]
+    due = [t for t, answer in zip(trials, found, strict=True) if answer is None]
+    answers = iter(spread(functools.partial(_compute, rules), due, _STEP_S * sum(t.rows_planned for t in due)))
     rows: list[Row] = []
     spikes: list[Row] = []
     computed = 0
-    for t in trials:
-        try:
-            row, own_spikes, fresh = _row(t, rules, known)
-        except DamagedRecord as error:
-            reason = _reason(error, folder)
+    for t, kept in zip(trials, found, strict=True):
+        answer = next(answers) if kept is None else kept
+        if isinstance(answer, DamagedRecord):
+            reason = _reason(answer, folder)
             damaged.append(Damaged(t.folder.trial_id, reason, t.body.get("cell_id"), t.settings["seed"]))
             continue
+        row, own_spikes = answer
         rows.append(row)
         spikes += own_spikes
-        computed += fresh
+        computed += kept is None
     groups = [g for g in cfg.GROUPS if any(g in _choices(t.body) for t in trials)]
     logs = {t.folder.trial_id: t.log for t in trials if t.log is not None}
     external = ingested.differing(logs.values())
@@ -123,6 +132,10 @@ def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
         if rows is not None or last_try:
             return rows
     return None
+
+
+_Answer = tuple[Row, list[Row]] | DamagedRecord
+"""What reading a trial came to: its row and its spikes, or why its files cannot be trusted."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +185,30 @@ def _usable(state: State) -> bool:
     return texts and named and isinstance(state.error, dict | None)
 
 
-def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
-    """The trial's row and spikes, and whether they were computed now."""
-    trial_id, source = t.folder.trial_id, _source(t)
-    if known.trials.get(trial_id, {}).get("source_sha256") == source and _unchanged(t):
-        return dict(known.trials[trial_id]), known.spikes.get(trial_id, []), False
+def _kept(t: _Trial, known: _Known) -> _Answer | None:
+    """The trial's row and spikes as the tables on disk have them; None where they must be computed."""
+    trial_id = t.folder.trial_id
+    try:
+        if known.trials.get(trial_id, {}).get("source_sha256") == _source(t) and _unchanged(t):
+            return dict(known.trials[trial_id]), known.spikes.get(trial_id, [])
+    except DamagedRecord as error:
+        return error
+    return None
+
+
+def _compute(rules: Rules, trials: Sequence[_Trial]) -> list[_Answer]:
+    answers: list[_Answer] = []
+    for t in trials:
+        try:
+            answers.append(_row(t, rules))
+        except DamagedRecord as error:
+            answers.append(error)
+    return answers
+
+
+def _row(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
+    """The trial's row and spikes, from its records."""
+    trial_id = t.folder.trial_id
     trace_rows, probes = read_record(t.folder, TRACE if t.log is None else LOG), read_record(t.folder, PROBES)
     if t.state.status == "done" and trace_rows is None:
         raise DamagedRecord(f"{t.folder.finished(TRACE)}: missing, though the trial is done")
@@ -198,10 +230,10 @@ def _row(t: _Trial, rules: Rules, known: _Known) -> tuple[Row, list[Row], bool]:
         **summary.columns,
         "eval_hash": t.state.eval_hash,
         "data_fingerprint": t.body["data_fingerprint"],
-        "source_sha256": source,
+        "source_sha256": _source(t),
     }
     spikes = [{"trial_id": trial_id, "cell_id": row["cell_id"], **spike} for spike in summary.spikes]
-    return {name: _encodable(value) for name, value in row.items()}, spikes, True
+    return {name: _encodable(value) for name, value in row.items()}, spikes
 
 
 def _encodable(value: Any) -> Any:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import style, words
 from stabstudy.analysis.study import Study
-from stabstudy.stability.detectors import measured, ratio3
+from stabstudy.stability.calm import ratio3_outliers
+from stabstudy.stability.detectors import measured
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         clip=clip if row["optim.clip_kind"] == "norm" and clip is not None and np.isfinite(clip) else None,
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
-        rough=ratio3(measured(rows, "grad_norm"), study.rules).flagged,
+        rough=ratio3_outliers(measured(rows, "grad_norm"), study.rules).flagged,
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
