@@ -142,7 +142,7 @@ def _floats(data: Any, null: NDArray[np.bool_], column: Column) -> NDArray[Any]:
     if np.any(lengths != width):
         raise DamagedRecord(f"{column.name}: rows of different lengths")
     table = np.full((len(data), width), np.nan)
-    table[~null] = data.flatten().fill_null(np.nan).to_numpy(zero_copy_only=False).reshape(-1, width)
+    table[~null] = data.flatten().fill_null(np.nan).to_numpy(zero_copy_only=False).reshape(len(lengths), width)
     return table
 
 

@@ -234,6 +234,7 @@ def test_findings_answer_the_question(page: Page) -> None:
     assert planted.QUESTION in page.text
     assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not." in said
     assert "Depth 6: every trial is stable up to learning rate 1e-3; at 0.01, 1 of 2 is not." in said
+    assert "Use depth 2, learning rate 0.01: final loss " in said
     assert "Lowest final loss: 2.350 ± 0.13 nat/token (2 seeds) at depth 6, learning rate 0.01." in said
 
 
@@ -252,7 +253,9 @@ def test_nothing_differs_is_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for lr, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)):
         planted.plant_trial(tmp_path / "s", planted.settings(lr=lr, seed=seed), logit=4.0)
-    said = " ".join(sentences.findings(Study.load(tmp_path / "s")))
+    found = sentences.findings(Study.load(tmp_path / "s"))
+    assert [f.about for f in found] == ["What is stable", "What to use", "What the axes changed"]
+    said = " ".join(text for f in found for text in f.sentences)
     assert "Every trial is stable at every learning rate, up to 0.01; the limit lies beyond." in said
     assert "With 2 seeds none of these changes can be told from chance: each paired 95 % interval holds 0." in said
 
@@ -262,8 +265,11 @@ def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
     for lr in (1e-2, 1e-1):
         config = planted.settings(lr=lr)
         planted.plant_trial(tmp_path / "s", config, nonfinite_at=60, final_loss=math.nan, stop_reason="diverged")
-    said = sentences.findings(Study.load(tmp_path / "s"))
-    assert said[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
+    stable, *others = sentences.findings(Study.load(tmp_path / "s"))
+    assert not [f for f in others if f.about == "What to use"]  # nothing is
+    assert (
+        stable.sentences[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
+    )
 
 
 @pytest.mark.slow

@@ -67,6 +67,14 @@ class Count:
     sign: str
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What came out, on one of the questions that a reader comes with."""
+
+    about: str
+    sentences: Sequence[str]
+
+
 Block = Text | Code | Table | Figure
 
 
@@ -87,7 +95,7 @@ class Report:
     question: str
     headline: str
     counts: Sequence[Count]
-    findings: Sequence[str]
+    findings: Sequence[Finding]
     warnings: Sequence[str]
     sections: Sequence[Section]
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it

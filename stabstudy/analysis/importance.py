@@ -8,6 +8,7 @@ a seed explains nothing, so what it seems to explain, any axis may seem to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import pandas as pd
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import column, mixed
 from stabstudy.analysis.levels import levels_of, plain
+from stabstudy.analysis.workers import spread
 from stabstudy.stability.sensitivity import Refused
 
 OBJECTIVES = {"final_loss": False, "spike_rate": False, "grad_norm_log_sd": True, "attn_logit_peak": True}
@@ -24,6 +26,9 @@ OBJECTIVES = {"final_loss": False, "spike_rate": False, "grad_norm_log_sd": True
 
 ENOUGH = 10  # trials per axis, the seed not counted; under it the shares are mostly chance
 FEWEST = 4  # trials
+
+_TRIAL_S = 0.01
+"""Seconds for each trial, roughly."""
 
 
 def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -34,7 +39,8 @@ def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     trial's loss is that of the untrained model. The same trials give the same shares.
     """
     names = [*axes, *(["seed"] if trials["seed"].nunique() > 1 else [])]
-    rows = [_row(trials[trials["state"] == "done"], names, len(axes), metric) for metric in OBJECTIVES]
+    done = trials[trials["state"] == "done"]
+    rows = spread(functools.partial(_rows, done, names, len(axes)), list(OBJECTIVES), _TRIAL_S * len(done))
     return pd.DataFrame(rows, columns=["metric", "trials", *names, "warning", "reason"])
 
 
@@ -44,6 +50,10 @@ def too_few(trials: int, axes: int) -> str | None:
         return None
     named = f"{words.count(trials, 'trial')} for {axes} {'axis' if axes == 1 else 'axes'}"
     return f"{named}, and it needs {ENOUGH} for each: mostly chance"
+
+
+def _rows(done: pd.DataFrame, names: Sequence[str], axes: int, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    return [_row(done, names, axes, metric) for metric in metrics]
 
 
 def _row(done: pd.DataFrame, names: Sequence[str], axes: int, metric: str) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def _lines(report: Report) -> Iterator[str]:
         yield from (escape(report.question), "")
     yield from (f"**{escape(report.headline)}**", "")
     yield from _table(("", "trials"), [(f"{c.sign} {c.kind}", str(c.number)) for c in report.counts], {"trials"}, link)
-    for heading, items in (("", report.findings), ("**Before you believe it:**", report.warnings)):
+    boxed = [*((f.about, f.sentences) for f in report.findings), ("Before you believe it", report.warnings)]
+    for heading, items in boxed:
         if items:
-            yield from ([heading, ""] if heading else [])
-            yield from (*(f"- {link(item)}" for item in items), "")
+            yield from (f"**{heading}**", "", *(f"- {link(item)}" for item in items), "")
     for section in report.sections:
         yield from (f"## {escape(section.title)}", "")
         for block in section.blocks:

@@ -54,7 +54,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
         yield Section("read", "What was read", list(runs.read(study)))
         yield Section("asked", "What is known, and what was judged", list(_asked(study)))
     else:
-        yield Section("recipe", "What to use", list(_recipe(study)))
+        yield Section("recipe", "The recipe, to copy", list(_recipe(study)))
         yield Section("asked", "What was asked", list(_asked(study)))
         yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
@@ -71,12 +71,11 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
 
 
 def _recipe(study: Study) -> Iterator[Block]:
-    """The best stable cell, and how to say it elsewhere."""
+    """How to say the recipe of the box, here and elsewhere."""
     found = recipe.best(study)
     if found is None:
         yield Text("No recipe: no cell is stable in every trial, or their losses cannot be compared.")
         return
-    yield Text(recipe.sentence(found))
     yield Code("As overrides of this tool", "\n".join(recipe.overrides(found.levels, found.settings)))
     for title, (text, notes) in (
         ("As a Lingua config (one device)", recipe.lingua(found.settings)),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Table, Text
+from stabstudy.analysis.blocks import Block, Finding, Table, Text
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.study import Study
 from stabstudy.external import FORMATS, ExternalLog
@@ -40,13 +40,14 @@ def read(study: Study) -> Iterator[Block]:
         yield Table("Left out, and noticed", ("run", "what"), said, folded=len(said) > 8)
 
 
-def findings(study: Study) -> list[str]:
+def findings(study: Study) -> Finding:
     """A sentence or two for each of the roughest runs."""
     done = study.trials[study.trials["state"] == "done"]
     ranked = done.sort_values("grad_norm_max_over_median", ascending=False, kind="stable", na_position="last")
     said = [_sentence(study, str(trial_id)) for trial_id in ranked.index[:MOST_SAID]]
     more = len(ranked) - len(said)
-    return said + ([f"{words.count(more, 'more run')}: see What was read."] if more > 0 else [])
+    rest = [f"{words.count(more, 'more run')}: see What was read."] if more > 0 else []
+    return Finding("The roughest runs" if more > 0 else "The runs", said + rest)
 
 
 def warnings(study: Study) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, runs, words
+from stabstudy.analysis import compare, recipe, runs, words
+from stabstudy.analysis.blocks import Finding
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import VERDICTS, Study
@@ -48,13 +49,18 @@ def headline(study: Study) -> str:
     return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{tail}."
 
 
-def findings(study: Study) -> list[str]:
-    """The sentences of the box, most wanted first."""
+def findings(study: Study) -> list[Finding]:
+    """What stands in the box, by question."""
     if not (study.trials["state"] == "done").any():
         return []
     if study.ingested:
-        return runs.findings(study)
-    return [*_limits(study), *_best(study), *_behind(study), *_changes(study)]
+        return [runs.findings(study)]
+    found = (
+        Finding("What is stable", [*_limits(study), *_behind(study)]),
+        Finding("What to use", list(_best(study))),
+        Finding("What the axes changed", list(_changes(study))),
+    )
+    return [f for f in found if f.sentences]
 
 
 def warnings(study: Study) -> list[str]:
@@ -138,12 +144,19 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
 
 
 def _best(study: Study) -> Iterator[str]:
-    """The cell of least mean loss; one per evaluation batch, as losses on different ones cannot be compared."""
+    """The recipe; and the cell of least mean loss where that is another one.
+
+    One such cell per evaluation batch, as losses on different ones cannot be compared.
+    """
+    chosen = recipe.best(study)
+    if chosen is not None:
+        yield recipe.sentence(chosen)
     known = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
     batches = study.trials.groupby("cell_id")["eval_hash"].first().reindex(known.index)
     for _, cells in known.groupby(batches):
-        if len(cells) > 1:
-            best = records(cells.sort_values("final_loss_capped", kind="stable").head(1))[0]
+        lowest = cells.sort_values("final_loss_capped", kind="stable").head(1)
+        if len(cells) > 1 and (chosen is None or lowest.index[0] != chosen.cell_id):
+            best = records(lowest)[0]
             mean, low, high = (best[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
             where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
             seeds = words.count(best["n_done"], "seed")
@@ -161,28 +174,31 @@ def _behind(study: Study) -> Iterator[str]:
 
 
 def _changes(study: Study) -> Iterator[str]:
-    """What each axis did in numbers, and which changes the seeds can tell from chance."""
-    table = effects(study)
-    if not len(table):
-        return
-    rows = records(table)
-    for (axis, a, b, pairs), same in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"], r["pairs"])):
-        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in same]
-        yield f"From {step(axis, a, b)} ({words.count(pairs, 'pair')}): {words.listing(moved)}."
+    """What each axis did in numbers: what the seeds can tell from chance, or all of it where they can tell nothing."""
+    rows = records(effects(study))
     judged = [r for r in rows if r["low"] is not None]
-    clear = [r for r in judged if r["low"] > 0 or r["high"] < 0]
-    if clear:
-        parts = [
-            f"{words.listing([words.STATISTICS[r['metric']] for r in same])} with {where}"
-            for where, same in itertools.groupby(clear, key=lambda r: step(r["axis"], r["a"], r["b"]))
-        ]
+    any_clear, silent = any(map(_is_clear, rows)), []
+    for (axis, a, b, pairs), group in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"], r["pairs"])):
+        told = [r for r in group if _is_clear(r) or not any_clear]
+        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in told]
+        if moved:
+            yield f"From {step(axis, a, b)} ({words.count(pairs, 'pair')}): {words.listing(moved)}."
+        else:
+            silent.append(step(axis, a, b))
+    if any_clear:
+        nothing = f"; nothing from {words.listing(silent)}" if silent else ""
         yield (
-            f"Of these, the seeds can tell from chance (paired 95 % intervals without 0, not corrected for {len(rows)} "
-            f"comparisons): {'; '.join(parts)}."
+            f"So much the seeds can tell from chance (paired 95 % intervals without 0, not corrected for {len(rows)} "
+            f"comparisons){nothing}."
         )
     elif judged:
         seeds = words.count(max(r["seeds"] for r in judged), "seed")
         yield f"With {seeds} none of these changes can be told from chance: each paired 95 % interval holds 0."
+
+
+def _is_clear(row: dict[str, Any]) -> bool:
+    """Whether the interval of the change does not hold 0."""
+    return row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
 
 
 def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stabstudy.analysis import compare, plots, sentences, style, words
-from stabstudy.analysis.blocks import Block, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Section, Table, Text
 from stabstudy.analysis.levels import Level, levels_of, records, split
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.config import setting_names
@@ -36,7 +36,7 @@ def report(studies: Sequence[Study]) -> Report:
         question="",
         headline=f"{len(names)} studies side by side.",
         counts=[Count(v, int((whole.trials["verdict"] == v).sum()), "") for v in VERDICTS],
-        findings=list(_findings(table)),
+        findings=[Finding("What differs", said)] if (said := list(_findings(table))) else [],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
     )
