@@ -8,7 +8,8 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import effect_plots, sentences
+from stabstudy.analysis import axis_figures, effect_plots, sentences
+from stabstudy.analysis.blocks import Text
 from stabstudy.analysis.effect_figures import figures
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
@@ -44,9 +45,15 @@ def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None
     drawn = sorted((x, y) for line in dots for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
     kept = study.trials[study.trials["optim.clip"].notna()]
     assert drawn == sorted(zip(kept["optim.clip"], kept["grad_norm_median"], strict=True))
-    shares = [float(kept.loc[kept["optim.clip"] == c, "clip_share"].mean()) for c in (0.5, 1.0)]
-    texts = [t.get_text() for t in ax.texts]
-    assert [float(t.split(" %")[0]) for t in texts] == [pytest.approx(100 * s, rel=0.06) for s in shares]
+
+
+def test_the_shares_clipped_and_their_means_are_drawn(study: Study) -> None:
+    mean, *dots = effect_plots.clip_shares(study).get_lines()
+    kept = study.trials[study.trials["optim.clip"].notna()]
+    means = kept.groupby("optim.clip")["clip_share"].mean()
+    assert list(mean.get_xdata()) == [0.5, 1.0] and list(mean.get_ydata()) == pytest.approx(list(means))
+    drawn = sorted((x, y) for line in dots for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
+    assert drawn == sorted(zip(kept["optim.clip"], kept["clip_share"], strict=True))
 
 
 def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
@@ -64,14 +71,28 @@ def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
     assert names == ["paired-effects", "first-spikes", "Parallel coordinates: left out, fewer than two axes vary."]
 
 
-def test_warmup_and_batch_get_panels_of_their_own(tmp_path: Path) -> None:
+def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for lr in (0.01, 0.1):
         for warmup in (5, 20):
             for batch in (8, 16):
                 config = planted.settings(2, lr, warmup=warmup, batch_size=batch)
-                planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + warmup / 100 + batch / 1000)
-    blocks = {getattr(b, "name", ""): b for b in figures(Study.load(tmp_path / "s"), "optim.lr")}
-    panel = blocks["final-loss-optim-warmup-steps"]
-    assert [row[:2] for row in panel.table.rows] == [("5", "2.06"), ("20", "2.21")]
-    assert "final-loss-train-batch-size" in blocks
+                planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + lr + warmup / 100 + batch / 1000)
+    blocks = list(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
+    assert [getattr(b, "name", "") for b in blocks[:2]] == ["against-optim-warmup-steps", "against-train-batch-size"]
+    assert blocks[2:] == [Text("No figure of weight decay and dataset: they do not vary.")]
+    losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
+    assert losses == [("0.01", "5", "2.07"), ("0.01", "20", "2.22"), ("0.1", "5", "2.16"), ("0.1", "20", "2.31")]
+    assert {row[0] for row in blocks[0].table.rows} == {"final validation loss (nat/token)", "max / median", "spike rate (fraction)"}  # fmt: skip  # noqa: E501
+
+
+def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
+    """Each has an evaluation batch of its own, so their losses say nothing about each other."""
+    planted.plant_frame(tmp_path / "s")
+    for name in ("pysrc", "synthetic"):
+        for lr in (1e-3, 1e-2):
+            config = planted.settings(lr=lr, data={"source": name})
+            planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
+    figure, _ = axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")
+    assert figure.name == "against-data" and "different batches" in figure.caption
+    assert {row[0] for row in figure.table.rows} == {"max / median", "spike rate (fraction)"}

@@ -166,6 +166,22 @@ def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
     assert set(spikes["peak_step"]) <= set(rings.get_xdata())  # planted at eight times the level
 
 
+def test_traces_of_several_trials_have_common_scales(study: Study) -> None:
+    rough = study.roughest(3)
+    assert len(rough) == 3 and rough[0] == study.worst()
+    assert len({study.row(t)["cell_id"] for t in rough}) == 3
+    assert all(study.row(t)["verdict"] != "stable" for t in rough)
+    figure = plots.traces(study, dict.fromkeys(rough, "x"))
+    norms, losses = ([ax for i, ax in enumerate(figure.axes) if i // 2 % 2 == part] for part in (0, 1))
+    assert [ax.get_visible() for ax in norms] == [ax.get_visible() for ax in losses] == [True, True, True, False]
+    for row in (norms[:3], losses[:3]):
+        assert len({ax.get_ylim() for ax in row}) == 1
+    for trial_id, ax in zip(rough, norms, strict=False):
+        drawn = max(float(np.nanmax(line.get_ydata())) for line in ax.get_lines() if len(line.get_xdata()) > 50)
+        known = study.trace(trial_id)["grad_norm"]
+        assert drawn == known[np.isfinite(known)].max()
+
+
 def test_trace_shows_where_the_norm_was_not_finite(study: Study) -> None:
     trial_id = study.worst()
     assert trial_id is not None

@@ -7,25 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, curve_plots, effect_plots, plots, sentences, style, words
+from stabstudy.analysis import compare, curve_plots, effect_plots, sentences, style, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
-from stabstudy.analysis.levels import at_level, records
+from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 
 PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_rate")
-
-OWN_PANELS = ("optim.warmup_steps", "train.batch_size", "data")
-"""Axes that get the final loss drawn against them alone, where another axis is the main one."""
 
 
 def figures(study: Study, main_axis: str | None) -> Iterator[Block]:
     """Every figure of effects that the study allows; `main_axis` has its curves elsewhere."""
     yield from _effects(study)
     yield from _clipping(study)
-    for axis in OWN_PANELS:
-        if axis in study.axes and axis != main_axis:
-            yield from _against(study, axis)
     yield from _sensitivity(study)
     yield from _first_spikes(study, main_axis)
     yield from _parallel(study)
@@ -146,47 +140,17 @@ def _clipping(study: Study) -> Iterator[Block]:
     ]
     above = int((trials["grad_norm_median"] > trials["optim.clip"]).sum())
     caption = (
-        "Median gradient norm before clipping of each trial against its clip threshold. Dashed: where they are equal; "
-        f"above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the threshold "
-        "sets their size, not the gradient. In words: the mean share of steps that were clipped."
+        "Left: median gradient norm before clipping of each trial against its clip threshold. Dashed: where they are "
+        f"equal; above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the "
+        "threshold sets their size, not the gradient. Right: share of steps that were clipped; the line is the mean."
     )
-    drawing = style.draw(effect_plots.clipping(study).figure)  # type: ignore[arg-type]
+    figure = style.new_figure(9.2, 3.9, columns=2)
+    effect_plots.clipping(study, figure.axes[0])
+    effect_plots.clip_shares(study, figure.axes[1])
+    drawing = style.draw(figure)
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Clip threshold against the norms"
     yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
-
-
-def _against(study: Study, axis: str) -> Iterator[Block]:
-    """The final loss against one axis, every other axis pooled but the main line's."""
-    grid = study.grid
-    if axis not in grid.axes or _mixes_batches(grid):
-        return
-    trials = plots.drawable(grid.trials, "final_loss")
-    drawing = plots.curves(grid, "final_loss", x=axis, by=None)
-    pooled = [words.label(a) for a in grid.axes if a != axis]
-    over = f", averaged over {words.listing(pooled)}" if pooled else ""
-    rows = []
-    for level in grid.axes[axis]:
-        members = at_level(trials, axis, level)
-        if len(members):
-            e = compare.mean(members, "final_loss")
-            numbers = map(words.number, (e.mean, e.low, e.high, e.n))
-            rows.append((words.level(level, axis), *numbers))
-    heads = (words.heading(axis), "final loss (nat/token)", "low", "high", "n")
-    said = "; ".join(f"{row[1]} at {row[0]}" for row in rows)
-    caption = (
-        f"Final validation loss against {words.label(axis)}{over}: small marks are trials, the line their means, the "
-        f"band the 95 % t-interval (from {plots.BAND_FROM} trials on). Levels are compared pairwise in the forest plot."
-    )
-    table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
-    name = f"final-loss-{axis.replace('.', '-').replace('_', '-')}"
-    title = f"Final validation loss against {words.label(axis)}"
-    yield Figure(name, title, style.draw(drawing.figure), f"Line chart. {said}.", caption, table)  # type: ignore[arg-type]
-
-
-def _mixes_batches(study: Study) -> bool:
-    """Whether the losses are on different evaluation batches."""
-    return bool(study.trials.loc[study.trials["state"] == "done", "eval_hash"].nunique() > 1)
 
 
 def _parallel(study: Study) -> Iterator[Block]:

@@ -53,8 +53,8 @@ def effects(
 def clipping(study: Study, ax: Axes | None = None) -> Axes:
     """Median gradient norm of each trial against its clip threshold; on the line they are equal.
 
-    A trial below the line is clipped rarely; above it the threshold, not the gradient, sets the step. Beside each
-    threshold: the mean share of steps that were clipped. Only trials with clipping by the norm are drawn.
+    A trial below the line is clipped rarely; above it the threshold, not the gradient, sets the step. Only trials with
+    clipping by the norm are drawn.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     trials = clipped_trials(study)
@@ -71,11 +71,6 @@ def clipping(study: Study, ax: Axes | None = None) -> Axes:
             alpha=0.7,
             label=marks.trials(members.index),
         )
-        share = words.percent(float(members["clip_share"].mean()))
-        ax.annotate(
-            f"{share} clipped", (float(clip), max(medians)), (0, 7), textcoords="offset points", ha="center",
-            fontsize=8, color=style.INK,
-        )  # fmt: skip
     ends = [*trials["optim.clip"], *trials["grad_norm_median"]]
     if ends:
         low, high = min(ends) / 1.6, max(ends) * 1.6
@@ -87,6 +82,31 @@ def clipping(study: Study, ax: Axes | None = None) -> Axes:
         style.tidy(ax)
     ax.set_xlabel("clip threshold (gradient)")
     ax.set_ylabel("median gradient norm (gradient)")
+    return ax
+
+
+def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
+    """Share of steps that were clipped, of each trial and on average, against the clip threshold.
+
+    The trials are those of `clipping`.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    trials = clipped_trials(study)
+    grid = levels_of(trials["optim.clip"])
+    members = {clip: trials[trials["optim.clip"] == clip] for clip in grid}
+    shares = {clip: compare.values(rows, "clip_share") for clip, rows in members.items()}
+    ax.plot(grid, [sum(shares[c]) / len(shares[c]) for c in grid], color=style.BLUE, linewidth=1.6)
+    for clip in grid:
+        ax.plot(
+            [float(clip)] * len(shares[clip]), shares[clip], marker="o", markersize=4, linestyle="none",
+            color=style.BLUE, alpha=0.7, label=marks.trials(members[clip].index),
+        )  # fmt: skip
+    if grid:
+        ax.set(xscale="log", xlim=(min(grid) / 1.6, max(grid) * 1.6), ylim=(-0.03, 1.03))
+        ax.set_xticks(grid, [words.level(c) for c in grid])
+        style.tidy(ax)
+    ax.set_xlabel("clip threshold (gradient)")
+    ax.set_ylabel("share of steps clipped")
     return ax
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stabstudy.analysis import compare, effect_figures, map_figures, norm_figures, plots, runs, style, words
+from stabstudy.analysis import (
+    axis_figures,
+    compare,
+    effect_figures,
+    map_figures,
+    norm_figures,
+    plots,
+    runs,
+    style,
+    trace_figures,
+    words,
+)
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.layout import Layout, layout_of, level_texts, points, pooled, said_levels
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
-from stabstudy.stability.summary import COLUMNS
 
 CURVES = (
     ("final_loss", False, "Final validation loss"),
@@ -19,16 +29,6 @@ CURVES = (
 """Statistic, whether on a log scale, and its name in words: one figure each against the main axis."""
 
 MOST_LINES_SAID = 12
-
-TRACE_COLUMNS = (
-    "steps_done",
-    "grad_norm_median",
-    "grad_norm_max",
-    "grad_norm_argmax",
-    "spike_events",
-    "spike_ratio3_steps",
-    "clip_share",
-)
 
 
 def figures(study: Study) -> Iterator[Block]:
@@ -50,8 +50,9 @@ def figures(study: Study) -> Iterator[Block]:
         yield from _curves(grid, layout)
         yield from map_figures.figures(grid, layout)
         yield from effect_figures.figures(study, layout.x)
+        yield from axis_figures.figures(study, layout.x)
         yield from norm_figures.figures(study, layout.x)
-    yield from _traces(study)
+    yield from trace_figures.figures(study)
 
 
 def _curves(study: Study, layout: Layout) -> Iterator[Block]:
@@ -118,53 +119,6 @@ def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: 
     if len(lines) > MOST_LINES_SAID:
         parts.append(f"{len(lines) - MOST_LINES_SAID} more lines: see the numbers of this figure.")
     return " ".join(parts)
-
-
-def _traces(study: Study) -> Iterator[Block]:
-    """The roughest and a typical trial, side by side."""
-    done = study.trials.index[study.trials["state"] == "done"]
-    chosen = {"Roughest": study.worst(), "Typical": study.typical()}
-    titles = {t: f"{kind}{_why(study, t)}: {study.describe(t)}" for kind, t in chosen.items() if t and t in done}
-    if not titles:
-        return
-    figure = plots.traces(study, titles)
-    caption = (
-        "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
-        "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
-        "median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by largest over "
-        "median norm. Typical: the median of that ratio."
-    )
-    said = []
-    for trial_id, title in titles.items():
-        row = study.row(trial_id)
-        said.append(
-            f"{title}: {words.count(row['steps_done'], 'step')}, largest norm {words.number(row['grad_norm_max'])}, "
-            f"median {words.number(row['grad_norm_median'])}, {_spikes(row['spike_events'])}."
-        )
-    heads = ("trial", "which", *(COLUMNS[c].label for c in TRACE_COLUMNS))
-    rows = tuple(
-        (t, title, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in TRACE_COLUMNS))
-        for t, title in titles.items()
-    )
-    table = Table("Numbers of this figure", heads, rows, frozenset(heads[2:]), folded=True)
-    yield Figure(
-        "traces",
-        "Step by step: the roughest and a typical trial",
-        style.draw(figure),
-        " ".join(["Line charts.", *said]),
-        caption,
-        table,
-    )
-
-
-def _why(study: Study, trial_id: str) -> str:
-    row = study.row(trial_id)
-    rule = f", {row['verdict_rule']}" if row["verdict_rule"] else ""
-    return f" ({row['verdict']}{rule})" if row["verdict"] else ""
-
-
-def _spikes(n: int | None) -> str:
-    return "spikes not judged" if n is None else words.count(n, "spike")
 
 
 def _triangles(diverged: int) -> str:

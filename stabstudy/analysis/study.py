@@ -245,9 +245,23 @@ class Study:
 
     def worst(self) -> str | None:
         """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""
+        return next(iter(self._by_roughness()), None)
+
+    def roughest(self, most: int) -> list[str]:
+        """The roughest trial of each cell that has a trial which is not stable, roughest first, and at least `worst`.
+
+        At most so many. What a trial without a verdict is, nobody knows: it is here only where none is known to be
+        rougher.
+        """
+        ranked = self._by_roughness()
+        rough = [t for t in ranked if self._rows[t]["verdict"] in VERDICTS[1:]]
+        first = {self._rows[t]["cell_id"]: t for t in reversed(rough or ranked[:1])}
+        return sorted(first.values(), key=ranked.index)[:most]
+
+    def _by_roughness(self) -> list[str]:
         rank = {verdict: i for i, verdict in enumerate(VERDICTS)}
         rough = {t: (rank.get(row["verdict"], -1), row["grad_norm_max_over_median"] or 0.0) for t, row in self._done()}
-        return min(rough, key=lambda t: (-rough[t][0], -rough[t][1], t), default=None)
+        return sorted(rough, key=lambda t: (-rough[t][0], -rough[t][1], t))
 
     def typical(self) -> str | None:
         """The done trial with the median of largest norm over median, those of the worst trial's cell left out."""

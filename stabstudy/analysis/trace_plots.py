@@ -96,13 +96,25 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
 
 
 def traces(study: Study, titles: Mapping[str, str]) -> Figure:
-    """Several trials side by side (trial_id -> title), norms and losses on common scales."""
-    n = len(titles)
-    figure = style.new_figure(0.8 + 4.0 * n, 4.8, rows=2, columns=n, sharex="col", sharey="row")
-    for i, (trial_id, title) in enumerate(titles.items()):
-        trial(study, trial_id, title=title, axes=(figure.axes[i], figure.axes[n + i]))
-    for ax in figure.axes:
-        ax.label_outer()
+    """Several trials (trial_id -> title), two beside each other, norms and losses on common scales."""
+    columns = min(2, len(titles))
+    bands = -(-len(titles) // columns)
+    figure = style.new_figure(0.8 + 4.0 * columns, 4.8 * bands, rows=2 * bands, columns=columns)
+    above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
+    for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
+        trial(study, trial_id, title=title, axes=(norm, loss))
+        norm.sharex(loss)
+    for row in (above, below):
+        drawn = row[: len(titles)]
+        low, high = zip(*(ax.get_ylim() for ax in drawn), strict=True)
+        for i, ax in enumerate(row):
+            ax.set_visible(i < len(titles))
+            ax.set_ylim(min(low), max(high))
+            ax.tick_params(labelleft=i % columns == 0, labelbottom=row is below)
+            ax.set_ylabel(ax.get_ylabel() if i % columns == 0 else "")
+            ax.set_xlabel(ax.get_xlabel() if row is below else "")
+    for ax in above[: len(titles)]:
+        style.log_ticks(ax)
     return figure
 
 

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Set
-from typing import Any
 
-import numpy as np
-
-from stabstudy.analysis import advice, layer_plots, plots, steps, style, trial_tables, words
+from stabstudy.analysis import advice, plots, steps, style, trace_figures, trial_tables, words
 from stabstudy.analysis.blocks import Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
-from stabstudy.stability.columns import SETTLED
 from stabstudy.trace import DamagedRecord, Rows
 
 MOST_DRAWN = 24
@@ -82,7 +78,7 @@ def with_figures(study: Study, made: TrialPage) -> TrialPage:
     measured = Text("Nothing was.") if probes is None or not len(probes) else trial_tables.probes(probes)
     sections = [
         Section("trace", "Step by step", [_trace(study, made.trial_id, rows)]),
-        Section("layers", "Layer by layer", [_layers(study, made.trial_id, rows)]),
+        Section("layers", "Layer by layer", [trace_figures.layers(study, made.trial_id, rows)]),
         Section("probes", "Measured at intervals", [measured]),
     ]
     return dataclasses.replace(made, sections=[*sections, *made.sections])
@@ -162,46 +158,6 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
     title, own = "Gradient norm and loss, step by step", steps.steps(rows, row | {"trial_id": trial_id}, spikes)
     return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
-
-
-def _layers(study: Study, trial_id: str, rows: Rows) -> Block:
-    """The norms of the layers around the highest spike of the norm, or what stands for one."""
-    spike, around = _moment(study, trial_id, rows)
-    if spike is None:
-        return Text("No map of the layers: the gradient norm has no spike to draw it around.")
-    try:
-        figure: Any = layer_plots.layer_map(rows, spike).get_figure()
-    except ValueError:
-        return Text("No map of the layers: their norms are not in its record.")
-    said = layer_plots.said(rows, spike)
-    caption = (
-        f"Gradient norm before clipping of each layer (log scale, lighter is larger) around {around}. Empty: not "
-        f"finite, or 0. {said}"
-    )
-    heads = ("layer", "at the peak", "median before the spike", "factor")
-    numbers = tuple((name, *map(words.number, values)) for name, *values in layer_plots.growth(rows, spike))
-    table = Table("Numbers of this figure", heads, numbers, frozenset(heads[1:]), folded=True)
-    title, alt = "Gradient norm of each layer", f"Map of layers by steps. {said}"
-    return Figure("layers-figure", title, style.draw(figure, png=False), alt, caption, table)
-
-
-def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
-    """What to draw the layers around: the highest spike; where it diverged; the largest norm of a rough trial."""
-    own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
-    if own:
-        spike = max(own, key=lambda s: s["peak_ratio"])
-        one = spike["start"] == spike["end"]
-        steps = f"step {spike['start']}" if one else f"steps {spike['start']} to {spike['end']}"
-        return spike, f"its highest spike ({steps}, enclosed; the peak is marked above)"
-    row = study.row(trial_id)
-    settled = np.where(rows["step"] >= max(SETTLED, row["optim.warmup_steps"] or 0), rows["grad_norm"], np.nan)
-    if row["verdict_step"] is not None:
-        step, around = row["verdict_step"], "the step at which it was found diverged"
-    elif row["verdict"] == "spiky" and np.isfinite(settled).any():
-        step, around = int(rows["step"][np.nanargmax(settled)]), "its largest norm after the warmup"
-    else:
-        return None, ""
-    return {"start": step, "end": step, "peak_step": step}, f"step {step}, {around}"
 
 
 def _log(study: Study, trial_id: str) -> Block:
