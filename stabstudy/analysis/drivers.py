@@ -16,6 +16,8 @@ from stabstudy.analysis.survival import FirstSpikes
 from stabstudy.stability.sensitivity import BASIN_MARGIN, STABLE_MARGIN
 
 MOST_REASONS = 12
+MOST_BATCHES = 12
+MOST_NAMED = 6
 
 
 def sensitivity(study: Study) -> Iterator[Block]:
@@ -104,6 +106,7 @@ def spikes(study: Study) -> Iterator[Block]:
         return
     yield from _rates(study)
     yield from _first(study, list(grid.axes))
+    yield from _batches(study)
     yield from _importance(study, list(grid.axes))
 
 
@@ -150,6 +153,35 @@ def _free(axis: str, found: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
         counts = (str(row[name]) for name in ("trials", "spiked", "diverged"))
         free = (words.percent(row["free"]), _interval(row, words.percent), words.number(found.horizon))
         yield words.label(axis), words.level(row["level"], axis), *counts, *free, words.number(p, 2)
+
+
+def _batches(study: Study) -> Iterator[Block]:
+    """Whether spikes follow the batch."""
+    found = study.shared_batches()
+    if not found.same_pairs or not (study.spikes["series"] == "grad").any():
+        return
+    chance = (
+        f"; of {words.count(found.other_pairs, 'pair')} that differ in the seed, so in every batch, {found.other_met}. "
+        "The latter is chance"
+        if found.other_pairs
+        else ""
+    )
+    yield Text(
+        "Is it the batch? Trials of one seed (and equal data, sequence length and batch size) read the same tokens at "
+        f"the same step. Of {words.count(found.same_pairs, 'pair')} of such trials {found.same_met} spiked at a common "
+        f"step{chance}. Equal seeds are also equal initial weights, for equal shapes."
+    )
+    rows = tuple(
+        (
+            *(str(r[name]) for name in ("seed", "step", "spiked", "read")),
+            words.number(r["peak_ratio"]),
+            ", ".join(r["trials"][:MOST_NAMED]) + (", …" if len(r["trials"]) > MOST_NAMED else ""),
+        )
+        for r in records(found.steps.head(MOST_BATCHES))
+    )
+    if rows:
+        heads = ("seed", "step", "trials that spiked", "that read it", "highest peak / baseline", "trials")
+        yield Table("Batches at which several trials spiked", heads, rows, frozenset(heads[:-1]))
 
 
 def _importance(study: Study, axes: list[str]) -> Iterator[Block]:

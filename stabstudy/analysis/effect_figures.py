@@ -142,7 +142,8 @@ def _clipping(study: Study) -> Iterator[Block]:
     caption = (
         "Left: median gradient norm before clipping of each trial against its clip threshold. Dashed: where they are "
         f"equal; above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the "
-        "threshold sets their size, not the gradient. Right: share of steps that were clipped; the line is the mean."
+        "threshold sets their size, not the gradient. Right: share of steps that were clipped, dashes their means. "
+        "All other settings are pooled."
     )
     figure = style.new_figure(9.2, 3.9, columns=2)
     effect_plots.clipping(study, figure.axes[0])

@@ -95,7 +95,9 @@ def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
     grid = levels_of(trials["optim.clip"])
     members = {clip: trials[trials["optim.clip"] == clip] for clip in grid}
     shares = {clip: compare.values(rows, "clip_share") for clip, rows in members.items()}
-    ax.plot(grid, [sum(shares[c]) / len(shares[c]) for c in grid], color=style.BLUE, linewidth=1.6)
+    means = [sum(shares[c]) / len(shares[c]) for c in grid]
+    # no line between them: the trials of one threshold may differ from those of the next in more than the threshold
+    ax.plot(grid, means, color=style.VERMILLION, linestyle="none", marker="_", markersize=22, markeredgewidth=1.8)
     for clip in grid:
         ax.plot(
             [float(clip)] * len(shares[clip]), shares[clip], marker="o", markersize=4, linestyle="none",

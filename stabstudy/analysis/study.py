@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, importance, ingested, rates, sensitivity, survival, words
+from stabstudy.analysis import compare, importance, ingested, rates, sensitivity, shared_batches, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
@@ -234,6 +234,15 @@ class Study:
         """
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by)
+
+    def shared_batches(self) -> shared_batches.SharedBatches:
+        """Steps at which several trials spiked that read the same batch; see `shared_batches.shared_batches`.
+
+        Example:
+            shared = study.shared_batches()
+            shared.steps, shared.same_met / shared.same_pairs, shared.other_met / shared.other_pairs
+        """
+        return shared_batches.shared_batches(self.trials, self.spikes)
 
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`.
