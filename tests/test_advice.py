@@ -48,8 +48,8 @@ def test_a_clearly_better_neighbour_is_named(tmp_path: Path) -> None:
     said = advice.tell(study, trial(study, 2, 0.1))[-1]
     assert said == (
         "With learning rate 0.01 and all else equal the final loss was lower by 0.500 nat/token (95 % interval 0.475 "
-        "to 0.525, 3 seeds, the best of 2 cells that differ in one setting, not corrected for that) and 3 of 3 trials "
-        "were stable against 0."
+        "to 0.525, 3 seeds, the best of 2 cells that differ in one setting, not corrected for that); 3 of 3 trials "
+        "were stable there, 0 here."
     )
 
 

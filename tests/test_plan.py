@@ -241,6 +241,19 @@ def test_an_override_replaces_the_axis(ask, override, expected):
     assert [lr for (lr,) in values(plan, "optim.lr")] == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "question"),
+    [
+        (["optim.lr=1e-4,1e-5"], "Which of these is rough?"),
+        (["optim.clip=1.0,2.0"], "What do model.depth, optim.lr and optim.clip change?"),
+        (["model.depth=2"], "What does optim.lr change?"),
+        (["model.depth=2", "optim.lr=1e-3"], "How stable is this one recipe?"),
+    ],
+)
+def test_a_sweep_of_other_axes_asks_another_question(ask, given, question):
+    assert ask(SWEEP, *given).question == question
+
+
 def test_a_replaced_axis_keeps_its_place_and_a_new_one_comes_last(ask):
     plan = ask(SWEEP, "optim.clip=1,null", "model.depth=range(2,11,4)")
     assert [a.name for a in plan.axes] == ["model.depth", "optim.lr", "optim.clip"]

@@ -40,8 +40,7 @@ def study(tmp_path: Path) -> Study:
 
 
 def test_the_best_stable_cell_and_how_far_trouble_is(study: Study) -> None:
-    found = recipe.best(study)
-    assert found is not None
+    (found,) = recipe.recipes(study)
     assert found.levels == {"optim.lr": 0.01} and found.stable_cells == 2
     assert (found.trouble, found.trials_at_trouble) == (0.1, (2, 3)) and found.margin == pytest.approx(10)
     assert recipe.sentence(found) == (
@@ -53,8 +52,8 @@ def test_the_best_stable_cell_and_how_far_trouble_is(study: Study) -> None:
 def test_without_trouble_the_margin_is_not_known(study: Study) -> None:
     kept = study.trials[study.trials["optim.lr"] < 0.1]
     part = study._part(set(kept.index), study.axes)
-    found = recipe.best(part)
-    assert found is not None and found.margin is None
+    (found,) = recipe.recipes(part)
+    assert found.margin is None
     assert "the margin is not known" in recipe.sentence(found)
 
 
@@ -62,14 +61,31 @@ def test_no_stable_cell_no_recipe(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.1), spikes=BURSTS)
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.01), status="failed", steps_done=30)
-    assert recipe.best(Study.load(tmp_path / "s")) is None
+    assert recipe.recipes(Study.load(tmp_path / "s")) == []
 
 
 def test_losses_on_different_batches_give_no_recipe(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.1), eval_hash="a" * 16)
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.01), eval_hash="b" * 16)
-    assert recipe.best(Study.load(tmp_path / "s")) is None
+    assert recipe.recipes(Study.load(tmp_path / "s")) == []
+
+
+def test_each_dataset_has_its_own_recipe(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for name, better in (("pysrc", 1e-2), ("synthetic", 1e-3)):
+        for lr in (1e-3, 1e-2):
+            config = planted.settings(lr=lr, data={"source": name})
+            planted.plant_trial(
+                tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2,
+                final_loss=2.0 if lr == better else 2.5,
+            )  # fmt: skip
+    found = recipe.recipes(Study.load(tmp_path / "s"))
+    assert [r.levels for r in found] == [
+        {"optim.lr": 1e-2, "data": "pysrc"},
+        {"optim.lr": 1e-3, "data": "synthetic"},
+    ]
+    assert all(r.stable_cells == 2 for r in found)
 
 
 SOME = {

@@ -79,6 +79,6 @@ def _better_than(study: Study, row: dict[str, Any]) -> Iterator[str]:
             f"With {words.label(n.axis)} {words.level(n.level, n.axis)} and all else equal the final loss was lower by "
             f"{words.number(-n.loss.mean)} nat/token (95 % interval {words.number(-n.loss.high)} to "
             f"{words.number(-n.loss.low)}, {n.loss.n} seeds, the best of {words.count(len(compared), 'cell')} that "
-            f"differ in one setting, not corrected for that) and {n.stable} of {n.loss.n} trials were "
-            f"stable against {n.stable_there}."
+            f"differ in one setting, not corrected for that); {n.stable} of {n.loss.n} trials were stable there, "
+            f"{n.stable_there} here."
         )

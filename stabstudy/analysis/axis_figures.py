@@ -54,7 +54,7 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     said = [f"{row[0]} {row[-4]} at {', '.join(row[1:-4])}" for row in rows[:24]]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
     name = f"against-{axis.replace('.', '-').replace('_', '-')}"
-    title = f"What {words.label(axis)} does{f' at each {words.label(by)}' if by else ''}"
+    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
     return Figure(name, title, style.draw(figure), f"Line charts. {'; '.join(said)}.", caption, table)
 
 

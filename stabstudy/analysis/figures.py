@@ -49,8 +49,8 @@ def figures(study: Study) -> Iterator[Block]:
     else:
         yield from _curves(grid, layout)
         yield from map_figures.figures(grid, layout)
-        yield from effect_figures.figures(study, layout.x)
         yield from axis_figures.figures(study, layout.x)
+        yield from effect_figures.figures(study, layout.x)
         yield from norm_figures.figures(study, layout.x)
     yield from trace_figures.figures(study)
 

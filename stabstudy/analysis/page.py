@@ -71,20 +71,22 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
 
 
 def _recipe(study: Study) -> Iterator[Block]:
-    """How to say the recipe of the box, here and elsewhere."""
-    found = recipe.best(study)
-    if found is None:
+    """How to say the recipe of the box, here and elsewhere; one for each dataset."""
+    found = recipe.recipes(study)
+    if not found:
         yield Text("No recipe: no cell is stable in every trial, or their losses cannot be compared.")
-        return
-    yield Code("As overrides of this tool", "\n".join(recipe.overrides(found.levels, found.settings)))
-    for title, (text, notes) in (
-        ("As a Lingua config (one device)", recipe.lingua(found.settings)),
-        (
-            "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)",
-            recipe.hugging_face(found.settings),
-        ),
-    ):
-        yield Code(title, "\n".join([*(f"# not the same: {words.clean(note)}" for note in notes), text]))
+    for one in found:
+        if len(found) > 1:
+            yield Text(recipe.sentence(one))
+        yield Code("As overrides of this tool", "\n".join(recipe.overrides(one.levels, one.settings)))
+        for title, (text, notes) in (
+            ("As a Lingua config (one device)", recipe.lingua(one.settings)),
+            (
+                "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)",
+                recipe.hugging_face(one.settings),
+            ),
+        ):
+            yield Code(title, "\n".join([*(f"# not the same: {words.clean(note)}" for note in notes), text]))
 
 
 def _asked(study: Study) -> Iterator[Block]:
@@ -143,7 +145,7 @@ def _cells(study: Study) -> Table:
     """A row per cell. `seeds`: how many are done, of how many where some are not."""
     axes = list(study.axes)
     case = ["case"] if study.cells["case"].notna().any() else []
-    numbers = [*map(words.heading, axes), "seeds", "final loss", *map(_head, CELL_STATISTICS)]
+    levels, numbers = [*map(words.heading, axes)], ["seeds", "final loss", *map(_head, CELL_STATISTICS)]
     broken = study.trials[study.trials["verdict_rule"].notna()]
     by_verdict = broken.groupby(["cell_id", "verdict"])["verdict_rule"]
     rules = {at: f" ({', '.join(sorted(set(members)))})" for at, members in by_verdict}
@@ -151,15 +153,15 @@ def _cells(study: Study) -> Table:
         (
             *(words.clean(row[name] or "", 40) for name in case),
             *(words.level(row[a], a) for a in axes),
+            ", ".join(f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]) or words.NOTHING,
             str(row["n"]) if row["n"] == row["n_done"] else f"{row['n_done']} of {row['n']}",
             _loss(row),
             *(_value(name, row[name]) for name in CELL_STATISTICS),
-            ", ".join(f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]) or words.NOTHING,
         )
         for row in records(study.cells.reset_index())
     )
     title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
-    return Table(title, (*case, *numbers, "verdicts"), rows, frozenset(numbers))
+    return Table(title, (*case, *levels, "verdicts", *numbers), rows, frozenset([*levels, *numbers]))
 
 
 def _told(study: Study) -> Iterator[Block]:

@@ -15,12 +15,16 @@ import pandas as pd
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.levels import Level, records
+from stabstudy.analysis.levels import Level, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
+
+
+EVALUATED = "train.eval_sequences"
+"""Beside the data, what an evaluation batch depends on."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,21 @@ class Recipe:
         return None if self.trouble is None else self.trouble / self.levels["optim.lr"]
 
 
-def best(study: Study) -> Recipe | None:
-    """The stable cell of least mean final loss; None where no cell is stable, or losses cannot be compared."""
-    done = study.trials[study.trials["state"] == "done"]
-    if done["eval_hash"].nunique() != 1:
-        return None
-    stable = {str(c): members for c, members in study.trials.groupby("cell_id") if _all_stable(members)}
+def recipes(study: Study) -> list[Recipe]:
+    """The stable cell of least mean final loss; one for each dataset where that is an axis.
+
+    Losses on different evaluation batches do not compare: where they differ for another reason than the data that a
+    trial names, there is no recipe, as where no cell is stable.
+    """
+    data = {a: levels for a, levels in study.axes.items() if a == "data" or a.startswith("data.") or a == EVALUATED}
+    parts = (trials for _, trials in split(study.trials, data))
+    found = (_best(study, t) for t in parts if t.loc[t["state"] == "done", "eval_hash"].nunique() == 1)
+    return [recipe for recipe in found if recipe is not None]
+
+
+def _best(study: Study, trials: pd.DataFrame) -> Recipe | None:
+    """The best stable cell of these trials."""
+    stable = {str(c): members for c, members in trials.groupby("cell_id") if _all_stable(members)}
     losses = {c: compare.mean(members, "final_loss_capped") for c, members in stable.items()}
     known = {c: e for c, e in losses.items() if math.isfinite(e.mean)}
     if not known:

@@ -102,5 +102,6 @@ def _image(figure: Figure) -> dict[str, Any]:
 
 def _data_url(svg: str) -> Markup:
     """The drawing as an address, safe between double quotes: two thirds of the length that base64 takes."""
-    bare = re.sub(r"<!--.*?-->|\s*\n\s*", " ", svg, flags=re.DOTALL).replace('"', "'")
+    needless = r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|\s*\n\s*"
+    bare = re.sub(needless, " ", svg, flags=re.DOTALL).strip().replace('"', "'")
     return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")

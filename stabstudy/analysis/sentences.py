@@ -144,18 +144,18 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
 
 
 def _best(study: Study) -> Iterator[str]:
-    """The recipe; and the cell of least mean loss where that is another one.
+    """Each recipe; and the cell of least mean loss where that is another one.
 
-    One such cell per evaluation batch, as losses on different ones cannot be compared.
+    One of both per evaluation batch, as losses on different ones cannot be compared.
     """
-    chosen = recipe.best(study)
-    if chosen is not None:
-        yield recipe.sentence(chosen)
+    recipes = recipe.recipes(study)
+    yield from map(recipe.sentence, recipes)
+    chosen = {found.cell_id for found in recipes}
     known = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
     batches = study.trials.groupby("cell_id")["eval_hash"].first().reindex(known.index)
     for _, cells in known.groupby(batches):
         lowest = cells.sort_values("final_loss_capped", kind="stable").head(1)
-        if len(cells) > 1 and (chosen is None or lowest.index[0] != chosen.cell_id):
+        if len(cells) > 1 and lowest.index[0] not in chosen:
             best = records(lowest)[0]
             mean, low, high = (best[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
             where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)

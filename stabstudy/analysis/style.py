@@ -101,13 +101,13 @@ def to_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with rc_context(_RC):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = re.sub(r'(?<= d=")[^"]+', _shorter, buffer.getvalue())
+    svg = re.sub(r'(?<= d=")[^"]+|(?<= [xy]=")[^"]+|(?<=translate\()[^)]+', _shorter, buffer.getvalue())
     return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
 
 
-def _shorter(path: re.Match[str]) -> str:
-    """The coordinates of a path to a hundredth of a point; those of the glyphs are whole numbers."""
-    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", path[0])
+def _shorter(places: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point; those of the glyphs are whole numbers."""
+    return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places[0])
 
 
 def to_png(figure: Figure) -> bytes:

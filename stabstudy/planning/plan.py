@@ -97,7 +97,7 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     return Plan(
         request.study,
         folder,
-        sweep.question,
+        body["question"],
         varying,
         tuple(trials),
         record.text(body),
@@ -106,6 +106,17 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
         tuple(found.warnings),
         tuple(record.redact(given)),
     )
+
+
+def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
+    """The sweep's own question, unless the command line made other axes of it: then that is what is asked."""
+    names = [axis.name for axis in varying]
+    if {name for factor in sweep.factors for alternative in factor for name in alternative} == set(names):
+        return sweep.question
+    if not names:
+        return "How stable is this one recipe?"
+    *others, last = names
+    return f"What {'do' if others else 'does'} {', '.join(others)}{' and ' if others else ''}{last} change?"
 
 
 def study_folder(request: Request, cwd: Path) -> Path:
@@ -159,7 +170,7 @@ def _body(
     return {
         "format": cfg.FORMAT_VERSION,
         "sweep": sweep.name,
-        "question": sweep.question,
+        "question": _question(sweep, varying),
         "trials": len(trials),
         "seeds": list(dict.fromkeys(t.config.seed for t in trials)),
         "axes": {axis.name: list(axis.values) for axis in varying},
