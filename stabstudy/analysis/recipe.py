@@ -38,6 +38,7 @@ class Recipe:
     stable_cells: int  # it is the best of so many
     trouble: Level  # smallest larger learning rate with a spiky or diverged trial, all else equal; None: none seen
     trials_at_trouble: tuple[int, int]  # not stable, of how many
+    tried_to: Level  # largest learning rate with a trial, all else equal; None: the learning rate does not vary
 
     @property
     def margin(self) -> float | None:
@@ -67,24 +68,25 @@ def _best(study: Study, trials: pd.DataFrame) -> Recipe | None:
     chosen = min(known, key=lambda c: (known[c].mean, c))
     row = records(stable[chosen].head(1))[0]
     levels = {a: row[a] for a in study.axes}
-    trouble, counts = _trouble(study, levels)
+    trouble, counts, tried_to = _trouble(study, levels)
     settings = {name: row[name] for name in cfg.setting_names() if name != "seed"}
-    return Recipe(chosen, levels, settings, known[chosen], len(known), trouble, counts)
+    return Recipe(chosen, levels, settings, known[chosen], len(known), trouble, counts, tried_to)
 
 
 def _all_stable(members: pd.DataFrame) -> bool:
     return bool(((members["state"] == "done") & (members["verdict"] == "stable")).all())
 
 
-def _trouble(study: Study, levels: Mapping[str, Level]) -> tuple[Level, tuple[int, int]]:
-    """The next learning rate above at which a trial was not stable, all else equal."""
+def _trouble(study: Study, levels: Mapping[str, Level]) -> tuple[Level, tuple[int, int], Level]:
+    """The next learning rate above at which a trial was not stable, how many were not, and the largest rate tried."""
     if levels.get("optim.lr") is None:
-        return None, (0, 0)
+        return None, (0, 0), None
     same = study.where({a: v for a, v in levels.items() if a != "optim.lr"}).trials
+    largest = float(same["optim.lr"].max())
     for lr, members in same[same["optim.lr"] > levels["optim.lr"]].groupby("optim.lr"):
         if bad := int(members["verdict"].isin(("spiky", "diverged")).sum()):
-            return lr, (bad, len(members))
-    return None, (0, 0)
+            return lr, (bad, len(members)), largest
+    return None, (0, 0), largest
 
 
 def sentence(recipe: Recipe) -> str:
@@ -97,8 +99,11 @@ def sentence(recipe: Recipe) -> str:
     )
     if "optim.lr" not in recipe.levels:
         return said
+    if recipe.margin is None and recipe.tried_to == recipe.levels["optim.lr"]:
+        return f"{said} No larger learning rate was tried with it: the margin is not known."
     if recipe.margin is None:
-        return f"{said} No larger learning rate that was tried with it was unstable: the margin is not known."
+        times = words.number(recipe.tried_to / recipe.levels["optim.lr"], 2)
+        return f"{said} Margin: no trial was seen to be unstable up to {times} times its learning rate, the most tried."
     bad, n = recipe.trials_at_trouble
     times = words.number(recipe.margin, 2)
     return f"{said} Margin: at {times} times its learning rate {bad} of {words.count(n, 'trial')} were not stable."
