@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
 
 OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
+
+LARGE = 100
+"""Trials from which on a report tells how far it is."""
 
 Say = Callable[[str], None]
 
@@ -39,14 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return BAD_INPUT
-    code = OK
+    code, pages = OK, []
     try:
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
-            study, _ = _write(folder, _print, out)
+            study, page = _write(folder, _print, out)
+            pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
-            _compare(folders, folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out)
+            together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
+            _compare(folders, pages, together)
     except OSError as error:
         print(f"error: report: {error}", file=sys.stderr)
         return ENVIRONMENT
@@ -61,8 +67,12 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     from stabstudy.analysis.sentences import counts
     from stabstudy.analysis.study import update_tables
 
+    progress = say if (n := len(folder.trials())) >= LARGE else _nothing
+    progress(f"reading {n} trials")
     study = update_tables(folder)
+    progress("making the page")
     made = report(study)
+    progress("writing it, and a page for each trial")
     page = publish(study, made, folder.report if out is None else out)
     found = counts(study)
     say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
@@ -75,19 +85,25 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     return study, page
 
 
-def _compare(folders: Sequence[StudyFolder], out: Path) -> None:
+def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -> None:
+    """The report on several studies, in `out`; `pages` are those of each."""
     from stabstudy.analysis import several
     from stabstudy.analysis.publish import publish
     from stabstudy.analysis.study import Study
 
     studies = [Study(folder) for folder in folders]
-    page = publish(Study.concat(studies), several.report(studies), out)
+    ways = [urllib.parse.quote(os.path.relpath(page, out)) for page in pages]
+    page = publish(Study.concat(studies), several.report(studies, ways), out)
     _print(f"comparison: {page}")
 
 
 def _judge(study: Study) -> int:
     done = bool((study.trials["state"] == "done").any())
     return OK if done and not study.damaged else NOTHING_OR_DAMAGED
+
+
+def _nothing(line: str) -> None:
+    """Says nothing: what is done in a moment needs no progress."""
 
 
 def _print(line: str) -> None:

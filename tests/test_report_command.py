@@ -101,6 +101,16 @@ def test_a_folder_that_cannot_be_written_is_the_environment(tmp_path: Path, caps
     assert capsys.readouterr().err.startswith("error: report: ")
 
 
+def test_a_large_study_tells_how_far_its_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,))
+    quiet: list[str] = []
+    write_report(path, quiet.append)
+    monkeypatch.setattr("stabstudy.report.LARGE", 3)
+    said: list[str] = []
+    write_report(path, said.append)
+    assert said == ["reading 3 trials", "making the page", "writing it, and a page for each trial", *quiet]
+
+
 def test_write_report_says_what_main_prints(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     said: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import planted
@@ -71,7 +72,7 @@ def test_the_other_order_turns_every_sign(two: list[Study]) -> None:
 
 def test_what_differs_between_them_is_named(two: list[Study]) -> None:
     made = several.report(two)
-    assert table(made, "What differs").rows == (("optim.weight_decay", "0.1", "0.3"),)
+    assert table(made, "Settings that differ").rows == (("optim.weight_decay", "0.1", "0.3"),)
     cells = table(made, "Cells that at least two").rows
     assert [row[0] for row in cells] == ["0.01", "0.1"] and all(row[-1] == "3 stable" for row in cells)
     assert {b.name for s in made.sections for b in s.blocks if isinstance(b, Figure)} == {
@@ -105,6 +106,15 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     made = several.report([two[0], Study.load(tmp_path / "far")])
     texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
     assert any("nothing is compared" in t for t in texts) and "No cell of one study is a cell of another." in texts
+    assert [f.sentences for f in made.findings] == [[several.UNPAIRED]]
+
+
+def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study]) -> None:
+    planted.plant_frame(tmp_path / "short")
+    planted.plant_trial(tmp_path / "short", planted.settings(2, 0.01, steps=100))
+    said = "They trained for different numbers of steps: losses and largest values are those of different lengths."
+    assert said in several.report([two[0], Study.load(tmp_path / "short")]).warnings
+    assert said not in several.report(two).warnings
 
 
 def test_equal_names_are_refused(two: list[Study]) -> None:
@@ -124,6 +134,11 @@ def test_the_command_writes_the_comparison(
     page = (tmp_path / "out" / "index.html").read_text()
     assert "low against high" in page and "optim.weight_decay" in page
     assert (tmp_path / "out" / "low" / "index.html").exists()
+    assert re.findall(r'href="([^"]+)">(?:low|high)<', page) == ["low/index.html", "high/index.html"]
+    assert command.main(paths) == 0
+    beside = two[0].folder.report / "with-high"
+    ways = re.findall(r'href="([^"]+)">(?:low|high)<', (beside / "index.html").read_text())
+    assert ways == ["../index.html", "../../../high/report/index.html"] and all((beside / w).exists() for w in ways)
     before = page
     assert command.main([*paths, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "index.html").read_text() == before

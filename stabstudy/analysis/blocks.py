@@ -99,6 +99,7 @@ class Report:
     warnings: Sequence[str]
     sections: Sequence[Section]
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
+    pages: Sequence[tuple[str, str]] = ()  # of a comparison: each study and the way to its own page
     files: Sequence[str] = ("report.md", "trials.csv", "spikes.csv")
 
     @property

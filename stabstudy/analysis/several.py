@@ -22,11 +22,16 @@ AXIS = "study"
 BY_DETECTOR = ("spike_rate",)
 """Statistics compared here that depend on the detector and on the logging stride."""
 
+UNPAIRED = "No trial of one study has a partner of the same seed and levels in another: nothing is compared."
+
 FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
 
 
-def report(studies: Sequence[Study]) -> Report:
-    """The comparison of at least two studies of different names; the first is what the others are compared with."""
+def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
+    """The comparison of at least two studies of different names; the first is what the others are compared with.
+
+    `pages`: the way from this report's folder to each study's own page.
+    """
     whole = Study.concat(studies)
     metrics = _comparable(whole)
     table = _differences(whole, metrics)
@@ -36,9 +41,10 @@ def report(studies: Sequence[Study]) -> Report:
         question="",
         headline=f"{len(names)} studies side by side.",
         counts=[Count(v, int((whole.trials["verdict"] == v).sum()), "") for v in VERDICTS],
-        findings=[Finding("What differs", said)] if (said := list(_findings(table))) else [],
+        findings=[Finding("What differs", list(_findings(table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
+        pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
     )
 
 
@@ -56,6 +62,8 @@ def warnings(whole: Study) -> Iterator[str]:
         yield "The logs have different strides: rates of spikes are shown, and not compared."
     if _differ(by_study["train.batch_size"]) or _differ(by_study["data.seq_len"]):
         yield "Steps hold different numbers of tokens: what is counted per step is not the same."
+    if _differ(by_study["train.steps"]):
+        yield "They trained for different numbers of steps: losses and largest values are those of different lengths."
 
 
 def _differ(column: Any) -> bool:
@@ -106,7 +114,7 @@ def _settings(whole: Study) -> Iterator[Block]:
             rows.append((setting, *(words.level(v[0], setting) for v in levels.values())))
     if rows:
         heads = ("setting", *(words.clean(name, 60) for name in by_study))
-        yield Table("What differs between them, and within none", heads, tuple(rows))
+        yield Table("Settings that differ between the studies and are the same within each", heads, tuple(rows))
     else:
         yield Text("No setting differs between the studies that is the same within each.")
 
@@ -136,7 +144,7 @@ def _from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
 
 def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
     if not table:
-        yield Text("No trial of one study has a partner of the same seed and levels in another: nothing is compared.")
+        yield Text(UNPAIRED)
         return
     yield Text(
         "A pair is two trials of different studies with the same seed and the same level of everything that varies "
@@ -172,7 +180,9 @@ def _findings(table: list[dict[str, Any]]) -> Iterator[str]:
             f"{words.count(r['seeds'], 'seed')}; the paired 95 % interval of the change does not hold 0, not corrected "
             f"for {len(table)} comparisons)."
         )
-    if table and not clear:
+    if not table:
+        yield UNPAIRED
+    elif not clear:
         yield "No difference can be told from chance: each paired 95 % interval holds 0, or is missing."
 
 
@@ -188,13 +198,17 @@ def _figures(whole: Study) -> Iterator[Block]:
         drawn = plots.drawable(whole.trials, metric)
         if len(drawn):
             ax = plots.curves(whole, metric, x=x, by=AXIS, log_y=log_y)
-            caption = f"{plots.metric_label(metric)} against {words.label(x)}, a line for each study{over}."
+            against = f"{plots.metric_label(metric)} against {words.label(x)}"
+            against = against[0].upper() + against[1:]
+            caption = (
+                f"{against}, a line for each study{over}. Small marks are trials, bands 95 % t-intervals (from "
+                f"{plots.BAND_FROM} trials on)."
+            )
             table = _figure_table(whole, metric, x, log_y)
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
             name = f"studies-{metric.replace('_', '-')}"
             svg = style.draw(ax.figure)  # type: ignore[arg-type]
-            title = f"{plots.metric_label(metric).capitalize()} against {words.label(x)}"
-            yield Figure(name, title, svg, f"Line chart. {said}.", caption, table)
+            yield Figure(name, against, svg, f"Line chart. {said}.", caption, table)
 
 
 def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:

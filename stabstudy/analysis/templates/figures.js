@@ -95,7 +95,7 @@
 
   const drawn = [...document.querySelectorAll("figure[data-marks]")].filter(readable);
   if (drawn.length) {
-    const opens = drawn.some((figure) => figure.dataset.marks.includes('"trials"'));
+    const opens = drawn.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
     const hint = "Point at a mark to read its values, or focus a figure and use the arrow keys."
       + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
     const before = drawn[0].previousElementSibling || drawn[0];
