@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import planted
 import pytest
@@ -18,7 +19,7 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from stabstudy.analysis import levels, plots, style
+from stabstudy.analysis import levels, map_plots, plots, style
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import downsample
 
@@ -251,11 +252,19 @@ def test_colours_hold_on_white_and_on_black() -> None:
 
 
 def test_text_reads_on_every_field_of_a_map() -> None:
-    from matplotlib import colormaps
-
     for share in np.linspace(0, 1, 101):
-        rgb = colormaps["viridis"](0.12 + 0.83 * share)
-        assert _contrast(style.field_text_colour(rgb), colors.to_hex(rgb)) >= 4.5
+        ground = style.field_colour(share)
+        assert _contrast(style.field_text_colour(ground), ground) >= 4.5
+
+
+def test_a_field_of_a_map_keeps_its_colour_in_the_dark() -> None:
+    shares = np.linspace(0, 1, 2001)
+    meant = [matplotlib.colormaps["viridis"](0.12 + 0.83 * share)[:3] for share in shares]
+    drawn = [style.field_colour(share) for share in shares]
+    assert {colors.to_hex(rgb) for rgb in meant} & set(style.DARK)  # the lines' colours are viridis', too
+    fixed = {"#010101", "#fefefe", *(ground for _, ground in map_plots.VERDICT_LOOKS.values())}
+    assert not {*drawn, *fixed, *map(style.field_colour, (math.nan, -1.0, 2.0))} & set(style.DARK)
+    assert np.abs(np.subtract([colors.to_rgb(c) for c in drawn], meant)).max() <= 1.5 / 255
 
 
 def test_lines_differ_by_more_than_hue() -> None:

@@ -144,15 +144,14 @@ def _frame(ax: Axes, columns: Positions, rows: Positions) -> None:
 
 def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str, share: float, size: float) -> None:
     """One field of a map: colour, value, n, and how many of its trials were not stable."""
-    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
     corner = (at[0] - 0.5, at[1] - 0.5)
-    rgb = colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0)
-    ax.add_patch(Rectangle(corner, 1, 1, facecolor=rgb, edgecolor=style.PAPER, linewidth=1.5))
+    ground = style.field_colour(share)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
     bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in ("spiky", "diverged")}
     lines = [shown, f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
-    ink = style.field_text_colour(rgb)
+    ink = style.field_text_colour(ground)
     ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size, gid="field")
     if bad["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")

@@ -142,9 +142,23 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def field_text_colour(rgb: Sequence[float]) -> str:
-    """Near-black or near-white, whichever reads better on a field of this colour (sRGB in 0..1)."""
-    return "#010101" if luminance(rgb) > 0.179 else "#fefefe"
+def field_colour(share: float) -> str:
+    """The colour of a field at this share of a scale, dark to light along viridis; it is the same on black.
+
+    Beware: a field that had the very colour of a line would be exchanged with it, and show another value in the dark.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    found = to_hex(colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0))
+    return f"#{int(found[1:], 16) ^ 1:06x}" if found in DARK else found  # one step of blue in 255: not to be seen
+
+
+def field_text_colour(colour: str) -> str:
+    """Near-black or near-white, whichever reads better on a field of this colour."""
+    from matplotlib.colors import to_rgb
+
+    return "#010101" if luminance(to_rgb(colour)) > 0.179 else "#fefefe"
 
 
 def luminance(rgb: Sequence[float]) -> float:
