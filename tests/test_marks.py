@@ -12,8 +12,9 @@ import numpy as np
 import planted
 import pytest
 
-from stabstudy.analysis import marks, plots, steps, style
+from stabstudy.analysis import marks, plots, steps, style, trace_plots
 from stabstudy.analysis.study import Study
+from stabstudy.trace import TRACE, Rows
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,32 @@ def _unpacked(text: str) -> Any:
 def test_a_page_carries_every_step(study: Study) -> None:
     worst = str(study.worst())
     rows = study.trace(worst)
-    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, study.spikes_by_trial.get(worst, [])))
+    rough = trace_plots.rough_steps(study, rows)
+    spikes = study.spikes_by_trial.get(worst, [])
+    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, rough))
     for name in steps.COLUMNS:
         assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
     assert len(own["spikes"]) == len(study.spikes_by_trial[worst])
     highest = max((s for s in study.spikes_by_trial[worst] if s["series"] == "grad"), key=lambda s: s["peak_ratio"])
-    assert own["spikes"][own["highest"]] == ["grad", highest["start"], highest["end"]]
+    assert own["spikes"][own["highest"]] == [
+        "grad", highest["start"], highest["end"], highest["peak_step"],
+    ]  # fmt: skip
+    assert own["rough"] == rows["step"][rough].tolist() and len(own["rough"]) == study.row(worst)["spike_ratio3_steps"]
+    assert own["rough"] and own["warmup"] == study.row(worst)["optim.warmup_steps"]
+
+
+def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:
+    worst = str(study.worst())
+    n = 50_000
+    random = np.random.default_rng(0)
+    columns = {c.name: np.full(n, 0.5) for c in TRACE.columns}
+    columns |= {"step": np.arange(n), "grad_norm": random.lognormal(size=n), "loss": random.lognormal(size=n)}
+    rows = Rows(TRACE, columns, {name: np.zeros(n, bool) for name in columns})
+    spike = {"series": "grad", "start": 12_345, "end": 12_351, "peak_step": 12_347, "peak_ratio": 3.0}
+    rough = np.arange(n) == 41_234
+    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, [spike], rough))
+    carried = _unpacked(own["columns"]["step"]).tolist()
+    assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= steps.MOST_STEPS + 6
 
 
 def test_a_very_long_trace_keeps_its_extremes() -> None:

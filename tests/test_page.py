@@ -16,6 +16,7 @@ from pathlib import Path
 
 import planted
 import pytest
+import scipy.stats
 
 from stabstudy.analysis import render, sentences, words
 from stabstudy.analysis.levels import plain, records
@@ -199,6 +200,33 @@ def test_csv_is_the_table(path: Path, study: Study) -> None:
                 assert row[name] == ("" if value is None else str(value)), name
 
 
+def test_cells_have_their_intervals(page: Page, path: Path, study: Study) -> None:
+    written = list(csv.DictReader(io.StringIO((path / "report" / "cells.csv").read_text())))
+    head, *shown = page.table("95 % t-intervals of these means")
+    assert len(written) == len(shown) == len(study.cells)
+    told = 0
+    for row, text, (cell_id, _) in zip(written, shown, study.cells.iterrows(), strict=True):
+        members = study.trials[(study.trials["cell_id"] == cell_id) & (study.trials["state"] == "done")]
+        values = members["grad_norm_log_sd"].dropna()
+        field = text[head.index("roughness")]
+        if len(values) < 2:
+            assert row["grad_norm_log_sd_low"] == "" and field == words.NOTHING
+            continue
+        half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+        ends = (values.mean() - half, values.mean() + half)
+        assert (float(row["grad_norm_log_sd_low"]), float(row["grad_norm_log_sd_high"])) == pytest.approx(ends)
+        assert field == " to ".join(map(words.number, ends)) and row["cell_id"] == cell_id
+        told += 1
+    assert told
+
+
+def test_the_card_says_how_much_was_trained(page: Page, study: Study) -> None:
+    trials = study.trials
+    step = trials["train.batch_size"] * trials["data.seq_len"]
+    total = int((trials["steps_done"] * step).sum())
+    assert f"trained in all: {total:,} tokens." in page.text and f"{len(trials)} trials of " in page.text
+
+
 def test_effects_are_compare(page: Page, study: Study) -> None:
     rows = {(r[0], r[2]): r for r in page.table("Paired differences")[1:]}
     (depth,) = records(study.compare("model.depth", "final_loss"))
@@ -363,7 +391,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 4 + 14 * 3 + 15  # the study's, the report's, figures, trials
+    assert _bytes(path) == before and len(before) == 4 + 5 + 14 * 3 + 15  # the study's, the report's, figures, trials
 
 
 @pytest.mark.slow

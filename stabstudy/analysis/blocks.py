@@ -86,6 +86,10 @@ class Section:
     title: str
     blocks: Sequence[Block]
 
+    @property
+    def figures(self) -> list[Figure]:
+        return [b for b in self.blocks if isinstance(b, Figure)]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -100,11 +104,11 @@ class Report:
     sections: Sequence[Section]
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
     pages: Sequence[tuple[str, str]] = ()  # of a comparison: each study and the way to its own page
-    files: Sequence[str] = ("report.md", "trials.csv", "spikes.csv")
+    files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv")
 
     @property
     def figures(self) -> list[Figure]:
-        return [b for section in self.sections for b in section.blocks if isinstance(b, Figure)]
+        return [figure for section in self.sections for figure in section.figures]
 
 
 @dataclass(frozen=True)

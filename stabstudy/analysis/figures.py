@@ -74,7 +74,8 @@ def _curves(study: Study, layout: Layout) -> Iterator[Block]:
         caption = (
             f"{against}, on the {words.count(len(drawable), 'done trial')} that have it. Small marks are trials, lines "
             f"their {'geometric ' if log_y else ''}means, bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
-            f"{pooled(layout)}{_triangles(diverged)}{_left_out(study, len(drawable))}"
+            f"{_extremes(study, layout, metric, log_y)}{pooled(layout)}{_triangles(diverged)}"
+            f"{_left_out(study, len(drawable))}"
         )
         table = _curve_table(study, layout, metric, log_y)
         alt = _curve_alt(study, layout, metric, log_y, against)
@@ -99,6 +100,27 @@ def _curve_table(study: Study, layout: Layout, metric: str, log_y: bool) -> Tabl
             numbers = map(words.number, (e.mean, e.low, e.high, len(drawn), diverged))
             rows.append((*level_texts(axes, levels), *numbers))
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
+
+
+def _extremes(study: Study, layout: Layout, metric: str, log_y: bool) -> str:
+    """Which point of the lines is lowest, and which highest."""
+    means = [
+        (plots.mean_of(plots.drawable(trials, metric), metric, log_y).mean, levels)
+        for levels, trials in points(study, layout, metric)
+    ]
+    known = [point for point in means if point[0] == point[0]]
+    if len(known) < 2:
+        return ""
+    axes = layout.axes(study)
+    said = [
+        f"{end} {words.number(mean)} at {said_levels(axes, levels)}"
+        for end, (mean, levels) in (("lowest", min(known, key=_first)), ("highest", max(known, key=_first)))
+    ]
+    return f" {', '.join(said).capitalize()}."
+
+
+def _first(point: tuple[float, tuple[Level, ...]]) -> float:
+    return point[0]
 
 
 def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: str) -> str:

@@ -56,7 +56,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     else:
         yield Section("recipe", "The recipe, to copy", list(_recipe(study)))
         yield Section("asked", "What was asked", list(_asked(study)))
-        yield Section("cells", "Cells", [_cells(study)] if len(study.cells) else [])
+        yield Section("cells", "Cells", [_cells(study), _intervals(study)] if len(study.cells) else [])
     yield Section("figures", "Figures", list(figures(study)))
     yield Section("told", "Trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
@@ -95,6 +95,8 @@ def _asked(study: Study) -> Iterator[Block]:
     varied.append(("seed", "seed", ", ".join(map(str, seeds)) or words.NOTHING))
     if study.axes or not study.ingested:
         yield Table("What varied", ("axis", "setting", "levels"), tuple(varied))
+    if not study.ingested and len(study.trials):
+        yield Text(_size(study))
     yield Text(_spike_rule(study.rules))
     yield Text(_verdict_rule(study.rules))
     if fixed := tuple(_fixed(study)):
@@ -107,6 +109,25 @@ def _asked(study: Study) -> Iterator[Block]:
     title = f"Parameters of the rules ({study.rules.detector_id})"
     rows = [(name, f"{value:g}") for name, value in study.rules.parameters().items()]
     yield Table(title, ("parameter", "value"), tuple(rows), frozenset({"value"}), folded=True)
+
+
+def _size(study: Study) -> str:
+    """How much was trained: trials, steps, tokens."""
+    trials = study.trials
+    step = trials["train.batch_size"] * trials["data.seq_len"]
+    per_step, planned = (_span(values) for values in (step, trials["steps_planned"]))
+    return (
+        f"{words.count(len(trials), 'trial')} of {planned} steps, {per_step} tokens a step "
+        f"({_span(trials['train.batch_size'])} sequences of {_span(trials['data.seq_len'])}): "
+        f"{_span(trials['steps_planned'] * step)} tokens a trial; trained in all: "
+        f"{int((trials['steps_done'] * step).sum()):,} tokens."
+    )
+
+
+def _span(values: pd.Series[int]) -> str:
+    """`160`, or `80 to 160`."""
+    low, high = int(values.min()), int(values.max())
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _spike_rule(rules: Rules) -> str:
@@ -162,6 +183,29 @@ def _cells(study: Study) -> Table:
     )
     title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
     return Table(title, (*case, *levels, "verdicts", *numbers), rows, frozenset([*levels, *numbers]))
+
+
+def _intervals(study: Study) -> Table:
+    """The intervals of the means in `_cells`: beside them they would make it three screens wide."""
+    axes = list(study.axes)
+    case = ["case"] if study.cells["case"].notna().any() else []
+    metrics = ("final_loss_capped", *CELL_STATISTICS)
+    rows = tuple(
+        (
+            *(words.clean(row[name] or "", 40) for name in case),
+            *(words.level(row[a], a) for a in axes),
+            *(_interval(row, m) for m in metrics),
+        )
+        for row in records(study.cells.reset_index())
+    )
+    heads = (*case, *map(words.heading, axes), "final loss", *map(_head, CELL_STATISTICS))
+    title = "95 % t-intervals of these means (cells.csv has those of every statistic)"
+    return Table(title, heads, rows, frozenset(heads) - {"case"}, folded=True)
+
+
+def _interval(cell: Mapping[str, Any], metric: str) -> str:
+    low, high = cell[f"{metric}_low"], cell[f"{metric}_high"]
+    return words.NOTHING if low is None or high is None else f"{_value(metric, low)} to {_value(metric, high)}"
 
 
 def _told(study: Study) -> Iterator[Block]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNSTABLE_LOGIT = 1e4
-"""Attention logits beyond which arXiv 2309.14322 saw training fail; drawn where a study comes so far."""
+"""Attention logits beyond which arXiv 2309.14322 saw training fail: how far from it a study stays is worth seeing."""
 
 MAX_PANELS = 6
 BAND_FROM = 3
@@ -77,7 +77,9 @@ def curves(
     positions.apply_x(ax)
     ax.set_ylabel(style.plain(metric_label(metric)))
     _limit_to_dots(ax, trials, metric, log_y)
-    if metric == "attn_logit_peak" and ax.get_ylim()[1] >= UNSTABLE_LOGIT:
+    if metric == "attn_logit_peak" and ax.get_yscale() == "log":
+        ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * UNSTABLE_LOGIT))
+        style.log_ticks(ax)
         ax.axhline(UNSTABLE_LOGIT, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
         place = (0, UNSTABLE_LOGIT)
         ax.annotate(

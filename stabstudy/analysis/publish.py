@@ -36,6 +36,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
     _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
+    write_text(folder / "cells.csv", csv_files.of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", render.index(report))

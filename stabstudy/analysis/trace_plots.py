@@ -86,13 +86,19 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         clip=clip if row["optim.clip_kind"] == "norm" and clip is not None and np.isfinite(clip) else None,
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
-        rough=ratio3_outliers(measured(rows, "grad_norm"), study.rules).flagged,
+        rough=rough_steps(study, rows),
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
     for ax in figure.axes if axes is None else axes:
         ax.set_xlim(-0.02 * planned, 1.02 * planned)  # a trial that stopped early shows how early
     return figure
+
+
+def rough_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
+    """Per step, whether its norm stands out by the absolute rule (`ratio3`) of the study."""
+    flagged: NDArray[np.bool_] = ratio3_outliers(measured(rows, "grad_norm"), study.rules).flagged
+    return flagged
 
 
 def traces(study: Study, titles: Mapping[str, str]) -> Figure:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Set
 
-from stabstudy.analysis import advice, plots, steps, style, trace_figures, trial_tables, words
+from stabstudy.analysis import advice, plots, steps, style, trace_figures, trace_plots, trial_tables, words
 from stabstudy.analysis.blocks import Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
@@ -156,7 +156,8 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    title, own = "Gradient norm and loss, step by step", steps.steps(rows, row | {"trial_id": trial_id}, spikes)
+    own = steps.steps(rows, row | {"trial_id": trial_id}, spikes, trace_plots.rough_steps(study, rows))
+    title = "Gradient norm and loss, step by step"
     return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
 
 

@@ -94,18 +94,19 @@
   document.addEventListener("scroll", hide, { capture: true, passive: true });
 
   const drawn = [...document.querySelectorAll("figure[data-marks]")].filter(readable);
-  if (drawn.length) {
-    const opens = drawn.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
+  const shown = drawn.filter(({ dataset }) => dataset.steps === undefined); // that of the steps is folded away below
+  if (shown.length) {
+    const opens = shown.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
     const hint = "Point at a mark to read its values, or focus a figure and use the arrow keys."
       + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
-    const before = drawn[0].previousElementSibling || drawn[0];
+    const before = shown[0].previousElementSibling || shown[0];
     before.before(make("p", { className: "hint" }, hint));
   }
 
   // The steps of a trial, any range of them
 
   const SVG = "http://www.w3.org/2000/svg";
-  const W = 1000, LEFT = 74, RIGHT = 12, PANELS = [[10, 250], [290, 170]], H = 510; // in units of the picture
+  const LEFT = 58, RIGHT = 12, PANELS = [[18, 240], [288, 160]], H = 500; // CSS pixels, as wide as the page has room
 
   function floats(text) {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -114,14 +115,14 @@
 
   const brief = (v) => (Number.isFinite(v) ? String(Number(v.toPrecision(4))) : "not finite");
 
-  function ticks(low, high, log) {
+  function ticks(low, high, log, most = 5) {
     const found = [];
     if (log && high / low > 5) {
       for (let d = Math.floor(Math.log10(low)); d <= Math.log10(high); d += 1) {
         for (const m of high / low > 1e3 ? [1] : [1, 2, 5]) found.push(m * 10 ** d);
       }
     } else {
-      const raw = (high - low) / 5;
+      const raw = (high - low) / most;
       const power = 10 ** Math.floor(Math.log10(raw));
       const step = power * [1, 2, 5, 10].find((m) => m * power >= raw);
       for (let i = Math.ceil(low / step); i <= high / step; i += 1) found.push(i * step);
@@ -135,6 +136,7 @@
     const step = columns.step;
     const n = step.length;
     let [from, to] = [0, n - 1]; // rows
+    let W = 1000;
     const inputs = ["From step", "to step"].map((text) => {
       const input = make("input", { type: "number", min: step[0], max: step[n - 1] });
       return [make("label", {}, `${text} `, input), input];
@@ -142,7 +144,6 @@
     const logs = make("input", { type: "checkbox", checked: true });
     const out = make("output", {});
     const svg = document.createElementNS(SVG, "svg");
-    svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
     svg.setAttribute("tabindex", "0");
     svg.setAttribute("role", "img");
 
@@ -190,18 +191,28 @@
         add("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: up(tick), y2: up(tick) });
         add("text", { x: LEFT - 6, y: up(tick) + 5, "text-anchor": "end" }, brief(tick));
       }
-      const name2 = add("text", { "text-anchor": "middle", transform: `translate(16 ${top + height / 2}) rotate(-90)` });
-      name2.textContent = label;
-      for (const [which, a, b] of own.spikes) {
+      const turned = `translate(13 ${top + height / 2}) rotate(-90)`;
+      add("text", { "text-anchor": "middle", transform: turned }, label);
+      const past = own.warmup ? step.findIndex((s) => s >= own.warmup) : -1;
+      if (past > from && past <= to) {
+        const x = across(past - (step[past] - own.warmup) / (step[past] - step[past - 1]));
+        add("line", { class: "warmup", x1: x, x2: x, y1: top, y2: top + height });
+        if (series === "grad") add("text", { class: "note", x: x + 4, y: top + 13 }, "warmup ends");
+      }
+      for (const [which, a, b, at] of own.spikes) {
         const [start, end] = [step.indexOf(a), step.indexOf(b)];
         if (which === series && end >= from && start <= to) {
           const x = across(Math.max(from, start - 0.5));
           const width = Math.max(1.5, across(Math.min(to, end + 0.5)) - x);
           add("rect", { class: "spike", x, y: top, width, height });
+          const peak = step.indexOf(at);
+          if (peak >= from && peak <= to) add("path", { class: "peak", d: `M${across(peak) - 5} ${top - 9}h10l-5 8z` });
         }
       }
       if (name === "grad_norm" && own.clip && own.clip > low && own.clip < high) {
         add("line", { class: "clip", x1: LEFT, x2: W - RIGHT, y1: up(own.clip), y2: up(own.clip) });
+        const words = { class: "clip", x: W - RIGHT - 4, y: up(own.clip) - 4, "text-anchor": "end" };
+        add("text", words, `clip ${brief(own.clip)}`);
       }
       let path = "", pen = "M";
       for (const i of points(values)) {
@@ -211,7 +222,11 @@
         pen = "L";
       }
       add("path", { class: series, d: path });
-      const dots = to - from < 120;
+      const dots = to - from < (W - LEFT) / 8;
+      for (const s of series === "grad" ? own.rough : []) {
+        const i = step.indexOf(s);
+        if (i >= from && i <= to) add("circle", { class: "rough", cx: across(i), cy: up(values[i]), r: 6 });
+      }
       for (let i = from; i <= to; i += 1) {
         if (!Number.isFinite(values[i])) add("text", { class: "lost", x: across(i), y: top + 12, "text-anchor": "middle" }, "✕");
         else if (dots && !(log && values[i] <= 0)) add("circle", { class: series, cx: across(i), cy: up(values[i]), r: 2.5 });
@@ -219,14 +234,16 @@
     }
 
     function draw() {
+      W = Math.max(300, svg.clientWidth || 1000);
+      svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
       svg.replaceChildren();
       panel(PANELS[0], "grad_norm", own.norm_label, logs.checked, "grad");
       panel(PANELS[1], "loss", own.loss_label, false, "loss");
-      for (const tick of ticks(step[from], Math.max(step[to], step[from] + 1), false)) {
+      for (const tick of ticks(step[from], Math.max(step[to], step[from] + 1), false, W / 130)) {
         const at = step.findIndex((s) => s >= tick);
-        if (Number.isInteger(tick) && at >= from && at <= to) add("text", { x: across(at), y: 482, "text-anchor": "middle" }, tick);
+        if (Number.isInteger(tick) && at >= from && at <= to) add("text", { x: across(at), y: 466, "text-anchor": "middle" }, tick);
       }
-      add("text", { x: (W + LEFT) / 2, y: 505, "text-anchor": "middle" }, "optimizer step");
+      add("text", { x: (W + LEFT) / 2, y: 490, "text-anchor": "middle" }, "optimizer step");
       inputs[0][1].value = step[from];
       inputs[1][1].value = step[to];
       svg.setAttribute("aria-label", `Steps ${step[from]} to ${step[to]}`);
@@ -305,7 +322,11 @@
       button("CSV of every step", () => save(new Blob([rows()], { type: "text/csv" }), `${own.trial}.csv`)));
     const help = "Every recorded step: drag to choose a range, double-click for all; with the keyboard, the arrow keys "
       + "read steps and + and - change the range.";
-    figure.querySelector("figcaption").before(bar, svg, make("p", { className: "hint" }, help));
+    const whole = make("details", {}, make("summary", {}, "The whole trace as one picture"));
+    const picture = figure.querySelector(".scroll");
+    picture.replaceWith(bar, svg, make("p", { className: "hint" }, help), whole);
+    whole.append(picture);
+    new ResizeObserver(() => { if (svg.clientWidth !== W) { hide(); draw(); } }).observe(svg);
     draw();
   }
 
