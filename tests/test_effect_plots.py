@@ -8,8 +8,8 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import axis_figures, effect_plots, sentences
-from stabstudy.analysis.blocks import Text
+from stabstudy.analysis import axis_figures, curve_plots, effect_plots, sentences, words
+from stabstudy.analysis.blocks import Absent
 from stabstudy.analysis.effect_figures import figures
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
@@ -67,8 +67,14 @@ def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
     drawn = ["paired-effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
     assert [b.name for b in figures(study, "optim.lr")] == drawn
     off = Study.load(planted.plant_study(tmp_path / "off", depths=(2,), clips=(None,)))
-    names = [getattr(b, "name", "") or b.text for b in figures(off, "optim.lr")]
-    assert names == ["paired-effects", "first-spikes", "Parallel coordinates: left out, fewer than two axes vary."]
+    names = [getattr(b, "name", "") or (b.what, b.why) for b in figures(off, "optim.lr")]
+    assert names == [
+        "paired-effects",
+        ("Clip threshold against the norms", "no done trial clips by the norm"),
+        ("LR sensitivity", "it takes several learning rates and another axis"),
+        "first-spikes",
+        ("All axes at once", "fewer than two vary"),
+    ]
 
 
 def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
@@ -80,10 +86,57 @@ def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
                 planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + lr + warmup / 100 + batch / 1000)
     blocks = list(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
     assert [getattr(b, "name", "") for b in blocks[:2]] == ["against-optim-warmup-steps", "against-train-batch-size"]
-    assert blocks[2:] == [Text("No figure of weight decay and dataset: they do not vary.")]
+    assert blocks[2:] == [Absent("Effect of weight decay and dataset", "they do not vary")]
     losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
     assert losses == [("0.01", "5", "2.07"), ("0.01", "20", "2.22"), ("0.1", "5", "2.16"), ("0.1", "20", "2.31")]
     assert {row[0] for row in blocks[0].table.rows} == {"final validation loss (nat/token)", "max / median", "spike rate (fraction)"}  # fmt: skip  # noqa: E501
+
+
+def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
+    """A mean over two evaluation batches says nothing; the effect of another axis is seen on each."""
+    planted.plant_frame(tmp_path / "s")
+    for name, loss in (("pysrc", 2.0), ("synthetic", 5.0)):
+        for lr in (1e-3, 1e-2):
+            for warmup in (5, 20):
+                config = planted.settings(lr=lr, warmup=warmup, data={"source": name})
+                planted.plant_trial(
+                    tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2,
+                    final_loss=loss + warmup / 100,
+                )  # fmt: skip
+    study = Study.load(tmp_path / "s")
+    figure = next(axis_figures.figures(study, "optim.lr"))
+    losses = {(row[0], *row[1:4]) for row in figure.table.rows if "loss" in row[0]}
+    name = "final validation loss (nat/token), dataset"
+    assert losses == {
+        (f"{name} {data}", lr, warmup, words.number(loss + int(warmup) / 100))
+        for data, loss in (("pysrc", 2.0), ("synthetic", 5.0)) for lr in ("1e-3", "0.01") for warmup in ("5", "20")
+    }  # fmt: skip
+    assert "losses never over datasets" in figure.caption and "left out" not in figure.caption
+    planted.plant_trial(  # a batch that differs for no reason that the settings name: no mean, no panel
+        tmp_path / "s", planted.settings(lr=1e-3, warmup=5, seed=1, data={"source": "pysrc"}),
+        choices={"data": "pysrc"}, eval_hash="other", fingerprint="pysrc" * 2,
+    )  # fmt: skip
+    figure = next(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
+    assert not any("loss" in row[0] for row in figure.table.rows) and "different batches" in figure.caption
+
+
+def test_a_crowded_legend_lies_beside_the_lines(study: Study, tmp_path: Path) -> None:
+    few = curve_plots.sensitivity(study)
+    assert few.get_legend().get_window_extent().x0 < few.get_window_extent().x1
+    crowd = Study.load(planted.plant_study(tmp_path / "s", clips=(0.1, 1.0, 10.0, None), seeds=(0,)))
+    many = curve_plots.sensitivity(crowd)
+    many.figure.canvas.draw()
+    assert many.get_legend().get_window_extent().x0 > many.get_window_extent().x1
+
+
+def test_numbers_below_a_forest_keep_apart(study: Study) -> None:
+    for metric in sentences.EFFECTS:
+        ax = effect_plots.effects(study, metric)
+        ax.figure.canvas.draw()
+        boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
+        inside = sorted((b for b in boxes if b.x1 > ax.bbox.x0 and b.x0 < ax.bbox.x1), key=lambda b: b.x0)
+        assert len(inside) > 1 and all(a.x1 < b.x0 for a, b in zip(inside, inside[1:], strict=False)), metric
+    assert all(t.get_text().endswith("%") for t in effect_plots.effects(study, "spike_rate").get_xticklabels())
 
 
 def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:

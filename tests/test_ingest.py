@@ -733,7 +733,10 @@ def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> 
     study = take(tmp_path, tmp_path / "in")
     assert report.main([str(study.folder.path)]) == 0
     text = (study.folder.report / "report.md").read_text()
-    assert "Strides differ (1 and 10)" in text and "No figure over settings" in text
+    assert (
+        "Strides differ (1 and 10)" in text
+        and "| Every figure over settings | the runs were logged at different strides" in text
+    )
     assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"traces"}
 
 

@@ -85,11 +85,19 @@ def test_the_report_names_each_limit(study: Study) -> None:
     blocks = {b.name: b for b in map_figures.figures(study, layout) if isinstance(b, Figure)}
     assert list(blocks) == ["stability-map", "spike-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
     said = blocks["stability-map"].caption
-    assert "depth 2: stable to 0.01, first unstable at 0.1 (1 of 2)." in said
-    assert "depth 6: stable to 0.01, no larger one seen unstable." in said
-    assert "depth 8: not all stable at the smallest, first unstable at 1e-3 (1 of 2)." in said
+    assert "Stable to 0.01, first unstable at 0.1 (1 of 2): depth 2." in said
+    assert "Stable to 0.01, no larger one seen unstable: depth 6." in said
+    assert "Not all stable at the smallest, first unstable at 1e-3 (1 of 2): depth 8." in said
     assert blocks["stability-map"].table.rows[-1] == ("8", "0.1", "1", "0", "1", "2")
     assert blocks["diverged-map"].table.rows[-1] == ("8", "0.1", "50 %", "2", "1")
+
+
+def test_rows_of_one_limit_are_named_together(tmp_path: Path) -> None:
+    study = Study.load(planted.plant_study(tmp_path / "s", depths=tuple(range(2, 9)), lrs=(1e-3, 1e-2), seeds=(0,)))
+    layout = layout_of(study)
+    assert layout is not None
+    said = next(b.caption for b in map_figures.figures(study, layout) if isinstance(b, Figure))
+    assert "first unstable at 0.01 (1 of 1): depth 2; depth 3; depth 4; depth 5; and 3 more rows." in said
 
 
 def test_other_pairs_of_axes_have_a_map_that_pools_the_rest(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_figures_show_the_trace_and_the_layers(path: Path, study: Study) -> None
     assert [r[0] for r in spiky.table("Probes")][:2] == ["step", "0"]
     stable = page_of(path, ended(study, "stable"))
     assert sum(tag == "img" for tag, _ in stable.tags) == 1
-    assert "No map of the layers: the gradient norm has no spike" in stable.text
+    assert "Map of the layers: left out, the gradient norm has no spike" in stable.text
 
 
 # Large studies stay light

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.levels import Level, at_level
 from stabstudy.analysis.study import Study
 
@@ -16,40 +17,86 @@ AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
 
 METRICS = ("final_loss", "grad_norm_max_over_median", "spike_rate")
 
+ON_LOG = ("grad_norm_max_over_median",)
+"""Of these the scale and the mean are those of the logarithm: one trial at fifty would hide all others."""
+
+MOST_DATASETS = 4
+"""Datasets up to which the loss on each has a panel."""
+
 MOST_LINES = 7
 """Levels of the main axis up to which each has a line; of more, all are pooled."""
 
 
-def figures(study: Study, main: str) -> Iterator[Block]:
+def figures(study: Study, main: str) -> Iterator[Figure | Absent]:
     """A figure for each axis of AXES that varies beside `main`; in place of the others, that they do not."""
     grid = study.grid
     for axis in AXES:
         if axis in grid.axes and axis != main and len(plots.drawable(grid.trials, "final_loss")):
             yield _figure(grid, axis, main)
     if (absent := [words.label(axis) for axis in AXES if axis not in study.axes]) and not study.ingested:
-        verb = "does" if len(absent) == 1 else "do"
-        yield Text(f"No figure of {words.listing(absent)}: {'it' if len(absent) == 1 else 'they'} {verb} not vary.")
+        verb = "it does" if len(absent) == 1 else "they do"
+        yield Absent(f"Effect of {words.listing(absent)}", f"{verb} not vary")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One statistic of one part of the study: losses on different evaluation batches have no common mean."""
+
+    study: Study
+    metric: str
+    of: str = ""  # which part
+
+    @property
+    def log_y(self) -> bool:
+        return self.metric in ON_LOG
+
+    @property
+    def name(self) -> str:
+        return f"{plots.metric_label(self.metric)}{f', {self.of}' if self.of else ''}"
+
+
+def _panels(grid: Study, axis: str) -> list[_Panel]:
+    """The statistics of METRICS: the loss for each dataset where batches differ; left out where that is not why."""
+    parts = {"": grid}
+    if _mixed(grid):
+        data = [] if axis == "data" else grid.axes.get("data", [])
+        parts = {f"{words.label('data')} {words.level(v, 'data')}": grid.where({"data": v}) for v in data}
+        if len(parts) > MOST_DATASETS or any(map(_mixed, parts.values())):
+            parts = {}
+    losses = [_Panel(part, "final_loss", of) for of, part in parts.items()]
+    return [*losses, *(_Panel(grid, metric) for metric in METRICS if metric not in compare.ON_EVALUATION)]
+
+
+def _mixed(study: Study) -> bool:
+    return bool(study.trials.loc[study.trials["state"] == "done", "eval_hash"].nunique() > 1)
 
 
 def _figure(grid: Study, axis: str, main: str) -> Figure:
     by = main if main in grid.axes and len(grid.axes[main]) <= MOST_LINES else None
-    mixed = grid.trials.loc[grid.trials["state"] == "done", "eval_hash"].nunique() > 1
-    metrics = [m for m in METRICS if not (mixed and m in compare.ON_EVALUATION)]
-    figure = style.new_figure(1.0 + 3.1 * len(metrics), 3.7, columns=len(metrics))
-    for ax, metric in zip(figure.axes, metrics, strict=True):
-        plots.curves(grid, metric, x=axis, by=by, ax=ax)
+    panels = _panels(grid, axis)
+    columns = len(panels) if len(panels) < 4 else 2
+    size = (1.0 + 3.1 * columns, 3.7) if columns == len(panels) else (9.2, 0.7 + 3.0 * -(-len(panels) // 2))
+    figure = style.new_figure(*size, rows=-(-len(panels) // columns), columns=columns)
+    for ax, panel in zip(figure.axes, panels, strict=False):
+        plots.curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
+        style.title(ax, panel.of)
+    for ax in figure.axes[len(panels) :]:
+        ax.set_visible(False)
     style.share_legend(figure)
-    rows = [row for metric in metrics for row in _rows(grid, metric, axis, by)]
+    rows = [row for panel in panels for row in _rows(panel, axis, by)]
     heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", "low", "high", "n")
     pooled = [words.label(a) for a in grid.axes if a not in (axis, by)]
-    over = f" Averaged over {words.listing(pooled)}." if pooled else ""
+    apart = ", losses never over datasets" if any(panel.of for panel in panels) else ""
+    over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
     lines = f", a line for each {words.label(by)}" if by else ""
-    losses = " The loss is left out: trials were evaluated on different batches." if mixed else ""
+    lost = not any(panel.metric == "final_loss" for panel in panels)
+    named = dict.fromkeys(words.STATISTICS.get(p.metric, plots.metric_label(p.metric)) for p in panels)
     caption = (
-        f"{words.listing([words.STATISTICS.get(m, plots.metric_label(m)) for m in metrics]).capitalize()} against "
-        f"{words.label(axis)}{lines}. Small marks are trials, lines their means, bands 95 % t-intervals (from "
-        f"{plots.BAND_FROM} trials on); open triangles diverged.{over}{losses} Levels are compared pairwise in the "
-        "forest plot."
+        f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. Small marks are trials, lines "
+        f"their means (of {plots.metric_label(ON_LOG[0])} the geometric), bands 95 % t-intervals (from "
+        f"{plots.BAND_FROM} trials on); open triangles diverged.{over}"
+        f"{' The loss is left out: trials were evaluated on different batches.' if lost else ''} Levels are compared "
+        "pairwise in the forest plot."
     )
     said = [f"{row[0]} {row[-4]} at {', '.join(row[1:-4])}" for row in rows[:24]]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
@@ -58,15 +105,15 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     return Figure(name, title, style.draw(figure), f"Line charts. {'; '.join(said)}.", caption, table)
 
 
-def _rows(grid: Study, metric: str, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
-    trials = plots.drawable(grid.trials, metric)
+def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
+    trials = plots.drawable(panel.study.trials, panel.metric)
     groups: list[tuple[tuple[Level, ...], pd.DataFrame]] = [((), trials)]
     if by is not None:
-        groups = [((level,), at_level(trials, by, level)) for level in grid.axes[by]]
+        groups = [((level,), at_level(trials, by, level)) for level in panel.study.axes[by]]
     for levels, members in groups:
-        for level in grid.axes[axis]:
+        for level in panel.study.axes[axis]:
             if len(found := at_level(members, axis, level)):
-                e = plots.mean_of(found, metric)
+                e = plots.mean_of(found, panel.metric, panel.log_y)
                 texts = [words.level(v, by or "") for v in levels]
                 numbers = map(words.number, (e.mean, e.low, e.high, e.n))
-                yield plots.metric_label(metric), *texts, words.level(level, axis), *numbers
+                yield panel.name, *texts, words.level(level, axis), *numbers

@@ -59,6 +59,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Absent:
+    """A figure that a study does not allow, and why: an enumeration of what is missing stands for each."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Count:
     """One of the numbers at the top: how many trials, what they are, and a sign that is not a colour."""
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+MOST_INSIDE = 3
+"""Lines with long names up to which the legend lies among them."""
+
+
 def first_spikes(study: Study, by: str, found: FirstSpikes | None = None, ax: Axes | None = None) -> Axes:
     """Kaplan-Meier curves per level of an axis: the estimated share of trials without a spike and without divergence.
 
@@ -46,12 +50,14 @@ def sensitivity(
 
     An open mark: the best learning rate lies at an end of the grid. Recipes without the statistic are left out.
     """
-    ax = style.new_figure().axes[0] if ax is None else ax
     known = [r for r in records(study.sensitivity() if table is None else table) if r["reason"] is None]
     others = [a for a in study.grid.axes if a not in (x, "optim.lr") and known and a in known[0]]
     lines: dict[tuple[object, ...], list[dict[str, object]]] = {}
     for row in known:
         lines.setdefault(tuple(row[a] for a in others), []).append(row)
+    crowded = len(lines) > MOST_INSIDE
+    if ax is None:
+        ax = style.new_figure(9.4 if crowded else 6.4, 4.0).axes[0]
     positions = Positions(study.grid.axes.get(x, []), x)
     for i, (recipe, rows) in enumerate(lines.items()):
         colour, marker = style.CATEGORIES[i % len(style.CATEGORIES)], style.MARKERS[i % len(style.MARKERS)]
@@ -69,5 +75,5 @@ def sensitivity(
     ax.set_ylim(bottom=0.0)
     ax.set_ylabel("LR sensitivity (nat/token)")
     if others:
-        style.legend(ax, "")
+        (style.legend_beside if crowded else style.legend)(ax, "")
     return ax

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import compare, curve_plots, effect_plots, sentences, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
@@ -16,7 +16,7 @@ from stabstudy.stability.summary import COLUMNS
 PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_rate")
 
 
-def figures(study: Study, main_axis: str | None) -> Iterator[Block]:
+def figures(study: Study, main_axis: str | None) -> Iterator[Figure | Absent]:
     """Every figure of effects that the study allows; `main_axis` has its curves elsewhere."""
     yield from _effects(study)
     yield from _clipping(study)
@@ -25,15 +25,17 @@ def figures(study: Study, main_axis: str | None) -> Iterator[Block]:
     yield from _parallel(study)
 
 
-def _sensitivity(study: Study) -> Iterator[Block]:
+def _sensitivity(study: Study) -> Iterator[Figure | Absent]:
     grid = study.grid
     others = [a for a in grid.axes if a != "optim.lr"]
-    if "optim.lr" not in grid.axes or not others or not (grid.trials["state"] == "done").any():
+    if "optim.lr" not in grid.axes or not others:
+        yield Absent("LR sensitivity", "it takes several learning rates and another axis")
         return
     table = study.sensitivity()
     known = [r for r in records(table) if r["reason"] is None]
     if not known:
-        return  # the section on sensitivity says why
+        yield Absent("LR sensitivity", "of no recipe known (see How sensitive)")
+        return
     x = "model.depth" if "model.depth" in others else others[0]
     rows = tuple(
         (*(words.level(r[a], a) for a in others), *map(words.number, (r["lrs"], r["lrs_se"], r["seeds"])))
@@ -55,12 +57,13 @@ def _where(row: dict[str, Any], axes: list[str]) -> str:
     return ", ".join(f"{words.label(a)} {words.level(row[a], a)}" for a in axes)
 
 
-def _first_spikes(study: Study, axis: str | None) -> Iterator[Block]:
+def _first_spikes(study: Study, axis: str | None) -> Iterator[Figure | Absent]:
     if axis is None or axis not in study.grid.axes:
         return
     found = study.time_to_first_spike(axis)
     if not len(found.levels) or not (found.levels["spiked"] + found.levels["diverged"]).any():
-        return  # the section on what drives spikes says so
+        yield Absent("Time to the first spike", "no trial spiked or diverged")
+        return
     rows = tuple(
         (words.level(r["level"], axis), *map(words.number, (r["step"], r["at_risk"], r["free"], r["low"], r["high"])))
         for r in records(found.curves)
@@ -80,9 +83,13 @@ def _first_spikes(study: Study, axis: str | None) -> Iterator[Block]:
     yield Figure("first-spikes", title, drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 
 
-def _effects(study: Study) -> Iterator[Block]:
+def _effects(study: Study) -> Iterator[Figure | Absent]:
     table = sentences.effects(study)
     if not len(table):
+        why = (
+            "runs trained elsewhere are not paired" if study.ingested else "no two done trials differ in one axis alone"
+        )
+        yield Absent("What each axis changed, pair by pair", why)
         return
     rows = records(table)
     metrics = [m for m in sentences.EFFECTS if any(r["metric"] == m for r in rows)]
@@ -120,9 +127,10 @@ def _change(row: dict[str, float]) -> str:
     return f"{words.number(row['difference'])}{interval}"
 
 
-def _clipping(study: Study) -> Iterator[Block]:
+def _clipping(study: Study) -> Iterator[Figure | Absent]:
     trials = effect_plots.clipped_trials(study)
     if not len(trials):
+        yield Absent("Clip threshold against the norms", "no done trial clips by the norm")
         return
     groups = [(clip, members) for clip, members in trials.groupby("optim.clip")]
     heads = ("clip threshold", "trials", "median norm, smallest", "median norm, largest", "share of steps clipped")
@@ -154,24 +162,27 @@ def _clipping(study: Study) -> Iterator[Block]:
     yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
 
 
-def _parallel(study: Study) -> Iterator[Block]:
+def _parallel(study: Study) -> Iterator[Figure | Absent]:
     grid = study.grid
     if len(grid.axes) < 2:
-        yield Text("Parallel coordinates: left out, fewer than two axes vary.")
+        yield Absent("All axes at once", "fewer than two vary")
         return
-    trials = effect_plots.judged_trials(grid, PARALLEL)
-    if not len(trials) or trials["eval_hash"].nunique() > 1:
-        yield Text("Parallel coordinates: left out, no judged trials with losses on one evaluation batch.")
+    mixed = grid.trials.loc[grid.trials["state"] == "done", "eval_hash"].nunique() > 1
+    metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
+    trials = effect_plots.judged_trials(grid, metrics)
+    if not len(trials):
+        yield Absent("All axes at once", "no trial is judged and has every statistic")
         return
-    drawing = effect_plots.parallel(grid, PARALLEL)
+    drawing = effect_plots.parallel(grid, metrics)
     counts = [(v, int((trials["verdict"] == v).sum())) for v in ("stable", "spiky", "diverged")]
     said = words.listing([f"{n} {v}" for v, n in counts if n])
     caption = (
         f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "
         "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest."
+        f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
     )
     heads = ("coordinate", "lowest", "highest")
-    rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *PARALLEL))
+    rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics))
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
     alt = f"Parallel coordinates of {said} trials."
     yield Figure("parallel", "All axes at once", style.draw(drawing.figure), alt, caption, table)  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ def effects(
     ax.set_yticks(range(len(rows)), [style.plain(sentences.step(r["axis"], r["a"], r["b"])) for r in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.margins(x=0.1)
+    style.few_ticks(ax, COLUMNS[metric].unit)
     ax.set_xlabel(f"change of {style.plain(words.STATISTICS.get(metric, metric))}{_unit(metric)}")
     return ax
 
@@ -148,10 +149,7 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
     ax.tick_params(axis="x", pad=16, labelsize=8)
     ax.set(ylim=(-0.02, 1.02), yticks=[])
     ax.spines[["left", "bottom"]].set_visible(False)
-    style.legend(ax, "verdict")
-    if (found := ax.get_legend()) is not None:
-        found.set_loc("center left")
-        found.set_bbox_to_anchor((1.02, 0.5))
+    style.legend_beside(ax, "verdict")
     return ax
 
 
@@ -183,4 +181,4 @@ def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
 
 def _unit(metric: str) -> str:
     unit = COLUMNS[metric].unit
-    return "" if unit in ("", "1", "ratio") else f" ({unit})"
+    return "" if unit in ("", "1", "ratio", "fraction") else f" ({unit})"

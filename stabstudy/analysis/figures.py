@@ -16,7 +16,7 @@ from stabstudy.analysis import (
     trace_figures,
     words,
 )
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.layout import Layout, layout_of, level_texts, points, pooled, said_levels
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
@@ -30,22 +30,20 @@ CURVES = (
 
 MOST_LINES_SAID = 12
 
+OVER_AXES = "Every figure over settings"
 
-def figures(study: Study) -> Iterator[Block]:
+
+def figures(study: Study) -> Iterator[Figure | Absent]:
     """Every figure that the study allows; in place of one that it does not, the reason."""
     grid = study.grid
     layout = layout_of(grid)
     if not (study.trials["state"] == "done").any():
-        yield Text("No trial is done yet: there is nothing to draw.")
+        yield Absent("Every figure", "no trial is done yet: there is nothing to draw")
         return
     if study.ingested and not runs.one_stride(study):
-        yield Text("No figure over settings: the runs were logged at different strides, so their statistics differ.")
+        yield Absent(OVER_AXES, "the runs were logged at different strides, so their statistics differ")
     elif layout is None:
-        yield Text(
-            "Nothing varies but the seed: there is no axis to draw a statistic against."
-            if not study.ingested
-            else "No setting is known to differ between the runs: there is no axis to draw a statistic against."
-        )
+        yield Absent(OVER_AXES, "no setting is known to differ" if study.ingested else "nothing varies but the seed")
     else:
         yield from _curves(grid, layout)
         yield from map_figures.figures(grid, layout)
@@ -55,14 +53,14 @@ def figures(study: Study) -> Iterator[Block]:
     yield from trace_figures.figures(study)
 
 
-def _curves(study: Study, layout: Layout) -> Iterator[Block]:
+def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     for metric, log_y, name in CURVES:
         drawable = plots.drawable(study.trials, metric)
         if not len(drawable):
-            yield Text(f"{name}: left out, no done trial has it.")
+            yield Absent(name, "no done trial has it")
             continue
         if metric in compare.ON_EVALUATION and _mixed(study, layout):
-            yield Text(f"{name}: left out, a mean would mix losses on different evaluation batches.")
+            yield Absent(name, "a mean would mix losses on different evaluation batches")
             continue
         figure = plots.panels(
             study,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
 from stabstudy.analysis import map_plots, plots, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
@@ -22,19 +23,22 @@ VALUES = {
 }
 """The statistics that have a map, each with its meaning."""
 
+MOST_ROWS_SAID = 4
+"""Rows of the stability map that a caption names beside each limit."""
+
 MOST_PAIRS = 4
 """Other pairs of axes than the main one that get a map of the spike rate, in the order of the settings."""
 
 
-def figures(study: Study, layout: Layout) -> Iterator[Block]:
+def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     """Every map that the study allows; in place of one that it does not, the reason."""
     if layout.by is None:
-        yield Text("Maps: left out, they need two axes; this study varies one.")
+        yield Absent("Maps", "they need two axes; this study varies one")
         return
     yield _verdicts(study, layout)
     for value, meaning in VALUES.items():
         if value == DIVERGED and not (study.trials["verdict"] == DIVERGED).any():
-            yield Text("Map of the share diverged: left out, no trial diverged.")
+            yield Absent("Map of the share diverged", "no trial diverged")
         else:
             yield _statistic(study, layout, value, meaning)
     yield from _other_pairs(study, layout)
@@ -48,7 +52,7 @@ def _verdicts(study: Study, layout: Layout) -> Figure:
     rows = tuple(
         (*level_texts(layout.axes(study), f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields
     )
-    said = [sentence for fixed in plots.combinations(study, layout.over) for sentence in _limits(study, layout, fixed)]
+    said = _limits(study, layout)
     caption = (
         f"Verdicts over {words.label(x)} and {words.label(y)}; a field has the colour of its worst. Hatched: no done "
         f"trial.{_pooled_too(layout)}"
@@ -56,7 +60,7 @@ def _verdicts(study: Study, layout: Layout) -> Figure:
     if said:
         caption += (
             f" Heavy line: up to it every trial of the row is stable; solid where the next {words.label(x)} was seen "
-            f"to be unstable, dashed where that is open. {' '.join(said[:12])}"
+            f"to be unstable, dashed where that is open. {' '.join(said)}"
         )
     worst = [f"{said_levels(layout.axes(study), f.levels)}: {f.said}" for f in fields if f.count("stable") < f.n]
     alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
@@ -65,21 +69,27 @@ def _verdicts(study: Study, layout: Layout) -> Figure:
     return Figure("stability-map", title, style.draw(figure), alt, caption, table)
 
 
-def _limits(study: Study, layout: Layout, fixed: dict[str, Level]) -> Iterator[str]:
-    """`depth 2: stable to 0.01, first unstable at 0.03 (1 of 3).` for each row of a panel."""
+def _limits(study: Study, layout: Layout) -> list[str]:
+    """`Stable to 0.01, first unstable at 0.03 (1 of 3): depth 2.`, a sentence for all rows of which that is true."""
     y = str(layout.by)
-    for level, row in map_plots.limits(study.where(fixed), layout.x, y).items():
-        name = said_levels([*fixed, y], [*fixed.values(), level])
-        known = row["all_stable"] is not None
-        stable = f"stable to {words.level(row['all_stable'], layout.x)}" if known else "not all stable at the smallest"
-        if row["first_unstable"] is None:
-            yield f"{name}: {stable}, no larger one seen unstable."
-        else:
-            at, (bad, there) = (
-                words.level(row["first_unstable"], layout.x),
-                (int(row[k]) for k in ("n_unstable", "n_there")),
-            )
-            yield f"{name}: {stable}, first unstable at {at} ({bad} of {there})."
+    rows: dict[str, list[str]] = {}
+    for fixed in plots.combinations(study, layout.over):
+        for level, row in map_plots.limits(study.where(fixed), layout.x, y).items():
+            rows.setdefault(_limit(row, layout.x), []).append(said_levels([*fixed, y], [*fixed.values(), level]))
+    return [
+        f"{limit}: {'; '.join(names[:MOST_ROWS_SAID])}"
+        f"{f'; and {more} more rows' if (more := len(names) - MOST_ROWS_SAID) > 0 else ''}."
+        for limit, names in rows.items()
+    ]
+
+
+def _limit(row: Mapping[str, Any], x: str) -> str:
+    known = row["all_stable"] is not None
+    stable = f"Stable to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
+    if row["first_unstable"] is None:
+        return f"{stable}, no larger one seen unstable"
+    at, bad, there = words.level(row["first_unstable"], x), int(row["n_unstable"]), int(row["n_there"])
+    return f"{stable}, first unstable at {at} ({bad} of {there})"
 
 
 def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
@@ -110,7 +120,7 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     return Figure(f"{value.replace('_', '-')}-map", title, style.draw(figure), f"Map. {what}.{peak}", caption, table)
 
 
-def _other_pairs(study: Study, layout: Layout) -> Iterator[Block]:
+def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
     """The spike rate over pairs of axes that no map above shows, each pooled over all other axes."""
     pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
     if not pairs:

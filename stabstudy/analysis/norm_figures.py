@@ -7,26 +7,26 @@ from collections.abc import Iterator
 import numpy as np
 
 from stabstudy.analysis import norm_plots, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.norm_plots import LOSS_AGREES, MICRO_BATCH, NORM_AGREES, Split
 from stabstudy.analysis.study import Study
 
 QUANTILES = (0.5, 0.99, 0.999)
 
 
-def figures(study: Study, axis: str) -> Iterator[Block]:
+def figures(study: Study, axis: str) -> Iterator[Figure | Absent]:
     """The distribution of norms over the levels of the main axis; the check where micro-batch sizes differ."""
     yield from _ratios(study.grid, axis)
     if MICRO_BATCH in study.axes:
         yield from _accumulation(study)
     elif not study.ingested:
-        yield Text("Check of gradient accumulation: left out, the micro-batch size does not vary.")
+        yield Absent("Check of gradient accumulation", "the micro-batch size does not vary")
 
 
-def _ratios(study: Study, axis: str) -> Iterator[Block]:
+def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
     found, read = norm_plots.read_ratios(study, axis)
     if not found:
-        yield Text("Distribution of norms over their recent median: left out, no settled step has one.")
+        yield Absent("Gradient norms over their recent median", "no settled step has one")
         return
     ratio, window = study.rules.ratio, study.rules.window
     heads = (words.heading(axis), "steps", *(f"quantile {q:g}" for q in QUANTILES), "largest", f"at x{ratio:g} or more")
@@ -55,10 +55,10 @@ def _ratios(study: Study, axis: str) -> Iterator[Block]:
     yield Figure("norm-ratios", title, drawing, f"Step chart. {said}.", caption, table)
 
 
-def _accumulation(study: Study) -> Iterator[Block]:
+def _accumulation(study: Study) -> Iterator[Figure | Absent]:
     pairs = norm_plots.splits(study)
     if not pairs:
-        yield Text("Check of gradient accumulation: left out, no two done trials differ in the micro-batch size alone.")
+        yield Absent("Check of gradient accumulation", "no two done trials differ in the micro-batch size alone")
         return
     heads = ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees")
     rows = tuple(_row(pair) for pair in pairs)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, drivers, recipe, runs, sentences, trial_tables, words
-from stabstudy.analysis.blocks import Block, Code, Count, Report, Section, Table, Text
+from stabstudy.analysis import advice, cell_tables, drivers, recipe, runs, sentences, trial_tables, words
+from stabstudy.analysis.blocks import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.links import paged
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
 from stabstudy.analysis.trial_page import SIGNS
 from stabstudy.config import setting_names
 from stabstudy.stability.rules import Rules
@@ -25,12 +26,6 @@ from stabstudy.store import State, StoreError
 
 MOST_SPIKES = 12
 MOST_FAILED = 50
-
-CELL_STATISTICS = (
-    "spike_events", "spike_rate", "spike_ratio3_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
-    "attn_logit_peak",
-)  # fmt: skip
-"""Shown per cell beside the final loss: the mean over its done trials."""
 
 
 def report(study: Study) -> Report:
@@ -56,8 +51,8 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     else:
         yield Section("recipe", "The recipe, to copy", list(_recipe(study)))
         yield Section("asked", "What was asked", list(_asked(study)))
-        yield Section("cells", "Cells", [_cells(study), _intervals(study)] if len(study.cells) else [])
-    yield Section("figures", "Figures", list(figures(study)))
+        yield Section("cells", "Cells", list(cell_tables.cells(study)) if len(study.cells) else [])
+    yield Section("figures", "Figures", list(_figures(study)))
     yield Section("told", "Trials in words", list(_told(study)))
     yield Section("effects", "What each axis changed", list(_effects(study)))
     if not study.ingested:
@@ -162,50 +157,11 @@ def _fixed(study: Study) -> Iterator[tuple[str, str]]:
             yield name, words.level(values[0], name)
 
 
-def _cells(study: Study) -> Table:
-    """A row per cell. `seeds`: how many are done, of how many where some are not."""
-    axes = list(study.axes)
-    case = ["case"] if study.cells["case"].notna().any() else []
-    levels, numbers = [*map(words.heading, axes)], ["seeds", "final loss", *map(_head, CELL_STATISTICS)]
-    broken = study.trials[study.trials["verdict_rule"].notna()]
-    by_verdict = broken.groupby(["cell_id", "verdict"])["verdict_rule"]
-    rules = {at: f" ({', '.join(sorted(set(members)))})" for at, members in by_verdict}
-    rows = tuple(
-        (
-            *(words.clean(row[name] or "", 40) for name in case),
-            *(words.level(row[a], a) for a in axes),
-            ", ".join(f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]) or words.NOTHING,
-            str(row["n"]) if row["n"] == row["n_done"] else f"{row['n_done']} of {row['n']}",
-            _loss(row),
-            *(_value(name, row[name]) for name in CELL_STATISTICS),
-        )
-        for row in records(study.cells.reset_index())
-    )
-    title = "Means over the done seeds of each cell, ± half the 95 % t-interval (from 2 seeds on)"
-    return Table(title, (*case, *levels, "verdicts", *numbers), rows, frozenset([*levels, *numbers]))
-
-
-def _intervals(study: Study) -> Table:
-    """The intervals of the means in `_cells`: beside them they would make it three screens wide."""
-    axes = list(study.axes)
-    case = ["case"] if study.cells["case"].notna().any() else []
-    metrics = ("final_loss_capped", *CELL_STATISTICS)
-    rows = tuple(
-        (
-            *(words.clean(row[name] or "", 40) for name in case),
-            *(words.level(row[a], a) for a in axes),
-            *(_interval(row, m) for m in metrics),
-        )
-        for row in records(study.cells.reset_index())
-    )
-    heads = (*case, *map(words.heading, axes), "final loss", *map(_head, CELL_STATISTICS))
-    title = "95 % t-intervals of these means (cells.csv has those of every statistic)"
-    return Table(title, heads, rows, frozenset(heads) - {"case"}, folded=True)
-
-
-def _interval(cell: Mapping[str, Any], metric: str) -> str:
-    low, high = cell[f"{metric}_low"], cell[f"{metric}_high"]
-    return words.NOTHING if low is None or high is None else f"{_value(metric, low)} to {_value(metric, high)}"
+def _figures(study: Study) -> Iterator[Block]:
+    found = list(figures(study))
+    yield from (block for block in found if isinstance(block, Figure))
+    if absent := tuple((block.what, block.why) for block in found if isinstance(block, Absent)):
+        yield Table("Figures that this study does not allow", ("figure", "why it is not here"), absent)
 
 
 def _told(study: Study) -> Iterator[Block]:
@@ -238,9 +194,9 @@ def _effect(row: Mapping[str, Any]) -> tuple[str, ...]:
         words.label(axis),
         f"{words.level(row['a'], axis)} → {words.level(row['b'], axis)}",
         _head(metric),
-        f"{_value(metric, row['mean_a'])} → {_value(metric, row['mean_b'])}",
-        _value(metric, row["difference"]),
-        words.NOTHING if row["low"] is None else f"{_value(metric, row['low'])} to {_value(metric, row['high'])}",
+        f"{value(metric, row['mean_a'])} → {value(metric, row['mean_b'])}",
+        value(metric, row["difference"]),
+        interval(metric, row["low"], row["high"]),
         str(row["pairs"]),
         str(row["seeds"]),
         words.percent(row["positive"]),
@@ -307,7 +263,7 @@ def _failed(study: Study) -> Iterator[Block]:
 
 def _definitions() -> Table:
     shown = {"final_loss_capped": "final loss"}  # the one loss that the tables show
-    shown |= {n: _head(n) for n in (*CELL_STATISTICS, "verdict", "grad_norm_median", "grad_norm_max")}
+    shown |= {n: _head(n) for n in (*cell_tables.STATISTICS, "verdict", "grad_norm_median", "grad_norm_max")}
     rows = tuple((head, n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n, head in shown.items())
     heads = ("shown as", "column", "meaning", "unit", "null when")
     return Table("Every column is documented in results/README.md", heads, rows, folded=True)
@@ -357,12 +313,3 @@ def _mixed_engines(states: Mapping[str, State]) -> list[str]:
 
 def _head(metric: str) -> str:
     return COLUMNS[metric].label
-
-
-def _loss(cell: Mapping[str, Any]) -> str:
-    mean, low, high = (cell[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
-    return words.estimate(mean, low, high, 4)
-
-
-def _value(metric: str, value: Any) -> str:
-    return words.statistic(value, COLUMNS[metric].unit)

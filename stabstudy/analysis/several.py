@@ -12,6 +12,7 @@ from typing import Any
 
 from stabstudy.analysis import compare, plots, sentences, style, words
 from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.levels import Level, levels_of, records, split
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.config import setting_names
@@ -144,7 +145,7 @@ def _from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
 
 def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
     if not table:
-        yield Text(UNPAIRED)
+        yield Text(" ".join([UNPAIRED, *_disjoint(whole)]))
         return
     yield Text(
         "A pair is two trials of different studies with the same seed and the same level of everything that varies "
@@ -154,11 +155,9 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
         (
             f"{words.clean(r['a'], 60)} → {words.clean(r['b'], 60)}",
             COLUMNS[r["metric"]].label,
-            f"{_value(r['metric'], r['mean_a'])} → {_value(r['metric'], r['mean_b'])}",
-            _value(r["metric"], r["difference"]),
-            words.NOTHING
-            if r["low"] is None
-            else f"{_value(r['metric'], r['low'])} to {_value(r['metric'], r['high'])}",
+            f"{value(r['metric'], r['mean_a'])} → {value(r['metric'], r['mean_b'])}",
+            value(r["metric"], r["difference"]),
+            interval(r["metric"], r["low"], r["high"]),
             str(r["pairs"]),
             str(r["seeds"]),
         )
@@ -171,12 +170,25 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
             yield Text(f"{words.STATISTICS[metric]}: not compared (see above).")
 
 
+def _disjoint(whole: Study) -> Iterator[str]:
+    """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` says it."""
+    for axis in [a for a in [*whole.axes, "seed"] if a != AXIS]:
+        levels = {name: levels_of(whole.trials.loc[whole.trials[AXIS] == name, axis]) for name in whole.axes[AXIS]}
+        if not set.intersection(*map(set, levels.values())):
+            said = [
+                f"{words.listing([words.level(v, axis) for v in found])} in {words.clean(name, 60)}"
+                for name, found in levels.items()
+            ]
+            label = words.label(axis)
+            yield f"{label[0].upper()}{label[1:]}: {', '.join(said)}."
+
+
 def _findings(table: list[dict[str, Any]]) -> Iterator[str]:
     clear = [r for r in table if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
     for r in clear:
         yield (
-            f"{words.STATISTICS[r['metric']]}: {_value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
-            f"{_value(r['metric'], r['mean_b'])} in {words.clean(r['b'], 60)} ({words.count(r['pairs'], 'pair')}, "
+            f"{words.STATISTICS[r['metric']]}: {value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
+            f"{value(r['metric'], r['mean_b'])} in {words.clean(r['b'], 60)} ({words.count(r['pairs'], 'pair')}, "
             f"{words.count(r['seeds'], 'seed')}; the paired 95 % interval of the change does not hold 0, not corrected "
             f"for {len(table)} comparisons)."
         )
@@ -254,7 +266,3 @@ def _cell(trials: Any, metric: str) -> str:
 def _verdicts(trials: Any) -> str:
     counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
     return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING
-
-
-def _value(metric: str, value: Any) -> str:
-    return words.statistic(value, COLUMNS[metric].unit)

@@ -179,6 +179,14 @@ def legend(ax: Axes, heading: str) -> None:
         made.get_title().set_color(INK)
 
 
+def legend_beside(ax: Axes, heading: str) -> None:
+    """A legend to the right of the axes: for one that would hide what it names."""
+    legend(ax, heading)
+    if (found := ax.get_legend()) is not None:
+        found.set_loc("center left")
+        found.set_bbox_to_anchor((1.02, 0.5))
+
+
 def share_legend(figure: Figure) -> None:
     """One legend above all panels in place of one in each."""
     legends = [found for ax in figure.axes if (found := ax.get_legend()) is not None]
@@ -203,6 +211,15 @@ def log_ticks(ax: Axes) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.level(float(v))))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+def few_ticks(ax: Axes, unit: str) -> None:
+    """At most five numbers below the axes, so that long ones keep apart; fractions as percent."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    if unit == "fraction":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: words.percent(float(f"{v:.6g}"))))
 
 
 def tidy(ax: Axes) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabstudy.analysis import layer_plots, plots, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
+from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
@@ -29,13 +29,13 @@ COLUMNS_SHOWN = (
 )
 
 
-def figures(study: Study) -> Iterator[Block]:
+def figures(study: Study) -> Iterator[Figure | Absent]:
     """The roughest trials and a typical one, side by side; the layers around the highest spike of the study."""
     yield from _traces(study)
     yield from _highest(study)
 
 
-def _traces(study: Study) -> Iterator[Block]:
+def _traces(study: Study) -> Iterator[Figure]:
     titles = {t: f"Roughest{_why(study, t)}: {study.describe(t)}" for t in study.roughest(MOST_ROUGH)}
     if typical := study.typical():
         titles.setdefault(typical, f"Typical{_why(study, typical)}: {study.describe(typical)}")
@@ -65,7 +65,7 @@ def _traces(study: Study) -> Iterator[Block]:
     yield Figure("traces", title, style.draw(figure), " ".join(["Line charts.", *said]), caption, table)
 
 
-def _highest(study: Study) -> Iterator[Block]:
+def _highest(study: Study) -> Iterator[Figure | Absent]:
     """The layers of the trial with the highest spike of the norm, or of the roughest one."""
     own = {
         t: max((s["peak_ratio"] for s in spikes if s["series"] == "grad"), default=0.0)
@@ -81,18 +81,18 @@ def _highest(study: Study) -> Iterator[Block]:
     yield block
 
 
-def layers(study: Study, trial_id: str, rows: Rows, of_study: bool = False) -> Block:
+def layers(study: Study, trial_id: str, rows: Rows, of_study: bool = False) -> Figure | Absent:
     """The norms of a trial's layers around the highest spike of the norm, or what stands for one.
 
     `of_study`: it stands among the figures of the study, so it says which trial it shows.
     """
     spike, around = _moment(study, trial_id, rows)
     if spike is None:
-        return Text("No map of the layers: the gradient norm has no spike to draw it around.")
+        return Absent("Map of the layers", "the gradient norm has no spike to draw it around")
     try:
         figure: Any = layer_plots.layer_map(rows, spike).get_figure()
     except ValueError:
-        return Text("No map of the layers: their norms are not in its record.")
+        return Absent("Map of the layers", "their norms are not in the record")
     said = layer_plots.said(rows, spike)
     of = f" of trial {trial_id} ({study.describe(trial_id)})" if of_study else ""
     caption = (

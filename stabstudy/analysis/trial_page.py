@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Set
 
 from stabstudy.analysis import advice, plots, steps, style, trace_figures, trace_plots, trial_tables, words
-from stabstudy.analysis.blocks import Block, Code, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis.blocks import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.trace import DamagedRecord, Rows
@@ -75,10 +75,13 @@ def with_figures(study: Study, made: TrialPage) -> TrialPage:
         return dataclasses.replace(
             made, sections=[Section("trace", "Step by step", [Text(str(error))]), *made.sections]
         )
+    layers: Block | Absent = trace_figures.layers(study, made.trial_id, rows)
+    if isinstance(layers, Absent):
+        layers = Text(f"{layers.what}: left out, {layers.why}.")
     measured = Text("Nothing was.") if probes is None or not len(probes) else trial_tables.probes(probes)
     sections = [
         Section("trace", "Step by step", [_trace(study, made.trial_id, rows)]),
-        Section("layers", "Layer by layer", [trace_figures.layers(study, made.trial_id, rows)]),
+        Section("layers", "Layer by layer", [layers]),
         Section("probes", "Measured at intervals", [measured]),
     ]
     return dataclasses.replace(made, sections=[*sections, *made.sections])
