@@ -58,8 +58,11 @@ def test_the_shares_clipped_and_their_means_are_drawn(study: Study) -> None:
 
 def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
     ax = effect_plots.parallel(study)
-    assert len(ax.get_lines()) == len(study.trials)
-    heights = [y for line in ax.get_lines() for y in line.get_ydata()]
+    drawn = [line for found in ax.collections for line in found.get_segments()]
+    assert len(drawn) == len(study.trials)
+    heights = [y for line in drawn for y in line[:, 1]]
+    counted = study.trials["verdict"].value_counts().to_dict()
+    assert {str(found.get_label()): len(found.get_segments()) for found in ax.collections} == counted
     assert min(heights) == 0 and max(heights) == 1 and all(map(math.isfinite, heights))
 
 
