@@ -124,8 +124,8 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
     """Parallel coordinates: a line per judged trial through its level on each axis and its statistics.
 
     Every coordinate runs from its lowest value (bottom) to its highest; levels of an axis are evenly spaced, and spread
-    a little so that lines do not hide each other. Colour and dash are the verdict. Trials without one of the statistics
-    are left out.
+    a little so that lines do not hide each other. Colour and dash are the verdict; stable trials are paler the more
+    there are, and the others lie above them. Trials without one of the statistics are left out.
     """
     from matplotlib.collections import LineCollection
 
@@ -142,8 +142,9 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
             # one artist for all: a thousand lines by themselves take three seconds
             ax.add_collection(
                 LineCollection(
-                    list(lines[of]), colors=VERDICT_COLOURS[verdict], alpha=0.45, linestyles=[style.DASHES[i]],
-                    linewidths=1.0, label=verdict,
+                    list(lines[of]), colors=VERDICT_COLOURS[verdict], linestyles=[style.DASHES[i]],
+                    linewidths=1.4 if i else 1.0, alpha=0.9 if i else max(0.08, min(0.45, 45 / of.sum())),
+                    label=verdict,
                 )
             )  # fmt: skip
     for at, name in enumerate(names):
