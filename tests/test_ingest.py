@@ -740,6 +740,16 @@ def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> 
     assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"traces"}
 
 
+def test_what_a_log_does_not_tell_is_a_dash_in_the_report(tmp_path: Path) -> None:
+    norms = logs.norms(200, seed=0)
+    norms[150] = 80.0
+    study = take(tmp_path, logs.trainer_state(tmp_path / "run", logs.history(norms, stride=10)))
+    assert report.main([str(study.folder.path)]) == 0
+    text = (study.folder.report / "report.md").read_text()
+    (spike,) = (line for line in text.splitlines() if "| run run | 1510 | 80 |" in line)
+    assert spike.endswith("| – | – | – | no |")  # how long it lasted, its class, whether in the warmup
+
+
 def test_the_report_of_a_log_without_norms(tmp_path: Path) -> None:
     rows = logs.history([None] * 80)
     study = take(tmp_path, logs.trainer_state(tmp_path / "run", rows))

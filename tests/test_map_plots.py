@@ -7,7 +7,7 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import map_figures, map_plots, plots
+from stabstudy.analysis import map_figures, map_plots, plots, style
 from stabstudy.analysis.blocks import Figure
 from stabstudy.analysis.layout import layout_of
 from stabstudy.analysis.study import Study
@@ -51,6 +51,16 @@ def test_the_verdict_map_counts_and_ends_the_stable_levels(study: Study) -> None
     assert [p.get_xy() for p in ax.patches if p.get_hatch()] == [(1.5, 0.5)]
     lines = [line for line in ax.get_lines() if line.get_gid() == "limit"]
     assert [(line.get_xdata()[0], line.get_linestyle()) for line in lines] == [(1.5, "-"), (1.5, "--"), (-0.5, "-")]
+
+
+def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
+    """Dark in a light frame, and never exchanged for the dark theme's colours: fields are light in both."""
+    lines = plots.verdict_map(study).get_lines()
+    frames, cores = lines[::2], lines[1::2]
+    assert len(cores) == 3 and {line.get_color() for line in frames} == {"#fefefe"}
+    assert {line.get_color() for line in cores} == {"#010101"} and not {"#010101", "#fefefe"} & set(style.DARK)
+    for frame, core in zip(frames, cores, strict=True):
+        assert frame.get_zorder() < core.get_zorder() and frame.get_linewidth() > core.get_linewidth()
 
 
 def test_an_axis_without_order_has_no_limit(study: Study) -> None:

@@ -25,11 +25,12 @@ def test_notebooks_are_kept_without_outputs(path: Path) -> None:
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::PendingDeprecationWarning"
 )
 def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STABSTUDY_STUDY", str(ROOT / "results" / "example"))
+    """Where Jupyter runs them: in their own folder, and on the committed study without a word from the user."""
+    monkeypatch.delenv("STABSTUDY_STUDY", raising=False)
     monkeypatch.setenv("STABSTUDY_OTHER", str(planted.plant_study(tmp_path / "other", seeds=(0, 1, 2))))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 4

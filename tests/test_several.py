@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
+import scipy.stats
 
 from stabstudy import report as command
-from stabstudy.analysis import several
+from stabstudy.analysis import several, words
 from stabstudy.analysis.blocks import Figure, Report, Table, Text
 from stabstudy.analysis.study import Study
 
@@ -108,6 +110,28 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     why = "Learning rate: 0.01 and 0.1 in low, 0.5 and 0.6 in far. Seed: 0, 1 and 2 in low, 7 in far."
     assert f"{several.UNPAIRED} {why}" in texts and "No cell of one study is a cell of another." in texts
     assert [f.sentences for f in made.findings] == [[several.UNPAIRED]]
+
+
+def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:
+    """The planted difference: 0.2 nat lower, a little more for each seed."""
+    head, *rest = [
+        table(several.report(two), "Change in each").columns,
+        *table(several.report(two), "Change in each").rows,
+    ]
+    at = head.index("final loss (capped)")
+    differences = [-(0.2 + 0.001 * seed * 0.2) for seed in range(3)]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(differences), scipy.stats.sem(differences))
+    assert [row[:3] for row in rest] == [("0.01", "low → high", "3"), ("0.1", "low → high", "3")]
+    assert {row[at] for row in rest} == {
+        f"{words.number(float(np.mean(differences)))} ({words.number(low)} to {words.number(high)})"
+    }
+
+
+def test_cells_on_other_evaluation_batches_have_no_change_of_loss(tmp_path: Path, two: list[Study]) -> None:
+    other = plant(tmp_path / "elsewhere", 0.1, 0.0, eval_hash="another")
+    found = table(several.report([two[0], other]), "Change in each")
+    assert {row[found.columns.index("final loss (capped)")] for row in found.rows} == {words.NOTHING}
+    assert words.NOTHING not in {row[found.columns.index("roughness")] for row in found.rows}
 
 
 def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study]) -> None:

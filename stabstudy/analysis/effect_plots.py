@@ -156,7 +156,7 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
     ax.set(xlim=(-0.2, len(names) - 0.8), ylim=(-0.02, 1.02), yticks=[])
     ax.spines[["left", "bottom"]].set_visible(False)
     style.legend_beside(ax, "verdict")
-    for handle in ax.get_legend().legend_handles if ax.get_legend() else ():
+    for handle in getattr(ax.get_legend(), "legend_handles", ()):
         handle.set_alpha(0.9)
     return ax
 

@@ -177,8 +177,10 @@ def _draw_limit(ax: Axes, j: int, levels: Sequence[Level], row: Mapping[str, Any
     i = -1 if row["all_stable"] is None else levels.index(row["all_stable"])
     seen = i + 1 < len(levels) and row["first_unstable"] == levels[i + 1]
     line = "-" if seen else (0, (2, 1.5))
-    ax.plot([i + 0.5] * 2, [j - 0.46, j + 0.46], color=style.INK, linewidth=3.2, linestyle=line, gid="limit",
-            solid_capstyle="butt", zorder=3)  # fmt: skip
+    ends = [i + 0.5] * 2, [j - 0.46, j + 0.46]
+    # both colours are the same in the dark: the fields are light there too, and the edge of the map is black
+    ax.plot(*ends, color="#fefefe", linewidth=5.0, solid_capstyle="butt", zorder=3)
+    ax.plot(*ends, color="#010101", linewidth=3.0, linestyle=line, gid="limit", solid_capstyle="butt", zorder=4)
 
 
 def _hatch(ax: Axes, at: tuple[int, int]) -> None:

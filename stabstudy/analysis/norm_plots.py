@@ -152,8 +152,8 @@ def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | 
     At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
     Differences of 0 lie at the lower edge.
     """
-    ax = style.new_figure().axes[0] if ax is None else ax
     found = splits(study) if pairs is None else pairs
+    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
     floor = 1e-9
     for i, pair in enumerate(found):
         colour = style.CATEGORIES[i % len(style.CATEGORIES)]
@@ -163,7 +163,8 @@ def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | 
                 np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
             )
     ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
-    style.legend(ax, "micro-batch size")
+    style.log_ticks(ax)
+    style.legend_beside(ax, "micro-batch size")
     return ax
 
 

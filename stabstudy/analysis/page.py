@@ -233,7 +233,7 @@ def _spike_table(study: Study, title: str, spikes: pd.DataFrame, height: str) ->
             f"{s['start']}" if s["start"] == s["end"] else f"{s['start']}-{s['end']}",
             words.number(s["peak"]),
             words.number(s[height]),
-            f"{s['duration']}" if s["recovered"] else f"over {s['duration']}",
+            trial_tables.lasts(s),
             s["class"] or words.NOTHING,
             words.NOTHING if s["in_warmup"] is None else "yes" if s["in_warmup"] else "no",
             "no" if s["partner"] is None else "yes",

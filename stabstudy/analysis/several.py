@@ -7,13 +7,18 @@ axis stands for, and is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from stabstudy.analysis import compare, plots, sentences, style, words
 from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.levels import Level, levels_of, records, split
+from stabstudy.analysis.paired import t_interval
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -186,8 +191,9 @@ def _disjoint(whole: Study) -> Iterator[str]:
 def _findings(table: list[dict[str, Any]]) -> Iterator[str]:
     clear = [r for r in table if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
     for r in clear:
+        name = words.STATISTICS[r["metric"]]
         yield (
-            f"{words.STATISTICS[r['metric']]}: {value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
+            f"{name[0].upper()}{name[1:]}: {value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
             f"{value(r['metric'], r['mean_b'])} in {words.clean(r['b'], 60)} ({words.count(r['pairs'], 'pair')}, "
             f"{words.count(r['seeds'], 'seed')}; the paired 95 % interval of the change does not hold 0, not corrected "
             f"for {len(table)} comparisons)."
@@ -256,6 +262,37 @@ def _cells(whole: Study) -> Iterator[Block]:
     heads = (*map(words.heading, axes), *statistics, *verdicts)
     title = "Cells that at least two studies hold: means over done seeds, ± half the 95 % t-interval"
     yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
+    changes = tuple(_changes(whole, axes))
+    if changes:
+        heads = (*map(words.heading, axes), "studies", "seeds", *(COLUMNS[m].label for m in CELL))
+        title = "Change in each of these cells, paired by seed, with its 95 % t-interval (from 2 seeds on)"
+        yield Table(title, heads, changes, frozenset(heads) - {"studies"})
+
+
+def _changes(whole: Study, axes: dict[str, list[Level]]) -> Iterator[tuple[str, ...]]:
+    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did."""
+    first, *others = whole.axes[AXIS]
+    done = whole.trials[whole.trials["state"] == "done"]
+    for levels, trials in split(done, axes):
+        by_study = {name: members.set_index("seed") for name, members in trials.groupby(AXIS)}
+        for other in others:
+            if first in by_study and other in by_study:
+                a, b = by_study[first], by_study[other]
+                seeds = [s for s in a.index if s in b.index]
+                if seeds:
+                    texts = [words.level(v, x) for x, v in zip(axes, levels, strict=True)]
+                    pair = f"{words.clean(first, 60)} → {words.clean(other, 60)}"
+                    yield *texts, pair, str(len(seeds)), *(_change(a.loc[seeds], b.loc[seeds], m) for m in CELL)
+
+
+def _change(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> str:
+    """`0.02 (-0.01 to 0.05)`; a dash where the two cannot be compared."""
+    if compare.mixed(pd.concat([a, b]), metric):
+        return words.NOTHING
+    differences = np.subtract(compare.values(b, metric), compare.values(a, metric))
+    e = t_interval([d for d in differences if math.isfinite(d)])
+    ends = "" if words.is_null(e.low) else f" ({interval(metric, e.low, e.high)})"
+    return f"{value(metric, e.mean)}{ends}"
 
 
 def _cell(trials: Any, metric: str) -> str:

@@ -105,7 +105,7 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
     """Several trials (trial_id -> title), two beside each other, norms and losses on common scales."""
     columns = min(2, len(titles))
     bands = -(-len(titles) // columns)
-    figure = style.new_figure(0.8 + 4.0 * columns, 4.8 * bands, rows=2 * bands, columns=columns)
+    figure = style.new_figure(8.8 if columns > 1 else 6.6, 4.8 * bands, rows=2 * bands, columns=columns)
     above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
     for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
         trial(study, trial_id, title=title, axes=(norm, loss))

@@ -42,7 +42,8 @@ def all_trials(study: Study) -> Table:
         )
         for row in map(study.row, study.trials.index)
     )
-    return Table(f"All {words.count(len(rows), 'trial')}", heads, rows, frozenset(numbers), folded=True)
+    title = f"All {len(rows)} trials" if len(rows) != 1 else "The one trial"
+    return Table(title, heads, rows, frozenset(numbers), folded=True)
 
 
 def ended(row: Mapping[str, Any]) -> str:
@@ -102,7 +103,7 @@ def spikes(study: Study, trial_id: str) -> Table | None:
             words.number(s["baseline"]),
             words.number(s["peak_ratio"]),
             words.number(s["peak_delta"]),
-            _lasts(s),
+            lasts(s),
             s["class"] or words.NOTHING,
             {True: "yes", False: "no", None: words.NOTHING}[s["in_warmup"]],
             words.NOTHING if s["partner"] is None else f"step {s['partner']}",
@@ -116,7 +117,7 @@ def spikes(study: Study, trial_id: str) -> Table | None:
     return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset(heads[1:9]))
 
 
-def _lasts(spike: Mapping[str, Any]) -> str:
+def lasts(spike: Mapping[str, Any]) -> str:
     """Null where not every step was logged."""
     if spike["duration"] is None:
         return words.NOTHING
