@@ -61,7 +61,7 @@ def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
     assert change == "-0.200" and means == "2.57 → 2.37"
     assert interval.startswith("-0.201")
     (differs,) = made.findings
-    said = "final validation loss: 2.57 in low, 2.37 in high (6 pairs, 3 seeds;"
+    said = "Final validation loss: 2.57 in low, 2.37 in high (6 pairs, 3 seeds;"
     assert any(sentence.startswith(said) for sentence in differs.sentences)
 
 
