@@ -46,10 +46,11 @@ MAY = {
         late={"pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
     ),
     "training": May(FACTS | {"stability", "data"}, {"numpy", "torch", "safetensors", "transformers"}),
+    # data for one question alone: what a step read
     "analysis": May(
-        FACTS | {"stability"},
+        FACTS | {"stability", "data"},
         {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
-        late={"statsmodels", "optuna", "loky"},
+        late={"data", "statsmodels", "optuna", "loky"},
     ),
     "planning": May(FACTS | {"data"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(

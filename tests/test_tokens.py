@@ -177,7 +177,7 @@ def test_an_id_outside_the_vocabulary_stops_the_build(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([1, 2, id])] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, 0, "x", encode))
+    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, 0, "x", encode, repr))
     with pytest.raises(DataError, match=rf"token 2 of the corpus must have an id in 0..299, got {id}"):
         prepare(source, tmp_path / "cache")
     assert [p.suffix for p in (tmp_path / "cache/tokens").iterdir()] == [".lock"]
@@ -189,7 +189,7 @@ def test_text_without_a_single_token_is_refused(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([], np.int64)] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode))
+    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode, repr))
     with pytest.raises(DataError, match="data.tokenizer: gives not one token for this text, got 'bytes'"):
         prepare(source, tmp_path)
 
@@ -201,7 +201,7 @@ def test_a_token_takes_two_bytes_while_the_vocabulary_fits(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([0, vocab_size - 1])] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(vocab_size, None, None, "x", encode))
+    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(vocab_size, None, None, "x", encode, repr))
     corpus = prepare(source, tmp_path)
     assert corpus.tokens.dtype == np.dtype(dtype)
     assert corpus.tokens.tolist() == [0, vocab_size - 1] * 3

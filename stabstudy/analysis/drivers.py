@@ -180,6 +180,7 @@ def _batches(study: Study) -> Iterator[Block]:
         for r in records(found.steps.head(MOST_BATCHES))
     )
     if rows:
+        yield Text("What such a step read: `Study.batch(trial, step)` gives its text.")
         heads = ("seed", "step", "trials that spiked", "that read it", "highest peak / baseline", "trials")
         yield Table("Batches at which several trials spiked", heads, rows, frozenset(heads[:-1]))
 

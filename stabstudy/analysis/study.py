@@ -22,6 +22,7 @@ from stabstudy.analysis import compare, importance, ingested, rates, sensitivity
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
+from stabstudy.config import from_dict
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -150,6 +151,31 @@ class Study:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         log = self.log(trial_id)
         return rows if log is None else ingested.in_source_steps(rows, log)
+
+    def batch(self, trial_id: str, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
+        """What a step of a trial read: a row per sequence, with its first `document`, how many it touches, its `text`.
+
+        The one question that needs more than the study's files: it reads the trial's data again. Raises KeyError for
+        an unknown trial, ValueError for a step that it does not have or a trial that was trained elsewhere, and
+        DataError where the data are gone, or are other data than those it was trained on.
+
+        Example:
+            spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
+            study.batch(spike["trial_id"], spike["peak_step"])
+        """
+        from stabstudy.data import text  # here and not above: all other questions do without
+
+        self._known(trial_id)
+        name, _, rest = trial_id.partition("/")
+        if rest:
+            return self._parts[name].batch(rest, step, cache_dir)
+        if self.ingested:
+            raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
+        body = self.folder.trial(trial_id).read_config()
+        config, cache = from_dict(body["config"]), None if cache_dir is None else Path(cache_dir)
+        found = text.of_step(config, int(step), body["data_fingerprint"], cache)
+        rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in found]
+        return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""

@@ -108,7 +108,7 @@ def _sections(study: Study, row: Row, drawn: bool) -> Iterator[Section]:
     if not drawn:
         yield Section("trace", "Step by step", list(_not_drawn(study, row)))
     spikes = trial_tables.spikes(study, trial_id)
-    yield Section("spikes", "Spikes", [spikes or Text(_no_spike(row))])
+    yield Section("spikes", "Spikes", [spikes or Text(_no_spike(row)), *_what_it_read(study, trial_id)])
     if (replicates := trial_tables.replicates(study, row)) is not None:
         yield Section("cell", "The same recipe, other seeds", [replicates])
     yield Section("settings", "Settings", list(trial_tables.settings(study, row)))
@@ -131,6 +131,18 @@ def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
         f'plots.trial(Study.load("{_name(study)}"), "{row["trial_id"]}").savefig("trace.svg")',
     )
     yield Code("In Python, where the study's folder is", "\n".join(lines))
+
+
+def _what_it_read(study: Study, trial_id: str) -> Iterator[Block]:
+    """How to read the batch of the highest spike of the norm."""
+    own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
+    if own and not study.ingested:
+        step = max(own, key=lambda s: s["peak_ratio"])["peak_step"]
+        lines = (
+            "from stabstudy.analysis.study import Study",
+            f'Study.load("{_name(study)}").batch("{trial_id}", {step})',
+        )
+        yield Code(f"The text that step {step}, the highest, was trained on: in Python", "\n".join(lines))
 
 
 def _no_spike(row: Row) -> str:

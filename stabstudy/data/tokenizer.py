@@ -43,13 +43,17 @@ EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer. `encode` takes texts and returns the ids of each, without bos and eos."""
+    """A loaded tokenizer. `encode` takes texts and returns the ids of each, without bos and eos.
+
+    `decode` is for reading: it spells out special tokens, and replaces bytes that are no text by U+FFFD.
+    """
 
     vocab_size: int  # largest id + 1: the rows of an embedding
     bos: int | None  # before each document; None where the tokenizer has none or uses its eos for it
     eos: int | None  # behind each document
     sha256: str  # of the whole vocabulary and its rules
     encode: Callable[[list[str]], list[Ids]]
+    decode: Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def load(name: str) -> Tokenizer:
     """The tokenizer of a `data.tokenizer` setting. Raises DataError."""
     place = _locate(name)
     if place.kind == "bytes":
-        return Tokenizer(258, 256, 257, hashlib.sha256(b"bytes").hexdigest(), _encode_bytes)
+        return Tokenizer(258, 256, 257, hashlib.sha256(b"bytes").hexdigest(), _encode_bytes, _decode_bytes)
     try:
         return _load_auto(place) if place.kind == "auto" else _load_files(place)
     except DataError:
@@ -86,6 +90,11 @@ def load(name: str) -> Tokenizer:
 
 def _encode_bytes(texts: list[str]) -> list[Ids]:
     return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def _decode_bytes(ids: list[int]) -> str:
+    special = {256: b"<bos>", 257: b"<eos>"}
+    return b"".join(special.get(i) or bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
 def _locate(name: str) -> _Place:
@@ -149,7 +158,13 @@ def _load_files(place: _Place) -> Tokenizer:
     def encode(texts: list[str]) -> list[Ids]:
         return [np.array(e.ids, np.int64) for e in core.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return _tokenizer(core.get_vocab(), bos, eos, core.to_str(), encode)
+    def decode(ids: list[int]) -> str:
+        if core.decoder is not None:
+            return str(core.decode(ids, skip_special_tokens=False))
+        # not made the decoder of `core`: its rules are part of what the data are known by
+        return str(tokenizers.decoders.ByteLevel().decode([core.id_to_token(i) or "\ufffd" for i in ids]))
+
+    return _tokenizer(core.get_vocab(), bos, eos, core.to_str(), encode, decode)
 
 
 def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str, known: tuple[str, ...]) -> int | None:
@@ -170,13 +185,21 @@ def _load_auto(place: _Place) -> Tokenizer:
         encoded = auto(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return [np.array(ids, np.int64) for ids in encoded]
 
+    def decode(ids: list[int]) -> str:
+        return str(auto.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     vocab = auto.get_vocab()
     rules = auto.backend_tokenizer.to_str() if auto.is_fast else type(auto).__name__
-    return _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode)
+    return _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode, decode)
 
 
 def _tokenizer(
-    vocab: dict[str, int], bos: int | None, eos: int | None, rules: str, encode: Callable[[list[str]], list[Ids]]
+    vocab: dict[str, int],
+    bos: int | None,
+    eos: int | None,
+    rules: str,
+    encode: Callable[[list[str]], list[Ids]],
+    decode: Callable[[list[int]], str],
 ) -> Tokenizer:
     largest = max(vocab.values(), default=-1)
     if not vocab or min(vocab.values()) < 0 or largest >= 2 * len(vocab) + 1024:
@@ -184,7 +207,8 @@ def _tokenizer(
         got = f"{len(vocab)} tokens, largest id {largest}"
         raise DataError("data.tokenizer", "the size of the vocabulary must fit its ids", got)
     whole = json.dumps([sorted(vocab.items()), bos, eos, rules])
-    return Tokenizer(largest + 1, bos if bos != eos else None, eos, hashlib.sha256(whole.encode()).hexdigest(), encode)
+    sha256 = hashlib.sha256(whole.encode()).hexdigest()
+    return Tokenizer(largest + 1, bos if bos != eos else None, eos, sha256, encode, decode)
 
 
 def _explained(error: Exception) -> str:
