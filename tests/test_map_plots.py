@@ -6,6 +6,7 @@ from pathlib import Path
 
 import planted
 import pytest
+from matplotlib import colors
 
 from stabstudy.analysis import map_figures, map_plots, plots, style
 from stabstudy.analysis.blocks import Figure
@@ -57,8 +58,12 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
     """Dark in a light frame, and never exchanged for the dark theme's colours: fields are light in both."""
     lines = plots.verdict_map(study).get_lines()
     frames, cores = lines[::2], lines[1::2]
-    assert len(cores) == 3 and {line.get_color() for line in frames} == {"#fefefe"}
-    assert {line.get_color() for line in cores} == {"#010101"} and not {"#010101", "#fefefe"} & set(style.DARK)
+    assert len(cores) == 3 and not set(map_plots.LIMIT_COLOURS) & set(style.DARK)
+    assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in map_plots.LIMIT_COLOURS]
+    light, dark = (style.luminance(colors.to_rgb(c)) for c in map_plots.LIMIT_COLOURS)
+    for ground in (style.PAPER, *(look[1] for look in map_plots.VERDICT_LOOKS.values())):
+        assert (style.luminance(colors.to_rgb(ground)) + 0.05) / (dark + 0.05) > 4.5
+    assert (light + 0.05) / (style.luminance(colors.to_rgb(style.DARK[style.PAPER])) + 0.05) > 4.5
     for frame, core in zip(frames, cores, strict=True):
         assert frame.get_zorder() < core.get_zorder() and frame.get_linewidth() > core.get_linewidth()
 

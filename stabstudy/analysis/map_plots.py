@@ -26,6 +26,9 @@ SCALES = {"spike_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), D
 VERDICT_LOOKS = {"stable": ("●", "#cfe8dd"), "spiky": ("▲", "#f7d6b5"), "diverged": ("✕", "#e3b7d2")}
 """Sign, and the ground of a field whose worst trial is that; near-black reads on each (over 10:1)."""
 
+LIMIT_COLOURS = ("#fefefe", "#0b3d91")
+"""Frame and core of the line that ends the stable levels of a row."""
+
 SMALL_FROM = 8
 """Levels on an axis from which the words in the fields are set smaller."""
 
@@ -178,9 +181,10 @@ def _draw_limit(ax: Axes, j: int, levels: Sequence[Level], row: Mapping[str, Any
     seen = i + 1 < len(levels) and row["first_unstable"] == levels[i + 1]
     line = "-" if seen else (0, (2, 1.5))
     ends = [i + 0.5] * 2, [j - 0.46, j + 0.46]
-    # both colours are the same in the dark: the fields are light there too, and the edge of the map is black
-    ax.plot(*ends, color="#fefefe", linewidth=5.0, solid_capstyle="butt", zorder=3)
-    ax.plot(*ends, color="#010101", linewidth=3.0, linestyle=line, gid="limit", solid_capstyle="butt", zorder=4)
+    # both colours stay in the dark: the fields are light there too, and between and beside them it is black
+    frame, core = LIMIT_COLOURS
+    ax.plot(*ends, color=frame, linewidth=5.4, solid_capstyle="butt", zorder=3)
+    ax.plot(*ends, color=core, linewidth=3.2, linestyle=line, gid="limit", solid_capstyle="butt", zorder=4)
 
 
 def _hatch(ax: Axes, at: tuple[int, int]) -> None:
