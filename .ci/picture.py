@@ -1,6 +1,6 @@
 """Takes README's picture of the committed study: the top of its page, and two of its figures beside each other.
 
-python .ci/picture.py          needs a headless Chromium, and the test extra
+`python .ci/picture.py` needs a headless Chromium, and the test extra.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ WIDTH, FIGURES, COLOURS = 900, ("final-loss", "attn-logit-peak"), 128
 
 
 def main() -> None:
+    """Write report.png beside the page."""
     browser = next(c for c in ("chromium-headless-shell", "chromium", "google-chrome") if shutil.which(c))
     with sync_playwright() as p:
         started = p.chromium.launch(executable_path=shutil.which(browser), args=["--no-sandbox", "--disable-gpu"])

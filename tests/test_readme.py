@@ -19,6 +19,7 @@ LISTED = (
     "benchmarks/*.py",
     "conf/*.yaml",
     "results/*.md",
+    ".ci/*.py",
     "benchmarks/*.md",
 )
 
