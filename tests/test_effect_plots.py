@@ -139,6 +139,11 @@ def test_numbers_below_a_forest_keep_apart(study: Study) -> None:
         boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
         inside = sorted((b for b in boxes if b.x1 > ax.bbox.x0 and b.x0 < ax.bbox.x1), key=lambda b: b.x0)
         assert len(inside) > 1 and all(a.x1 < b.x0 for a, b in zip(inside, inside[1:], strict=False)), metric
+    wide = effect_plots.effects(study, "attn_logit_peak")
+    wide.set_xlim(-1.3e8, 1.2e8)
+    wide.figure.canvas.draw()
+    assert "1e8" in [t.get_text() for t in wide.get_xticklabels()]
+    assert not wide.xaxis.get_offset_text().get_text()  # a factor in the corner would lie on the axis' name
     assert all(t.get_text().endswith("%") for t in effect_plots.effects(study, "spike_rate").get_xticklabels())
 
 

@@ -81,6 +81,12 @@ def test_a_spike_of_the_loss_alone() -> None:
     assert told(quiet(), loss)[1] == "The loss spiked at step 250; the gradient norm did not."
 
 
+def test_large_numbers_are_written_as_people_type_them() -> None:
+    from stabstudy.stability.explain import _number
+
+    assert [_number(v) for v in (3.474e6, 1.36e8, 0.3171, 5.0, 1e-5)] == ["3.47e6", "1.36e8", "0.317", "5", "1e-5"]
+
+
 def test_roughness_says_how_many_steps() -> None:
     norm = quiet() * np.where(np.arange(400) % 20 == 10, 3.3, 1.0)
     found = summarise(trace_rows(learning(400, 1), norm), None, FACTS, RULES).columns

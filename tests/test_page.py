@@ -227,6 +227,26 @@ def test_the_card_says_how_much_was_trained(page: Page, study: Study) -> None:
     assert f"trained in all: {total:,} tokens." in page.text and f"{len(trials)} trials of " in page.text
 
 
+def test_trials_that_diverged_early_lack_statistics_and_say_so(tmp_path: Path) -> None:
+    """Their roughness is not known: fewer pairs have it, their fields are grey, and no step is named twice."""
+    planted.plant_frame(tmp_path / "s")
+    for depth in (2, 4):
+        for seed in (0, 1, 2):
+            loss = 2.5 + seed / 100
+            planted.plant_trial(
+                tmp_path / "s", planted.settings(depth, 1e-3, seed=seed), final_loss=loss, logit=8.0 / depth
+            )
+            planted.plant_trial(
+                tmp_path / "s", planted.settings(depth, 10.0, seed=seed), steps_done=21, nonfinite_at=20,
+                final_loss=None, stop_reason="diverged", logit=(4e7 + seed * 1e6) / depth,
+            )  # fmt: skip
+    page = report_on(tmp_path / "s")
+    (silent,) = (item for item in page.items if "nothing from" in item)
+    assert silent.count("depth 2 to 4") == 1
+    assert "Grey: no trial has it." in page.text
+    assert "e+" not in page.text  # 5.39e7, as everywhere
+
+
 def test_effects_are_compare(page: Page, study: Study) -> None:
     rows = {(r[0], r[2]): r for r in page.table("Paired differences")[1:]}
     (depth,) = records(study.compare("model.depth", "final_loss"))

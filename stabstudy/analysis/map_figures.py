@@ -95,6 +95,7 @@ def _limit(row: Mapping[str, Any], x: str) -> str:
 def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
     fields = _fields(study, layout)
     known = [f for f in fields if f.mean(value) == f.mean(value)]
+    unknown = " Grey: no trial has it." if len(known) < len(fields) else ""
     highest = max(known, key=lambda f: f.mean(value), default=None)
     top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
@@ -109,8 +110,8 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     mean = "" if value == DIVERGED else "the mean "
     caption = (
         f"{what}: {mean}over n done trials, {sum(f.n for f in fields)} in all. Below it, how many of the n are not "
-        f"stable. Colours run from {low} (dark) to {high} (light). Hatched: no done trial; a cross: at least one "
-        f"diverged.{pooled(layout)}"
+        f"stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a cross: "
+        f"at least one diverged.{pooled(layout)}"
     )
     peak = f" Highest: {map_plots.text(top, value)} at {said_levels(axes, highest.levels)}." if highest else ""
     heads = (*map(words.heading, axes), map_plots.label(value), "n", "not stable")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -178,13 +177,18 @@ def _changes(study: Study) -> Iterator[str]:
     rows = records(effects(study))
     judged = [r for r in rows if r["low"] is not None]
     any_clear, silent = any(map(_is_clear, rows)), []
-    for (axis, a, b, pairs), group in itertools.groupby(rows, key=lambda r: (r["axis"], r["a"], r["b"], r["pairs"])):
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        steps.setdefault(step(row["axis"], row["a"], row["b"]), []).append(row)
+    for name, group in steps.items():
         told = [r for r in group if _is_clear(r) or not any_clear]
+        pairs = sorted({r["pairs"] for r in told})  # a statistic that some trials lack has fewer
         moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in told]
         if moved:
-            yield f"From {step(axis, a, b)} ({words.count(pairs, 'pair')}): {words.listing(moved)}."
+            some = f"{pairs[0]} to " if len(pairs) > 1 else ""
+            yield f"From {name} ({some}{words.count(pairs[-1], 'pair')}): {words.listing(moved)}."
         else:
-            silent.append(step(axis, a, b))
+            silent.append(name)
     if any_clear:
         nothing = f"; nothing from {words.listing(silent)}" if silent else ""
         yield (

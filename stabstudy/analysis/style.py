@@ -37,6 +37,9 @@ ORDINAL_ON_DARK = (
     "#5ac864", "#6ece58", "#86d549", "#9dd93b", "#b5de2b", "#d0e11c", "#e7e419", "#fde725",
 )  # fmt: skip
 
+UNKNOWN = "#c9ced6"
+"""A field of a map whose trials do not have the statistic: no colour of its scale, which would be a value."""
+
 DARK = {
     INK: "#e6edf3",
     MUTED: "#9198a1",
@@ -143,14 +146,17 @@ def plain(text: str) -> str:
 
 
 def field_colour(share: float) -> str:
-    """The colour of a field at this share of a scale, dark to light along viridis; it is the same on black.
+    """The colour of a field at this share of a scale, dark to light along viridis; grey where it is not known.
 
-    Beware: a field that had the very colour of a line would be exchanged with it, and show another value in the dark.
+    It is the same on black. Beware: a field that had the very colour of a line would be exchanged with it, and show
+    another value in the dark.
     """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    found = to_hex(colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0))
+    if not math.isfinite(share):
+        return UNKNOWN
+    found = to_hex(colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share))))
     return f"#{int(found[1:], 16) ^ 1:06x}" if found in DARK else found  # one step of blue in 255: not to be seen
 
 
@@ -209,7 +215,7 @@ def log_ticks(ax: Axes) -> None:
     low, high = ax.get_ylim()
     decades = math.log10(high / low)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.level(float(v))))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.tick(v)))
     ax.yaxis.set_minor_locator(NullLocator())
 
 
@@ -218,8 +224,8 @@ def few_ticks(ax: Axes, unit: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    if unit == "fraction":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: words.percent(float(f"{v:.6g}"))))
+    written = words.percent if unit == "fraction" else words.tick
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: written(float(f"{v:.6g}"))))
 
 
 def tidy(ax: Axes) -> None:

@@ -64,6 +64,12 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
+def tick(value: float) -> str:
+    """A number beside an axis: as people type it, large ones with an exponent."""
+    rounded = float(f"{value:.6g}")
+    return number(rounded) if abs(rounded) >= 1e6 else level(rounded)
+
+
 def percent(share: Any) -> str:
     """A fraction as percent; null as a dash."""
     return NOTHING if is_null(share) else f"{number(100 * float(share), 2)} %"

@@ -103,7 +103,7 @@ def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
     first = f"The {_ordinal(len(grad))} of the gradient norm began at step {grad[0]['start']}"
     first += _where_in_warmup(grad[0], recipe)
     which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
-    height = f"reached {highest['peak_ratio']:.3g} times its baseline ({highest['peak']:.3g})"
+    height = f"reached {_number(highest['peak_ratio'])} times its baseline ({_number(highest['peak'])})"
     if highest["duration"] is None:
         return f"{first}; {which} {height} (not every step was logged: how long it lasted is not known)."
     return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."
@@ -146,15 +146,17 @@ def _clipping(columns: Row, recipe: Recipe) -> str:
         return ""
     unit = "logged steps" if columns["approximate"] else "steps"
     if recipe.clip_kind != "norm":
-        return f"Clipping by {recipe.clip_kind} rescaled {_percent(share)} of the {unit} (median norm {median:.3g})."
+        return (
+            f"Clipping by {recipe.clip_kind} rescaled {_percent(share)} of the {unit} (median norm {_number(median)})."
+        )
     clip = f"{recipe.clip:.1f}" if float(recipe.clip).is_integer() else f"{recipe.clip:g}"
     if not share:
-        return f"A clip of {clip} never acted: the largest norm was {columns['grad_norm_max']:.3g}."
+        return f"A clip of {clip} never acted: the largest norm was {_number(columns['grad_norm_max'])}."
     below = recipe.clip < median
     so = ", so the threshold, not the gradient, sets the step" if below and share > 0.5 else ""
     side = "below" if below else "above"
     rescales = f"it rescales {_percent(share)} of the {unit}{so}"
-    return f"A clip of {clip} lies {side} the median norm of {median:.3g}: {rescales}."
+    return f"A clip of {clip} lies {side} the median norm of {_number(median)}: {rescales}."
 
 
 def _steps(spikes: Sequence[Row]) -> str:
@@ -164,6 +166,12 @@ def _steps(spikes: Sequence[Row]) -> str:
         return f"step {starts[0]}"
     shown, rest = (starts[:-1], starts[-1]) if len(starts) <= 3 else (starts[:2], f"{len(starts) - 2} more")
     return f"steps {', '.join(shown)} and {rest}"
+
+
+def _number(value: float) -> str:
+    """Three digits; an exponent as people type it: 3.47e6."""
+    mantissa, _, exponent = f"{value:.3g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def _percent(share: float) -> str:

@@ -113,7 +113,11 @@
     return new Float32Array(bytes.buffer);
   }
 
-  const brief = (v) => (Number.isFinite(v) ? String(Number(v.toPrecision(4))) : "not finite");
+  function brief(v) {
+    if (!Number.isFinite(v)) return "not finite";
+    const far = v !== 0 && (Math.abs(v) >= 1e6 || Math.abs(v) < 1e-3);
+    return far ? v.toExponential(3).replace(/\.?0*e\+?/, "e") : String(Number(v.toPrecision(4)));
+  }
 
   function ticks(low, high, log, most = 5) {
     const found = [];
