@@ -66,6 +66,20 @@ def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
     assert min(heights) == 0 and max(heights) == 1 and all(map(math.isfinite, heights))
 
 
+def test_a_trial_that_lacks_a_statistic_is_not_dropped(tmp_path: Path) -> None:
+    """It diverged too early for a roughness; its line goes past that coordinate."""
+    folder = planted.plant_study(tmp_path / "s", depths=(2, 6), seeds=(0,))
+    early = planted.settings(6, 5.0, 1.0, 0)
+    planted.plant_trial(folder, early, steps_done=21, nonfinite_at=20, final_loss=math.nan, stop_reason="diverged")
+    study = Study.load(folder)
+    metrics = ("final_loss", "grad_norm_log_sd", "spike_rate")
+    ax = effect_plots.parallel(study, metrics)
+    drawn = [line for found in ax.collections for line in found.get_segments()]
+    assert len(drawn) == len(study.trials)
+    (gone,) = (line for found in ax.collections if found.get_label() == "diverged" for line in found.get_segments())
+    assert gone[:, 0].tolist() == [0, 1, 2, 4]  # depth, rate, loss, spike rate
+
+
 def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
     drawn = ["paired-effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
     assert [b.name for b in figures(study, "optim.lr")] == drawn

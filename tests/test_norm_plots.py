@@ -96,6 +96,15 @@ def test_the_report_says_whether_they_agree(tmp_path: Path) -> None:
     assert "Not judged" in said(_plant(tmp_path / "c", precision="bf16")).caption
 
 
+def test_ratios_of_a_diverged_trial_have_readable_numbers(study: Study) -> None:
+    ratios = {0.01: np.array([0.8, 1.0, 2.0]), 0.1: np.array([1.0, 1e7, 3e13])}
+    ax = plots.norm_ratios(study, "optim.lr", ratios)
+    ax.figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
+    inside = sorted((b for b in boxes if ax.bbox.x0 <= b.x1 and b.x0 <= ax.bbox.x1), key=lambda b: b.x0)
+    assert len(inside) > 3 and all(a.x1 < b.x0 for a, b in zip(inside, inside[1:], strict=False))
+
+
 def test_without_such_trials_the_report_says_so(study: Study) -> None:
     absent = [b for b in norm_figures.figures(study, "optim.lr") if isinstance(b, Absent)]
     assert absent == [Absent("Check of gradient accumulation", "the micro-batch size does not vary")]

@@ -19,7 +19,7 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from stabstudy.analysis import levels, map_plots, plots, style
+from stabstudy.analysis import levels, map_plots, plots, style, trace_plots
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import downsample
 
@@ -103,6 +103,23 @@ def test_the_published_limit_of_logits_is_in_view(tmp_path: Path, logit: float) 
     assert ax.get_ylim()[0] < peaks.min() and ax.get_ylim()[1] > max(1e4, peaks.max())
     linear = plots.curves(study, "attn_logit_peak", by=None)  # where it would flatten all else
     assert [1e4, 1e4] not in [list(line.get_ydata()) for line in linear.get_lines()]
+
+
+def test_a_loss_that_explodes_hides_no_other(tmp_path: Path, study: Study) -> None:
+    """The common scale ends at twice the largest first loss, and the panel of the other says how far it went."""
+    figure = style.new_figure(6, 3, columns=2)
+    calm, wild = figure.axes
+    calm.plot([0, 1, 2], [6.0, 4.0, 3.0])
+    wild.plot([0, 1, 2], [6.1, 300.0, math.inf])
+    for ax in figure.axes:
+        ax.set_ylim(0, 320)
+    trace_plots._cut_losses(figure.axes)
+    assert {ax.get_ylim() for ax in figure.axes} == {(0.0, 12.2)}
+    assert [[t.get_text() for t in ax.texts] for ax in figure.axes] == [[], ["up to 300"]]
+    calm.set_ylim(2, 7)
+    wild.set_ylim(2, 7)
+    trace_plots._cut_losses([calm])  # nothing to cut
+    assert calm.get_ylim() == (2, 7) and not calm.texts
 
 
 def test_a_band_needs_three_trials(study: Study) -> None:

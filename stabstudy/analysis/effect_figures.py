@@ -169,16 +169,17 @@ def _parallel(study: Study) -> Iterator[Figure | Absent]:
         return
     mixed = grid.trials.loc[grid.trials["state"] == "done", "eval_hash"].nunique() > 1
     metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
-    trials = effect_plots.judged_trials(grid, metrics)
+    trials = effect_plots.judged_trials(grid)
     if not len(trials):
-        yield Absent("All axes at once", "no trial is judged and has every statistic")
+        yield Absent("All axes at once", "no trial is judged")
         return
     drawing = effect_plots.parallel(grid, metrics)
     counts = [(v, int((trials["verdict"] == v).sum())) for v in ("stable", "spiky", "diverged")]
     said = words.listing([f"{n} {v}" for v, n in counts if n])
     caption = (
         f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "
-        "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest."
+        "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest. A "
+        "statistic that a trial lacks is passed over."
         f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
     )
     heads = ("coordinate", "lowest", "highest")
@@ -195,5 +196,4 @@ def _name(coordinate: str) -> str:
 def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
     if name in study.axes:
         return words.level(study.axes[name][0], name), words.level(study.axes[name][-1], name)
-    values = compare.values(trials, name)
-    return words.number(min(values)), words.number(max(values))
+    return effect_plots.ends(trials, name)

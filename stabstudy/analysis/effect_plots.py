@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from stabstudy.analysis import compare, marks, sentences, style, words
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.study import VERDICTS, Study
@@ -125,26 +123,24 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
 
     Every coordinate runs from its lowest value (bottom) to its highest; levels of an axis are evenly spaced, and spread
     a little so that lines do not hide each other. Colour and dash are the verdict; stable trials are paler the more
-    there are, and the others lie above them. Trials without one of the statistics are left out.
+    there are, and the others lie above them. A statistic that a trial lacks is passed over.
     """
     from matplotlib.collections import LineCollection
 
     ax = style.new_figure(8.2, 4.2).axes[0] if ax is None else ax
     names = [*study.axes, *metrics]
-    trials = judged_trials(study, metrics)
+    trials = judged_trials(study)
     heights = {a: _heights(trials[a], study.axes[a]) for a in study.axes}
     heights |= {m: _scaled(compare.values(trials, m)) for m in metrics}
-    lines = np.array(
-        [[(at, y) for at, y in enumerate(line)] for line in zip(*(heights[n] for n in names), strict=True)]
-    )
+    lines = [_known(line) for line in zip(*(heights[n] for n in names), strict=True)]
     for i, verdict in enumerate(VERDICTS):
-        if (of := (trials["verdict"] == verdict).to_numpy()).any():
+        own = [line for line, one in zip(lines, trials["verdict"], strict=True) if one == verdict]
+        if own:
             # one artist for all: a thousand lines by themselves take three seconds
             ax.add_collection(
                 LineCollection(
-                    list(lines[of]), colors=VERDICT_COLOURS[verdict], linestyles=[style.DASHES[i]],
-                    linewidths=1.4 if i else 1.0, alpha=0.9 if i else max(0.08, min(0.45, 45 / of.sum())),
-                    label=verdict,
+                    own, colors=VERDICT_COLOURS[verdict], linestyles=[style.DASHES[i]], label=verdict,
+                    linewidths=1.4 if i else 1.0, alpha=0.9 if i else max(0.08, min(0.45, 45 / len(own))),
                 )
             )  # fmt: skip
     for at, name in enumerate(names):
@@ -161,11 +157,19 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
     return ax
 
 
-def judged_trials(study: Study, metrics: Sequence[str]) -> pd.DataFrame:
+def judged_trials(study: Study) -> pd.DataFrame:
     """The trials that `parallel` draws."""
-    trials = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
-    known = [all(map(math.isfinite, row)) for row in zip(*(compare.values(trials, m) for m in metrics), strict=True)]
-    return trials[known]
+    return study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
+
+
+def ends(trials: pd.DataFrame, metric: str) -> tuple[str, str]:
+    """The smallest and the largest value of a statistic, in words."""
+    known = [v for v in compare.values(trials, metric) if math.isfinite(v)]
+    return (words.number(min(known)), words.number(max(known))) if known else (words.NOTHING, words.NOTHING)
+
+
+def _known(heights: Sequence[float]) -> list[tuple[int, float]]:
+    return [(at, y) for at, y in enumerate(heights) if math.isfinite(y)]
 
 
 def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
@@ -175,16 +179,16 @@ def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
 
 
 def _scaled(values: list[float]) -> list[float]:
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    return [(v - low) / (high - low) if high > low else 0.5 for v in values]
+    known = [v for v in values if math.isfinite(v)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    return [math.nan if not math.isfinite(v) else (v - low) / (high - low) if high > low else 0.5 for v in values]
 
 
 def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
     if name in study.axes:
         levels = study.axes[name]
         return words.level(levels[0], name), words.level(levels[-1], name)
-    values = compare.values(trials, name)
-    return (words.number(min(values)), words.number(max(values))) if values else (words.NOTHING, words.NOTHING)
+    return ends(trials, name)
 
 
 def _unit(metric: str) -> str:

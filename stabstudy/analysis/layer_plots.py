@@ -30,6 +30,7 @@ def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> A
     that are not finite, or 0, are left empty. Raises ValueError where the trace lacks the norms of the layers there.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     steps = window(rows, spike)
     norms = rows["layer_grad_norm"][steps].T
@@ -50,6 +51,7 @@ def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> A
         color=style.VERMILLION, clip_on=False, gid="peak",
     )  # fmt: skip
     ax.grid(False)
+    ax.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     ax.set_xlabel("optimizer step")
     _name_rows(ax, len(norms))
     bar = ax.get_figure().colorbar(image, ax=ax, pad=0.02)  # type: ignore[union-attr]

@@ -30,6 +30,9 @@ TRIALS_PER_LEVEL = 4
 POINTS = 150
 """Points of a drawn distribution; its largest values are all drawn."""
 
+RATIOS_NAMED = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Below the axis, up to the largest; a diverged trial has larger ones, and then decades are named."""
+
 MICRO_BATCH = "train.micro_batch_size"
 
 LOSS_AGREES, NORM_AGREES = 1e-5, 1e-4
@@ -65,9 +68,12 @@ def norm_ratios(
                 xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
     largest = max((float(v.max()) for v in found.values()), default=ratio)
     ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
-    ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= 1.15 * max(ratio, largest)]
-    ax.set_xticks(ticks, [words.level(float(t)) for t in ticks])
-    style.tidy(ax)
+    if largest > RATIOS_NAMED[-1]:
+        style.log_ticks(ax, across=True)
+    else:
+        ticks = [t for t in RATIOS_NAMED if t <= 1.15 * max(ratio, largest)]
+        ax.set_xticks(ticks, [words.level(float(t)) for t in ticks])
+        style.tidy(ax)
     style.log_ticks(ax)
     ax.set(xlabel="gradient norm / recent median", ylabel="share of steps at or above")
     style.legend(ax, words.heading(by))

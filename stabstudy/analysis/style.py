@@ -208,15 +208,15 @@ def share_legend(figure: Figure) -> None:
         shared.get_title().set_color(INK)
 
 
-def log_ticks(ax: Axes) -> None:
-    """Plain numbers on a log y axis, closer where it spans few decades."""
+def log_ticks(ax: Axes, across: bool = False) -> None:
+    """Plain numbers on a log y axis (`across`: x axis), closer where it spans few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    low, high = ax.get_ylim()
+    axis, (low, high) = (ax.xaxis, ax.get_xlim()) if across else (ax.yaxis, ax.get_ylim())
     decades = math.log10(high / low)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.tick(v)))
-    ax.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: words.tick(v)))
+    axis.set_minor_locator(NullLocator())
 
 
 def few_ticks(ax: Axes, unit: str) -> None:

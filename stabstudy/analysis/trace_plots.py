@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,28 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
             ax.set_xlabel(ax.get_xlabel() if row is below else "")
     for ax in above[: len(titles)]:
         style.log_ticks(ax)
+    _cut_losses(below[: len(titles)])
     return figure
+
+
+def _cut_losses(axes: Sequence[Axes]) -> None:
+    """End the common scale of losses at twice the largest first one: where training diverges they rise a hundredfold.
+
+    A panel whose line leaves the frame says how far it goes.
+    """
+    drawn = [np.asarray(ax.get_lines()[0].get_ydata(), dtype=float) for ax in axes]
+    first = [values[np.isfinite(values)][:1] for values in drawn]
+    ceiling = 2 * max((float(v[0]) for v in first if len(v)), default=math.inf)
+    for ax, values in zip(axes, drawn, strict=True):
+        if (most := np.max(values[np.isfinite(values)], initial=0.0)) > ceiling:
+            ax.annotate(
+                f"up to {words.number(float(most))}", (1, 1), (-4, -3), xycoords="axes fraction",
+                textcoords="offset points", ha="right", va="top", color=style.MUTED, fontsize=8,
+            )  # fmt: skip
+    low, high = axes[0].get_ylim()
+    if high > ceiling:
+        for ax in axes:
+            ax.set_ylim(low if low >= 0 else -0.04 * ceiling, ceiling)
 
 
 def downsample(

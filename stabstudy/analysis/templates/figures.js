@@ -106,7 +106,7 @@
   // The steps of a trial, any range of them
 
   const SVG = "http://www.w3.org/2000/svg";
-  const LEFT = 58, RIGHT = 12, PANELS = [[18, 240], [288, 160]], H = 500; // CSS pixels, as wide as the page has room
+  const LEFT = 66, RIGHT = 12, PANELS = [[18, 240], [288, 160]], H = 500; // CSS pixels, as wide as the page has room
 
   function floats(text) {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -115,7 +115,7 @@
 
   function brief(v) {
     if (!Number.isFinite(v)) return "not finite";
-    const far = v !== 0 && (Math.abs(v) >= 1e6 || Math.abs(v) < 1e-3);
+    const far = v !== 0 && (Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3);
     return far ? v.toExponential(3).replace(/\.?0*e\+?/, "e") : String(Number(v.toPrecision(4)));
   }
 
