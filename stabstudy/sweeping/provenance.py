@@ -42,9 +42,13 @@ def _processor() -> str:
 
 
 def _git() -> dict[str, str] | None:
-    """Commit of the code and a hash of what differs from it; None outside a checkout or without git."""
+    """Commit of the code and a hash of what differs from it; None outside a checkout or without git.
+
+    Studies under results/ are no code: one that is trained anew is not made by other code for that.
+    """
     try:
-        commit, patch = _ask_git("rev-parse", "HEAD").strip(), _ask_git("diff", "HEAD")
+        commit = _ask_git("rev-parse", "HEAD").strip()
+        patch = _ask_git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "dirty_patch": hashlib.sha256(patch.encode()).hexdigest()[:12] if patch else ""}
