@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 REPORT = Path(__file__).resolve().parent.parent / "results" / "example" / "report"
-WIDTH, FIGURES, COLOURS = 900, ("final-loss", "attn-logit-peak"), 128
+WIDTH, FIGURES, COLOURS = 1060, ("final-loss", "attn-logit-peak"), 96
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
     picture.paste(top, (0, 0))
     for i, figure in enumerate(small):
         picture.paste(figure, (i * width, top.height))
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(REPORT / "report.png", optimize=True)
+    few = picture.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(REPORT / "report.png", optimize=True)
 
 
 def _top(page: Page) -> Image.Image:

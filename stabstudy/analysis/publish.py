@@ -16,7 +16,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.analysis.workers import spread
 from stabstudy.store import write_bytes, write_text
 
-DRAWN = "3"
+DRAWN = "4"
 """Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
 
 _DRAWN_S, _PAGE_S = 0.5, 0.02
