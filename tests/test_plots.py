@@ -318,3 +318,27 @@ def test_drawing_leaves_no_global_state_behind(study: Study) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_figure_of_a_report_is_a_function_of_plots(study: Study) -> None:
+    """What stands in the page can be drawn in a notebook from one module, on new axes or on those given."""
+    by_axis = {"first_spikes": "optim.lr"}
+    for name in (
+        "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "norm_ratios", "parallel",
+        "sensitivity", "stability_map", "verdict_map",
+    ):  # fmt: skip
+        given = style.new_figure().axes[0]
+        arguments = [by_axis[name]] if name in by_axis else []
+        draw = getattr(plots, name)
+        assert draw(study, *arguments, ax=given) is given and isinstance(draw(study, *arguments), Axes), name
+    used = re.findall(
+        r"\b(?:plots|effect_plots|curve_plots|map_plots|norm_plots|layer_plots)\.([a-z_]+)\(", _figure_modules()
+    )
+    drawing = {n for n in used if n not in ("drawable", "mean_of", "panel_axes", "combinations")}
+    helpers = {"clipped_trials", "judged_trials", "ends", "limits", "label", "mean", "scale", "text"}
+    helpers |= {"growth", "said", "read_ratios", "splits", "metric_label", "rough_steps"}
+    assert drawing - helpers <= set(plots.__all__)
+
+
+def _figure_modules() -> str:
+    return "".join(p.read_text() for p in sorted(Path(str(plots.__file__)).parent.glob("*figures.py")))

@@ -1,4 +1,7 @@
-"""The figures. Each takes a Study (or one trial's Rows) and draws on the given Axes, or on a new one, which it returns.
+"""The figures: every one of a report is a function here, its panels where it has several.
+
+Each takes a Study (or one trial's Rows) and draws on the given Axes, or on new ones, which it returns; those of several
+Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.
 
     plots.lr_curves(study, by="model.depth").figure
     plots.stability_map(study, x="optim.lr", y="model.depth").figure
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, marks, style, words
+from stabstudy.analysis.curve_plots import first_spikes, sensitivity
+from stabstudy.analysis.effect_plots import clip_shares, clipping, effects, parallel
 from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.map_plots import stability_map, verdict_map
@@ -27,8 +32,9 @@ from stabstudy.analysis.trace_plots import trace, traces, trial
 from stabstudy.stability.summary import COLUMNS
 
 __all__ = [
-    "accumulation", "curves", "layer_map", "lr_curves", "metric_label", "norm_ratios", "panels", "stability_map",
-    "trace", "traces", "trial", "verdict_map",
+    "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "layer_map", "lr_curves",
+    "metric_label", "norm_ratios", "panels", "parallel", "sensitivity", "stability_map", "trace", "traces", "trial",
+    "verdict_map",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
