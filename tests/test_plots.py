@@ -331,14 +331,3 @@ def test_every_figure_of_a_report_is_a_function_of_plots(study: Study) -> None:
         arguments = [by_axis[name]] if name in by_axis else []
         draw = getattr(plots, name)
         assert draw(study, *arguments, ax=given) is given and isinstance(draw(study, *arguments), Axes), name
-    used = re.findall(
-        r"\b(?:plots|effect_plots|curve_plots|map_plots|norm_plots|layer_plots)\.([a-z_]+)\(", _figure_modules()
-    )
-    drawing = {n for n in used if n not in ("drawable", "mean_of", "panel_axes", "combinations")}
-    helpers = {"clipped_trials", "judged_trials", "ends", "limits", "label", "mean", "scale", "text"}
-    helpers |= {"growth", "said", "read_ratios", "splits", "metric_label", "rough_steps"}
-    assert drawing - helpers <= set(plots.__all__)
-
-
-def _figure_modules() -> str:
-    return "".join(p.read_text() for p in sorted(Path(str(plots.__file__)).parent.glob("*figures.py")))
