@@ -40,8 +40,9 @@ def test_a_batch_that_two_trials_spiked_at_is_named(study: Study) -> None:
 
 
 def test_the_report_says_it(study: Study) -> None:
-    text, table = drivers._batches(study)
-    assert isinstance(text, Text) and isinstance(table, Table)
+    text, how, table = drivers._batches(study)
+    assert isinstance(text, Text) and isinstance(how, Text) and isinstance(table, Table)
+    assert "Study.batch(trial, step)" in how.text
     assert "Of 6 pairs of such trials 1 spiked at a common step; of 9 pairs that differ in the seed" in text.text
     assert table.rows[0][:4] == ("0", "100", "2", "3")
     assert set(table.rows[0][5].split(", ")) == set(study.shared_batches().steps["trials"][0])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from series import Floats, heavy_tail, learning, lognormal, probe_rows, trace_rows
 
@@ -276,6 +276,7 @@ def by_definition(
     st.integers(0, 2**32 - 1),
     st.integers(0, 60),
 )
+@example([(1, 1.1), (4, 2.3), (5, 1.0), (18, 0.3), (60, 0.3), (37, 1.1)], 0, 0)  # a stretch ends where one begins
 def test_codes_are_the_definitions(levels: list[tuple[int, float]], seed: int, warmup: int) -> None:
     rng = np.random.default_rng(seed)
     loss = [level + 0.01 * rng.standard_normal() for length, level in levels for _ in range(length)]

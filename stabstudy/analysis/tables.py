@@ -33,7 +33,7 @@ from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_
 
 Row = dict[str, Any]
 
-TABLE_FORMAT = "1"
+TABLE_FORMAT = "2"
 """Goes up when a statistic is computed in a new way: rows of another format are never taken over."""
 
 

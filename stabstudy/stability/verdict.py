@@ -262,15 +262,21 @@ class _PersistentRise:
 
     def update(self, loss: float) -> bool:
         """Whether the stretch has lasted `limit` steps."""
-        full = len(self._before) == self._size
-        reference = math.ldexp(self._total, -FIXED_POINT) / self._size if full else math.inf
-        if loss >= self._ratio * reference and loss >= reference + self._rise:
+        if self._stretch and not self._stands_out(loss):
+            for past in self._stretch:
+                self._remember(past)
+            self._stretch = []  # over; this loss may begin another, above a reference that has become lower
+        if self._stands_out(loss):
             self._stretch.append(loss)
             return len(self._stretch) >= self._limit
-        for past in (*self._stretch, loss):
-            self._remember(past)
-        self._stretch = []
+        self._remember(loss)
         return False
+
+    def _stands_out(self, loss: float) -> bool:
+        if len(self._before) < self._size:
+            return False
+        reference = math.ldexp(self._total, -FIXED_POINT) / self._size
+        return loss >= self._ratio * reference and loss >= reference + self._rise
 
     def cannot_begin(self, loss: Floats) -> bool:
         """Whether no loss of a whole series begins a stretch, even if the reference were a little lower than it is."""
