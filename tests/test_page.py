@@ -220,6 +220,18 @@ def test_cells_have_their_intervals(page: Page, path: Path, study: Study) -> Non
     assert told
 
 
+def test_a_caption_names_the_ends_of_its_lines(tmp_path: Path) -> None:
+    """With names as they are written: those of a dataset keep their capitals."""
+    planted.plant_frame(tmp_path / "s")
+    for lr, loss in ((1e-3, 2.75), (1e-2, 2.5), (1e-1, 3.25)):
+        for name in ("FineWeb", "DCLM"):
+            config = planted.settings(lr=lr, data={"seq_len": 32 + len(name)})
+            planted.plant_trial(tmp_path / "s", config, choices={"data": name}, final_loss=loss + len(name) / 100)
+    figures = {f.name: f for f in report(Study.load(tmp_path / "s")).figures}
+    said = "Lowest 2.54 at dataset DCLM, learning rate 0.01, highest 3.32 at dataset FineWeb, learning rate 0.1."
+    assert said in figures["final-loss"].caption
+
+
 def test_the_card_says_how_much_was_trained(page: Page, study: Study) -> None:
     trials = study.trials
     step = trials["train.batch_size"] * trials["data.seq_len"]

@@ -134,6 +134,18 @@ def test_cells_on_other_evaluation_batches_have_no_change_of_loss(tmp_path: Path
     assert words.NOTHING not in {row[found.columns.index("roughness")] for row in found.rows}
 
 
+def test_cells_on_other_data_are_not_paired(tmp_path: Path, two: list[Study]) -> None:
+    planted.plant_frame(tmp_path / "moved")
+    for lr in (0.01, 0.1):
+        config = planted.cfg.from_dict(
+            {"model": {"depth": 2}, "optim": {"lr": lr, "warmup_steps": 10}, "train": {"steps": 120}}
+        )
+        planted.plant_trial(tmp_path / "moved", config, fingerprint="a" * 16)
+    made = several.report([two[0], Study.load(tmp_path / "moved")])
+    tables = [b.title for s in made.sections for b in s.blocks if isinstance(b, Table)]
+    assert any(t.startswith("Cells that") for t in tables) and not any(t.startswith("Change in each") for t in tables)
+
+
 def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study]) -> None:
     planted.plant_frame(tmp_path / "short")
     planted.plant_trial(tmp_path / "short", planted.settings(2, 0.01, steps=100))

@@ -110,15 +110,14 @@ def _extremes(study: Study, layout: Layout, metric: str, log_y: bool) -> str:
     if len(known) < 2:
         return ""
     axes = layout.axes(study)
-    said = [
-        f"{end} {words.number(mean)} at {said_levels(axes, levels)}"
-        for end, (mean, levels) in (("lowest", min(known, key=_first)), ("highest", max(known, key=_first)))
-    ]
-    return f" {', '.join(said).capitalize()}."
+    low, high = (f"{words.number(mean)} at {said_levels(axes, levels)}" for mean, levels in _ends(known))
+    return f" Lowest {low}, highest {high}."
 
 
-def _first(point: tuple[float, tuple[Level, ...]]) -> float:
-    return point[0]
+def _ends(points: list[tuple[float, tuple[Level, ...]]]) -> Iterator[tuple[float, tuple[Level, ...]]]:
+    """The first point of the least mean, then that of the largest."""
+    for end in (min, max):
+        yield end(points, key=lambda point: point[0])
 
 
 def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: str) -> str:

@@ -270,15 +270,20 @@ def _cells(whole: Study) -> Iterator[Block]:
 
 
 def _changes(whole: Study, axes: dict[str, list[Level]]) -> Iterator[tuple[str, ...]]:
-    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did."""
+    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did.
+
+    As in `compare.levels`, the trials of a pair read the same data.
+    """
     first, *others = whole.axes[AXIS]
     done = whole.trials[whole.trials["state"] == "done"]
     for levels, trials in split(done, axes):
-        by_study = {name: members.set_index("seed") for name, members in trials.groupby(AXIS)}
+        seeded = trials[trials["seed"].notna()]
+        by_study = {name: members.set_index("seed") for name, members in seeded.groupby(AXIS)}
         for other in others:
             if first in by_study and other in by_study:
                 a, b = by_study[first], by_study[other]
-                seeds = [s for s in a.index if s in b.index]
+                same = a["data_fingerprint"].eq(b["data_fingerprint"].reindex(a.index))
+                seeds = list(a.index[same])
                 if seeds:
                     texts = [words.level(v, x) for x, v in zip(axes, levels, strict=True)]
                     pair = f"{words.clean(first, 60)} → {words.clean(other, 60)}"
