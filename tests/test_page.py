@@ -18,7 +18,10 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import render, sentences, words
+from stabstudy.analysis import map_figures, render, sentences, words
+from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.figures import figures
+from stabstudy.analysis.layout import layout_of
 from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.page import report
 from stabstudy.analysis.study import Study
@@ -227,9 +230,9 @@ def test_a_caption_names_the_ends_of_its_lines(tmp_path: Path) -> None:
         for name in ("FineWeb", "DCLM"):
             config = planted.settings(lr=lr, data={"seq_len": 32 + len(name)})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, final_loss=loss + len(name) / 100)
-    figures = {f.name: f for f in report(Study.load(tmp_path / "s")).figures}
+    first = next(figures(Study.load(tmp_path / "s")))
     said = "Lowest 2.54 at dataset DCLM, learning rate 0.01, highest 3.32 at dataset FineWeb, learning rate 0.1."
-    assert said in figures["final-loss"].caption
+    assert isinstance(first, Figure) and first.name == "final-loss" and said in first.caption
 
 
 def test_the_card_says_how_much_was_trained(page: Page, study: Study) -> None:
@@ -252,11 +255,15 @@ def test_trials_that_diverged_early_lack_statistics_and_say_so(tmp_path: Path) -
                 tmp_path / "s", planted.settings(depth, 10.0, seed=seed), steps_done=21, nonfinite_at=20,
                 final_loss=None, stop_reason="diverged", logit=(4e7 + seed * 1e6) / depth,
             )  # fmt: skip
-    page = report_on(tmp_path / "s")
-    (silent,) = (item for item in page.items if "nothing from" in item)
-    assert silent.count("depth 2 to 4") == 1
-    assert "Grey: no trial has it." in page.text
-    assert "e+" not in page.text  # 5.39e7, as everywhere
+    study = Study.load(tmp_path / "s")
+    said = [sentence for finding in sentences.findings(study) for sentence in finding.sentences]
+    (silent,) = (sentence for sentence in said if "nothing from" in sentence)
+    assert silent.count("depth 2 to 4") == 1 and not any("e+" in sentence for sentence in said)
+    layout = layout_of(study)
+    assert layout is not None
+    captions = {f.name: f.caption for f in map_figures.figures(study, layout) if isinstance(f, Figure)}
+    grey = {name for name, caption in captions.items() if "Grey: no trial has it." in caption}
+    assert grey == {"grad-norm-max-over-median-map"} and len(captions) == 4
 
 
 def test_effects_are_compare(page: Page, study: Study) -> None:
