@@ -145,7 +145,7 @@ def test_contrasts_are_measured(browser: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["index", "spiky", "hostile"])
+@pytest.mark.parametrize("name", ["index", *(pytest.param(n, marks=pytest.mark.slow) for n in ("spiky", "hostile"))])
 def test_axe_finds_nothing(report: Path, browser: Any, name: str, scheme: str) -> None:
     with Opened(browser, files(report)[name], color_scheme=scheme, bypass_csp=True) as page:
         page.evaluate(OPEN_ALL)

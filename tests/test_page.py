@@ -349,6 +349,7 @@ def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
     assert "told from chance" not in page.text
 
 
+@pytest.mark.slow
 def test_more_seeds_than_the_exact_test_takes_have_no_p(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for lr in (0.01, 0.1):

@@ -101,6 +101,7 @@ def test_a_folder_that_cannot_be_written_is_the_environment(tmp_path: Path, caps
     assert capsys.readouterr().err.startswith("error: report: ")
 
 
+@pytest.mark.slow
 def test_a_large_study_tells_how_far_its_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,))
     quiet: list[str] = []

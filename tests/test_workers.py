@@ -59,6 +59,7 @@ def test_what_the_work_raises_is_raised(two_cores: None) -> None:
         workers.spread(refuses, [7, 7], seconds=100)
 
 
+@pytest.mark.slow
 def test_a_report_by_several_processes_is_that_of_one(
     tmp_path: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
