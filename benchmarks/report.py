@@ -14,6 +14,7 @@ two cores, 2 GB in all, and a page under 8 MB.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -88,11 +89,9 @@ def _start_workers() -> None:
 
 
 def _imported(items: list[int]) -> list[int]:
-    import matplotlib.figure
-
-    import stabstudy.analysis.publish
-
-    return items if matplotlib.figure and stabstudy.analysis.publish else []
+    for name in ("matplotlib.figure", "stabstudy.analysis.publish"):
+        importlib.import_module(name)
+    return items
 
 
 def _peak_rss(items: list[int]) -> list[float]:

@@ -68,7 +68,7 @@ def _panels(grid: Study, axis: str) -> list[_Panel]:
 
 
 def _mixed(study: Study) -> bool:
-    return bool(study.trials.loc[study.trials["state"] == "done", "eval_hash"].nunique() > 1)
+    return bool(compare.mixed(study.trials[study.trials["state"] == "done"], "final_loss"))
 
 
 def _figure(grid: Study, axis: str, main: str) -> Figure:

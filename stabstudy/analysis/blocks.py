@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Absent:
-    """A figure that a study does not allow, and why: an enumeration of what is missing stands for each."""
+    """A figure that a study does not allow, and why; a report lists them in one table."""
 
     what: str
     why: str

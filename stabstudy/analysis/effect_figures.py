@@ -167,12 +167,12 @@ def _parallel(study: Study) -> Iterator[Figure | Absent]:
     if len(grid.axes) < 2:
         yield Absent("All axes at once", "fewer than two vary")
         return
-    mixed = grid.trials.loc[grid.trials["state"] == "done", "eval_hash"].nunique() > 1
-    metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
     trials = effect_plots.judged_trials(grid)
     if not len(trials):
         yield Absent("All axes at once", "no trial is judged")
         return
+    mixed = bool(compare.mixed(trials, "final_loss"))
+    metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
     drawing = effect_plots.parallel(grid, metrics)
     counts = [(v, int((trials["verdict"] == v).sum())) for v in ("stable", "spiky", "diverged")]
     said = words.listing([f"{n} {v}" for v, n in counts if n])
