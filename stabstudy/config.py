@@ -89,6 +89,15 @@ class TrialConfig:
         return self.optim.warmup(self.train.steps)
 
     @property
+    def decay_timescale(self) -> float | None:
+        """Steps over which AdamW forgets, at the peak rate: 1 / (lr * wd), or 1 / wd if independent; None: no decay.
+
+        Wang & Aitchison, arXiv 2405.13698.
+        """
+        per_step = self.optim.weight_decay * (1.0 if self.optim.decay_mode == "independent" else self.peak_lr)
+        return 1 / per_step if per_step else None
+
+    @property
     def compiled(self) -> bool:
         """Whether the loss function is compiled, where there is a compiler.
 

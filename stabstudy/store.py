@@ -6,6 +6,7 @@
       trials/<trial_id>/
         config.json                          what the trial is: settings, group choices, data fingerprint
         state.json                           how far it is: status, attempts, checksums; replaced atomically
+        summary.json                         the finished trial judged: its statistics and its spikes
         trace.jsonl -> trace.parquet         probes.jsonl -> probes.parquet
         checkpoint/  log.txt  .lock
       trials.parquet  spikes.parquet  report/
@@ -84,9 +85,11 @@ class State:
     format: int = cfg.FORMAT_VERSION
     growth_act: float | None = None  # exponents of the initial weights, see training/growth.py; None: one layer
     growth_grad: float | None = None
+    unigram_entropy: float | None = None  # H1 of the training tokens, nat/token; None: an older or ingested trial
+    train_tokens: int | None = None  # of the training part, each counted once
 
 
-NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad")
+NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")
 """Of a state: each may be a float that is not finite."""
 
 
@@ -107,6 +110,10 @@ class TrialFolder:
     @property
     def state_file(self) -> Path:
         return self.path / "state.json"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
 
     @property
     def log_file(self) -> Path:

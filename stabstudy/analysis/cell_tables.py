@@ -8,11 +8,12 @@ from typing import Any
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Table
 from stabstudy.analysis.levels import records
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 STATISTICS = (
-    "spike_events", "spike_rate", "spike_ratio3_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
+    "spike_events", "spike_abs_rate", "severity", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
     "attn_logit_peak",
 )  # fmt: skip
 """Shown per cell beside the final loss: the mean over its done trials."""

@@ -10,21 +10,6 @@ from stabstudy import config as cfg
 from stabstudy.stability.events import SPIKE_COLUMNS, Spike
 from stabstudy.stability.summary import COLUMNS
 
-_INT = (
-    *("steps_done", "steps_planned", "n_evaluable", "grad_norm_argmax", "attn_logit_layer", "verdict_step"),
-    *("spike_steps", "spike_events", "spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
-    *("spike_ratio3_steps", "spike_first_step", "spike_loss_events", "nonfinite_steps", "amp_skips"),
-    *("spike_dip_steps", "olmo7_window", "spike_gss50_steps", "spike_foundry_step", "spike_duration_max"),
-    "spike_unrecovered",
-)
-_TEXT = (
-    *("stop_reason", "detector_id", "verdict", "verdict_rule", "verdict_reason", "verdict_code"),
-    *("spike_first_layer", "spike_peak_layer"),
-)
-_BOOL = ("approximate", "spike_first_censored", "verdict_partial")
-_KINDS = dict.fromkeys(_INT, "int") | dict.fromkeys(_TEXT, "text") | dict.fromkeys(_BOOL, "bool")
-"""Types of the statistics that are no float."""
-
 
 @dataclass(frozen=True)
 class OwnColumn:
@@ -64,7 +49,7 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
     settings = {name: _setting_kind(name) for name in cfg.setting_names()}
     own = {name: column.kind for name, column in OWN.items()}
     last = {name: own.pop(name) for name in ("eval_hash", "data_fingerprint", "source_sha256")}
-    statistics = {name: _KINDS.get(name, "float") for name in COLUMNS}
+    statistics = {name: definition.kind for name, definition in COLUMNS.items()}
     return (
         own
         | {"seed": settings.pop("seed")}

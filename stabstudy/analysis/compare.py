@@ -17,6 +17,7 @@ from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain
 from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
 from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
@@ -80,7 +81,7 @@ def log_mean(trials: pd.DataFrame, metric: str) -> Estimate:
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """A row per cell, by cell_id, in the order of its levels.
 
-    Columns: `case`, a column per axis, `n` trials, `n_done`, how many are `stable`, `spiky`, `diverged`, and for each
+    Columns: `case`, a column per axis, `n` trials, `n_done`, how many have each of the VERDICTS, and for each
     statistic X the mean over its done trials as `X` with its 95 % t-interval `X_low`, `X_high` (null under two seeds).
     """
     rows = []
@@ -89,7 +90,7 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         row = {"cell_id": cell_id, "case": plain(members["case"].iloc[0])}
         row |= {a: plain(members[a].iloc[0]) for a in axes}
         row |= {"n": len(members), "n_done": len(done)}
-        row |= {verdict: int((done["verdict"] == verdict).sum()) for verdict in ("stable", "spiky", "diverged")}
+        row |= {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
         for name in statistics():
             e = mean(done, name)
             row |= {name: e.mean, f"{name}_low": e.low, f"{name}_high": e.high}
@@ -122,8 +123,8 @@ def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
     """A row per level of `by` (one row for None): how far `setting` can be raised. All other axes and seeds are pooled.
 
     `all_stable`: the largest level at and below which every trial is done and `stable`; null: not even the smallest.
-    `first_unstable`: the smallest level with a trial that is spiky or diverged; null: none seen. `n_unstable` of the
-    `n_there` trials at it are.
+    `first_unstable`: the smallest level with a trial judged otherwise; null: none seen. `n_unstable` of the `n_there`
+    trials at it are.
     `stable_again`: the largest level above that one at which every trial is stable; null, as it should be: none.
     `best`, `best_loss`: the level of least mean loss; null where the losses are on different evaluation batches.
     `works_to`: the largest level such that at every level from `best` to it all trials are done, none diverged, and the
@@ -190,7 +191,7 @@ def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]
     at = {v: at_level(trials, setting, v) for v in grid}
     stable = {v: bool((rows["verdict"] == "stable").all()) for v, rows in at.items()}
     prefix = list(itertools.takewhile(stable.__getitem__, grid))
-    bad = {v: int(rows["verdict"].isin(("spiky", "diverged")).sum()) for v, rows in at.items()}
+    bad = {v: int(rows["verdict"].isin(VERDICTS[1:]).sum()) for v, rows in at.items()}
     unstable = [v for v in grid if bad[v]]
     one_batch = trials["eval_hash"].nunique() <= 1
     losses = {v: _mean_loss(rows) if one_batch else math.nan for v, rows in at.items()}

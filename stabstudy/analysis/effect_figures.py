@@ -12,6 +12,7 @@ from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_rate")
 
@@ -174,7 +175,7 @@ def _parallel(study: Study) -> Iterator[Figure | Absent]:
     mixed = bool(compare.mixed(trials, "final_loss"))
     metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
     drawing = effect_plots.parallel(grid, metrics)
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in ("stable", "spiky", "diverged")]
+    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
     said = words.listing([f"{n} {v}" for v, n in counts if n])
     caption = (
         f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "

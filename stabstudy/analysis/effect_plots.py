@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, marks, sentences, style, words
 from stabstudy.analysis.levels import levels_of, plain, records
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 INTERVAL_FROM = 3
 """Seeds from which a paired interval is drawn: that of two spans 12.7 standard errors on each side."""
 
-VERDICT_COLOURS = {"stable": style.GREEN, "spiky": style.VERMILLION, "diverged": style.PURPLE}
+VERDICT_COLOURS = {"stable": style.GREEN, "spiky": "#b27b00", "rough": style.VERMILLION, "diverged": style.PURPLE}
 
 
 def effects(

@@ -14,10 +14,11 @@ from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
+from stabstudy.stability.verdict import VERDICTS
 
 VALUES = {
-    "spike_rate": "Spike rate (flagged steps per evaluable step)",
+    "spike_abs_rate": "Share of evaluable steps at three times the recent norm or more",
     "grad_norm_max_over_median": "Largest over median gradient norm",
     DIVERGED: "Share of trials that diverged",
 }
@@ -188,7 +189,7 @@ class _Field:
 
     @property
     def not_stable(self) -> int:
-        return self.count("spiky") + self.count("diverged")
+        return sum(map(self.count, VERDICTS[1:]))
 
     @property
     def said(self) -> str:

@@ -12,6 +12,7 @@ from stabstudy.analysis.levels import Level, levels_of, records, split
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 DIVERGED = "diverged"
 """As the `value` of a map: the share of trials that diverged."""
 
-SCALES = {"spike_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
+SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
 """Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
 
-VERDICT_LOOKS = {"stable": ("●", "#cfe8dd"), "spiky": ("▲", "#f7d6b5"), "diverged": ("✕", "#e3b7d2")}
+VERDICT_LOOKS = {
+    "stable": ("●", "#cfe8dd"), "spiky": ("▲", "#f5e3b3"), "rough": ("◆", "#f7cdb5"), "diverged": ("✕", "#e3b7d2"),
+}  # fmt: skip
 """Sign, and the ground of a field whose worst trial is that; near-black reads on each (over 10:1)."""
 
 LIMIT_COLOURS = ("#fefefe", "#0b3d91")
@@ -37,7 +40,7 @@ def stability_map(
     study: Study,
     x: str = "optim.lr",
     y: str = "model.depth",
-    value: str = "spike_rate",
+    value: str = "spike_abs_rate",
     highest: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -152,7 +155,7 @@ def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str,
     corner = (at[0] - 0.5, at[1] - 0.5)
     ground = style.field_colour(share)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in ("spiky", "diverged")}
+    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
     lines = [shown, f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
     ink = style.field_text_colour(ground)
     ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size, gid="field")

@@ -47,7 +47,7 @@ def norm_ratios(
 ) -> Axes:
     """Share of the steps after the warmup at which the gradient norm is at least r times its recent median.
 
-    The recent median is that of the last `rules.window` norms, as in `ratio3`, whose threshold is drawn. A line per
+    The recent median is that of the last `rules.window` norms; the threshold of the absolute rule is drawn. A line per
     level of `by`, the steps of its trials pooled (see `read_ratios`, whose answer may be given). Both scales are
     logarithmic: the distribution's upper tail is what spikes are.
     """
@@ -102,11 +102,11 @@ def read_ratios(study: Study, by: str) -> tuple[dict[Level, NDArray[np.float64]]
 
 
 def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:
-    """Gradient norm over the median of the last W norms before it, at each settled step that has `min_fill` of them."""
+    """Gradient norm over the median of the last W norms before it, at each settled step that has `fill` of them."""
     norm = measured(rows, "grad_norm")
     known = np.isfinite(norm) & (norm > 0)
     series = pd.Series(norm[known])
-    median = series.rolling(rules.window, min_periods=rules.min_fill).median().shift(1)
+    median = series.rolling(rules.window, min_periods=rules.fill).median().shift(1)
     ratio = (series / median).to_numpy()
     kept = np.isfinite(ratio) & (rows["step"][known] >= warmup)
     answer: NDArray[np.float64] = ratio[kept]

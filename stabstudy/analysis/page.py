@@ -127,21 +127,23 @@ def _span(values: pd.Series[int]) -> str:
 
 def _spike_rule(rules: Rules) -> str:
     return (
-        f"Spike: the gradient norm before clipping is at least {rules.k:g} robust standard deviations above the median "
-        f"of the last {rules.window} ordinary steps (on a log scale; at least a factor "
-        f"{words.number(math.exp(rules.min_jump_grad))}). Flagged steps at most {rules.merge_gap} apart are one spike. "
-        f"The first {rules.min_fill} steps are not judged and enter no rate."
+        f"Spike: a step whose gradient norm before clipping stands at least {rules.k_grad:g} robust standard "
+        f"deviations and a factor {words.number(math.exp(rules.jump_grad))} above its level (the median of the "
+        f"{rules.level} steps before), the deviations being those of the last {rules.window} steps from their own "
+        f"levels; or at {rules.ratio:g} times its level and the median of the last {rules.window} steps (absolute). "
+        f"Flagged steps at most {rules.merge_gap} apart are one spike. The first {rules.fill} steps are not judged and enter no rate."
     )
 
 
 def _verdict_rule(rules: Rules) -> str:
     return (
-        "Diverged: a value that is not finite, a loss above that of the untrained model, or one that rose and stayed. "
-        f"Spiky: R1, a spike of the norm of {rules.spiky_ratio:g} times its baseline, or any of the loss, that lasts "
-        f"more than {rules.narrow_steps} steps; R2, {rules.spiky_events} of them of any length, and "
-        f"{rules.spiky_per_1k:g} per 1000 steps; R3, {rules.rough_steps} steps, and {100 * rules.rough_share:g} % of "
-        f"all, at {rules.ratio:g} times the recent median norm. Stable: none of these. A trial of under "
-        f"{rules.min_steps} steps is not judged."
+        "Diverged: a value that is not finite, a loss above that of the untrained model, one that rose and stayed, or "
+        "one that was below the entropy of single tokens and ended above it. Rough: stretches of absolute steps are "
+        f"more frequent than {100 * rules.rough_share:g} % of the steps (lower 95 % bound). Spiky: R1, a spike of the "
+        f"loss, or one of the norm with an absolute step, lasts more than {rules.narrow_steps} steps; or R2, at least "
+        f"{rules.spiky_events} such spikes of any length, and more than {rules.spiky_per_1k:g} per 1,000 steps (lower "
+        f"95 % bound). Stable: none of these. No verdict: under {rules.min_evaluable} evaluable steps, or a loss that "
+        "never came below the entropy of single tokens (untrained)."
     )
 
 
@@ -225,7 +227,7 @@ def _spikes(study: Study) -> Iterator[Block]:
 
 
 def _spike_table(study: Study, title: str, spikes: pd.DataFrame, height: str) -> Table:
-    over = "peak / baseline" if height == "peak_ratio" else "peak - baseline (nat)"
+    over = "peak / level" if height == "peak_ratio" else "peak - level (nat)"
     rows = tuple(
         (
             s["trial_id"],

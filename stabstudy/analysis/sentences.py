@@ -12,9 +12,10 @@ from stabstudy.analysis import compare, recipe, runs, words
 from stabstudy.analysis.blocks import Finding
 from stabstudy.analysis.levels import levels_of, ordered, records
 from stabstudy.analysis.paired import holm
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
 from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
 """Statistics whose change along each axis a report states."""
@@ -228,7 +229,7 @@ def _missing(study: Study) -> Iterator[str]:
         yield f"In no mean: {words.listing(absent)} (see Trials without a result)."
     if found["not judged"]:
         unjudged = words.count(found["not judged"], "done trial")
-        yield f"{unjudged} without a verdict: under {study.rules.min_steps} steps."
+        yield f"{unjudged} without a verdict (too short, untrained, or without gradient norms: see the column reason)."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
     if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
         verb = "lacks" if short == 1 else "lack"

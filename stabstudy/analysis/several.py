@@ -19,9 +19,10 @@ from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Sec
 from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.levels import Level, levels_of, records, split
 from stabstudy.analysis.paired import t_interval
-from stabstudy.analysis.study import VERDICTS, Study
+from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 AXIS = "study"
 

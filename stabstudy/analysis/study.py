@@ -26,10 +26,9 @@ from stabstudy.config import from_dict
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_json
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
-
-VERDICTS = ("stable", "spiky", "diverged")
 
 _DTYPES = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
 
@@ -279,7 +278,7 @@ class Study:
         return importance.importance(self.grid.trials, list(self.grid.axes))
 
     def worst(self) -> str | None:
-        """The roughest done trial: diverged before spiky before stable, then the largest norm over median first."""
+        """The roughest done trial: the worst verdict, and of those the largest norm over median."""
         return next(iter(self._by_roughness()), None)
 
     def roughest(self, most: int) -> list[str]:

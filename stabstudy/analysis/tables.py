@@ -1,9 +1,9 @@
-"""A study's trials and spikes as rows, computed from the trials' own files.
+"""A study's trials and spikes as rows, from the trials' own files.
 
-The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A row is
-taken from the table instead of computed again when nothing it was made from has changed: the same detector parameters,
-and the same `source_sha256` (settings, state and the checksums of the trial's records). The checksums of the records
-themselves are verified on every read, so a file that rots after it was analysed is still found.
+The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A finished
+trial brings its own judgement (`summary.json`); it is judged here only where that is missing, was made by other rules
+or belongs to another state, where the trial is not finished, or was trained elsewhere. The checksums of the records are
+verified on every read, so a file that rots after it was judged is still found.
 
 A study that is still running is read without any lock: each live record up to its last whole line.
 """
@@ -11,11 +11,9 @@ A study that is still running is read without any lock: each live record up to i
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,15 @@ from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import ConfigError
-from stabstudy.stability.rules import Rules, rules_for
-from stabstudy.stability.summary import TrialFacts, summarise
+from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Summary, summarise
 from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]
 
-TABLE_FORMAT = "2"
-"""Goes up when a statistic is computed in a new way: rows of another format are never taken over."""
-
-
-_STEP_S = 5e-6
+_STEP_S = 1e-5
 """Seconds to read a step and compute its share of the statistics, roughly."""
 
 
@@ -60,7 +55,7 @@ class Tables:
     trials: list[Row]
     spikes: list[Row]
     damaged: list[Damaged] = field(default_factory=list)
-    computed: int = 0  # trials whose statistics were computed now and not taken from the tables
+    computed: int = 0  # trials that were judged now, their own judgement being none, or of another state or other rules
     external: Mapping[str, str] = field(default_factory=dict)  # columns of ingested runs alone -> their type
 
 
@@ -69,6 +64,7 @@ class _Trial:
     """What a trial's own files say, records aside."""
 
     folder: TrialFolder
+    config: cfg.TrialConfig | None  # None: trained elsewhere
     settings: Mapping[str, Any]  # by their dotted names
     body: Mapping[str, Any]
     state: State
@@ -89,11 +85,10 @@ def read_tables(folder: StudyFolder) -> Tables:
             trials.append(_open(trial))
         except (StoreError, ConfigError) as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
-    rules = rules_for(min((t.rows_planned for t in trials), default=1))
-    known = _Known.read(folder, rules)
-    found = [_kept(t, known) for t in trials]
+    rules = Rules()
+    found = [_kept(t, rules) for t in trials]
     due = [t for t, answer in zip(trials, found, strict=True) if answer is None]
-    answers = iter(spread(functools.partial(_compute, rules), due, _STEP_S * sum(t.rows_planned for t in due)))
+    answers = iter(spread(functools.partial(_judged, rules), due, _STEP_S * sum(t.rows_planned for t in due)))
     rows: list[Row] = []
     spikes: list[Row] = []
     computed = 0
@@ -138,25 +133,6 @@ _Answer = tuple[Row, list[Row]] | DamagedRecord
 """What reading a trial came to: its row and its spikes, or why its files cannot be trusted."""
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The rows of the tables on disk, as far as they were made with the same rules."""
-
-    trials: Mapping[str, Row]
-    spikes: Mapping[str, list[Row]]
-
-    @staticmethod
-    def read(folder: StudyFolder, rules: Rules) -> _Known:
-        trials = _read(folder.trials_table, rules, trial_kinds([]))
-        spikes = _read(folder.spikes_table, rules, spike_kinds())
-        if trials is None or spikes is None:
-            return _Known({}, {})
-        by_trial: dict[str, list[Row]] = {}
-        for row in spikes:
-            by_trial.setdefault(row["trial_id"], []).append(row)
-        return _Known({row["trial_id"]: row for row in trials}, by_trial)
-
-
 def _open(folder: TrialFolder) -> _Trial:
     body = folder.read_config()
     log = read_external(body, folder.config_file)
@@ -173,8 +149,10 @@ def _open(folder: TrialFolder) -> _Trial:
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
-    settings = ingested.settings(log) if log else cfg.flat(cfg.from_dict(config))
-    return _Trial(folder, settings, body, state, log)
+    if log is not None:
+        return _Trial(folder, None, ingested.settings(log), body, state, log)
+    own = cfg.from_dict(config)
+    return _Trial(folder, own, cfg.flat(own), body, state, None)
 
 
 def _usable(state: State) -> bool:
@@ -185,44 +163,53 @@ def _usable(state: State) -> bool:
     return texts and named and isinstance(state.error, dict | None)
 
 
-def _kept(t: _Trial, known: _Known) -> _Answer | None:
-    """The trial's row and spikes as the tables on disk have them; None where they must be computed."""
-    trial_id = t.folder.trial_id
+def _kept(t: _Trial, rules: Rules) -> _Answer | None:
+    """The trial's row and spikes as it judged itself; None where it must be judged now."""
+    if t.config is None or t.state.status != "done":
+        return None
     try:
-        if known.trials.get(trial_id, {}).get("source_sha256") == _source(t) and _unchanged(t):
-            return dict(known.trials[trial_id]), known.spikes.get(trial_id, [])
+        summary = read_summary(t.folder, Source(t.config, t.state), rules) if _unchanged(t) else None
     except DamagedRecord as error:
         return error
-    return None
+    return None if summary is None else _row(t, summary, None)
 
 
-def _compute(rules: Rules, trials: Sequence[_Trial]) -> list[_Answer]:
+def _judged(rules: Rules, trials: Sequence[_Trial]) -> list[_Answer]:
     answers: list[_Answer] = []
     for t in trials:
         try:
-            answers.append(_row(t, rules))
+            answers.append(_judge(t, rules))
         except DamagedRecord as error:
             answers.append(error)
     return answers
 
 
-def _row(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
+def _judge(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
     """The trial's row and spikes, from its records."""
-    trial_id = t.folder.trial_id
-    trace_rows, probes = read_record(t.folder, TRACE if t.log is None else LOG), read_record(t.folder, PROBES)
-    if t.state.status == "done" and trace_rows is None:
+    record, probes = read_record(t.folder, TRACE if t.log is None else LOG), read_record(t.folder, PROBES)
+    if t.state.status == "done" and record is None:
         raise DamagedRecord(f"{t.folder.finished(TRACE)}: missing, though the trial is done")
-    summary = summarise(no_rows(TRACE) if trace_rows is None else trace_rows, probes, _facts(t), rules)
-    if t.settings["optim.warmup_steps"] is None:
-        ingested.unknown_warmup(summary.columns, summary.spikes)
-    notes = [r.note for r in (trace_rows, probes) if r is not None and r.note]
+    rows = no_rows(TRACE) if record is None else record
+    if t.config is not None:
+        summary = judge_trial(rows, probes, Source(t.config, t.state), rules)
+    else:
+        assert t.log is not None
+        summary = summarise(rows, probes, ingested.facts(t.log, t.state), rules)
+        if t.settings["optim.warmup_steps"] is None:
+            ingested.unknown_warmup(summary.columns, summary.spikes)
+    notes = [r.note for r in (record, probes) if r is not None and r.note]
+    return _row(t, summary, "; ".join(notes) or None)
+
+
+def _row(t: _Trial, summary: Summary, note: str | None) -> tuple[Row, list[Row]]:
+    trial_id, cell_id = t.folder.trial_id, t.body["cell_id"]
     row: Row = {
         "trial_id": trial_id,
-        "cell_id": t.body["cell_id"],
+        "cell_id": cell_id,
         "case": t.body.get("case") if t.log is None else t.log.run,
         "state": t.state.status,
         "error": _error(t.state),
-        "note": "; ".join(notes) or None,
+        "note": note,
         "log_format": t.log.format if t.log else None,
         "log_stride": t.log.stride if t.log else 1,
         **_choices(t.body),
@@ -230,33 +217,15 @@ def _row(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
         **summary.columns,
         "eval_hash": t.state.eval_hash,
         "data_fingerprint": t.body["data_fingerprint"],
-        "source_sha256": _source(t),
+        "source_sha256": source_sha256(t.settings, t.state, t.log.body() if t.log else None),
     }
-    spikes = [{"trial_id": trial_id, "cell_id": row["cell_id"], **spike} for spike in summary.spikes]
+    spikes = [{"trial_id": trial_id, "cell_id": cell_id, **spike} for spike in summary.spikes]
     return {name: _encodable(value) for name, value in row.items()}, spikes
 
 
 def _encodable(value: Any) -> Any:
     """Text that UTF-8 can hold: a message may quote a file name that is none."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
-def _facts(t: _Trial) -> TrialFacts:
-    if t.log is not None:
-        return ingested.facts(t.log, t.state)
-    return TrialFacts(
-        steps_planned=t.settings["train.steps"],
-        warmup_steps=t.settings["optim.warmup_steps"],
-        clip=t.settings["optim.clip"],
-        clip_kind=t.settings["optim.clip_kind"],
-        beta2=t.settings["optim.beta2"],
-        status=t.state.status,
-        stop_reason=t.state.stop_reason,
-        init_loss=t.state.init_loss,
-        final_loss=t.state.final_loss,
-        growth_act=t.state.growth_act,
-        growth_grad=t.state.growth_grad,
-    )
 
 
 def _unchanged(t: _Trial) -> bool:
@@ -266,17 +235,6 @@ def _unchanged(t: _Trial) -> bool:
         if known and file.exists() and (found := trace.file_sha256(file)) != known["sha256"]:
             raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {known['sha256'][:12]}...")
     return bool(finished[0][1]) and all(file.exists() for file, known in finished if known)
-
-
-def _source(t: _Trial) -> str:
-    """What a finished trial's row depends on. Attempts, hosts and times are no part of it."""
-    state = asdict(t.state)
-    measured = ("init_loss", "final_loss", "growth_act", "growth_grad", "eval_hash")
-    parts = {k: state[k] for k in ("status", "stop_reason", *measured, "records", "error")}
-    body = {k: t.body.get(k) for k in ("cell_id", "case", "choices", "data_fingerprint")}
-    log = t.log.body() if t.log else None
-    text = json.dumps([parts, body, dict(t.settings), *([log] if log else [])], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _choices(body: Mapping[str, Any]) -> dict[str, str]:
@@ -305,7 +263,7 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     # from_pandas=False: NaN ("not finite") stays NaN, None ("not measurable") is null
     arrays = [pa.array([r.get(n) for r in rows], types[k], from_pandas=False) for n, k in kinds.items()]
     metadata = {
-        "format": TABLE_FORMAT,
+        "format": str(FORMAT),
         "detector_id": tables.rules.detector_id,
         "detector": tables.rules.to_json(),
     }
@@ -315,19 +273,3 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     trace.sync_file(tmp)
     tmp.replace(path)
     trace.sync_folder(path.parent)
-
-
-def _read(path: Path, rules: Rules, kinds: Mapping[str, str]) -> list[Row] | None:
-    """The rows of a table made with the same rules; None where there is none, or it lacks a column of today."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException):
-        return None
-    wanted = {b"format": TABLE_FORMAT.encode(), b"detector": rules.to_json().encode()}
-    found = table.schema.metadata or {}
-    rows: list[Row] = table.to_pylist()
-    same = all(found.get(k) == v for k, v in wanted.items()) and set(kinds) <= set(table.column_names)
-    return rows if same else None

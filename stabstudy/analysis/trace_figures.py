@@ -119,7 +119,7 @@ def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
     settled = np.where(rows["step"] >= max(SETTLED, row["optim.warmup_steps"] or 0), rows["grad_norm"], np.nan)
     if row["verdict_step"] is not None:
         step, around = row["verdict_step"], "the step at which it was found diverged"
-    elif row["verdict"] == "spiky" and np.isfinite(settled).any():
+    elif row["verdict"] in ("spiky", "rough") and np.isfinite(settled).any():
         step, around = int(rows["step"][np.nanargmax(settled)]), "its largest norm after the warmup"
     else:
         return None, ""

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import style, words
 from stabstudy.analysis.study import Study
-from stabstudy.stability.calm import ratio3_outliers
-from stabstudy.stability.detectors import measured
+from stabstudy.stability.detectors import jump, measured
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -97,8 +96,8 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
 
 
 def rough_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
-    """Per step, whether its norm stands out by the absolute rule (`ratio3`) of the study."""
-    flagged: NDArray[np.bool_] = ratio3_outliers(measured(rows, "grad_norm"), study.rules).flagged
+    """Per step, whether its norm is at three times its recent level and median (the absolute part of `jump`)."""
+    flagged: NDArray[np.bool_] = jump(measured(rows, "grad_norm"), study.rules, "grad").absolute
     return flagged
 
 

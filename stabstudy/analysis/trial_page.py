@@ -21,7 +21,8 @@ LOG_LINES = 40
 _LOG_BYTES = 32 * 1024
 
 SIGNS = {
-    "stable": "●", "spiky": "▲", "diverged": "✕", "not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨",
+    "stable": "●", "spiky": "▲", "rough": "◆", "diverged": "✕", "not judged": "○", "unfinished": "◌", "failed": "■",
+    "damaged": "▨",
 }  # fmt: skip
 """Beside each verdict, or what stands in its place: a sign that is not a colour."""
 
@@ -36,8 +37,8 @@ def kind(row: Row) -> str:
 
 
 def notable(study: Study) -> list[str]:
-    """The trials whose pages have figures: the typical one, then diverged before failed before spiky before others."""
-    rank = {name: i for i, name in enumerate(("diverged", "failed", "spiky"))}
+    """The trials whose pages have figures: the typical one, then diverged, failed, rough, spiky and other ones."""
+    rank = {name: i for i, name in enumerate(("diverged", "failed", "rough", "spiky"))}
     rows = [study.row(t) for t in study.trials.index]
     recorded = [r for r in rows if r["steps_done"]]
     recorded.sort(key=lambda r: (rank.get(kind(r), len(rank)), -(r["grad_norm_max_over_median"] or 0.0), r["trial_id"]))
@@ -122,8 +123,8 @@ def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
         return
     n = len(study.trials)
     yield Text(
-        f"Not drawn here: of {n} trials the report draws the {MOST_DRAWN} most notable (diverged, failed, spiky, then "
-        "those of the largest norm over its median), so that it is quick. This draws it:"
+        f"Not drawn here: of {n} trials the report draws the {MOST_DRAWN} most notable (diverged, failed, rough, "
+        "spiky, then those of the largest norm over its median), so that it is quick. This draws it:"
     )
     lines = (
         "from stabstudy.analysis import plots",
@@ -164,8 +165,8 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     warmup = "Dotted: the end of the warmup. " if row["optim.warmup_steps"] else ""
     caption = (
         f"Gradient norm before clipping (log scale) above the training loss, step by step. {clip}{warmup}Shaded, with "
-        "a mark above: spikes. Rings: steps at three times the recent median. A cross on the upper edge: a value that "
-        "is not finite."
+        "a mark above: spikes. Rings: steps at three times the recent level and median. A cross on the upper edge: a "
+        "value that is not finite."
     )
     names = ("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "spike_events", "clip_share")
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}

@@ -16,7 +16,7 @@ from stabstudy.stability.summary import COLUMNS
 from stabstudy.trace import Rows
 
 STATISTICS = (
-    "final_loss", "spike_events", "spike_rate", "spike_ratio3_rate", "grad_norm_median", "grad_norm_max_over_median",
+    "final_loss", "spike_events", "spike_abs_rate", "severity", "grad_norm_median", "grad_norm_max_over_median",
     "grad_norm_log_sd", "clip_share", "attn_logit_peak",
 )  # fmt: skip
 """Shown of every trial where all stand in one table."""
@@ -100,7 +100,7 @@ def spikes(study: Study, trial_id: str) -> Table | None:
             str(s["end"]),
             str(s["peak_step"]),
             words.number(s["peak"]),
-            words.number(s["baseline"]),
+            words.number(s["level"]),
             words.number(s["peak_ratio"]),
             words.number(s["peak_delta"]),
             lasts(s),
@@ -111,7 +111,7 @@ def spikes(study: Study, trial_id: str) -> Table | None:
         for s in found
     )
     heads = (
-        "series", "start", "end", "peak at", "peak", "baseline", "peak / baseline", "peak - baseline (nat)", "lasts",
+        "series", "start", "end", "peak at", "peak", "level", "peak / level", "peak - level (nat)", "lasts",
         "class", "in warmup", "coupled with",
     )  # fmt: skip
     return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset(heads[1:9]))

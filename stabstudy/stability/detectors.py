@@ -1,64 +1,49 @@
-"""Which steps stand out: streaming detectors, and the same code run over a whole series.
+"""The primary detector `jump`: steps of the gradient norm or the loss that stand out from the steps before them.
 
-`mad_log` (grad_norm) and `mad_lin` (loss) compare y, the logarithm of the value or the value itself, with the values
-before it:
+    y     logarithm of the value (grad_norm), or the value itself (loss)
+    m5    median of the (up to) 5 values before: the local level, so that a slow rise or decay is no spike
+    e     y - m5, from the second value on
+    c, s  median, and median absolute deviation / 0.6745, of the (up to) 64 values of e before; s >= s_min
+    surprise   (e - c) / s >= k  and  e >= jump                unusual for this run
+    absolute   x >= 3 * max(exp m5, exp m64)   (norm only)     large by any standard; m64: median of 64 values before
+    dip        (e - c) / s <= -k  and  e <= -jump              a collapsed norm is a failure too; counted apart
 
-    m = median(window)    s = max(MAD(window) / 0.6745, min_jump / k)    z = (y - m) / s    flagged: z >= k
+A step is flagged where it is a surprise or absolute. Every finite value enters the windows; a value that is not finite
+(for the norm also one that is not positive) is not evaluable and enters none. A step is evaluable where at least 12
+finite values came before it. W is 64 always, so a trial's flags do not depend on how long it or its neighbours train.
 
-The window holds the last W *admitted* values: those that are no outlier on either side, and from the third outlier in a
-row on also those that are. `min_jump` keeps a nearly constant series from flagging trifles.
-
-A value that is not finite (for grad_norm also one that is not positive) is not evaluable: it enters no window and ends
-a run of outliers. The steps at which no update was made are handed in as NaN (`measured`), so they are treated alike.
-
-Live and offline flags are equal bit for bit, because offline *is* the live code here; `calm` finds the same outliers
-faster. A trial saves no detector's state: on resume it is replayed from the trace.
+One implementation judges a block of steps of several trials, given the values before it (`Tail`). A running trial hands
+it blocks as they come, a report whole series: any cut into blocks gives the same bits. The windows are sorted only
+where the cheaper condition holds (e >= jump, or x >= 3 exp m5), which is what makes it cost a microsecond a step.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from stabstudy.stability.rules import Rules, Series
 from stabstudy.trace import Rows
 
-
-class Reading(NamedTuple):
-    """A detector's answer to one value: its statistic, and the median and scale (of y) it was compared with."""
-
-    z: float
-    flagged: bool
-    dip: bool  # an outlier downwards; counted apart
-    evaluable: bool
-    center: float
-    scale: float
-
-
-State = Mapping[str, Any]
-"""What a detector remembers: numbers and lists that JSON gives back bit by bit."""
-
-READING = [("z", "f8"), ("flagged", "?"), ("dip", "?"), ("evaluable", "?"), ("center", "f8"), ("scale", "f8")]
-NOT_EVALUABLE = Reading(math.nan, False, False, False, math.nan, math.nan)
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The readings of a series, one array per field, shape [steps]."""
+    """The answer for each step; shape [steps], or [trials, steps] of a block."""
 
-    z: NDArray[np.float64]
-    flagged: NDArray[np.bool_]
-    dip: NDArray[np.bool_]
-    evaluable: NDArray[np.bool_]
-    center: NDArray[np.float64]
-    scale: NDArray[np.float64]
+    flagged: Bools  # surprise or absolute
+    surprise: Bools
+    absolute: Bools
+    dip: Bools
+    evaluable: Bools
+    level: Floats  # exp m5 (norm) or m5 (loss); NaN where no value came before, or the step has none
+    z: Floats  # (e - c) / s where |e| >= jump, else NaN
 
     @property
     def n_evaluable(self) -> int:
@@ -68,93 +53,72 @@ class Flags:
     def n_flagged(self) -> int:
         return int(self.flagged.sum())
 
-
-class MadDetector:
-    """The detector of one series, one value at a time: about 4 us per step."""
-
-    def __init__(self, rules: Rules, series: Series):
-        self._k, self._readmit, self._min_fill = rules.k, rules.readmit, rules.min_fill
-        self._mad_per_sd, self._floor = rules.mad_per_sd, rules.min_jump(series) / rules.k
-        self._log = series == "grad"
-        self._window = _Window(rules.window)
-        self._run = 0  # outliers in a row
-
-    def update(self, x: float) -> Reading:
-        """Judge `x` by the values before it, then admit it or not. NaN where there is no value."""
-        if not math.isfinite(x) or (self._log and x <= 0):
-            self._run = 0
-            return NOT_EVALUABLE
-        y = math.log(x) if self._log else x
-        if len(self._window) < self._min_fill:
-            self._window.push(y)
-            return NOT_EVALUABLE
-        center = self._window.median()
-        scale = max(self._window.deviation(center) / self._mad_per_sd, self._floor)
-        z = (y - center) / scale
-        flagged, dip = z >= self._k, z <= -self._k
-        self._run = self._run + 1 if flagged or dip else 0
-        if self._run == 0 or self._run >= self._readmit:
-            self._window.push(y)
-        return Reading(z, flagged, dip, True, center, scale)
-
     @property
-    def is_full(self) -> bool:
-        """Whether the window holds as many values as it can."""
-        return len(self._window) == self._window.size
+    def n_absolute(self) -> int:
+        return int(self.absolute.sum())
 
-    def state(self) -> State:
-        """All it remembers, as JSON holds it exactly."""
-        return {"window": self._window.arrived(), "run": self._run}
-
-    def load(self, state: State) -> None:
-        """Go on where the detector that gave this `state` was; it must have had the same rules."""
-        self._window, self._run = _Window(self._window.size, state["window"]), state["run"]
+    def each(self, pick: Callable[[NDArray[np.generic]], NDArray[np.generic]]) -> Flags:
+        """The same with `pick` applied to every array."""
+        return Flags(*(pick(getattr(self, f.name)) for f in fields(self)))  # type: ignore[arg-type]
 
 
-class RatioDetector:
-    """The absolute rule `ratio3`: at least 3 times the median of the last W values, flagged ones included.
+@dataclass(frozen=True)
+class Tail:
+    """What a block needs of the values before it: the last finite ones, and how many there were."""
 
-    Evaluable exactly where `MadDetector` is on grad_norm. `z` is the ratio; there is no scale.
+    y: Floats  # [trials, window + level]; NaN on the left where there were fewer
+    count: NDArray[np.int64]  # [trials]
+
+    @staticmethod
+    def empty(trials: int, rules: Rules) -> Tail:
+        return Tail(np.full((trials, rules.window + rules.level), np.nan), np.zeros(trials, np.int64))
+
+
+def jump(values: Floats, rules: Rules, series: Series) -> Flags:
+    """The flags of one series, shape [steps], float64; NaN where there is no value (see `measured`)."""
+    flags, _ = jump_block(np.asarray(values, np.float64)[None], Tail.empty(1, rules), rules, series)
+    return flags.each(lambda a: a[0])
+
+
+def jump_block(values: Floats, before: Tail, rules: Rules, series: Series) -> tuple[Flags, Tail]:
+    """The flags of a block of steps, and the tail for the next one.
+
+    Args:
+        values: Shape [trials, steps]; NaN where there is no value.
+        before: Of the steps before the block (`Tail.empty` for the first).
+        rules: The same for every block.
+        series: Which of the two it is.
     """
-
-    def __init__(self, rules: Rules):
-        self._ratio, self._min_fill = rules.ratio, rules.min_fill
-        self._window = _Window(rules.window)
-
-    def update(self, x: float) -> Reading:
-        """Judge `x` by the values before it, then admit it."""
-        if not math.isfinite(x) or x <= 0:
-            return NOT_EVALUABLE
-        reading = NOT_EVALUABLE
-        if len(self._window) >= self._min_fill:
-            center = self._window.median()
-            reading = Reading(x / center, x >= self._ratio * center, False, True, center, math.nan)
-        self._window.push(x)
-        return reading
-
-    def state(self) -> State:
-        return {"window": self._window.arrived()}
-
-    def load(self, state: State) -> None:
-        self._window = _Window(self._window.size, state["window"])
+    usable = np.isfinite(values) & ((values > 0) | (series == "loss"))
+    flags = _unjudged(values.shape)
+    y, count = before.y.copy(), before.count + usable.sum(axis=1)
+    whole = usable.all(axis=1)
+    # trials without a gap at once, the others one by one: their values lie at steps of their own
+    for rows in (np.flatnonzero(whole), *np.flatnonzero(~whole)[:, None]):
+        steps = np.flatnonzero(usable[rows[0]]) if len(rows) else rows
+        if len(steps):
+            x = np.ascontiguousarray(values[np.ix_(rows, steps)], np.float64)
+            part, y[rows] = _judge(x, before.y[rows], before.count[rows], rules, series)
+            for field in fields(Flags):
+                getattr(flags, field.name)[np.ix_(rows, steps)] = getattr(part, field.name)
+    return flags, Tail(y, count)
 
 
-def mad_log(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
-    """Outliers of the gradient norm before clipping; shape [steps], NaN where there is none (see `measured`)."""
-    return _replay(MadDetector(rules, "grad").update, grad_norm)
+def usual(values: Floats, step: int, rules: Rules, series: Series) -> tuple[float, float]:
+    """Median m64 and scale MAD / 0.6745 of the (up to) 64 values of y before a step of a series [steps].
+
+    In the unit of y: the logarithm of grad_norm, or the loss. NaN where no value came before.
+    """
+    past = np.asarray(values[:step], np.float64)
+    past = past[np.isfinite(past) & ((past > 0) | (series == "loss"))]
+    y = _y(past, series)[-rules.window :]
+    if not len(y):
+        return np.nan, np.nan
+    center = _median(y[None])
+    return float(center[0]), float(_median(np.abs(y - center)[None])[0]) / rules.mad_per_sd
 
 
-def mad_lin(loss: NDArray[np.float64], rules: Rules) -> Flags:
-    """Outliers of the loss; shape [steps], NaN where there is none (see `measured`)."""
-    return _replay(MadDetector(rules, "loss").update, loss)
-
-
-def ratio3(grad_norm: NDArray[np.float64], rules: Rules) -> Flags:
-    """Steps at three times the recent median; shape [steps], NaN where there is none (see `measured`)."""
-    return _replay(RatioDetector(rules).update, grad_norm)
-
-
-def measured(rows: Rows, name: str) -> NDArray[np.float64]:
+def measured(rows: Rows, name: str) -> Floats:
     """A column with NaN at the steps that prove nothing (see `counts`): those belong in no window and no spike."""
     proven = rows.is_null("skip") | (rows["skip"] == "spike")
     return np.where(proven if rows[name].ndim == 1 else proven[:, None], rows[name], np.nan)
@@ -169,54 +133,55 @@ def counts(skip: str | None) -> bool:
     return skip is None or skip == "spike"
 
 
-def _replay(update: Callable[[float], Reading], series: NDArray[np.float64]) -> Flags:
-    rows = np.fromiter(map(update, series.tolist()), dtype=READING, count=len(series))
-    return Flags(**{name: np.ascontiguousarray(rows[name]) for name in Reading._fields})
+def stretches(flags: Bools, gap: int) -> list[tuple[int, int]]:
+    """(first, last) flagged step of each stretch, neighbours at most `gap` steps apart being in one; flags [steps]."""
+    steps = np.flatnonzero(flags)
+    if not len(steps):
+        return []
+    breaks = np.flatnonzero(np.diff(steps) > gap)
+    firsts, lasts = np.r_[steps[0], steps[breaks + 1]], np.r_[steps[breaks], steps[-1]]
+    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
-class _Window:
-    """The last `size` values pushed, in order of arrival and sorted."""
+def _judge(x: Floats, tail: Floats, count: NDArray[np.int64], rules: Rules, series: Series) -> tuple[Flags, Floats]:
+    """The flags of values [trials, n] that are all usable, and the tail behind them."""
+    trials, n = x.shape
+    y = np.concatenate([tail, _y(x, series)], axis=1)  # value i of the block at window + level + i
+    flags = _unjudged(x.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        m5 = _median(sliding_window_view(y[:, :-1], rules.level, axis=1))
+        e = y[:, rules.level :] - m5  # value i of the block at window + i
+        level, own = m5[:, rules.window :], e[:, rules.window :]
+        flags.level[:] = np.exp(level) if series == "grad" else level
+        flags.evaluable[:] = count[:, None] + np.arange(n) >= rules.fill
+        far = flags.evaluable & (np.abs(own) >= rules.jump(series))
+        where = np.nonzero(far)
+        window = sliding_window_view(e[:, :-1], rules.window, axis=1)[where]
+        center = _median(window)
+        scale = np.maximum(_median(np.abs(window - center[:, None])) / rules.mad_per_sd, rules.least_scale(series))
+        flags.z[where] = (own[where] - center) / scale
+        flags.surprise[where] = (own[where] > 0) & (flags.z[where] >= rules.k(series))
+        flags.dip[where] = (own[where] < 0) & (flags.z[where] <= -rules.k(series))
+        if series == "grad":
+            where = np.nonzero(flags.evaluable & (x >= rules.ratio * flags.level))
+            m64 = _median(sliding_window_view(y[:, rules.level : -1], rules.window, axis=1)[where])
+            flags.absolute[where] = x[where] >= rules.ratio * np.exp(m64)
+    np.logical_or(flags.surprise, flags.absolute, out=flags.flagged)
+    return flags, y[:, -tail.shape[1] :]
 
-    def __init__(self, size: int, values: Sequence[float] = ()):
-        self.size = size
-        self._arrived = deque(values)
-        self._sorted = sorted(values)
 
-    def __len__(self) -> int:
-        return len(self._sorted)
+def _y(x: Floats, series: Series) -> Floats:
+    return np.asarray(np.log(x), dtype=np.float64) if series == "grad" else x
 
-    def push(self, y: float) -> None:
-        if len(self._arrived) == self.size:
-            del self._sorted[bisect_left(self._sorted, self._arrived.popleft())]
-        self._arrived.append(y)
-        insort(self._sorted, y)
 
-    def arrived(self) -> list[float]:
-        """Oldest first."""
-        return list(self._arrived)
+def _median(windows: Floats) -> Floats:
+    """Median over the last axis of the values that are not NaN; NaN where there is none."""
+    ranked = np.sort(windows, axis=-1)  # NaN last
+    n = windows.shape[-1] - np.isnan(ranked).sum(axis=-1, keepdims=True)
+    low, high = (np.take_along_axis(ranked, np.maximum(i, 0), axis=-1)[..., 0] for i in ((n - 1) // 2, n // 2))
+    return np.asarray(0.5 * low + 0.5 * high, dtype=np.float64)
 
-    def median(self) -> float:
-        values, half = self._sorted, len(self._sorted) // 2
-        return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
 
-    def deviation(self, center: float) -> float:
-        """Median absolute deviation from `center`, their median."""
-        half = len(self._sorted) // 2
-        upper = self._nearest(center, half + 1)
-        return upper if len(self._sorted) % 2 else (self._nearest(center, half) + upper) / 2
-
-    def _nearest(self, center: float, count: int) -> float:
-        """The count-th smallest distance to `center`.
-
-        The `count` values nearest to it are neighbours in sorted order, so it is enough to find where they begin.
-        """
-        values = self._sorted
-        low, high = 0, len(values) - count
-        while low < high:
-            middle = (low + high) // 2
-            if center - values[middle] > values[middle + count - 1] - center:
-                low = middle + 1
-            else:
-                high = middle
-        farthest = max(center - values[low], values[low + count - 1] - center)
-        return min(farthest, center - values[low - 1]) if low else farthest
+def _unjudged(shape: tuple[int, ...]) -> Flags:
+    bools = (np.zeros(shape, dtype=bool) for _ in range(5))
+    return Flags(*bools, *(np.full(shape, np.nan) for _ in range(2)))

@@ -1,4 +1,4 @@
-"""From flagged steps to spikes: where each begins and ends, how high it is, how long it lasts, what moves with it."""
+"""Spikes made of flagged steps: where each begins and ends, how high it is, how long it lasts, what moves with it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import Flags
+from stabstudy.stability.detectors import Flags, stretches, usual
 from stabstudy.stability.rules import Rules, Series
 
 SpikeClass = Literal["narrow", "wide", "malignant", "open"]
+Part = Literal["surprise", "absolute", "both"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,15 @@ class Spike:
     flag_steps: int
     peak_step: int
     peak: float  # in the unit of the series
-    baseline: float  # median of the window at `start`, frozen there; in the unit of the series
-    scale: float  # robust standard deviation at `start`; of log grad_norm, or of the loss
-    peak_ratio: float | None  # grad only: peak / baseline
-    peak_delta: float | None  # loss only: peak - baseline
-    duration: int  # steps from `start` until the series is back at the baseline; to the end of the trace if it is not
+    level: float  # median of the 5 values before `start`, which the detector compares with; in the unit of the series
+    baseline: float  # median of the 64 values before `start`, frozen there; in the unit of the series
+    scale: float  # robust standard deviation of those 64; of log grad_norm, or of the loss
+    part: Part  # which conditions of the detector its steps fulfil
+    peak_ratio: float | None  # grad only: peak / level
+    peak_delta: float | None  # loss only: peak - level
+    duration: (
+        int  # steps from `start` until the series is back, see `find_spikes`; to the end of the trace if it is not
+    )
     recovered: bool
     spike_class: SpikeClass
     in_warmup: bool
@@ -53,9 +58,12 @@ def find_spikes(
 ) -> list[Spike]:
     """The spikes of one series, in order.
 
+    A spike lasts until the first step behind its peak that opens 5 consecutive values at or below m exp max(log 1.2,
+    2 s) (norm) or m + 2 s (loss), m the larger of level and baseline and s the scale, all frozen at its start.
+
     Args:
         values: The series that `flags` were made from, shape [steps]; NaN where it was not measured.
-        flags: Readings of `mad_log` or `mad_lin`.
+        flags: Those of `jump`.
         warmup_steps: Spikes that start before this step are `in_warmup`.
         steps_planned: Length of the whole trial; sets from which duration on a spike is malignant.
         rules: Those that `flags` were made with.
@@ -63,45 +71,38 @@ def find_spikes(
     """
     usable = np.where(np.isfinite(values) & ((values > 0) | (series == "loss")), values, np.nan)
     listed: list[float] = usable.tolist()
+    limit = rules.limit(steps_planned)
     spikes = []
-    for steps in merge(np.flatnonzero(flags.flagged).tolist(), rules.merge_gap):
-        start, end = steps[0], steps[-1]
-        center, scale = float(flags.center[start]), float(flags.scale[start])
+    for start, end in stretches(flags.flagged, rules.merge_gap):
+        level = float(flags.level[start])
+        center, scale = usual(usable, start, rules, series)
         peak_step = start + int(np.nanargmax(usable[start : end + 1]))
         peak = listed[peak_step]
-        back = _recovery(listed, peak_step, _recovered_below(center, scale, rules, series), rules.recovery_steps)
-        duration = (len(listed) if back is None else back) - start
         baseline = math.exp(center) if series == "grad" else center
+        near = _recovered_below(max(level, baseline), scale, rules, series)
+        back = _recovery(listed, peak_step, near, rules.recovery_steps)
+        duration = (len(listed) if back is None else back) - start
         spikes.append(
             Spike(
                 series=series,
                 start=start,
                 end=end,
-                flag_steps=len(steps),
+                flag_steps=int(flags.flagged[start : end + 1].sum()),
                 peak_step=peak_step,
                 peak=peak,
+                level=level,
                 baseline=baseline,
                 scale=scale,
-                peak_ratio=peak / baseline if series == "grad" else None,
-                peak_delta=peak - baseline if series == "loss" else None,
+                part=_part(flags, slice(start, end + 1)),
+                peak_ratio=peak / level if series == "grad" else None,
+                peak_delta=peak - level if series == "loss" else None,
                 duration=duration,
                 recovered=back is not None,
-                spike_class=_classify(duration, back is not None, rules.limit(steps_planned), rules.narrow_steps),
+                spike_class=_classify(duration, back is not None, limit, rules.narrow_steps),
                 in_warmup=start < warmup_steps,
             )
         )
     return spikes
-
-
-def merge(flagged: list[int], gap: int) -> list[list[int]]:
-    """Increasing steps in groups: neighbours at most `gap` apart are together."""
-    groups: list[list[int]] = []
-    for step in flagged:
-        if groups and step - groups[-1][-1] <= gap:
-            groups[-1].append(step)
-        else:
-            groups.append([step])
-    return groups
 
 
 def couple(grad: list[Spike], loss: list[Spike], rules: Rules) -> tuple[list[Spike], list[Spike]]:
@@ -123,31 +124,10 @@ def couple(grad: list[Spike], loss: list[Spike], rules: Rules) -> tuple[list[Spi
     return coupled, [_answer(spike, takers.get(spike.start, [])) for spike in loss]
 
 
-def coupling_lift(grad: int, coupled: int, loss: int, evaluable: int, rules: Rules) -> float | None:
-    """How much more often loss spikes accompany grad spikes than they would by chance: 1 is chance.
-
-    Args:
-        grad: Spikes of grad_norm, summed over the trials of a cell; null under `lift_spikes` of them.
-        coupled: Those that have a partner.
-        loss: Spikes of the loss; null without any.
-        evaluable: Steps at which the loss could be judged.
-        rules: Those of the spikes.
-
-    Chance: 1 - (1 - r)^11, that one of the 11 steps around a grad spike starts a loss spike, r their rate.
-    """
-    if grad < rules.lift_spikes or not loss or not evaluable:
-        return None
-    places = rules.couple_before + rules.couple_after + 1
-    return coupled / grad / -math.expm1(places * math.log1p(-loss / evaluable))
-
-
-def severity(grad: list[Spike], steps_done: int, rules: Rules) -> float:
-    """Sum of log2(peak_ratio) * duration over the spikes of grad_norm, at most 100 steps each, per step of the trial.
-
-    One step at twice the baseline, in every step of the trial, would be 1.
-    """
-    parts = (math.log2(s.peak_ratio) * min(s.duration, rules.severity_steps) for s in grad if s.peak_ratio)
-    return math.fsum(parts) / steps_done
+def _part(flags: Flags, steps: slice) -> Part:
+    if not flags.absolute[steps].any():
+        return "surprise"
+    return "both" if flags.surprise[steps].any() else "absolute"
 
 
 def _answer(loss_spike: Spike, takers: list[Spike]) -> Spike:
@@ -157,17 +137,22 @@ def _answer(loss_spike: Spike, takers: list[Spike]) -> Spike:
     return replace(loss_spike, partner=nearest.start, lag=nearest.lag)
 
 
-def _recovered_below(center: float, scale: float, rules: Rules, series: Series) -> float:
-    """The value at or below which the series counts as back at its baseline."""
+def _recovered_below(usual_value: float, scale: float, rules: Rules, series: Series) -> float:
+    """The value at or below which the series counts as back.
+
+    `usual_value` is the larger of level and baseline: the median of five values alone is too noisy to last for the
+    many steps that this is asked of (on an H200 it made one batch's loss "wide" in 11 of 24 trials), and on a rise the
+    baseline alone would never be reached again.
+    """
     if series == "loss":
-        return center + rules.recovery_scales * scale
-    return math.exp(center + max(math.log(rules.recovery_ratio), rules.recovery_scales * scale))
+        return usual_value + rules.recovery_scales * scale
+    return usual_value * math.exp(max(math.log(rules.recovery_ratio), rules.recovery_scales * scale))
 
 
 def _recovery(values: list[float], peak_step: int, below: float, needed: int) -> int | None:
-    """First step from the peak on that opens `needed` consecutive values at or below `below`; NaN breaks them."""
+    """First step behind the peak that opens `needed` consecutive values at or below `below`; NaN breaks them."""
     run = 0
-    for step in range(peak_step, len(values)):
+    for step in range(peak_step + 1, len(values)):
         run = run + 1 if values[step] <= below else 0
         if run == needed:
             return step - needed + 1

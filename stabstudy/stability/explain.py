@@ -1,4 +1,4 @@
-"""One trial in plain sentences with numbers: what people ask first, answered from its row and its spikes alone.
+"""Plain sentences with numbers on one trial, from its row and its spikes alone.
 
 Nothing is advised here and nothing is guessed: a statistic that is null leaves its part of a sentence out. Steps are
 those of the trace, norms those before clipping.
@@ -18,6 +18,7 @@ DIVERGED = {
     "nonfinite": "a loss, gradient norm or weight was no longer finite",
     "above_init": "the loss stayed above that of the untrained model",
     "persistent": "the loss rose to twice its recent mean and stayed there",
+    "above_unigram": "the loss had fallen below the entropy of single tokens and ended above it",
     "no_recovery": "at the end the loss was far above the best it had reached",
 }
 """What each divergence code says of a trial."""
@@ -33,7 +34,7 @@ class Recipe:
 
 
 def explain(columns: Row, spikes: Sequence[Row], recipe: Recipe, rules: Rules) -> list[str]:
-    """Two or three sentences on a trial: its verdict, its spikes, its clipping.
+    """Sentences on a trial: its verdict, what may become unstable, its spikes, its clipping.
 
     Args:
         columns: The trial's statistics, keyed as `summary.COLUMNS`; None is null.
@@ -41,8 +42,13 @@ def explain(columns: Row, spikes: Sequence[Row], recipe: Recipe, rules: Rules) -
         recipe: Settings to relate the numbers to.
         rules: Those that made the statistics.
     """
-    found = [_verdict(columns, rules), _spikes(columns, spikes, recipe), _clipping(columns, recipe)]
-    return [sentence for sentence in found if sentence]
+    sentences = [
+        _verdict(columns, rules),
+        _warnings(columns),
+        _spikes(columns, spikes, recipe),
+        _clipping(columns, recipe),
+    ]
+    return [sentence for sentence in sentences if sentence]
 
 
 def outcome(columns: Row, rules: Rules) -> str:
@@ -59,38 +65,67 @@ def _verdict(columns: Row, rules: Rules) -> str:
     if verdict == "diverged":
         code = columns["verdict_code"]
         return f"Diverged at step {columns['verdict_step']} of {columns['steps_planned']}: {DIVERGED[code]} ({code})."
+    judged_steps = _count(judged, f"judged {unit}")
+    if verdict == "rough":
+        share, least = _percent(columns["spike_abs_rate"]), _percent(columns["spike_abs_low"])
+        return (
+            f"Rough{so_far}: {columns['spike_abs_steps']} of {judged_steps} ({share}; at least {least}) had a gradient "
+            f"norm of {rules.ratio:g} times the recent level or more."
+        )
     if verdict == "spiky":
-        broken = [_broken(rule, columns, rules, unit) for rule in str(columns["verdict_rule"]).split("+")]
-        return f"Spiky{so_far}: {'; '.join(broken)}."
+        reasons = [_broken(rule, columns, rules) for rule in str(columns["verdict_rule"]).split("+")]
+        return f"Spiky{so_far}: {'; '.join(reasons)} ({columns['verdict_rule']})."
     events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
-    seen = f"{_count(events, 'spike')}, too short or too low for R1 to R3," if events else "no spike"
-    return f"Stable{so_far}: {seen} in {_count(judged, f'judged {unit}')}."
+    seen = f"{_count(events, 'spike')}, too short, low or rare to matter," if events else "no spike"
+    return f"Stable{so_far}: {seen} in {judged_steps}."
 
 
 def _unjudged(columns: Row, rules: Rules) -> str:
-    if columns["verdict_reason"] == "too_short":
-        return f"Not judged: {_count(columns['steps_done'], 'step')}, and a verdict needs {rules.min_steps}."
-    if columns["verdict_reason"] == "strided":
+    reason, judged = columns["verdict_reason"], columns["n_evaluable"]
+    if reason == "too_short":
+        return f"Not judged: {_count(judged, 'evaluable step')}, and a verdict needs {rules.min_evaluable}."
+    if reason == "no_gradient_norm":
+        return "Not judged: the record has no gradient norm."
+    if reason == "untrained":
+        return (
+            "Untrained: the loss never came below the entropy of single tokens, so nothing was learned that could have "
+            "become unstable."
+        )
+    if reason == "strided":
         events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
         seen = _count(events, "spike") if events else "no spike"
-        rows = _count(columns["n_evaluable"], "judged row")
-        return f"Not judged: {seen} in {rows}, and the log leaves out the steps between."
+        return f"Not judged: {seen} in {_count(judged, 'judged row')}, and the log leaves out the steps between."
     done, planned = columns["steps_done"], columns["steps_planned"]
-    return f"Not judged: {columns['verdict_reason']} after {done} of {_count(planned, 'step')}."
+    return f"Not judged: {reason} after {done} of {_count(planned, 'step')}."
 
 
-def _broken(rule: str, columns: Row, rules: Rules, unit: str) -> str:
-    """What rule R1, R2 or R3 (see `verdict`) found."""
-    if rule == "R3":
-        share = _percent(columns["spike_ratio3_rate"])
-        rough, judged = columns["spike_ratio3_steps"], columns["n_evaluable"]
-        return (
-            f"{rough} of {_count(judged, f'judged {unit}')} ({share}) had {rules.ratio:g} times the recent median norm"
-        )
+def _broken(rule: str, columns: Row, rules: Rules) -> str:
+    """What rule R1 or R2 (see `verdict`) rests on."""
     if rule == "R2":
         grad, loss = columns["spike_events"] or 0, columns["spike_loss_events"] or 0
-        return f"spikes came back ({grad} of the gradient norm, {loss} of the loss)"
+        return f"spikes recur ({grad} of the gradient norm, {loss} of the loss)"
     return f"a spike lasted more than {rules.narrow_steps} steps"
+
+
+WARNINGS = {
+    "warn_attn_logit_1e3": "attention logits passed 1,000",
+    "warn_attn_logit": "attention logits passed 100",
+    "warn_attn_entropy": "attention entropy fell below .02 of its largest possible value",
+    "warn_resid_rms": "the residual stream grew to 100 times its initial RMS",
+    "warn_logit": "output logits passed 100",
+}
+"""What the crossing of a warning level means; the first attention logit level that was passed stands for both."""
+
+
+def _warnings(columns: Row) -> str:
+    """What may become unstable, of a trial that has not diverged."""
+    crossed = {name: columns[name] for name in WARNINGS if columns.get(name) is not None}
+    if "warn_attn_logit_1e3" in crossed:
+        crossed.pop("warn_attn_logit", None)
+    if not crossed or columns["verdict"] == "diverged":
+        return ""
+    parts = [f"{WARNINGS[name]} at step {step}" for name, step in crossed.items()]
+    return f"Warning: {'; '.join(parts)}."
 
 
 def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
@@ -103,7 +138,7 @@ def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
     first = f"The {_ordinal(len(grad))} of the gradient norm began at step {grad[0]['start']}"
     first += _where_in_warmup(grad[0], recipe)
     which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
-    height = f"reached {_number(highest['peak_ratio'])} times its baseline ({_number(highest['peak'])})"
+    height = f"reached {_number(highest['peak_ratio'])} times its level ({_number(highest['peak'])})"
     if highest["duration"] is None:
         return f"{first}; {which} {height} (not every step was logged: how long it lasted is not known)."
     return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."

@@ -1,4 +1,4 @@
-"""The columns of a trial's row that are no count of spikes: norms, clipping, probes, logits, counters, losses."""
+"""Statistics of a trial's row other than spikes: norms, clipping, probes, warnings, counters, scale, losses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.stability.columns import FEWEST, SETTLED, TREND, Value
+from stabstudy.stability.rules import Rules
 from stabstudy.trace import Rows
 
 Floats = NDArray[np.float64]
@@ -122,6 +123,46 @@ def noise(probes: Rows | None) -> dict[str, Value]:
     }
 
 
+def warnings(trace: Rows, probes: Rows | None, rules: Rules) -> dict[str, Value]:
+    """Step of the first crossing of each warning level (METRICS 4.3); null: never, or not measured. Never a verdict."""
+    steps = dict.fromkeys(("warn_attn_logit", "warn_attn_logit_1e3", "warn_attn_entropy", "warn_resid_rms"))
+    crossings: dict[str, Value] = {**steps, "warn_logit": _first(trace, trace["logit_absmax"] >= rules.warn_logit)}
+    if probes is None or not len(probes):
+        return crossings
+    logit, entropy, resid = (probes[name] for name in ("attn_logit_max", "attn_entropy", "resid_rms"))
+    crossings["warn_attn_logit"] = _first(probes, logit >= rules.warn_attn_logit)
+    crossings["warn_attn_logit_1e3"] = _first(probes, logit >= rules.warn_attn_logit_1e3)
+    crossings["warn_attn_entropy"] = _first(probes, entropy < rules.warn_attn_entropy)
+    if probes["step"][0] == 0:  # else its value at the start is not known
+        crossings["warn_resid_rms"] = _first(probes, resid > rules.warn_resid_rms * resid[0])
+    return crossings
+
+
+def _first(rows: Rows, holds: NDArray[np.bool_]) -> int | None:
+    """Step of the first row in which the condition holds, of any layer."""
+    crossed = np.flatnonzero(holds.any(axis=1) if holds.ndim == 2 else holds)
+    return int(rows["step"][crossed[0]]) if len(crossed) else None
+
+
+def scale(
+    tokens: int | None, train_tokens: int | None, parameters: int | None, timescale: float | None, steps: int
+) -> dict[str, Value]:
+    """Tokens seen per token of the training part and per parameter; AdamW's timescale as a share of the run.
+
+    Args:
+        tokens: Seen by the trial so far.
+        train_tokens: Of the training part, each counted once.
+        parameters: Without embeddings.
+        timescale: 1 / (lr * wd) at the peak of the rate, in steps (arXiv 2405.13698); None: no decay, or not known.
+        steps: Planned.
+    """
+    return {
+        "epochs": tokens / train_tokens if tokens is not None and train_tokens else None,
+        "tokens_per_parameter": tokens / parameters if tokens is not None and parameters else None,
+        "adamw_timescale": None if timescale is None else timescale / steps,
+    }
+
+
 def counters(trace: Rows) -> dict[str, Value]:
     """Steps whose values are not finite, and those that the fp16 scaler skipped."""
     amp = trace["skip"] == "amp"
@@ -131,14 +172,23 @@ def counters(trace: Rows) -> dict[str, Value]:
     return {"nonfinite_steps": int((lost & ~amp).sum()), "amp_skips": int(np.sum(amp))}
 
 
-def losses(status: str, init: float | None, final: float | None, best: float | None) -> dict[str, Value]:
-    """Losses of a trial that is done."""
+def losses(
+    status: str, init: float | None, final: float | None, best: float | None, unigram: float | None
+) -> dict[str, Value]:
+    """Losses of a trial that is done; `unigram`: H1 of the training tokens."""
     if status != "done":
-        return dict.fromkeys(["init_loss", "best_loss", "final_loss", "final_loss_capped"])
+        return dict.fromkeys(["init_loss", "best_loss", "final_loss", "final_loss_capped", "loss_over_unigram"])
     capped = final if final is None or math.isfinite(final) else init
     if capped is not None and init is not None:
         capped = min(capped, init)
-    return {"init_loss": init, "best_loss": best, "final_loss": final, "final_loss_capped": capped}
+    over = None if final is None or unigram is None else final - unigram
+    return {
+        "init_loss": init,
+        "best_loss": best,
+        "final_loss": final,
+        "final_loss_capped": capped,
+        "loss_over_unigram": over,
+    }
 
 
 def _known(rows: Rows, name: str) -> Floats:

@@ -15,31 +15,28 @@ from typing import Any, Literal
 Series = Literal["grad", "loss"]
 """Which series: `grad` is grad_norm before clipping, judged by its logarithm; `loss` is judged as it is."""
 
-LONG_STUDY = 2000  # steps from which the wider window has room
-LONG_WINDOW = 128
-
 
 @dataclass(frozen=True)
 class Published:
     """Parameters of the detectors that others published (see `published`), as they published them; all above 0."""
 
-    olmo_k: float = 7.0  # olmo_paper, olmo7: standard deviations, to either side
+    ratio3: float = 3.0  # ratio3: flagged from this multiple of the median of the last `ratio3_window` values
+    ratio3_window: int = 64
+    ratio3_fill: int = 16
+    olmo_k: float = 7.0  # olmo7: standard deviations, to either side
     olmo_window: int = 1000
     olmo7_long: int = 2000  # olmo7 has that window from so many planned steps on, else clamp(T // divisor, low, high)
     olmo7_divisor: int = 10
     olmo7_low: int = 32
     olmo7_high: int = 128
     olmo7_fill_divisor: int = 2  # judged from window // this values on
-    core_k: float = 6.0  # olmo_core, skipstep
+    core_k: float = 6.0  # olmo_core
     core_window: int = 128
     core_flat: float = 1e-10  # a smaller standard deviation proves nothing
-    skipstep_fill: int = 64
     zclip_z: float = 2.5
     zclip_fill: int = 25
     zclip_alpha: float = 0.97
     zclip_eps: float = 1e-6
-    llmc_z: float = 3.0
-    llmc_window: int = 64
     gss_ratio: float = 50.0
     foundry_ratio: float = 2.0
     foundry_row: int = 5  # outliers in a row that stop a run
@@ -66,21 +63,23 @@ class Published:
 class Rules:
     """Lengths are in optimizer steps, margins of the loss in nat per token. Raises ValueError for a value <= 0."""
 
-    # A value is an outlier k robust standard deviations from the median of the last `window` admitted values
-    k: float = 6.0
-    window: int = 64  # one value per study
-    fill_floor: int = 16  # values before the first judgement: max(fill_floor, window // fill_divisor)
-    fill_divisor: int = 4
-    readmit: int = 3  # the n-th outlier in a row is admitted: a level that lasts becomes the new one
+    # The detector `jump` (see `detectors`)
+    level: int = 5  # values whose median is the local level
+    window: int = 64  # values, and differences from their level, that tell what is usual
+    fill: int = 12  # finite values before the first step that is judged
+    k_grad: float = 5.0  # robust standard deviations that are a surprise
+    k_loss: float = 6.0
+    jump_grad: float = math.log(2)  # smallest difference from the level that can be one; of log grad_norm
+    jump_loss: float = 0.10
+    scale_grad: float = 0.05  # smallest robust standard deviation
+    scale_loss: float = 0.02
+    ratio: float = 3.0  # grad_norm: absolute from this multiple of the level and of the median of the window
     mad_per_sd: float = 0.6745  # median absolute deviation of a standard normal
-    min_jump_grad: float = 0.30  # smallest jump of log grad_norm that can be flagged (x1.35)
-    min_jump_loss: float = 0.10
-    ratio: float = 3.0  # ratio3: flagged from this multiple of the median of the last `window` values
 
     # Spikes
     merge_gap: int = 10  # flagged steps at most this far apart are one spike
-    recovery_steps: int = 5  # consecutive values near the baseline that end a spike
-    recovery_ratio: float = 1.2  # near, for grad_norm: at most this multiple of the baseline ...
+    recovery_steps: int = 5  # consecutive values near the larger of level and baseline that end a spike
+    recovery_ratio: float = 1.2  # near, for grad_norm: at most this multiple of it ...
     recovery_scales: float = 2.0  # ... or this many scales above it (for the loss, this alone)
     narrow_steps: int = 10
     limit_low: int = 20  # a spike is malignant beyond limit(T) = min(high, max(low, share * T)) steps
@@ -88,9 +87,7 @@ class Rules:
     limit_share: float = 0.03
     couple_before: int = 2  # a loss spike that starts at most this long before a grad spike belongs to it ...
     couple_after: int = 8  # ... or this long after
-    lift_spikes: int = 30  # grad spikes below which the lift of their coupling says nothing
     attrib_before: int = 8  # a layer group leads a spike that it announces at most this many steps before
-    severity_steps: int = 100  # longest duration that counts in the severity
 
     # Divergence
     ema_steps: int = 20  # moving mean of the loss, factor 2 / (ema_steps + 1); judged from this step on
@@ -101,40 +98,48 @@ class Rules:
     persistent_rise: float = 0.5
     reference_low: int = 100  # losses before a stretch whose mean it is compared with: max(low, share * T)
     reference_share: float = 0.05
+    unigram_learned: float = 0.3  # above_unigram: the best moving mean was so far below the unigram entropy ...
+    unigram_lost: float = 0.05  # ... and the final loss is this far above it
+    no_recovery_steps: int = 50  # a shorter trial is not asked
     no_recovery_rise: float = 0.5
     no_recovery_share: float = 0.1  # of the loss gained so far
     tail_low: int = 5  # steps at the end: max(low, share * steps)
     tail_share: float = 0.1
 
     # Verdict
-    min_steps: int = 50  # a shorter trial is not judged
-    spiky_ratio: float = 3.0  # R1, R2: grad spikes below this peak ratio do not count
-    spiky_open_flags: int = 5  # R1
-    spiky_events: int = 2  # R2
-    spiky_per_1k: float = 1.0  # R2
-    rough_steps: int = 4  # R3
-    rough_share: float = 0.02  # R3
+    min_evaluable: int = 50  # a trial with fewer evaluable steps has none
+    tail_probability: float = 0.05  # of the lower bounds of rates
+    rough_share: float = 0.0025  # stretches of absolute flags per evaluable step, by their lower bound
+    rough_gap: int = 4  # absolute flags at most this far apart are one stretch
+    spiky_open_flags: int = 5  # R1: an open spike with fewer flagged steps does not count
+    spiky_events: int = 3  # R2
+    spiky_per_1k: float = 1.0  # R2: per 1,000 evaluable steps, by its lower bound
+
+    # Warnings
+    warn_attn_logit: float = 100.0  # nat; the level at which Kimi K2 clips
+    warn_attn_logit_1e3: float = 1000.0
+    warn_attn_entropy: float = 0.02
+    warn_resid_rms: float = 100.0  # times its value at the start
+    warn_logit: float = 100.0
 
     published: Published = field(default_factory=Published)
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        if self.window < self.min_fill:
-            raise ValueError(f"window: must be at least fill_floor = {self.fill_floor}, got {self.window}")
-
-    @property
-    def min_fill(self) -> int:
-        """Values that must be in the window before a step is evaluable."""
-        return max(self.fill_floor, self.window // self.fill_divisor)
 
     @property
     def detector_id(self) -> str:
-        """Short name and the first 8 hex digits of the sha256 of all parameters, such as `mad6w64-0123abcd`."""
-        digest = hashlib.sha256(self.to_json().encode()).hexdigest()
-        return f"mad{self.k:g}w{self.window}-{digest[:8]}"
+        """Short name and the first 8 hex digits of the sha256 of all parameters, such as `jump-0123abcd`."""
+        return f"jump-{hashlib.sha256(self.to_json().encode()).hexdigest()[:8]}"
 
-    def min_jump(self, series: Series) -> float:
-        return self.min_jump_grad if series == "grad" else self.min_jump_loss
+    def k(self, series: Series) -> float:
+        return self.k_grad if series == "grad" else self.k_loss
+
+    def jump(self, series: Series) -> float:
+        return self.jump_grad if series == "grad" else self.jump_loss
+
+    def least_scale(self, series: Series) -> float:
+        return self.scale_grad if series == "grad" else self.scale_loss
 
     def limit(self, steps_planned: int) -> int:
         """The longest duration, in steps, that is not malignant; also the length of a persistent rise."""
@@ -157,11 +162,6 @@ class Rules:
             raise ValueError(f"rules of another version: {', '.join(sorted(odd))} missing or unknown")
         theirs = {name.removeprefix("published."): values.pop(name) for name in list(values) if "." in name}
         return Rules(**values, published=Published(**theirs))
-
-
-def rules_for(smallest_steps: int) -> Rules:
-    """The rules of a study whose shortest trial plans this many steps."""
-    return Rules(window=LONG_WINDOW) if smallest_steps >= LONG_STUDY else Rules()
 
 
 def _numbers(rules: Rules | Published) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""The columns of a trial's row that count outliers and spikes: by our rules, and by the published ones.
+"""Counts of outliers and spikes in a trial's row: by our rules, and by the published ones.
 
 Rates are fractions of the steps that could be judged: each rule has its own.
 """
@@ -10,28 +10,43 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability import offline, published
+from stabstudy.stability import published
 from stabstudy.stability.columns import Value
-from stabstudy.stability.detectors import Flags
-from stabstudy.stability.events import Spike, severity
-from stabstudy.stability.offline import Marks
+from stabstudy.stability.detectors import Flags, usual
+from stabstudy.stability.events import Spike
+from stabstudy.stability.published import Marks
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.verdict import lowest_rate
 
 Floats = NDArray[np.float64]
 
 
-def flagged(name: str, flags: Flags) -> dict[str, Value]:
-    """Count and rate of a rule of ours."""
-    n, known = flags.n_flagged, flags.n_evaluable
-    return {f"{name}_steps": n if known else None, f"{name}_rate": n / known if known else None}
+def flags_of_norm(norm: Floats, flags: Flags, rules: Rules) -> dict[str, Value]:
+    """Counts and rates of the flags of `jump` on grad_norm [steps]: all, absolute ones, dips, and the severity."""
+    n, known = flags.n_absolute, flags.n_evaluable
+    names = ("spike_steps", "spike_rate", "spike_abs_steps", "spike_abs_rate", "spike_abs_low", "spike_dip_steps")
+    if not known:
+        return dict.fromkeys((*names, "severity"))
+    low = lowest_rate(n, known, rules.tail_probability)
+    values = (flags.n_flagged, flags.n_flagged / known, n, n / known, low, int(flags.dip.sum()))
+    return {**dict(zip(names, values, strict=True)), "severity": severity(norm, flags, rules)}
 
 
-def dips(flags: Flags) -> dict[str, Value]:
-    """Outliers downwards."""
-    return {"spike_dip_steps": int(flags.dip.sum()) if flags.n_evaluable else None}
+def severity(norm: Floats, flags: Flags, rules: Rules) -> float:
+    """1000 / n_evaluable * sum over absolute flags of log2(x / max(exp m5, exp m64)): orders trials (ours).
+
+    One step in a thousand at twice the larger of its two references would be 1.
+    """
+    above = [_octaves(norm, flags, int(step), rules) for step in np.flatnonzero(flags.absolute)]
+    return 1000 * float(np.sum(above)) / flags.n_evaluable
 
 
-def grad_spikes(spikes: list[Spike], evaluable: int, steps: int, rules: Rules) -> dict[str, Value]:
+def _octaves(norm: Floats, flags: Flags, step: int, rules: Rules) -> float:
+    m64, _ = usual(norm, step, rules, "grad")
+    return float(np.log2(norm[step]) - max(np.log2(flags.level[step]), m64 / np.log(2)))
+
+
+def grad_spikes(spikes: list[Spike], evaluable: int) -> dict[str, Value]:
     """Spikes of the gradient norm: how many of which class, where, how high, how long."""
     classes = Counter(spike.spike_class for spike in spikes)
     counts: dict[str, Value] = {
@@ -42,7 +57,6 @@ def grad_spikes(spikes: list[Spike], evaluable: int, steps: int, rules: Rules) -
         "spike_malignant": classes["malignant"],
         "spike_open": classes["open"],
         "spike_first_censored": not spikes,
-        "spike_severity": severity(spikes, max(steps, 1), rules),
     }
     recovered = [spike.duration for spike in spikes if spike.recovered]
     ratios = [spike.peak_ratio for spike in spikes if spike.peak_ratio is not None]
@@ -70,20 +84,23 @@ def loss_spikes(spikes: list[Spike], evaluable: int) -> dict[str, Value]:
 
 
 def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Rules) -> dict[str, Value]:
-    """What the rules of others say: `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
+    """Counts by the rules of others: `ratio3`, `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
     p = rules.published
+    ratio3 = published.ratio3(norm, p.ratio3, p.ratio3_window, p.ratio3_fill)
     rule = published.olmo7(p, steps_planned)
-    olmo_grad, olmo_loss = (offline.sigma(series, rule).share for series in (norm, loss))
-    core = [offline.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
-    ratio = offline.gss_ratio(norm)
+    olmo_grad, olmo_loss = (published.sigma(series, rule).share for series in (norm, loss))
+    core = [published.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
+    ratio = published.gss_ratio(norm)
     known = ratio[~np.isnan(ratio)]
-    stops = np.flatnonzero(offline.foundry_kill(loss, p, steps_planned).flagged)
+    stops = np.flatnonzero(published.foundry_kill(loss, p, steps_planned).flagged)
     return {
+        "spike_ratio3_steps": ratio3.n_flagged if ratio3.n_evaluable else None,
+        "spike_ratio3_rate": ratio3.share,
         "spike_olmo7_grad": olmo_grad,
         "spike_olmo7_loss": olmo_loss,
         "olmo7_window": rule.window if (olmo_grad, olmo_loss) != (None, None) else None,
         "spike_olmocore": _either(*core).share,
-        "spike_zclip": offline.zclip(norm, p).share,
+        "spike_zclip": published.zclip(norm, p).share,
         "spike_gss_max": float(known.max()) if len(known) else None,
         "spike_gss50_steps": int((known > p.gss_ratio).sum()) if len(known) else None,
         "spike_foundry_step": int(stops[0]) if len(stops) else None,

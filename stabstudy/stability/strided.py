@@ -3,7 +3,7 @@
 Detectors, windows and rates count logged rows: a flagged row is a flagged row, and the share of rows that are flagged
 estimates that of the steps. Row numbers become steps here, and what cannot be said without every step becomes null:
 
-    how long a spike lasts, so its class, its recovery and the severity: most spikes are shorter than a stride
+    how long a spike lasts, so its class and its recovery: most spikes are shorter than a stride
     what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead
     foundry_kill, `persistent` and R1: so many steps in a row (`verdict`)
 
@@ -17,7 +17,7 @@ from typing import Any
 
 NEED_EVERY_STEP = (
     *("spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
-    *("spike_duration_median", "spike_duration_max", "spike_unrecovered", "spike_severity"),
+    *("spike_duration_median", "spike_duration_max", "spike_unrecovered"),
     *("spike_coupled_share", "spike_lag_median", "spike_first_layer", "spike_foundry_step"),
 )
 """Columns of trials.parquet that are null where steps were left out."""
@@ -25,7 +25,7 @@ NEED_EVERY_STEP = (
 SPIKES_NEED_EVERY_STEP = ("duration", "recovered", "class", "partner", "lag", "attrib_first")
 """Likewise of spikes.parquet."""
 
-_STEPS = ("grad_norm_argmax", "spike_first_step", "spike_foundry_step", "verdict_step")
+_STEPS = ("grad_norm_argmax", "spike_first_step", "spike_foundry_step", "verdict_step", "warn_logit")
 _SPIKE_STEPS = ("start", "end", "peak_step", "partner")
 
 

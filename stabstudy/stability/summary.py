@@ -1,4 +1,4 @@
-"""One trial in one row: every statistic of trials.parquet, and its spikes.
+"""The statistics of one trial, a row of trials.parquet, and its spikes.
 
 Null (None) means "not applicable" or "not measurable", never zero; `COLUMNS` says when. A number that is NaN was
 measured and was not finite. "Settled" are the finite steps from max(warmup_steps, 25) on.
@@ -7,14 +7,16 @@ measured and was not finite. "Settled" are the finite steps from max(warmup_step
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from stabstudy.stability import record_columns, spike_columns
 from stabstudy.stability.attribution import attribute
-from stabstudy.stability.calm import mad_outliers, ratio3_outliers
 from stabstudy.stability.columns import COLUMNS, Definition, Value
-from stabstudy.stability.detectors import MadDetector, counts, measured
+from stabstudy.stability.detectors import Tail, counts, jump, jump_block, measured
 from stabstudy.stability.events import couple, find_spikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.strided import source_columns, source_spike
@@ -37,6 +39,10 @@ class TrialFacts:
     final_loss: float | None
     approximate: bool = False  # the source did not log every step
     clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
+    unigram_entropy: float | None = None  # H1 of the training tokens, nat/token
+    train_tokens: int | None = None  # of the training part, each counted once
+    parameters: int | None = None  # without embeddings
+    timescale: float | None = None  # 1 / (lr * wd) at the peak of the rate, steps; None: no decay, or not known
     growth_act: float | None = None  # of the initial weights; None: one layer, or not measured
     growth_grad: float | None = None
     beta2: float | None = None  # of Adam's second moment; None: not known, and then every probe of it counts
@@ -61,25 +67,30 @@ class Summary:
 
 
 class LiveSpikes:
-    """The detectors of a running trial. Feed it every row of the trace, from the first."""
+    """The detector on a running trial. Give it every row of the trace, in order, in blocks of any length."""
 
     def __init__(self, rules: Rules):
-        self._grad, self._loss = MadDetector(rules, "grad"), MadDetector(rules, "loss")
-        self._gap = rules.merge_gap
-        self._step = -1
+        self._rules = rules
+        self._tails = {"grad": Tail.empty(1, rules), "loss": Tail.empty(1, rules)}
+        self._steps = 0
         self._last_flag: int | None = None
         self.spike_events = 0  # spikes of the gradient norm so far
 
-    def update(self, grad_norm: float | None, loss: float | None, skip: str | None) -> bool:
-        """Take the next row; True where either series is flagged. None, or a step that does not count: not measured."""
-        self._step += 1
-        grad = self._grad.update(math.nan if grad_norm is None or not counts(skip) else grad_norm)
-        lost = self._loss.update(math.nan if loss is None or not counts(skip) else loss)
-        if grad.flagged:
-            if self._last_flag is None or self._step - self._last_flag > self._gap:
+    def update(self, rows: Sequence[tuple[float | None, float | None, str | None]]) -> bool:
+        """Take the next rows (grad_norm, loss, skip); True where a step of either series is flagged.
+
+        None, or a step that does not count: not measured.
+        """
+        norm = [math.nan if norm is None or not counts(skip) else norm for norm, _, skip in rows]
+        loss = [math.nan if loss is None or not counts(skip) else loss for _, loss, skip in rows]
+        grad, self._tails["grad"] = jump_block(np.array([norm]), self._tails["grad"], self._rules, "grad")
+        lost, self._tails["loss"] = jump_block(np.array([loss]), self._tails["loss"], self._rules, "loss")
+        for step in (self._steps + np.flatnonzero(grad.flagged[0])).tolist():
+            if self._last_flag is None or step - self._last_flag > self._rules.merge_gap:
                 self.spike_events += 1
-            self._last_flag = self._step
-        return grad.flagged or lost.flagged
+            self._last_flag = step
+        self._steps += len(rows)
+        return bool(grad.flagged.any() or lost.flagged.any())
 
 
 def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules) -> Summary:
@@ -89,11 +100,10 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         trace: Every step from the first, schema `trace.TRACE`; may be empty.
         probes: Schema `trace.PROBES`; None where nothing was probed.
         facts: The settings and the state of the trial.
-        rules: Those of its study (see `rules.rules_for`).
+        rules: What counts as a spike, and what makes a verdict.
     """
     norm, loss = measured(trace, "grad_norm"), measured(trace, "loss")
-    grad_flags, loss_flags = mad_outliers(norm, rules, "grad"), mad_outliers(loss, rules, "loss")
-    rough = ratio3_outliers(norm, rules)
+    grad_flags, loss_flags = jump(norm, rules, "grad"), jump(loss, rules, "loss")
     # in rows of the trace, as all that follows up to `source_columns`
     warmup, planned = facts.rows_before(facts.warmup_steps), max(1, facts.rows_before(facts.steps_planned))
     every_step = facts.stride == 1
@@ -103,9 +113,9 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         rules,
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
-    monitor = DivergenceMonitor(rules, planned, warmup, facts.init_loss, every_step)
+    monitor = DivergenceMonitor(rules, planned, warmup, facts.init_loss, facts.unigram_entropy, every_step)
     divergence(trace, probes, monitor, facts.final_loss)
-    verdict = judge(monitor, grad, lost, rough, rules, facts.status, facts.stop_reason)
+    verdict = judge(monitor, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     columns: dict[str, Value] = {
         "steps_done": len(trace),
         "steps_planned": facts.steps_planned,
@@ -115,16 +125,15 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "approximate": facts.approximate or not every_step,
         **record_columns.norms(norm, warmup),
         **record_columns.clipping(norm, trace, warmup, facts.clip, facts.clip_kind),
-        **spike_columns.flagged("spike", grad_flags),
-        **spike_columns.grad_spikes(grad, grad_flags.n_evaluable, len(trace), rules),
-        **spike_columns.flagged("spike_ratio3", rough),
-        **spike_columns.dips(grad_flags),
+        **spike_columns.flags_of_norm(norm, grad_flags, rules),
+        **spike_columns.grad_spikes(grad, grad_flags.n_evaluable),
         **spike_columns.by_published_rules(norm, loss, planned, rules),
         **spike_columns.loss_spikes(lost, loss_flags.n_evaluable),
         **record_columns.attention(probes),
         **record_columns.logits(trace),
         **record_columns.updates(probes, facts.beta2),
         **record_columns.noise(probes),
+        **record_columns.warnings(trace, probes, rules),
         **record_columns.counters(trace),
         "verdict": verdict.verdict,
         "verdict_rule": verdict.rule,
@@ -132,7 +141,12 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "verdict_partial": verdict.partial,
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
-        **record_columns.losses(facts.status, facts.init_loss, facts.final_loss, monitor.best_loss),
+        **record_columns.losses(
+            facts.status, facts.init_loss, facts.final_loss, monitor.best_loss, facts.unigram_entropy
+        ),
+        **record_columns.scale(
+            _tokens(trace), facts.train_tokens, facts.parameters, facts.timescale, facts.steps_planned
+        ),
         "growth_act": facts.growth_act,
         "growth_grad": facts.growth_grad,
     }
@@ -141,3 +155,8 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         columns = source_columns(columns, facts.stride, facts.first_step)
         rows = [source_spike(row, facts.stride, facts.first_step) for row in rows]
     return Summary({name: columns[name] for name in COLUMNS}, rows)
+
+
+def _tokens(trace: Rows) -> int | None:
+    """Targets seen up to the last row; None where the record does not say."""
+    return None if not len(trace) or trace.is_null("tokens")[-1] else int(trace["tokens"][-1])

@@ -1,24 +1,31 @@
-"""Whether a trial diverged, and the verdict: `stable`, `spiky` or `diverged`.
+"""Whether a trial diverged, and the verdict: `stable`, `spiky`, `rough`, `diverged`, or none.
 
-Divergence codes, tested in this order at each step; the first that fires is kept:
+Divergence codes, tested in this order at each step (the last two at the end); the first that fires is kept:
 
-    nonfinite    loss, gradient norm or weights not finite in a step that was not skipped, or too many skips in a row
-                 (those of `train.skip_spikes` do not count)
-    above_init   the moving mean of the loss is clearly above what the untrained model had
-    persistent   the loss is at twice its recent mean, and half a nat above it, for `limit` steps in a row
-    no_recovery  at the end: the loss of the last steps is far above the best moving mean
-    ok           none of these
+    nonfinite      loss, gradient norm or weights not finite in a step that was not skipped, or too many skips in a row
+                   (those of `train.skip_spikes` do not count)
+    above_init     the moving mean of the loss is clearly above what the untrained model had
+    persistent     the loss is at twice its recent mean, and half a nat above it, for `limit` steps in a row
+    above_unigram  the loss was clearly below the entropy of single tokens (H1), and ended above it: what was learned
+                   is lost
+    no_recovery    the loss of the last steps is far above the best moving mean
+    ok             none of these
 
-Diverged is a result, not a failure of the trial. A spiky trial is not diverged, and
+Diverged is a result, not a failure of the trial. The verdict is the first that holds:
 
-    R1  a loss spike, or a grad spike of at least three times its baseline, is wide, malignant, or open with five flags
-    R2  there are at least two such spikes of any class, and at least one per 1000 evaluable steps
-    R3  the norm is at three times its recent median (`ratio3`) on at least 4 steps and 2 % of the evaluable ones
+    diverged  any code but `ok`
+    rough     the norm stands at three times its recent level and median (absolute flags) too often: stretches of such
+              steps, flags at most 4 apart being one, have a rate whose lower 95 % Poisson bound exceeds .25 % of the
+              evaluable steps
+    spiky     R1  a loss spike, or a norm spike that holds an absolute flag, is wide, malignant, or open with five flags
+              R2  there are at least three such spikes of any class, and the lower 95 % bound of their rate exceeds one
+                  per 1,000 evaluable steps (a coupled pair counts once)
+    stable    none of these
 
-A stable trial is neither; so is a model that learns nothing.
-
-A log that leaves steps out can show that a trial diverged or is spiky (R2 and R3, over the logged rows), but not how
-long anything lasted: `persistent` and R1 are not asked, and none of its trials is called stable (reason `strided`).
+and null, with a reason, where nothing can be said: `no_gradient_norm`, `too_short` (under 50 evaluable steps), a state
+that is not done; and in place of `stable` alone: `strided` (a log that leaves steps out can show that a trial diverged,
+is rough or spiky by R2, but not how long anything lasted, so `persistent` and R1 are not asked) and `untrained` (the
+moving mean of the loss never came below H1: nothing was learned that could have become unstable).
 """
 
 from __future__ import annotations
@@ -31,15 +38,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import Flags, counts
+from stabstudy.stability.detectors import Flags, counts, stretches
 from stabstudy.stability.events import Spike
 from stabstudy.stability.rules import Rules
 from stabstudy.trace import Rows
 
+VERDICTS = ("stable", "spiky", "rough", "diverged")
+"""From the best to the worst."""
+
 FIXED_POINT = 40  # bits behind the point
 HIGH = 1e9  # losses above count as this in the reference of a persistent rise
-
-Floats = NDArray[np.float64]
 
 
 class DivergenceMonitor:
@@ -50,8 +58,15 @@ class DivergenceMonitor:
     """
 
     def __init__(
-        self, rules: Rules, steps_planned: int, warmup_steps: int, init_loss: float | None, every_step: bool = True
+        self,
+        rules: Rules,
+        steps_planned: int,
+        warmup_steps: int,
+        init_loss: float | None,
+        unigram_entropy: float | None = None,
+        every_step: bool = True,
     ):
+        self.unigram_entropy = unigram_entropy  # H1 of the training tokens, nat/token; None: not known
         self.every_step = every_step  # False: a log that leaves steps out, so nothing is `persistent`
         self.code: str | None = None
         self.step: int | None = None
@@ -84,30 +99,6 @@ class DivergenceMonitor:
                 self._fire("persistent", step)
         return self.code
 
-    def take_calm(self, loss: Floats) -> bool:
-        """Take a whole trial of these losses at once, if it is calm; else take nothing and answer False.
-
-        Calm: every loss is finite, and none stands so high above those before it that a rise could begin. The trial
-        must have skipped no step, and have no norm that is not finite. The same as `update` with each row, bit by bit.
-        """
-        if self.steps or not len(loss) or not self._rise.cannot_begin(loss):
-            return False
-        listed = loss.tolist()
-        factor, ema = 2 / (self._rules.ema_steps + 1), listed[0]
-        means = []
-        for x in listed:
-            ema += factor * (x - ema)
-            means.append(ema)
-        self._start = listed[0] if self._start is None else self._start
-        self._highest_start = max(listed[0], self._start)
-        above = np.flatnonzero(np.array(means) > self._highest_start + self._rules.above_init)
-        if len(above := above[above >= self._judged_from]):
-            self._fire("above_init", int(above[0]))
-        self.steps, self._ema, self._updated = len(listed), ema, True
-        self.best_loss = min(means[self._rules.ema_steps :], default=None)
-        self._tail.extend(listed)
-        return True
-
     def weights_not_finite(self, step: int) -> None:
         """A probe found a weight that is not finite after this step."""
         self._fire("nonfinite", step)
@@ -119,6 +110,8 @@ class DivergenceMonitor:
         """
         if final_loss is not None and not math.isfinite(final_loss):
             self._fire("nonfinite", max(0, self.steps - 1))
+        if self._has_lost_what_it_learned(final_loss):
+            self._fire("above_unigram", max(0, self.steps - 1))
         if self._has_not_recovered():
             self._fire("no_recovery", self.steps - 1)
         return self.code or "ok"
@@ -147,9 +140,20 @@ class DivergenceMonitor:
             return False
         return self._ema > self._highest_start + self._rules.above_init
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the moving mean of the loss never came below the entropy of single tokens; False: not known."""
+        return self.unigram_entropy is not None and (self.best_loss is None or self.best_loss >= self.unigram_entropy)
+
+    def _has_lost_what_it_learned(self, final_loss: float | None) -> bool:
+        if self.unigram_entropy is None or self.best_loss is None or final_loss is None:
+            return False
+        learned = self.best_loss < self.unigram_entropy - self._rules.unigram_learned
+        return learned and final_loss > self.unigram_entropy + self._rules.unigram_lost
+
     def _has_not_recovered(self) -> bool:
         tail = [x for x in list(self._tail)[-_tail_steps(self.steps, self._rules) :] if not math.isnan(x)]
-        if self.steps < self._rules.min_steps or self.best_loss is None or self._start is None or not tail:
+        if self.steps < self._rules.no_recovery_steps or self.best_loss is None or self._start is None or not tail:
             return False
         rise = math.fsum(tail) / len(tail) - self.best_loss
         gained = self._start - self.best_loss
@@ -160,9 +164,9 @@ class DivergenceMonitor:
 class Verdict:
     """The judgement of one trial. `verdict` null: `reason` says why it is not judged, and the rest is null too."""
 
-    verdict: str | None  # stable | spiky | diverged
-    rule: str | None = None  # the code, or those of R1+R2+R3 that hold; null for stable
-    reason: str | None = None  # too_short, strided, or the state that is not done
+    verdict: str | None  # stable | spiky | rough | diverged
+    rule: str | None = None  # the code, `rough`, or those of R1+R2 that hold; null for stable
+    reason: str | None = None  # too_short, no_gradient_norm, strided, untrained, or the state that is not done
     partial: bool | None = None  # a scheduler stopped it, or its log ends early: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
@@ -175,8 +179,6 @@ def divergence(trace: Rows, probes: Rows | None, monitor: DivergenceMonitor, fin
         lost = ~probes.is_null("param_norm") & ~np.isfinite(probes["param_norm"])
         # a probe at `step` shows the weights after that many updates, so after row step - 1
         weights_lost_after = {max(0, step - 1) for step in probes["step"][lost].tolist()}
-    if not weights_lost_after and _nothing_lost(trace) and monitor.take_calm(trace["loss"]):
-        return monitor.finish(final_loss)
     columns = (_optional(trace, name) for name in ("loss", "grad_norm", "skip"))
     for step, (loss, grad_norm, skip) in enumerate(zip(*columns, strict=True)):
         monitor.update(step, loss, grad_norm, skip)
@@ -187,9 +189,10 @@ def divergence(trace: Rows, probes: Rows | None, monitor: DivergenceMonitor, fin
 
 def judge(
     monitor: DivergenceMonitor,
+    norm: NDArray[np.float64],
+    flags: Flags,
     grad: list[Spike],
     loss: list[Spike],
-    rough: Flags,
     rules: Rules,
     status: str,
     stop_reason: str | None,
@@ -198,9 +201,10 @@ def judge(
 
     Args:
         monitor: Finished (see `divergence`).
+        norm: grad_norm, shape [steps], NaN where it was not measured.
+        flags: Those of `jump` on it.
         grad: Spikes of grad_norm, coupled to those of the loss (see `events.couple`).
         loss: Spikes of the loss.
-        rough: Readings of `ratio3`.
         rules: Those of all the former.
         status: Of the trial; only a `done` one is judged.
         stop_reason: complete | diverged | scheduler, of a trial that is done.
@@ -210,24 +214,43 @@ def judge(
     partial = stop_reason in ("scheduler", "log_ended")
     if monitor.code is not None:
         return Verdict("diverged", monitor.code, None, partial, monitor.code, monitor.step)
-    if monitor.steps < rules.min_steps:
+    if not np.isfinite(norm).any():
+        return Verdict(None, reason="no_gradient_norm")
+    if flags.n_evaluable < rules.min_evaluable:
         return Verdict(None, reason="too_short")
-    broken = "+".join(_rules_broken(grad, loss, rough, rules, monitor.every_step))
-    if not broken and not monitor.every_step:
-        return Verdict(None, reason="strided")
     code = "ok" if monitor.every_step else None  # nobody asked for `persistent`
-    return Verdict("spiky" if broken else "stable", broken or None, None, partial, code)
+    if is_rough(flags, rules):
+        return Verdict("rough", "rough", None, partial, code)
+    if broken := "+".join(_rules_broken(grad, loss, flags.n_evaluable, rules, monitor.every_step)):
+        return Verdict("spiky", broken, None, partial, code)
+    if not monitor.every_step:
+        return Verdict(None, reason="strided")
+    if monitor.untrained:
+        return Verdict(None, reason="untrained", code=code)
+    return Verdict("stable", None, None, partial, code)
 
 
-def _rules_broken(grad: list[Spike], loss: list[Spike], rough: Flags, rules: Rules, every_step: bool) -> list[str]:
-    high = [s for s in grad if s.peak_ratio is not None and s.peak_ratio >= rules.spiky_ratio]
+def is_rough(flags: Flags, rules: Rules) -> bool:
+    """Whether stretches of absolute flags are so frequent that their rate is surely above `rough_share`."""
+    events = len(stretches(flags.absolute, rules.rough_gap))
+    return lowest_rate(events, flags.n_evaluable, rules.tail_probability) > rules.rough_share
+
+
+def lowest_rate(events: int, steps: int, probability: float) -> float:
+    """One-sided lower bound of a rate per step: chi2.ppf(probability, 2 events) / 2 / steps (Garwood 1936)."""
+    from scipy.special import gammaincinv  # here and not above: only a trial that has ended is judged
+
+    return float(gammaincinv(events, probability)) / steps if events and steps else 0.0
+
+
+def _rules_broken(grad: list[Spike], loss: list[Spike], evaluable: int, rules: Rules, every_step: bool) -> list[str]:
+    high = [s for s in grad if s.part != "surprise"]
     partners = {s.partner for s in high}
     events = len(high) + sum(1 for s in loss if s.start not in partners)
-    evaluable, rough_steps = rough.n_evaluable, rough.n_flagged
+    often = 1000 * lowest_rate(events, evaluable, rules.tail_probability) > rules.spiky_per_1k
     holds = {
         "R1": every_step and any(_lasts(s, rules) for s in (*high, *loss)),
-        "R2": events >= rules.spiky_events and 1000 * events >= rules.spiky_per_1k * evaluable,
-        "R3": rough_steps >= rules.rough_steps and rough_steps >= rules.rough_share * evaluable,
+        "R2": events >= rules.spiky_events and often,
     }
     return [name for name, broken in holds.items() if broken]
 
@@ -236,12 +259,6 @@ def _lasts(spike: Spike, rules: Rules) -> bool:
     if spike.spike_class == "open":
         return spike.flag_steps >= rules.spiky_open_flags
     return spike.spike_class in ("wide", "malignant")
-
-
-def _nothing_lost(trace: Rows) -> bool:
-    """Whether every step made its update, with values that are finite."""
-    norms = np.isfinite(trace["grad_norm"]) | trace.is_null("grad_norm")
-    return bool(trace.is_null("skip").all() and np.isfinite(trace["loss"]).all() and norms.all())
 
 
 def _optional(rows: Rows, name: str) -> list[Any]:
@@ -277,16 +294,6 @@ class _PersistentRise:
             return False
         reference = math.ldexp(self._total, -FIXED_POINT) / self._size
         return loss >= self._ratio * reference and loss >= reference + self._rise
-
-    def cannot_begin(self, loss: Floats) -> bool:
-        """Whether no loss of a whole series begins a stretch, even if the reference were a little lower than it is."""
-        if np.abs(loss).max() > HIGH or len(loss) <= self._size:
-            return bool(np.abs(loss).max() <= HIGH)
-        sums = np.concatenate([[0.0], np.cumsum(loss)])
-        slack = 1e-9 * (1 + float(np.abs(sums).max()))  # far above the rounding of the sums, here and in `_remember`
-        reference = (sums[self._size : -1] - sums[: -self._size - 1]) / self._size - slack
-        ahead = loss[self._size :]
-        return bool(((ahead < self._ratio * reference) | (ahead < reference + self._rise)).all())
 
     def _remember(self, loss: float) -> None:
         # whole numbers, so that a huge loss leaves no rounding error behind when it leaves the sum

@@ -20,7 +20,7 @@ from stabstudy.data.errors import DataError
 from stabstudy.planning import machine
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
-from stabstudy.stability.rules import rules_for
+from stabstudy.stability.rules import Rules
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.provenance import provenance
@@ -101,7 +101,7 @@ def _run(
             "keep_checkpoints": plan.compute.keep_checkpoints,
             "compiler": machine.why_not_compile() is None,
         },
-        "rules": rules_for(min(t.config.train.steps for t in plan.trials)).to_json(),
+        "rules": Rules().to_json(),
     }
     if plan.launcher == "local":
         _run_local(study, ids, shared, plan.compute.retries, board, stop)

@@ -24,6 +24,7 @@ from stabstudy.trace import Rows, RowWriter
 from stabstudy.training import step as st
 
 RING = 32
+BLOCK = 32  # steps that the detector judges at once: one at a time would cost a hundred times as much
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Pending:
 
 
 class Recorder:
-    """Writes the trace, and knows the step reached, the spikes so far and whether the trial has diverged."""
+    """Writes the trace, and knows the step reached, the spikes up to the last block and whether the trial diverged."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Recorder:
         self.monitor, self.spikes = monitor, spikes
         self.ring = RING if on_device else 1
         self.pending: list[Pending] = []
+        self._unjudged: list[tuple[float | None, float | None, str | None]] = []
         self.rows = 0
         self.loss = self.grad_norm = math.nan
         self.tokens_per_second = 0.0
@@ -64,6 +66,7 @@ class Recorder:
                 self._watch(step, None, None, skip)
             else:
                 self._watch(step, float(loss), float(norm), skip)
+        self._judge_spikes()
 
     def start_clock(self) -> None:
         """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""
@@ -100,8 +103,14 @@ class Recorder:
         self.grad_norm = math.nan if norm is None else norm
         before = self.monitor.code
         code = self.monitor.update(step, loss, norm, skip)
-        spiked = self.spikes.update(norm, loss, skip)
+        self._unjudged.append((norm, loss, skip))
+        spiked = len(self._unjudged) >= BLOCK and self._judge_spikes()
         return spiked or skip is not None or code != before or not math.isfinite(self.grad_norm + self.loss)
+
+    def _judge_spikes(self) -> bool:
+        """Let the detector take the rows since its last block; True where it flags one."""
+        rows, self._unjudged = self._unjudged, []
+        return self.spikes.update(rows)
 
     def _row(self, pending: Pending, values: NDArray[np.float64] | None, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -25,8 +25,9 @@ from stabstudy.data import sources
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.stability.explain import outcome
+from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes, TrialFacts, summarise
+from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint, hf
 from stabstudy.training.allocation import keep_freed_memory
@@ -198,7 +199,7 @@ def _recorder(
 ) -> Recorder:
     warmup, steps = config.warmup_steps, config.train.steps
     assert state.init_loss is not None
-    monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss)
+    monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss, state.unigram_entropy)
     recorder = Recorder(
         config,
         stepper.layer_index,
@@ -220,25 +221,15 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
         meta = {"trial_id": state.trial_id}
         count, sha = finished.compact(folder.live(schema), folder.finished(schema), schema, meta)
         records[schema.name] = {"rows": count, "sha256": sha}
-    facts = TrialFacts(
-        steps_planned=config.train.steps,
-        warmup_steps=config.warmup_steps,
-        clip=config.optim.clip,
-        clip_kind=config.optim.clip_kind,
-        beta2=config.optim.beta2,
-        status="done",
-        stop_reason=state.stop_reason,
-        init_loss=state.init_loss,
-        final_loss=state.final_loss,
-        growth_act=state.growth_act,
-        growth_grad=state.growth_grad,
-    )
     rows, probes = (finished.read_parquet(folder.finished(s), s) for s in RECORDS)
-    found = summarise(rows, probes, facts, rules).columns
+    state = replace(state, status="done", error=None, records=records)
+    source = Source(config, state)
+    summary = judge_trial(rows, probes, source, rules)
+    write_summary(folder, summary, source, rules)
+    found = summary.columns
     verdict, code, events = (found[name] for name in ("verdict", "verdict_code", "spike_events"))
     assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(events, int | None)
-    state = replace(state, status="done", records=records, verdict=verdict, verdict_code=code, spike_events=events)
-    state = replace(state, outcome=outcome(found, rules))
+    state = replace(state, verdict=verdict, verdict_code=code, spike_events=events, outcome=outcome(found, rules))
     state = _end(folder, state)
     for schema in RECORDS:
         folder.live(schema).unlink(missing_ok=True)

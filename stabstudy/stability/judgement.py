@@ -1,0 +1,122 @@
+"""The judgement of a trial of our own, made once at its end and kept in its folder as `summary.json`.
+
+    summary.json    {format, detector_id, source_sha256, columns: its statistics, spikes: a row each}
+
+A report reads it. Only where it is missing (older studies), was made by other rules, or belongs to another state of the
+trial is the trial judged anew, by the same function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy.config import TrialConfig
+from stabstudy.stability.columns import COLUMNS
+from stabstudy.stability.events import SPIKE_COLUMNS
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Summary, TrialFacts, summarise
+from stabstudy.store import State, StoreError, TrialFolder, encode_float, read_json, write_json
+from stabstudy.trace import Rows
+
+FORMAT = 3
+"""Goes up when a statistic is computed in a new way: a summary of another format is never taken over."""
+
+_OF_STATE = (
+    *("status", "stop_reason", "init_loss", "final_loss", "growth_act", "growth_grad"),
+    *("unigram_entropy", "train_tokens", "eval_hash", "records", "error"),
+)
+"""What of a state a judgement depends on. Attempts, hosts and times are no part of it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a judgement is made from, records aside."""
+
+    config: TrialConfig
+    state: State
+
+    @property
+    def facts(self) -> TrialFacts:
+        """What the trace does not say."""
+        c, state = self.config, self.state
+        return TrialFacts(
+            steps_planned=c.train.steps,
+            warmup_steps=c.warmup_steps,
+            clip=c.optim.clip,
+            clip_kind=c.optim.clip_kind,
+            beta2=c.optim.beta2,
+            parameters=c.model.parameters(vocab=0),
+            timescale=c.decay_timescale,
+            status=state.status,
+            stop_reason=state.stop_reason,
+            init_loss=state.init_loss,
+            final_loss=state.final_loss,
+            unigram_entropy=state.unigram_entropy,
+            train_tokens=state.train_tokens,
+            growth_act=state.growth_act,
+            growth_grad=state.growth_grad,
+        )
+
+    @property
+    def sha256(self) -> str:
+        """First 16 hex digits of the sha256 of all that the judgement depends on."""
+        return source_sha256(cfg.flat(self.config), self.state)
+
+
+def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
+    """Names settings, state and, of an ingested run, what its log is; 16 hex digits."""
+    body = asdict(state)
+    text = json.dumps([{k: body[k] for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def judge_trial(trace: Rows, probes: Rows | None, source: Source, rules: Rules) -> Summary:
+    """The statistics, the verdict and the spikes of a trial, from its complete records."""
+    return summarise(trace, probes, source.facts, rules)
+
+
+def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: Rules) -> None:
+    """Keep a judgement, atomically."""
+    body = {
+        "format": FORMAT,
+        "detector_id": rules.detector_id,
+        "source_sha256": source.sha256,
+        "columns": _encoded(summary.columns),
+        "spikes": [_encoded(spike) for spike in summary.spikes],
+    }
+    write_json(folder.summary_file, body)
+
+
+def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:
+    """The judgement kept in the folder; None where there is none, or it is not of this source and these rules."""
+    try:
+        body = read_json(folder.summary_file)
+    except StoreError:
+        return None
+    wanted = {"format": FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
+    columns, spikes = body.get("columns"), body.get("spikes")
+    if (
+        any(body.get(k) != v for k, v in wanted.items())
+        or not isinstance(columns, dict)
+        or not isinstance(spikes, list)
+    ):
+        return None
+    if set(columns) != set(COLUMNS) or any(set(s) != {*SPIKE_COLUMNS, "detector_id"} for s in spikes):
+        return None
+    kinds = {name: definition.kind for name, definition in COLUMNS.items()}
+    decoded = {n: float(v) if kinds[n] == "float" and v is not None else v for n, v in columns.items()}
+    return Summary({name: decoded[name] for name in COLUMNS}, [_decoded(spike) for spike in spikes])
+
+
+def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _decoded(spike: Mapping[str, Any]) -> dict[str, Any]:
+    """A peak may be any float; JSON has text for those that are not finite."""
+    return {k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in spike.items()}
