@@ -1,42 +1,60 @@
-"""The detectors that others published, so that a study can be compared with their numbers.
+"""Spike rules that others published, over a whole series, so that a study can be set beside their numbers.
 
-Each is here as one value at a time (`update`), with a state that JSON holds exactly; `offline` has the same rules over
-a whole series, with the same flags. Where the published code has a defect, ours keeps the rule and drops the defect:
+Each takes float64 [steps], NaN where there is no value. No running sums: no answer depends on what has left the window.
+Where the published code has a defect, ours keeps the rule and drops the defect:
 
-| detector       | published defect                                       | here                                     |
+| rule           | published defect                                       | here                                     |
 |----------------|--------------------------------------------------------|------------------------------------------|
 | all            | a NaN enters the window or the moving mean, and blinds | what is not finite is not evaluable, and |
 |                | the rule for the next W steps (ZClip, llm.c: for ever) | enters nothing                           |
-| `llmc`         | running float sums drift; rolling back an outlier      | exact sums; an outlier stays in, as with |
-|                | restores the wrong slot                                | llm.c's threshold left at its default    |
+| `llmc`         | running float sums drift; rolling back an outlier      | no running sums; an outlier stays in, as |
+|                | restores the wrong slot                                | with llm.c's threshold at its default    |
 | `llmc`, pandas | x is in its own window: z is at most sqrt(W - 1)       | kept in `llmc`: it is the rule           |
 | `zclip`        | the higher the spike, the lower the norm it is cut to  | kept: only the flag is recorded          |
 | `foundry_kill` | NaN >= x is false: a run of NaN goes on                | such a run is `nonfinite` by `verdict`   |
 
-An adaptive rule's count falls as training gets rougher: never report one alone.
+An adaptive rule's count falls as training gets rougher: never report one alone. Values beyond 1e150 have no squares:
+what they entered flags nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stabstudy.stability.detectors import State
-from stabstudy.stability.moments import ExactWindow, whole
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
 from stabstudy.stability.rules import Published
 
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
-class Mark(NamedTuple):
-    """A published detector's answer to one value."""
-
-    flagged: bool
-    evaluable: bool
+BLOCK = 4096
+"""Windows sorted at once: 2 MiB of 64 values each, however long the series is."""
 
 
-UNJUDGED, ORDINARY, FLAGGED = Mark(False, False), Mark(False, True), Mark(True, True)
+@dataclass(frozen=True)
+class Marks:
+    """A rule's answers to a series, shape [steps]."""
+
+    flagged: Bools
+    evaluable: Bools
+
+    @property
+    def n_evaluable(self) -> int:
+        return int(self.evaluable.sum())
+
+    @property
+    def n_flagged(self) -> int:
+        return int(self.flagged.sum())
+
+    @property
+    def share(self) -> float | None:
+        """Flagged steps per evaluable step; None where no step is evaluable."""
+        return self.n_flagged / self.n_evaluable if self.n_evaluable else None
 
 
 @dataclass(frozen=True)
@@ -70,56 +88,64 @@ def olmo7(p: Published, steps_planned: int) -> SigmaRule:
 def olmo_core(p: Published) -> SigmaRule:
     """OLMo-core's StabilityMonitor: 6 population standard deviations above the last 128; flagged values stay in.
 
-    A step is a spike where the loss or the norm is. Published, a NaN makes the mean NaN: nothing is seen for 128 steps.
+    A step is a spike where the loss or the norm is. Published, a NaN makes the mean NaN: nothing is seen for 128 steps;
+    and the score is per step, where ours is per evaluable step.
     """
     return SigmaRule(p.core_k, p.core_window, p.core_window, flat=p.core_flat)
 
 
 def skipstep(p: Published) -> SigmaRule:
-    """Skip-step optimizers of OLMo-core and Levanter: as `olmo_core`, sample deviation, from 64 values on.
+    """Skip-step optimizers: as `olmo_core`, sample deviation, once half of the window (64 values) came before.
 
-    Published, a NaN in the window makes every comparison false, which there means "skip": about 128 ordinary steps.
+    OLMo-core counts the current value: it begins with 63 before it. Levanter has the population's deviation, and 129
+    values in its window. Published, a NaN in the window makes every comparison false, which in OLMo-core means "skip":
+    about 128 ordinary steps.
     """
-    return SigmaRule(p.core_k, p.core_window, p.skipstep_fill, sample=True, flat=p.core_flat)
+    return SigmaRule(p.core_k, p.core_window, p.core_window // 2, sample=True, flat=p.core_flat)
 
 
-def llmc(p: Published) -> SigmaRule:
-    """llm.c's outlier detector: z > 3 in a full ring of 64 that holds x itself, so z <= sqrt(63) = 7.94.
+def llmc(k: float = 3.0) -> SigmaRule:
+    """llm.c's outlier detector: z > k in a full ring of 64 that holds x itself, so z <= sqrt(63) = 7.94.
 
-    The threshold is the caller's; 3 is ours. Published sums are floats that are added to and taken from.
+    The threshold is the caller's; 3 is ours.
     """
-    return SigmaRule(p.llmc_z, p.llmc_window, p.llmc_window, inclusive=True)
+    return SigmaRule(k, 64, 64, inclusive=True)
 
 
-class SigmaDetector:
-    """Any `SigmaRule`, exact: its flags have no rounding error (see `moments`). About 9 us per step."""
-
-    def __init__(self, rule: SigmaRule):
-        self._rule = rule
-        self._window = ExactWindow(rule.window)
-
-    def update(self, x: float) -> Mark:
-        """Judge `x`, which then enters the window; before it is judged where the rule is inclusive."""
-        if not math.isfinite(x):
-            return UNJUDGED
-        rule, window = self._rule, self._window
-        if rule.inclusive:
-            window.push(x)
-        mark = UNJUDGED
-        if len(window) >= rule.fill:
-            mark = Mark(window.stands_out(x, rule.k, rule.two_sided, rule.sample, rule.flat), True)
-        if not rule.inclusive:
-            window.push(x)
-        return mark
-
-    def state(self) -> State:
-        return {"window": list(self._window.values)}
-
-    def load(self, state: State) -> None:
-        self._window = ExactWindow(self._rule.window, state["window"])
+@np.errstate(over="ignore", invalid="ignore")
+def sigma(values: Floats, rule: SigmaRule) -> Marks:
+    """Steps that stand out by `rule`; never where x is the mean itself."""
+    finite = np.isfinite(values)
+    x = values[finite]
+    n, mean, squares = _moments(x, rule.window, rule.inclusive)
+    deviation = np.sqrt(squares / np.maximum(n - rule.sample, 1))
+    distance, judged = x - mean, n >= rule.fill
+    far = np.abs(distance) >= rule.k * deviation if rule.two_sided else distance > rule.k * deviation
+    proven = (distance != 0) & (deviation >= rule.flat) & (deviation < np.inf)
+    return _marks(judged & far & proven, judged, finite)
 
 
-class ZClip:
+@np.errstate(over="ignore")
+def ratio3(values: Floats, ratio: float = 3.0, window: int = 64, fill: int = 16) -> Marks:
+    """Steps of a norm at `ratio` times the median of the last `window` values before, flagged ones included, or more.
+
+    Ours, for comparison. Evaluable from `fill` values on; what is not above zero enters nothing either.
+    """
+    known = np.isfinite(values) & (values > 0)
+    x = values[known]
+    n = np.minimum(np.arange(len(x)), window)
+    before = np.append(np.full(window, np.inf), x[:-1])  # in order of size, what is not there yet comes last
+    middle = np.stack([np.maximum(n - 1, 0) // 2, n // 2], axis=1)
+    windows, median = sliding_window_view(before, window), np.empty(len(x))
+    for begin in range(0, len(x), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        ordered = np.sort(windows[part], axis=1)
+        median[part] = np.take_along_axis(ordered, middle[part], axis=1).mean(axis=1)
+    judged = n >= fill
+    return _marks(judged & (x >= ratio * median), judged, known)
+
+
+def zclip(values: Floats, p: Published) -> Marks:
     """ZClip's trigger (arXiv 2504.02507): z > 2.5 against moving moments of the norm after its own clipping.
 
         z = (x - mu) / (sd + 1e-6)      x' = mu + 2.5 sd / (z / 2.5) if z > 2.5, else x
@@ -128,99 +154,43 @@ class ZClip:
     mu and var begin as those of the first 25 values. It fires on 1 to 7 % of ordinary steps: a clipping rule, no spike
     score. Published, one NaN makes mu and var NaN for ever, and everything passes.
     """
-
-    def __init__(self, p: Published):
-        self._z, self._fill, self._keep, self._eps = p.zclip_z, p.zclip_fill, p.zclip_alpha, p.zclip_eps
-        self._first: list[float] = []
-        self._mean = self._variance = 0.0
-
-    def update(self, x: float) -> Mark:
-        """Judge `x` by the moments so far, then move them."""
-        if not math.isfinite(x):
-            return UNJUDGED
-        if len(self._first) < self._fill:
-            self._begin(x)
-            return UNJUDGED
-        sd = math.sqrt(self._variance)
-        z = (x - self._mean) / (sd + self._eps)
-        flagged = z > self._z
-        admitted = self._mean + self._z * sd / (z / self._z) if flagged else x
-        self._mean = self._keep * self._mean + (1 - self._keep) * admitted
-        away = admitted - self._mean
-        self._variance = self._keep * self._variance + (1 - self._keep) * (away * away)
-        return Mark(flagged, True)
-
-    def run(self, values: Iterable[float]) -> list[Mark]:
-        """`update` on each value; the loop is written out because nothing of it can be vectorised."""
-        waiting = iter(values)
-        marks = []
-        while len(self._first) < self._fill and (x := next(waiting, None)) is not None:
-            marks.append(self.update(x))
-        top, keep, eps, root, finite = self._z, self._keep, self._eps, math.sqrt, math.isfinite
-        new, mean, variance = 1 - keep, self._mean, self._variance
-        for x in waiting:
-            if not finite(x):
-                marks.append(UNJUDGED)
-                continue
-            sd = root(variance)
-            z = (x - mean) / (sd + eps)
-            if z > top:
-                marks.append(FLAGGED)
-                x = mean + top * sd / (z / top)
-            else:
-                marks.append(ORDINARY)
-            mean = keep * mean + new * x
-            away = x - mean
-            variance = keep * variance + new * (away * away)
-        self._mean, self._variance = mean, variance
-        return marks
-
-    def state(self) -> State:
-        return {"first": list(self._first), "mean": self._mean, "variance": self._variance}
-
-    def load(self, state: State) -> None:
-        self._first, self._mean, self._variance = list(state["first"]), state["mean"], state["variance"]
-
-    def _begin(self, x: float) -> None:
-        self._first.append(x)
-        if len(self._first) == self._fill:
-            self._mean = sum(self._first) / self._fill
-            self._variance = sum((y - self._mean) * (y - self._mean) for y in self._first) / self._fill
+    finite = np.isfinite(values)
+    x, fill = values[finite].tolist(), p.zclip_fill
+    if len(x) < fill:
+        return _marks(np.zeros(len(x), bool), np.zeros(len(x), bool), finite)
+    top, keep, new, eps, root = p.zclip_z, p.zclip_alpha, 1 - p.zclip_alpha, p.zclip_eps, math.sqrt
+    mean = sum(x[:fill]) / fill
+    variance = sum((y - mean) * (y - mean) for y in x[:fill]) / fill
+    flagged = [False] * fill
+    for y in x[fill:]:  # each answer depends on the last one
+        sd = root(variance)
+        z = (y - mean) / (sd + eps)
+        flagged.append(z > top)
+        if z > top:
+            y = mean + top * sd / (z / top)
+        mean = keep * mean + new * y
+        away = y - mean
+        variance = keep * variance + new * (away * away)
+    return _marks(np.array(flagged), np.arange(len(x)) >= fill, finite)
 
 
-class Gss:
-    """SPAM's gradient spike score at the level of the norm: x over the mean of all values so far, x included; > 50.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
+def gss_ratio(values: Floats) -> Floats:
+    """SPAM's gradient spike score of the norm, shape [steps]: x over the mean of all values so far, x included.
 
-    Published per element of the gradient (arXiv 2501.06842). It cannot exceed the number of steps, so it is silent
-    before step 50. The sum only grows, so it needs no exact arithmetic.
+    Published per element of the gradient (arXiv 2501.06842), flagged above 50. It cannot exceed the number of steps, so
+    it is silent before step 50. NaN where there is no value, or a mean that is not above zero.
     """
-
-    def __init__(self, p: Published):
-        self._ratio = p.gss_ratio
-        self._n, self._total = 0, 0.0
-
-    def update(self, x: float) -> Mark:
-        """Take `x` and judge it. A mean that is not above zero has no multiples: not evaluable."""
-        ratio = self.ratio(x)
-        return UNJUDGED if ratio is None else Mark(ratio > self._ratio, True)
-
-    def ratio(self, x: float) -> float | None:
-        """Take `x`; the score itself."""
-        if not math.isfinite(x):
-            return None
-        self._n += 1
-        self._total += x
-        mean = self._total / self._n
-        return x / mean if mean > 0 else None
-
-    def state(self) -> State:
-        return {"n": self._n, "total": self._total}
-
-    def load(self, state: State) -> None:
-        self._n, self._total = state["n"], state["total"]
+    finite = np.isfinite(values)
+    x = values[finite]
+    mean = np.cumsum(x) / np.arange(1, len(x) + 1)  # the sum only grows: nothing to lose in it
+    ratio = np.full(len(values), np.nan)
+    ratio[finite] = np.where(mean > 0, x / mean, np.nan)
+    return ratio
 
 
-class FoundryKill:
+@np.errstate(over="ignore", invalid="ignore")
+def foundry_kill(loss: Floats, p: Published, steps_planned: int) -> Marks:
     """llm-foundry's KillLossSpike, over the loss: twice the mean of the window five times in a row; or high losses.
 
     High: after two windows, at least half of the window is above min(10, the largest loss of the first window). The
@@ -228,46 +198,63 @@ class FoundryKill:
     the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite ends the
     row, published and here: `verdict` calls that divergence.
     """
+    finite, size = np.isfinite(loss), p.foundry_window(steps_planned)
+    x = loss[finite]
+    at = np.arange(len(x))
+    n, mean, _ = _moments(x, size)
+    judged = n == size
+    outlier = _marks(judged & (x >= p.foundry_ratio * mean), judged, finite).flagged
+    step = np.arange(len(loss))
+    row = step - np.maximum.accumulate(np.where(outlier, -1, step))  # outliers in a row up to here
+    seen = np.append(0, np.cumsum(x > min(p.foundry_cap, x[:size].max(initial=-np.inf))))
+    high = seen[at] - seen[np.maximum(at - size, 0)]
+    late = (at >= p.foundry_buffer * size) & (high >= p.foundry_high_share * size)
+    marks = _marks(late, judged, finite)
+    return Marks(marks.flagged | (row >= p.foundry_row), marks.evaluable)
 
-    def __init__(self, p: Published, steps_planned: int):
-        self._p = p
-        self._size = p.foundry_window(steps_planned)
-        self._window = ExactWindow(self._size)
-        self._high: deque[bool] = deque(maxlen=self._size)  # of the values after the first window
-        self._seen = self._row = 0
-        self._highest: float | None = None  # of the first window
 
-    def update(self, x: float) -> Mark:
-        """Judge the loss `x` by the window before it, then append it."""
-        if not math.isfinite(x):
-            self._row = 0
-            return UNJUDGED
-        full = self._seen >= self._size
-        mark = Mark(full and (self._is_fifth(x) or self._are_high()), full)
-        if full:
-            assert self._highest is not None
-            self._high.append(x > min(self._p.foundry_cap, self._highest))
-        else:
-            self._highest = x if self._highest is None else max(x, self._highest)
-        self._window.push(x)
-        self._seen += 1
-        return mark
+class Moments(NamedTuple):
+    """Of a stretch of values before each step: how many, their mean, their sum of squared deviations from it."""
 
-    def state(self) -> State:
-        names = {"seen": self._seen, "row": self._row, "highest": self._highest}
-        return {"window": list(self._window.values), "high": list(self._high), **names}
+    n: Floats
+    mean: Floats
+    squares: Floats
 
-    def load(self, state: State) -> None:
-        self._window = ExactWindow(self._size, state["window"])
-        self._high = deque(state["high"], maxlen=self._size)
-        self._seen, self._row, self._highest = state["seen"], state["row"], state["highest"]
 
-    def _is_fifth(self, x: float) -> bool:
-        top, bottom = self._p.foundry_ratio.as_integer_ratio()
-        outlier = whole(x) * self._size * bottom >= top * self._window.total
-        self._row = self._row + 1 if outlier else 0
-        return self._row >= self._p.foundry_row
+def _moments(x: Floats, size: int, inclusive: bool = False) -> Moments:
+    """Of the last `size` values before each one (`inclusive`: it is the last of them), or of all where there are fewer.
 
-    def _are_high(self) -> bool:
-        late = self._seen >= self._p.foundry_buffer * self._size
-        return late and sum(self._high) >= self._p.foundry_high_share * self._size
+    Stretches of 1, 2, 4, 8 ... values are merged from their halves, and windows of any size from those: log2(size)
+    passes. Nothing is ever taken from a sum, so what is not in the window cannot show; equal values have that very mean
+    and no deviation.
+    """
+    none = np.zeros(len(x))
+    window, stretch = Moments(none, none, none), Moments(none + 1, x, none)
+    reach, width = 0 if inclusive else 1, 1  # steps back where the window's next part ends; values in a stretch
+    while True:
+        if size & width:
+            window = _merged(window, stretch, reach)
+            reach += width
+        if 2 * width > size:
+            return window
+        stretch = _merged(stretch, stretch, width)
+        width *= 2
+
+
+def _merged(late: Moments, early: Moments, lag: int) -> Moments:
+    """Both stretches as one, the early one `lag` steps ago (Chan, Golub and LeVeque 1979)."""
+    n, mean, squares = (v.copy() for v in late)
+    m, other, spread = (v[: max(len(v) - lag, 0)] for v in early)
+    both = n[lag:] + m
+    away = other - mean[lag:]
+    squares[lag:] += spread + away * away * (n[lag:] * m / both)
+    mean[lag:] += away * (m / both)
+    n[lag:] = both
+    return Moments(n, mean, squares)
+
+
+def _marks(flagged: Bools, judged: Bools, known: Bools) -> Marks:
+    """Answers at the `known` values, as answers at all steps."""
+    marks = np.zeros((2, len(known)), dtype=bool)
+    marks[:, known] = flagged, judged
+    return Marks(*marks)

@@ -10,11 +10,11 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability import offline, published
+from stabstudy.stability import published
 from stabstudy.stability.columns import Value
 from stabstudy.stability.detectors import Flags
 from stabstudy.stability.events import Spike, severity
-from stabstudy.stability.offline import Marks
+from stabstudy.stability.published import Marks
 from stabstudy.stability.rules import Rules
 
 Floats = NDArray[np.float64]
@@ -73,17 +73,17 @@ def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Ru
     """What the rules of others say: `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
     p = rules.published
     rule = published.olmo7(p, steps_planned)
-    olmo_grad, olmo_loss = (offline.sigma(series, rule).share for series in (norm, loss))
-    core = [offline.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
-    ratio = offline.gss_ratio(norm)
+    olmo_grad, olmo_loss = (published.sigma(series, rule).share for series in (norm, loss))
+    core = [published.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
+    ratio = published.gss_ratio(norm)
     known = ratio[~np.isnan(ratio)]
-    stops = np.flatnonzero(offline.foundry_kill(loss, p, steps_planned).flagged)
+    stops = np.flatnonzero(published.foundry_kill(loss, p, steps_planned).flagged)
     return {
         "spike_olmo7_grad": olmo_grad,
         "spike_olmo7_loss": olmo_loss,
         "olmo7_window": rule.window if (olmo_grad, olmo_loss) != (None, None) else None,
         "spike_olmocore": _either(*core).share,
-        "spike_zclip": offline.zclip(norm, p).share,
+        "spike_zclip": published.zclip(norm, p).share,
         "spike_gss_max": float(known.max()) if len(known) else None,
         "spike_gss50_steps": int((known > p.gss_ratio).sum()) if len(known) else None,
         "spike_foundry_step": int(stops[0]) if len(stops) else None,
