@@ -21,23 +21,21 @@ import pytest
 from series import Floats, heavy_tail, learning, lognormal, trace_rows
 from test_detectors import autoregressive, decay, gaussian
 
-from stabstudy.stability import offline, published
-from stabstudy.stability.calm import ratio3_outliers
-from stabstudy.stability.detectors import Flags
-from stabstudy.stability.offline import Marks
-from stabstudy.stability.rules import Published, Rules, rules_for
+from stabstudy.stability import published
+from stabstudy.stability.published import Marks
+from stabstudy.stability.rules import Published, rules_for
 from stabstudy.stability.summary import TrialFacts, summarise
 
 P = Published()
-JUDGES: dict[str, Callable[[Floats], Marks | Flags]] = {
-    "olmo_paper": lambda x: offline.sigma(x, published.olmo_paper(P)),
-    "olmo7": lambda x: offline.sigma(x, published.olmo7(P, len(x))),
-    "olmo_core": lambda x: offline.sigma(x, published.olmo_core(P)),
-    "skipstep": lambda x: offline.sigma(x, published.skipstep(P)),
-    "zclip": lambda x: offline.zclip(x, P),
-    "llmc": lambda x: offline.sigma(x, published.llmc(P)),
-    "ratio3": lambda x: ratio3_outliers(x, Rules()),
-    "gss": lambda x: offline.gss(x, P),
+JUDGES: dict[str, Callable[[Floats], Marks]] = {
+    "olmo_paper": lambda x: published.sigma(x, published.olmo_paper(P)),
+    "olmo7": lambda x: published.sigma(x, published.olmo7(P, len(x))),
+    "olmo_core": lambda x: published.sigma(x, published.olmo_core(P)),
+    "skipstep": lambda x: published.sigma(x, published.skipstep(P)),
+    "zclip": lambda x: published.zclip(x, P),
+    "llmc": lambda x: published.sigma(x, published.llmc()),
+    "ratio3": published.ratio3,
+    "gss": lambda x: Marks(published.gss_ratio(x) > P.gss_ratio, np.isfinite(x)),
 }
 
 # --- false positives ---

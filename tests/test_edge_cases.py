@@ -44,7 +44,6 @@ CASES = {
         "test_events::test_live_counts_are_the_offline_counts_at_every_step",
         "test_detectors::test_a_replayed_detector_goes_on_as_if_unbroken",
         "test_calm::test_the_same_outliers",
-        "test_published::test_a_state_survives_json_bit_by_bit",
         "test_verdict::test_a_whole_trial_at_once_is_every_row",
     ],
     "7. a log at stride 10": ["test_strided::test_every_tenth_step", "test_strided::test_it_is_never_called_stable"],

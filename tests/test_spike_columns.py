@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
 from stabstudy.stability import published
-from stabstudy.stability.published import FoundryKill, SigmaDetector, ZClip
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
 from stabstudy.trace import PROBES, Column, Rows, Schema
@@ -101,20 +101,24 @@ def test_scores_of_others_are_their_detectors() -> None:
     norm[[150, 300]] *= 20
     norm[200] = math.nan
     loss[[150, 250]] += 3
-    found, p = row(norm, loss), RULES.published
+    found = row(norm, loss)
 
-    def marks(detector: SigmaDetector | ZClip | FoundryKill, series: Floats) -> Floats:
-        return np.array([detector.update(x) for x in series.tolist()], dtype=bool)
+    def share(*series: Floats, k: float, window: int, fill: int, two_sided: bool) -> float:
+        """Steps k population deviations from the mean of the window before, per step that has one."""
+        flagged = known = np.zeros(400, dtype=bool)
+        for values in series:
+            x = pd.Series(values).dropna()
+            windows = x.rolling(window, min_periods=fill)
+            z = ((x - windows.mean().shift()) / windows.std(ddof=0).shift()).reindex(range(400)).to_numpy()
+            flagged, known = flagged | ((abs(z) if two_sided else z) > k), known | ~np.isnan(z)
+        return float(flagged.sum() / known.sum())
 
-    olmo7 = published.olmo7(p, 400)
-    assert found["olmo7_window"] == olmo7.window == 40
-    for name, series in (("grad", norm), ("loss", loss)):
-        flagged, known = marks(SigmaDetector(olmo7), series).T
-        assert found[f"spike_olmo7_{name}"] == flagged.sum() / known.sum()
-    core = marks(SigmaDetector(published.olmo_core(p)), norm) | marks(SigmaDetector(published.olmo_core(p)), loss)
-    assert found["spike_olmocore"] == core[:, 0].sum() / core[:, 1].sum() > 0
-    flagged, known = marks(ZClip(p), norm).T
-    assert found["spike_zclip"] == flagged.sum() / known.sum() > 0.02
+    assert found["olmo7_window"] == 40
+    for name, values in (("grad", norm), ("loss", loss)):
+        assert found[f"spike_olmo7_{name}"] == share(values, k=7, window=40, fill=20, two_sided=True) > 0
+    assert found["spike_olmocore"] == share(norm, loss, k=6, window=128, fill=128, two_sided=False) > 0
+    clipped = published.zclip(norm, RULES.published)
+    assert found["spike_zclip"] == clipped.n_flagged / (399 - 25) > 0.02
 
 
 def test_gss_and_foundry() -> None:

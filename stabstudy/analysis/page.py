@@ -131,7 +131,8 @@ def _spike_rule(rules: Rules) -> str:
         f"deviations and a factor {words.number(math.exp(rules.jump_grad))} above its level (the median of the "
         f"{rules.level} steps before), the deviations being those of the last {rules.window} steps from their own "
         f"levels; or at {rules.ratio:g} times its level and the median of the last {rules.window} steps (absolute). "
-        f"Flagged steps at most {rules.merge_gap} apart are one spike. The first {rules.fill} steps are not judged and enter no rate."
+        f"Flagged steps at most {rules.merge_gap} apart are one spike. The first {rules.fill} steps are not "
+        "judged and enter no rate."
     )
 
 

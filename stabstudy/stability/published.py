@@ -126,23 +126,23 @@ def sigma(values: Floats, rule: SigmaRule) -> Marks:
 
 
 @np.errstate(over="ignore")
-def ratio3(values: Floats, ratio: float = 3.0, window: int = 64, fill: int = 16) -> Marks:
-    """Steps of a norm at `ratio` times the median of the last `window` values before, flagged ones included, or more.
+def ratio3(values: Floats, p: Published) -> Marks:
+    """Steps of a norm at 3 times the median of the last 64 values before them, flagged ones included, or more.
 
-    Ours, for comparison. Evaluable from `fill` values on; what is not above zero enters nothing either.
+    Ours, for comparison. Evaluable from 16 values on; what is not above zero enters nothing either.
     """
     known = np.isfinite(values) & (values > 0)
     x = values[known]
-    n = np.minimum(np.arange(len(x)), window)
-    before = np.append(np.full(window, np.inf), x[:-1])  # in order of size, what is not there yet comes last
+    n = np.minimum(np.arange(len(x)), p.ratio3_window)
+    before = np.append(np.full(p.ratio3_window, np.inf), x[:-1])  # in order of size, what is not there yet comes last
     middle = np.stack([np.maximum(n - 1, 0) // 2, n // 2], axis=1)
-    windows, median = sliding_window_view(before, window), np.empty(len(x))
+    windows, median = sliding_window_view(before, p.ratio3_window), np.empty(len(x))
     for begin in range(0, len(x), BLOCK):
         part = slice(begin, begin + BLOCK)
         ordered = np.sort(windows[part], axis=1)
         median[part] = np.take_along_axis(ordered, middle[part], axis=1).mean(axis=1)
-    judged = n >= fill
-    return _marks(judged & (x >= ratio * median), judged, known)
+    judged = n >= p.ratio3_fill
+    return _marks(judged & (x >= p.ratio3 * median), judged, known)
 
 
 def zclip(values: Floats, p: Published) -> Marks:

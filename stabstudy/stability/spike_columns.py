@@ -86,7 +86,7 @@ def loss_spikes(spikes: list[Spike], evaluable: int) -> dict[str, Value]:
 def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Rules) -> dict[str, Value]:
     """Counts by the rules of others: `ratio3`, `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
     p = rules.published
-    ratio3 = published.ratio3(norm, p.ratio3, p.ratio3_window, p.ratio3_fill)
+    ratio3 = published.ratio3(norm, p)
     rule = published.olmo7(p, steps_planned)
     olmo_grad, olmo_loss = (published.sigma(series, rule).share for series in (norm, loss))
     core = [published.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
