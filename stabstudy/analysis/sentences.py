@@ -1,34 +1,45 @@
-"""What came out, in sentences made from the numbers: also that nothing did, or that too few seeds can tell."""
+"""The sentences of a report's first screen: counts, what is stable, what to use, what each axis changed, caveats.
+
+A sentence "X changed Y" is made only where the corrected p of `effects` is under .05; every axis of the study is
+answered, one that changed nothing by the interval of its effect.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import pandas as pd
 
 from stabstudy.analysis import compare, recipe, runs, words
 from stabstudy.analysis.blocks import Finding
-from stabstudy.analysis.levels import levels_of, ordered, records
-from stabstudy.analysis.paired import holm
+from stabstudy.analysis.effects import CLEAR
+from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.recipe import MARGIN_STEPS
 from stabstudy.analysis.study import Study
+from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.sensitivity import STABLE_MARGIN
-from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
-EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
-"""Statistics whose change along each axis a report states."""
+Row = Mapping[str, Any]
+
+LR = "optim.lr"
+
+REASONS = {
+    "untrained": "untrained (the loss never came below the entropy of single tokens)",
+    "too_short": "too short",
+    "no_gradient_norm": "without a gradient norm",
+    "strided": "logged with gaps",
+}
+"""Why a done trial has no verdict, in words."""
 
 
 def counts(study: Study) -> dict[str, int]:
-    """How many trials are what. Each trial, the damaged ones too, is counted once."""
+    """How many trials have which verdict or state. Each trial, the damaged ones too, is counted once."""
     done = study.trials[study.trials["state"] == "done"]
-    found = {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    by_verdict = {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
     states = study.trials["state"]
     failed = states.isin(("failed", "oom", "timeout", "disk_full"))
-    return found | {
-        "not judged": len(done) - sum(found.values()),
+    return by_verdict | {
+        "not judged": len(done) - sum(by_verdict.values()),
         "unfinished": int((states != "done").sum() - failed.sum()),
         "failed": int(failed.sum()),
         "damaged": len(study.damaged),
@@ -37,52 +48,39 @@ def counts(study: Study) -> dict[str, int]:
 
 def headline(study: Study) -> str:
     """One sentence: the counts."""
-    found = counts(study)
-    total = sum(found.values())
+    numbers = counts(study)
+    total = sum(numbers.values())
     if not total:
         return "The study holds no trial yet."
-    if not (judged := sum(found[v] for v in VERDICTS)):
-        return f"None of {words.count(total, 'trial')} has a verdict."
-    named = [f"{found[v]} {v}" for v in VERDICTS if found[v]]
+    if not (judged := sum(numbers[v] for v in VERDICTS)):
+        return f"None of {words.count(total, 'trial')} has a verdict{_reasons(study)}."
+    noise = int(study.trials["sampling_noise"].fillna(False).sum())
+    named = [f"{numbers[v]} {v}" for v in VERDICTS if numbers[v]]
+    of_noise = f" ({noise} by sampling noise)" if noise else ""
     rest = total - judged
-    tail = f"; {rest} more {'has' if rest == 1 else 'have'} no verdict" if rest else ""
-    return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{tail}."
+    tail = f"; {rest} more without a verdict{_reasons(study)}" if rest else ""
+    return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{of_noise}{tail}."
 
 
 def findings(study: Study) -> list[Finding]:
-    """What stands in the box, by question."""
+    """The answers of the first screen, by question."""
     if not (study.trials["state"] == "done").any():
         return []
     if study.ingested:
         return [runs.findings(study)]
-    found = (
+    answers = (
         Finding("What is stable", [*_limits(study), *_behind(study)]),
-        Finding("What to use", list(_best(study))),
+        Finding("What to use", list(_recipes(study))),
         Finding("What the axes changed", list(_changes(study))),
     )
-    return [f for f in found if f.sentences]
+    return [answer for answer in answers if answer.sentences]
 
 
 def warnings(study: Study) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    """What limits the numbers."""
     if study.ingested:
         return [*_missing(study), *runs.warnings(study)]
     return [*_missing(study), *_incomparable(study), *_few(study)]
-
-
-def effects(study: Study) -> pd.DataFrame:
-    """What each axis did to each of EFFECTS: `compare` rows with `axis` and `metric`, Holm-adjusted over all of them.
-
-    An axis of numbers: the two levels farthest apart (null last) that have at least half as many pairs as any two. An
-    axis of names: the first level against each other one.
-    """
-    rows: list[dict[str, Any]] = []
-    for axis, levels in study.axes.items():
-        for metric in EFFECTS:
-            pairs = [r for r in records(study.compare(axis, metric)) if r["pairs"]]
-            rows += [{"axis": axis, "metric": metric, **r} for r in _ends(pairs, levels)]
-    adjusted = holm([math.nan if row["p"] is None else float(row["p"]) for row in rows])  # null: over 20 seeds
-    return pd.DataFrame([row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)])
 
 
 def step(axis: str, a: object, b: object) -> str:
@@ -90,47 +88,69 @@ def step(axis: str, a: object, b: object) -> str:
     return f"{words.label(axis)} {words.level(a, axis)} to {words.level(b, axis)}"
 
 
+def change(row: Row) -> str:
+    """`+0.52 [0.45, 0.59] nat/token`, or `x2.4 [2.2, 2.6]` of a ratio."""
+    if row["scale"] == "difference":
+        unit = COLUMNS[row["metric"]].unit
+        low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
+        return f"{mean} [{low}, {high}]{f' {unit}' if unit not in ('', '1') else ''}"
+    low, mean, high = (words.number(row[name]) for name in ("low", "estimate", "high"))
+    return f"×{mean} [{low}, {high}]"
+
+
+def _signed(value: Any) -> str:
+    return words.NOTHING if words.is_null(value) else f"{'+' if value > 0 else ''}{words.number(value)}"
+
+
+def _reasons(study: Study) -> str:
+    """` (2 too short)`: why done trials have no verdict."""
+    done = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].isna()]
+    numbers = done["verdict_reason"].value_counts()
+    named = [f"{n} {REASONS.get(str(reason), reason)}" for reason, n in sorted(numbers.items())]
+    return f" ({words.listing(named)})" if named else ""
+
+
 def _limits(study: Study) -> Iterator[str]:
     """The largest learning rate at which every trial stayed stable: per depth, or per level of the one other axis."""
     grid = study.grid
-    if "optim.lr" not in grid.axes:
+    if LR not in grid.axes:
         return
-    others = [a for a in grid.axes if a != "optim.lr"]
+    others = [a for a in grid.axes if a != LR]
     by = "model.depth" if "model.depth" in others else others[0] if len(others) == 1 else None
-    table = grid.largest_stable("optim.lr", by)
-    said: dict[str, list[str]] = {}
+    table = grid.largest_stable(LR, by)
+    evaluable = int(grid.trials["n_evaluable"].min())
+    by_text: dict[str, list[str]] = {}
     for level, row in zip(table.index, records(table), strict=True):
-        said.setdefault(_limit_text(row, grid.axes["optim.lr"]), []).append(words.level(level, by or ""))
-    pooled = [words.label(a) for a in grid.axes if a not in ("optim.lr", by)]
-    over = f", pooled over {words.listing(pooled)}" if pooled else ""
-    fewest, most = int(table["trials"].min()), int(table["trials"].max())
-    trials = f"{fewest if fewest == most else f'{fewest} to {most}'} trials{f' per {words.label(by)}' if by else ''}"
-    for text, levels in said.items():
+        by_text.setdefault(_limit(row, grid.axes[LR], evaluable), []).append(words.level(level, by or ""))
+    for text, levels in by_text.items():
         where = "" if by is None else f"{words.label(by)} {words.listing(levels)}: "
         sentence = f"{where}{text}"
         yield sentence[0].upper() + sentence[1:]
-    yield from _working(table, by, f"{trials}{over}")
+    pooled = [words.label(a) for a in others if a != by]
+    yield from _working(table, by, f", averaged over {words.listing(pooled)}" if pooled else "")
 
 
-def _limit_text(row: dict[str, Any], grid: list[float]) -> str:
+def _limit(row: Row, grid: list[float], evaluable: int) -> str:
+    if row["reason"] is not None:
+        return f"no largest stable learning rate is given: {row['reason']}."
     stable, unstable, again = (row[name] for name in ("all_stable", "first_unstable", "stable_again"))
-    if unstable is None and stable == grid[-1]:
-        return f"every trial is stable at every learning rate, up to {words.level(stable)}; the limit lies beyond."
+    rests = f" (in {evaluable} evaluable steps; a margin needs {MARGIN_STEPS})" if evaluable < MARGIN_STEPS else ""
+    if unstable is None and stable is None:
+        return "no learning rate at which every trial is stable, and none with an unstable trial."
     if unstable is None:
-        return "no trial is spiky or diverged, but not every one has a verdict."
+        beyond = "; the limit lies above the grid" if stable == grid[-1] else ""
+        return f"every trial is stable up to learning rate {words.level(stable)}{rests}{beyond}."
     back = "" if again is None else f", though every one at {words.level(again)} is again"
     verb = "is" if row["n_unstable"] == 1 else "are"
-    bad, total = (words.number(row[name]) for name in ("n_unstable", "n_there"))  # 1.0 beside a null, not 1
-    there = f"at {words.level(unstable)}, {bad} of {total} {verb} not{back}."
-    if unstable == grid[0]:
-        return f"not even at the smallest learning rate is every trial stable: {there}"
-    if stable is not None and grid.index(stable) + 1 == grid.index(unstable):
-        return f"every trial is stable up to learning rate {words.level(stable)}; {there}"
-    return f"below learning rate {words.level(unstable)} not every trial has a verdict; {there}"
+    bad, total = (words.number(row[name]) for name in ("n_unstable", "n_there"))
+    lost = f"at {words.level(unstable)}, {bad} of {total} {verb} not{back}"
+    if stable is None:
+        return f"at no smaller learning rate is every trial stable; {lost}{rests}."
+    return f"every trial is stable up to learning rate {words.level(stable)}; {lost}{rests}."
 
 
-def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
-    """Where the loss says that a learning rate is too large, beside the verdicts; and on how many trials both rest."""
+def _working(table: Any, by: str | None, pooled: str) -> Iterator[str]:
+    """Where the loss says that a learning rate is too large, beside the verdicts."""
     parts = []
     for level, row in zip(table.index, records(table), strict=True):
         if row["works_to"] is not None:
@@ -138,98 +158,97 @@ def _working(table: pd.DataFrame, by: str | None, trials: str) -> Iterator[str]:
             parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
-            f"Largest learning rate within {STABLE_MARGIN:g} nat/token of the best mean loss: {words.listing(parts)} "
-            f"({trials})."
+            f"Largest learning rate whose final loss is within {STABLE_MARGIN:g} nat/token of the best of its cell, "
+            f"paired by seed{pooled}: {words.listing(parts)}."
         )
 
 
-def _best(study: Study) -> Iterator[str]:
-    """Each recipe; and the cell of least mean loss where that is another one.
-
-    One of both per evaluation batch, as losses on different ones cannot be compared.
-    """
+def _recipes(study: Study) -> Iterator[str]:
     recipes = recipe.recipes(study)
     yield from map(recipe.sentence, recipes)
-    chosen = {found.cell_id for found in recipes}
-    known = study.cells[study.cells["final_loss_capped"].notna() & (study.cells["diverged"] == 0)]
-    batches = study.trials.groupby("cell_id")["eval_hash"].first().reindex(known.index)
-    for _, cells in known.groupby(batches):
-        lowest = cells.sort_values("final_loss_capped", kind="stable").head(1)
-        if len(cells) > 1 and lowest.index[0] not in chosen:
-            best = records(lowest)[0]
-            mean, low, high = (best[f"final_loss_capped{end}"] for end in ("", "_low", "_high"))
-            where = ", ".join(f"{words.label(a)} {words.level(best[a], a)}" for a in study.axes)
-            seeds = words.count(best["n_done"], "seed")
-            yield f"Lowest final loss: {words.estimate(mean, low, high, 4)} nat/token ({seeds}) at {where}."
+    if not recipes:
+        yield f"No recipe: {recipe.why_none(study)}."
 
 
 def _behind(study: Study) -> Iterator[str]:
-    """How many stable trials are far from the best: who learns nothing is stable."""
+    """How many stable trials are far from the best: a trial that learns little is stable too."""
     stable = study.trials["verdict"] == "stable"
     if behind := int(study.underperform[stable].sum()):
         yield (
             f"{behind} of {words.count(int(stable.sum()), 'stable trial')} ended over {STABLE_MARGIN:g} nat/token "
-            "above the best trial of as many tokens: stable is not yet good."
+            "above the best trial of as many tokens: stable does not mean well trained."
         )
 
 
 def _changes(study: Study) -> Iterator[str]:
-    """What each axis did in numbers: what the seeds can tell from chance, or all of it where they can tell nothing."""
-    rows = records(effects(study))
-    judged = [r for r in rows if r["low"] is not None]
-    any_clear, silent = any(map(_is_clear, rows)), []
-    steps: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        steps.setdefault(step(row["axis"], row["a"], row["b"]), []).append(row)
-    for name, group in steps.items():
-        told = [r for r in group if _is_clear(r) or not any_clear]
-        pairs = sorted({r["pairs"] for r in told})  # a statistic that some trials lack has fewer
-        moved = [f"{words.STATISTICS[r['metric']]} {_shown(r, 'mean_a')} → {_shown(r, 'mean_b')}" for r in told]
-        if moved:
-            some = f"{pairs[0]} to " if len(pairs) > 1 else ""
-            yield f"From {name} ({some}{words.count(pairs[-1], 'pair')}): {words.listing(moved)}."
+    """Each axis in turn: the changes that can be told from chance, or that none was found, with its interval."""
+    rows = records(study.effects())
+    crossed = {(r["axis"], r["metric"]): r for r in _crossed(study)}
+    for axis in dict.fromkeys(r["axis"] for r in rows):
+        own = [r for r in rows if r["axis"] == axis]
+        clear = [r for r in own if r["p_holm"] is not None and r["p_holm"] < CLEAR]
+        tested = [r for r in own if r["p_holm"] is not None]
+        if clear:
+            yield from _stated(study, axis, clear, crossed)
+        elif tested:
+            parts = [f"{words.STATISTICS[r['metric']]} {change(r)}" for r in tested]
+            at = f" from {words.level(tested[0]['a'], axis)} to {words.level(tested[0]['b'], axis)}"
+            yield f"No effect of {words.label(axis)} found{at}: {words.listing(parts)}."
         else:
-            silent.append(name)
-    if any_clear:
-        nothing = f"; nothing from {words.listing(silent)}" if silent else ""
-        yield (
-            f"So much the seeds can tell from chance (paired 95 % intervals without 0, not corrected for {len(rows)} "
-            f"comparisons){nothing}."
-        )
-    elif judged:
-        seeds = words.count(max(r["seeds"] for r in judged), "seed")
-        yield f"With {seeds} none of these changes can be told from chance: each paired 95 % interval holds 0."
+            yield f"{_capital(words.label(axis))}: not tested ({own[0]['note'] or 'too few trials'})."
 
 
-def _is_clear(row: dict[str, Any]) -> bool:
-    """Whether the interval of the change does not hold 0."""
-    return row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
+def _stated(study: Study, axis: str, clear: list[Row], crossed: Mapping[tuple[str, str], Row]) -> Iterator[str]:
+    """The clear changes along an axis; one that depends on another axis is given at each level of that one."""
+    by_step: dict[str, list[str]] = {}
+    for row in clear:
+        name = words.STATISTICS[row["metric"]]
+        at = step(axis, row["a"], row["b"])
+        if (axis, row["metric"]) in crossed:
+            text = f"{name} {_simple(study, row, crossed[axis, row['metric']]['other'])}"
+        else:
+            text = f"{name} {change(row)}"
+        by_step.setdefault(at, []).append(text)
+    for at, texts in by_step.items():
+        yield f"{_capital(at)}: {words.listing(texts)}."
 
 
-def _ends(pairs: list[dict[str, Any]], levels: list[Any]) -> list[dict[str, Any]]:
-    """The rows of `compare` to state: see `effects`."""
-    if not pairs or not ordered(levels):
-        return [r for r in pairs if r["a"] == levels[0]]
-    most = max(r["pairs"] for r in pairs)
-    supported = [r for r in pairs if 2 * r["pairs"] >= most]
-    return [max(supported, key=lambda r: levels.index(r["b"]) - levels.index(r["a"]))]
+def _simple(study: Study, row: Row, other: str) -> str:
+    """The paired change at each level of another axis that it depends on."""
+    table = records(study.compare(row["axis"], row["metric"], by=other))
+    unit = COLUMNS[row["metric"]].unit
+    parts = [
+        f"{words.statistic(r['mean_a'], unit)} → {words.statistic(r['mean_b'], unit)} at {words.level(r[other], other)}"
+        for r in table
+        if (r["a"], r["b"]) in ((row["a"], row["b"]), (row["b"], row["a"])) and r["pairs"]
+    ]
+    return f"depends on {words.label(other)} ({', '.join(parts)})"
 
 
-def _shown(row: dict[str, Any], end: str) -> str:
-    return words.statistic(row[end], COLUMNS[row["metric"]].unit)
+def _crossed(study: Study) -> Iterator[Row]:
+    """Pairs of axes that depend on each other, from the side of each."""
+    if len(study.grid.axes) < 2:
+        return
+    for row in records(study.interactions()):
+        if row["p_holm"] is not None and row["p_holm"] < CLEAR:
+            yield row
+            yield row | {"axis": row["other"], "other": row["axis"]}
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _missing(study: Study) -> Iterator[str]:
-    found = counts(study)
-    if found["damaged"]:
+    numbers = counts(study)
+    if numbers["damaged"]:
         ids = words.listing([d.trial_id for d in study.damaged[:5]])
-        yield f"{words.count(found['damaged'], 'trial')} damaged and left out of every number: {ids}."
-    absent = [f"{found[kind]} {kind}" for kind in ("unfinished", "failed") if found[kind]]
+        yield f"{words.count(numbers['damaged'], 'trial')} damaged and left out of every number: {ids}."
+    absent = [f"{numbers[kind]} {kind}" for kind in ("unfinished", "failed") if numbers[kind]]
     if absent:
-        yield f"In no mean: {words.listing(absent)} (see Trials without a result)."
-    if found["not judged"]:
-        unjudged = words.count(found["not judged"], "done trial")
-        yield f"{unjudged} without a verdict (too short, untrained, or without gradient norms: see the column reason)."
+        yield f"Trials in no mean: {words.listing(absent)} (see Trials without a result)."
+    if numbers["not judged"]:
+        yield f"Done trials without a verdict: {numbers['not judged']}{_reasons(study)}."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
     if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
         verb = "lacks" if short == 1 else "lack"
@@ -241,7 +260,7 @@ def _missing(study: Study) -> Iterator[str]:
 def _incomparable(study: Study) -> Iterator[str]:
     hashes = levels_of(study.trials["eval_hash"].dropna())
     if len(hashes) > 1:
-        yield f"Losses were measured on {len(hashes)} different evaluation batches: compare them where data are equal."
+        yield f"Losses were measured on {len(hashes)} different evaluation sets: compare them where data are equal."
     strides = levels_of(study.trials.get(compare.STRIDE, []))
     if len(strides) > 1:
         every = words.listing([words.level(s) for s in strides])
@@ -252,9 +271,14 @@ def _incomparable(study: Study) -> Iterator[str]:
 
 
 def _few(study: Study) -> Iterator[str]:
-    seeds = len(levels_of(study.trials["seed"]))
-    if seeds == 1:
+    if len(levels_of(study.trials["seed"])) == 1:
         yield "One seed: no interval and no test is possible; a difference may be chance."
-    elif 1 < seeds < 6 and len(study.trials):
-        floor = words.number(2 / 2**seeds, 2)
-        yield f"{seeds} seeds: no exact test can give a p-value under {floor}; read the differences, not p."
+    evaluable = study.trials.loc[study.trials["state"] == "done", "n_evaluable"]
+    if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:
+        yield (
+            f"Trials have as few as {int(evaluable.min())} evaluable steps: what is stable in them may be unstable in "
+            f"longer ones (margins are stated from {MARGIN_STEPS} on)."
+        )
+    epochs = study.trials["epochs"].dropna()
+    if len(epochs) and float(epochs.max()) > 1:
+        yield f"The training part was read up to {words.number(float(epochs.max()))} times (epochs)."
