@@ -1,30 +1,16 @@
-"""What to use: the best stable cell, its margin, and the same recipe read back by the programs it is written for."""
+"""What to use: the best stable cell, and its margin."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
-from typing import Any
 
 import planted
 import pytest
-import torch
-import yaml
-from transformers import TrainingArguments
-from transformers.optimization import get_scheduler
 
-from stabstudy import config as cfg
 from stabstudy.analysis import recipe
 from stabstudy.analysis.study import Study
-from stabstudy.planning.plan import make_plan
-from stabstudy.training import schedule as lr_schedule
 
 BURSTS = {60: 8.0, 75: 8.0, 90: 8.0, 105: 8.0}
-
-
-def flat(**groups: dict[str, Any]) -> dict[str, Any]:
-    return cfg.flat(cfg.from_dict(groups))
 
 
 @pytest.fixture
@@ -91,74 +77,3 @@ def test_each_dataset_has_its_own_recipe(tmp_path: Path) -> None:
         {"optim.lr": 1e-3, "data": "synthetic"},
     ]
     assert all(r.stable_cells == 2 for r in found)
-
-
-SOME = {
-    "model": {"depth": 6, "n_heads": 8, "n_kv_heads": 2, "qk_norm": True},
-    "optim": {"lr": 1e-3, "clip": None, "schedule": "wsd", "warmup_steps": 10, "decay_shape": "one_minus_sqrt"},
-    "train": {"steps": 110, "batch_size": 32, "micro_batch_size": 8, "precision": "bf16"},
-}
-
-
-def test_the_overrides_give_the_same_trial(tmp_path: Path) -> None:
-    words = [
-        "model.depth=6",
-        "optim.lr=3e-3",
-        "optim.clip=null",
-        "seeds=1",
-    ]  # 3e-3 is the default: an axis all the same
-    (trial,) = make_plan(words, tmp_path).trials
-    settings = {k: v for k, v in cfg.flat(trial.config).items() if k != "seed"}
-    levels = {"model.depth": 6, "optim.lr": 3e-3, "optim.clip": None}
-    (again,) = make_plan([*recipe.overrides(levels, settings), "seeds=1"], tmp_path).trials
-    assert again.trial_id == trial.trial_id
-
-
-def test_lingua_keys() -> None:
-    text, notes = recipe.lingua(flat(**SOME))
-    body = yaml.safe_load(text)
-    assert body["steps"] == 110 and body["grad_acc_steps"] == 4 and body["data"]["batch_size"] == 8
-    assert body["optim"]["lr"] == 1e-3 and math.isinf(body["optim"]["clip"]) and body["optim"]["warmup"] == 10
-    assert body["model"]["n_layers"] == 6 and body["model"]["n_kv_heads"] == 2
-    assert "model.qk_norm=true has no key there" in notes and "Lingua decays norms and embeddings too" in notes
-
-
-def test_independent_decay_is_given_as_torch_means_it() -> None:
-    settings = flat(optim={"lr": 0.01, "weight_decay": 1e-4, "decay_mode": "independent"})
-    for text, _ in (recipe.lingua(settings), recipe.hugging_face(settings)):
-        body = yaml.safe_load(text)
-        assert (body.get("optim") or body)["weight_decay"] == pytest.approx(0.01)
-
-
-def test_a_rule_for_the_learning_rate_is_applied_for_those_who_lack_it() -> None:
-    settings = flat(optim={"lr": 1e-3, "lr_rule": "sqrt_batch", "base_batch": 8}, train={"batch_size": 32})
-    assert yaml.safe_load(recipe.lingua(settings)[0])["optim"]["lr"] == pytest.approx(2e-3)
-    assert yaml.safe_load(recipe.hugging_face(settings)[0])["learning_rate"] == pytest.approx(2e-3)
-
-
-def test_a_warmup_said_as_a_share_is_given_in_steps(tmp_path: Path) -> None:
-    settings = flat(optim={"lr": 1e-2, "warmup_steps": None, "warmup_share": 0.1}, train={"steps": 60})
-    assert yaml.safe_load(recipe.lingua(settings)[0])["optim"]["warmup"] == 6
-    assert yaml.safe_load(recipe.hugging_face(settings)[0])["warmup_steps"] == 6
-    said = [*recipe.overrides({"model.depth": 2, "optim.lr": 1e-2, "optim.clip": 1.0}, settings), "seeds=1"]
-    (trial,) = make_plan(said, tmp_path).trials
-    assert trial.config.warmup_steps == 6
-
-
-@pytest.mark.parametrize("schedule", sorted(recipe.SCHEDULERS))
-def test_transformers_accepts_its_keys_and_schedules_alike(schedule: str, tmp_path: Path) -> None:
-    optim = {"lr": 1e-3, "warmup_steps": 10, "schedule": schedule, "min_lr_ratio": 0.0}
-    config = cfg.from_dict({"optim": optim, "train": {"steps": 110}})
-    settings = cfg.flat(config)
-    body = yaml.safe_load(recipe.hugging_face(settings)[0])
-    assert set(body) <= {f.name for f in dataclasses.fields(TrainingArguments)}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    kind, arguments = body["lr_scheduler_type"], body.get("lr_scheduler_kwargs")
-    theirs = get_scheduler(kind, optimizer, body["warmup_steps"], body["max_steps"], arguments)
-    ours = [lr_schedule.schedule(config.optim, 110)(step) for step in range(110)]
-    for step in range(110):  # one step apart at most: their first update has learning rate 0, our last has the floor
-        around = ours[max(0, step - 1) : step + 2]
-        low, high = (0.0 if step == 0 else min(around)), max(around)
-        assert low - 0.01 <= optimizer.param_groups[0]["lr"] <= high + 0.01, (step, around)
-        optimizer.step()
-        theirs.step()

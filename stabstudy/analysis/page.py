@@ -6,12 +6,13 @@ Nothing here knows when or where it runs: an unchanged study gives the same repo
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import advice, cell_tables, drivers, recipe, runs, sentences, trial_tables, words
+from stabstudy.analysis import advice, cell_tables, drivers, export, recipe, runs, sentences, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.figures import figures
@@ -73,15 +74,18 @@ def _recipe(study: Study) -> Iterator[Block]:
     for one in found:
         if len(found) > 1:
             yield Text(recipe.sentence(one))
-        yield Code("As overrides of this tool", "\n".join(recipe.overrides(one.levels, one.settings)))
-        for title, (text, notes) in (
-            ("As a Lingua config (one device)", recipe.lingua(one.settings)),
-            (
-                "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)",
-                recipe.hugging_face(one.settings),
-            ),
-        ):
-            yield Code(title, "\n".join([*(f"# not the same: {words.clean(note)}" for note in notes), text]))
+        yield Code("As overrides of this tool", "\n".join(export.overrides(one.levels, one.settings)))
+        yield _exported("As a Lingua config (one device)", export.lingua(one.settings))
+        title = "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)"
+        yield _exported(title, export.hugging_face(one.settings))
+
+
+def _exported(title: str, exported: export.Export) -> Code:
+    """The keys below what they do not reproduce, as comments."""
+    text, notes = exported
+    comments = textwrap.TextWrapper(110, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
+    lines = [line for note in notes for line in comments.wrap(note)]
+    return Code(title, "\n".join([*(["# These keys do not reproduce all of it:"] if lines else []), *lines, text]))
 
 
 def _asked(study: Study) -> Iterator[Block]:
