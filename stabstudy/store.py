@@ -87,6 +87,8 @@ class State:
     growth_grad: float | None = None
     unigram_entropy: float | None = None  # H1 of the training tokens, nat/token; None: an older or ingested trial
     train_tokens: int | None = None  # of the training part, each counted once
+    eval_tokens: int | None = None  # of the set that init_loss and final_loss are measured on
+    verdict_reason: str | None = None  # of a done trial without a verdict
 
 
 NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")

@@ -29,22 +29,22 @@ from stabstudy.settings import ConfigError
 Dotted = dict[str, Any]
 
 
-def nested(dotted: Dotted) -> dict[str, Any]:
+def tree(flat: Dotted) -> dict[str, Any]:
     groups: dict[str, Any] = {}
-    for name, value in dotted.items():
+    for name, value in flat.items():
         group, _, key = name.rpartition(".")
         (groups.setdefault(group, {}) if group else groups)[key] = value
     return groups
 
 
-def settings(dotted: Dotted) -> Dotted:
-    return cfg.flat(cfg.from_dict(nested(dotted)))
+def settings(flat: Dotted) -> Dotted:
+    return cfg.flat(cfg.from_dict(tree(flat)))
 
 
-def dotted(tree: dict[str, Any], above: str = "") -> Dotted:
+def leaves(nest: dict[str, Any], above: str = "") -> Dotted:
     flat: Dotted = {}
-    for key, value in tree.items():
-        flat |= dotted(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    for key, value in nest.items():
+        flat |= leaves(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
     return flat
 
 
@@ -209,7 +209,7 @@ def shortfall(name: str, case: Case, exporter: Callable[[Dotted], export.Export]
         default = settings(case.beside)
     assert off[name] != default[name], "the table has the default itself"
     (text, notes), (usual, usual_notes) = exporter(off), exporter(default)
-    body, before = dotted(yaml.safe_load(text)), dotted(yaml.safe_load(usual))
+    body, before = leaves(yaml.safe_load(text)), leaves(yaml.safe_load(usual))
     changed = {k: v for k, v in body.items() if k not in before or before[k] != v}
     carrying = carrying or {}
     if changed.keys() != carrying.keys() or any(changed[k] != close(v) for k, v in carrying.items()):
@@ -313,11 +313,11 @@ def test_lingua_reads_its_keys() -> None:
     base = lingua_reader()
     for s in all_cases():
         text, _ = export.lingua(s)
-        mine, theirs = dotted(yaml.safe_load(text)), dotted(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
+        mine, theirs = leaves(yaml.safe_load(text)), leaves(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
         assert mine == theirs and set(LINGUA) - set(mine) <= {"optim.decay_fraction"}
         for name, value in mine.items():
             assert type(theirs[name]) is type(value) and isinstance(value, LINGUA[name][0]), (name, value)
-        merged = dotted(OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.create(text))))  # type: ignore[arg-type]
+        merged = leaves(OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.create(text))))  # type: ignore[arg-type]
         assert merged | mine == merged
         assert merged["optim.decay_fraction"] < 1 and merged["model.init_std_factor"] in STD_FACTORS
 
@@ -377,6 +377,11 @@ def test_every_reader_takes_a_value_for_what_it_is(value: Any) -> None:
         assert type(one) is type(value) or isinstance(value, str)
 
 
+def test_no_control_character_comes_out() -> None:
+    text = yaml_text.scalar("a\u202e\n\x1bé")
+    assert text.isprintable() and yaml.safe_load(text) == "a\u202e\n\x1bé"
+
+
 # what notes say
 
 
@@ -413,7 +418,7 @@ def test_who_decays_what(which: str, tmp_path: Path) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(tiny)
     own = settings({"optim.decay_params": which, "optim.weight_decay": 0.03, "optim.beta2": 0.97})
-    text, told = export.hugging_face(own)
+    text, remarks = export.hugging_face(own)
     arguments = TrainingArguments(**yaml.safe_load(text), use_cpu=True, output_dir=str(tmp_path))
     groups = Trainer(model=model, args=arguments).create_optimizer().param_groups
     assert all(g["betas"] == (0.9, 0.97) and g["lr"] == own["optim.lr"] for g in groups)
@@ -423,7 +428,7 @@ def test_who_decays_what(which: str, tmp_path: Path) -> None:
     norms = {name for name in everything if "norm" in name}
     left_out = {"matrices": norms, "matrices_no_embed": norms | {"model.embed_tokens.weight"}, "all": set[str]()}
     meant = everything - left_out[which]
-    assert (trainers == meant) != any("optim.decay_params=" in note for note in told)
+    assert (trainers == meant) != any("optim.decay_params=" in note for note in remarks)
     assert (everything == meant) != ("optim.decay_params=" in notes(export.lingua, optim__decay_params=which))
 
 
@@ -433,8 +438,8 @@ def test_the_page_comments_what_the_keys_leave_out(tmp_path: Path) -> None:
     study = Study.load(tmp_path / "s")
     _, *others = [b for b in page._recipe(study) if isinstance(b, Code)]
     for block, exporter in zip(others, (export.lingua, export.hugging_face), strict=True):
-        text, told = exporter(recipe.recipes(study)[0].settings)
+        text, remarks = exporter(recipe.recipes(study)[0].settings)
         assert yaml.safe_load(block.text) == yaml.safe_load(text)
-        comments = " ".join(line.lstrip("# ") for line in block.text.splitlines() if line.startswith("#"))
-        assert told and comments == " ".join(told)
+        first, *comments = [line.lstrip("# ") for line in block.text.splitlines() if line.startswith("#")]
+        assert first == "These keys do not reproduce all of it:" and " ".join(comments) == " ".join(remarks)
         assert max(map(len, block.text.splitlines())) <= 110

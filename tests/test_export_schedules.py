@@ -78,7 +78,7 @@ def configs(draw: st.DrawFn) -> cfg.TrialConfig:
     return cfg.from_dict({"optim": o, "train": {"steps": steps}})
 
 
-def named(notes: list[str], *names: str) -> bool:
+def mention(notes: list[str], *names: str) -> bool:
     return any(all(f"{name}=" in note for name in names) for note in notes)
 
 
@@ -92,11 +92,11 @@ def test_linguas_rate_is_ours_a_step_later_or_a_note_says_what_else(config: cfg.
     end = wsd_decay(body)
     assert off_by_more_than_a_step(theirs, config, range(end), -1) == []
     if end < n:  # the shape is its own, which a note says; it begins a step after ours, and falls towards the floor
-        assert named(notes, "optim.decay_shape")
+        assert mention(notes, "optim.decay_shape")
         assert ours(end - 1) < 1 or config.optim.min_lr_ratio == 1
         assert all(body["optim"]["lr_min_ratio"] - 1e-9 <= theirs(i) <= theirs(i - 1) + 1e-9 for i in range(end, n))
     if any(not math.isclose(theirs(i), ours(i)) for i in range(n)):
-        assert named(notes, "optim.warmup_steps") if w else named(notes, "optim.schedule")
+        assert mention(notes, "optim.warmup_steps") if w else mention(notes, "optim.schedule")
 
 
 @given(configs())
@@ -108,10 +108,10 @@ def test_transformers_rate_is_ours_a_step_apart_or_a_note_says_what_else(
     ours, theirs = lr_schedule.schedule(config.optim, n), trainer_curve(yaml.safe_load(text))
     theirs(n)
     start, end = 0, n
-    if named(notes, "optim.min_lr_ratio", "optim.warmup_steps"):
+    if mention(notes, "optim.min_lr_ratio", "optim.warmup_steps"):
         start = w
         assert [theirs(i) for i in range(w)] == pytest.approx([floor + (1 - floor) * i / w for i in range(w)])
-    elif named(notes, "optim.min_lr_ratio"):
+    elif mention(notes, "optim.min_lr_ratio"):
         end = next(i for i in range(n) if i >= w and ours(i) == floor)
         assert all(theirs(i) <= floor + 1e-9 for i in range(end + 1, n))
     other = 1 if yaml.safe_load(text)["lr_scheduler_type"] == "cosine_warmup_with_min_lr" else -1
@@ -119,9 +119,9 @@ def test_transformers_rate_is_ours_a_step_apart_or_a_note_says_what_else(
     if other == 1:
         assert [theirs(i) for i in range(w)] == pytest.approx([ours(i) for i in range(w)])
     if any(not math.isclose(theirs(i), ours(i)) for i in range(w)):
-        assert named(notes, "optim.warmup_steps")
+        assert mention(notes, "optim.warmup_steps")
     if any(not math.isclose(theirs(i), ours(i)) for i in range(w, n)):
-        assert named(notes, "optim.schedule")
+        assert mention(notes, "optim.schedule")
 
 
 @pytest.mark.parametrize(

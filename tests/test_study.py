@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,17 @@ import pandas as pd
 import planted
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, levels
-from stabstudy.analysis.columns import OWN, spike_kinds, trial_kinds
+from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.stability.rules import Rules, rules_for
 from stabstudy.stability.summary import COLUMNS
-from stabstudy.store import State, StoreError, StudyFolder
+from stabstudy.store import StoreError, StudyFolder
 from stabstudy.trace import PROBES, TRACE, DamagedRecord, RowWriter
 
 
@@ -561,43 +559,3 @@ def test_provenance_may_be_missing_or_broken(tmp_path: Path) -> None:
 
 def _table_bytes(path: Path) -> list[bytes]:
     return [(path / name).read_bytes() for name in ("trials.parquet", "spikes.parquet")]
-
-
-# results/README.md: read for ever, so what it says must be true
-
-
-def _documented(heading: str) -> list[list[str]]:
-    """The rows of the first table below a heading, unescaped."""
-    text = (ROOT / "results" / "README.md").read_text()
-    lines = text[text.index(heading) :].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
-    cells = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table[2:]]
-    return [[row[0].strip("`"), *row[1:]] for row in cells]
-
-
-NAMES = {"int": "whole number", "float": "number", "text": "text", "floats": "list of numbers", "bool": "true/false"}
-
-
-@pytest.mark.parametrize("schema", [TRACE, PROBES], ids=lambda schema: schema.name)
-def test_records_are_documented(schema: Any) -> None:
-    expected = [[c.name, NAMES[c.kind], c.unit, "yes" if c.nullable else "no", c.meaning] for c in schema.columns]
-    assert _documented(f"## {schema.name}.parquet") == expected
-
-
-def test_tables_are_documented() -> None:
-    kinds = trial_kinds([])
-    assert _documented("**What the trial is**") == [[n, NAMES[c.kind], c.meaning] for n, c in OWN.items()]
-    expected = [[n, NAMES[kinds[n]], d.unit, d.meaning, d.null_when] for n, d in COLUMNS.items()]
-    assert _documented("**Statistics.**") == expected
-    assert [row[:2] for row in _documented("## spikes.parquet")] == [[n, NAMES[k]] for n, k in spike_kinds().items()]
-    text = (ROOT / "results" / "README.md").read_text()
-    settings = text[text.index("**Settings**") : text.index("**Statistics.**")]
-    assert re.findall("`([a-z]+[.][a-z0-9_]+)`", settings) == [n for n in cfg.setting_names() if n != "seed"]
-
-
-def test_state_and_config_are_documented(study: Study) -> None:
-    state = {name for row in _documented("state.json\n") for name in re.findall("[a-z_]+", row[0])}
-    assert state == {f.name for f in dataclasses.fields(State)}
-    written = study.folder.trials()[0].read_config()
-    assert [row[0] for row in _documented("config.json\n\n")] == list(written)

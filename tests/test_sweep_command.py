@@ -176,7 +176,7 @@ def test_status_reads_files_alone(capsys, tmp_path, known):
     assert "7/150" in lines[ids[3]] and "it \\x1b[31mbroke" in lines[ids[3]]
     assert "lost" in lines[ids[4]], "says running, and no process holds it"
     assert said.splitlines()[-1] == (
-        "quickstart: 5 trials: 1 pending, 1 running, 1 done (1 stable), 1 failed, 1 lost; no launch is at work"
+        "quickstart: 5 trials: 1 pending, 1 running, 1 done (1 stable), 1 failed, 1 lost; no launch is running"
     )
 
 
@@ -197,7 +197,7 @@ def test_status_of_a_running_launch(capsys, tmp_path):
     (tmp_path / "results" / "s" / "trials").mkdir(parents=True)
     with store.lock(tmp_path / "results" / "s"):
         assert sweep.main(["--status", "study=s"]) == 0
-    assert capsys.readouterr().out == "s: 0 trials: none begun; a launch is at work\n"
+    assert capsys.readouterr().out == "s: 0 trials: none begun; a launch is running\n"
 
 
 def test_warnings_go_to_stderr(capsys, known):

@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from stabstudy import config as cfg
-from stabstudy.stability.events import SPIKE_COLUMNS, Spike
-from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.columns import COLUMNS, SPIKES
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,19 @@ OWN = {
 }
 
 
+OWN_OF_SPIKES = {
+    "trial_id": OwnColumn("text", "the trial it belongs to"),
+    "cell_id": OwnColumn("text", "that trial's cell"),
+    "detector_id": OwnColumn("text", "name and hash of every parameter of the rules"),
+}
+"""Columns of spikes.parquet beside those of `stability.columns.SPIKES`."""
+
+
 def spike_kinds() -> dict[str, str]:
     """Every column of spikes.parquet in its order -> int | float | text | bool."""
-    hints = (str(f.type).partition(" ")[0] for f in fields(Spike))
-    own = {n: h if h in ("int", "float", "bool") else "text" for n, h in zip(SPIKE_COLUMNS, hints, strict=True)}
-    return {"trial_id": "text", "cell_id": "text"} | own | {"detector_id": "text"}
+    own = {name: column.kind for name, column in OWN_OF_SPIKES.items()}
+    last = {"detector_id": own.pop("detector_id")}
+    return own | {name: definition.kind for name, definition in SPIKES.items()} | last
 
 
 def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

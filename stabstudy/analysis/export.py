@@ -145,8 +145,9 @@ def _trainer_schedule(s: Settings) -> dict[str, Any]:
 
 def _decay_steps(s: Settings) -> int:
     """Steps of wsd's decay, as `training/schedule.py` counts them."""
+    after: int = s["train.steps"] - s["optim.warmup_steps"]
     share: float = s["optim.decay_share"]
-    return max(1, round(share * (s["train.steps"] - s["optim.warmup_steps"])))
+    return max(1, round(share * after))
 
 
 def _threshold(s: Settings, off: float) -> float:

@@ -36,8 +36,8 @@ def lingua(s: Settings) -> Iterator[str]:
         yield f"{_optimizer(s)}: Lingua has AdamW only"
     yield from _clip(s, "Lingua")
     yield from _lingua_schedule(s)
-    if s["optim.weight_decay"] and (decayed := LINGUA_DECAYS.get(s["optim.decay_params"])):
-        yield f"{_pairs(s, 'optim.decay_params')}: Lingua's weight decay acts on {decayed}"
+    if s["optim.weight_decay"] and (scope := LINGUA_DECAYS.get(s["optim.decay_params"])):
+        yield f"{_pairs(s, 'optim.decay_params')}: Lingua's weight decay acts on {scope}"
     init = _pairs(s, "model.init")
     if s["model.init"] in ("normal_002", "scaled"):
         yield f"{init}: Lingua cuts normals off at 3 standard deviations; its embedding and output have std dim^-0.5"
@@ -65,18 +65,18 @@ def _lingua_schedule(s: Settings) -> Iterator[str]:
 
 def trainer(s: Settings) -> Iterator[str]:
     """What Trainer does otherwise, given the keys of `export.hugging_face`."""
-    given = _pairs(s, *(name for name in s if name.startswith("model.")), "data.seq_len")
-    yield f"Trainer takes the model and the sequences as they come; the recipe is for {given}"
+    pairs = _pairs(s, *(name for name in s if name.startswith("model.")), "data.seq_len")
+    yield f"Trainer takes the model and the sequences as they come; the recipe is for {pairs}"
     yield from _no_keys(s, "Trainer", NO_KEY)
     if s["optim.kind"] == "stable_adamw":
-        fused = "; it holds q, k and v back one by one, ours as one matrix, as also w1 and w3"
-        yield f"{_optimizer(s)}: needs torch-optimi{fused if s['model.family'] == 'lingua' else ''}"
+        apart = "; it holds q, k and v back one by one, ours as one matrix, as also w1 and w3"
+        yield f"{_optimizer(s)}: needs torch-optimi{apart if s['model.family'] == 'lingua' else ''}"
     elif s["optim.kind"] != "adamw":
         yield f"{_optimizer(s)}: Trainer has none; these keys are AdamW's"
     yield from _clip(s, "Trainer")
     yield from _trainer_schedule(s)
-    if s["optim.weight_decay"] and (decayed := TRAINER_DECAYS.get(s["optim.decay_params"])):
-        yield f"{_pairs(s, 'optim.decay_params')}: Trainer's weight decay acts on {decayed}"
+    if s["optim.weight_decay"] and (scope := TRAINER_DECAYS.get(s["optim.decay_params"])):
+        yield f"{_pairs(s, 'optim.decay_params')}: Trainer's weight decay acts on {scope}"
     if s["train.precision"] not in ("fp32", "bf16", "fp16"):
         yield f"{_pairs(s, 'train.precision')}: Trainer's bf16 is autocast, the residual stream in fp32"
 

@@ -85,7 +85,7 @@ def _exported(title: str, exported: export.Export) -> Code:
     text, notes = exported
     comments = textwrap.TextWrapper(110, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
     lines = [line for note in notes for line in comments.wrap(note)]
-    return Code(title, "\n".join([*lines, text]))
+    return Code(title, "\n".join([*(["# These keys do not reproduce all of it:"] if lines else []), *lines, text]))
 
 
 def _asked(study: Study) -> Iterator[Block]:

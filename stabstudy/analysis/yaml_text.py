@@ -23,9 +23,9 @@ _BARE = re.compile(r"(?!(?:true|false|null|nan|inf|yes|no|on|off|y|n)$)[a-z][a-z
 
 
 def scalar(value: Any) -> str:
-    """Text (in quotes where a reader may take it for something else), a bool, a number or None."""
+    """Text (in quotes where a reader may take it for something else), a bool, a number or None; all can be printed."""
     if isinstance(value, str):
-        return value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+        return value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=not value.isprintable())
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

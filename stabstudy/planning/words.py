@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from stabstudy.store import State
+
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -19,6 +21,12 @@ def amount(value: float) -> str:
 def count(number: int, noun: str) -> str:
     """'1 trial', '24 trials'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def judged(state: State) -> str:
+    """The verdict of a done trial in words, or why it has none."""
+    reasons = {"too_short": "too short to judge", "no_gradient_norm": "no gradient norm", None: "not judged"}
+    return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 
 def duration(seconds: float) -> str:

@@ -258,3 +258,52 @@ COLUMNS: dict[str, Definition] = {
         "likewise of the loss's mean gradient there", "1/layer", "one layer, or not measured", "gradient growth"
     ),
 }
+
+SPIKES: dict[str, Definition] = {
+    "series": _text("`grad`: grad_norm before clipping, by its logarithm; `loss`: the training loss", _NEVER, "series"),
+    "start": _int("first flagged step", "step", _NEVER, "start"),
+    "end": _int("last flagged step", "step", _NEVER, "end"),
+    "flag_steps": _int("flagged steps in it", "step", _NEVER, "flagged"),
+    "peak_step": _int("step of the largest value", "step", _NEVER, "peak at"),
+    "peak": Definition("the largest value", "of the series", _NEVER, "peak"),
+    "level": Definition("median of the 5 values before `start`", "of the series", _NEVER, "level"),
+    "baseline": Definition("median of the 64 values before `start`", "of the series", _NEVER, "baseline"),
+    "scale": Definition(
+        "robust standard deviation (MAD / .6745) of those 64: of log grad_norm, or of the loss",
+        "1 or nat",
+        _NEVER,
+        "scale",
+    ),
+    "part": _text(
+        "`surprise`, `absolute` or `both`: which conditions of the detector its steps fulfil", _NEVER, "part"
+    ),
+    "peak_ratio": Definition("peak / level", "ratio", "a loss spike", "peak / level"),
+    "peak_delta": Definition("peak - level", "nat/token", "a norm spike", "peak - level"),
+    "duration": _int(
+        "steps from `start` until 5 values in a row are back near the larger of level and baseline, or to the end",
+        "step",
+        "not every step was logged",
+        "lasts",
+    ),
+    "recovered": _bool("whether it came back", "not every step was logged", "recovered"),
+    "class": _text(
+        "`narrow` (at most 10 steps), `wide`, `malignant` (over max(20, 3 %) or 100), or `open` (cut off by the end)",
+        "not every step was logged",
+        "class",
+    ),
+    "in_warmup": _bool("starts during the warmup", "nobody knows where the warmup ended", "in warmup"),
+    "partner": _int("start of the spike of the other series that belongs to it", "step", "none", "coupled with"),
+    "lag": _int("start of the loss spike - start of the norm's spike", "step", "no partner", "lag"),
+    "attrib_first": _text(
+        "part of the model (`embed`, `layer 0`, ..., `head`) flagged first in the 8 steps up to `start`",
+        "none, or a loss spike",
+        "begins in",
+    ),
+    "attrib_peak": _text(
+        "part with the most energy above its own baseline at the peak", "none is above, or a loss spike", "highest in"
+    ),
+    "attrib_peak_share": Definition(
+        "its share of the energy that all parts have above their baselines", "fraction", "as attrib_peak", "its share"
+    ),
+}
+"""Columns of spikes.parquet that a trial knows of its spikes, in the order of `events.Spike`."""

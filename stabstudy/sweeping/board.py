@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: one live table on a terminal, plain lines elsewhere."""
+"""Progress display of a running study: one live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stabstudy.planning.words import duration, safe
+from stabstudy.planning.words import count, duration, judged, safe
 from stabstudy.store import State
 
 PLAIN_SECONDS = 15.0
@@ -83,14 +83,14 @@ class Board:
     def finish(self, trial_id: str, state: State) -> None:
         """A trial has ended (or will not be tried again): count it and say how it went."""
         began = self.running.pop(trial_id, None)
-        outcome = (state.verdict or "too short to judge") if state.status == "done" else state.status
+        outcome = judged(state) if state.status == "done" else state.status
         self.finished[trial_id] = outcome
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
         why = f": {state.error['message']}" if state.error and state.status != "done" else why
         if state.outcome:
             self.latest = f"{self.labels.get(trial_id, trial_id)}: {state.outcome}"
-        spikes = "" if state.spike_events is None else f", {state.spike_events} spikes"
+        spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike')}"
         number = f"[{len(self.finished)}/{len(self.labels)}]"
         self.say(f"{number} {trial_id}  {self.labels.get(trial_id, '')}: {outcome}{why}{spikes}{took}")
 

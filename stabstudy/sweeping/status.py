@@ -1,4 +1,4 @@
-"""`--status`: how far a study is, from its files alone, while it runs, after it, or from another shell."""
+"""Progress of a study (`--status`), from its files alone: while it runs, after it, or from another shell."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def show(folder: Path) -> None:
 
 
 def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
-    """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is at work'."""
+    """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
     counts = Counter(state.status for state in states)
-    verdicts = Counter(state.verdict or "not judged" for state in states if state.status == "done")
+    verdicts = Counter(words.judged(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
-    live = "a launch is at work" if store.is_locked(study.path) else "no launch is at work"
+    live = "a launch is running" if store.is_locked(study.path) else "no launch is running"
     return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {live}"
 
 
@@ -85,7 +85,7 @@ def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
     shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
-    verdict = state.verdict or str((state.error or {}).get("message", ""))
+    verdict = words.judged(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
     steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
     return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]

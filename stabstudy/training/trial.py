@@ -121,7 +121,7 @@ def _attempt(
     state = _finish(folder, config, state, rules)
     if not engine.keep_checkpoints:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    say(f"done: {state.stop_reason} after {state.step} steps, verdict {state.verdict} ({state.verdict_code})")
+    say(f"done: {state.stop_reason} after {state.step} steps. {state.outcome}")
     return state
 
 
@@ -227,9 +227,11 @@ def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.Sta
     summary = judge_trial(rows, probes, source, rules)
     write_summary(folder, summary, source, rules)
     found = summary.columns
-    verdict, code, events = (found[name] for name in ("verdict", "verdict_code", "spike_events"))
-    assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(events, int | None)
-    state = replace(state, verdict=verdict, verdict_code=code, spike_events=events, outcome=outcome(found, rules))
+    verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
+    assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(reason, str | None)
+    assert isinstance(events := found["spike_events"], int | None)
+    state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
+    state = replace(state, outcome=outcome(found, rules))
     state = _end(folder, state)
     for schema in RECORDS:
         folder.live(schema).unlink(missing_ok=True)
