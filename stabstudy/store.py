@@ -84,9 +84,11 @@ class State:
     format: int = cfg.FORMAT_VERSION
     growth_act: float | None = None  # exponents of the initial weights, see training/growth.py; None: one layer
     growth_grad: float | None = None
+    unigram_entropy: float | None = None  # of the training tokens, nat/token; None: a study of an older version
+    train_tokens: int | None = None  # targets in one epoch; None likewise
 
 
-NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad")
+NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")
 """Of a state: each may be a float that is not finite."""
 
 

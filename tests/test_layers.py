@@ -41,7 +41,7 @@ MAY = {
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace"}, {"numpy"}),
     "data": May(
-        {"config", "settings"},
+        {"config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
     ),
