@@ -71,7 +71,7 @@ def sweep_file(text: str | bytes, name: str = "own") -> None:
     Path("sweeps", f"{name}.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
 
 
-ONE = ["seeds=1", "model.depth=2", "optim.clip=1.0", "train.steps=150"]  # less to plan, and known numbers
+ONE = ["sweep=quickstart", "seeds=1", "model.depth=2", "optim.clip=1.0", "train.steps=150"]  # known numbers
 
 
 # One problem, one line: (row, override, what the line must say behind "error: conf: ").

@@ -182,7 +182,7 @@ sweep:
 def test_who_says_the_warmup_one_way_takes_back_the_other(ask, said, warmups, shares):
     plan = ask(SHARE, *said)
     assert [w for (w,) in values(plan, "optim.warmup_steps")] == warmups
-    assert {s for (s,) in values(plan, "optim.warmup_share")} == shares and plan.warnings == ()
+    assert {s for (s,) in values(plan, "optim.warmup_share")} == shares and "warmup" not in " ".join(plan.warnings)
 
 
 def test_the_command_line_takes_the_warmup_out_of_grids_and_cases(ask):

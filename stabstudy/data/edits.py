@@ -61,12 +61,12 @@ class Memory:
         return samples if whole == first else hashlib.sha256(f"{samples} {whole}".encode()).hexdigest()
 
     def _hashed(self, path: Path) -> str:
-        digest, done, progress = hashlib.sha256(), 0, Progress(self.say, "GB")
+        digest, done, progress = hashlib.sha256(), 0, Progress(self.say, "MB")
         with path.open("rb") as f:
             while block := f.read(BLOCK):
                 digest.update(block)
                 done += len(block)
-                progress.update(f"hashing {path.name}, once, to know later edits of it", done / 1e9)
+                progress.update(f"hashing {path.name}, once, to know later edits of it", done / 1e6)
         return digest.hexdigest()
 
 

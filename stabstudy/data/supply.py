@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stabstudy.config import DataConfig
-from stabstudy.data import files, hub, pysrc, tokens
+from stabstudy.data import files, pysrc, tokens
 from stabstudy.data.batches import training_windows
 from stabstudy.data.synthetic import SHORTEST
 

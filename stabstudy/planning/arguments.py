@@ -6,6 +6,8 @@ or chooses a preset. What is said here wins over the sweep file everywhere.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,13 +27,14 @@ from stabstudy.planning.findings import Findings
 from stabstudy.settings import ConfigError, Problem, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
+"""What is trained where no sweep is named and no setting of a trial is given."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """What a launch says beside its trials."""
 
-    study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name
+    study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name, or adhoc-...
     results_dir: str = setting("results")
     launcher: str = setting("ray", choices=("ray", "local"))
     max_trials: int = setting(10_000, ge=1, le=10**6)
@@ -43,9 +46,12 @@ LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis."""
+    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis.
 
-    sweep: str
+    `sweep` is None for a launch that gives settings and names no sweep: it starts from conf/trial.yaml alone.
+    """
+
+    sweep: str | None
     launch: Launch
     seeds: tuple[int, ...] | None
     pins: dict[str, Chosen]
@@ -53,7 +59,14 @@ class Request:
 
     @property
     def study(self) -> str:
-        return self.sweep if self.launch.study is None else self.launch.study
+        """Name of the study's folder: the one given, else the sweep's, else `adhoc-` and a name of what is asked.
+
+        That name depends on settings and presets, and neither on their order, the seeds, nor where trials run: more
+        seeds are growth of the same study, other values are another study.
+        """
+        if self.launch.study is not None:
+            return self.launch.study
+        return f"adhoc-{_digest(self.pins, self.axes)}" if self.sweep is None else self.sweep
 
 
 def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings) -> Request:
@@ -70,12 +83,31 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
     launch = _launch(launch_said, found)
     _check_folder(launch, found)
     return Request(
-        str(_value(sweep, "sweep", found, DEFAULT_SWEEP)),
+        DEFAULT_SWEEP if sweep is None and not any(map(_is_asked, said)) else _name(sweep, found),
         launch,
         seeds,
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
         {k: v for k, v in said.items() if isinstance(v, list)},
     )
+
+
+def _is_asked(name: str) -> bool:
+    """Whether a setting or group is part of what a launch asks; `compute` says only where its trials run."""
+    return name.partition(".")[0] != "compute"
+
+
+def _name(sweep: Chosen | list[Chosen] | None, found: Findings) -> str | None:
+    return None if sweep is None else str(_value(sweep, "sweep", found, DEFAULT_SWEEP))
+
+
+def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str:
+    """8 hex digits of the settings and their values, in one order however they were typed."""
+    values = {name: [chosen] for name, chosen in pins.items()} | dict(axes)
+    asked = {
+        name: sorted(json.dumps(chosen.value, sort_keys=True, default=str) for chosen in values[name])
+        for name in sorted(filter(_is_asked, values))
+    }
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
 
 
 def _check_folder(launch: Launch, found: Findings) -> None:

@@ -1,4 +1,4 @@
-"""A named sweep: the question in the file's header, and what its `sweep:` block varies.
+"""The sweep of a launch, mostly a named one: the question in the file's header, and what its `sweep:` block varies.
 
     sweep:
       seeds: [0, 1, 2]                       or a number of seeds
@@ -26,6 +26,8 @@ from stabstudy.planning.findings import Findings
 from stabstudy.settings import ConfigError, Problem, nearest
 
 KEYS = ("seeds", "grid", "zip", "cases", "exclude")
+PRIMARY = "conf/trial.yaml"
+"""What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
         _cases(block, doc, loader, found),
         _exclusions(block, doc, found),
     )
+
+
+def without_file() -> SweepFile:
+    """The sweep of a launch that names none: conf/trial.yaml as it is, three seeds, and no axis of its own."""
+    return SweepFile(PRIMARY, "", Document(PRIMARY, "", {}, {}), (0, 1, 2), (), {}, ())
 
 
 def _check_shape(doc: Document, loader: ConfigLoader) -> None:
