@@ -132,11 +132,12 @@ def _list() -> int:
 
 
 def _status(overrides: list[str]) -> int:
-    from stabstudy.planning import arguments, findings, plan
+    from stabstudy.planning import arguments, compose, findings, plan
     from stabstudy.sweeping import status
 
     found = findings.Findings()
-    request = arguments.read(overrides, None, found)
+    with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
+        request = arguments.read(overrides, loader, found)
     found.stop()
     status.show(plan.study_folder(request, Path.cwd()))
     return 0

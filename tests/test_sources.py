@@ -511,6 +511,34 @@ def test_noise_presets_turn_one_knob_each() -> None:
         assert sum(a != b for a, b in zip(vars(clean).values(), vars(noisy).values(), strict=True)) == 1
 
 
+# --- a JSON array
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}], "label": True}] * 3, indent=indent))
+    line = refused("jsonl", path)
+    assert line == (
+        f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
+        "chat and preference data are not trained on here"
+    )
+    with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
+        check(config("jsonl", path))
+    assert "a JSON array" in refused("jsonl", path, bad_rows=0.001), "also where some rows may be bad"
+
+
+def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json_lines([{"text": "a"}, ["b"]]))
+    assert refused("jsonl", path) == f"data.path: {path}:2: must be an object with 'text', is list"
+
+
+@pytest.mark.shareddata
+def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
+    assert "chat and preference data are not trained on here" in refused("jsonl", shared_data / "kto_en_demo.json")
+
+
 # --- fingerprints
 
 
