@@ -146,7 +146,7 @@ def _status(overrides: list[str]) -> int:
 def _no_flags(unknown: list[str]) -> Exception:
     from stabstudy.settings import ConfigError, Problem, nearest
 
-    return ConfigError([Problem(flag, f"is no flag{nearest(flag, list(FLAGS))}") for flag in unknown])
+    return ConfigError([Problem(flag, f"is not a flag{nearest(flag, list(FLAGS))}") for flag in unknown])
 
 
 def _explain(error: Exception) -> int:

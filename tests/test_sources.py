@@ -411,7 +411,7 @@ def test_parquet_pages_with_checksums_are_verified(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pq.write_table(pa.table({"text": ["a needle in the text"]}), path, write_page_checksum=True, **plain)
     path.write_bytes(path.read_bytes().replace(b"a needle", b"a noodle", 1))
-    assert "damaged behind row 0" in refused("parquet", path)
+    assert "damaged after row 0" in refused("parquet", path)
 
 
 def test_columns_that_are_no_text_are_refused_with_what_there_is(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_check_finds_what_can_be_known_early(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", ["x" * 1000] * 9)
     check(config("parquet", tmp_path))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match="b.parquet: cut or no Parquet file"):
+    with pytest.raises(DataError, match="b.parquet: truncated, or not a Parquet file"):
         check(config("parquet", tmp_path))
     with pytest.raises(DataError, match="data.tokenizer: must be a file"):
         check(config("pysrc", tokenizer="./missing.json"))

@@ -203,7 +203,7 @@ def test_status_of_a_running_launch(capsys, tmp_path):
 def test_warnings_go_to_stderr(capsys, known):
     assert sweep.main(["--dry-run", "sweep=quickstart", "optim.lr=1e-3,0.001"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("warning: optim.lr: 0.001 stands twice") and "twice" not in said.out
+    assert said.err.startswith("warning: optim.lr: 0.001 is listed twice") and "twice" not in said.out
 
 
 def test_a_locked_study_is_left_alone(capsys, small, tmp_path):

@@ -194,7 +194,7 @@ def test_text_without_a_single_token_is_refused(
         return [np.array([], np.int64)] * len(texts)
 
     monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode, repr))
-    with pytest.raises(DataError, match="data.tokenizer: gives not one token for this text, got 'bytes'"):
+    with pytest.raises(DataError, match="data.tokenizer: gives no token for this text, got 'bytes'"):
         prepare(source, tmp_path)
 
 

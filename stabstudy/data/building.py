@@ -1,4 +1,4 @@
-"""Building a token cache: read, tokenize and write a corpus once, whole or not at all.
+"""The builder of a token cache: it reads, tokenizes and writes a corpus once, whole or not at all.
 
 Documents pass through in lists of about a million characters, so memory holds such a list (or the largest document),
 whatever the size of the corpus.
@@ -84,7 +84,7 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
             characters += sum(map(len, batch))
             progress.update(f"tokenized {docs.items:,} documents", characters / 1e6)
         if not tokens.items:
-            raise DataError("data.tokenizer", "gives not one token for this text", repr(config.tokenizer))
+            raise DataError("data.tokenizer", "gives no token for this text", repr(config.tokenizer))
         meta = Meta(
             format=FORMAT,
             fingerprint=fingerprint,

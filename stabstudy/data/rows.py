@@ -79,7 +79,7 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
     try:
         row[key].encode()
     except UnicodeEncodeError:
-        return "", f"{key!r} holds half a surrogate pair, which UTF-8 cannot say"
+        return "", f"{key!r} holds half a surrogate pair, which UTF-8 cannot encode"
     return row[key], ""
 
 
@@ -172,7 +172,7 @@ def _parquet_rows(file: DataFile, column: str, count: RowCount) -> Iterator[str]
                     else:
                         yield text
         except (pa.ArrowException, OSError) as error:
-            where = f"{file.path}: damaged behind row {number} (file of {file.size} bytes)"
+            where = f"{file.path}: damaged after row {number} (file of {file.size} bytes)"
             raise DataError("data.path", f"{where}: {first_line(error)}") from error
 
 
@@ -193,7 +193,7 @@ def _open_parquet(file: DataFile, column: str) -> pq.ParquetFile:
     try:
         table = pq.ParquetFile(file.path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        where = f"{file.path}: cut or no Parquet file ({file.size} bytes)"
+        where = f"{file.path}: truncated, or not a Parquet file ({file.size} bytes)"
         raise DataError("data.path", f"{where}: {first_line(error)}") from error
     names = table.schema_arrow.names
     if column not in names:

@@ -117,7 +117,7 @@ def _check_folder(launch: Launch, found: Findings) -> None:
     try:
         Path(launch.results_dir).expanduser()
     except RuntimeError:  # ~nobody
-        found.refuse("results_dir", "names the home of a user who is not there", repr(launch.results_dir))
+        found.refuse("results_dir", "names the home of an unknown user", repr(launch.results_dir))
     if not launch.results_dir.strip():
         found.refuse("results_dir", "must name a folder", repr(launch.results_dir))
 
@@ -140,7 +140,7 @@ def _read_one(
     if rule:
         found.refuse(name, rule, origin=origin)
     elif not _is_known(name):
-        found.refuse(name, f"is no setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
+        found.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
     elif override.is_sweep_override():
         written = _enumerated(override, origin, found)
         said[name] = axes.values(name, written, origin, loader, found) if written is not None else []
@@ -200,7 +200,7 @@ def _unreadable(argument: str) -> Problem:
     """What to say about text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
     name, equals, text = argument.partition("=")
     if not equals:
-        return Problem(name, "is no override: write KEY=VALUE, or see --help for the flags", repr(argument))
+        return Problem(name, "is not an override: write KEY=VALUE, or see --help for the flags", repr(argument))
     if name == "study":
         return Problem(name, store.check_name(text) or "must be quoted", repr(text))
     group, _, key = name.rpartition(".")
@@ -226,7 +226,7 @@ def _value(chosen: Chosen | list[Chosen] | None, name: str, found: Findings, def
 def _seeds(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> tuple[int, ...] | None:
     """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
     if len(said) == 2:
-        found.refuse("seed, seeds", "say one of them")
+        found.refuse("seed, seeds", "give only one of them")
     for name, chosen in said.items():
         if isinstance(chosen, list):
             return axes.seeds([c.value for c in chosen], chosen[0].origin, found) if chosen else None

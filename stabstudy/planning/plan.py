@@ -1,4 +1,4 @@
-"""From words to trials: the command line and a sweep file become a Plan, with every problem of the launch at once.
+"""The Plan of a launch: the trials of a command line and a sweep file, with every problem of them at once.
 
 Nothing is started and nothing is written here, and neither torch nor ray is imported: `--dry-run` and every error in
 a configuration answer from this module alone.
@@ -156,7 +156,7 @@ def _check_engines(configs: list[TrialConfig], found: Findings) -> None:
     """`train.compile: auto` must decide alike for all trials: eager and compiled ones may not be compared."""
     chosen = {c.compiled for c in configs if c.train.compile == "auto"}
     if len(chosen) > 1:
-        rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: say on or off"
+        rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: set on or off"
         found.refuse("train.compile, train.steps", rule)
     elif True in chosen and (missing := machine.why_not_compile()):
         found.warn(f"train.compile=auto: {missing}; every trial of this launch trains without")

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a launch would do, and roughly what it would cost. Starts and writes nothing."""
+"""The output of `--dry-run`: what a launch would do, and roughly what it would cost. Starts nothing."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
     block = _mapping(doc.content.get("sweep", {}), "sweep", doc, found)
     for key in [key for key in block if key not in KEYS]:
         part = f"sweep.{key}"
-        found.refuse(part, f"is no part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
+        found.refuse(part, f"is not part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
     factors = [factor for factor in (*_grid(block, doc, loader, found), *_zips(block, doc, loader, found)) if factor]
     _refuse_twice(factors, doc, found)
     where = doc.where("sweep.seeds")
@@ -180,7 +180,7 @@ def _exclusions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[
 def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -> None:
     named = [name for factor in factors for name in factor[0]]
     for name in sorted({n for n in named if named.count(n) > 1}):
-        found.refuse(name, "stands in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
+        found.refuse(name, "is listed in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
 
 
 def _mapping(value: Any, path: str, doc: Document, found: Findings) -> dict[str, Any]:

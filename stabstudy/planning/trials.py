@@ -99,7 +99,7 @@ def without_excluded(
             kept.append(trial)
     for expression in exclude:
         if expression.text not in used and expression.names.isdisjoint(chosen):
-            found.warn(f"sweep.exclude: {expression.text!r} names no cell")
+            found.warn(f"sweep.exclude: {expression.text!r} matches no cell")
     if not kept:
         found.refuse("sweep.exclude", "leaves nothing to train")
     return kept
