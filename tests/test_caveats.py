@@ -28,7 +28,7 @@ def config(**groups: Any) -> TrialConfig:
     return cfg.from_dict(groups)
 
 
-def told(
+def lines_of(
     *configs: TrialConfig, axes: tuple[str, ...] = (), supplies: dict[DataConfig, Supply | None] | None = None
 ) -> list[str]:
     known = dict.fromkeys((c.data for c in configs), PLENTY) if supplies is None else supplies
@@ -36,7 +36,7 @@ def told(
 
 
 def test_the_defaults_have_none() -> None:
-    assert told(TrialConfig()) == []
+    assert lines_of(TrialConfig()) == []
 
 
 # too short for a verdict
@@ -44,7 +44,7 @@ def test_the_defaults_have_none() -> None:
 
 @pytest.mark.parametrize(("steps", "judged"), [(1, False), (61, False), (62, True), (10_000, True)])
 def test_a_verdict_needs_fifty_steps_after_the_first_twelve(steps: int, judged: bool) -> None:
-    lines = told(config(train={"steps": steps, "eval_every": 1}, optim={"warmup_steps": 0}))
+    lines = lines_of(config(train={"steps": steps, "eval_every": 1}, optim={"warmup_steps": 0}))
     assert (
         lines == []
         if judged
@@ -58,7 +58,7 @@ def test_a_verdict_needs_fifty_steps_after_the_first_twelve(steps: int, judged: 
 
 def test_short_trials_are_counted() -> None:
     steps = (30, 60, 62, 200)
-    lines = told(*(config(train={"steps": s, "eval_every": 1}, optim={"warmup_steps": 0}) for s in steps))
+    lines = lines_of(*(config(train={"steps": s, "eval_every": 1}, optim={"warmup_steps": 0}) for s in steps))
     assert len(lines) == 1 and lines[0].startswith("train.steps: 2 of 4 trials will get no verdict")
 
 
@@ -67,7 +67,7 @@ def test_short_trials_are_counted() -> None:
 
 @pytest.mark.parametrize(("every", "lines"), [(100, 0), (101, 1)])
 def test_an_evaluation_beyond_the_end(every: int, lines: int) -> None:
-    found = told(config(train={"steps": 100, "eval_every": every}))
+    found = lines_of(config(train={"steps": 100, "eval_every": every}))
     assert len(found) == lines
     assert not found or found[0] == (
         "train.eval_every: 101 is beyond train.steps=100 in 1 of 1 trial: no validation loss between the first and the "
@@ -80,7 +80,7 @@ def test_an_evaluation_beyond_the_end(every: int, lines: int) -> None:
 
 @pytest.mark.parametrize(("batch", "length", "lines"), [(8, 16, 0), (127, 1, 1), (4, 16, 1), (1, 128, 0)])
 def test_few_tokens_a_step(batch: int, length: int, lines: int) -> None:
-    found = told(config(train={"batch_size": batch}, data={"seq_len": length}), TrialConfig())
+    found = lines_of(config(train={"batch_size": batch}, data={"seq_len": length}), TrialConfig())
     assert len(found) == lines
     assert not found or found[0] == (
         f"train.batch_size, data.seq_len: {batch * length} tokens a step in 1 of 2 trials: under 128 a rough gradient "
@@ -108,7 +108,7 @@ ONE = config(train={"steps": 100, "batch_size": 10}, data={"seq_len": 50})  # 50
     ],
 )
 def test_text_that_repeats(supply: Supply | None, line: str | None) -> None:
-    assert told(ONE, supplies={ONE.data: supply}) == ([] if line is None else [line])
+    assert lines_of(ONE, supplies={ONE.data: supply}) == ([] if line is None else [line])
 
 
 def other(**data: Any) -> TrialConfig:
@@ -128,18 +128,21 @@ C4 = other(source="text", path="c4.txt")
         (Supply(10_000, False), Supply(100_000, True), "at least 5 epochs of pysrc, 0.5 epochs of c4.txt"),
         (Supply(10_000, True), None, "5 epochs of pysrc, an unknown number of c4.txt"),
         (None, Supply(100_000, True), None),
+        (None, None, None),
     ],
 )
 def test_texts_that_repeat_unequally(here: Supply | None, there: Supply | None, line: str | None) -> None:
     for axes in (("data",), ("optim.lr", "data.path")):
-        found = [t for t in told(ONE, C4, axes=axes, supplies={ONE.data: here, C4.data: there}) if "axis" in t]
+        found = [t for t in lines_of(ONE, C4, axes=axes, supplies={ONE.data: here, C4.data: there}) if "axis" in t]
         assert found == ([] if line is None else [f"data: {line}: the axis compares repetition as well as text"])
-    assert not [t for t in told(ONE, C4, axes=("optim.lr",), supplies={ONE.data: here, C4.data: there}) if "axis" in t]
+    assert not [
+        t for t in lines_of(ONE, C4, axes=("optim.lr",), supplies={ONE.data: here, C4.data: there}) if "axis" in t
+    ]
 
 
 def test_parts_of_one_text_are_texts_of_their_own() -> None:
     small, large = other(max_bytes=10_000), other(max_bytes=10**6)
-    lines = told(
+    lines = lines_of(
         small, large, axes=("data.max_bytes",), supplies={small.data: Supply(10_000, True), large.data: PLENTY}
     )
     assert lines[-1].startswith("data: 5 epochs of pysrc (10 kB), 5e-05 epochs of pysrc (1 MB): the axis compares")
@@ -153,19 +156,21 @@ def decays(mode: str, lr: float = 1e-2, wd: float = 0.1, **more: Any) -> TrialCo
 
 
 def test_decay_modes_at_one_strength_setting_are_mixed_with_strength() -> None:
-    assert told(decays("coupled"), decays("independent")) == [
+    assert lines_of(decays("coupled"), decays("independent")) == [
         "optim.decay_mode: at one weight_decay, independent decays 100 times (1/lr) as strongly as coupled; of equal "
         "strength is wd_independent = lr*wd, here 0.001 for lr 0.01 and wd 0.1"
     ]
-    lines = told(*(decays(m, lr) for m in ("coupled", "independent") for lr in (1e-1, 1e-3)))
+    lines = lines_of(*(decays(m, lr) for m in ("coupled", "independent") for lr in (1e-1, 1e-3)))
     assert "independent decays 10 to 1,000 times (1/lr)" in lines[0]
 
 
 def test_decay_modes_of_equal_strength_are_not() -> None:
-    assert told(decays("coupled", wd=0.1), decays("independent", wd=0.001)) == []
-    assert told(decays("independent"), decays("independent", lr=1e-3)) == []
-    assert told(decays("coupled", wd=0), decays("independent", wd=0)) == [], "no decay, no mode"
-    assert told(decays("coupled"), decays("independent", model={"depth": 2})) == [], "they differ in more than the mode"
+    assert lines_of(decays("coupled", wd=0.1), decays("independent", wd=0.001)) == []
+    assert lines_of(decays("independent"), decays("independent", lr=1e-3)) == []
+    assert lines_of(decays("coupled", wd=0), decays("independent", wd=0)) == [], "no decay, no mode"
+    assert lines_of(decays("coupled"), decays("independent", model={"depth": 2})) == [], (
+        "they differ in more than the mode"
+    )
 
 
 def test_timescales_by_hand() -> None:

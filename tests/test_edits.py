@@ -50,13 +50,13 @@ def learns(tmp_path: Path) -> Memory:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows with every file that is hashed whole."""
     names: list[str] = []
-    real = Memory._hashed
+    real = Memory._sha256
 
     def counting(memory: Memory, path: Path) -> str:
         names.append(path.name)
         return real(memory, path)
 
-    monkeypatch.setattr(Memory, "_hashed", counting)
+    monkeypatch.setattr(Memory, "_sha256", counting)
     return names
 
 
@@ -117,7 +117,7 @@ def test_an_edit_is_seen_and_taken_back(big: DataConfig, learns: Memory, hashed:
     assert fingerprint(big, learns) == before and len(hashed) == 5
 
 
-def test_a_touched_file_is_hashed_once_more_and_keeps_its_name(
+def test_a_touched_file_is_sha256_once_more_and_keeps_its_name(
     big: DataConfig, learns: Memory, hashed: list[str]
 ) -> None:
     before = fingerprint(big, learns)
@@ -157,7 +157,7 @@ def test_a_damaged_memory_is_none(big: DataConfig, learns: Memory, hashed: list[
 
 
 @pytest.mark.parametrize("known", [3, [], ["a", "b", "c"], [SIZE, 10**18], [True, 10**18, "a"]])
-def test_a_damaged_entry_is_hashed_again(big: DataConfig, learns: Memory, hashed: list[str], known: Any) -> None:
+def test_a_damaged_entry_is_sha256_again(big: DataConfig, learns: Memory, hashed: list[str], known: Any) -> None:
     before = fingerprint(big, learns)
     (file,) = (learns.cache_dir / "files").iterdir()
     body = store.read_json(file)
@@ -189,7 +189,7 @@ def test_what_it_cannot_see(big: DataConfig, learns: Memory) -> None:
     assert fingerprint(big, learns) == before
 
 
-def test_much_of_which_a_part_is_read_is_not_hashed_whole(
+def test_much_of_which_a_part_is_read_is_not_sha256_whole(
     big: DataConfig, learns: Memory, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = DataConfig(source="text", path=big.path, max_bytes=SIZE)

@@ -76,16 +76,16 @@ def test_by_hand(tmp_path: Path) -> None:
     spans = [(0, 4), (6, 8)]  # four of one token, then one of each of two: 4/6, 1/6, 1/6
     ids = [7, 7, 7, 7, 1, 1, 8, 9]
     by_hand = -(2 / 3) * math.log(2 / 3) - 2 * (1 / 6) * math.log(1 / 6)
-    assert unigram.counted(corpus(ids, tmp_path), spans) == pytest.approx(by_hand, rel=1e-14)
-    assert unigram.counted(corpus([3] * 8, tmp_path), spans) == 0
-    assert unigram.counted(corpus([0, 1] * 4, tmp_path), [(0, 8)]) == pytest.approx(math.log(2), rel=1e-14)
+    assert unigram.measure(corpus(ids, tmp_path), spans) == pytest.approx(by_hand, rel=1e-14)
+    assert unigram.measure(corpus([3] * 8, tmp_path), spans) == 0
+    assert unigram.measure(corpus([0, 1] * 4, tmp_path), [(0, 8)]) == pytest.approx(math.log(2), rel=1e-14)
 
 
 def test_chunks_change_nothing(text: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     spans = [(1, 20_001), (30_000, 59_999)]
-    whole = unigram.counted(text, spans)
+    whole = unigram.measure(text, spans)
     monkeypatch.setattr(unigram, "CHUNK", 777)
-    assert unigram.counted(text, spans) == whole
+    assert unigram.measure(text, spans) == whole
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     mapped = np.memmap(path, "<u2", mode="r").view(np.ndarray)
     big = Corpus(mapped, np.array([len(mapped)], np.uint64), 60_000, "f" * 16, tmp_path)
     tracemalloc.start()
-    assert unigram.counted(big, [(0, len(mapped))]) == 0
+    assert unigram.measure(big, [(0, len(mapped))]) == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 24e6
@@ -108,14 +108,14 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every count of the tokens."""
     made: list[int] = []
-    real = unigram.counted
+    real = unigram.measure
 
     def counting(corpus: Corpus, spans: Any) -> float:
         made.append(len(spans))
         time.sleep(0.02)  # long enough for the others to arrive
         return real(corpus, spans)
 
-    monkeypatch.setattr(unigram, "counted", counting)
+    monkeypatch.setattr(unigram, "measure", counting)
     return made
 
 

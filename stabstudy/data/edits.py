@@ -49,18 +49,18 @@ class Memory:
         if first is None and not self.learn:
             return samples
         place, stamp = str(path.resolve()), [info.st_size, info.st_mtime_ns]
-        known = seen.get(place)
-        if first is not None and known is not None and known[:2] == stamp:
-            whole: str = known[2]
+        entry = seen.get(place)
+        if first is not None and entry is not None and entry[:2] == stamp:
+            whole: str = entry[2]
         else:
-            whole = self._hashed(path)
+            whole = self._sha256(path)
             first = whole if first is None else first
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 store.write_json(file, {"first": first, "seen": seen | {place: [*stamp, whole]}})
         return samples if whole == first else hashlib.sha256(f"{samples} {whole}".encode()).hexdigest()
 
-    def _hashed(self, path: Path) -> str:
+    def _sha256(self, path: Path) -> str:
         digest, done, progress = hashlib.sha256(), 0, Progress(self.say, "MB")
         with path.open("rb") as f:
             while block := f.read(BLOCK):
@@ -79,8 +79,8 @@ def _read(file: Path) -> tuple[str | None, dict[str, list[Any]]]:
     first, seen = body.get("first"), body.get("seen")
     if not isinstance(first, str) or not isinstance(seen, dict):
         return None, {}
-    return first, {place: known for place, known in seen.items() if _is_known(known)}
+    return first, {place: entry for place, entry in seen.items() if _is_entry(entry)}
 
 
-def _is_known(known: Any) -> bool:
-    return isinstance(known, list) and [type(part) for part in known] == [int, int, str]
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and [type(part) for part in entry] == [int, int, str]

@@ -102,12 +102,12 @@ def digest(files: list[DataFile], memory: Memory | None = None, partly: bool = F
                 for start, length in _stretches(file.size, whole):
                     f.seek(start)
                     content.update(f.read(length))
-            known = content.hexdigest()
+            name = content.hexdigest()
             if memory is not None and file.size > whole:
-                known = memory.content(known, file.path)
+                name = memory.content(name, file.path)
         except OSError as error:
             raise DataError("data.path", f"must be readable ({_reason(error)})", str(file.path)) from error
-        total.update(json.dumps([file.name, file.size, known]).encode())
+        total.update(json.dumps([file.name, file.size, name]).encode())
     return total.hexdigest()
 
 

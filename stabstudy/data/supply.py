@@ -28,12 +28,12 @@ def supply(config: DataConfig, fingerprint: str, cache_dir: Path | None) -> Supp
 
     Raises DataError where the source's files cannot be found.
     """
-    known = None if cache_dir is None else tokens.count(fingerprint, cache_dir)
-    total = most_tokens(config) if known is None else known
+    count = None if cache_dir is None else tokens.count(fingerprint, cache_dir)
+    total = most_tokens(config) if count is None else count
     if total is None:
         return None
     windows = training_windows(total, config.seq_len, config.validation_share)
-    return Supply(windows * config.seq_len, exact=known is not None)
+    return Supply(windows * config.seq_len, exact=count is not None)
 
 
 def most_tokens(config: DataConfig) -> int | None:
@@ -62,9 +62,9 @@ def _text(config: DataConfig) -> int:
 
 def _json_lines(config: DataConfig) -> int | None:
     """The keys and quotes of a row take more bytes than its two marks."""
-    found = files.find(config)
-    compressed = any(file.name.endswith((".gz", ".zst", ".zstd")) for file in found)
-    return None if compressed else sum(file.size for file in found)
+    rows = files.find(config)
+    compressed = any(file.name.endswith((".gz", ".zst", ".zstd")) for file in rows)
+    return None if compressed else sum(file.size for file in rows)
 
 
 _SIZES: dict[str, Callable[[DataConfig], int | None]] = {

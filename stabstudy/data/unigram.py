@@ -32,18 +32,18 @@ def entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_shar
     """
     path = corpus.folder / f"unigram-{seq_len}-{validation_share!r}.json"
     targets = sum(stop - start for start, stop in spans)
-    known = _read(path, targets, corpus.vocab_size)
-    if known is None:
+    value = _read(path, targets, corpus.vocab_size)
+    if value is None:
         with contextlib.suppress(OSError), tokens.lock(corpus.folder):
-            known = _read(path, targets, corpus.vocab_size)  # another process may have counted meanwhile
-            if known is None:
-                known = counted(corpus, spans)
+            value = _read(path, targets, corpus.vocab_size)  # another process may have counted meanwhile
+            if value is None:
+                value = measure(corpus, spans)
                 store.sweep_leftovers(corpus.folder)
-                store.write_json(path, {"unigram_entropy": known, "targets": targets})
-    return counted(corpus, spans) if known is None else known
+                store.write_json(path, {"unigram_entropy": value, "targets": targets})
+    return measure(corpus, spans) if value is None else value
 
 
-def counted(corpus: Corpus, spans: Sequence[Span]) -> float:
+def measure(corpus: Corpus, spans: Sequence[Span]) -> float:
     """As `entropy`, from the tokens themselves."""
     counts = np.zeros(corpus.vocab_size, np.int64)
     for start, stop in spans:

@@ -83,7 +83,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
     launch = _launch(launch_said, found)
     _check_folder(launch, found)
     return Request(
-        DEFAULT_SWEEP if sweep is None and not any(map(_is_asked, said)) else _name(sweep, found),
+        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, said)) else _name(sweep, found),
         launch,
         seeds,
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
@@ -91,7 +91,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
     )
 
 
-def _is_asked(name: str) -> bool:
+def _is_question(name: str) -> bool:
     """Whether a setting or group is part of what a launch asks; `compute` says only where its trials run."""
     return name.partition(".")[0] != "compute"
 
@@ -103,11 +103,11 @@ def _name(sweep: Chosen | list[Chosen] | None, found: Findings) -> str | None:
 def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str:
     """8 hex digits of the settings and their values, in one order however they were typed."""
     values = {name: [chosen] for name, chosen in pins.items()} | dict(axes)
-    asked = {
+    question = {
         name: sorted(json.dumps(chosen.value, sort_keys=True, default=str) for chosen in values[name])
-        for name in sorted(filter(_is_asked, values))
+        for name in sorted(filter(_is_question, values))
     }
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
 
 
 def _check_folder(launch: Launch, found: Findings) -> None:

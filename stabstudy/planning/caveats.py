@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data.supply import Supply
@@ -16,6 +17,17 @@ FIRST = 12  # steps that no detector can judge: it needs as many finite values b
 EVALUABLE = 50  # steps beside those that a verdict needs
 FEW_TOKENS = 128  # a step; measured: at 32, calm recipes are rough by their batches alone, at 128 none was
 APART = 1.1  # ratio of epochs from which texts of a data axis count as unequally repeated
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """How often a trial reads its training part; not `exact`: at least so often."""
+
+    number: float
+    exact: bool
+
+    def __str__(self) -> str:
+        return f"{'' if self.exact else 'at least '}{self.number:.3g} epochs"
 
 
 def caveats(
@@ -32,22 +44,24 @@ def caveats(
 def repetition(
     configs: Sequence[TrialConfig], axes: Iterable[str], supplies: Mapping[DataConfig, Supply | None]
 ) -> Iterator[str]:
-    """Data that is read more than once, and axes over data of which that is true to an unequal degree."""
-    epochs: dict[str, tuple[float, bool]] = {}  # of each text the largest number, and whether it is exact
+    """Text that is read more than once, and axes over data whose texts are, to an unequal degree."""
+    most: dict[str, Epochs] = {}  # by the name of a text
     for config in configs:
         supply = supplies.get(config.data)
         if supply is not None and supply.tokens > 0:
-            name, own = _text(config.data), config.tokens / supply.tokens
-            epochs[name] = max(epochs.get(name, (0.0, True)), (own, supply.exact))
-    for name, known in epochs.items():
-        if known[0] > 1:
-            yield f"data: a trial trains {_epochs(known)} of {name}: repeated text changes losses and spikes"
-    unknown = sorted({_text(config.data) for config in configs} - set(epochs))
-    if len(epochs) + len(unknown) > 1 and any(axis.partition(".")[0] == "data" for axis in axes):
-        (least, few), (most, many) = (pick(epochs.items(), key=_number) for pick in (min, max))
-        if many[0] > 1 and (unknown or many[0] > APART * few[0]):
-            others = f"an unknown number of {unknown[0]}" if unknown else f"{_epochs(few)} of {least}"
-            yield f"data: {_epochs(many)} of {most}, {others}: the axis compares repetition as well as text"
+            name = _text(config.data)
+            own = Epochs(config.tokens / supply.tokens, supply.exact)
+            most[name] = max(most.get(name, own), own, key=lambda epochs: epochs.number)
+    repeats = {name: epochs for name, epochs in most.items() if epochs.number > 1}
+    for name, epochs in repeats.items():
+        yield f"data: a trial trains {epochs} of {name}: repeated text changes losses and spikes"
+    unknown = sorted({_text(config.data) for config in configs} - set(most))
+    if repeats and len(most) + len(unknown) > 1 and any(axis.partition(".")[0] == "data" for axis in axes):
+        ranks = sorted(most, key=lambda name: most[name].number)
+        low, high = most[ranks[0]], most[ranks[-1]]
+        if unknown or high.number > APART * low.number:
+            others = f"an unknown number of {unknown[0]}" if unknown else f"{low} of {ranks[0]}"
+            yield f"data: {high} of {ranks[-1]}, {others}: the axis compares repetition as well as text"
 
 
 def timescales(configs: Sequence[TrialConfig]) -> str | None:
@@ -55,16 +69,15 @@ def timescales(configs: Sequence[TrialConfig]) -> str | None:
 
     The learning rate is the peak; with independent decay it is 1/weight_decay steps.
     """
-    known = [(1 / rate, 1 / rate / c.train.steps) for c in configs if (rate := _decay(c)) > 0]
-    if not known:
+    decays = [c for c in configs if _decay(c) > 0]
+    if not decays:
         return None
-    (low, high), (share, largest) = ((min(v), max(v)) for v in zip(*known, strict=True))
-    formulas = sorted(
-        {"1/weight_decay" if c.optim.decay_mode == "independent" else "1/(lr*weight_decay)" for c in configs}
-    )
+    steps = [1 / _decay(c) for c in decays]
+    runs = [count / c.train.steps for count, c in zip(steps, decays, strict=True)]
+    formulas = {"1/weight_decay" if c.optim.decay_mode == "independent" else "1/(lr*weight_decay)" for c in decays}
     return (
-        f"weight decay timescale {', '.join(formulas)}: {_range(low, high)} steps, "
-        f"{_range(share, largest)} times the run"
+        f"weight decay timescale {', '.join(sorted(formulas))}: {_range(min(steps), max(steps))} steps, "
+        f"{_range(min(runs), max(runs))} times the run"
     )
 
 
@@ -132,12 +145,3 @@ def _text(data: DataConfig) -> str:
 def _range(low: float, high: float) -> str:
     first, last = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (low, high))
     return first if first == last else f"{first} to {last}"
-
-
-def _number(item: tuple[str, tuple[float, bool]]) -> float:
-    return item[1][0]
-
-
-def _epochs(known: tuple[float, bool]) -> str:
-    value, exact = known
-    return f"{'' if exact else 'at least '}{value:.3g} epochs"
