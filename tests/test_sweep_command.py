@@ -291,6 +291,7 @@ print(json.dumps({"code": code, "heavy": heavy, "cpu": used.ru_utime + used.ru_s
         (["--list"], 0),
         (["--version"], 0),
         (["--dry-run"], 0),
+        (["optim.lr=1e-3,1e-2", "data=synthetic,pysrc", "--dry-run"], 0),
         (["sweep=dataset", "--dry-run"], 0),
         (["--status"], 2),
         (["optim.lr=nan", "optim.lrr=1"], 2),

@@ -41,9 +41,10 @@ def most_tokens(config: DataConfig) -> int | None:
 
     None where the size on disk is none of the text: compressed files, Parquet, the hub without data.max_bytes.
     """
-    sizes = _SIZES.get(config.source, lambda config: None)(config)
-    if config.max_bytes is None or (sizes is not None and sizes < config.max_bytes):
-        return sizes
+    measure = _SIZES.get(config.source)
+    size = None if measure is None else measure(config)
+    if config.max_bytes is None or (size is not None and size < config.max_bytes):
+        return size
     return config.max_bytes + MARKS * (config.max_bytes // SHORT + 1)
 
 

@@ -61,6 +61,6 @@ def _read(path: Path, targets: int, vocab_size: int) -> float | None:
     except store.StoreError:
         return None
     value = body.get("unigram_entropy")
-    if body.get("targets") != targets or type(value) not in (int, float):
+    if body.get("targets") != targets or not isinstance(value, float):
         return None
-    return float(value) if 0 <= value <= math.log(vocab_size) + 1e-9 else None
+    return value if 0 <= value <= math.log(vocab_size) + 1e-9 else None
