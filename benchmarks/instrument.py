@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from stabstudy.stability.calm import mad_outliers, ratio3_outliers
 
 from stabstudy.finished import compact, read_parquet
-from stabstudy.stability.calm import mad_outliers, ratio3_outliers
 from stabstudy.stability.detectors import mad_lin, mad_log, ratio3
 from stabstudy.stability.rules import rules_for
 from stabstudy.stability.summary import TrialFacts, summarise

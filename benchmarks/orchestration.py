@@ -39,7 +39,14 @@ from stabstudy.sweeping.worker import train_pack
 def plan(folder: Path, name: str, trials: int, steps: int) -> Plan:
     """`trials` cells that differ in the learning rate only, so that all cost the same."""
     rates = ",".join(f"{1e-3 * (1 + i / trials):.6f}" for i in range(trials))
-    words = [f"optim.lr={rates}", "model.depth=2", "optim.clip=1.0", "seeds=1", f"train.steps={steps}"]
+    words = [
+        "sweep=quickstart",
+        f"optim.lr={rates}",
+        "model.depth=2",
+        "optim.clip=1.0",
+        "seeds=1",
+        f"train.steps={steps}",
+    ]
     words += ["optim.warmup_steps=0", "train.checkpoint_every=1000000"]
     return make_plan([*words, f"study={name}", f"results_dir={folder}"], folder)
 

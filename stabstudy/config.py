@@ -142,7 +142,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
             field = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed")
             parts[key] = read_value("seed", "int", field.metadata, value, problems, 0)
         else:
-            problems.append(Problem(str(key), f"is no setting{nearest(str(key), [*GROUPS, 'seed'])}"))
+            problems.append(Problem(str(key), f"is not a setting{nearest(str(key), [*GROUPS, 'seed'])}"))
     config = TrialConfig(**parts)
     if not problems:
         problems = list(combinations.problems(config))

@@ -75,7 +75,7 @@ _TYPES = {
 def check(name: str, value: Any) -> tuple[Any, Problem | None]:
     """The value of a setting as its rules want it, or what they refuse."""
     if name not in cfg.setting_names():
-        return None, Problem(name, f"is no setting{nearest(name, cfg.setting_names())}")
+        return None, Problem(name, f"is not a setting{nearest(name, cfg.setting_names())}")
     group, _, key = name.partition(".")
     cls = cfg.GROUPS[group] if key else cfg.TrialConfig
     found = next(f for f in fields(cls) if f.name == (key or group))

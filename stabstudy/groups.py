@@ -138,7 +138,7 @@ class DataConfig:
     hub_revision: str | None = setting(None)  # hf: commit sha; null pins nothing and is warned about
     max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
     bad_rows: float = setting(0.0, ge=0, le=0.001)  # share of unreadable rows that is skipped and counted
-    tokenizer: str = setting("bytes")  # bytes | folder or tokenizer.json or vocab+merges | a hub name
+    tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     # The synthetic source only. Mechanisms, one knob each; integers so that the text is bit-exact everywhere.

@@ -77,7 +77,7 @@ def read_group(
     for key, value in values.items():
         name = f"{group}.{key}"
         if key not in fields:
-            problems.append(Problem(name, f"is no setting{_nearest_setting(name, list(fields), known)}"))
+            problems.append(Problem(name, f"is not a setting{_nearest_setting(name, list(fields), known)}"))
             continue
         field = fields[key]
         read[key] = read_value(name, hints[key], field.metadata, value, problems, field.default)

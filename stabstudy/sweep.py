@@ -1,4 +1,4 @@
-"""`python -m stabstudy.sweep`: plan a sweep and train what is not done. Arguments in, words and an exit code out.
+"""The command `python -m stabstudy.sweep`: it plans a sweep and trains what is not done.
 
 Exit codes: 0 all trials done; 2 bad input, nothing started; 3 some trials failed; 4 this machine cannot (disk, lock,
 GPU, Ray, versions); 128 + signal when stopped, resumable; 1 a bug of ours. Everything is imported late: `--help` and
@@ -27,6 +27,7 @@ Which training recipes are stable, how spiky each is, and why: trains a sweep of
   python -m stabstudy.sweep                     the quickstart sweep: real text, CPU, about two minutes
   python -m stabstudy.sweep sweep=depth_lr      the sweep in sweeps/depth_lr.yaml; again: resume it
   python -m stabstudy.sweep sweep=depth_lr optim.lr=1e-4,1e-3 'model.depth=range(2,11,4)' seeds=5
+  python -m stabstudy.sweep optim.lr=1e-4,1e-3  a question of your own: conf/trial.yaml with these alone
 
   --list       every sweep with its question    --dry-run   trials to do, time, disk; starts nothing
   --status     how far a study is               --debug     tracebacks behind one-line errors
@@ -35,8 +36,9 @@ Which training recipes are stable, how spiky each is, and why: trains a sweep of
 Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
 or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in cases.
 
-  sweep=NAME           which question (default quickstart); ./sweeps comes before the shipped ones
-  study=NAME           folder of the results below results_dir (default: the sweep's name)
+  sweep=NAME           which question; ./sweeps comes before the shipped ones. Without it: quickstart,
+                       or, where a setting is given, conf/trial.yaml alone with three seeds
+  study=NAME           folder of the results below results_dir (default: the sweep's name, or adhoc-...)
   results_dir=DIR      default results
   seeds=5              or seeds=[0,7]
   launcher=ray|local   local: in this process, one trial after another
@@ -86,6 +88,8 @@ def _sweep(overrides: list[str], dry_run: bool) -> int:
     from stabstudy.planning import plan, preview
 
     made = plan.make_plan(overrides, Path.cwd())
+    if made.start:
+        print(f"{made.study} {made.start}")
     for warning in made.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
@@ -128,11 +132,12 @@ def _list() -> int:
 
 
 def _status(overrides: list[str]) -> int:
-    from stabstudy.planning import arguments, findings, plan
+    from stabstudy.planning import arguments, compose, findings, plan
     from stabstudy.sweeping import status
 
     found = findings.Findings()
-    request = arguments.read(overrides, None, found)
+    with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
+        request = arguments.read(overrides, loader, found)
     found.stop()
     status.show(plan.study_folder(request, Path.cwd()))
     return 0
@@ -141,7 +146,7 @@ def _status(overrides: list[str]) -> int:
 def _no_flags(unknown: list[str]) -> Exception:
     from stabstudy.settings import ConfigError, Problem, nearest
 
-    return ConfigError([Problem(flag, f"is no flag{nearest(flag, list(FLAGS))}") for flag in unknown])
+    return ConfigError([Problem(flag, f"is not a flag{nearest(flag, list(FLAGS))}") for flag in unknown])
 
 
 def _explain(error: Exception) -> int:

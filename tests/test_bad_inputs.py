@@ -71,7 +71,7 @@ def sweep_file(text: str | bytes, name: str = "own") -> None:
     Path("sweeps", f"{name}.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
 
 
-ONE = ["seeds=1", "model.depth=2", "optim.clip=1.0", "train.steps=150"]  # less to plan, and known numbers
+ONE = ["sweep=quickstart", "seeds=1", "model.depth=2", "optim.clip=1.0", "train.steps=150"]  # known numbers
 
 
 # One problem, one line: (row, override, what the line must say behind "error: conf: ").
@@ -91,11 +91,11 @@ OVERRIDES = [
     (6, "model.depth=10^20", "model.depth: must be a whole number in [1, 1e+06], got '10^20'"),
     (6, "model.depth=100000000000000000000", "model.depth: must be a whole number in [1, 1e+06], got 10000"),
     (6, "model.depth=" + "9" * 5000, "model.depth: "),
-    (8, "optim.lrr=3", "optim.lrr: is no setting (did you mean optim.lr"),
-    (8, "model.lr=3", "model.lr: is no setting (did you mean optim.lr?)"),
-    (8, "lr=3", "lr: is no setting (did you mean optim.lr?)"),
-    (8, "+optim.momentum=.9", "optim.momentum: is no setting"),
-    (8, "optm=adamw", "optm: is no setting (did you mean optim"),
+    (8, "optim.lrr=3", "optim.lrr: is not a setting (did you mean optim.lr"),
+    (8, "model.lr=3", "model.lr: is not a setting (did you mean optim.lr?)"),
+    (8, "lr=3", "lr: is not a setting (did you mean optim.lr?)"),
+    (8, "+optim.momentum=.9", "optim.momentum: is not a setting"),
+    (8, "optm=adamw", "optm: is not a setting (did you mean optim"),
     (8, "sweep=quickstrat", "sweep: there is no such sweep (did you mean quickstart?), got 'quickstrat'"),
     (9, "data=pysrk", "data: must name a preset (did you mean pysrc?), got 'pysrk'"),
     (9, "data=pysrc,pysrk", "data: must name a preset (did you mean pysrc?), got 'pysrk'"),
@@ -168,7 +168,7 @@ OVERRIDES = [
     (25, "+_target_=os.system", "_target_: not allowed"),
     (25, "+model={_target_:os.system,_args_:[true]}", "model: not allowed"),
     (25, "optim.lr={_partial_:true}", "optim.lr: not allowed"),
-    (54, "model.depth", "model.depth: is no override: write KEY=VALUE"),
+    (54, "model.depth", "model.depth: is not an override: write KEY=VALUE"),
     (54, "~optim.clip", "optim.clip: nothing can be deleted; clipping, for one, is switched off by optim.clip=null"),
     (54, "optim@train=adamw", "optim: packages (@) are not taken here"),
     (54, "hydra.run.dir=/tmp", "hydra.run.dir: Hydra's own settings have no effect here"),
@@ -181,14 +181,14 @@ OVERRIDES = [
     (54, "max_trials=0", "max_trials: must be a whole number in [1, 1e+06], got 0"),
     (54, "launcher=slurm", "launcher: must be one of ray, local, got 'slurm'"),
     (27, "results_dir=", "results_dir: must name a folder, got ''"),
-    (27, "results_dir='~nobody-here/x'", "results_dir: names the home of a user who is not there"),
+    (27, "results_dir='~nobody-here/x'", "results_dir: names the home of an unknown user"),
     (54, "force=maybe", "force: must be true or false, got 'maybe'"),
     (55, "compute.gpus_per_trial=-1", "compute.gpus_per_trial: must be a finite number in [0, 1024], got -1.0"),
     (55, "compute.gpus_per_trial=1.5", "compute.gpus_per_trial: must be a share below 1 or a whole number, got 1.5"),
     (56, "compute.max_concurrent=0", "compute.max_concurrent: must be a whole number in [1, 1e+06] or null, got 0"),
     (56, "compute.retries=-1", "compute.retries: must be a whole number in [0, 100], got -1"),
     (56, "compute.hang_timeout=0", "compute.hang_timeout: must be a finite number in (0, 86400], got 0.0"),
-    (56, "compute.retry=1", "compute.retry: is no setting (did you mean compute.retries"),
+    (56, "compute.retry=1", "compute.retry: is not a setting (did you mean compute.retries"),
 ]
 
 
@@ -263,12 +263,12 @@ def test_a_problem_of_many_cells_is_said_once(capsys):
 # sweep files: (row, text, what the line must say behind "error: conf: ")
 FILES = [
     (5, 'optim: {lr: "1e-3x"}', "optim.lr: must be a finite number in [0, 10], got '1e-3x' (sweeps/own.yaml:1)"),
-    (8, "optim: {lrr: 1}", "optim.lrr: is no setting (did you mean optim.lr, optim.lr_rule?)"),
-    (8, "optimizer: {lr: 1}", "optimizer: is no setting (did you mean optim?) (sweeps/own.yaml:1)"),
-    (8, "sweep: {grd: {}}", "sweep.grd: is no part of a sweep (did you mean grid?) (sweeps/own.yaml:1)"),
-    (8, "sweep: {grid: {optim.lrr: [1]}}", "optim.lrr: is no setting (did you mean optim.lr"),
-    (8, "sweep: {cases: {a: {lr: 1}}}", "lr: is no setting (did you mean optim.lr?) (sweeps/own.yaml:1)"),
-    (8, "sweep:\n  exclude: ['optim.lrr > 1']", "sweep.exclude: optim.lrr is no setting (did you mean optim.lr"),
+    (8, "optim: {lrr: 1}", "optim.lrr: is not a setting (did you mean optim.lr, optim.lr_rule?)"),
+    (8, "optimizer: {lr: 1}", "optimizer: is not a setting (did you mean optim?) (sweeps/own.yaml:1)"),
+    (8, "sweep: {grd: {}}", "sweep.grd: is not part of a sweep (did you mean grid?) (sweeps/own.yaml:1)"),
+    (8, "sweep: {grid: {optim.lrr: [1]}}", "optim.lrr: is not a setting (did you mean optim.lr"),
+    (8, "sweep: {cases: {a: {lr: 1}}}", "lr: is not a setting (did you mean optim.lr?) (sweeps/own.yaml:1)"),
+    (8, "sweep:\n  exclude: ['optim.lrr > 1']", "sweep.exclude: optim.lrr is not a setting (did you mean optim.lr"),
     (8, "seed: 3", "seed: write sweep.seeds (sweeps/own.yaml:1)"),
     (8, "sweep: {grid: {seed: [1]}}", "sweep.grid.seed: seeds are replicates, not an axis"),
     (8, "sweep: {grid: {compute.threads: [1, 2]}}", "compute.threads: is where trials run, not what they are"),
@@ -294,13 +294,13 @@ FILES = [
     (
         19,
         "sweep: {grid: {optim.lr: [1]}, zip: [{optim.lr: [1]}]}",
-        "optim.lr: stands in more than one of sweep.grid and",
+        "optim.lr: is listed in more than one of sweep.grid and",
     ),
     (19, "optim: 3", "optim: must be a mapping, got 3 (sweeps/own.yaml:1)"),
     (19, "optim: 3\nsweep: {grid: {optim.lr: [1]}}", "optim: must be a mapping, got 3 (sweeps/own.yaml:1)"),
     (19, "- a\n- b", "sweeps/own.yaml:1: must hold a mapping of settings"),
-    (20, "optim:\n  lr: 1\n  lr: 2", "sweeps/own.yaml:3: key 'lr' stands twice (first on line 2)"),
-    (20, "sweep: {grid: {optim.lr: [1], optim.lr: [2]}}", "sweeps/own.yaml:1: key 'optim.lr' stands twice"),
+    (20, "optim:\n  lr: 1\n  lr: 2", "sweeps/own.yaml:3: key 'lr' is listed twice (first on line 2)"),
+    (20, "sweep: {grid: {optim.lr: [1], optim.lr: [2]}}", "sweeps/own.yaml:1: key 'optim.lr' is listed twice"),
     (21, "model: {qk_norm: no}", "sweeps/own.yaml:1: model.qk_norm: no means a truth value in YAML"),
     (21, "train:\n  steps: 012", "sweeps/own.yaml:2: train.steps: 012 is a number in another base in YAML"),
     (21, "train:\n  steps: 0x10", "sweeps/own.yaml:2: train.steps: 0x10 is a number in another base in YAML"),
@@ -310,12 +310,12 @@ FILES = [
     (21, "no: 1", "sweeps/own.yaml:1: no: no means a truth value in YAML"),
     (4, "optim: {lr: 1e-400}", "sweeps/own.yaml:1: optim.lr: 1e-400 underflows to 0"),
     (22, "optim: {lr: 1", "sweeps/own.yaml:"),
-    (22, "optim:\n\tlr: 1", "sweeps/own.yaml:2: is no YAML: "),
+    (22, "optim:\n\tlr: 1", "sweeps/own.yaml:2: is not valid YAML: "),
     (22, "", "sweeps/own.yaml:1: is empty"),
     (22, "# only a comment\n", "sweeps/own.yaml:1: is empty"),
     (22, b"\xef\xbb\xbfoptim: {lr: 1}", "sweeps/own.yaml:1: starts with a byte order mark"),
     (22, b"optim:\n  lr: \xff", "sweeps/own.yaml:2: is not UTF-8, got byte 0xff"),
-    (22, "a: 1\n---\nb: 2\n", "sweeps/own.yaml:2: is no YAML: "),
+    (22, "a: 1\n---\nb: 2\n", "sweeps/own.yaml:2: is not valid YAML: "),
     (22, "? [a]\n: 1", "sweeps/own.yaml:1: a key must be text"),
     (23, "optim:\n  lr: ???", "optim.lr: must be given: it is ??? here (sweeps/own.yaml:2)"),
     (23, "optim: {lr: '${optim.eps}', eps: '${optim.lr}'}", "optim"),
@@ -412,7 +412,7 @@ def test_bad_data_paths(capsys, path, line):
 def test_a_results_folder_that_is_a_file(capsys):
     """Row 28."""
     Path("results").write_text("mine")
-    assert refused(capsys, *ONE, code=4)[0].endswith("results: is no folder")
+    assert refused(capsys, *ONE, code=4)[0].endswith("results: is not a folder")
 
 
 def test_a_results_folder_that_is_a_link(capsys):
@@ -469,7 +469,7 @@ def test_the_version_floors_are_those_of_the_package():
 def test_unknown_flags(capsys, flag):
     """Row 54."""
     assert sweep.main([flag]) == 2
-    assert capsys.readouterr().err.startswith(f"error: conf: {flag}: is no flag")
+    assert capsys.readouterr().err.startswith(f"error: conf: {flag}: is not a flag")
 
 
 @pytest.mark.parametrize("study", ["study=nothing", "results_dir=nowhere", "study=plain"])

@@ -158,7 +158,7 @@ def test_quickstart_reaches_from_tame_to_rough_on_the_embedded_text():
 def test_quickstart_warms_up_over_a_share_of_the_steps():
     assert {t.config.warmup_steps for t in plan_of("quickstart").trials} == {20}
     short = plan_of("quickstart", ROOT / "nowhere", "train.steps=5", "train.micro_batch_size=2,4,8", "seeds=1")
-    assert {t.config.warmup_steps for t in short.trials} == {1} and short.warnings == ()
+    assert {t.config.warmup_steps for t in short.trials} == {1} and "warmup" not in " ".join(short.warnings)
 
 
 def test_lingua_depth_changes_only_what_it_says():

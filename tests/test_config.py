@@ -128,9 +128,9 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"optim": {"lrr": 1}}, "optim.lrr: is no setting (did you mean optim.lr, optim.lr_rule?)"),
-        ({"model": {"lr": 1}}, "model.lr: is no setting (did you mean optim.lr?)"),
-        ({"optm": {}}, "optm: is no setting (did you mean optim?)"),
+        ({"optim": {"lrr": 1}}, "optim.lrr: is not a setting (did you mean optim.lr, optim.lr_rule?)"),
+        ({"model": {"lr": 1}}, "model.lr: is not a setting (did you mean optim.lr?)"),
+        ({"optm": {}}, "optm: is not a setting (did you mean optim?)"),
         ({"optim": 3}, "optim: must be a mapping of settings, got 3"),
         ({"optim": {"lr": "abc"}}, "optim.lr: must be a finite number in [0, 10], got 'abc'"),
         ({"optim": {"lr": "012"}}, "optim.lr: must be a finite number in [0, 10], got '012'"),

@@ -604,7 +604,7 @@ def test_clipping_known_to_be_off_is_not_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (("--set", "optim.lrr=1"), "optim.lrr: is no setting (did you mean optim.lr"),
+        (("--set", "optim.lrr=1"), "optim.lrr: is not a setting (did you mean optim.lr"),
         (("--set", "optim.lr=fast"), "must be a finite number"),
         (("--columns", "stepp=t"), "must be NAME=COLUMN with a NAME of step, loss, grad_norm, lr"),
         (("--columns", "step"), "must be NAME=COLUMN"),

@@ -41,7 +41,7 @@ MAY = {
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings"},
+        {"config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
     ),
@@ -52,7 +52,7 @@ MAY = {
         {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
         late={"data", "statsmodels", "optuna", "loky"},
     ),
-    "planning": May(FACTS | {"data"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
+    "planning": May(FACTS | {"data", "stability"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(
         FACTS | {"stability", "data", "planning", "training"},
         {"numpy", "rich", "ray", "optuna"},

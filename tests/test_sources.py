@@ -411,7 +411,7 @@ def test_parquet_pages_with_checksums_are_verified(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     pq.write_table(pa.table({"text": ["a needle in the text"]}), path, write_page_checksum=True, **plain)
     path.write_bytes(path.read_bytes().replace(b"a needle", b"a noodle", 1))
-    assert "damaged behind row 0" in refused("parquet", path)
+    assert "damaged after row 0" in refused("parquet", path)
 
 
 def test_columns_that_are_no_text_are_refused_with_what_there_is(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_check_finds_what_can_be_known_early(tmp_path: Path) -> None:
         write_parquet(tmp_path / f"{name}.parquet", ["x" * 1000] * 9)
     check(config("parquet", tmp_path))
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match="b.parquet: cut or no Parquet file"):
+    with pytest.raises(DataError, match="b.parquet: truncated, or not a Parquet file"):
         check(config("parquet", tmp_path))
     with pytest.raises(DataError, match="data.tokenizer: must be a file"):
         check(config("pysrc", tokenizer="./missing.json"))
@@ -509,6 +509,34 @@ def test_noise_presets_turn_one_knob_each() -> None:
     for preset in (p for p in PRESETS if p.stem.startswith("synthetic_")):
         noisy = from_dict({"data": OmegaConf.to_container(OmegaConf.load(preset))}).data
         assert sum(a != b for a, b in zip(vars(clean).values(), vars(noisy).values(), strict=True)) == 1
+
+
+# --- a JSON array
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps([{"messages": [{"role": "user", "content": "hi"}], "label": True}] * 3, indent=indent))
+    line = refused("jsonl", path)
+    assert line == (
+        f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
+        "chat and preference data are not trained on here"
+    )
+    with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
+        check(config("jsonl", path))
+    assert "a JSON array" in refused("jsonl", path, bad_rows=0.001), "also where some rows may be bad"
+
+
+def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json_lines([{"text": "a"}, ["b"]]))
+    assert refused("jsonl", path) == f"data.path: {path}:2: must be an object with 'text', is list"
+
+
+@pytest.mark.shareddata
+def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
+    assert "chat and preference data are not trained on here" in refused("jsonl", shared_data / "kto_en_demo.json")
 
 
 # --- fingerprints

@@ -45,7 +45,7 @@ def test_it_is_what_the_trainer_gets(config: cfg.TrialConfig, tmp_path: Path) ->
 def test_other_data_are_refused(config: cfg.TrialConfig, tmp_path: Path) -> None:
     fingerprint = sources.fingerprint(config.data)
     (tmp_path / "texts" / "00.txt").write_text("changed since")
-    with pytest.raises(DataError, match="data: must still be what the trial was trained on"):
+    with pytest.raises(DataError, match="data: must still be what the study began with"):
         text.of_step(config, 0, fingerprint, tmp_path / "cache")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -20,10 +21,10 @@ import pytest
 import tokenizers
 
 from stabstudy.config import DataConfig
-from stabstudy.data import building, tokenizer, tokens
+from stabstudy.data import building, progress, tokenizer, tokens
 from stabstudy.data.errors import DataError
 from stabstudy.data.tokenizer import Tokenizer
-from stabstudy.data.tokens import default_cache_dir, prepare
+from stabstudy.data.tokens import default_cache_dir, existing_cache_dir, prepare
 
 TEXTS = ["hello", "\u00fc\u6771\U0001f680", "a longer one, with words"]
 
@@ -149,8 +150,11 @@ def test_a_tokenizers_own_code_never_runs(tmp_path: Path) -> None:
         ("vocab.json,merges.txt", "must be a file that exists"),
         ("nobody/nothing", "cannot be loaded"),
         ("nobody/nothing@0123abc", "cannot be loaded"),
-        ("{folder}", "holds no tokenizer.json"),
-        ("{folder}/bomb.pkl", "must be a tokenizer.json"),
+        ("{folder}", "the folder holds no tokenizer; write bytes, "),
+        (
+            "{folder}/bomb.pkl",
+            "one file must be a tokenizer.json; .* or gpt2_encoder.json and gpt2_vocab.bpe",
+        ),
         ("{folder}/broken.json", "cannot be loaded"),
         ("{folder}/broken.json,{folder}/bomb.pkl", "cannot be loaded"),
     ],
@@ -190,7 +194,7 @@ def test_text_without_a_single_token_is_refused(
         return [np.array([], np.int64)] * len(texts)
 
     monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode, repr))
-    with pytest.raises(DataError, match="data.tokenizer: gives not one token for this text, got 'bytes'"):
+    with pytest.raises(DataError, match="data.tokenizer: gives no token for this text, got 'bytes'"):
         prepare(source, tmp_path)
 
 
@@ -340,6 +344,50 @@ def test_an_error_in_the_data_leaves_no_cache(tmp_path: Path) -> None:
     assert [p.suffix for p in (tmp_path / "cache/tokens").iterdir()] == [".lock"]
 
 
+# --- a line now and then
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """A clock that moves by so much whenever it is looked at."""
+    ticks = itertools.count()
+    monkeypatch.setattr(progress, "clock", lambda: next(ticks) * seconds)
+
+
+def test_tokenizing_tells_how_far_it_is_every_five_seconds(
+    source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text((json.dumps({"text": "x" * 1000}) + "\n") * 40)
+    monkeypatch.setattr(building, "BATCH", 2000)  # two documents at once: 20 batches
+    timed(monkeypatch, 2.0)
+    said: list[str] = []
+    prepare(dataclasses.replace(source, path=str(path)), tmp_path / "cache", said.append)
+    first, *lines, last = said
+    assert first.startswith("data: tokenizing ") and last == "data: 40,080 tokens in 40 documents"
+    # a batch takes 2 s: the third is the first behind 5 s, and from there every third again
+    assert [line.split(":")[1].strip() for line in lines] == [
+        f"tokenized {2 * batch} documents" for batch in (3, 6, 9, 12, 15, 18)
+    ]
+    assert lines[0] == "data: tokenized 6 documents: 0.0 million characters in 6 s, 0.001 a second"
+
+
+def test_quick_work_is_silent(source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, 4.9)
+    said: list[str] = []
+    prepare(source, tmp_path / "cache", said.append)
+    assert len(said) == 2
+
+
+def test_the_rate_is_that_of_the_whole_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 104.0, 105.0, 109.0, 111.0])
+    monkeypatch.setattr(progress, "clock", lambda: next(times))
+    said: list[str] = []
+    shown = progress.Progress(said.append, "MB")
+    for done in (10, 20, 5000, 5500):
+        shown.update("work", done)
+    assert said == ["data: work: 20.0 MB in 5 s, 4 a second", "data: work: 5,500.0 MB in 11 s, 500 a second"]
+
+
 # --- many processes
 
 
@@ -404,6 +452,34 @@ def test_default_cache_dir_in_its_order(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("STABSTUDY_CACHE", "/proc/nowhere")
     with pytest.raises(DataError, match="STABSTUDY_CACHE.*'/proc/nowhere'"):
         default_cache_dir()
+
+
+def test_who_only_looks_for_the_cache_creates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("STABSTUDY_CACHE", raising=False)
+    assert existing_cache_dir() is None and not list(tmp_path.iterdir())
+    assert default_cache_dir() == existing_cache_dir() == tmp_path / "xdg/stabstudy"
+    monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path / "own"))
+    assert existing_cache_dir() is None and not (tmp_path / "own").exists()
+    assert default_cache_dir() == existing_cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("STABSTUDY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    (tmp_path / "tmp").mkdir()
+    assert existing_cache_dir() is None
+    shared = default_cache_dir()
+    assert shared.parent == tmp_path / "tmp" and existing_cache_dir() == shared
+    shared.chmod(0o777)
+    assert existing_cache_dir() is None
+
+
+def test_tokens_are_counted_without_opening_them(source: DataConfig, tmp_path: Path) -> None:
+    assert tokens.count("f" * 16, tmp_path) is None
+    corpus = prepare(source, tmp_path)
+    (corpus.folder / "tokens.bin").unlink()
+    assert tokens.count(corpus.fingerprint, tmp_path) == len(corpus.tokens)
+    edit(corpus.folder / "meta.json", format=99)
+    assert tokens.count(corpus.fingerprint, tmp_path) is None
 
 
 def test_without_a_home_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""From text to batches: what to read (sources), tokens on disk (tokens), which tokens in which step (batches)."""
+"""Data, from text to batches: sources, tokens on disk, and the tokens of each step."""

@@ -1,4 +1,4 @@
-"""Which tokens a step trains on: a pure function of (seed, step), and the fixed part that only measures.
+"""The batches of a trial: a pure function of (seed, step), and the fixed part that only measures.
 
 The corpus is cut into windows of seq_len + 1 tokens at stride seq_len (the last token of one is the first of the next:
 each position is a target once). A few contiguous blocks of windows, spread over the corpus, are held out to validate;
@@ -11,6 +11,7 @@ and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.config import TrialConfig
-from stabstudy.data import tokens
-from stabstudy.data.building import Say
+from stabstudy.data import tokens, unigram
 from stabstudy.data.counter import draws, key_of
 from stabstudy.data.errors import DataError
 from stabstudy.data.permutation import permuted
+from stabstudy.data.progress import Say
 from stabstudy.data.tokens import Corpus
 
 Int = NDArray[np.int64]
@@ -60,6 +61,7 @@ class Batches:
         eval_sequences: int,
     ):
         self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
+        self.validation_share = validation_share
         windows = (len(corpus.tokens) - 1) // seq_len
         if windows < 1:
             raise DataError(
@@ -67,6 +69,7 @@ class Batches:
             )
         held, free = _split(windows, validation_share)
         self._training, self._validation = _Segments(free), _Segments(held)
+        self._targets = [(start * seq_len + 1, stop * seq_len + 1) for start, stop in free]
         of = f"of the data's {windows} windows of {seq_len} tokens (data.validation_share {validation_share:g})"
         if self.training_windows < batch_size:
             rule = f"must be at most {self.training_windows}, the training part {of}"
@@ -87,6 +90,16 @@ class Batches:
     @property
     def validation_windows(self) -> int:
         return self._validation.size
+
+    @property
+    def training_tokens(self) -> int:
+        """Targets in one epoch: each token of the training part is one once."""
+        return self.training_windows * self.seq_len
+
+    @functools.cached_property
+    def unigram_entropy(self) -> float:
+        """Of the targets in one epoch, nat/token: what a model pays that knows no context. From the token cache."""
+        return unigram.entropy(self.corpus, self._targets, self.seq_len, self.validation_share)
 
     def batch(self, step: int) -> Int:
         """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]."""
@@ -132,9 +145,14 @@ class Batches:
         return Window(index, start, tuple(range(first, last + 1)))
 
 
-def open_batches(config: TrialConfig, cache_dir: Path, say: Say | None = None) -> Batches:
-    """The batches of a trial, its corpus taken from the cache or built into it. Raises DataError."""
-    corpus = tokens.prepare(config.data, cache_dir, say)
+def open_batches(
+    config: TrialConfig, cache_dir: Path, say: Say = lambda line: None, expected: str | None = None
+) -> Batches:
+    """The batches of a trial, its corpus taken from the cache or built into it; arguments as of `tokens.prepare`.
+
+    Raises DataError, also where the data have not the `expected` fingerprint: before anything is built from them.
+    """
+    corpus = tokens.prepare(config.data, cache_dir, say, expected)
     data, train = config.data, config.train
     sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences
     return Batches(corpus, data.seq_len, *sizes)
@@ -154,6 +172,12 @@ class _Segments:
         segment = np.searchsorted(self.ends, ordinal, side="right")
         window: Int = ordinal + self.shift[segment]
         return window
+
+
+def training_windows(tokens: int, seq_len: int, validation_share: float) -> int:
+    """Sequences in one epoch of a corpus of so many tokens; 0 where it is too small."""
+    windows = (tokens - 1) // seq_len
+    return sum(stop - start for start, stop in _split(windows, validation_share)[1]) if windows > 0 else 0
 
 
 def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:

@@ -1,4 +1,4 @@
-"""Building a token cache: read, tokenize and write a corpus once, whole or not at all.
+"""The builder of a token cache: it reads, tokenizes and writes a corpus once, whole or not at all.
 
 Documents pass through in lists of about a million characters, so memory holds such a list (or the largest document),
 whatever the size of the corpus.
@@ -7,11 +7,10 @@ whatever the size of the corpus.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,15 +18,18 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy import store
 from stabstudy.config import DataConfig
 from stabstudy.data import sources, tokenizer
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
+from stabstudy.data.progress import Progress, Say
 from stabstudy.data.rows import RowCount
 from stabstudy.data.tokenizer import Ids, Tokenizer
+from stabstudy.trace import sync_folder
 
 FORMAT = 1
 BATCH = 1 << 20  # characters tokenized at once
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,19 @@ class Meta:
     docs_sha256: str
 
 
-def build(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> None:
+def build(config: DataConfig, folder: Path, fingerprint: str, memory: Memory) -> None:
     """Only under the lock. All or nothing: also when the process is killed at any moment."""
     for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
         shutil.rmtree(leftover)
     tmp = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        _tokenize(config, tmp, fingerprint, say)
-        if sources.fingerprint(config) != fingerprint:
+        _tokenize(config, tmp, fingerprint, memory.say)
+        if sources.fingerprint(config, memory) != fingerprint:
             raise DataError("data.path", "must not change while it is read", str(config.path or config.source))
         if folder.exists():
             folder.rename(tmp / "damaged")
         tmp.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(folder / "damaged", ignore_errors=True)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -74,13 +76,15 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
     encoder, count = tokenizer.load(config.tokenizer), RowCount(config.bad_rows)
     dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
     with (folder / "tokens.bin").open("wb") as f, (folder / "docs.bin").open("wb") as g:
-        tokens, docs = _Sink(f), _Sink(g)
+        tokens, docs, characters, progress = _Sink(f), _Sink(g), 0, Progress(say, "million characters")
         for batch in _batches(sources.documents(config, count)):
             framed = [_framed(ids, encoder) for ids in encoder.encode(batch)]
             docs.write((tokens.items + np.cumsum([len(ids) for ids in framed])).astype("<u8"))
             tokens.write(_checked(np.concatenate(framed), encoder, tokens.items).astype(dtype))
+            characters += sum(map(len, batch))
+            progress.update(f"tokenized {docs.items:,} documents", characters / 1e6)
         if not tokens.items:
-            raise DataError("data.tokenizer", "gives not one token for this text", repr(config.tokenizer))
+            raise DataError("data.tokenizer", "gives no token for this text", repr(config.tokenizer))
         meta = Meta(
             format=FORMAT,
             fingerprint=fingerprint,
@@ -94,10 +98,7 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
             tokens_sha256=tokens.finish(),
             docs_sha256=docs.finish(),
         )
-    with (folder / "meta.json").open("wb") as f:
-        f.write(json.dumps(asdict(meta), indent=1).encode())
-        _sync_file(f)
-    _sync_folder(folder)
+    store.write_json(folder / "meta.json", asdict(meta))
     if count.skipped:
         say(f"data: {count.skipped} of {count.rows} rows were unreadable and are left out; the first: {count.first}")
     say(f"data: {meta.tokens:,} tokens in {meta.documents:,} documents")
@@ -116,7 +117,8 @@ class _Sink:
 
     def finish(self) -> str:
         """Sync the file; its sha256."""
-        _sync_file(self.file)
+        self.file.flush()
+        os.fsync(self.file.fileno())
         return self.hash.hexdigest()
 
 
@@ -147,17 +149,3 @@ def _checked(ids: NDArray[np.int64], encoder: Tokenizer, before: int) -> NDArray
         rule = f"token {before + int(wrong[0])} of the corpus must have an id in 0..{encoder.vocab_size - 1}"
         raise DataError("data.tokenizer", rule, str(ids[wrong[0]]))
     return ids
-
-
-def _sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in the folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""The one way in which data can be wrong."""
+"""The error for data that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a source consists of, and what identifies their content wherever they lie."""
+"""The files of a source, and the digest of their content, the same wherever they lie."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
 from stabstudy.config import DataConfig
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError, first_line
 
 PATTERNS = {
@@ -25,7 +26,7 @@ PATTERNS = {
 
 VALIDATION = "*.val.jsonl"  # Lingua's held-out lines; stabstudy holds out windows of its own
 
-WHOLE = 64 << 20  # files up to this size are hashed whole, larger ones by samples ...
+WHOLE = 64 << 20  # bytes; files up to this size are hashed whole, larger ones by samples ...
 MANY = 1 << 30  # ... and when all files together exceed this, every file larger than its samples is
 SAMPLES, SAMPLE = 16, 64 << 10  # number and size of the blocks, evenly spread from the first byte to the last
 
@@ -83,20 +84,30 @@ def walk(root: Path, wanted: Callable[[str], bool]) -> list[DataFile]:
     return sorted(found, key=lambda file: file.name)
 
 
-def digest(files: list[DataFile]) -> str:
-    """sha256 of the files' names, sizes and content; in a large file 16 evenly spread blocks stand for its content."""
-    whole = WHOLE if sum(file.size for file in files) <= MANY else SAMPLES * SAMPLE
+def digest(files: list[DataFile], memory: Memory | None = None, partly: bool = False) -> str:
+    """sha256 of the files' names, sizes and content; in a large file 16 evenly spread blocks stand for its content.
+
+    An edit between the blocks is seen with a `memory` (see `edits`). `partly`: perhaps not all of the files is read, so
+    that they are remembered only if they are small together.
+    """
+    size = sum(file.size for file in files)
+    whole = WHOLE if size <= MANY else SAMPLES * SAMPLE
+    if memory is not None and partly and size > MANY:
+        memory = replace(memory, learn=False)
     total = hashlib.sha256()
     for file in files:
         content = hashlib.sha256()
         try:
             with file.path.open("rb") as f:
-                for start, size in _stretches(file.size, whole):
+                for start, length in _stretches(file.size, whole):
                     f.seek(start)
-                    content.update(f.read(size))
+                    content.update(f.read(length))
+            name = content.hexdigest()
+            if memory is not None and file.size > whole:
+                name = memory.content(name, file.path)
         except OSError as error:
             raise DataError("data.path", f"must be readable ({_reason(error)})", str(file.path)) from error
-        total.update(json.dumps([file.name, file.size, content.hexdigest()]).encode())
+        total.update(json.dumps([file.name, file.size, name]).encode())
     return total.hexdigest()
 
 

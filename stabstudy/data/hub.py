@@ -13,6 +13,7 @@ from typing import Any
 
 from stabstudy.config import DataConfig
 from stabstudy.data import files
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError, first_line
 from stabstudy.data.rows import RowCount, text_or_reason
 
@@ -36,12 +37,13 @@ def documents(config: DataConfig, count: RowCount) -> Iterator[str]:
         raise DataError("data.path", _explained(error), str(config.path)) from error
 
 
-def identity(config: DataConfig) -> dict[str, Any]:
+def identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]:
     """What the dataset is: a local folder's content, else repository, configuration, split, revision and column."""
     named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
     root = Path(config.path or "").expanduser()
     if root.is_dir():
-        return named | {"content": files.digest(files.walk(root, lambda name: True))}
+        content = files.digest(files.walk(root, lambda name: True), memory, config.max_bytes is not None)
+        return named | {"content": content}
     return named | {"repo": config.path, "revision": config.hub_revision}
 
 

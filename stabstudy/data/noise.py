@@ -1,4 +1,4 @@
-"""Dirt for synthetic text, one knob each, in this order: letters permuted, bursts, flipped bytes, duplicates.
+"""Noise for synthetic text, one knob for each kind, in this order: letters permuted, bursts, flipped bytes, duplicates.
 
 Random bytes are 7-bit, so that noisy text is still ASCII and reads the same under every tokenizer's UTF-8.
 """

@@ -1,6 +1,6 @@
-"""Documents out of files, one row after the other, and what happens to a row that cannot be read.
+"""Readers of files: their documents, row by row, and what happens to a row that cannot be read.
 
-Nothing is guessed and nothing is dropped in silence: an unusable row is an error with file and line, or is counted
+Nothing is guessed and nothing is dropped silently: an unusable row is an error with file and line, or is counted
 where `data.bad_rows` allows some; a file that ends too early is always an error. Every reader is a stream: memory holds
 a document (of Parquet, a row group's text), never a file.
 """
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 LINGUA_KEYS = ("text", "content")
+ARRAY = (
+    "a JSON array is not a JSON lines file, which has one object with its text on each line; chat and preference data "
+    "are not trained on here"
+)
 BLOCK = 1 << 18  # bytes read at once
 BOM = b"\xef\xbb\xbf"
 
@@ -75,7 +79,7 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
     try:
         row[key].encode()
     except UnicodeEncodeError:
-        return "", f"{key!r} holds half a surrogate pair, which UTF-8 cannot say"
+        return "", f"{key!r} holds half a surrogate pair, which UTF-8 cannot encode"
     return row[key], ""
 
 
@@ -100,6 +104,8 @@ def _json_rows(file: DataFile, keys: tuple[str, ...], count: RowCount) -> Iterat
             text, reason = text_or_reason(json.loads(line.decode()), keys)
         except (ValueError, RecursionError) as error:
             text, reason = "", f"must be one JSON object per line ({first_line(error)})"
+        if reason and number == 1 and line.lstrip().startswith(b"["):
+            reason = ARRAY
         if reason:
             count.skip(f"{file.path}:{number}", reason)
         else:
@@ -166,7 +172,7 @@ def _parquet_rows(file: DataFile, column: str, count: RowCount) -> Iterator[str]
                     else:
                         yield text
         except (pa.ArrowException, OSError) as error:
-            where = f"{file.path}: damaged behind row {number} (file of {file.size} bytes)"
+            where = f"{file.path}: damaged after row {number} (file of {file.size} bytes)"
             raise DataError("data.path", f"{where}: {first_line(error)}") from error
 
 
@@ -187,7 +193,7 @@ def _open_parquet(file: DataFile, column: str) -> pq.ParquetFile:
     try:
         table = pq.ParquetFile(file.path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        where = f"{file.path}: cut or no Parquet file ({file.size} bytes)"
+        where = f"{file.path}: truncated, or not a Parquet file ({file.size} bytes)"
         raise DataError("data.path", f"{where}: {first_line(error)}") from error
     names = table.schema_arrow.names
     if column not in names:

@@ -1,4 +1,4 @@
-"""What there is to read: a source's documents, its fingerprint, and whether it can be used.
+"""The sources of text: the documents of each, its fingerprint, its size, and whether it can be used.
 
     pysrc       the Python standard library's source text (the default: real text without a download)
     synthetic   made from integers; knobs synth_*
@@ -20,6 +20,7 @@ from typing import Any
 
 from stabstudy.config import DataConfig
 from stabstudy.data import files, hub, pysrc, rows, synthetic, tokenizer
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
 from stabstudy.data.rows import RowCount
 
@@ -46,17 +47,18 @@ def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str
         raise _nothing(config)
 
 
-def fingerprint(config: DataConfig) -> str:
+def fingerprint(config: DataConfig, memory: Memory | None = None) -> str:
     """16 hex digits of what the tokens depend on: the text, wherever it lies, and the files of a local tokenizer.
 
     Two configs of one fingerprint give the same tokens. seq_len and validation_share only cut them, and are not in it.
-    Hashes content (see `files.digest`), so callers with many trials ask once per distinct DataConfig.
+    Hashes content (see `files.digest`), so callers with many trials ask once per distinct DataConfig. With a `memory`
+    an edit is seen that the samples of a large file miss.
     Raises DataError where the source or the tokenizer cannot be found.
     """
     body = {
         "version": VERSION,
         "source": config.source,
-        "content": _identity(config),
+        "content": _identity(config, memory),
         "max_bytes": config.max_bytes,
         "bad_rows": config.bad_rows,
         "tokenizer": tokenizer.identity(config.tokenizer),
@@ -95,7 +97,7 @@ def _everything(config: DataConfig, count: RowCount) -> Iterator[str]:
                 yield from rows.texts(config, file, count)
 
 
-def _identity(config: DataConfig) -> dict[str, Any]:
+def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
     match config.source:
         case "pysrc":
             return {"content": pysrc.digest()}
@@ -103,11 +105,15 @@ def _identity(config: DataConfig) -> dict[str, Any]:
             knobs = {k: v for k, v in vars(config).items() if k.startswith("synth_")}
             return knobs | {"generator": synthetic.VERSION}
         case "hf":
-            return hub.identity(config)
+            return hub.identity(config, memory)
         case "jsonl" | "parquet":
-            return {"content": files.digest(files.find(config)), "column": config.text_column}
+            return {"content": _digest(config, memory), "column": config.text_column}
         case _:
-            return {"content": files.digest(files.find(config))}
+            return {"content": _digest(config, memory)}
+
+
+def _digest(config: DataConfig, memory: Memory | None) -> str:
+    return files.digest(files.find(config), memory, config.max_bytes is not None)
 
 
 def _nothing(config: DataConfig) -> DataError:

@@ -1,4 +1,4 @@
-"""From a spike back to what the model read: the text of the sequences of one step.
+"""The text of the sequences of one step: from a spike back to what the model read.
 
 Which tokens those are is a pure function of the trial's settings (see `batches`), so nothing was recorded for it.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 from stabstudy.config import TrialConfig
 from stabstudy.data import tokenizer, tokens
 from stabstudy.data.batches import open_batches
-from stabstudy.data.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,8 @@ def of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Path | 
     """
     if not 0 <= step < config.train.steps:
         raise ValueError(f"the trial has steps 0 to {config.train.steps - 1}, got {step}")
-    batches = open_batches(config, tokens.default_cache_dir() if cache_dir is None else cache_dir)
-    if (found := batches.corpus.fingerprint) != fingerprint:
-        rule = f"must still be what the trial was trained on (fingerprint {fingerprint[:12]})"
-        raise DataError("data", rule, f"fingerprint {found[:12]}")
+    cache = tokens.default_cache_dir() if cache_dir is None else cache_dir
+    batches = open_batches(config, cache, expected=fingerprint)
     decode = tokenizer.load(config.data.tokenizer).decode
     return [
         SequenceText(window.start, window.documents, decode(ids))

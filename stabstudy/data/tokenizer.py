@@ -1,8 +1,8 @@
-"""Text to token ids: bytes, a BPE in local files, or whatever a name means to `transformers`.
+"""Tokenizers, text to ids: bytes, a BPE in local files, or whatever a name means to `transformers`.
 
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`
-    DIR, VOCAB.json,MERGES.txt  GPT-2's byte-level BPE from its two files
+    DIR, VOCAB.json,MERGES.txt  GPT-2's byte-level BPE from its two files, in a folder under one of the names of PAIRS
     NAME, NAME@REVISION, DIR    through `transformers.AutoTokenizer`; code that comes with a tokenizer is never run
 
 Text cannot forge a document's border: special tokens that are spelled out in it are tokenized as ordinary text.
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 Ids = NDArray[np.integer[Any]]
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
+FORMS = (
+    "write bytes, a tokenizer.json, two files as VOCAB,MERGES, a hub name, or a folder with a tokenizer.json or with "
+    f"{' or '.join(' and '.join(pair) for pair in PAIRS)}"
+)
+"""What `data.tokenizer` may be, for the messages about what it is not."""
 AUTO_FILES = (
     "tokenizer*",
     "vocab*",
@@ -109,7 +114,7 @@ def _locate(name: str) -> _Place:
     if path.is_file() or path.suffix == ".json" or name.startswith((".", "/", "~")):
         file = _file(name)
         if file.suffix != ".json":
-            raise DataError("data.tokenizer", "a tokenizer's file must be a tokenizer.json", repr(name))
+            raise DataError("data.tokenizer", f"one file must be a tokenizer.json; {FORMS}", repr(name))
         return _Place("json", _with_config(file))
     repo, _, revision = name.partition("@")
     return _Place("auto", (), repo, revision or None)
@@ -123,16 +128,14 @@ def _in_folder(folder: Path) -> _Place:
             return _Place("pair", (folder / vocab, folder / merges))
     found = tuple(sorted({path for pattern in AUTO_FILES for path in folder.glob(pattern) if path.is_file()}))
     if not found:
-        raise DataError(
-            "data.tokenizer", "the folder holds no tokenizer.json, no vocab.json and merges.txt", str(folder)
-        )
+        raise DataError("data.tokenizer", f"the folder holds no tokenizer; {FORMS}", str(folder))
     return _Place("auto", found, str(folder))
 
 
 def _file(name: str) -> Path:
     path = Path(name.strip()).expanduser()
     if not path.is_file():
-        raise DataError("data.tokenizer", "must be a file that exists", repr(name))
+        raise DataError("data.tokenizer", f"must be a file that exists; {FORMS}", repr(name))
     return path
 
 

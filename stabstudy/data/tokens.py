@@ -1,9 +1,11 @@
-"""Tokenize once, then map: a corpus on disk that every trial of every study opens in milliseconds.
+"""The token cache: a corpus tokenized once, then mapped from disk by every trial of every study in milliseconds.
 
-    <cache>/tokens/<key>/tokens.bin    token ids, little endian, uint16 (vocabularies up to 65,536) or uint32
-    <cache>/tokens/<key>/docs.bin      where each document ends, in tokens, uint64
-    <cache>/tokens/<key>/meta.json     counts, dtype, sha256 of both files, fingerprint, tokenizer
-    <cache>/tokens/<key>.lock          held by the process that builds
+    <cache>/tokens/<key>/tokens.bin         token ids, little endian, uint16 (vocabularies up to 65,536) or uint32
+    <cache>/tokens/<key>/docs.bin           where each document ends, in tokens, uint64
+    <cache>/tokens/<key>/meta.json          counts, dtype, sha256 of both files, fingerprint, tokenizer
+    <cache>/tokens/<key>/unigram-*.json     unigram entropy of a training part, see `unigram`
+    <cache>/tokens/<key>.lock               held by the process that builds
+    <cache>/files/                          memory of large files, see `edits`
 
 The key is the data fingerprint, so a cache is never out of date, only unused. It is built in a temporary folder, synced
 and renamed, under a lock: of many trials that start at once one builds and the others wait. Sizes and checksums are
@@ -28,8 +30,10 @@ from numpy.typing import NDArray
 
 from stabstudy.config import DataConfig
 from stabstudy.data import building, sources
-from stabstudy.data.building import FORMAT, Meta, Say
+from stabstudy.data.building import FORMAT, Meta
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
+from stabstudy.data.progress import Say
 
 
 @dataclass(frozen=True)
@@ -51,26 +55,42 @@ class _Damaged(Exception):
     """A cache that is not what its meta.json says, or has none."""
 
 
-def prepare(config: DataConfig, cache_dir: Path, say: Say | None = None) -> Corpus:
-    """The corpus of these settings, from the cache or built into it now. Raises DataError.
+def prepare(config: DataConfig, cache_dir: Path, say: Say = lambda line: None, expected: str | None = None) -> Corpus:
+    """The corpus of these settings, from the cache or built into it now.
 
     Safe to call from any number of processes at once. `say` receives a line for each thing that takes time or should
-    be known: building, waiting for another process, rows skipped, a damaged cache, data pinned by nothing.
+    be known: building, waiting for another process, rows skipped, a damaged cache, data pinned by nothing. Raises
+    DataError for data that cannot be read, and for data that have not the `expected` fingerprint.
     """
-    say = say or (lambda line: None)
-    fingerprint = sources.fingerprint(config)
-    folder = cache_dir / "tokens" / hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()[:16]
+    memory = Memory(cache_dir, learn=True, say=say)
+    fingerprint = sources.fingerprint(config, memory)
+    if expected not in (None, fingerprint):
+        raise DataError("data", f"must still be what the study began with (fingerprint {expected})", fingerprint)
+    folder = _folder(cache_dir, fingerprint)
     with contextlib.suppress(_Damaged):
         return _open(folder, fingerprint)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_suffix(".lock"), say):
+    with lock(folder, say):
         try:
             return _open(folder, fingerprint)
         except _Damaged as error:
             if folder.exists():
                 say(f"data: the token cache {folder} is damaged ({error}) and is built again")
-        building.build(config, folder, fingerprint, say)
+        building.build(config, folder, fingerprint, memory)
         return _open(folder, fingerprint)
+
+
+def count(fingerprint: str, cache_dir: Path) -> int | None:
+    """Tokens of the corpus of this fingerprint as its meta.json says; None where it is not in the cache."""
+    try:
+        meta = _read_meta(_folder(cache_dir, fingerprint) / "meta.json")
+    except _Damaged:
+        return None
+    return meta.tokens if meta.format == FORMAT and meta.fingerprint == fingerprint else None
+
+
+def _folder(cache_dir: Path, fingerprint: str) -> Path:
+    return cache_dir / "tokens" / hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()[:16]
 
 
 def default_cache_dir() -> Path:
@@ -82,14 +102,32 @@ def default_cache_dir() -> Path:
         if not _writable(Path(asked)):
             raise DataError("$STABSTUDY_CACHE", "must be a folder that can be written", repr(asked))
         return Path(asked)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    usual = Path(base, "stabstudy")
+    usual, shared = _usual_folders()
     if usual.is_absolute() and _writable(usual):
         return usual
-    shared = Path(tempfile.gettempdir(), f"stabstudy-{os.getuid()}")
-    if _writable(shared) and shared.stat().st_uid == os.getuid() and not shared.stat().st_mode & 0o022:
+    if _writable(shared) and _is_ours(shared):
         return shared
     return Path(tempfile.mkdtemp(prefix="stabstudy-"))  # somebody else's folder of that name
+
+
+def existing_cache_dir() -> Path | None:
+    """The folder of `default_cache_dir`, where it is there already. Creates nothing."""
+    if asked := os.environ.get("STABSTUDY_CACHE"):
+        return Path(asked) if Path(asked).is_dir() else None
+    usual, shared = _usual_folders()
+    if usual.is_absolute() and os.access(usual, os.W_OK | os.X_OK):
+        return usual
+    return shared if shared.is_dir() and _is_ours(shared) else None
+
+
+def _usual_folders() -> tuple[Path, Path]:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "stabstudy"), Path(tempfile.gettempdir(), f"stabstudy-{os.getuid()}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put tokens there."""
+    return folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022
 
 
 _verified: set[tuple[Path, int]] = (
@@ -133,14 +171,14 @@ def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, say: Say) -> Iterator[None]:
-    """Hold the lock file (flock: free the instant its holder dies); wait for it, saying so."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def lock(folder: Path, say: Say = lambda line: None) -> Iterator[None]:
+    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, saying so."""
+    fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("data: another process is tokenizing this data; waiting for it")
+            say("data: another process is preparing this data; waiting for it")
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,1 +1,1 @@
-"""From words to trials: the command line and a sweep file become a Plan. Imports neither torch nor ray."""
+"""The plan of a launch, from the command line and a sweep file to trials. Imports neither torch nor ray."""

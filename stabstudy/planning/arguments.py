@@ -6,6 +6,8 @@ or chooses a preset. What is said here wins over the sweep file everywhere.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,13 +27,14 @@ from stabstudy.planning.findings import Findings
 from stabstudy.settings import ConfigError, Problem, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
+"""What is trained where no sweep is named and no setting of a trial is given."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """What a launch says beside its trials."""
 
-    study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name
+    study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name, or adhoc-...
     results_dir: str = setting("results")
     launcher: str = setting("ray", choices=("ray", "local"))
     max_trials: int = setting(10_000, ge=1, le=10**6)
@@ -43,9 +46,12 @@ LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis."""
+    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis.
 
-    sweep: str
+    `sweep` is None for a launch that gives settings and names no sweep: it starts from conf/trial.yaml alone.
+    """
+
+    sweep: str | None
     launch: Launch
     seeds: tuple[int, ...] | None
     pins: dict[str, Chosen]
@@ -53,7 +59,14 @@ class Request:
 
     @property
     def study(self) -> str:
-        return self.sweep if self.launch.study is None else self.launch.study
+        """Name of the study's folder: the one given, else the sweep's, else `adhoc-` and a name of what is asked.
+
+        That name depends on settings and presets, and neither on their order, the seeds, nor where trials run: more
+        seeds are growth of the same study, other values are another study.
+        """
+        if self.launch.study is not None:
+            return self.launch.study
+        return f"adhoc-{_digest(self.pins, self.axes)}" if self.sweep is None else self.sweep
 
 
 def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings) -> Request:
@@ -70,12 +83,31 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
     launch = _launch(launch_said, found)
     _check_folder(launch, found)
     return Request(
-        str(_value(sweep, "sweep", found, DEFAULT_SWEEP)),
+        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, said)) else _name(sweep, found),
         launch,
         seeds,
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
         {k: v for k, v in said.items() if isinstance(v, list)},
     )
+
+
+def _is_question(name: str) -> bool:
+    """Whether a setting or group is part of what a launch asks; `compute` says only where its trials run."""
+    return name.partition(".")[0] != "compute"
+
+
+def _name(sweep: Chosen | list[Chosen] | None, found: Findings) -> str | None:
+    return None if sweep is None else str(_value(sweep, "sweep", found, DEFAULT_SWEEP))
+
+
+def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str:
+    """8 hex digits of the settings and their values, in one order however they were typed."""
+    values = {name: [chosen] for name, chosen in pins.items()} | dict(axes)
+    question = {
+        name: sorted(json.dumps(chosen.value, sort_keys=True, default=str) for chosen in values[name])
+        for name in sorted(filter(_is_question, values))
+    }
+    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
 
 
 def _check_folder(launch: Launch, found: Findings) -> None:
@@ -85,7 +117,7 @@ def _check_folder(launch: Launch, found: Findings) -> None:
     try:
         Path(launch.results_dir).expanduser()
     except RuntimeError:  # ~nobody
-        found.refuse("results_dir", "names the home of a user who is not there", repr(launch.results_dir))
+        found.refuse("results_dir", "names the home of an unknown user", repr(launch.results_dir))
     if not launch.results_dir.strip():
         found.refuse("results_dir", "must name a folder", repr(launch.results_dir))
 
@@ -108,7 +140,7 @@ def _read_one(
     if rule:
         found.refuse(name, rule, origin=origin)
     elif not _is_known(name):
-        found.refuse(name, f"is no setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
+        found.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
     elif override.is_sweep_override():
         written = _enumerated(override, origin, found)
         said[name] = axes.values(name, written, origin, loader, found) if written is not None else []
@@ -168,7 +200,7 @@ def _unreadable(argument: str) -> Problem:
     """What to say about text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
     name, equals, text = argument.partition("=")
     if not equals:
-        return Problem(name, "is no override: write KEY=VALUE, or see --help for the flags", repr(argument))
+        return Problem(name, "is not an override: write KEY=VALUE, or see --help for the flags", repr(argument))
     if name == "study":
         return Problem(name, store.check_name(text) or "must be quoted", repr(text))
     group, _, key = name.rpartition(".")
@@ -194,7 +226,7 @@ def _value(chosen: Chosen | list[Chosen] | None, name: str, found: Findings, def
 def _seeds(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> tuple[int, ...] | None:
     """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
     if len(said) == 2:
-        found.refuse("seed, seeds", "say one of them")
+        found.refuse("seed, seeds", "give only one of them")
     for name, chosen in said.items():
         if isinstance(chosen, list):
             return axes.seeds([c.value for c in chosen], chosen[0].origin, found) if chosen else None

@@ -37,7 +37,7 @@ def check_name(name: str, origin: str, found: Findings) -> bool:
     elif name == "compute" or name.startswith("compute."):
         found.refuse(name, "is where trials run, not what they are: it cannot vary within a study", origin=origin)
     elif name not in GROUPS and name not in setting_names():
-        found.refuse(name, f"is no setting{suggestion(name)}", origin=origin)
+        found.refuse(name, f"is not a setting{suggestion(name)}", origin=origin)
     else:
         return True
     return False
@@ -71,7 +71,7 @@ def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, fo
     for value in written:
         typed = as_setting(name, value)
         if repr(typed) in distinct:
-            found.warn(f"{name}: {typed!r} stands twice in its axis and counts once ({origin})")
+            found.warn(f"{name}: {typed!r} is listed twice in its axis and counts once ({origin})")
         distinct[repr(typed)] = typed
     chosen = [Chosen(value, origin) for value in distinct.values()]
     return chosen if loader is None else [c for c in chosen if is_possible(name, c, loader, found)]

@@ -1,4 +1,4 @@
-"""Cells: the product of the axes, after the command line had its say.
+"""Cells: the product of the axes, with the command line's overrides applied.
 
 The command line wins everywhere: an override with several values replaces the axis of that setting, or adds one; a
 single value pins the setting, which takes it out of the grid, out of every zip, and overrules the cases. An axis on the

@@ -1,4 +1,4 @@
-"""From a cell to a complete TrialConfig: presets composed, values on top, every rule checked, every value traced."""
+"""The complete settings of a cell: presets composed, values on top, every rule checked, every value traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where trials run: the `compute` group. It is no part of a trial, so it never changes a trial's id."""
+"""The `compute` group: where trials run. It is not part of a trial, so it never changes a trial's id."""
 
 from __future__ import annotations
 

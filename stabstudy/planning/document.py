@@ -1,4 +1,4 @@
-"""One YAML file, read with suspicion: every problem named with its line before anything is composed from it."""
+"""A strict reader of YAML files: every problem named with its line before anything is composed from it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _parsed(text: str, name: str) -> yaml.Node:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         at = f"{name}:{mark.line + 1}" if mark else name
         reason = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(Problem(at, f"is no YAML: {reason}")) from error
+        raise ConfigError(Problem(at, f"is not valid YAML: {reason}")) from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(Problem(f"{name}:1", "is empty" if root is None else "must hold a mapping of settings"))
     if _size(root, {}, name) > MAX_NODES:
@@ -136,7 +136,7 @@ def _walk_mapping(
         below = f"{path}.{key.value}" if path else key.value
         lines.setdefault(below, line)
         if key.value in first:
-            yield Problem(f"{name}:{line}", f"key {key.value!r} stands twice (first on line {first[key.value]})")
+            yield Problem(f"{name}:{line}", f"key {key.value!r} is listed twice (first on line {first[key.value]})")
         if key.value in scalars.INSTANTIATION:
             yield Problem(f"{name}:{line}", f"{below}: not allowed: nothing is ever instantiated from a configuration")
         first.setdefault(key.value, line)

@@ -1,4 +1,4 @@
-"""What a plan will cost: tokens, arithmetic, time, disk, memory. Estimates, and said to be.
+"""Estimates of what a plan costs: tokens, arithmetic, time, disk, memory.
 
 Arithmetic is that of the decoder in `training/model.py`. Time comes from finished trials of the same study where there
 are any, else from a rule of thumb that fits two measurements on one core (Zen 4, fp32, one thread): 7.2 ms a step for
@@ -142,7 +142,7 @@ def too_large(configs: Sequence[TrialConfig], compute: Compute) -> list[Problem]
     largest = max(configs, key=memory)
     if there is None or memory(largest) <= there:
         return []
-    rule = f"a trial must fit into the {there / 1e9:.0f} GB there are (force=true launches all the same)"
+    rule = f"a trial must fit into the {there / 1e9:.0f} GB there are (force=true launches it anyway)"
     parameters = largest.model.parameters(vocabulary(largest))
     got = f"about {memory(largest) / 1e9:,.0f} GB for {parameters:,} parameters"
     return [Problem("model.depth, model.dim, train.batch_size", rule, got)]

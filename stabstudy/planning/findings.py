@@ -1,4 +1,4 @@
-"""What is wrong or odd about a launch, collected while reading goes on, so that all of it is said at once."""
+"""The problems and warnings of a launch, collected while it is read, so that all of them are shown at once."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def parse(text: str) -> Expression:
             warnings.simplefilter("ignore")  # `1 is 1` and `3in x` warn; both are refused or harmless below
             tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(Problem("sweep.exclude", "is no condition", repr(text))) from error
+        raise ConfigError(Problem("sweep.exclude", "is not a condition", repr(text))) from error
     problems: list[Problem] = []
     names: set[str] = set()
     _check(tree, text, names, problems)
@@ -79,7 +79,7 @@ def _check(node: ast.expr, text: str, names: set[str], problems: list[Problem]) 
             return
         names.add(dotted)
         if dotted not in known_names():
-            problems.append(Problem("sweep.exclude", f"{dotted} is no setting{_near(dotted)}", repr(text)))
+            problems.append(Problem("sweep.exclude", f"{dotted} is not a setting{_near(dotted)}", repr(text)))
         return
     for child in _parts(node):
         if child is None:

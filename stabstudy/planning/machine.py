@@ -1,4 +1,4 @@
-"""What this machine has and allows: memory, GPUs, a results folder that can be written. No torch, no ray."""
+"""Facts about this machine: memory, GPUs, versions, a results folder that can be written. No torch, no ray."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def why_not_folder(folder: Path, needed: int) -> str | None:
     if folder.is_symlink():
         return f"{folder}: is a symbolic link; a study's folder must be a real one"
     if not existing.is_dir():
-        return f"{existing}: is no folder"
+        return f"{existing}: is not a folder"
     if not os.access(existing, os.W_OK | os.X_OK):
         return f"{existing}: cannot be written"
     free = shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""Where conf/ and sweeps/ lie, and which sweeps there are."""
+"""The locations of conf/ and sweeps/, and the sweeps that can be named."""
 
 from __future__ import annotations
 

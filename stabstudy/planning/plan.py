@@ -1,4 +1,4 @@
-"""From words to trials: the command line and a sweep file become a Plan, with every problem of the launch at once.
+"""The Plan of a launch: the trials of a command line and a sweep file, with every problem of them at once.
 
 Nothing is started and nothing is written here, and neither torch nor ray is imported: `--dry-run` and every error in
 a configuration answer from this module alone.
@@ -7,14 +7,16 @@ a configuration answer from this module alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy.config import COMPILE_FROM, TrialConfig
-from stabstudy.planning import arguments, cells, compose, compute, estimate, machine, record, sweepfile
+from stabstudy.data import tokens
+from stabstudy.data.supply import supply
+from stabstudy.planning import arguments, caveats, cells, compose, compute, estimate, machine, record, sweepfile
 from stabstudy.planning.arguments import Request
 from stabstudy.planning.axes import Alternatives
 from stabstudy.planning.complete import Composed, Composer
@@ -52,6 +54,7 @@ class Plan:
     launcher: str
     warnings: tuple[str, ...]
     argv: tuple[str, ...]  # as typed, secrets hidden
+    start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
         """The trial's value on each axis, in the order of the axes."""
@@ -75,12 +78,14 @@ def make_plan(given: list[str], cwd: Path) -> Plan:
 def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     with compose.conf() as loader:
         request = arguments.read(given, loader, found)
-        sweep = sweepfile.read(request.sweep, cwd, loader, found)
+        named = request.sweep
+        sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, found)
         product = cells.factors(sweep, request)
         composer = Composer(sweep, found)
         composed = _completed(composer, sweep, request, product)
         resources = composer.compute(request)
-    known = fingerprints((c.config.data for c in composed), found)
+    cache = Path(resources.cache_dir) if resources.cache_dir else tokens.existing_cache_dir()
+    known = fingerprints((c.config.data for c in composed), cache, found)
     found.stop()
     every = planned(composed, request.seeds or sweep.seeds, known)
     trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found), found)
@@ -88,8 +93,12 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     before = record.belongs(folder, sweep.name, known, found)
     _check_engines([t.config for t in trials], found)
     found.stop()
-    _check_room([t.config for t in trials], resources, request, found)
+    configs = [t.config for t in trials]
+    _check_room(configs, resources, request, found)
     varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
+    supplies = {data: supply(data, fingerprint, cache) for data, fingerprint in known.items()}
+    for caveat in caveats.caveats(configs, [axis.name for axis in varying], supplies):
+        found.warn(caveat)
     body = _body(sweep, request, varying, trials) | {"data": record.data_records(before, known)}
     body |= {"compute": dataclasses.asdict(resources), "command": given}
     for change in record.changes(before, body):
@@ -105,13 +114,21 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
         request.launch.launcher,
         tuple(found.warnings),
         tuple(record.redact(given)),
+        _start(request, body["choices"]) if request.sweep is None else None,
     )
+
+
+def _start(request: Request, choices: Mapping[str, str]) -> str:
+    presets = ", ".join(f"{group}={preset}" for group, preset in choices.items())
+    hint = "" if request.launch.study else "; study=NAME gives it a name, under which more values can join it"
+    return f"starts from {sweepfile.PRIMARY} alone ({presets}), not from a sweep{hint}"
 
 
 def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
     """The sweep's own question, unless the command line made other axes of it: then that is what is asked."""
     names = [axis.name for axis in varying]
-    if {name for factor in sweep.factors for alternative in factor for name in alternative} == set(names):
+    own = {name for factor in sweep.factors for alternative in factor for name in alternative}
+    if sweep.question and own == set(names):
         return sweep.question
     if not names:
         return "How stable is this one recipe?"
@@ -139,7 +156,7 @@ def _check_engines(configs: list[TrialConfig], found: Findings) -> None:
     """`train.compile: auto` must decide alike for all trials: eager and compiled ones may not be compared."""
     chosen = {c.compiled for c in configs if c.train.compile == "auto"}
     if len(chosen) > 1:
-        rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: say on or off"
+        rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: set on or off"
         found.refuse("train.compile, train.steps", rule)
     elif True in chosen and (missing := machine.why_not_compile()):
         found.warn(f"train.compile=auto: {missing}; every trial of this launch trains without")

@@ -1,9 +1,9 @@
-"""`--dry-run`: what a launch would do, and roughly what it would cost. Starts and writes nothing."""
+"""The output of `--dry-run`: what a launch would do, and roughly what it would cost. Starts nothing."""
 
 from __future__ import annotations
 
 from stabstudy import store
-from stabstudy.planning import estimate, machine, words
+from stabstudy.planning import caveats, estimate, machine, words
 from stabstudy.planning.plan import Plan
 
 SHOWN = 40
@@ -25,6 +25,8 @@ def show(plan: Plan) -> None:
     if todo:
         rate = estimate.measured_rate(study)
         print(_cost(estimate.cost([t.config for t in todo], plan.compute, plan.launcher, rate)))
+    if timescales := caveats.timescales([t.config for t in plan.trials]):
+        print(timescales)
     for reason in why_not_here(plan):
         print(f"this machine cannot start it: {reason}")
 

@@ -20,6 +20,7 @@ from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.config import DataConfig
 from stabstudy.planning.findings import Findings
+from stabstudy.planning.sweepfile import PRIMARY
 from stabstudy.settings import ConfigError, Problem
 
 HEADER = "# What was asked, as composed and launched last. Written by the program; the trials' files are the truth.\n"
@@ -76,7 +77,8 @@ def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], fo
     if not isinstance(version, int) or version > cfg.FORMAT_VERSION:
         found.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
     elif named != sweep:
-        hint = "give this one a name of its own with study=NAME"
+        same = "leave out sweep=" if named == PRIMARY else f"say sweep={named}"
+        hint = f"give this one a name of its own with study=NAME, or {same}"
         found.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, there sweep {named}")
     else:
         _same_data(before, fingerprints, found)

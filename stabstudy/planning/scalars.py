@@ -1,4 +1,4 @@
-"""What a scalar may not be, in a file or on the command line.
+"""Rules against scalars that would be misread, in a file or on the command line.
 
 YAML readers turn `no` into false, `012` into 10 and `1:30` into 90; floats that are too small turn into 0; a resolver
 such as `${oc.env:HOME}` carries whatever it finds into files that are kept for ever. None of it happens silently here.

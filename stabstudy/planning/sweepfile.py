@@ -1,4 +1,4 @@
-"""A named sweep: the question in the file's header, and what its `sweep:` block varies.
+"""The sweep of a launch, mostly a named one: the question in the file's header, and what its `sweep:` block varies.
 
     sweep:
       seeds: [0, 1, 2]                       or a number of seeds
@@ -26,6 +26,8 @@ from stabstudy.planning.findings import Findings
 from stabstudy.settings import ConfigError, Problem, nearest
 
 KEYS = ("seeds", "grid", "zip", "cases", "exclude")
+PRIMARY = "conf/trial.yaml"
+"""What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
     block = _mapping(doc.content.get("sweep", {}), "sweep", doc, found)
     for key in [key for key in block if key not in KEYS]:
         part = f"sweep.{key}"
-        found.refuse(part, f"is no part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
+        found.refuse(part, f"is not part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
     factors = [factor for factor in (*_grid(block, doc, loader, found), *_zips(block, doc, loader, found)) if factor]
     _refuse_twice(factors, doc, found)
     where = doc.where("sweep.seeds")
@@ -62,6 +64,11 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
         _cases(block, doc, loader, found),
         _exclusions(block, doc, found),
     )
+
+
+def without_file() -> SweepFile:
+    """The sweep of a launch that names none: conf/trial.yaml as it is, three seeds, and no axis of its own."""
+    return SweepFile(PRIMARY, "", Document(PRIMARY, "", {}, {}), (0, 1, 2), (), {}, ())
 
 
 def _check_shape(doc: Document, loader: ConfigLoader) -> None:
@@ -173,7 +180,7 @@ def _exclusions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[
 def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -> None:
     named = [name for factor in factors for name in factor[0]]
     for name in sorted({n for n in named if named.count(n) > 1}):
-        found.refuse(name, "stands in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
+        found.refuse(name, "is listed in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
 
 
 def _mapping(value: Any, path: str, doc: Document, found: Findings) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import sources
+from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
 from stabstudy.planning.complete import Composed
 from stabstudy.planning.findings import Findings
@@ -28,8 +30,12 @@ class PlannedTrial:
     data_fingerprint: str
 
 
-def fingerprints(configs: Iterable[DataConfig], found: Findings) -> dict[DataConfig, str]:
-    """The fingerprint of every distinct data setting. Each text is checked and hashed once: seq_len only cuts it."""
+def fingerprints(configs: Iterable[DataConfig], cache: Path | None, found: Findings) -> dict[DataConfig, str]:
+    """The fingerprint of every distinct data setting. Each text is checked and hashed once: seq_len only cuts it.
+
+    `cache`: the token cache, which remembers large files; None where there is none yet.
+    """
+    memory = None if cache is None else Memory(cache)
     of_text: dict[DataConfig, str] = {}
     known: dict[DataConfig, str] = {}
     for data in dict.fromkeys(configs):
@@ -37,7 +43,7 @@ def fingerprints(configs: Iterable[DataConfig], found: Findings) -> dict[DataCon
         try:
             if text not in of_text:
                 sources.check(data)
-                of_text[text] = sources.fingerprint(data)
+                of_text[text] = sources.fingerprint(data, memory)
             known[data] = of_text[text]
         except DataError as error:
             found.take([error.problem])
@@ -93,7 +99,7 @@ def without_excluded(
             kept.append(trial)
     for expression in exclude:
         if expression.text not in used and expression.names.isdisjoint(chosen):
-            found.warn(f"sweep.exclude: {expression.text!r} names no cell")
+            found.warn(f"sweep.exclude: {expression.text!r} matches no cell")
     if not kept:
         found.refuse("sweep.exclude", "leaves nothing to train")
     return kept

@@ -1,4 +1,4 @@
-"""Plain words and tables for a terminal: counts, sizes, times, aligned columns."""
+"""Text for a terminal: counts, sizes, times, tables with aligned columns."""
 
 from __future__ import annotations
 

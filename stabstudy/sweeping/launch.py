@@ -14,10 +14,13 @@ from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy import store
+from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
+from stabstudy.data.supply import Supply
 from stabstudy.planning import machine
+from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import Rules
@@ -63,15 +66,27 @@ def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
-    """Tokenize once what the trials read; check that it is enough for each. Raises ConfigError with all problems."""
+    """Tokenize once what the trials read; check that it is enough for each. Raises ConfigError with all problems.
+
+    Says what is known of the training part only now: its size, its unigram entropy, and how often it repeats.
+    """
     problems: dict[str, Problem] = {}
-    for config in {dataclasses.replace(t.config, seed=0) for t in plan.trials}:
+    supplies: dict[DataConfig, Supply] = {}
+    configs = list(dict.fromkeys(dataclasses.replace(t.config, seed=0) for t in plan.trials))
+    for config in configs:
         try:
-            open_batches(config, cache_dir, say)
+            batches = open_batches(config, cache_dir, say)
+            if config.data not in supplies:
+                size, entropy = batches.training_tokens, batches.unigram_entropy
+                say(f"data: {size:,} tokens to train on, unigram entropy {entropy:.3f} nat/token")
+                supplies[config.data] = Supply(size, exact=True)
         except DataError as error:
             problems[str(error)] = error.problem
     if problems:
         raise ConfigError(list(problems.values()))
+    for caveat in repetition(configs, [axis.name for axis in plan.axes], supplies):
+        if caveat not in plan.warnings:
+            say(f"warning: {caveat}")
 
 
 def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path) -> Outcome:

@@ -21,9 +21,7 @@ import torch
 
 from stabstudy import config as cfg
 from stabstudy import finished, store, trace
-from stabstudy.data import sources
 from stabstudy.data.batches import Batches, open_batches
-from stabstudy.data.errors import DataError
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
@@ -85,10 +83,7 @@ def _attempt(
     config = cfg.from_dict(described["config"])
     compiled = _compiled(config, state, engine)
     state = _begin(folder, state, config, engine, compiled)
-    if (found := sources.fingerprint(config.data)) != described["data_fingerprint"]:
-        rule = f"must still have the fingerprint {described['data_fingerprint']} that the study began with"
-        raise DataError("data", rule, found)
-    batches = open_batches(config, engine.cache_dir)
+    batches = open_batches(config, engine.cache_dir, expected=described["data_fingerprint"])
     stepper = _build(config, batches, engine, compiled)
     start, state = _resume(folder, state, stepper, say)
     with contextlib.ExitStack() as open_files:
@@ -185,6 +180,9 @@ def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Steppe
         act, grad = growth(stepper, evaluation)
         state = replace(state, init_loss=stepper.loss_on(evaluation), growth_act=act, growth_grad=grad)
         state = replace(state, eval_hash=batches.eval_hash)
+        folder.write_state(state)
+    if state.unigram_entropy is None:  # apart: a trial that an older version began has its first loss already
+        state = replace(state, unigram_entropy=batches.unigram_entropy, train_tokens=batches.training_tokens)
         folder.write_state(state)
     return state
 
