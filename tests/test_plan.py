@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -344,6 +345,25 @@ def test_own_sweeps_come_before_shipped_ones(tmp_path):
     (tmp_path / "sweeps" / "quickstart.yaml").write_text("# @package _global_\n# Mine?\noptim: {lr: 0.5}\n")
     plan = make_plan([], tmp_path)
     assert (plan.study, plan.question, len(plan.trials)) == ("quickstart", "Mine?", 1)
+
+
+# conditions
+
+
+def test_conditions_are_axes_that_are_given(ask):
+    plan = ask(block("grid: {model.depth: [2, 4], optim.lr: [1e-3, 3e-3]}\nconditions: [model.depth, data]"))
+    assert plan.conditions == ("model.depth", "data")
+    assert yaml.safe_load(plan.sweep_text)["conditions"] == ["model.depth", "data"]
+    assert ask(block("grid: {model.depth: [2, 4]}")).conditions is None
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [("model.depth", "must be a list of settings or groups"), ("[model.dept]", "is not a setting"), ("[1]", "must be")],
+)
+def test_conditions_are_names_of_settings(ask, written: str, problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        ask(block(f"grid: {{model.depth: [2, 4]}}\nconditions: {written}"))
 
 
 # exclusions

@@ -54,6 +54,7 @@ class Plan:
     launcher: str
     warnings: tuple[str, ...]
     argv: tuple[str, ...]  # as typed, secrets hidden
+    conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep says which
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
@@ -114,6 +115,7 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
         request.launch.launcher,
         tuple(found.warnings),
         tuple(record.redact(given)),
+        sweep.conditions,
         _start(request, body["choices"]) if request.sweep is None else None,
     )
 
@@ -193,6 +195,7 @@ def _body(
         "axes": {axis.name: list(axis.values) for axis in varying},
         "cases": {case: {n: c.value for n, c in chosen.items()} for case, chosen in sweep.cases.items()},
         "exclude": [expression.text for expression in sweep.exclude],
+        **({} if sweep.conditions is None else {"conditions": list(sweep.conditions)}),
         "choices": choices,
         "settings": fixed,
         "launcher": request.launch.launcher,

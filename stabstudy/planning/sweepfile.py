@@ -6,6 +6,7 @@
       zip: [{train.batch_size: [8, 32], optim.warmup_steps: [40, 10]}]
       cases: {lingua_1b: {optim.lr: 3e-3, optim.weight_decay: 0.033}}
       exclude: ["model.depth == 10 and optim.lr > 3e-3"]
+      conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 """
@@ -25,7 +26,7 @@ from stabstudy.planning.document import Document
 from stabstudy.planning.findings import Findings
 from stabstudy.settings import ConfigError, Problem, nearest
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude")
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
@@ -41,6 +42,7 @@ class SweepFile:
     factors: tuple[Alternatives, ...]
     cases: dict[str, dict[str, Chosen]]
     exclude: tuple[grammar.Expression, ...]
+    conditions: tuple[str, ...] | None = None  # None: not said
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFile:
@@ -63,6 +65,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFi
         tuple(factors),
         _cases(block, doc, loader, found),
         _exclusions(block, doc, found),
+        _conditions(block, doc, found),
     )
 
 
@@ -175,6 +178,17 @@ def _exclusions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[
         except ConfigError as error:
             found.take(error.problems, origin)
     return tuple(parsed)
+
+
+def _conditions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[str, ...] | None:
+    """The axes that are given: names of settings or groups."""
+    written, origin = block.get("conditions"), doc.where("sweep.conditions")
+    if written is None:
+        return None
+    if not isinstance(written, list) or not all(isinstance(name, str) for name in written):
+        found.refuse("sweep.conditions", "must be a list of settings or groups", repr(written), origin)
+        return None
+    return tuple(name for name in written if axes.check_name(name, origin, found))
 
 
 def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -> None:

@@ -24,6 +24,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "study": plan.study,
         "question": plan.question,
         "axes": {axis.name: list(axis.values) for axis in plan.axes},
+        "conditions": None if plan.conditions is None else list(plan.conditions),
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": store.now(),
