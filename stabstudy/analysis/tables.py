@@ -173,7 +173,7 @@ def _open(folder: TrialFolder) -> _Trial:
     for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
         if found != folder.trial_id:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
-    settings = ingested.settings(log) if log else cfg.flat(cfg.from_dict(config))
+    settings = ingested.settings(log) if log else cfg.flat(cfg.stored(config))
     return _Trial(folder, settings, body, state, log)
 
 
