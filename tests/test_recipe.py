@@ -123,6 +123,12 @@ def test_lingua_keys() -> None:
     assert "model.qk_norm=true has no key there" in notes and "Lingua decays norms and embeddings too" in notes
 
 
+def test_trainers_bf16_is_not_that_of_the_stream() -> None:
+    of = {p: recipe.hugging_face(flat(train={"precision": p})) for p in ("fp32", "bf16", "bf16_stream", "fp16")}
+    assert [yaml.safe_load(text)["bf16"] for text, _ in of.values()] == [False, True, True, False]
+    assert [any("autocast" in note for note in notes) for _, notes in of.values()] == [False, False, True, False]
+
+
 def test_independent_decay_is_given_as_torch_means_it() -> None:
     settings = flat(optim={"lr": 0.01, "weight_decay": 1e-4, "decay_mode": "independent"})
     for text, _ in (recipe.lingua(settings), recipe.hugging_face(settings)):

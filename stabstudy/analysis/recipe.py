@@ -23,8 +23,8 @@ Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
 
 
-EVALUATED = "train.eval_sequences"
-"""Beside the data, what an evaluation batch depends on."""
+EVALUATED = ("train.eval_sequences", "train.final_eval_tokens")
+"""Beside the data, what the final evaluation set depends on."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def recipes(study: Study) -> list[Recipe]:
     Losses on different evaluation batches do not compare: where they differ for another reason than the data that a
     trial names, there is no recipe, as where no cell is stable.
     """
-    data = {a: levels for a, levels in study.axes.items() if a == "data" or a.startswith("data.") or a == EVALUATED}
+    data = {a: levels for a, levels in study.axes.items() if a == "data" or a.startswith("data.") or a in EVALUATED}
     parts = (trials for _, trials in split(study.trials, data))
     found = (_best(study, t) for t in parts if t.loc[t["state"] == "done", "eval_hash"].nunique() == 1)
     return [recipe for recipe in found if recipe is not None]
@@ -187,12 +187,14 @@ def hugging_face(settings: Settings) -> tuple[str, list[str]]:
         "warmup_steps": s["optim.warmup_steps"],
         "lr_scheduler_type": SCHEDULERS[s["optim.schedule"]],
         **_scheduler_arguments(s),
-        "bf16": s["train.precision"] == "bf16",
+        "bf16": s["train.precision"] in ("bf16", "bf16_stream"),
         "fp16": s["train.precision"] == "fp16",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
     }
     notes = list(_not_plain(s))
+    if s["train.precision"] == "bf16_stream":
+        notes.append("Trainer's bf16 is autocast: it leaves the residual stream and the norms in fp32")
     if s["optim.decay_params"] == "all":
         notes.append("Trainer decays no norm")
     if s["optim.schedule"] in ("linear", "inv_sqrt") and s["optim.min_lr_ratio"]:
@@ -217,7 +219,7 @@ def _peak(s: Settings) -> float:
     """The learning rate after `optim.lr_rule`, which other trainers do not have."""
     nested = {group: {f.name: s[f"{group}.{f.name}"] for f in fields(cls)} for group, cls in cfg.GROUPS.items()}
     nested["optim"]["warmup_share"] = None  # what it comes to stands in warmup_steps
-    return cfg.from_dict(nested).peak_lr
+    return cfg.stored(nested).peak_lr
 
 
 def _coupled(s: Settings) -> float:
