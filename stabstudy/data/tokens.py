@@ -51,14 +51,15 @@ class _Damaged(Exception):
     """A cache that is not what its meta.json says, or has none."""
 
 
-def prepare(config: DataConfig, cache_dir: Path, say: Say | None = None) -> Corpus:
+def prepare(config: DataConfig, cache_dir: Path, say: Say | None = None, fingerprint: str | None = None) -> Corpus:
     """The corpus of these settings, from the cache or built into it now. Raises DataError.
 
     Safe to call from any number of processes at once. `say` receives a line for each thing that takes time or should
     be known: building, waiting for another process, rows skipped, a damaged cache, data pinned by nothing.
+    `fingerprint`: of these very settings, where the caller has just computed it; it reads all of the source.
     """
     say = say or (lambda line: None)
-    fingerprint = sources.fingerprint(config)
+    fingerprint = fingerprint or sources.fingerprint(config)
     folder = cache_dir / "tokens" / hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()[:16]
     with contextlib.suppress(_Damaged):
         return _open(folder, fingerprint)

@@ -191,14 +191,14 @@ COLUMNS: dict[str, Definition] = {
         "nonfinite, above_init, persistent, no_recovery, or ok", "", f"{_NOT_JUDGED}, or strided", "code"
     ),
     "verdict_step": Definition("step at which the divergence code fired", "step", "not diverged", "at step"),
-    "init_loss": Definition("of the initial weights, fixed evaluation batch", "nat/token", _NOT_DONE, "loss at start"),
+    "init_loss": Definition("of the initial weights, final evaluation set", "nat/token", _NOT_DONE, "loss at start"),
     "best_loss": Definition(
         "smallest moving mean (20 steps) of the training loss",
         "nat/token",
         f"{_NOT_DONE}, or under 21 steps",
         "best loss",
     ),
-    "final_loss": Definition("of the last weights, fixed evaluation batch", "nat/token", _NOT_DONE, "final loss"),
+    "final_loss": Definition("of the last weights, final evaluation set", "nat/token", _NOT_DONE, "final loss"),
     "final_loss_capped": Definition(
         "the smaller of final_loss and init_loss; init_loss where the end is not finite",
         "nat/token",
