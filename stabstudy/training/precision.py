@@ -1,7 +1,7 @@
 """Number formats of the forward pass, `train.precision`: the one place that every forward pass goes through.
 
     fp32         all of it
-    bf16, fp16   autocast: products in 16 bits; the residual stream and what the norms put out stay in fp32
+    bf16, fp16   autocast: products in 16 bits; the residual stream and what its norms put out stay in fp32
     bf16_stream  every weight is cast, so embedding, stream, norms' output, q, k, v and logits are bf16: what FSDP's
                  `param_dtype=bf16` runs (Lingua, torchtitan). Inside, norms compute in fp32; so does our RoPE, while
                  transformers' rounds cos and sin to the stream's dtype, as it does everywhere
@@ -9,7 +9,8 @@
 In all of them weights, gradients and the optimizer's state are fp32, and the loss is computed in fp32 from the logits.
 
 Gradients of cast weights reach the fp32 ones rounded to bf16 once per micro-batch. The embedding is looked up in fp32
-and its output cast (the same values), because a CPU would add up its gradient in bf16, where a sum of ones ends at 256.
+and its output cast, because a CPU would add up its gradient in bf16, where a sum of ones ends at 256. The values
+are the same, but for Gemma's factor sqrt(dim), which transformers rounds to bf16 and which is exact here.
 """
 
 from __future__ import annotations
