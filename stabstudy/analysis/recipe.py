@@ -22,8 +22,8 @@ Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
 
 
-EVALUATED = "train.eval_sequences"
-"""Beside the data, what an evaluation batch depends on."""
+EVALUATED = ("train.eval_sequences", "train.final_eval_tokens")
+"""Beside the data, what the final evaluation set depends on."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def recipes(study: Study) -> list[Recipe]:
     Losses on different evaluation batches do not compare: where they differ for another reason than the data that a
     trial names, there is no recipe, as where no cell is stable.
     """
-    data = {a: levels for a, levels in study.axes.items() if a == "data" or a.startswith("data.") or a == EVALUATED}
+    data = {a: levels for a, levels in study.axes.items() if a == "data" or a.startswith("data.") or a in EVALUATED}
     parts = (trials for _, trials in split(study.trials, data))
     found = (_best(study, t) for t in parts if t.loc[t["state"] == "done", "eval_hash"].nunique() == 1)
     return [recipe for recipe in found if recipe is not None]
