@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stabstudy.groups import OF_FAMILY, SPIKE_SKIP_FROM, DataConfig, ModelConfig, OptimConfig
+from stabstudy.groups import MOST_DECAY, OF_FAMILY, SPIKE_SKIP_FROM, DataConfig, ModelConfig, OptimConfig
 from stabstudy.settings import Problem
 
 if TYPE_CHECKING:
@@ -60,6 +60,15 @@ def problems(config: TrialConfig) -> Iterator[Problem]:
         yield Problem("optim.allow_zero_lr", "has no effect unless optim.lr is 0", "true")
     if o.lr == 0 and o.decay_mode == "independent":
         yield Problem("optim.decay_mode", "independent decay needs optim.lr > 0 (it follows lr_t / lr)", "optim.lr 0")
+    elif o.decay_mode == "independent" and config.decay_per_step > MOST_DECAY:
+        yield Problem(
+            "optim.weight_decay, optim.decay_mode",
+            "independent decay takes this share itself, not lr times it, of every weight in a step: must be at most "
+            f"{MOST_DECAY:g} (as strong as {o.weight_decay:g} coupled is {o.weight_decay * config.peak_matrix_lr:.3g})",
+            f"{o.weight_decay:g}, {100 * config.decay_per_step:.3g} % per step",
+        )
+    if o.lr == 0 and o.muon_lr is not None:
+        yield Problem("optim.muon_lr", "must be null where optim.lr is 0 (a control trial)", f"{o.muon_lr:g}")
     yield from _not_of_family(m)
     yield from _no_effect(o, d, config)
 
@@ -84,7 +93,7 @@ def _not_of_family(m: ModelConfig) -> Iterator[Problem]:
 
 def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[Problem]:
     """A setting that changes nothing would split one recipe into several cells: refuse it by name."""
-    for name in ("muon_momentum", "muon_adjust_lr"):
+    for name in ("muon_lr", "muon_momentum", "muon_adjust_lr"):
         if o.kind != "muon" and getattr(o, name) != getattr(OptimConfig, name):
             yield Problem(f"optim.{name}", "acts on kind muon only", f"kind {o.kind}")
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:

@@ -57,6 +57,7 @@ __all__ = [
     "flat",
     "from_dict",
     "setting_names",
+    "stored",
     "to_dict",
     "trial_id",
 ]
@@ -84,18 +85,28 @@ class TrialConfig:
         return self.optim.lr * (ratio if self.optim.lr_rule == "linear_batch" else math.sqrt(ratio))
 
     @property
-    def warmup_steps(self) -> int:
-        """Steps of warmup, however they were said."""
-        return self.optim.warmup(self.train.steps)
+    def peak_matrix_lr(self) -> float:
+        """The peak for the matrices of the layers: that of `optim.muon_lr` where it is set, else `peak_lr`."""
+        return self.peak_lr * self.optim.matrix_lr_ratio
+
+    @property
+    def decay_per_step(self) -> float:
+        """The share that weight decay takes of a matrix of the layers in one update at the peak learning rate."""
+        independent = self.optim.decay_mode == "independent"
+        return self.optim.weight_decay * (1.0 if independent else self.peak_matrix_lr)
 
     @property
     def decay_timescale(self) -> float | None:
-        """Steps over which AdamW forgets, at the peak rate: 1 / (lr * wd), or 1 / wd if independent; None: no decay.
+        """Steps at the peak learning rate in which decay alone divides those matrices by e; null: no decay.
 
-        Wang & Aitchison, arXiv 2405.13698.
+        1 / (lr * weight_decay): AdamW as a moving average of its updates over so many steps (arXiv 2405.13698).
         """
-        per_step = self.optim.weight_decay * (1.0 if self.optim.decay_mode == "independent" else self.peak_lr)
-        return 1 / per_step if per_step else None
+        return 1 / self.decay_per_step if self.decay_per_step else None
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warmup, however they were said."""
+        return self.optim.warmup(self.train.steps)
 
     @property
     def compiled(self) -> bool:
@@ -106,6 +117,11 @@ class TrialConfig:
         """
         t = self.train
         return t.compile == "on" or (t.compile == "auto" and t.steps >= COMPILE_FROM)
+
+    @property
+    def final_eval_sequences(self) -> int:
+        """Sequences that init_loss and final_loss are measured on, where the validation part has as many."""
+        return max(self.train.eval_sequences, math.ceil(self.train.final_eval_tokens / self.data.seq_len))
 
     @property
     def tokens_per_step(self) -> int:
@@ -130,6 +146,14 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
     as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
     """
+    config = stored(values)
+    if problems := list(combinations.problems(config)):
+        raise ConfigError(problems)
+    return config
+
+
+def stored(values: Mapping[str, Any]) -> TrialConfig:
+    """What a trial on disk was: as `from_dict`, but for the rules between settings, some of which came later."""
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
     for key, value in values.items():
@@ -143,12 +167,9 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
             parts[key] = read_value("seed", "int", field.metadata, value, problems, 0)
         else:
             problems.append(Problem(str(key), f"is not a setting{nearest(str(key), [*GROUPS, 'seed'])}"))
-    config = TrialConfig(**parts)
-    if not problems:
-        problems = list(combinations.problems(config))
     if problems:
         raise ConfigError(problems)
-    return config
+    return TrialConfig(**parts)
 
 
 def to_dict(config: TrialConfig) -> dict[str, Any]:
@@ -173,10 +194,14 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
 
     Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
     trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup said as a share
-    stays out too: warmup_steps has what it comes to, and what trains alike has one id.
+    stays out too: warmup_steps has what it comes to, and what trains alike has one id, as has Muon with lr said twice.
     """
     said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
+    if said["optim.muon_lr"] == said["optim.lr"]:
+        said["optim.muon_lr"] = None
     differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
+    if config.optim.clip_kind == "zclip":
+        differing["optim.clip_kind"] = "zclip, capped"  # plain zclip named trials that were not held to optim.clip
     body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 

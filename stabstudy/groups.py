@@ -28,11 +28,12 @@ DECAY_PARAMS = ("matrices", "matrices_no_embed", "all")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
 DECAY_SHAPES = ("linear", "cosine", "one_minus_sqrt")
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
 COMPILE = ("off", "on", "auto")
 COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: about where compiling is earned back at dim 64
 SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
+MOST_DECAY = 0.02  # share of every weight that a step of independent decay may take
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,14 @@ class OptimConfig:
     base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
     allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
-    decay_mode: str = setting("coupled", choices=("coupled", "independent"))  # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w
+    # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w: of equal strength where the independent wd is lr times the coupled one
+    decay_mode: str = setting("coupled", choices=("coupled", "independent"))
     # matrices: all but the norms; matrices_no_embed: nor the embedding (OLMo 2); all: the norms too, as Lingua does
     decay_params: str = setting("matrices", choices=DECAY_PARAMS)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.95, ge=0, lt=1)
     eps: float = setting(1e-8, gt=0, le=1)
+    muon_lr: float | None = setting(None, gt=0, le=10)  # peak for Muon's matrices, scheduled as lr is; null: lr
     muon_momentum: float = setting(0.95, ge=0, lt=1)  # Nesterov's
     muon_adjust_lr: str = setting("match_rms_adamw", choices=MUON_ADJUSTMENTS)  # lr for a matrix, see training/muon.py
     warmup_steps: int | None = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
@@ -115,9 +118,15 @@ class OptimConfig:
     min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
     decay_share: float = setting(0.1, gt=0, le=1)  # wsd only: share of the steps after warmup spent decaying
     decay_shape: str = setting("linear", choices=DECAY_SHAPES)  # wsd only: how it gets from lr to the floor
-    clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off
-    # norm: at clip; zclip, adagc: at clip in their first 25, 100 steps only; agc: never, so clip is 1.0 (on) or null
+    clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off, whatever the kind
+    # norm: at clip; zclip: at clip or lower (clip 1e9: by its own rule alone); adagc: at clip in its first 100 steps;
+    # agc: never, so clip is 1.0 (on) or null
     clip_kind: str = setting("norm", choices=CLIP_KINDS)
+
+    @property
+    def matrix_lr_ratio(self) -> float:
+        """Muon's learning rate over AdamW's; exactly 1 where there is one for both."""
+        return 1.0 if self.muon_lr is None else self.muon_lr / self.lr
 
     def warmup(self, steps: int) -> int:
         """Warmup steps of a run of `steps`: warmup_steps, or round(warmup_share * steps)."""
@@ -163,13 +172,17 @@ class TrainConfig:
     steps: int = setting(200, ge=1, le=10**9)  # optimizer steps
     batch_size: int = setting(8, ge=1, le=10**7)  # sequences per optimizer step
     micro_batch_size: int | None = setting(None, ge=1, le=10**7)  # sequences per forward; null: batch_size
-    precision: str = setting("fp32", choices=PRECISIONS)  # bf16, fp16: autocast, master weights in fp32
+    # Weights, their gradients and moments are fp32 in all. bf16, fp16: autocast, which leaves the residual stream and
+    # the norms in fp32; bf16_stream: these in bf16 too, as Lingua, torchtitan and Megatron train
+    precision: str = setting("fp32", choices=PRECISIONS)
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
     skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
     compile: str = setting("off", choices=COMPILE)  # auto: on from COMPILE_FROM steps on; false and true are off and on
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
-    eval_sequences: int = setting(32, ge=1, le=10**6)  # size of the fixed evaluation batch, whatever the batch size
+    eval_sequences: int = setting(32, ge=1, le=10**6)  # of the fixed set that the validation loss is measured on
+    # tokens of the fixed set that init_loss and final_loss are measured on: all of the validation part if it has fewer
+    final_eval_tokens: int = setting(16_384, ge=1, le=10**9)
     probe_every: int = setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
     checkpoint_every: int = setting(100, ge=1, le=10**9)
 

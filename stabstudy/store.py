@@ -76,8 +76,8 @@ class State:
     verdict: str | None = None
     verdict_code: str | None = None
     spike_events: int | None = None
-    init_loss: float | None = None  # on the fixed evaluation batch, before the first update
-    final_loss: float | None = None  # same batch, after the last update
+    init_loss: float | None = None  # on the final evaluation set, before the first update
+    final_loss: float | None = None  # same set, after the last update
     eval_hash: str | None = None
     records: dict[str, Any] = field(default_factory=dict)  # {"trace": {rows, sha256}, "probes": {rows, sha256}}
     error: dict[str, Any] | None = None

@@ -89,11 +89,15 @@ PROBES = Schema(
             "update_rms",
             "float",
             "1",
-            "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update; null: not Adam",
+            "RMS over all elements of m_hat/(sqrt(v_hat)+eps) of the last update; null: none, or not Adam",
             True,
         ),
         Column(
-            "adam_rms_max", "float", "1", "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2))); null: not Adam", True
+            "adam_rms_max",
+            "float",
+            "1",
+            "max over tensors of sqrt(mean(g^2/max(v_hat, eps^2))) in it; null: no update, or not Adam",
+            True,
         ),
         Column("attn_logit_max", "floats", "nat", "per layer: largest unmasked q.k/sqrt(head_dim)", True),
         Column(

@@ -177,7 +177,7 @@ def test_uncapped_attention_is_not_gemmas() -> None:
 
 def test_the_probe_sees_scores_before_the_cap_and_weights_after_it() -> None:
     capped, uncapped = (make(dataclasses.replace(BASE, depth=1, attn_softcap=c), gain=3.0) for c in (0.5, None))
-    row, plain = (probe(s, WINDOWS, 0, updated=False) for s in (capped, uncapped))
+    row, plain = (probe(s, WINDOWS, 0) for s in (capped, uncapped))
     assert row["attn_logit_max"] == plain["attn_logit_max"] and row["attn_logit_max"][0] > 3 * 0.5
     ((q, k, _),) = capped.model.walk(torch.from_numpy(WINDOWS[:, :-1]))
     scores = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / np.sqrt(8)).detach()
@@ -204,7 +204,7 @@ def test_the_probe_sees_scaled_embeddings() -> None:
     """A tiny scale leaves the residual stream to the branches; a huge one drowns them."""
     huge = make(dataclasses.replace(BASE, embed_scale=1e4))
     embedded = huge.model.embed(torch.from_numpy(WINDOWS[:, :-1])) * 1e4
-    row = probe(huge, WINDOWS, 0, updated=False)
+    row = probe(huge, WINDOWS, 0)
     assert row["resid_rms"] == pytest.approx([embedded.square().mean().sqrt().item()] * 2, rel=1e-2)
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stabstudy.config import DataConfig
-from stabstudy.data.batches import BLOCKS, Batches
+from stabstudy.config import DataConfig, TrainConfig, TrialConfig
+from stabstudy.data.batches import BLOCKS, Batches, open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.permutation import permuted
 from stabstudy.data.tokens import Corpus, prepare
@@ -162,6 +162,33 @@ def test_the_evaluation_depends_on_corpus_length_share_and_count_only() -> None:
     assert len(hashes) == 5
     body = first.evaluation().astype("<i8").tobytes()
     assert first.eval_hash == hashlib.sha256(body).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("asked", "windows"), [(0, 16), (1, 16), (17, 17), (39, 39), (40, 40), (10**9, 40)])
+def test_the_final_evaluation_is_as_large_as_asked_or_all_there_is(asked: int, windows: int) -> None:
+    """40 windows are held out. Spread as the periodic one is, and the hash is of its tokens."""
+    b = batches(final_sequences=asked)
+    assert b.validation_windows == 40
+    final, held = b.final_evaluation(), batches(eval_sequences=40).evaluation()
+    assert final.shape == (windows, 11) and final.dtype == np.int64
+    assert final[:, 0].tolist() == [held[i * 40 // windows, 0] for i in range(windows)]
+    assert b.eval_hash == hashlib.sha256(final.astype("<i8").tobytes()).hexdigest()[:16]
+    assert np.array_equal(b.evaluation(), batches().evaluation())  # the periodic one does not depend on it
+    other = batches(final_sequences=asked, seed=7, batch_size=3)
+    assert np.array_equal(other.final_evaluation(), final) and other.eval_hash == b.eval_hash
+    assert (b.eval_hash == batches().eval_hash) == (windows == 16)
+
+
+def test_a_trial_has_the_final_evaluation_of_its_settings(tmp_path: Path) -> None:
+    data = DataConfig(source="synthetic", synth_bytes=100_000, seq_len=64)
+
+    def of(tokens: int, sequences: int = 32) -> Batches:
+        train = TrainConfig(final_eval_tokens=tokens, eval_sequences=sequences)
+        return open_batches(TrialConfig(data=data, train=train), tmp_path)
+
+    assert len(of(64 * 40 + 1).final_evaluation()) == 41 and len(of(64 * 40 + 1).evaluation()) == 32
+    assert len(of(64).final_evaluation()) == 32 and of(64).eval_hash == "c02df11ce8ac84ac"  # as before there was one
+    assert len(of(16_384).final_evaluation()) == of(16_384).validation_windows == 78
 
 
 def test_validation_is_a_few_contiguous_blocks_spread_over_the_corpus() -> None:

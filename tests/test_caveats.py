@@ -151,14 +151,14 @@ def test_parts_of_one_text_are_texts_of_their_own() -> None:
 # decay
 
 
-def decays(mode: str, lr: float = 1e-2, wd: float = 0.1, **more: Any) -> TrialConfig:
+def decays(mode: str, lr: float = 1e-2, wd: float = 0.02, **more: Any) -> TrialConfig:
     return config(optim={"decay_mode": mode, "lr": lr, "weight_decay": wd}, **more)
 
 
 def test_decay_modes_at_one_strength_setting_are_mixed_with_strength() -> None:
     assert lines_of(decays("coupled"), decays("independent")) == [
         "optim.decay_mode: at one weight_decay, independent decays 100 times (1/lr) as strongly as coupled; of equal "
-        "strength is wd_independent = lr*wd, here 0.001 for lr 0.01 and wd 0.1"
+        "strength is wd_independent = lr*wd, here 0.0002 for lr 0.01 and wd 0.02"
     ]
     lines = lines_of(*(decays(m, lr) for m in ("coupled", "independent") for lr in (1e-1, 1e-3)))
     assert "independent decays 10 to 1,000 times (1/lr)" in lines[0]
@@ -179,15 +179,15 @@ def test_timescales_by_hand() -> None:
     assert caveats.timescales([ruled]) == ("weight decay timescale 1/(lr*weight_decay): 500 steps, 5 times the run"), (
         "twice the rate at four times the batch"
     )
-    both = [decays("coupled", 1e-2), decays("coupled", 1e-3), decays("coupled", 1e-3, wd=0)]
+    both = [decays("coupled", 1e-2, 0.1), decays("coupled", 1e-3, 0.1), decays("coupled", 1e-3, wd=0)]
     assert caveats.timescales(both) == (
         "weight decay timescale 1/(lr*weight_decay): 1,000 to 10,000 steps, 5 to 50 times the run"
     )
     assert caveats.timescales([decays("independent", 1e-3)]) == (
-        "weight decay timescale 1/weight_decay: 10 steps, 0.05 times the run"
+        "weight decay timescale 1/weight_decay: 50 steps, 0.25 times the run"
     )
-    assert caveats.timescales([decays("independent"), decays("coupled")]) == (
-        "weight decay timescale 1/(lr*weight_decay), 1/weight_decay: 10 to 1,000 steps, 0.05 to 5 times the run"
+    assert caveats.timescales([decays("independent"), decays("coupled", wd=0.1)]) == (
+        "weight decay timescale 1/(lr*weight_decay), 1/weight_decay: 50 to 1,000 steps, 0.25 to 5 times the run"
     )
     assert caveats.timescales([decays("coupled", wd=0)]) is None
 
@@ -250,7 +250,8 @@ def test_a_data_axis_over_unequal_files(corpus: Callable[[str, int], str], tmp_p
 
 def test_everything_at_once_stops_nothing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["train.steps=30", "data.seq_len=8", "optim.decay_mode=coupled,independent", "--dry-run"]
+    words = ["train.steps=30", "data.seq_len=8", "optim.decay_mode=coupled,independent"]
+    words += ["optim.weight_decay=0.01", "--dry-run"]
     assert sweep.main(words) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [

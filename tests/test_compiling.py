@@ -136,7 +136,7 @@ def stepper(config: TrialConfig, compiled: bool) -> Stepper:
 @needs_compiler
 @quiet
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_stream"])
 def test_compiled_agrees_with_eager(precision: str) -> None:
     train = dataclasses.replace(SMALL.train, micro_batch_size=2, precision=precision, z_loss=1e-4)
     config = dataclasses.replace(SMALL, train=train)

@@ -37,10 +37,12 @@ LATER = {
     "optim.base_batch": None,
     "optim.decay_shape": "linear",
     "optim.warmup_share": None,
+    "optim.muon_lr": None,
     "optim.muon_momentum": 0.95,
     "optim.muon_adjust_lr": "match_rms_adamw",
     "optim.clip_kind": "norm",
     "train.skip_spikes": False,
+    "train.final_eval_tokens": 16_384,
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 
@@ -66,6 +68,14 @@ def test_the_id_is_the_documented_hash():
     assert cfg.trial_id(config, "abc") == hashlib.sha256(body.encode()).hexdigest()[:10]
 
 
+def test_zclip_has_another_id_than_when_it_was_not_held_to_the_clip():
+    """Its trials of then are not those of now. Every other rule keeps the plain hash."""
+    for kind, name in (("zclip", "zclip, capped"), ("adagc", "adagc")):
+        config = dataclasses.replace(TrialConfig(), optim=OptimConfig(clip_kind=kind))
+        body = f'{{"data_fingerprint":"abc","format":1,"settings":{{"optim.clip_kind":"{name}"}}}}'
+        assert cfg.trial_id(config, "abc") == hashlib.sha256(body.encode()).hexdigest()[:10]
+
+
 def test_seeds_of_a_cell_share_its_id_and_nothing_else_does():
     one, other = (dataclasses.replace(TrialConfig(), seed=s) for s in (1, 2))
     assert cfg.cell_id(one, "f") == cfg.cell_id(other, "f")
@@ -87,6 +97,7 @@ def test_seeds_of_a_cell_share_its_id_and_nothing_else_does():
             {"optim": {"warmup_steps": None, "warmup_share": 0.133}, "train": {"steps": 150}},
             {"optim": {"warmup_steps": 20}, "train": {"steps": 150}},
         ),
+        ({"optim": {"kind": "muon", "lr": 0.02, "muon_lr": 0.02}}, {"optim": {"kind": "muon", "lr": 0.02}}),
     ],
 )
 def test_what_trains_alike_has_one_id(said: dict[str, Any], same: dict[str, Any]):
@@ -170,6 +181,21 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
         ({"optim": {"muon_momentum": 0.9}}, "optim.muon_momentum: acts on kind muon only, got kind adamw"),
+        ({"optim": {"muon_lr": 0.02}}, "optim.muon_lr: acts on kind muon only, got kind adamw"),
+        (
+            {"optim": {"kind": "muon", "lr": 0, "allow_zero_lr": True, "muon_lr": 0.02}},
+            "optim.muon_lr: must be null where optim.lr is 0 (a control trial), got 0.02",
+        ),
+        (
+            {"optim": {"decay_mode": "independent", "lr": 3e-3}},
+            "optim.weight_decay, optim.decay_mode: independent decay takes this share itself, not lr times it, of "
+            "every weight in a step: must be at most 0.02 (as strong as 0.1 coupled is 0.0003), got 0.1, 10 % per step",
+        ),
+        (
+            {"optim": {"decay_mode": "independent", "weight_decay": 3}},
+            "optim.weight_decay, optim.decay_mode: independent decay takes this share itself, not lr times it, of "
+            "every weight in a step: must be at most 0.02 (as strong as 3 coupled is 0.009), got 3, 300 % per step",
+        ),
         (
             {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
             "optim.muon_adjust_lr: acts on kind muon only, got kind stable_adamw",
@@ -244,6 +270,43 @@ def test_the_peak_learning_rate_follows_its_rule(rule: str, factor: float):
     base = None if rule == "none" else 8
     config = cfg.from_dict({"optim": {"lr": 0.003, "lr_rule": rule, "base_batch": base}, "train": {"batch_size": 32}})
     assert config.peak_lr == 0.003 * factor
+
+
+@pytest.mark.parametrize(
+    ("optim", "per_step", "timescale"),
+    [
+        ({"lr": 3e-3, "weight_decay": 0.1}, 3e-4, 3333.333),
+        ({"lr": 1.0, "weight_decay": 1.0}, 1.0, 1.0),  # coupled is refused nothing
+        ({"lr": 3e-3, "weight_decay": 0.02, "decay_mode": "independent"}, 0.02, 50.0),
+        ({"lr": 0.3, "weight_decay": 1e-4, "decay_mode": "independent"}, 1e-4, 10_000.0),
+        ({"lr": 1e-3, "lr_rule": "linear_batch", "base_batch": 2, "weight_decay": 0.1}, 4e-4, 2500.0),
+        ({"kind": "muon", "lr": 3e-4, "muon_lr": 0.02, "weight_decay": 0.1}, 2e-3, 500.0),
+        ({"kind": "muon", "lr": 3e-4, "weight_decay": 0.1}, 3e-5, 33_333.33),
+        ({"weight_decay": 0.0}, 0.0, None),
+        ({"lr": 0, "allow_zero_lr": True}, 0.0, None),
+    ],
+)
+def test_how_fast_weights_decay(optim: dict[str, Any], per_step: float, timescale: float | None):
+    config = cfg.from_dict({"optim": optim})
+    assert config.decay_per_step == pytest.approx(per_step, rel=1e-12)
+    assert config.decay_timescale == (None if timescale is None else pytest.approx(timescale, rel=1e-6))
+
+
+def test_a_trial_of_before_a_rule_is_read_and_not_planned():
+    values = cfg.to_dict(dataclasses.replace(TrialConfig(), optim=OptimConfig(decay_mode="independent")))
+    assert cfg.stored(values).optim.weight_decay == 0.1
+    problems_of(values)
+    with pytest.raises(ConfigError, match="optim.lr: must be a finite number"):
+        cfg.stored({"optim": {"lr": "x"}})
+
+
+def test_tokens_of_the_final_evaluation():
+    def sequences(seq_len: int, tokens: int, least: int = 32) -> int:
+        train = {"final_eval_tokens": tokens, "eval_sequences": least}
+        return cfg.from_dict({"data": {"seq_len": seq_len}, "train": train}).final_eval_sequences
+
+    assert sequences(32, 16_384) == 512 and sequences(33, 16_384) == 497 and sequences(33, 33 * 497) == 497
+    assert sequences(4096, 16_384) == 32 and sequences(128, 1, 1) == 1
 
 
 @pytest.mark.parametrize(("share", "steps", "warmup"), [(0.133, 150, 20), (0.133, 5, 1), (0.0, 9, 0), (1.0, 9, 9)])

@@ -61,7 +61,7 @@ class Case:
     beside: Dotted = dataclasses.field(default_factory=dict)  # what a rule between settings asks for
 
 
-MUON, WSD = {"optim.kind": "muon"}, {"optim.schedule": "wsd"}
+MUON, WSD, WEAK = {"optim.kind": "muon"}, {"optim.schedule": "wsd"}, {"optim.weight_decay": 0.01}
 GEMMA = {"model.qk_norm": True, "model.norm_placement": "sandwich", "model.ffn": "geglu", "model.tied": True}
 CASES = {
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
@@ -102,7 +102,7 @@ CASES = {
         Case(0.0, {"optim.weight_decay": 0.0}, {"weight_decay": 0.0}),
     ],
     "optim.decay_mode": [
-        Case("independent", {"optim.weight_decay": 0.1 / 3e-3}, {"weight_decay": 0.1 / 3e-3}),
+        Case("independent", {"optim.weight_decay": 0.01 / 3e-3}, {"weight_decay": 0.01 / 3e-3}, WEAK),
     ],
     "optim.decay_params": [Case("matrices_no_embed"), Case("all")],
     "optim.beta1": [Case(0.8, {"optim.beta1": 0.8}, {"adam_beta1": 0.8})],

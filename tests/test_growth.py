@@ -69,7 +69,7 @@ def test_a_stack_that_doubles_has_the_exponent_of_doubling() -> None:
     assert grad == pytest.approx(-2 * math.log(2) / 3, rel=1e-5)  # two layers on, half the gradient each
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_stream", "fp16"])
 def test_it_changes_nothing_and_draws_nothing(precision: str) -> None:
     exact, stepper = growth(make(), WINDOWS), make(precision=precision)
     weights, state = [p.detach().clone() for p in stepper.parameters], torch.get_rng_state()

@@ -27,13 +27,13 @@ FAMILIES = {family: dataclasses.replace(SHAPE, family=family, **fixed) for famil
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
-def make(config: ModelConfig) -> Stepper:
+def make(config: ModelConfig, precision: str = "fp32") -> Stepper:
     """A Stepper whose norms differ from each other, and whose queries and keys are large enough to matter."""
     trial = TrialConfig(
         model=config,
         optim=OptimConfig(clip=None),
         data=DataConfig(seq_len=T),
-        train=TrainConfig(batch_size=B),
+        train=TrainConfig(batch_size=B, precision=precision),
     )
     model = hf.build(config, V, T, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -112,6 +112,20 @@ def test_logits_are_bit_for_bit_those_of_the_whole_model(config: ModelConfig) ->
     other = reference(stepper, "sdpa")
     for tokens in (TOKENS, TOKENS[:, :5]):
         assert torch.equal(stepper.model(tokens), other(tokens, use_cache=False).logits)
+
+
+@each_family
+def test_bf16_stream_is_the_whole_model_with_bf16_weights(config: ModelConfig) -> None:
+    """As transformers trains it under FSDP with param_dtype bf16; its table of RoPE's frequencies stays in fp32."""
+    stepper = make(dataclasses.replace(config, dim=64), "bf16_stream")  # Gemma's factor sqrt(dim) is exact in bf16
+    other = reference(stepper, "sdpa")
+    plain = other(TOKENS, use_cache=False).logits
+    for parameter in other.parameters():
+        parameter.data = parameter.data.bfloat16()
+    theirs = other(TOKENS, use_cache=False).logits
+    assert torch.equal(stepper.forward.run(lambda model: model(TOKENS)), theirs) and not torch.equal(
+        theirs.float(), plain
+    )
 
 
 @each_family
@@ -221,7 +235,7 @@ def test_norms_start_as_identities(config: ModelConfig) -> None:
 def test_probes_are_what_eager_attention_shows(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores as they enter transformers' own softmax, its weights, and each layer's output."""
     stepper = make(config)
-    row = probe(stepper, WINDOWS, 0, updated=False)
+    row = probe(stepper, WINDOWS, 0)
     scores, weights, residuals = [], [], []
     softmax = nn.functional.softmax
 
@@ -259,7 +273,7 @@ def test_a_probe_changes_nothing(config: ModelConfig) -> None:
         for stepper in (probed, left):
             stepper.step(np.roll(WINDOWS, t, axis=1), 0.01)
         random_state = torch.get_rng_state()
-        probe(probed, WINDOWS, t, updated=True)
+        probe(probed, WINDOWS, t)
         assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(probed.parameters, left.parameters, strict=True))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(probed.parameters, left.parameters, strict=True))
@@ -268,12 +282,11 @@ def test_a_probe_changes_nothing(config: ModelConfig) -> None:
 # training
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16_stream", "fp16"])
 @each_family
 def test_low_precision_stays_near_fp32(config: ModelConfig, precision: str) -> None:
     exact = make(config)
-    rough = make(config)
-    rough.config = dataclasses.replace(rough.config, train=dataclasses.replace(rough.config.train, precision=precision))
+    rough = make(config, precision)
     a, b = exact.step(WINDOWS, 0.0), rough.step(WINDOWS, 0.0)
     assert a is not None and b is not None and a[LOSS] != b[LOSS]
     assert b[LOSS].item() == pytest.approx(a[LOSS].item(), rel=5e-3)

@@ -176,7 +176,7 @@ def test_lingua_without_its_sentinels_and_with_its_settings(tmp_path: Path) -> N
         "optim.lr": 3e-3, "optim.weight_decay": 0.033, "optim.beta1": 0.9, "optim.beta2": 0.95, "optim.eps": 1e-8,
         "optim.clip": 1.0, "optim.clip_kind": "norm", "optim.warmup_steps": 5, "model.dim": 2048, "model.depth": 25,
         "model.n_heads": 16, "data.seq_len": 4096, "train.steps": 60, "train.batch_size": 64,
-        "train.precision": "bf16", "seed": 42,
+        "train.precision": "bf16_stream", "seed": 42,
     }  # fmt: skip
     assert log.settings == known and {name: row[name] for name in known} == known
     assert (row["optim.schedule"], row["model.init"], row["data.source"]) == (None, None, None)  # no default of ours

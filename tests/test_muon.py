@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -44,25 +46,36 @@ def separated(stepper: Stepper) -> Iterator[tuple[str, Tensor, Tensor]]:
                 yield f"{name}/{i}", w, g
 
 
+@pytest.mark.parametrize("own", [None, 0.06])
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("mode", ["coupled", "independent"])
-def test_weights_equal_torchs_muon_on_the_unfused_matrices_and_adamw_elsewhere(adjust: str, mode: str) -> None:
+def test_weights_equal_torchs_muon_on_the_unfused_matrices_and_adamw_elsewhere(
+    adjust: str, mode: str, own: float | None
+) -> None:
     optim = OptimConfig(
-        kind="muon", lr=0.02, weight_decay=0.3, decay_mode=mode, clip=None, muon_momentum=0.9, muon_adjust_lr=adjust
+        kind="muon",
+        lr=0.02,
+        muon_lr=own,
+        weight_decay=0.3,
+        decay_mode=mode,
+        clip=None,
+        muon_momentum=0.9,
+        muon_adjust_lr=adjust,
     )
+    peak = 0.02 if own is None else own
     stepper = make(optim)
     stepper.step(packed(99), 0.0)  # gradients, so that the matrices can be separated; nothing is learned
     assert stepper.muon is not None
     for buffer in stepper.muon.state.values():
         buffer.zero_()
-    decay = 0.3 if mode == "coupled" else 0.3 / 0.02
+    decay = 0.3 if mode == "coupled" else 0.3 / peak
     shadow = {name: nn.Parameter(w.detach().clone()) for name, w, _ in separated(stepper)}
     assert len(shadow) == 2 * 7
     others = {n: p for n, p in stepper.model.named_parameters() if not n.startswith("layers.") or p.ndim < 2}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        muon = torch.optim.Muon(shadow.values(), lr=0.02, weight_decay=decay, momentum=0.9, adjust_lr_fn=adjust)
-    adamw_alone = make(dataclasses.replace(optim, kind="adamw", muon_momentum=0.95, muon_adjust_lr="match_rms_adamw"))
+        muon = torch.optim.Muon(shadow.values(), lr=peak, weight_decay=decay, momentum=0.9, adjust_lr_fn=adjust)
+    adamw_alone = make(dataclasses.replace(optim, kind="adamw", muon_lr=None))
     assert list(stepper.optimizer.state) == list(others.values())
     copies = dict(adamw_alone.model.named_parameters())
     adamw_alone.step(packed(99), 0.0)
@@ -72,7 +85,7 @@ def test_weights_equal_torchs_muon_on_the_unfused_matrices_and_adamw_elsewhere(a
             shadow[name].grad = gradient.clone()
         for p, q in zip(stepper.parameters, adamw_alone.parameters, strict=True):
             q.grad = p.grad
-        muon.param_groups[0]["lr"] = lr
+        muon.param_groups[0]["lr"] = lr if own is None else lr * 3  # 0.06 where AdamW has 0.02
         muon.step()
         adamw_alone.optimizer.step(lr, torch.zeros(()))
         for name, w, _ in separated(stepper):
@@ -118,3 +131,22 @@ def test_a_tied_matrix_and_the_norms_are_adamws() -> None:
     assert set(stepper.muon.matrices) == {f"layers.{i}.{n}" for i in range(2) for n in per_layer}
     assert "embed.weight" in {names[p] for p in stepper.optimizer.state}
     assert len(stepper.optimizer.state) + len(stepper.muon.matrices) == len(stepper.parameters)
+
+
+def test_a_rule_for_the_learning_rate_scales_both() -> None:
+    config = TrialConfig(
+        optim=OptimConfig(kind="muon", lr=3e-4, muon_lr=0.02, lr_rule="linear_batch", base_batch=2),
+        train=TrainConfig(batch_size=8),
+    )
+    assert config.peak_lr == pytest.approx(1.2e-3) and config.peak_matrix_lr == pytest.approx(0.08)
+
+
+def test_torchs_private_module_is_needed_by_muon_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that renames it would still train with AdamW."""
+    monkeypatch.setitem(sys.modules, "torch.optim._muon", None)  # importing it fails from here on
+    spec = importlib.util.find_spec("stabstudy.training.muon")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    with pytest.raises(ImportError):
+        module.orthogonal(torch.eye(3))
+    make(OptimConfig()).step(packed(), 1e-3)

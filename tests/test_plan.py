@@ -622,6 +622,10 @@ def test_redaction_leaves_settings_alone():
         "auth_token": "<hidden>",
         "address": "ray://<hidden>@h",
     }
+    ours = {name: 1 for name in cfg.setting_names()}
+    assert record.redact(ours) == ours
+    nested = cfg.to_dict(TrialConfig())
+    assert record.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
 
 
 # estimates

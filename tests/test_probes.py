@@ -12,18 +12,18 @@ from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, 
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.optim import update_sizes
 from stabstudy.training.probes import attention_statistics, probe
-from stabstudy.training.step import Stepper
+from stabstudy.training.step import IGNORE, Stepper
 
 V, T = 53, 12
 WINDOWS = np.random.default_rng(0).integers(0, V, (6, T + 1))
 
 
-def make(model: ModelConfig | None = None) -> Stepper:
+def make(model: ModelConfig | None = None, **train: object) -> Stepper:
     config = TrialConfig(
         model=model or ModelConfig(depth=3, dim=32, n_heads=4, n_kv_heads=2),
         optim=OptimConfig(clip=0.5, weight_decay=0.3),
         data=DataConfig(seq_len=T),
-        train=TrainConfig(batch_size=6),
+        train=TrainConfig(batch_size=6, **train),  # type: ignore[arg-type]
     )
     decoder = Decoder(config.model, V, T)
     initialise(decoder, config.model, seed=0)
@@ -99,7 +99,7 @@ def test_a_probe_row_reads_the_right_things_and_changes_none() -> None:
     weights = [p.detach().clone() for p in stepper.parameters]
     grads = [p.grad.clone() for p in stepper.parameters if p.grad is not None]
     random_state = torch.get_rng_state()
-    row = probe(stepper, WINDOWS, 1, updated=True)
+    row = probe(stepper, WINDOWS, 1)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(weights, stepper.parameters, strict=True))
     assert all(p.grad is not None and torch.equal(a, p.grad) for a, p in zip(grads, stepper.parameters, strict=True))
@@ -108,4 +108,43 @@ def test_a_probe_row_reads_the_right_things_and_changes_none() -> None:
     with torch.no_grad():
         *_, (_, _, residual) = stepper.model.walk(torch.from_numpy(WINDOWS[:4, :-1]))
     assert row["resid_rms"][-1] == pytest.approx(residual.square().mean().sqrt().item(), rel=1e-6)
-    assert probe(stepper, WINDOWS, 0, updated=False)["update_rms"] is None
+
+
+def test_no_update_no_size() -> None:
+    """Before the first step, and after a step without a target or one that was skipped: null, never NaN."""
+    stepper = make(skip_nonfinite=True)
+
+    def measured() -> bool:
+        sizes = [probe(stepper, WINDOWS, 0)[name] for name in ("update_rms", "adam_rms_max")]
+        assert all(s is None for s in sizes) or all(s is not None and math.isfinite(s) for s in sizes)
+        return sizes[0] is not None
+
+    assert not measured()
+    handle = stepper.parameters[3].register_hook(lambda g: g * math.nan)
+    stepper.step(WINDOWS, 0.01)
+    assert not measured()  # the very first is skipped: 0 / 0 in the moments' correction
+    handle.remove()
+    stepper.step(WINDOWS, 0.01)
+    assert measured()
+    handle = stepper.parameters[3].register_hook(lambda g: g * math.inf)
+    stepper.step(WINDOWS, 0.01)
+    handle.remove()
+    assert not measured()
+    stepper.step(WINDOWS, 0.01)
+    assert measured()
+    stepper.step(np.where(np.arange(T + 1) > 0, IGNORE, WINDOWS), 0.01)
+    assert not measured()
+
+
+def test_a_spike_left_out_and_an_overflow_are_no_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = make(skip_spikes=True)
+    stepper.step(WINDOWS, 0.01)
+    assert stepper.spike_skip is not None
+    monkeypatch.setattr(stepper.spike_skip, "judge", lambda loss, norm: torch.ones(()))
+    stepper.step(WINDOWS, 0.01)
+    assert probe(stepper, WINDOWS, 2)["adam_rms_max"] is None
+    scaled = make(precision="fp16")
+    scaled.loss_scale = torch.tensor(2.0**40)
+    scaled.step(WINDOWS, 0.01)  # the first step of fp16, skipped by its scaler
+    row = probe(scaled, WINDOWS, 1)
+    assert row["update_rms"] is None and row["adam_rms_max"] is None and math.isfinite(row["param_norm"])

@@ -302,8 +302,9 @@ def test_micro_batch_size_moves_the_first_steps_only_by_rounding() -> None:
         assert torch.allclose(a[: st.CLIP_SCALE], b[: st.CLIP_SCALE], rtol=1e-5)
 
 
-def test_bf16_stays_near_fp32_and_keeps_fp32_weights() -> None:
-    exact, rough = make(), make(precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "bf16_stream"])
+def test_bf16_stays_near_fp32_and_keeps_fp32_weights(precision: str) -> None:
+    exact, rough = make(), make(precision=precision)
     a, b = exact.step(packed(), 1e-3), rough.step(packed(), 1e-3)
     assert a is not None and b is not None and a[st.LOSS] != b[st.LOSS]
     assert b[st.LOSS].item() == pytest.approx(a[st.LOSS].item(), rel=5e-3)

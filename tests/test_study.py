@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, levels
+from stabstudy.analysis import compare, levels, recipe
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
 from stabstudy.analysis.study import Study, update_tables
+from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules, rules_for
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder
@@ -147,6 +148,21 @@ def test_values_have_the_type_that_the_table_declares(study: Study) -> None:
     for rows, kinds in ((study.tables.trials, trial_kinds(["model", "data"])), (study.tables.spikes, spike_kinds())):
         for row, (name, kind) in itertools.product(rows, kinds.items()):
             assert row[name] is None or type(row[name]) in types[kind], name
+
+
+def test_a_study_of_before_a_rule_between_settings_is_read(tmp_path: Path) -> None:
+    """Independent decay at the default weight_decay is refused now; who trained with it keeps the study, and page."""
+    planted.plant_frame(tmp_path / "s")
+    config = planted.settings(2, 1e-2)
+    old = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_mode="independent"))
+    with pytest.raises(ConfigError):
+        cfg.from_dict(cfg.to_dict(old))
+    for seed in range(2):
+        planted.plant_trial(tmp_path / "s", dataclasses.replace(old, seed=seed))
+    loaded = Study.load(tmp_path / "s")
+    assert not loaded.damaged and set(loaded.trials["optim.weight_decay"]) == {0.1}
+    (found,) = recipe.recipes(loaded)
+    assert recipe.lingua(found.settings) and recipe.hugging_face(found.settings)
 
 
 def test_planted_verdicts_and_spikes_come_back(study: Study) -> None:

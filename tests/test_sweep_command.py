@@ -144,8 +144,9 @@ def test_dry_run_learns_the_time_from_finished_trials(capsys, tmp_path, known):
     assert sweep.main(["--dry-run", "sweep=quickstart", "model.depth=2", "compute.max_concurrent=1"]) == 0
     said = capsys.readouterr().out
     assert "12 trials of 6 cells: 1 done, 11 to do" in said
-    # 11 trials x 150 steps of a second, and evaluations worth 4 x 32 / 8 / 3 steps each, and 3 s to begin
-    assert words.duration(11 * (3 + 150 + 4 * 32 / 8 / 3)) in said
+    # 11 trials x 150 steps of a second, evaluations of 4 x 32 and 2 x 256 sequences (of 64 tokens) at a third of a
+    # step for each 8, and 3 s to begin
+    assert words.duration(11 * (3 + 150 + (4 * 32 + 2 * 256) / 8 / 3)) in said
     assert "from this study's finished trials" in said
 
 

@@ -27,7 +27,7 @@ OWN = {
     "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
     "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
     "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
-    "eval_hash": OwnColumn("text", "names the fixed evaluation batch; losses of different hashes are not comparable"),
+    "eval_hash": OwnColumn("text", "names the final evaluation set; losses of different hashes are not comparable"),
     "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
     "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
 }

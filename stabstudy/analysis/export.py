@@ -159,7 +159,7 @@ def _peak(s: Settings) -> float:
     """The learning rate after `optim.lr_rule`, which other trainers do not have."""
     nested = {group: {f.name: s[f"{group}.{f.name}"] for f in fields(cls)} for group, cls in cfg.GROUPS.items()}
     nested["optim"]["warmup_share"] = None  # what it comes to stands in warmup_steps
-    return cfg.from_dict(nested).peak_lr
+    return cfg.stored(nested).peak_lr
 
 
 def _coupled(s: Settings) -> float:

@@ -22,7 +22,7 @@ from stabstudy.analysis import compare, importance, ingested, rates, sensitivity
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
-from stabstudy.config import from_dict
+from stabstudy.config import stored
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -171,7 +171,7 @@ class Study:
         if self.ingested:
             raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
         body = self.folder.trial(trial_id).read_config()
-        config, cache = from_dict(body["config"]), None if cache_dir is None else Path(cache_dir)
+        config, cache = stored(body["config"]), None if cache_dir is None else Path(cache_dir)
         found = text.of_step(config, int(step), body["data_fingerprint"], cache)
         rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in found]
         return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])

@@ -151,7 +151,7 @@ def _open(folder: TrialFolder) -> _Trial:
             raise StoreError(f"{folder.path / name}: belongs to trial {found}")
     if log is not None:
         return _Trial(folder, None, ingested.settings(log), body, state, log)
-    own = cfg.from_dict(config)
+    own = cfg.stored(config)
     return _Trial(folder, own, cfg.flat(own), body, state, None)
 
 

@@ -59,6 +59,7 @@ class Batches:
         seed: int,
         validation_share: float,
         eval_sequences: int,
+        final_sequences: int = 0,
     ):
         self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
         self.validation_share = validation_share
@@ -77,8 +78,8 @@ class Batches:
         if self.validation_windows < eval_sequences:
             rule = f"must be at most {self.validation_windows}, the validation part {of}"
             raise DataError("train.eval_sequences", rule, str(eval_sequences))
-        chosen = np.arange(eval_sequences, dtype=np.int64) * self.validation_windows // eval_sequences
-        self._evaluation = self._validation.at(chosen)
+        self._evaluation = self._spread(eval_sequences)
+        self._final_evaluation = self._spread(min(max(eval_sequences, final_sequences), self.validation_windows))
         self._steps_ahead = max(1, AHEAD // batch_size)
         self._part, self._ahead = 0, self._order(0, self._steps_ahead)
 
@@ -109,14 +110,26 @@ class Batches:
         """[eval_sequences, T+1] token ids: the same for every seed and batch size, spread over the validation part."""
         return self._tokens(self._evaluation)
 
+    def final_evaluation(self) -> Int:
+        """[n, T+1] token ids that the first and the last loss are measured on, spread as those of `evaluation`.
+
+        n is the larger of `eval_sequences` and `final_sequences`, or all of the validation part. On a thousand tokens
+        the error of the set, which all seeds share and no interval over seeds contains, is as large as theirs.
+        """
+        return self._tokens(self._final_evaluation)
+
     @property
     def eval_hash(self) -> str:
-        """16 hex digits of the evaluation's tokens. Losses on different hashes are never compared."""
-        return hashlib.sha256(self.evaluation().astype("<i8").tobytes()).hexdigest()[:16]
+        """16 hex digits of the final evaluation's tokens. Losses on different hashes are never compared."""
+        return hashlib.sha256(self.final_evaluation().astype("<i8").tobytes()).hexdigest()[:16]
 
     def windows(self, step: int) -> list[Window]:
         """Where each sequence of a step comes from, in the order of `batch`."""
         return [self._window(index) for index in self._indices(step).tolist()]
+
+    def _spread(self, count: int) -> Int:
+        """[count] window numbers, evenly over the validation part."""
+        return self._validation.at(np.arange(count, dtype=np.int64) * self.validation_windows // count)
 
     def _indices(self, step: int) -> Int:
         """[B] window numbers of a step, out of a stretch of steps computed at once: NumPy is slow on few numbers."""
@@ -154,7 +167,7 @@ def open_batches(
     """
     corpus = tokens.prepare(config.data, cache_dir, say, expected)
     data, train = config.data, config.train
-    sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences
+    sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences, config.final_eval_sequences
     return Batches(corpus, data.seq_len, *sizes)
 
 

@@ -106,8 +106,9 @@ def _derive(found: Settings, values: Mapping[str, Any], steps: int | None) -> No
     for flag, precision in (("bf16", "bf16"), ("fp16", "fp16")):
         if values.get(flag) is True:
             found.put("train.precision", precision, flag)
-    if values.get("distributed.model_dtype") in ("bf16", "fp32"):
-        found.put("train.precision", values["distributed.model_dtype"], "distributed.model_dtype")
+    # Lingua's model_dtype is FSDP's param_dtype: weights are cast, so the residual stream is bf16 too
+    if (kind := values.get("distributed.model_dtype")) in ("bf16", "fp32"):
+        found.put("train.precision", "bf16_stream" if kind == "bf16" else "fp32", "distributed.model_dtype")
     if "model.seed" not in number and "seed" in number:
         found.put("seed", number["seed"], "seed")
     elif "model.seed" in number and number["model.seed"] == number.get("data.seed"):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabstudy import store, trace
-from stabstudy.config import TrialConfig, from_dict
+from stabstudy.config import TrialConfig, stored
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import ConfigError, Problem
@@ -118,7 +118,7 @@ def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     for folder in [f for f in study.trials() if f.finished(trace.TRACE).exists()][:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
-            config = from_dict(folder.read_config()["config"])
+            config = stored(folder.read_config()["config"])
         except (store.StoreError, trace.DamagedRecord, ConfigError, KeyError, OSError):
             continue
         if rows is not None and len(rows):
@@ -163,8 +163,8 @@ def crowded(configs: Sequence[TrialConfig], compute: Compute, launcher: str) -> 
 def _seconds(config: TrialConfig, compute: Compute, rate: float | None) -> float:
     """Of one trial. The evaluations cost a third of a training step per token."""
     t = config.train
-    evaluations = 2 + t.steps // t.eval_every
-    steps = t.steps + evaluations * t.eval_sequences / t.batch_size / 3
+    sequences = (2 + t.steps // t.eval_every) * t.eval_sequences + 2 * config.final_eval_sequences
+    steps = t.steps + sequences / t.batch_size / 3
     per_step = flops(config) / t.steps
     if rate:
         return START_SECONDS + steps * per_step / rate

@@ -31,6 +31,7 @@ _SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|creden
 _SECRET_VALUE = re.compile(
     r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
 )
+_SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
 HIDDEN = "<hidden>"
 
 
@@ -44,7 +45,8 @@ def redact(value: Any) -> Any:
 
 
 def _names_secret(key: str) -> bool:
-    return _SECRET_KEY.search(key.rpartition(".")[2]) is not None
+    last = key.rpartition(".")[2]
+    return _SECRET_KEY.search(last) is not None and last not in _SETTINGS
 
 
 def text(body: Mapping[str, Any]) -> str:

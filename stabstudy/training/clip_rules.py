@@ -1,12 +1,13 @@
 """The clipping rules of `optim.clip_kind`. Each scales the gradients in place and returns what it applied.
 
     norm    g <- g * min(1, clip / (|g| + 1e-6)), |g| the global norm (torch's form)
-    zclip   the first 25 steps as `norm`; then a moving mean and variance of |g| decide (arXiv 2504.02507)
+    zclip   as `norm`, and from the 25th step on lower where a moving mean and variance of |g| say so (arXiv 2504.02507)
     adagc   the first 100 steps as `norm`; then each tensor has its own moving threshold (arXiv 2502.11034)
     agc     each output unit u is held to |g_u| <= 0.01 * max(|w_u|, 1e-3) (arXiv 2102.06171); `clip` has no part in it
 
-`optim.clip` is the threshold of `norm`, and of the first steps of `zclip` and `adagc`, whose own numbers are those
-published. What is applied is recorded as `clip_scale`: norm after / norm before, 1 where nothing was clipped.
+`optim.clip` is the threshold of `norm`, the cap of `zclip` and the threshold of the first steps of `adagc`; null is no
+clipping, whatever the kind. The other numbers of `zclip` and `adagc` are those published. What is applied is recorded
+as `clip_scale`: norm after / norm before, 1 where nothing was clipped.
 
 A norm that is not finite enters no memory, so it blinds no rule (in the published ZClip one NaN lets every later spike
 pass). The step that had it is left out or ends the trial, so what its gradients become does not matter; its
@@ -43,13 +44,16 @@ class NormClip:
 class ZClip:
     """By the global norm, where it stands out: z = (|g| - mean) / (sd + 1e-6) > 2.5.
 
-    Such a norm is brought to mean + 2.5 * sd / (z / 2.5), and the moving mean and variance (factor .97, the variance
-    about the new mean) see that value instead. As published, the rule is not monotone: the larger the spike, the
-    smaller the norm it is allowed, down to the mean.
+    Such a norm is allowed mean + 2.5 * sd / (z / 2.5), and the moving mean and variance (factor .97, the variance about
+    the new mean) see that value instead. As published, the rule is not monotone: the larger the spike, the smaller the
+    norm it is allowed, down to the mean.
+
+    No norm is ever allowed more than `cap`, which the mean and variance do not see: what its authors' code does by
+    default, with a cap (`max_grad_norm`) of 1. A cap far above every norm leaves the rule alone, as their None does.
     """
 
-    def __init__(self, first_threshold: float, device: torch.device):
-        self.first_threshold = first_threshold
+    def __init__(self, cap: float, device: torch.device):
+        self.cap = cap
         self.state = {k: torch.zeros((), dtype=torch.float64, device=device) for k in ("seen", "mean", "var")}
 
     def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
@@ -60,9 +64,9 @@ class ZClip:
         early = seen < Z_FIRST
         outlier = ~early & (z > Z_LIMIT)
         allowed = torch.where(outlier, mean + Z_LIMIT * sd / (z / Z_LIMIT), x)
-        factor = torch.where(outlier, (allowed / (x + clip.CLIP_EPS)).clamp(max=1.0).float(), torch.ones_like(norm))
-        plain = clip.clip_scale(norm, self.first_threshold)
-        factor = torch.where(early | ~torch.isfinite(norm), plain, factor)
+        factor = clip.clip_scale(norm, self.cap)
+        adaptive = (allowed / (x + clip.CLIP_EPS)).float()
+        factor = torch.where(outlier & torch.isfinite(norm), torch.minimum(factor, adaptive), factor)
         self._remember(allowed, torch.isfinite(norm), early)
         return _scale_all(grads, factor)
 
@@ -80,9 +84,11 @@ class ZClip:
 class AdaGC:
     """Each tensor by its own norm: h = min(1, 1.05 * gamma / |g|), then gamma <- .98 gamma + .02 |h g|.
 
-    In the first 100 steps the global norm is clipped and gamma is the smallest |g| so far. A norm of 0 is left out of
-    that minimum, and a tensor whose gradients were all 0 until then takes its first norm as gamma: a gamma of 0 would
-    never let it learn.
+    In the first 100 steps the global norm is clipped and gamma is the smallest |g| so far, of the gradients BEFORE that
+    clipping: so does the authors' code, PaddlePaddle's `ClipGradByAdaptiveNorm` (whose 1.03 or 1.04 and .98 or .99 vary
+    by version); the paper's formula, as quoted second-hand, has the norms after it, which are smaller. A norm of 0 is
+    left out of that minimum, and a tensor whose gradients were all 0 until then takes its first norm as gamma: a gamma
+    of 0 would never let it learn.
     """
 
     def __init__(self, first_threshold: float, tensors: int, device: torch.device):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabstudy.training.hf import Model
 from stabstudy.training.step import Stepper, target_sums
 
 SEQUENCES = 50
@@ -41,11 +42,12 @@ def growth(stepper: Stepper, windows: NDArray[np.int64]) -> tuple[float | None, 
 
 def _first_and_last(stepper: Stepper, windows: Tensor) -> list[Tensor]:
     """Sums over all positions, [D] each: stream after the first and the last layer, gradient at the first, the last."""
-    precision, model = stepper.config.train.precision, stepper.model
-    kind = torch.bfloat16 if precision == "bf16" else torch.float16
-    with torch.autocast(stepper.device.type, dtype=kind, enabled=precision != "fp32"):
+
+    def stream_and_logits(model: Model) -> tuple[list[Tensor], Tensor]:
         stream = [x_BTD for _, _, x_BTD in model.walk(windows[:, :-1])]
-        logits_BTV = model.head(model.norm(stream[-1]))
+        return stream, model.head(model.norm(stream[-1]))
+
+    stream, logits_BTV = stepper.forward.run(stream_and_logits)
     loss = target_sums(logits_BTV, windows[:, 1:], False, False, stepper.config.model.logit_softcap).cross_entropy
     ends = [stream[0], stream[-1]]
     return [x_BTD.detach().double().sum((0, 1)) for x_BTD in (*ends, *torch.autograd.grad(loss, ends))]

@@ -76,9 +76,10 @@ class HfDecoder(nn.Module):
             yield q_BHTK, k_BGTK, x_BTD
 
     def _entering(self, tokens_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What enters the first layer, and RoPE's cos and sin."""
-        T = tokens_BT.shape[1]
-        return self.embed(tokens_BT), (self.cos_1TK[:, :T], self.sin_1TK[:, :T])
+        """What enters the first layer, and RoPE's cos and sin, in the stream's dtype, which is the output matrix's."""
+        T, dtype = tokens_BT.shape[1], self.head.weight.dtype
+        turn = self.cos_1TK[:, :T].to(dtype), self.sin_1TK[:, :T].to(dtype)
+        return self.embed(tokens_BT).to(dtype), turn
 
     def _queries_keys(self, layer: Any, x_BTD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """After qk-norm and RoPE, as the layer's attention makes them and does not hand out."""

@@ -79,12 +79,12 @@ class Loop:
                     return "interrupted"
         return "complete"
 
-    def measure(self, done: int, val_loss: float | None = None) -> None:
-        """Append the probes row for the state after `done` updates; a known `val_loss` is not measured again."""
+    def measure(self, done: int, evaluate: bool = False) -> None:
+        """Append the probes row for the state after `done` updates, with a validation loss where due or asked for."""
         self.measured = done
-        row = probe(self.stepper, self.evaluation, done, updated=done > 0)
-        if val_loss is None and done % self.config.train.eval_every == 0:
-            val_loss = self.stepper.loss_on(self.evaluation)
+        row = probe(self.stepper, self.evaluation, done)
+        due = evaluate or done % self.config.train.eval_every == 0
+        val_loss = self.stepper.loss_on(self.evaluation) if due else None
         row |= {"val_loss": val_loss, **self.noise.row(self.stepper.noise)}
         weights = row["param_norm"]
         self.probes.append(row, urgent=not math.isfinite(weights))

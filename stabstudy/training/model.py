@@ -157,8 +157,8 @@ class Decoder(nn.Module):
         self.register_buffer("rotation_TK", rotation(seq_len, config.head_dim, config.rope_theta), persistent=False)
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
-        """What enters the first layer, [B,T,D]."""
-        x_BTD: Tensor = self.embed(tokens_BT)
+        """What enters the first layer, [B,T,D], in the stream's dtype, which is the output matrix's."""
+        x_BTD: Tensor = self.embed(tokens_BT).to(self.head.weight.dtype)
         return x_BTD if self.embed_scale == 1.0 else x_BTD * self.embed_scale
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class NoiseMeans:
         self.g2 = self.s = 0.0
 
     def add(self, g2: float, s: float) -> float | None:
-        """Take the next pair; returns the noise scale in tokens, None where mean G2 <= 0 or the pair is not finite."""
+        """Take the next pair, if it is finite; returns the noise scale in tokens, None where mean G2 <= 0."""
         if not math.isfinite(g2 + s):
             return None
         self.g2 = DECAY * self.g2 + (1 - DECAY) * g2
@@ -76,8 +76,8 @@ class NoiseMeans:
         return self.s / self.g2 if self.g2 > 0 else None
 
     def row(self, terms: Tensor | None) -> dict[str, float | None]:
-        """The probes columns of a step; all null where it was not measured."""
-        if terms is None:
+        """The probes columns of a step; all null where it was not measured, or its gradients were not finite."""
+        if terms is None or not bool(torch.isfinite(terms).all()):
             return {"noise_g2": None, "noise_s": None, "noise_scale": None}
         g2, s = terms.tolist()
         return {"noise_g2": g2, "noise_s": s, "noise_scale": self.add(g2, s)}

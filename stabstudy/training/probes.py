@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stabstudy.training.hf import Model
 from stabstudy.training.optim import update_sizes
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.step import Stepper
@@ -22,21 +23,26 @@ PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
 
 
-def probe(stepper: Stepper, windows: NDArray[np.int64], step: int, updated: bool) -> dict[str, Any]:
-    """One row of the probes record, validation loss and noise aside. `updated`: there is an update to be measured."""
+def probe(stepper: Stepper, windows: NDArray[np.int64], step: int) -> dict[str, Any]:
+    """One row of the probes record, validation loss and noise aside.
+
+    `update_rms` and `adam_rms_max` are None where the last step made no update to be measured.
+    """
     tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
-    per_layer: list[Tensor] = []
-    precision, cap = stepper.config.train.precision, stepper.config.model.attn_softcap
-    kind = torch.bfloat16 if precision == "bf16" else torch.float16
+    cap = stepper.config.model.attn_softcap
+
+    def per_layer(model: Model) -> Tensor:
+        rows = []
+        for q_BHTK, k_BGTK, x_BTD in model.walk(tokens_BT):
+            largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
+            rows.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
+        return torch.stack(rows)
+
     with torch.no_grad():
-        with torch.autocast(stepper.device.type, dtype=kind, enabled=precision != "fp32"):
-            for q_BHTK, k_BGTK, x_BTD in stepper.model.walk(tokens_BT):
-                largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
-                per_layer.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
+        layers = stepper.forward.run(per_layer).tolist()
         norm = torch.linalg.vector_norm(weight_norms(stepper))
-        measurable = updated and stepper.muon is None  # sizes of Adam's update of every tensor
+        measurable = stepper.muon is None and not stepper.left_out  # sizes of Adam's update of every tensor
         sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if measurable else None
-    layers = torch.stack(per_layer).tolist()
     rms, ratio = sizes.tolist() if sizes is not None else (None, None)
     return {
         "step": step,

@@ -28,6 +28,7 @@ from stabstudy.training.model import fused_rows
 from stabstudy.training.muon import Muon
 from stabstudy.training.noise_scale import MicroBatches
 from stabstudy.training.optim import AdamW, decay_rate
+from stabstudy.training.precision import Forward
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.spike_skip import SpikeSkip
 
@@ -80,10 +81,11 @@ class Stepper:
 
     def __init__(self, config: TrialConfig, model: Model, device: torch.device, compiled: bool = False):
         self.config, self.model, self.device = config, model, device
+        self.forward = Forward(model, config.train.precision, device)
         named = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        decay, muon = decay_rate(config.optim, config.peak_lr), config.optim.kind == "muon"
+        decay, muon = decay_rate(config.optim, config.peak_matrix_lr), config.optim.kind == "muon"
         self.muon = Muon(named, fused_rows(config.model), config.optim, decay) if muon else None
         rest = [(n, p) for n, p in named if self.muon is None or n not in self.muon.matrices]
         self.optimizer = AdamW(rest, config.optim, config.peak_lr)
@@ -93,6 +95,7 @@ class Stepper:
         self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.halted = torch.zeros((), device=device)  # 1 from the non-finite step that ends the trial on
+        self.left_out = torch.ones((), device=device)  # 1 where the last step made no update, and before the first
         self.measure_noise = False  # set before a step that a probe follows
         self.noise: Tensor | None = None  # of the last step, see noise_scale.py; None: not measured
         self._sums: Callable[..., Sums] = compiled_sums(self._micro) if compiled else self._micro
@@ -105,6 +108,7 @@ class Stepper:
         self.noise = None
         valid = int((windows[:, 1:] != IGNORE).sum())
         if valid == 0:
+            self.left_out = torch.ones_like(self.left_out)
             return None
         loss, logz, absmax = self.accumulate(windows, valid)
         grads = clip.gradients(self.parameters)
@@ -148,10 +152,7 @@ class Stepper:
         return total.item() / windows[:, 1:].size
 
     def _micro(self, inputs_BT: Tensor, targets_BT: Tensor, masked: bool) -> Sums:
-        precision = self.config.train.precision
-        kind = torch.bfloat16 if precision == "bf16" else torch.float16
-        with torch.autocast(self.device.type, dtype=kind, enabled=precision != "fp32"):
-            logits_BTV = self.model(inputs_BT)
+        logits_BTV = self.forward.run(lambda model: model(inputs_BT))
         cap = self.config.model.logit_softcap
         return target_sums(logits_BTV, targets_BT, masked, self.config.train.z_loss > 0, cap)
 
@@ -181,10 +182,10 @@ class Stepper:
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         if not self.scaled and not self.config.train.skip_nonfinite:
             self.halted = torch.maximum(self.halted, bad)
-        found_inf = torch.maximum(torch.maximum(bad, spike), self.halted)
-        self.optimizer.step(lr, found_inf)
+        self.left_out = torch.maximum(torch.maximum(bad, spike), self.halted)
+        self.optimizer.step(lr, self.left_out)
         if self.muon is not None:
-            self.muon.step(lr, found_inf)
+            self.muon.step(lr, self.left_out)
         if self.scaled:
             self._rescale(bad)
 

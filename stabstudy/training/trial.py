@@ -85,12 +85,12 @@ def _attempt(
     state = _begin(folder, state, config, engine, compiled)
     batches = open_batches(config, engine.cache_dir, expected=described["data_fingerprint"])
     stepper = _build(config, batches, engine, compiled)
+    state = _initial_loss(folder, state, stepper, batches)
     start, state = _resume(folder, state, stepper, say)
     with contextlib.ExitStack() as open_files:
         writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
         for writer in writers.values():
             open_files.callback(writer.close)
-        state = _initial_loss(folder, state, stepper, batches)
         recorder = _recorder(folder, config, state, stepper, writers["trace"], rules)
         loop = Loop(
             config,
@@ -104,14 +104,14 @@ def _attempt(
         probed = trace.read_jsonl(folder.live(trace.PROBES), trace.PROBES)
         loop.noise.replay(probed["noise_g2"], probed["noise_s"])
         if start == 0:
-            loop.measure(0, state.init_loss)
+            loop.measure(0)
         say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
         stop_reason = loop.run(start)
         if stop_reason == "interrupted":
             return _end(folder, replace(state, status="interrupted", step=recorder.rows))
-        final_loss = stepper.loss_on(batches.evaluation())
+        final_loss = stepper.loss_on(batches.final_evaluation())
         if loop.measured != recorder.rows:  # else the probe that found weights not finite has just written this row
-            loop.measure(recorder.rows, final_loss)
+            loop.measure(recorder.rows, evaluate=True)
     state = replace(state, step=recorder.rows, stop_reason=stop_reason, final_loss=final_loss)
     state = _finish(folder, config, state, rules)
     if not engine.keep_checkpoints:
@@ -174,12 +174,12 @@ def _resume(
 
 
 def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Stepper, batches: Batches) -> store.State:
-    """What is measured of the initial weights, by the first attempt that gets so far."""
-    if state.init_loss is None:
-        evaluation = batches.evaluation()
-        act, grad = growth(stepper, evaluation)
-        state = replace(state, init_loss=stepper.loss_on(evaluation), growth_act=act, growth_grad=grad)
-        state = replace(state, eval_hash=batches.eval_hash)
+    """What is measured of the initial weights, which the stepper still has; once for each evaluation set."""
+    if state.init_loss is None or state.eval_hash != batches.eval_hash:
+        act, grad = growth(stepper, batches.evaluation())
+        final = batches.final_evaluation()
+        state = replace(state, init_loss=stepper.loss_on(final), growth_act=act, growth_grad=grad)
+        state = replace(state, eval_hash=batches.eval_hash, eval_tokens=final[:, 1:].size)
         folder.write_state(state)
     if state.unigram_entropy is None:  # apart: a trial that an older version began has its first loss already
         state = replace(state, unigram_entropy=batches.unigram_entropy, train_tokens=batches.training_tokens)
