@@ -28,6 +28,7 @@ OWN = {
     "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
     "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
     "eval_hash": OwnColumn("text", "names the final evaluation set; losses of different hashes are not comparable"),
+    "eval_tokens": OwnColumn("int", "tokens of that set; null: an older or ingested trial"),
     "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
     "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
 }
@@ -55,7 +56,7 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
     """
     settings = {name: _setting_kind(name) for name in cfg.setting_names()}
     own = {name: column.kind for name, column in OWN.items()}
-    last = {name: own.pop(name) for name in ("eval_hash", "data_fingerprint", "source_sha256")}
+    last = {name: own.pop(name) for name in ("eval_hash", "eval_tokens", "data_fingerprint", "source_sha256")}
     statistics = {name: definition.kind for name, definition in COLUMNS.items()}
     return (
         own

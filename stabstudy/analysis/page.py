@@ -70,11 +70,11 @@ def _recipe(study: Study) -> Iterator[Block]:
     """How to say the recipe of the box, here and elsewhere; one for each dataset."""
     found = recipe.recipes(study)
     if not found:
-        yield Text("No recipe: no cell is stable in every trial, or their losses cannot be compared.")
+        yield Text(f"No recipe: {recipe.why_none(study)}.")
     for one in found:
         if len(found) > 1:
             yield Text(recipe.sentence(one))
-        yield Code("As overrides of this tool", "\n".join(export.overrides(one.levels, one.settings)))
+        yield Code("As overrides of this tool", "\n".join(export.overrides(one.given | one.levels, one.settings)))
         yield _exported("As a Lingua config (one device)", export.lingua(one.settings))
         title = "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)"
         yield _exported(title, export.hugging_face(one.settings))

@@ -132,7 +132,7 @@ def _best(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe
         ties=tuple(knobs[c] for c in tied if c != chosen),
         margin=margins[chosen],
         ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, study.axes[a]))},
-        eval_tokens=None,
+        eval_tokens=row["eval_tokens"],
     )
 
 

@@ -216,6 +216,7 @@ def _row(t: _Trial, summary: Summary, note: str | None) -> tuple[Row, list[Row]]
         **t.settings,
         **summary.columns,
         "eval_hash": t.state.eval_hash,
+        "eval_tokens": t.state.eval_tokens,
         "data_fingerprint": t.body["data_fingerprint"],
         "source_sha256": source_sha256(t.settings, t.state, t.log.body() if t.log else None),
     }

@@ -28,7 +28,7 @@ FORMAT = 3
 
 _OF_STATE = (
     *("status", "stop_reason", "init_loss", "final_loss", "growth_act", "growth_grad"),
-    *("unigram_entropy", "train_tokens", "eval_hash", "records", "error"),
+    *("unigram_entropy", "train_tokens", "eval_hash", "eval_tokens", "records", "error"),
 )
 """What of a state a judgement depends on. Attempts, hosts and times are no part of it."""
 
