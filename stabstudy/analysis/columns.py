@@ -28,6 +28,11 @@ OWN = {
     "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
     "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
     "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
+    "sampling_noise": OwnColumn(
+        "bool",
+        "rough or spiky by its batches: most of its absolute flags (spiky: its spikes) are where other trials of the "
+        "batch stand at 1.5 times their medians too; null: neither, or not known",
+    ),
     "eval_hash": OwnColumn("text", "names the fixed evaluation batch; losses of different hashes are not comparable"),
     "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
     "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
@@ -38,7 +43,7 @@ def spike_kinds() -> dict[str, str]:
     """Every column of spikes.parquet in its order -> int | float | text | bool."""
     hints = (str(f.type).partition(" ")[0] for f in fields(Spike))
     own = {n: h if h in ("int", "float", "bool") else "text" for n, h in zip(SPIKE_COLUMNS, hints, strict=True)}
-    return {"trial_id": "text", "cell_id": "text"} | own | {"detector_id": "text"}
+    return {"trial_id": "text", "cell_id": "text"} | own | {"batch": "bool", "detector_id": "text"}
 
 
 def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
@@ -48,7 +53,7 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
     """
     settings = {name: _setting_kind(name) for name in cfg.setting_names()}
     own = {name: column.kind for name, column in OWN.items()}
-    last = {name: own.pop(name) for name in ("eval_hash", "data_fingerprint", "source_sha256")}
+    last = {name: own.pop(name) for name in ("sampling_noise", "eval_hash", "data_fingerprint", "source_sha256")}
     statistics = {name: definition.kind for name, definition in COLUMNS.items()}
     return (
         own
