@@ -27,6 +27,11 @@ OWN = {
     "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
     "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
     "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
+    "sampling_noise": OwnColumn(
+        "bool",
+        "rough or spiky by its batches: most of its absolute flags (spiky: its spikes) are where other trials of the "
+        "batch stand at 1.5 times their medians too; null: neither, or not known",
+    ),
     "eval_hash": OwnColumn("text", "names the final evaluation set; losses of different hashes are not comparable"),
     "eval_tokens": OwnColumn("int", "tokens of that set; null: an older or ingested trial"),
     "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
@@ -37,6 +42,11 @@ OWN = {
 OWN_OF_SPIKES = {
     "trial_id": OwnColumn("text", "the trial it belongs to"),
     "cell_id": OwnColumn("text", "that trial's cell"),
+    "batch": OwnColumn(
+        "bool",
+        "whether the batch is the likely cause: the other trials that read it stand at 1.5 times their running "
+        "medians or more where it starts or peaks; null: under two such trials, or not known what was read",
+    ),
     "detector_id": OwnColumn("text", "name and hash of every parameter of the rules"),
 }
 """Columns of spikes.parquet beside those of `stability.columns.SPIKES`."""
@@ -45,7 +55,7 @@ OWN_OF_SPIKES = {
 def spike_kinds() -> dict[str, str]:
     """Every column of spikes.parquet in its order -> int | float | text | bool."""
     own = {name: column.kind for name, column in OWN_OF_SPIKES.items()}
-    last = {"detector_id": own.pop("detector_id")}
+    last = {name: own.pop(name) for name in ("batch", "detector_id")}
     return own | {name: definition.kind for name, definition in SPIKES.items()} | last
 
 
@@ -56,7 +66,8 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
     """
     settings = {name: _setting_kind(name) for name in cfg.setting_names()}
     own = {name: column.kind for name, column in OWN.items()}
-    last = {name: own.pop(name) for name in ("eval_hash", "eval_tokens", "data_fingerprint", "source_sha256")}
+    ends = ("sampling_noise", "eval_hash", "eval_tokens", "data_fingerprint", "source_sha256")
+    last = {name: own.pop(name) for name in ends}
     statistics = {name: definition.kind for name, definition in COLUMNS.items()}
     return (
         own

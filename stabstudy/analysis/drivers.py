@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pandas as pd
+
 from stabstudy.analysis import words
+from stabstudy.analysis.batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.blocks import Block, Table, Text
 from stabstudy.analysis.importance import too_few
 from stabstudy.analysis.levels import records
@@ -16,8 +20,7 @@ from stabstudy.analysis.survival import FirstSpikes
 from stabstudy.stability.sensitivity import BASIN_MARGIN, STABLE_MARGIN
 
 MOST_REASONS = 12
-MOST_BATCHES = 12
-MOST_NAMED = 6
+MOST_BATCHES = 10
 
 
 def sensitivity(study: Study) -> Iterator[Block]:
@@ -156,33 +159,64 @@ def _free(axis: str, found: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
 
 
 def _batches(study: Study) -> Iterator[Block]:
-    """Whether spikes follow the batch."""
-    found = study.shared_batches()
-    if not found.same_pairs or not (study.spikes["series"] == "grad").any():
+    """How much of the roughness is the batch, and which batches."""
+    yield Text(_batch_share(study.batch_share()))
+    if len(study.spikes):
+        yield Text(_marked(study.spikes["batch"]))
+    if noisy := int(study.trials["sampling_noise"].fillna(False).sum()):
+        yield Text(
+            f"{words.count(noisy, 'trial')} rough or spiky by sampling noise: most of the steps that make it so are at "
+            "such batches. Larger batches would tell."
+        )
+    effects = study.batch_effects()
+    if not len(effects):
         return
-    chance = (
-        f"; of {words.count(found.other_pairs, 'pair')} that differ in the seed, so in every batch, {found.other_met}. "
-        "The latter is chance"
-        if found.other_pairs
-        else ""
-    )
-    yield Text(
-        "Is it the batch? Trials of one seed (and equal data, sequence length and batch size) read the same tokens at "
-        f"the same step. Of {words.count(found.same_pairs, 'pair')} of such trials {found.same_met} spiked at a common "
-        f"step{chance}. Equal seeds are also equal initial weights, for equal shapes."
-    )
+    differing = [name for name in STREAM if effects[name].nunique(dropna=False) > 1]
     rows = tuple(
         (
-            *(str(r[name]) for name in ("seed", "step", "spiked", "read")),
-            words.number(r["peak_ratio"]),
-            ", ".join(r["trials"][:MOST_NAMED]) + (", …" if len(r["trials"]) > MOST_NAMED else ""),
+            *(str(r[name]) for name in ("seed", "step")),
+            *(words.level(r[name], name) for name in differing),
+            words.number(math.exp(r["log_ratio"])),
+            *(str(r[name]) for name in ("trials", "spikes")),
         )
-        for r in records(found.steps.head(MOST_BATCHES))
+        for r in records(effects.head(MOST_BATCHES))
     )
-    if rows:
-        yield Text("What such a step read: `Study.batch(trial, step)` gives its text.")
-        heads = ("seed", "step", "trials that spiked", "that read it", "highest peak / baseline", "trials")
-        yield Table("Batches at which several trials spiked", heads, rows, frozenset(heads[:-1]))
+    numbers = ("norm / running median", "trials", "spikes")
+    heads = ("seed", "step", *map(words.label, differing), *numbers)
+    yield Table("Batches that lift the gradient norm most", heads, rows, frozenset({"seed", "step", *numbers}))
+    first = effects.iloc[0]
+    yield Text(
+        "Norm over running median: geometric mean over the trials that read the batch, without diverged and rough ones "
+        "(but for sampling noise). Spikes: those of all trials that start or peak there. The text of the first batch: "
+        f'`Study.load("{words.clean(study.name, 60)}").batch("{first["trial_id"]}", {first["step"]})`.'
+    )
+
+
+def _batch_share(found: BatchShare) -> str:
+    if found.same is None:
+        return f"Share of the batch in the roughness: not computed: {found.reason}."
+    same = (
+        "between trials that read the same tokens at each step (equal seed, data, sequence length and batch size) the "
+        f"gradient norms, relative to their running medians, correlate with {words.number(found.same, 2)} on average "
+        f"({words.count(found.same_pairs, 'pair')})"
+    )
+    if found.share is None or found.other is None:
+        return f"Share of the batch in the roughness: not computed: {found.reason}; {same}."
+    return (
+        f"Share of the batch in the roughness: {words.number(found.share, 2)}; {same}, and between trials of different "
+        f"seeds with {words.number(found.other, 2)} ({words.count(found.other_pairs, 'pair')})."
+    )
+
+
+def _marked(batch: pd.Series) -> str:
+    """How many spikes are the batch's."""
+    unknown = int(batch.isna().sum())
+    of = f"{int(batch.sum())} of {words.count(len(batch) - unknown, 'spike')}"
+    rest = f"; of {unknown} more it is not known, as under two other trials read the batch" if unknown else ""
+    return (
+        f"{of} started or peaked at a batch at which the other trials that read it stood at {HIGH:g} times their "
+        f"running medians or more (median of these trials): the batch is the likely cause{rest}."
+    )
 
 
 def _importance(study: Study, axes: list[str]) -> Iterator[Block]:

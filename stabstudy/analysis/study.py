@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, importance, ingested, rates, sensitivity, shared_batches, survival, words
+from stabstudy.analysis import batches, compare, importance, ingested, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
@@ -62,7 +62,8 @@ class Study:
         each = list(zip(names, (study.tables for study in studies), strict=True))
         trials = [row | _named(name, row) for name, tables in each for row in tables.trials]
         spikes = [row | _named(name, row) for name, tables in each for row in tables.spikes]
-        whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes))
+        ratios = batches.Ratios.of_parts({name: tables.ratios for name, tables in each})
+        whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes, ratios))
         whole._parts = dict(zip(names, studies, strict=True))
         varied = dict.fromkeys(axis for study in studies for axis in study.axes)
         whole._axes = {"study": names} | {axis: levels_of(whole.trials[axis]) for axis in varied}
@@ -260,14 +261,23 @@ class Study:
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by)
 
-    def shared_batches(self) -> shared_batches.SharedBatches:
-        """Steps at which several trials spiked that read the same batch; see `shared_batches.shared_batches`.
+    def batch_share(self) -> batches.BatchShare:
+        """How much of the roughness of the gradient norm is the batch; see `batches.batch_share`.
 
         Example:
-            shared = study.shared_batches()
-            shared.steps, shared.same_met / shared.same_pairs, shared.other_met / shared.other_pairs
+            share = study.batch_share()
+            share.reason or (share.share, share.same, share.same_pairs, share.other, share.other_pairs)
         """
-        return shared_batches.shared_batches(self.trials, self.spikes)
+        return batches.batch_share(self.tables.trials, self.tables.ratios)
+
+    def batch_effects(self) -> pd.DataFrame:
+        """How high each batch lifts the norms of the trials that read it, highest first; see `batches.batch_effects`.
+
+        Example:
+            highest = study.batch_effects().iloc[0]
+            study.batch(highest["trial_id"], highest["step"])  # its text
+        """
+        return batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`.
@@ -343,8 +353,9 @@ class Study:
         """These trials and their spikes; `axes` None: whatever still differs."""
         whole = self.tables
         trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))
-        part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes), axes)
+        part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes, whole.ratios), axes)
         part.trials = self.trials[self.trials.index.isin(ids)]  # ten times cheaper than building it from the rows
+        part._parts = self._parts
         return part
 
     def _record(self, trial_id: str, schema: Any) -> Rows | None:

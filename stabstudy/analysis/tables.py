@@ -17,13 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stabstudy import config as cfg
 from stabstudy import trace
 from stabstudy.analysis import ingested
+from stabstudy.analysis.batches import Ratios, mark
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import ConfigError
+from stabstudy.stability.detectors import measured
 from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, summarise
@@ -54,6 +59,7 @@ class Tables:
     groups: list[str]
     trials: list[Row]
     spikes: list[Row]
+    ratios: Ratios  # of the trials' gradient norms to their running medians, for what asks several trials at once
     damaged: list[Damaged] = field(default_factory=list)
     computed: int = 0  # trials that were judged now, their own judgement being none, or of another state or other rules
     external: Mapping[str, str] = field(default_factory=dict)  # columns of ingested runs alone -> their type
@@ -108,7 +114,9 @@ def read_tables(folder: StudyFolder) -> Tables:
     for row in rows:
         if log := logs.get(row["trial_id"]):
             row |= {column: ingested.other(log, column, kind) for column, kind in external.items()}
-    return Tables(rules, groups, rows, spikes, sorted(damaged, key=lambda d: d.trial_id), computed, external)
+    ratios = Ratios(functools.partial(_norm, folder), rules)
+    mark(rows, spikes, ratios)
+    return Tables(rules, groups, rows, spikes, ratios, sorted(damaged, key=lambda d: d.trial_id), computed, external)
 
 
 def write_tables(folder: StudyFolder, tables: Tables) -> None:
@@ -127,6 +135,15 @@ def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
         if rows is not None or last_try:
             return rows
     return None
+
+
+def _norm(folder: StudyFolder, trial_id: str) -> NDArray[np.float64]:
+    """A trial's gradient norms, [steps]; empty where its record was damaged after it was judged."""
+    try:
+        rows = read_record(folder.trial(trial_id), TRACE)
+    except (DamagedRecord, StoreError):
+        rows = None
+    return measured(no_rows(TRACE) if rows is None else rows, "grad_norm")
 
 
 _Answer = tuple[Row, list[Row]] | DamagedRecord

@@ -50,7 +50,10 @@ def ended(row: Mapping[str, Any]) -> str:
     """Its verdict with the rule that made it, else its state."""
     if row["state"] != "done":
         return words.clean(row["state"], 40)
-    rule = f" ({row['verdict_rule']})" if row["verdict_rule"] else ""
+    rules = [row["verdict_rule"]] if row["verdict_rule"] else []
+    if row["sampling_noise"]:
+        rules = [rule for rule in rules if rule != row["verdict"]] + ["sampling noise"]
+    rule = f" ({', '.join(rules)})" if rules else ""
     return f"{row['verdict'] or 'not judged'}{rule}"
 
 
