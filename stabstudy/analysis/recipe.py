@@ -36,6 +36,9 @@ GIVEN = (
 """Axes that are conditions unless a sweep's `conditions` says otherwise; and every setting of the data."""
 
 MARGIN_STEPS = 200  # evaluable steps from which a sentence on a margin is made
+MOST_TIES = 4
+"""Tied cells that a sentence names."""
+
 TIED = 0.05  # adjusted p-value from which two cells are not told apart
 
 
@@ -131,7 +134,7 @@ def _best(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe
         candidates=len(known),
         ties=tuple(knobs[c] for c in tied if c != chosen),
         margin=margins[chosen],
-        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, study.axes[a]))},
+        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, study.grid.axes.get(a, [])))},
         eval_tokens=row["eval_tokens"],
     )
 
@@ -212,9 +215,12 @@ def _rivals(recipe: Recipe) -> Iterator[str]:
     """How it compares with the other stable cells of its conditions."""
     stable = words.count(recipe.candidates, "stable cell")
     if recipe.ties:
-        others = " or ".join(_named({a: v for a, v in t.items() if v != recipe.levels[a]}) for t in recipe.ties)
-        why = ", and chosen for the wider margin" if recipe.margin else ""
-        yield f"of {stable} not distinguishable from {others}{why}"
+        others = " or ".join(
+            _named({a: v for a, v in t.items() if v != recipe.levels[a]}) for t in recipe.ties[:MOST_TIES]
+        )
+        more = f" or {len(recipe.ties) - MOST_TIES} more" if len(recipe.ties) > MOST_TIES else ""
+        why = ", and of these the one with the widest margin" if recipe.margin else ""
+        yield f"tied with {others}{more} (not distinguishable; {stable}){why}"
     elif recipe.candidates > 1:
         yield f"the lowest of {stable}"
     else:

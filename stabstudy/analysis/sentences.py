@@ -11,7 +11,7 @@ from typing import Any
 
 from stabstudy.analysis import compare, recipe, runs, words
 from stabstudy.analysis.blocks import Finding
-from stabstudy.analysis.effects import CLEAR
+from stabstudy.analysis.effects import CLEAR, interactions
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.recipe import MARGIN_STEPS
 from stabstudy.analysis.study import Study
@@ -192,8 +192,8 @@ def _changes(study: Study) -> Iterator[str]:
             yield from _stated(study, axis, clear, crossed)
         elif tested:
             parts = [f"{words.STATISTICS[r['metric']]} {change(r)}" for r in tested]
-            at = f" from {words.level(tested[0]['a'], axis)} to {words.level(tested[0]['b'], axis)}"
-            yield f"No effect of {words.label(axis)} found{at}: {words.listing(parts)}."
+            at = f"{words.level(tested[0]['a'], axis)} to {words.level(tested[0]['b'], axis)}"
+            yield f"{_capital(words.label(axis))} {at}: no effect found: {'; '.join(parts)}."
         else:
             yield f"{_capital(words.label(axis))}: not tested ({own[0]['note'] or 'too few trials'})."
 
@@ -202,15 +202,12 @@ def _stated(study: Study, axis: str, clear: list[Row], crossed: Mapping[tuple[st
     """The clear changes along an axis; one that depends on another axis is given at each level of that one."""
     by_step: dict[str, list[str]] = {}
     for row in clear:
-        name = words.STATISTICS[row["metric"]]
-        at = step(axis, row["a"], row["b"])
-        if (axis, row["metric"]) in crossed:
-            text = f"{name} {_simple(study, row, crossed[axis, row['metric']]['other'])}"
-        else:
-            text = f"{name} {change(row)}"
-        by_step.setdefault(at, []).append(text)
+        at, text = step(axis, row["a"], row["b"]), change(row)
+        if other := crossed.get((axis, row["metric"]), {}).get("other"):
+            at, text = f"{at}, depending on {words.label(other)}", _simple(study, row, other)
+        by_step.setdefault(at, []).append(f"{words.STATISTICS[row['metric']]} {text}")
     for at, texts in by_step.items():
-        yield f"{_capital(at)}: {words.listing(texts)}."
+        yield f"{_capital(at)}: {'; '.join(texts)}."
 
 
 def _simple(study: Study, row: Row, other: str) -> str:
@@ -222,14 +219,14 @@ def _simple(study: Study, row: Row, other: str) -> str:
         for r in table
         if (r["a"], r["b"]) in ((row["a"], row["b"]), (row["b"], row["a"])) and r["pairs"]
     ]
-    return f"depends on {words.label(other)} ({', '.join(parts)})"
+    return ", ".join(parts)
 
 
 def _crossed(study: Study) -> Iterator[Row]:
     """Pairs of axes that depend on each other, from the side of each."""
     if len(study.grid.axes) < 2:
         return
-    for row in records(study.interactions()):
+    for row in records(interactions(*study.tested())):
         if row["p_holm"] is not None and row["p_holm"] < CLEAR:
             yield row
             yield row | {"axis": row["other"], "other": row["axis"]}
