@@ -16,6 +16,7 @@ from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.recipe import MARGIN_STEPS
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
+from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.verdict import VERDICTS
 
@@ -69,7 +70,7 @@ def findings(study: Study) -> list[Finding]:
     if study.ingested:
         return [runs.findings(study)]
     answers = (
-        Finding("What is stable", [*_limits(study), *_behind(study)]),
+        Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study))),
         Finding("What the axes changed", list(_changes(study))),
     )
@@ -178,6 +179,15 @@ def _behind(study: Study) -> Iterator[str]:
             f"{behind} of {words.count(int(stable.sum()), 'stable trial')} ended over {STABLE_MARGIN:g} nat/token "
             "above the best trial of as many tokens: stable does not mean well trained."
         )
+
+
+def _warned(study: Study) -> Iterator[str]:
+    """How many stable trials crossed a warning level: what may become unstable later."""
+    stable = study.trials[study.trials["verdict"] == "stable"]
+    crossed = {name: int(stable[name].notna().sum()) for name in WARNINGS}
+    if any(crossed.values()):
+        parts = [f"in {n} {WARNINGS[name]}" for name, n in crossed.items() if n]
+        yield f"Stable so far, with a warning: of {words.count(len(stable), 'stable trial')}, {', '.join(parts)}."
 
 
 def _changes(study: Study) -> Iterator[str]:
