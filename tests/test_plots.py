@@ -138,10 +138,10 @@ def test_curves_take_the_axes_that_there_are(study: Study) -> None:
 def test_map_writes_value_and_n_in_every_field(study: Study) -> None:
     ax = plots.stability_map(study.where({"optim.clip": 1.0}))
     texts = {(t.get_position()): t.get_text().split("\n") for t in ax.texts}
-    spiky = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
-    rate = float(spiky["spike_rate"].mean())
+    rough = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
+    rate = float(rough["spike_abs_rate"].mean())
     assert texts[(0, 0)] == ["0 %", "n=2"]
-    assert texts[(2, 0)] == [f"{100 * rate:.1f} %", "n=2", "2 spiky"]
+    assert texts[(2, 0)] == [f"{100 * rate:.1f} %", "n=2", "2 rough"]
     assert texts[(3, 1)] == ["0 %", "n=1", "1 diverged"]
     assert [line.get_xdata() for line in _lines(ax, "diverged")] == [[3.38]]
     hatched = [p.get_xy() for p in ax.patches if p.get_hatch()]

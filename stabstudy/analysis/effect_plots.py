@@ -114,9 +114,14 @@ def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
 
 def clipped_trials(study: Study) -> pd.DataFrame:
     """The done trials that `clipping` draws."""
+    trials = norm_clipping(study)
+    return trials[trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
+
+
+def norm_clipping(study: Study) -> pd.DataFrame:
+    """The done trials that clip by the norm."""
     trials = study.trials
-    drawn = (trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()
-    return trials[drawn & trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
+    return trials[(trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()]
 
 
 def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_log_sd"), ax: Axes | None = None) -> Axes:

@@ -46,8 +46,9 @@ def stability_map(
 ) -> Axes:
     """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
 
-    `value`: a statistic, or "diverged" for the share of trials that did. `highest`: the largest value of several maps
-    that are to be compared. The colours run over `scale(value, highest)`, not over what happens to be there.
+    `value`: a statistic, or "diverged" for the share of trials that did. n: the done trials that have it (`2 of 3`
+    where some lack it). `highest`: the largest value of several maps that are to be compared. The colours run over
+    `scale(value, highest)`, not over what happens to be there.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     columns, rows = _sides(study, x, y)
@@ -59,7 +60,8 @@ def stability_map(
         levels = (columns.levels[i], rows.levels[j])
         if levels in fields:
             share = (means[levels] - low) / (high - low)
-            _draw_field(ax, (i, j), fields[levels], text(means[levels], value), share, size)
+            lines = [text(means[levels], value), _n(fields[levels], value)]
+            _draw_field(ax, (i, j), fields[levels], lines, share, size)
         else:
             _hatch(ax, (i, j))
     _frame(ax, columns, rows)
@@ -76,7 +78,7 @@ def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: A
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     columns, rows = _sides(study, x, y)
-    fields = dict(split(_done(study, x, y, "spike_rate"), {x: columns.levels, y: rows.levels}))
+    fields = dict(split(_done(study, x, y, DIVERGED), {x: columns.levels, y: rows.levels}))
     size = _font(columns, rows)
     for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
         levels = (columns.levels[i], rows.levels[j])
@@ -106,6 +108,11 @@ def mean(trials: pd.DataFrame, value: str) -> float:
     return compare.mean(trials, value).mean
 
 
+def having(trials: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The trials that `mean` is over: a trial that diverged early may lack a statistic."""
+    return trials if value == DIVERGED else trials[[math.isfinite(v) for v in compare.values(trials, value)]]
+
+
 def scale(value: str, highest: float) -> tuple[float, float]:
     """The values at the dark and at the light end of the colours."""
     low, least = SCALES.get(value, (0.0, 0.0))
@@ -120,6 +127,11 @@ def text(value: float, name: str) -> str:
 def label(value: str) -> str:
     """What a map shows, in words."""
     return "share diverged" if value == DIVERGED else words.STATISTICS.get(value, COLUMNS[value].label)
+
+
+def _n(trials: pd.DataFrame, value: str) -> str:
+    n = len(having(trials, value))
+    return f"n={n}" if n == len(trials) else f"n={n} of {len(trials)}"
 
 
 def _sides(study: Study, x: str, y: str) -> tuple[Positions, Positions]:
@@ -148,17 +160,19 @@ def _frame(ax: Axes, columns: Positions, rows: Positions) -> None:
     ax.grid(False)
 
 
-def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str, share: float, size: float) -> None:
-    """One field of a map: colour, value, n, and how many of its trials were not stable."""
+def _draw_field(
+    ax: Axes, at: tuple[int, int], trials: pd.DataFrame, lines: Sequence[str], share: float, size: float
+) -> None:
+    """One field of a map: colour, value and n (`lines`), and how many of its trials were not stable."""
     from matplotlib.patches import Rectangle
 
     corner = (at[0] - 0.5, at[1] - 0.5)
     ground = style.field_colour(share)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
     bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
-    lines = [shown, f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
+    unstable = [f"{n} {verdict}" for verdict, n in bad.items() if n]
     ink = style.field_text_colour(ground)
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size, gid="field")
+    ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
     if bad["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 

@@ -161,6 +161,24 @@ def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
 
 
+def marks_said(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """How many trials `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
+    shown = {metric: drawable(trials, metric) for metric in metrics}
+    marks = {metric: int((rows["verdict"] != "diverged").sum()) for metric, rows in shown.items()}
+    each = [f"{n} of {words.STATISTICS.get(m, COLUMNS[m].label)}" for m, n in marks.items()]
+    fewest = min(marks.values())
+    same = fewest == max(marks.values())
+    parts = [f"Small marks: {words.count(fewest, 'done trial') if same else f'done trials ({words.listing(each)})'}"]
+    diverged = trials[(trials["state"] == "done") & (trials["verdict"] == "diverged")]
+    if len(diverged):
+        capped = sum(map(math.isfinite, compare.values(diverged, "final_loss"))) if "final_loss" in metrics else 0
+        means = f"{capped} in the means of the loss, with that of the untrained model" if capped else "in no mean"
+        parts.append(f"open triangles on the upper edge: {len(diverged)} diverged, {means}")
+    if rest := len(trials) - fewest - len(diverged):
+        parts.append(f"left out{'' if same else ' of one at least'}: {words.count(rest, 'trial')} without a value")
+    return f"{'; '.join(parts)}."
+
+
 def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look, log_y: bool) -> None:
     means, at = [], []
     for level in positions.levels:

@@ -24,7 +24,7 @@ COLUMNS_SHOWN = (
     "grad_norm_max",
     "grad_norm_argmax",
     "spike_events",
-    "spike_ratio3_steps",
+    "spike_abs_steps",
     "clip_share",
 )
 
@@ -45,8 +45,9 @@ def _traces(study: Study) -> Iterator[Figure]:
     caption = (
         "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
-        "median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by largest over "
-        "median norm; one trial of each cell that is not stable, at most three. Typical: the median of that ratio."
+        "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
+        "largest over median norm; one trial of each cell that is not stable, at most three. Typical: the median of "
+        "that ratio."
     )
     said = []
     for trial_id, title in titles.items():
