@@ -62,7 +62,7 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
     assert len(cores) == 3 and not set(map_plots.LIMIT_COLOURS) & set(style.DARK)
     assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in map_plots.LIMIT_COLOURS]
     light, dark = (style.luminance(colors.to_rgb(c)) for c in map_plots.LIMIT_COLOURS)
-    for ground in (style.PAPER, *(look[1] for look in map_plots.VERDICT_LOOKS.values())):
+    for ground in (style.PAPER, *style.VERDICT_GROUNDS.values()):
         assert (style.luminance(colors.to_rgb(ground)) + 0.05) / (dark + 0.05) > 4.5
     assert (light + 0.05) / (style.luminance(colors.to_rgb(style.DARK[style.PAPER])) + 0.05) > 4.5
     for frame, core in zip(frames, cores, strict=True):

@@ -172,6 +172,9 @@ def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
         assert float(shown["clipped"].removesuffix(" %")) / 100 == pytest.approx(cell["clip_share"], rel=0.05)
         told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|rough|diverged)", shown["verdicts"])}
         assert told == {v: cell[v] for v in ("stable", "spiky", "rough", "diverged") if cell[v]}
+    assert (
+        rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (R1)" and rows[-1][2] == "1 diverged (nonfinite)"
+    )
     assert rows[-1][3] == "1 of 2"  # one of the two seeds at the largest rate failed
     assert "±" not in rows[-1][4] and all("±" in row[4] for row in rows[:-1])
 

@@ -572,7 +572,9 @@ def test_worst_and_typical(study: Study) -> None:
     worst, typical = study.worst(), study.typical()
     assert worst is not None and typical is not None
     ratios = study.trials.groupby("verdict")["grad_norm_max_over_median"]
-    assert worst == ratios.idxmax()["rough"] and ratios.max()["rough"] < ratios.max()["spiky"]  # the verdict comes first
+    assert (
+        worst == ratios.idxmax()["rough"] and ratios.max()["rough"] < ratios.max()["spiky"]
+    )  # the verdict comes first
     assert study.trials.loc[typical, "verdict"] == "stable"
     assert study.trials.loc[typical, "cell_id"] != study.trials.loc[worst, "cell_id"]
 

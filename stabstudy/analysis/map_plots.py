@@ -24,11 +24,6 @@ DIVERGED = "diverged"
 SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
 """Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
 
-VERDICT_LOOKS = {
-    "stable": ("●", "#cfe8dd"), "spiky": ("▲", "#f5e3b3"), "rough": ("◆", "#f7cdb5"), "diverged": ("✕", "#e3b7d2"),
-}  # fmt: skip
-"""Sign, and the ground of a field whose worst trial is that; near-black reads on each (over 10:1)."""
-
 LIMIT_COLOURS = ("#fefefe", "#0b3d91")
 """Frame and core of the line that ends the stable levels of a row."""
 
@@ -70,7 +65,7 @@ def stability_map(
 
 
 def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: Axes | None = None) -> Axes:
-    """How many trials of each field are stable, spiky and diverged, and per row how far x can be raised.
+    """How many trials of each field have each verdict, and per row how far x can be raised.
 
     A field's ground is that of its worst verdict. In each row of an x with an order a heavy line ends the levels up to
     which every trial is stable (`compare.limits`): solid where the next level was seen to be unstable, dashed where it
@@ -180,11 +175,11 @@ def _draw_field(
 def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
     from matplotlib.patches import Rectangle
 
-    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICT_LOOKS}
-    worst = next((v for v in reversed(VERDICT_LOOKS) if found[v]), None)
-    ground = style.GRID if worst is None else VERDICT_LOOKS[worst][1]
+    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    worst = next((v for v in reversed(VERDICTS) if found[v]), None)
+    ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    lines = [f"{VERDICT_LOOKS[v][0]} {n} {v}" for v, n in found.items() if n]
+    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in found.items() if n]
     if rest := len(trials) - sum(found.values()):
         lines.append(f"○ {rest} not judged")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")

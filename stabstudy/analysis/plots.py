@@ -13,6 +13,7 @@ No trial is left out silently: a diverged one is an open triangle on the upper e
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def curves(
             _draw_group(ax, at_level(trials, by, level), metric, positions, look, log_y)
         style.legend(ax, words.heading(by))
     positions.apply_x(ax)
-    ax.set_ylabel(style.plain(metric_label(metric)))
+    ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric)), 34))
     _limit_to_dots(ax, trials, metric, log_y)
     if metric == "attn_logit_peak" and ax.get_yscale() == "log":
         ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * UNSTABLE_LOGIT))

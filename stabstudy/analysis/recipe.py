@@ -37,7 +37,9 @@ class Recipe:
     settings: Settings
     loss: Estimate  # final_loss_capped over its seeds, nat/token
     stable_cells: int  # it is the best of so many
-    trouble: Level  # smallest larger learning rate with a spiky, rough or diverged trial, all else equal; None: none seen
+    trouble: (
+        Level  # smallest larger learning rate with a spiky, rough or diverged trial, all else equal; None: none seen
+    )
     trials_at_trouble: tuple[int, int]  # not stable, of how many
     tried_to: Level  # largest learning rate with a trial, all else equal; None: the learning rate does not vary
 

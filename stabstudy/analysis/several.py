@@ -47,7 +47,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
         headline=f"{len(names)} studies side by side.",
-        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), "") for v in VERDICTS],
+        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
         findings=[Finding("What differs", list(_findings(table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],

@@ -50,8 +50,12 @@ def ended(row: Mapping[str, Any]) -> str:
     """Its verdict with the rule that made it, else its state."""
     if row["state"] != "done":
         return words.clean(row["state"], 40)
-    rule = f" ({row['verdict_rule']})" if row["verdict_rule"] else ""
-    return f"{row['verdict'] or 'not judged'}{rule}"
+    return f"{row['verdict'] or 'not judged'}{rule(row, ' ({})')}"
+
+
+def rule(row: Mapping[str, Any], form: str) -> str:
+    """The rule that made the verdict, in this form; empty where it is the verdict's own word, or there is none."""
+    return form.format(row["verdict_rule"]) if row["verdict_rule"] not in (None, row["verdict"]) else ""
 
 
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:

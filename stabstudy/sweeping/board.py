@@ -83,7 +83,7 @@ class Board:
     def finish(self, trial_id: str, state: State) -> None:
         """A trial has ended (or will not be tried again): count it and say how it went."""
         began = self.running.pop(trial_id, None)
-        outcome = (state.verdict or "too short to judge") if state.status == "done" else state.status
+        outcome = (state.verdict or "not judged") if state.status == "done" else state.status
         self.finished[trial_id] = outcome
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
