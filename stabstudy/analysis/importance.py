@@ -52,8 +52,13 @@ def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     samples = [_sample(done, names, metric) for metric in OBJECTIVES]
     adjusted = holm([sample.p for sample in samples])
     rows: list[dict[str, object]] = [
-        {"metric": metric, "trials": len(sample.values), "p": p, "warning": too_few(len(sample.values), len(axes))}
-        | {"reason": sample.reason or (None if p < CHANCE else f"what the axes explain may be chance (p {p:.2g})")}
+        {
+            "metric": metric,
+            "trials": len(sample.values),
+            "p": p,
+            "warning": too_few(len(sample.values), len(axes)),
+            "reason": sample.reason or (None if p < CHANCE else f"what the axes explain may be chance (p {p:.2g})"),
+        }
         for metric, sample, p in zip(OBJECTIVES, samples, adjusted, strict=True)
     ]
     due = [sample for sample, row in zip(samples, rows, strict=True) if row["reason"] is None]
@@ -61,8 +66,8 @@ def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     for row, sample in zip(rows, samples, strict=True):
         if row["reason"] is None:
             forest = next(shares)
-            reason = _disagreement(forest, sample.shares)
-            row |= {"reason": reason} | ({} if reason else forest)
+            row["reason"] = _disagreement(forest, sample.shares)
+            row |= {} if row["reason"] else forest
     return pd.DataFrame(rows, columns=["metric", "trials", *names, "p", "warning", "reason"])
 
 

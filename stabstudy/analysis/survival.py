@@ -115,7 +115,7 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
     there = curve[curve["step"] <= horizon].tail(1)
     free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
     if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
-        low, high = _all_or_none(free, np.count_nonzero((time >= horizon) | event))
+        low, high = _all_or_none(free, int(np.count_nonzero((time >= horizon) | event)))
     half = curve.loc[curve["free"] <= 0.5, "step"]
     return {
         "level": level,
@@ -154,7 +154,7 @@ def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     steps, free = curve.quantiles, curve.probabilities
     bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
     for i in np.flatnonzero((free == 0) | (free == 1)):
-        bounds[i] = _all_or_none(free[i], np.count_nonzero((time >= steps[i]) | event))
+        bounds[i] = _all_or_none(free[i], int(np.count_nonzero((time >= steps[i]) | event)))
     at_risk = [int((time >= t).sum()) for t in steps]
     return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
 
