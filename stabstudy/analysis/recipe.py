@@ -17,6 +17,7 @@ from stabstudy.analysis import compare, words
 from stabstudy.analysis.levels import Level, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
+from stabstudy.stability.verdict import VERDICTS
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
@@ -35,7 +36,9 @@ class Recipe:
     settings: Settings
     loss: Estimate  # final_loss_capped over its seeds, nat/token
     stable_cells: int  # it is the best of so many
-    trouble: Level  # smallest larger learning rate with a spiky or diverged trial, all else equal; None: none seen
+    trouble: (
+        Level  # smallest larger learning rate with a spiky, rough or diverged trial, all else equal; None: none seen
+    )
     trials_at_trouble: tuple[int, int]  # not stable, of how many
     tried_to: Level  # largest learning rate with a trial, all else equal; None: the learning rate does not vary
 
@@ -83,7 +86,7 @@ def _trouble(study: Study, levels: Mapping[str, Level]) -> tuple[Level, tuple[in
     same = study.where({a: v for a, v in levels.items() if a != "optim.lr"}).trials
     largest = float(same["optim.lr"].max())
     for lr, members in same[same["optim.lr"] > levels["optim.lr"]].groupby("optim.lr"):
-        if bad := int(members["verdict"].isin(("spiky", "diverged")).sum()):
+        if bad := int(members["verdict"].isin(VERDICTS[1:]).sum()):
             return lr, (bad, len(members)), largest
     return None, (0, 0), largest
 

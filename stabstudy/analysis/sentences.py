@@ -17,7 +17,7 @@ from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
-EFFECTS = ("final_loss", "spike_rate", "grad_norm_log_sd", "attn_logit_peak")
+EFFECTS = ("final_loss", "spike_abs_rate", "grad_norm_log_sd", "attn_logit_peak")
 """Statistics whose change along each axis a report states."""
 
 
