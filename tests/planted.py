@@ -180,6 +180,9 @@ def _probe_row(config: TrialConfig, step: int, logit: float) -> dict[str, Any]:
     }
 
 
+ROUGH, LONG = (60, 75, 90, 105), range(60, 73)
+"""Steps of `plant_study`'s rough and of its spiky trials."""
+
 QUESTION = "Does the largest stable learning rate fall as the model gets deeper?"
 
 
@@ -206,10 +209,12 @@ def plant_study(
     clips: Sequence[float | None] = (1.0,),
     steps: int = 120,
 ) -> Path:
-    """A grid in which the largest learning rate is spiky at every depth, and at the larger depth one rate earlier.
+    """A grid in which the largest learning rate is rough at every depth; at the larger depth one seed spikes earlier.
 
-    Spiky trials carry four planted spikes (steps 60, 75, 90 and 105, eight times the level). Losses have an optimum at
-    the middle rate; the attention logits grow with the rate.
+    Rough trials have eight times the level at steps 60, 75, 90 and 105: four stretches of absolute flags. At the
+    largest depth and the second largest of three or more rates, seed 1 is spiky: it has that from step 60 to 72, one
+    spike that lasts too long (R1). All others are stable. Losses have an optimum at the middle rate; the attention
+    logits grow with the rate.
     """
     plant_frame(study)
     top = sorted(lrs)[-1]
@@ -217,11 +222,11 @@ def plant_study(
         for lr in lrs:
             for clip in clips:
                 for seed in seeds:
-                    rough = lr == top or (depth == max(depths) and len(lrs) > 2 and lr == sorted(lrs)[-2] and seed == 1)
+                    spiky = depth == max(depths) and len(lrs) > 2 and lr == sorted(lrs)[-2] and seed == 1
                     plant_trial(
                         study,
                         settings(depth, lr, clip, seed, steps),
-                        spikes={60: 8.0, 75: 8.0, 90: 8.0, 105: 8.0} if rough else None,
+                        spikes=dict.fromkeys(ROUGH if lr == top else LONG if spiky else (), 8.0),
                         log_sd=0.08 if lr < top else 0.1,
                         final_loss=2.4 + 0.3 * abs(math.log10(lr) + 2) ** 2 + 0.02 * seed - 0.01 * depth,
                         logit=2000 * lr,

@@ -271,7 +271,7 @@ def test_any_range_of_steps_can_be_drawn_and_read(report: Path, browser: Any) ->
         drawn = page.locator("#trace-figure > svg")
         assert drawn.get_attribute("aria-label") == "Steps 0 to 199"
         marked = Study.load(report.parent).row(spiky.stem)
-        assert drawn.locator("circle.rough").count() == marked["spike_ratio3_steps"] > 0
+        assert drawn.locator("circle.absolute").count() == marked["spike_abs_steps"] > 0
         assert drawn.locator("path.peak").count() == marked["spike_events"] + marked["spike_loss_events"] > 0
         assert drawn.locator("line.warmup").count() == 2 and "warmup ends" in str(drawn.text_content())
         assert f"clip {marked['optim.clip']:g}" in str(drawn.text_content())

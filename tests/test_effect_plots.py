@@ -14,6 +14,8 @@ from stabstudy.analysis.effect_figures import figures
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
+X3 = "share of steps at 3x the recent norm (fraction)"
+
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
@@ -72,12 +74,12 @@ def test_a_trial_that_lacks_a_statistic_is_not_dropped(tmp_path: Path) -> None:
     early = planted.settings(6, 5.0, 1.0, 0)
     planted.plant_trial(folder, early, steps_done=21, nonfinite_at=20, final_loss=math.nan, stop_reason="diverged")
     study = Study.load(folder)
-    metrics = ("final_loss", "grad_norm_log_sd", "spike_rate")
+    metrics = ("final_loss", "grad_norm_log_sd", "spike_abs_rate")
     ax = effect_plots.parallel(study, metrics)
     drawn = [line for found in ax.collections for line in found.get_segments()]
     assert len(drawn) == len(study.trials)
     (gone,) = (line for found in ax.collections if found.get_label() == "diverged" for line in found.get_segments())
-    assert gone[:, 0].tolist() == [0, 1, 2, 4]  # depth, rate, loss, spike rate
+    assert gone[:, 0].tolist() == [0, 1, 2, 4]  # depth, rate, loss, x3 rate
 
 
 def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
@@ -106,7 +108,7 @@ def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
     assert blocks[2:] == [Absent("Effect of weight decay and dataset", "they do not vary")]
     losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
     assert losses == [("0.01", "5", "2.07"), ("0.01", "20", "2.22"), ("0.1", "5", "2.16"), ("0.1", "20", "2.31")]
-    assert {row[0] for row in blocks[0].table.rows} == {"final validation loss (nat/token)", "max / median", "spike rate (fraction)"}  # fmt: skip  # noqa: E501
+    assert {row[0] for row in blocks[0].table.rows} == {"final validation loss (nat/token)", "max / median", X3}
 
 
 def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_numbers_below_a_forest_keep_apart(study: Study) -> None:
     wide.figure.canvas.draw()
     assert "1e8" in [t.get_text() for t in wide.get_xticklabels()]
     assert not wide.xaxis.get_offset_text().get_text()  # a factor in the corner would lie on the axis' name
-    assert all(t.get_text().endswith("%") for t in effect_plots.effects(study, "spike_rate").get_xticklabels())
+    assert all(t.get_text().endswith("%") for t in effect_plots.effects(study, "spike_abs_rate").get_xticklabels())
 
 
 def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
@@ -170,4 +172,4 @@ def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
     figure, _ = axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")
     assert figure.name == "against-data" and "different batches" in figure.caption
-    assert {row[0] for row in figure.table.rows} == {"max / median", "spike rate (fraction)"}
+    assert {row[0] for row in figure.table.rows} == {"max / median", X3}

@@ -92,8 +92,9 @@ def test_the_real_run(shared_data: Path, tmp_path: Path, capsys: Out) -> None:
     )
     assert said is not None and "91 % of them lie above 1" in said[0] and "median 1.66" in said[0]
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert said[0] in readme and "Two spikes stand out (steps 3220 and 5510)" in readme
-    assert study.spikes["start"].tolist() == [3220, 5510]
+    assert said[0] in readme and "Four spikes stand out (steps 3220, 4530, 5510 and 6110)" in readme
+    assert study.spikes["start"].tolist() == [3220, 4530, 5510, 6110]
+    assert study.spikes["part"].tolist() == ["both", "absolute", "absolute", "absolute"]
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.iterdir()} == before
     clipped, _ = only(take(tmp_path, source, more=("--set", "optim.clip=1.0")))
     assert round(100 * clipped["clip_share"]) == 91 and clipped["trial_id"] == row["trial_id"]

@@ -18,18 +18,19 @@ RATES = (1e-3, 1e-2, 1e-1)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Depth 2 is stable to 0.01; depth 6 to the end, where its largest rate never ran; at depth 8 nothing is."""
+    """Depth 2 is stable to 0.01, then rough or spiky; depth 6 to the end, where its largest rate never ran; at depth 8
+    one seed always diverges."""
     path = tmp_path_factory.mktemp("maps") / "planted"
     planted.plant_frame(path)
     for depth in (2, 6, 8):
         for lr in RATES[: 2 if depth == 6 else 3]:
             for seed in (0, 1):
                 diverged = depth == 8 and seed == 0
-                rough = depth == 2 and lr == 1e-1 and seed == 1
+                unstable = depth == 2 and lr == 1e-1
                 planted.plant_trial(
                     path,
                     planted.settings(depth, lr, seed=seed),
-                    spikes={s: 30.0 for s in (40, 41, 60, 61, 80, 81, 100, 101)} if rough else None,
+                    spikes=dict.fromkeys((planted.LONG, planted.ROUGH)[seed] if unstable else (), 8.0),
                     nonfinite_at=90 if diverged else None,
                     stop_reason="nonfinite" if diverged else "complete",
                     steps_done=91 if diverged else None,
@@ -40,14 +41,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_the_planted_verdicts(study: Study) -> None:
     counted = study.trials["verdict"].value_counts().to_dict()
-    assert counted == {"stable": 12, "diverged": 3, "spiky": 1}
+    assert counted == {"stable": 11, "diverged": 3, "spiky": 1, "rough": 1}
 
 
 def test_the_verdict_map_counts_and_ends_the_stable_levels(study: Study) -> None:
     ax = plots.verdict_map(study)
     texts = {t.get_position(): t.get_text().split("\n") for t in ax.texts}
     assert texts[(0, 0)] == ["● 2 stable"]
-    assert texts[(2, 0)] == ["● 1 stable", "▲ 1 spiky"]
+    assert texts[(2, 0)] == ["▲ 1 spiky", "◆ 1 rough"]
     assert texts[(1, 2)] == ["● 1 stable", "✕ 1 diverged"]
     assert [p.get_xy() for p in ax.patches if p.get_hatch()] == [(1.5, 0.5)]
     lines = [line for line in ax.get_lines() if line.get_gid() == "limit"]
@@ -61,7 +62,7 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
     assert len(cores) == 3 and not set(map_plots.LIMIT_COLOURS) & set(style.DARK)
     assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in map_plots.LIMIT_COLOURS]
     light, dark = (style.luminance(colors.to_rgb(c)) for c in map_plots.LIMIT_COLOURS)
-    for ground in (style.PAPER, *(look[1] for look in map_plots.VERDICT_LOOKS.values())):
+    for ground in (style.PAPER, *style.VERDICT_GROUNDS.values()):
         assert (style.luminance(colors.to_rgb(ground)) + 0.05) / (dark + 0.05) > 4.5
     assert (light + 0.05) / (style.luminance(colors.to_rgb(style.DARK[style.PAPER])) + 0.05) > 4.5
     for frame, core in zip(frames, cores, strict=True):
@@ -83,8 +84,8 @@ def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
 @pytest.mark.parametrize(
     ("value", "highest", "ends"),
     [
-        ("spike_rate", 0.0023, (0.0, 0.01)),
-        ("spike_rate", 0.2, (0.0, 0.2)),
+        ("spike_abs_rate", 0.0023, (0.0, 0.01)),
+        ("spike_abs_rate", 0.2, (0.0, 0.2)),
         ("grad_norm_max_over_median", 2.5, (1.0, 10.0)),
         ("diverged", 0.5, (0.0, 1.0)),
         ("grad_norm_log_sd", 0.0, (0.0, 1.0)),
@@ -98,13 +99,13 @@ def test_the_report_names_each_limit(study: Study) -> None:
     layout = layout_of(study)
     assert layout is not None
     blocks = {b.name: b for b in map_figures.figures(study, layout) if isinstance(b, Figure)}
-    assert list(blocks) == ["stability-map", "spike-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
+    assert list(blocks) == ["stability-map", "spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
     said = blocks["stability-map"].caption
-    assert "Stable to 0.01, first unstable at 0.1 (1 of 2): depth 2." in said
+    assert "Stable to 0.01, first unstable at 0.1 (2 of 2): depth 2." in said
     assert "Stable to 0.01, no larger one seen unstable: depth 6." in said
     assert "Not all stable at the smallest, first unstable at 1e-3 (1 of 2): depth 8." in said
-    assert blocks["stability-map"].table.rows[-1] == ("8", "0.1", "1", "0", "1", "2")
-    assert blocks["diverged-map"].table.rows[-1] == ("8", "0.1", "50 %", "2", "1")
+    assert blocks["stability-map"].table.rows[-1] == ("8", "0.1", "1", "0", "0", "1", "2")
+    assert blocks["diverged-map"].table.rows[-1] == ("8", "0.1", "50 %", "2", "0", "1")
 
 
 def test_rows_of_one_limit_are_named_together(tmp_path: Path) -> None:
@@ -119,7 +120,9 @@ def test_other_pairs_of_axes_have_a_map_that_pools_the_rest(tmp_path: Path) -> N
     whole = Study.load(planted.plant_study(tmp_path / "s", seeds=(0,), clips=(1.0, None)))
     layout = layout_of(whole)
     assert layout is not None
-    found = [b for b in map_figures.figures(whole, layout) if isinstance(b, Figure) and b.name == "spike-rate-pairs"]
+    found = [
+        b for b in map_figures.figures(whole, layout) if isinstance(b, Figure) and b.name == "spike-abs-rate-pairs"
+    ]
     (pairs,) = found
     assert {(r[0], r[2]) for r in pairs.table.rows} == {
         ("depth (layers)", "clip threshold"), ("learning rate", "clip threshold"),

@@ -109,9 +109,9 @@ def _unpacked(text: str) -> Any:
 def test_a_page_carries_every_step(study: Study) -> None:
     worst = str(study.worst())
     rows = study.trace(worst)
-    rough = trace_plots.rough_steps(study, rows)
+    absolute = trace_plots.absolute_steps(study, rows)
     spikes = study.spikes_by_trial.get(worst, [])
-    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, rough))
+    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, absolute))
     for name in steps.COLUMNS:
         assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
     assert len(own["spikes"]) == len(study.spikes_by_trial[worst])
@@ -119,8 +119,9 @@ def test_a_page_carries_every_step(study: Study) -> None:
     assert own["spikes"][own["highest"]] == [
         "grad", highest["start"], highest["end"], highest["peak_step"],
     ]  # fmt: skip
-    assert own["rough"] == rows["step"][rough].tolist() and len(own["rough"]) == study.row(worst)["spike_ratio3_steps"]
-    assert own["rough"] and own["warmup"] == study.row(worst)["optim.warmup_steps"]
+    marked = own["absolute"]
+    assert marked == rows["step"][absolute].tolist() and len(marked) == study.row(worst)["spike_abs_steps"]
+    assert marked and own["warmup"] == study.row(worst)["optim.warmup_steps"]
 
 
 def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:

@@ -14,7 +14,8 @@ from stabstudy.analysis import norm_figures, norm_plots, plots
 from stabstudy.analysis.blocks import Absent, Figure
 from stabstudy.analysis.study import Study
 from stabstudy.config import TrialConfig
-from stabstudy.stability.detectors import measured, ratio3
+from stabstudy.stability.detectors import measured
+from stabstudy.stability.published import ratio3
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +27,21 @@ def test_ratios_are_those_of_the_detector(study: Study) -> None:
     worst = study.worst()
     assert worst is not None
     rows = study.trace(worst)
-    flags = ratio3(measured(rows, "grad_norm"), study.rules)
-    assert flags.flagged.any()
-    own = norm_plots.ratios_of(rows, 0, study.rules)
-    assert own == pytest.approx(flags.z[flags.evaluable], rel=1e-12)
-    settled = norm_plots.ratios_of(rows, 50, study.rules)
-    assert settled == pytest.approx(flags.z[flags.evaluable & (rows["step"] >= 50)], rel=1e-12)
+    rules = study.rules
+    norm = measured(rows, "grad_norm")
+    flags = ratio3(norm, rules.ratio, rules.window, rules.fill)
+    own = norm_plots.ratios_of(rows, 0, rules)
+    assert flags.flagged.sum() == 4 and flags.evaluable.tolist() == [False] * 12 + [True] * 108
+    assert (own >= rules.ratio).tolist() == flags.flagged[flags.evaluable].tolist()
+    by_hand = [norm[t] / np.median(norm[max(0, t - 64) : t]) for t in range(12, 120)]
+    assert own == pytest.approx(by_hand, rel=1e-12)
+    assert norm_plots.ratios_of(rows, 50, rules) == pytest.approx(by_hand[38:], rel=1e-12)
 
 
 def test_the_tail_is_drawn_to_its_last_step(study: Study) -> None:
-    found, read = norm_plots.read_ratios(study, "optim.lr")
-    assert len(read) <= norm_plots.MOST_LEVELS * norm_plots.TRIALS_PER_LEVEL
+    ratios = norm_plots.read_ratios(study, "optim.lr")
+    found = ratios.values
+    assert not ratios.empty and len(ratios.read) <= norm_plots.MOST_LEVELS * norm_plots.TRIALS_PER_LEVEL
     ax = plots.norm_ratios(study, "optim.lr", found)
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     for line, values in zip(lines, found.values(), strict=True):

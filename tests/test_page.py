@@ -149,11 +149,12 @@ def study(path: Path) -> Study:
 def test_counts_are_those_of_the_table(page: Page, study: Study) -> None:
     verdicts = study.trials.loc[study.trials["state"] == "done", "verdict"].value_counts()
     assert page.counts() == {
-        "stable": verdicts["stable"], "spiky": verdicts["spiky"], "diverged": 1, "not judged": 0, "unfinished": 0,
-        "failed": 1, "damaged": 1,
+        "stable": verdicts["stable"], "spiky": verdicts["spiky"], "rough": verdicts["rough"], "diverged": 1,
+        "not judged": 0, "unfinished": 0, "failed": 1, "damaged": 1,
     }  # fmt: skip
-    assert (verdicts["stable"], verdicts["spiky"]) == (7, 5)
-    assert page.headings[1] == (2, "Of 13 judged trials: 7 stable, 5 spiky and 1 diverged; 2 more have no verdict.")
+    assert (verdicts["stable"], verdicts["spiky"], verdicts["rough"]) == (7, 1, 4)
+    said = "Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; 2 more have no verdict."
+    assert page.headings[1] == (2, said)
 
 
 def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
@@ -166,11 +167,14 @@ def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
         assert (int(shown["depth (layers)"]), float(shown["learning rate"])) == (cell["model.depth"], cell["optim.lr"])
         assert float(shown["final loss"].split(" ± ")[0]) == pytest.approx(cell["final_loss_capped"], rel=5e-4)
         assert float(shown["spikes"]) == cell["spike_events"]
-        assert float(shown["spike rate"].removesuffix(" %")) / 100 == pytest.approx(cell["spike_rate"], rel=0.05)
+        assert float(shown["x3 rate"].removesuffix(" %")) / 100 == pytest.approx(cell["spike_abs_rate"], rel=0.05)
         assert float(shown["max / median"]) == pytest.approx(cell["grad_norm_max_over_median"], rel=5e-3)
         assert float(shown["clipped"].removesuffix(" %")) / 100 == pytest.approx(cell["clip_share"], rel=0.05)
-        told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|diverged)", shown["verdicts"])}
-        assert told == {v: cell[v] for v in ("stable", "spiky", "diverged") if cell[v]}
+        told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|rough|diverged)", shown["verdicts"])}
+        assert told == {v: cell[v] for v in ("stable", "spiky", "rough", "diverged") if cell[v]}
+    assert (
+        rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (R1)" and rows[-1][2] == "1 diverged (nonfinite)"
+    )
     assert rows[-1][3] == "1 of 2"  # one of the two seeds at the largest rate failed
     assert "±" not in rows[-1][4] and all("±" in row[4] for row in rows[:-1])
 
@@ -181,7 +185,7 @@ def test_markdown_holds_the_same_numbers(path: Path, page: Page) -> None:
     assert {row[0].split(" ", 1)[1]: int(row[1]) for row in counts[1:]} == page.counts()
     assert tables == [[[" ".join(c.split()) for c in row] for row in table] for table in page.tables]
     bullets = [unescaped(line[2:]) for line in text.splitlines() if line.startswith("- ")]
-    assert bullets == page.items[7:]
+    assert len(counts[1:]) == 8 and bullets == page.items[8:]
 
 
 def test_markdown_links_to_the_same_trials(path: Path, page: Page) -> None:
@@ -279,7 +283,7 @@ def test_effects_are_compare(page: Page, study: Study) -> None:
 def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Study) -> None:
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map"]
-    assert names[4:7] == ["spike-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
+    assert names[4:7] == ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
     assert names[7:] == ["paired-effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
@@ -289,7 +293,7 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
     assert study.describe(str(study.worst())) in alts["traces"]
     numbers = [t for t, c in zip(page.tables, page.captions, strict=True) if c == "Numbers of this figure"]
     assert len(numbers) == len(names)
-    assert numbers[0][0] == ["depth (layers)", "learning rate", "final validation loss (nat/token)", "low", "high", "n", "diverged"]  # fmt: skip  # noqa: E501
+    assert numbers[0][0] == ["depth (layers)", "learning rate", "final validation loss (nat/token)", "low", "high", "n in the mean", "diverged"]  # fmt: skip  # noqa: E501
     assert numbers[0][1][:3] == ["2", "1e-3", "2.69"] and numbers[0][-1][-2:] == ["1", "1"]
 
 
@@ -401,7 +405,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     planted.plant_trial(tmp_path / "s", planted.settings(lr=0.5))
     absent = report_on(tmp_path / "s").table("Figures that this study")
     assert ["Maps", "they need two axes; this study varies one"] in absent
-    assert not (tmp_path / "s" / "report" / "figures" / "spike-rate-map.svg").exists()
+    assert not (tmp_path / "s" / "report" / "figures" / "spike-abs-rate-map.svg").exists()
 
 
 @pytest.mark.slow
@@ -607,7 +611,10 @@ def test_the_rule_and_its_parameters_are_shown(page: Page, study: Study) -> None
     rules = study.rules
     shown = dict(page.table(f"Parameters of the rules ({rules.detector_id})")[1:])
     assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in rules.parameters().items()}
-    assert "at least 6 robust standard deviations above the median of the last 64 ordinary steps" in page.text
+    assert (
+        "at least 5 robust standard deviations and a factor 2 above its level (the median of the 5 steps" in page.text
+    )
+    assert "or at 3 times its level and the median of the last 64 steps (absolute)" in page.text
 
 
 def test_settings_that_did_not_vary_are_shown(page: Page, study: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import subprocess
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
-from stabstudy.analysis import levels, map_plots, plots, style, trace_plots
+from stabstudy.analysis import levels, plots, render, style, trace_plots
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import downsample
+from stabstudy.stability.verdict import VERDICTS
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +141,10 @@ def test_curves_take_the_axes_that_there_are(study: Study) -> None:
 def test_map_writes_value_and_n_in_every_field(study: Study) -> None:
     ax = plots.stability_map(study.where({"optim.clip": 1.0}))
     texts = {(t.get_position()): t.get_text().split("\n") for t in ax.texts}
-    spiky = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
-    rate = float(spiky["spike_rate"].mean())
+    rough = study.where({"optim.clip": 1.0, "optim.lr": 1e-1, "model.depth": 2}).trials
+    rate = float(rough["spike_abs_rate"].mean())
     assert texts[(0, 0)] == ["0 %", "n=2"]
-    assert texts[(2, 0)] == [f"{100 * rate:.1f} %", "n=2", "2 spiky"]
+    assert texts[(2, 0)] == [f"{100 * rate:.1f} %", "n=2", "2 rough"]
     assert texts[(3, 1)] == ["0 %", "n=1", "1 diverged"]
     assert [line.get_xdata() for line in _lines(ax, "diverged")] == [[3.38]]
     hatched = [p.get_xy() for p in ax.patches if p.get_hatch()]
@@ -185,7 +188,7 @@ def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
     assert list(marks.get_xdata()) == list(spikes["peak_step"])
     assert (1.0 in [line.get_ydata()[0] for line in norm.get_lines() if len(line.get_ydata()) == 2]) == clipped
     assert 10 in [line.get_xdata()[0] for line in norm.get_lines() if len(line.get_xdata()) == 2]
-    (rings,) = _lines(norm, "rough")
+    (rings,) = _lines(norm, "absolute")
     assert set(spikes["peak_step"]) <= set(rings.get_xdata())  # planted at eight times the level
 
 
@@ -273,6 +276,64 @@ def test_colours_hold_on_white_and_on_black() -> None:
         assert _contrast(dark, style.DARK[style.PAPER]) >= least, dark
 
 
+EYES = {
+    "normal": np.eye(3),
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}
+"""Linear RGB as seen (Machado, Oliveira & Fernandes 2009, severity 1)."""
+
+
+def _apart(one: str, other: str, eyes: str) -> float:
+    """Distance of two colours in Oklab (Ottosson 2020), in hundredths of black to white."""
+
+    def lab(colour: str) -> np.ndarray:
+        rgb = np.array(colors.to_rgb(colour))
+        seen = EYES[eyes] @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        cones = [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ] @ np.clip(seen, 0, 1)
+        return [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ] @ np.cbrt(cones)
+
+    return 100 * float(np.linalg.norm(lab(one) - lab(other)))
+
+
+def test_the_measure_of_colours_knows_what_is_alike() -> None:
+    assert _apart("#000000", "#ffffff", "normal") == pytest.approx(100, abs=0.1)
+    assert _apart("#b27b00", "#d55e00", "deuteranopia") < 1 < 8 < _apart("#b27b00", "#d55e00", "normal")
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_verdicts_differ_on_white_on_black_and_as_fields(eyes: str) -> None:
+    """Each from each other, and `rough` from its neighbours most of all: they lie side by side on a map."""
+    assert list(style.VERDICT_COLOURS) == list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
+    assert len(set(style.VERDICT_SIGNS.values())) == 4
+    css = (Path(render.__file__).parent / "templates" / "style.css").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in css.split("@media screen", 1))
+    dark = light | dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", css.split("@media screen", 1)[1].split("}")[0]))
+    sets = {
+        "white": style.VERDICT_COLOURS,
+        "black": {verdict: style.DARK[colour] for verdict, colour in style.VERDICT_COLOURS.items()},
+        "fields": style.VERDICT_GROUNDS,
+        "page": {verdict: light[verdict] for verdict in VERDICTS},
+        "dark page": {verdict: dark[verdict] for verdict in VERDICTS},
+    }
+    for name, of in sets.items():
+        for one, other in itertools.combinations(VERDICTS, 2):
+            least = 4 if name == "fields" else 6
+            assert _apart(of[one], of[other], eyes) > least, (name, one, other)
+        assert _apart(of["rough"], of["spiky"], eyes) > 8, name
+    for page, paper in ((light, "#f6f8fa"), (dark, "#151b23")):
+        assert all(_contrast(page[verdict], paper) >= 4.5 for verdict in VERDICTS)
+    assert all(_contrast("#010101", ground) > 10 for ground in style.VERDICT_GROUNDS.values())
+
+
 def test_text_reads_on_every_field_of_a_map() -> None:
     for share in np.linspace(0, 1, 101):
         ground = style.field_colour(share)
@@ -286,7 +347,7 @@ def test_a_field_of_a_map_keeps_its_colour_in_the_dark() -> None:
     scale = {colors.to_hex(rgb) for rgb in matplotlib.colormaps["viridis"](range(256))}
     assert len(scale) > 200 and style.field_colour(math.nan) not in scale  # what is not known has no colour of a value
     assert {colors.to_hex(rgb) for rgb in meant} & set(style.DARK)  # the lines' colours are viridis', too
-    fixed = {"#010101", "#fefefe", *(ground for _, ground in map_plots.VERDICT_LOOKS.values())}
+    fixed = {"#010101", "#fefefe", *style.VERDICT_GROUNDS.values()}
     assert not {*drawn, *fixed, *map(style.field_colour, (math.nan, -1.0, 2.0))} & set(style.DARK)
     assert np.abs(np.subtract([colors.to_rgb(c) for c in drawn], meant)).max() <= 1.5 / 255
 
@@ -332,3 +393,6 @@ def test_every_figure_of_a_report_is_a_function_of_plots(study: Study) -> None:
         arguments = [by_axis[name]] if name in by_axis else []
         draw = getattr(plots, name)
         assert draw(study, *arguments, ax=given) is given and isinstance(draw(study, *arguments), Axes), name
+        for text in given.figure.findobj(Text):
+            # what has none of the known colours stays as it is on black; those of fields stand on a colour of their own
+            assert not text.get_text() or colors.to_hex(text.get_color()) in {*style.DARK, "#010101", "#fefefe"}, name

@@ -16,7 +16,7 @@ from stabstudy.trace import TRACE
 
 
 def small(path: Path) -> Path:
-    """One trial, a spiky one."""
+    """One trial, a rough one."""
     return planted.plant_study(path, depths=(2,), lrs=(1e-3,), seeds=(0,))
 
 
@@ -25,7 +25,7 @@ def test_a_finished_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(study)]) == 0
     out = capsys.readouterr()
     page = study / "report" / "index.html"
-    assert out.out.splitlines() == ["s: 1 trial", "     1 spiky", f"report: {page}"] and not out.err
+    assert out.out.splitlines() == ["s: 1 trial", "     1 rough", f"report: {page}"] and not out.err
     assert page.is_file() and (study / "report" / "report.md").is_file()
     assert (study / "trials.parquet").is_file() and (study / "spikes.parquet").is_file()
 
@@ -116,7 +116,7 @@ def test_write_report_says_what_main_prints(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     said: list[str] = []
     assert write_report(study, said.append) == study / "report" / "index.html"
-    assert said[1:] == ["     1 spiky", f"report: {study / 'report' / 'index.html'}"]
+    assert said[1:] == ["     1 rough", f"report: {study / 'report' / 'index.html'}"]
     with pytest.raises(StoreError):
         write_report(tmp_path, said.append)
 

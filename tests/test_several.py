@@ -14,6 +14,8 @@ from stabstudy import report as command
 from stabstudy.analysis import several, words
 from stabstudy.analysis.blocks import Figure, Report, Table, Text
 from stabstudy.analysis.study import Study
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import COLUMNS
 
 
 def plant(folder: Path, decay: float, gain: float, eval_hash: str = planted.EVAL_HASH, seeds: int = 3) -> Study:
@@ -92,13 +94,18 @@ def test_losses_on_other_batches_are_not_compared(tmp_path: Path, two: list[Stud
     assert "final loss" not in compared and "roughness" in compared
 
 
-def test_spike_rates_of_other_rules_are_not_compared(tmp_path: Path, two: list[Study]) -> None:
-    planted.plant_frame(tmp_path / "long")
-    planted.plant_trial(tmp_path / "long", planted.settings(2, 0.01, steps=2000))  # its window is wider
-    made = several.report([two[0], Study.load(tmp_path / "long")])
+def test_spike_rates_of_other_rules_are_not_compared(
+    tmp_path: Path, two: list[Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stabstudy.analysis.tables.Rules", lambda: Rules(k_grad=7.0))
+    other = plant(tmp_path / "other", 0.3, 0.2)
+    assert other.rules.k_grad == 7.0
+    made = several.report([two[0], other])
     assert any("detector_id" in w for w in made.warnings)
-    assert "spike rate" not in {row[1] for row in table(made, "Paired differences").rows}
-    assert any("spike rate: not compared" in b.text for s in made.sections for b in s.blocks if isinstance(b, Text))
+    compared = {row[1] for row in table(made, "Paired differences").rows}
+    assert COLUMNS["spike_abs_rate"].label not in compared and "roughness" in compared
+    texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
+    assert any(t.startswith(words.STATISTICS["spike_abs_rate"]) and "not compared" in t for t in texts)
 
 
 def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) -> None:

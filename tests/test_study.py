@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, levels, recipe
+from stabstudy.analysis import compare, export, levels, recipe
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.settings import ConfigError
-from stabstudy.stability.rules import Rules, rules_for
+from stabstudy.stability.judgement import Source, judge_trial, write_summary
+from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder
 from stabstudy.trace import PROBES, TRACE, DamagedRecord, RowWriter
@@ -162,22 +163,41 @@ def test_a_study_of_before_a_rule_between_settings_is_read(tmp_path: Path) -> No
     loaded = Study.load(tmp_path / "s")
     assert not loaded.damaged and set(loaded.trials["optim.weight_decay"]) == {0.1}
     (found,) = recipe.recipes(loaded)
-    assert recipe.lingua(found.settings) and recipe.hugging_face(found.settings)
+    assert export.lingua(found.settings) and export.hugging_face(found.settings)
 
 
 def test_planted_verdicts_and_spikes_come_back(study: Study) -> None:
-    spiky = study.trials[study.trials["verdict"] == "spiky"]
-    at = sorted((r["model.depth"], r["optim.lr"], r["seed"]) for _, r in spiky.iterrows())
-    assert at == [(2, 0.1, 0), (2, 0.1, 1), (6, 0.01, 1), (6, 0.1, 0), (6, 0.1, 1)]
-    peaks = study.spikes.groupby("trial_id")["peak_step"].agg(set)
-    assert set(peaks.index) == set(spiky.index)
-    assert all(steps <= {60, 75, 90, 105} and {90, 105} <= steps for steps in peaks)
+    at = {
+        verdict: sorted(zip(rows["model.depth"], rows["optim.lr"], rows["seed"], strict=True))
+        for verdict, rows in study.trials.groupby("verdict")
+    }
+    assert at["rough"] == [(2, 0.1, 0), (2, 0.1, 1), (6, 0.1, 0), (6, 0.1, 1)]
+    assert at["spiky"] == [(6, 0.01, 1)] and len(at["stable"]) == 7
+    for verdict, starts in (("rough", planted.ROUGH), ("spiky", planted.LONG[:1])):
+        for trial_id in study.trials.index[study.trials["verdict"] == verdict]:
+            own = study.spikes[study.spikes["trial_id"] == trial_id]
+            assert own["start"].tolist() == list(starts) and set(own["series"]) == {"grad"}
+            assert set(own["class"]) == {"narrow" if verdict == "rough" else "wide"}
+    assert set(study.spikes["trial_id"]) == set(study.trials.index[study.trials["verdict"] != "stable"])
 
 
-def test_tables_are_read_back_without_computing_again(tmp_path: Path) -> None:
+def judge(path: Path) -> list[Path]:
+    """Let each done trial keep its judgement, as one that ends does; the files."""
+    files = []
+    for folder in StudyFolder(path).trials():
+        source = Source(cfg.from_dict(folder.read_config()["config"]), folder.read_state())
+        trace, probes = folder.rows(TRACE), folder.rows(PROBES)
+        assert trace is not None
+        write_summary(folder, judge_trial(trace, probes, source, Rules()), source, Rules())
+        files.append(folder.summary_file)
+    return files
+
+
+def test_what_trials_judged_themselves_is_not_computed_again(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,))
     first = update_tables(StudyFolder(path))
     before = _table_bytes(path)
+    judge(path)
     again = update_tables(StudyFolder(path))
     assert (first.tables.computed, again.tables.computed) == (6, 0)
     assert _table_bytes(path) == before
@@ -187,7 +207,7 @@ def test_tables_are_read_back_without_computing_again(tmp_path: Path) -> None:
 
 def test_new_and_changed_trials_alone_are_computed(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,))
-    update_tables(StudyFolder(path))
+    judge(path)
     changed = StudyFolder(path).trials()[0]
     planted.plant_trial(path, planted.settings(depth=3))
     changed.write_state(dataclasses.replace(changed.read_state(), final_loss=9.0))
@@ -198,6 +218,7 @@ def test_new_and_changed_trials_alone_are_computed(tmp_path: Path) -> None:
 
 def test_attempts_and_their_times_are_no_part_of_a_row(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
+    judge(path)
     update_tables(StudyFolder(path))
     before = _table_bytes(path)
     trial = StudyFolder(path).trials()[0]
@@ -210,9 +231,20 @@ def test_attempts_and_their_times_are_no_part_of_a_row(tmp_path: Path) -> None:
 
 def test_rows_made_with_other_rules_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,))
-    update_tables(StudyFolder(path))
-    monkeypatch.setattr("stabstudy.analysis.tables.rules_for", lambda steps: Rules(k=7.0))
+    judge(path)
+    monkeypatch.setattr("stabstudy.analysis.tables.Rules", lambda: Rules(k_grad=7.0))
     assert update_tables(StudyFolder(path)).tables.computed == 6
+
+
+def test_a_broken_judgement_is_made_anew(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", depths=(2,))
+    torn, other, *_ = judge(path)
+    before = update_tables(StudyFolder(path)).trials
+    torn.write_bytes(torn.read_bytes()[:-20])
+    other.unlink()
+    study = update_tables(StudyFolder(path))
+    assert study.tables.computed == 2
+    pd.testing.assert_frame_equal(study.trials, before)
 
 
 @pytest.mark.parametrize("name", ["trials.parquet", "spikes.parquet"])
@@ -221,7 +253,7 @@ def test_a_broken_table_is_made_anew(tmp_path: Path, name: str) -> None:
     update_tables(StudyFolder(path))
     before = _table_bytes(path)
     (path / name).write_bytes((path / name).read_bytes()[:-20])
-    assert update_tables(StudyFolder(path)).tables.computed == 6
+    update_tables(StudyFolder(path))
     assert _table_bytes(path) == before
 
 
@@ -230,17 +262,9 @@ def test_tables_name_their_detector(study: Study, tmp_path: Path) -> None:
     update_tables(StudyFolder(tmp_path / "s"))
     for name in ("trials.parquet", "spikes.parquet"):
         metadata = pq.read_schema(tmp_path / "s" / name).metadata
-        assert Rules.from_json(metadata[b"detector"].decode()) == rules_for(200)
-        assert metadata[b"detector_id"].decode() == rules_for(200).detector_id
-    assert set(study.trials["detector_id"]) == {rules_for(200).detector_id}
-
-
-def test_the_window_follows_the_shortest_trial(tmp_path: Path) -> None:
-    planted.plant_frame(tmp_path / "s")
-    planted.plant_trial(tmp_path / "s", planted.settings(steps=2000), status="pending", steps_done=0)
-    assert Study.load(tmp_path / "s").rules.window == 128
-    planted.plant_trial(tmp_path / "s", planted.settings(steps=1999), status="pending", steps_done=0)
-    assert Study.load(tmp_path / "s").rules.window == 64
+        assert Rules.from_json(metadata[b"detector"].decode()) == Rules()
+        assert metadata[b"detector_id"].decode() == Rules().detector_id
+    assert set(study.trials["detector_id"]) == {Rules().detector_id}
 
 
 def test_not_finite_and_not_measured_stay_apart_on_disk(tmp_path: Path) -> None:
@@ -328,6 +352,7 @@ def _flip(path: Path) -> None:
 
 def test_a_flipped_bit_excludes_the_trial_also_when_its_row_is_known(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,))
+    judge(path)
     known = update_tables(StudyFolder(path))
     victim = StudyFolder(path).trial(known.trials.index[2])
     _flip(victim.finished(TRACE))
@@ -344,7 +369,7 @@ def test_a_missing_record_excludes_the_trial(tmp_path: Path, schema: Any, cached
     planted.plant_frame(tmp_path / "s")
     trial = planted.plant_trial(tmp_path / "s", planted.settings())
     if cached:
-        update_tables(StudyFolder(tmp_path / "s"))
+        judge(tmp_path / "s")
     trial.finished(schema).unlink()
     study = Study.load(tmp_path / "s")
     assert not len(study.trials)
@@ -424,7 +449,7 @@ def test_cells_aggregate_their_seeds(study: Study) -> None:
     # planted: 2.4 + 0.3 * (lg lr + 2)^2 + 0.02 * seed - 0.01 * depth, at lr 1e-3, depth 2
     assert first["final_loss_capped"] == pytest.approx(2.69)
     assert first["final_loss_capped_high"] - 2.69 == pytest.approx(12.706 * 0.01, abs=1e-5)
-    assert cells["spiky"].tolist() == [0, 0, 2, 0, 1, 2]
+    assert cells["spiky"].tolist() == [0, 0, 0, 0, 1, 0] and cells["rough"].tolist() == [0, 0, 2, 0, 0, 2]
 
 
 def test_a_cell_of_one_seed_has_no_interval(tmp_path: Path) -> None:
@@ -560,8 +585,10 @@ def test_the_grid_is_the_study_without_its_cases(tmp_path: Path) -> None:
 def test_worst_and_typical(study: Study) -> None:
     worst, typical = study.worst(), study.typical()
     assert worst is not None and typical is not None
-    spiky = study.trials[study.trials["verdict"] == "spiky"]["grad_norm_max_over_median"]
-    assert worst == spiky.idxmax()
+    ratios = study.trials.groupby("verdict")["grad_norm_max_over_median"]
+    assert (
+        worst == ratios.idxmax()["rough"] and ratios.max()["rough"] < ratios.max()["spiky"]
+    )  # the verdict comes first
     assert study.trials.loc[typical, "verdict"] == "stable"
     assert study.trials.loc[typical, "cell_id"] != study.trials.loc[worst, "cell_id"]
 

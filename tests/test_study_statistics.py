@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import planted
 import pytest
 from scipy import stats
 from statsmodels.duration.survfunc import SurvfuncRight, survdiff
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
@@ -27,7 +30,7 @@ def trial(
     config = cfg.from_dict(cfg.to_dict(planted.settings(depth, lr, clip, seed)))
     row = {
         "state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_step": None, "eval_hash": "e",
-        "final_loss_capped": 2.5, "attn_logit_peak": 4.0, "steps_done": 100, "n_evaluable": 84, "detector_id": "mad-1",
+        "final_loss_capped": 2.5, "attn_logit_peak": 4.0, "steps_done": 100, "n_evaluable": 84, "detector_id": "jump-1",
         "spike_events": 0, "spike_first_step": None, "data_fingerprint": "f",
         "stop_reason": "complete",
     }  # fmt: skip
@@ -167,19 +170,19 @@ def pair(**differs: tuple[Any, Any]) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("metric", "differs", "pairs"),
     [
-        ("spike_rate", {}, 1),
-        ("spike_rate", {"detector_id": ("mad-1", "mad-2")}, 0),
-        ("grad_norm_log_sd", {"detector_id": ("mad-1", "mad-2")}, 1),
+        ("spike_abs_rate", {}, 1),
+        ("spike_abs_rate", {"detector_id": ("jump-1", "jump-2")}, 0),
+        ("grad_norm_log_sd", {"detector_id": ("jump-1", "jump-2")}, 1),
         ("grad_norm_log_sd", {"log_stride": (1, 10)}, 0),
-        ("spike_rate", {"log_stride": (10, 10)}, 1),
+        ("spike_abs_rate", {"log_stride": (10, 10)}, 1),
         ("final_loss", {"log_stride": (1, 10)}, 1),
         ("final_loss", {"eval_hash": ("e", "other")}, 0),
-        ("spike_rate", {"eval_hash": ("e", "other")}, 1),
-        ("spike_rate", {"data_fingerprint": ("f", "other")}, 0),
+        ("spike_abs_rate", {"eval_hash": ("e", "other")}, 1),
+        ("spike_abs_rate", {"data_fingerprint": ("f", "other")}, 0),
     ],
 )
 def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str, Any], pairs: int) -> None:
-    table = pair(spike_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **differs)
+    table = pair(spike_abs_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **differs)
     (row,) = records(compare.levels(table, ["optim.lr"], "optim.lr", metric))
     assert row["pairs"] == pairs
     assert (row["difference"] is None) == (pairs == 0)
@@ -188,8 +191,8 @@ def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str
 
 
 def test_other_data_are_compared_along_the_axis_of_the_data() -> None:
-    table = pair(data_fingerprint=("f", "other"), spike_rate=(0.01, 0.02)).assign(**{"data.seq_len": [64, 128]})
-    (row,) = records(compare.levels(table, ["data.seq_len"], "data.seq_len", "spike_rate"))
+    table = pair(data_fingerprint=("f", "other"), spike_abs_rate=(0.01, 0.02)).assign(**{"data.seq_len": [64, 128]})
+    (row,) = records(compare.levels(table, ["data.seq_len"], "data.seq_len", "spike_abs_rate"))
     assert (row["pairs"], row["positive"], row["p"]) == (1, 1.0, 1.0)
 
 
@@ -297,7 +300,7 @@ def test_a_rate_model_that_says_more_than_the_data_is_refused(spikes: Any, axes:
 
 def test_spikes_of_different_rules_make_no_rate() -> None:
     table = counts({(1e-3, 1.0): [9, 9, 9], (1e-3, None): [9, 9, 9]})
-    table.loc[0, "detector_id"] = "mad-2"
+    table.loc[0, "detector_id"] = "jump-2"
     assert "not comparable" in (rates.rate_model(table, ["optim.clip"]).reason or "")
 
 
@@ -392,10 +395,78 @@ def test_first_spikes_of_trials() -> None:
     low, high = records(first.levels)
     assert (low["level"], low["trials"], low["spiked"], low["diverged"], low["censored"]) == (1e-3, 2, 0, 0, 2)
     assert (high["trials"], high["spiked"], high["diverged"], high["censored"]) == (3, 2, 1, 0)
-    assert (low["free"], low["low"], low["median_step"]) == (1.0, None, None)
-    assert (high["free"], high["median_step"], first.horizon) == (0.0, 30.0, 60.0)
+    assert (low["free"], low["high"], low["median_step"]) == (1.0, 1.0, None)
+    assert low["low"] == pytest.approx(0.025)  # Clopper-Pearson of 1 of 1: the other was not seen to the horizon
+    assert (high["free"], high["low"], high["median_step"], first.horizon) == (0.0, 0.0, 30.0, 100.0)
+    assert high["high"] == pytest.approx(stats.binomtest(0, 3).proportion_ci(method="exact").high)
+    assert (first.unseen, first.balanced) == (1, False)
     assert first.curves.groupby("level")["step"].agg(list).tolist() == [[40, 100], [20, 30, 60]]
     assert first.reason is None and first.p is not None
+
+
+@pytest.mark.parametrize(("n", "events"), [(6, 0), (6, 6), (2, 2), (1, 0)])
+def test_where_all_or_none_had_an_event_the_interval_is_exact(n: int, events: int) -> None:
+    rows = [trial(1e-2, seed=i, spike_first_step=40 + i if i < events else None) for i in range(n)]
+    (level,) = records(survival.first_spikes(pd.DataFrame(rows), "optim.lr").levels)
+    exact = stats.binomtest(n - events, n).proportion_ci(0.95, method="exact")
+    assert (level["low"], level["high"]) == pytest.approx((exact.low, exact.high))
+    if (n, events) == (6, 0):
+        assert level["low"] == pytest.approx(0.54, abs=5e-3)
+
+
+def test_a_level_that_was_not_seen_as_far_is_judged_where_all_were() -> None:
+    rows = [trial(1e-2, seed=i, steps_done=100) for i in range(3)] + [trial(1e-1, seed=0, steps_done=60)]
+    first = survival.first_spikes(pd.DataFrame([*rows, trial(1e-1, seed=1, spike_first_step=30)]), "optim.lr")
+    low, high = records(first.levels)
+    assert (first.horizon, low["free"], high["free"]) == (60.0, 1.0, 0.5)
+    assert low["low"] == pytest.approx(stats.binomtest(3, 3).proportion_ci(method="exact").low)
+
+
+def test_levels_are_compared_among_trials_that_are_equal_otherwise() -> None:
+    """Depth 8 spikes, depth 2 does not, and the rate changes nothing; but at depth 8 only the larger rate was tried."""
+    rows = [
+        trial(lr, depth, seed, spike_first_step=40 + seed if depth == 8 and seed % 4 else None)
+        for lr, depth, seeds in ((1e-2, 2, 8), (1e-1, 2, 8), (1e-1, 8, 16))
+        for seed in range(seeds)
+    ]
+    table = pd.DataFrame(rows)
+    pooled = survival.first_spikes(table, "optim.lr")
+    assert pooled.p is not None and pooled.p < 0.05 and not pooled.balanced  # what pooling would say
+    axes = ["model.depth", "optim.lr"]
+    strict = survival.first_spikes(table, "optim.lr", axes)
+    assert not strict.balanced and strict.p == 1.0
+    depth = survival.first_spikes(table[table["optim.lr"] == 0.1], "model.depth", axes)
+    assert depth.balanced is False and depth.p is not None and depth.p < 0.05
+    apart = table[(table["optim.lr"] == 0.1) == (table["model.depth"] == 8)]
+    assert survival.first_spikes(apart, "optim.lr", axes).reason == (
+        "no two levels were tried at equal levels of the other axes"
+    )
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_stratified_log_rank_against_statsmodels(groups: int) -> None:
+    rng = np.random.default_rng(7 + groups)
+    group, stratum = rng.integers(0, groups, 90), rng.integers(0, 4, 90)
+    time, event = np.ceil(rng.exponential(8 + 3 * group + 20 * stratum)), rng.random(90) < 0.7
+    chi2, p = survival.log_rank(time, event, group, stratum)
+    theirs, their_p = survdiff(time, event.astype(int), group, strata=stratum)
+    assert chi2 == pytest.approx(theirs) and p == pytest.approx(their_p, abs=0.03)
+    assert survival.log_rank(time, event, group)[0] != pytest.approx(theirs)  # the strata matter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [2, 3])
+def test_a_stratified_test_keeps_its_level_where_the_grid_has_holes(levels: int) -> None:
+    """400 null studies of 12 strata whose rates differ tenfold, a third of the trials missing at random."""
+    rng = np.random.default_rng(11)
+    p = []
+    for _ in range(400):
+        stratum, group = (a.ravel() for a in np.mgrid[:12, :levels])
+        stratum, group = np.repeat(stratum, 3), np.repeat(group, 3)
+        time = np.minimum(np.ceil(rng.exponential(np.geomspace(30, 300, 12)[stratum])), 100)
+        kept = rng.random(len(time)) < np.where(group == stratum % levels, 0.95, 0.5)
+        p.append(survival.log_rank(time[kept], time[kept] < 100, group[kept], stratum[kept])[1])
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.085
 
 
 def test_a_test_without_an_event_or_a_second_level_is_refused() -> None:
@@ -411,13 +482,13 @@ def test_a_test_without_an_event_or_a_second_level_is_refused() -> None:
 
 
 def full_grid(seeds: int = 3) -> pd.DataFrame:
-    """Loss: 3 parts from the rate, 1 from clipping, a little from the seed; spikes: chance alone."""
-    rng = np.random.default_rng(3)
+    """Loss: 3 parts from the rate, 1 from clipping, a little from the seed; x3 rate: chance alone."""
+    rng = np.random.default_rng(4)
     return pd.DataFrame(
         trial(
             lr, depth, seed, clip,
-            final_loss_capped=2 + 0.5 * (lr == 1e-2) + 0.2 * (clip is None) + 0.02 * seed, spike_rate=rng.random(),
-            grad_norm_log_sd=math.exp(depth), attn_logit_peak=7.0,
+            final_loss_capped=2 + 0.5 * (lr == 1e-2) + 0.2 * (clip is None) + 0.02 * seed + rng.normal(0, 0.02),
+            spike_abs_rate=rng.random(), grad_norm_log_sd=math.exp(depth), attn_logit_peak=7.0,
         )
         for lr in (1e-3, 1e-2, 1e-1) for depth in (2, 6) for clip in (1.0, None) for seed in range(seeds)
     )  # fmt: skip
@@ -438,13 +509,56 @@ def test_shares_are_those_of_an_analysis_of_variance() -> None:
     found = importance.importance(table, AXES)
     loss, rate, rough, logit = records(found)
     names = [*AXES, "seed"]
-    for row in (loss, rate):
-        values = table["final_loss_capped" if row["metric"] == "final_loss" else "spike_rate"]
-        assert [row[n] for n in names] == pytest.approx(variance_shares(table, values, names), abs=0.09)
-    assert (loss["trials"], loss["warning"], loss["reason"]) == (36, None, None)
+    expected = variance_shares(table, table["final_loss_capped"], names)
+    assert [loss[n] for n in names] == pytest.approx(expected, abs=0.05)
+    assert (loss["trials"], loss["warning"], loss["reason"]) == (36, None, None) and loss["p"] < 1e-6
     assert loss["optim.lr"] > 0.7 and rough["model.depth"] == pytest.approx(1.0, abs=0.02)
+    assert rate["optim.lr"] is None and rate["reason"].startswith("what the axes explain may be chance (p ")
     assert (logit["optim.lr"], logit["reason"]) == (None, "every trial has the same value")
     pd.testing.assert_frame_equal(importance.importance(table, AXES), found)
+
+
+@pytest.mark.parametrize("missing", [0, 9])
+def test_the_analysis_of_variance_against_statsmodels(missing: int) -> None:
+    """Full, and with holes, where the order of factors would matter to type I."""
+    rng = np.random.default_rng(missing)
+    a, b, c = (grid.ravel() for grid in np.mgrid[:3, :2, :4])
+    kept = np.sort(rng.permutation(len(a))[missing:])
+    levels = {"a": a[kept], "b": b[kept], "c": c[kept]}
+    y = 0.4 * a[kept] + 0.3 * b[kept] * (a[kept] == 1) + rng.normal(0, 0.5, len(kept))
+    shares, p = importance.analysis_of_variance(levels, y, ["a", "b"])
+    table = pd.DataFrame(levels | {"y": y})
+    full, null = ols("y ~ C(a) + C(b) + C(c)", table).fit(), ols("y ~ C(c)", table).fit()
+    theirs = anova_lm(full, typ=2)["sum_sq"]
+    total = np.sum((y - y.mean()) ** 2)
+    assert [shares[n] for n in "abc"] == pytest.approx([theirs[f"C({n})"] / total for n in "abc"])
+    assert p == pytest.approx(anova_lm(null, full)["Pr(>F)"].iloc[1])
+
+
+def test_chance_is_not_explained() -> None:
+    """300 null studies of 36 trials: in about one of twenty any statistic has shares at all."""
+    rng = np.random.default_rng(5)
+    frame = full_grid()
+    told = 0
+    for _ in range(300):
+        seeds = rng.normal(0, 1, 3)[frame["seed"]]  # trials of a seed read the same data
+        noise = {name: seeds + rng.normal(0, 1, len(frame)) for name in importance.OBJECTIVES}
+        columns = {compare.column(n): np.exp(0.1 * x) for n, x in noise.items()}
+        told += importance.importance(frame.assign(**columns), AXES)["reason"].isna().any()
+    assert 0 < told <= 0.08 * 300
+
+
+def test_shares_on_which_the_forest_and_the_analysis_of_variance_disagree_are_not_given() -> None:
+    """Deep models were trained at large rates only: which of the two costs the loss, the forest divides at will."""
+    table = full_grid(seeds=4)
+    loss = 2 + 0.2 * (table["model.depth"] == 6) + 0.3 * (table["optim.lr"] == 1e-1) + 0.01 * table["seed"]
+    table = table.assign(final_loss_capped=loss + np.random.default_rng(0).normal(0, 0.02, len(table)))
+    lopsided = table[(table["model.depth"] == 6) == (table["optim.lr"] == 1e-1) | (table["seed"] == 0)]
+    whole, part = (records(importance.importance(t, AXES))[0] for t in (table, lopsided))
+    assert whole["reason"] is None and whole["optim.lr"] > 0.5
+    assert part["optim.lr"] is None
+    found = re.fullmatch(r"the forest and the analysis of variance disagree: (.*)", part["reason"])
+    assert found and re.search(r"\d+ % against \d+ % for learning rate", found[1])
 
 
 def test_too_few_trials_are_warned_about() -> None:
@@ -454,13 +568,17 @@ def test_too_few_trials_are_warned_about() -> None:
     assert loss["optim.lr"] > 0.5
     one = records(importance.importance(table[:3], AXES))[0]
     assert (one["optim.lr"], one["reason"]) == (None, "3 trials, and it needs 4")
+    single = records(importance.importance(table[:4].assign(**{"optim.lr": [1.0, 2.0, 3.0, 4.0]}), AXES))[0]
+    assert (single["optim.lr"], single["reason"]) == (None, "as many levels as trials")
+    followed = table.assign(**{"optim.lr": 1.0 + table["seed"], "model.depth": 2, "optim.clip": 1.0})
+    assert records(importance.importance(followed, ["optim.lr"]))[0]["reason"] == "the axes change with the seed alone"
 
 
 def test_shares_of_losses_on_different_batches_are_refused() -> None:
     table = full_grid()
     table.loc[0, "eval_hash"] = "other"
-    loss, rate, *_ = records(importance.importance(table, AXES))
-    assert loss["reason"] == "eval_hash differs between trials: they are not comparable" and rate["reason"] is None
+    loss, _, rough, _ = records(importance.importance(table, AXES))
+    assert loss["reason"] == "eval_hash differs between trials: they are not comparable" and rough["reason"] is None
 
 
 def test_a_study_answers_all_of_it(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ LOG = ["2026 attempt 1: from step 0 of 200 on cpu", *(f"line {i}" for i in range
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four trials in two cells, of which two are spiky; one diverged, one failed, one damaged, one never started."""
+    """Four trials in two cells, of which two are rough; one diverged, one failed, one damaged, one never started."""
     folder = planted.plant_study(tmp_path_factory.mktemp("pages") / "planted", depths=(2,), lrs=(1e-3, 0.1), steps=200)
     diverged = planted.settings(2, 0.5, 1.0, 0, 200)
     planted.plant_trial(folder, diverged, nonfinite_at=70, steps_done=71, final_loss=math.nan, stop_reason="diverged")
@@ -100,7 +100,7 @@ def test_only_known_ids_become_links_and_text_is_escaped() -> None:
 
 
 def test_settings_that_differ_come_first_and_all_others_follow(path: Path, study: Study) -> None:
-    trial_id = ended(study, "spiky")
+    trial_id = ended(study, "rough")
     page = page_of(path, trial_id)
     seed = study.row(trial_id)["seed"]
     others = ", ".join(str(s) for s in range(3) if s != seed)
@@ -114,7 +114,7 @@ def test_settings_that_differ_come_first_and_all_others_follow(path: Path, study
 
 
 def test_statistics_are_those_of_the_table(path: Path, study: Study) -> None:
-    trial_id = ended(study, "spiky")
+    trial_id = ended(study, "rough")
     row = study.row(trial_id)
     shown = {r[1]: r for r in page_of(path, trial_id).table("All statistics")[1:]}
     assert list(shown) == list(COLUMNS)
@@ -134,7 +134,7 @@ def test_statistics_are_those_of_the_table(path: Path, study: Study) -> None:
 
 
 def test_spikes_and_replicates_are_those_of_the_tables(path: Path, study: Study) -> None:
-    trial_id = ended(study, "spiky")
+    trial_id = ended(study, "rough")
     page = page_of(path, trial_id)
     own = study.spikes[study.spikes["trial_id"] == trial_id].sort_values(["start", "series"])
     shown = page.table(f"{len(own)} spikes")
@@ -165,10 +165,10 @@ def test_the_log_ends_the_page_as_text(path: Path, study: Study) -> None:
 
 
 def test_figures_show_the_trace_and_the_layers(path: Path, study: Study) -> None:
-    spiky = page_of(path, ended(study, "spiky"))
-    alts = [a["alt"] for tag, a in spiky.tags if tag == "img"]
+    rough = page_of(path, ended(study, "rough"))
+    alts = [a["alt"] for tag, a in rough.tags if tag == "img"]
     assert len(alts) == 2 and re.search(r"\d spikes\.", alts[0]) and "At step" in alts[1]
-    assert [r[0] for r in spiky.table("Probes")][:2] == ["step", "0"]
+    assert [r[0] for r in rough.table("Probes")][:2] == ["step", "0"]
     stable = page_of(path, ended(study, "stable"))
     assert sum(tag == "img" for tag, _ in stable.tags) == 1
     assert "Map of the layers: left out, the gradient norm has no spike" in stable.text
@@ -182,15 +182,15 @@ def test_the_notable_are_drawn_and_the_rest_say_how_to(
 ) -> None:
     order = trial_page.notable(study)
     kinds = [trial_page.kind(study.row(t)) for t in order]
-    assert order[0] == study.typical() and kinds[1:] == ["diverged", "failed", "spiky", "spiky", "stable"]
+    assert order[0] == study.typical() and kinds[1:] == ["diverged", "failed", "rough", "rough", "stable"]
     monkeypatch.setattr(trial_page, "MOST_DRAWN", 2)
     copy = tmp_path / path.name
     shutil.copytree(path, copy)
     write_report(copy, lambda line: None)
     pages = {t: page_of(copy, t) for t in study.trials.index}
     assert {t for t, p in pages.items() if any(tag == "img" for tag, _ in p.tags)} == set(order[:2])
-    assert "the report draws the 2 most notable" in pages[ended(study, "spiky")].text
-    assert f'"{ended(study, "spiky")}").savefig' in pages[ended(study, "spiky")].text
+    assert "the report draws the 2 most notable" in pages[ended(study, "rough")].text
+    assert f'"{ended(study, "rough")}").savefig' in pages[ended(study, "rough")].text
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from stabstudy.analysis.study import Study
 AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
 """Suspects that get a figure of their own where they vary and are not the main axis."""
 
-METRICS = ("final_loss", "grad_norm_max_over_median", "spike_rate")
+METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
 
 ON_LOG = ("grad_norm_max_over_median",)
 """Of these the scale and the mean are those of the logarithm: one trial at fifty would hide all others."""
@@ -84,7 +84,8 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
         ax.set_visible(False)
     style.share_legend(figure)
     rows = [row for panel in panels for row in _rows(panel, axis, by)]
-    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", "low", "high", "n")
+    counts = ("n in the mean", "diverged")
+    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", "low", "high", *counts)
     pooled = [words.label(a) for a in grid.axes if a not in (axis, by)]
     apart = ", losses never over datasets" if any(panel.of for panel in panels) else ""
     over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
@@ -92,13 +93,14 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     lost = not any(panel.metric == "final_loss" for panel in panels)
     named = dict.fromkeys(words.STATISTICS.get(p.metric, plots.metric_label(p.metric)) for p in panels)
     caption = (
-        f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. Small marks are trials, lines "
-        f"their means (of {plots.metric_label(ON_LOG[0])} the geometric), bands 95 % t-intervals (from "
-        f"{plots.BAND_FROM} trials on); open triangles diverged.{over}"
+        f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. "
+        f"{plots.marks_said(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
+        f"{plots.metric_label(ON_LOG[0])} the geometric), bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
+        f"{over}"
         f"{' The loss is left out: trials were evaluated on different batches.' if lost else ''} Levels are compared "
         "pairwise in the forest plot."
     )
-    said = [f"{row[0]} {row[-4]} at {', '.join(row[1:-4])}" for row in rows[:24]]
+    said = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
     name = f"against-{axis.replace('.', '-').replace('_', '-')}"
     title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
@@ -115,5 +117,6 @@ def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]
             if len(found := at_level(members, axis, level)):
                 e = plots.mean_of(found, panel.metric, panel.log_y)
                 texts = [words.level(v, by or "") for v in levels]
-                numbers = map(words.number, (e.mean, e.low, e.high, e.n))
+                diverged = int((found["verdict"] == "diverged").sum())
+                numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
                 yield panel.name, *texts, words.level(level, axis), *numbers

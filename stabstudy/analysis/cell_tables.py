@@ -61,7 +61,8 @@ def _has_cases(study: Study) -> bool:
 
 def _rules(study: Study) -> dict[Any, str]:
     """(cell, verdict) -> the rules by which its trials got it."""
-    broken = study.trials[study.trials["verdict_rule"].notna()]
+    named = study.trials["verdict_rule"].notna() & (study.trials["verdict_rule"] != study.trials["verdict"])
+    broken = study.trials[named]
     by_verdict = broken.groupby(["cell_id", "verdict"])["verdict_rule"]
     return {at: f" ({', '.join(sorted(set(members)))})" for at, members in by_verdict}
 

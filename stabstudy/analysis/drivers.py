@@ -11,7 +11,7 @@ import pandas as pd
 from stabstudy.analysis import words
 from stabstudy.analysis.batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.blocks import Block, Table, Text
-from stabstudy.analysis.importance import too_few
+from stabstudy.analysis.importance import APART, too_few
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.sensitivity import LR, LR_MEANING
@@ -139,8 +139,9 @@ def _first(study: Study, axes: list[str]) -> Iterator[Block]:
         return
     yield Text(
         "Time to the first spike (Kaplan-Meier): the estimated share of trials without a spike and without divergence "
-        "up to the step named; a trial that ends without one counts as far as it was seen. p is the log-rank test over "
-        f"the levels of an axis, all other axes pooled, corrected (Holm) for {words.count(len(axes), 'test')}."
+        "up to the step named, all other axes pooled; a trial that ends without one counts as far as it was seen. "
+        "Intervals: Greenwood's, or exact where all or none had one. p is the log-rank test over the levels of an "
+        f"axis, among trials equal in all other axes, corrected (Holm) for {words.count(len(axes), 'test')}."
     )
     adjusted = dict(zip(axes, holm([float("nan") if f.p is None else f.p for f in found.values()]), strict=True))
     heads = ("axis", "level", "trials", "spiked", "diverged", "free of both", "95 % interval", "up to step", "p (Holm)")
@@ -149,6 +150,18 @@ def _first(study: Study, axes: list[str]) -> Iterator[Block]:
     for axis, f in found.items():
         if f.reason is not None:
             yield Text(f"No test along {words.label(axis)}: {f.reason}.")
+    yield from map(Text, dict.fromkeys(caveat for axis, f in found.items() for caveat in caveats(axis, f)))
+
+
+def caveats(axis: str, found: FirstSpikes) -> Iterator[str]:
+    """What keeps the curves from showing an axis alone, and the trials that are in none of them."""
+    if not found.balanced:
+        yield (
+            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
+            "its p does not."
+        )
+    if found.unseen:
+        yield f"In no curve: {words.count(found.unseen, 'done trial')} without an evaluable step."
 
 
 def _free(axis: str, found: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
@@ -228,8 +241,10 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
     names = [name for name in (*axes, "seed") if name in table]
     yield Text(
         "How much of the variance between trials each axis explains by itself (fANOVA), of roughness and attention "
-        "logits as logarithms. The seed explains nothing: what it seems to explain is chance, and an axis with no more "
-        "may be chance too. The rest is interaction and chance."
+        "logits as logarithms: where the axes explain more than chance (F test of all axes, Holm over the statistics) "
+        f"and a plain analysis of variance agrees within {100 * APART:.0f} percentage points. The seed explains "
+        "nothing: what it seems to explain is chance, and an axis with no more may be chance too. The rest is "
+        "interaction and chance."
     )
     known = [row for row in records(table) if row["reason"] is None]
     rows = tuple(
@@ -242,7 +257,8 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
         for row in known
     )
     numbers = (*map(words.label, names), "rest", "trials")
-    yield Table("Shares of variance", ("statistic", *numbers), rows, frozenset(numbers))
+    if rows:
+        yield Table("Shares of variance", ("statistic", *numbers), rows, frozenset(numbers))
     for row in records(table):
         if row["reason"] is not None:
             yield Text(f"Shares of the {words.STATISTICS[row['metric']]}: not computed: {row['reason']}.")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, curve_plots, effect_plots, sentences, style, words
+from stabstudy.analysis import compare, curve_plots, drivers, effect_plots, sentences, style, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
-PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_rate")
+PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_abs_rate")
 
 
 def figures(study: Study, main_axis: str | None) -> Iterator[Figure | Absent]:
@@ -44,8 +45,9 @@ def _sensitivity(study: Study) -> Iterator[Figure | Absent]:
     )
     said = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
     caption = (
-        f"LR sensitivity (see below) against {words.label(x)}, with its standard error over seeds. Open mark: the best "
-        "learning rate lies at an end of the grid, so a wider one may change the number."
+        f"LR sensitivity (see below) against {words.label(x)}, with its standard error over seeds, of {len(known)} of "
+        f"{words.count(len(table), 'recipe')}. Open mark: the best learning rate lies at an end of the grid, so a "
+        f"wider one may change the number.{_untrained(grid.trials)}"
     )
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "standard error", "seeds")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
@@ -73,15 +75,23 @@ def _first_spikes(study: Study, axis: str | None) -> Iterator[Figure | Absent]:
         f"{words.level(r['level'], axis)}: {r['spiked']} of {r['trials']} spiked, {r['diverged']} diverged"
         for r in records(found.levels)
     ]
+    seen, diverged = (int(found.levels[name].sum()) for name in ("trials", "diverged"))
     caption = (
         f"Kaplan-Meier: the estimated share of trials that had no spike of the gradient norm and did not diverge, per "
-        f"level of {words.label(axis)}, all other axes pooled. Steps down: first spikes; ticks: trials that ended free."
+        f"level of {words.label(axis)}, all other axes pooled. {words.count(seen, 'trial')}, {diverged} of which "
+        "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended free."
+        f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, found))}"
     )
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     drawing = style.draw(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
     title = f"Time to the first spike, by {words.label(axis)}"
     yield Figure("first-spikes", title, drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
+
+
+def _untrained(trials: pd.DataFrame) -> str:
+    n = int((trials["verdict"] == "diverged").sum())
+    return f" Diverged trials ({n} in the grid) count with the loss of the untrained model." if n else ""
 
 
 def _effects(study: Study) -> Iterator[Figure | Absent]:
@@ -106,21 +116,29 @@ def _effects(study: Study) -> Iterator[Figure | Absent]:
     caption = (
         f"What each axis changed, paired by seed and all other axes: mean difference and its 95 % t-interval (from "
         f"{effect_plots.INTERVAL_FROM} seeds on). Filled: the interval does not hold 0 (not corrected for the "
-        f"{len(rows)} comparisons; the corrected p stands in the table of paired differences)."
+        f"{len(rows)} comparisons; the corrected p stands in the table of paired differences). A pair needs the "
+        f"statistic in both trials{f': {lacking}' if (lacking := _lacking(study.trials, metrics)) else ''}."
     )
     said = [f"{sentences.step(r['axis'], r['a'], r['b'])}: {words.STATISTICS[r['metric']]} {_change(r)}" for r in rows]
-    heads = ("axis", "statistic", "change", "low", "high", "seeds")
+    heads = ("axis", "statistic", "change", "low", "high", "pairs", "seeds")
     texts = tuple(
         (
             sentences.step(r["axis"], r["a"], r["b"]),
             COLUMNS[r["metric"]].label,
-            *map(words.number, (r["difference"], r["low"], r["high"], r["seeds"])),
+            *map(words.number, (r["difference"], r["low"], r["high"], r["pairs"], r["seeds"])),
         )
         for r in rows
     )
     numbers = Table("Numbers of this figure", heads, texts, frozenset(heads[2:]), folded=True)
     alt = f"Forest plot. {'; '.join(said)}."
     yield Figure("paired-effects", "What each axis changed, pair by pair", style.draw(figure), alt, caption, numbers)
+
+
+def _lacking(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """`2 diverged without roughness`: how many diverged trials lack which of these statistics; empty: none."""
+    diverged = trials[trials["verdict"] == "diverged"]
+    without = {m: sum(not math.isfinite(v) for v in compare.values(diverged, m)) for m in metrics}
+    return words.listing([f"{n} diverged without {_name(m)}" for m, n in without.items() if n])
 
 
 def _change(row: dict[str, float]) -> str:
@@ -149,10 +167,11 @@ def _clipping(study: Study) -> Iterator[Figure | Absent]:
     ]
     above = int((trials["grad_norm_median"] > trials["optim.clip"]).sum())
     caption = (
-        "Left: median gradient norm before clipping of each trial against its clip threshold. Dashed: where they are "
-        f"equal; above it ({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the "
-        "threshold sets their size, not the gradient. Right: share of steps that were clipped, dashes their means. "
-        "All other settings are pooled."
+        f"{words.count(len(trials), 'done trial')} that clip by the norm{_unsettled(study)}. Left: median "
+        "gradient norm before clipping against the clip threshold. Dashed: where they are equal; above it "
+        f"({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the threshold sets "
+        "their size, not the gradient. Right: share of steps that were clipped, dashes their means. All other "
+        "settings are pooled."
     )
     figure = style.new_figure(9.2, 3.9, columns=2)
     effect_plots.clipping(study, figure.axes[0])
@@ -161,6 +180,14 @@ def _clipping(study: Study) -> Iterator[Figure | Absent]:
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Clip threshold against the norms"
     yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
+
+
+def _unsettled(study: Study) -> str:
+    """The trials that clip by the norm and ended before a median of it was known."""
+    lacking = effect_plots.norm_clipping(study)
+    lacking = lacking[lacking["grad_norm_median"].isna() | lacking["clip_share"].isna()]
+    diverged = int((lacking["verdict"] == "diverged").sum())
+    return f", {len(lacking)} more ({diverged} diverged) without a settled step" if len(lacking) else ""
 
 
 def _parallel(study: Study) -> Iterator[Figure | Absent]:
@@ -177,13 +204,16 @@ def _parallel(study: Study) -> Iterator[Figure | Absent]:
     drawing = effect_plots.parallel(grid, metrics)
     counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
     said = words.listing([f"{n} {v}" for v, n in counts if n])
+    lacking = _lacking(trials, metrics)
+    rest = int((grid.trials["state"] == "done").sum()) - len(trials)
     caption = (
         f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "
         "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest. A "
-        "statistic that a trial lacks is passed over."
+        f"statistic that a trial lacks is passed over{f': {lacking}' if lacking else ''}."
+        f"{f' Left out: {rest} done and not judged.' if rest else ''}"
         f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
     )
-    heads = ("coordinate", "lowest", "highest")
+    heads = ("coordinate", "lowest", "highest", "trials")
     rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics))
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
     alt = f"Parallel coordinates of {said} trials."
@@ -194,7 +224,9 @@ def _name(coordinate: str) -> str:
     return words.STATISTICS.get(coordinate, words.label(coordinate))
 
 
-def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
+def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str, str]:
+    """The ends of a coordinate, and the trials that have a value on it."""
     if name in study.axes:
-        return words.level(study.axes[name][0], name), words.level(study.axes[name][-1], name)
-    return effect_plots.ends(trials, name)
+        return words.level(study.axes[name][0], name), words.level(study.axes[name][-1], name), str(len(trials))
+    known = sum(map(math.isfinite, compare.values(trials, name)))
+    return *effect_plots.ends(trials, name), str(known)

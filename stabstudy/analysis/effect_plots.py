@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 INTERVAL_FROM = 3
 """Seeds from which a paired interval is drawn: that of two spans 12.7 standard errors on each side."""
-
-VERDICT_COLOURS = {"stable": style.GREEN, "spiky": "#b27b00", "rough": style.VERMILLION, "diverged": style.PURPLE}
 
 
 def effects(
@@ -46,7 +45,8 @@ def effects(
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.margins(x=0.1)
     style.few_ticks(ax, COLUMNS[metric].unit)
-    ax.set_xlabel(f"change of {style.plain(words.STATISTICS.get(metric, metric))}{_unit(metric)}")
+    named = f"change of {style.plain(words.STATISTICS.get(metric, metric))}{_unit(metric)}"
+    ax.set_xlabel(textwrap.fill(named, 36))
     return ax
 
 
@@ -114,9 +114,14 @@ def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
 
 def clipped_trials(study: Study) -> pd.DataFrame:
     """The done trials that `clipping` draws."""
+    trials = norm_clipping(study)
+    return trials[trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
+
+
+def norm_clipping(study: Study) -> pd.DataFrame:
+    """The done trials that clip by the norm."""
     trials = study.trials
-    drawn = (trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()
-    return trials[drawn & trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
+    return trials[(trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()]
 
 
 def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_log_sd"), ax: Axes | None = None) -> Axes:
@@ -140,15 +145,19 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
             # one artist for all: a thousand lines by themselves take three seconds
             ax.add_collection(
                 LineCollection(
-                    own, colors=VERDICT_COLOURS[verdict], linestyles=[style.DASHES[i]], label=verdict,
+                    own, colors=style.VERDICT_COLOURS[verdict], linestyles=[style.DASHES[i]], label=verdict,
                     linewidths=1.4 if i else 1.0, alpha=0.9 if i else max(0.08, min(0.45, 45 / len(own))),
                 )
             )  # fmt: skip
     for at, name in enumerate(names):
         low, high = _ends(name, trials, study)
-        ax.annotate(low, (at, 0), (0, -4), textcoords="offset points", ha="center", va="top", fontsize=8)
-        ax.annotate(high, (at, 1), (0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=8)
-    ax.set_xticks(range(len(names)), [style.plain(words.STATISTICS.get(n, words.label(n))) for n in names])
+        for text, y, va in ((low, 0, "top"), (high, 1, "bottom")):
+            ax.annotate(
+                text, (at, y), (0, 8 * y - 4), textcoords="offset points", ha="center", va=va, fontsize=8,
+                color=style.INK,
+            )  # fmt: skip
+    named = [style.plain(words.STATISTICS.get(n, words.label(n))) for n in names]
+    ax.set_xticks(range(len(names)), [textwrap.fill(name, 80 // len(names)) for name in named])
     ax.tick_params(axis="x", pad=16, labelsize=8)
     ax.set(xlim=(-0.2, len(names) - 0.8), ylim=(-0.02, 1.02), yticks=[])
     ax.spines[["left", "bottom"]].set_visible(False)

@@ -55,8 +55,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
 
 def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     for metric, log_y, name in CURVES:
-        drawable = plots.drawable(study.trials, metric)
-        if not len(drawable):
+        if not len(plots.drawable(study.trials, metric)):
             yield Absent(name, "no done trial has it")
             continue
         if metric in compare.ON_EVALUATION and _mixed(study, layout):
@@ -68,12 +67,10 @@ def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
             layout.over,
         )
         against = f"{name} against {words.label(layout.x)}"
-        diverged = int((drawable["verdict"] == "diverged").sum())
         caption = (
-            f"{against}, on the {words.count(len(drawable), 'done trial')} that have it. Small marks are trials, lines "
-            f"their {'geometric ' if log_y else ''}means, bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
-            f"{_extremes(study, layout, metric, log_y)}{pooled(layout)}{_triangles(diverged)}"
-            f"{_left_out(study, len(drawable))}"
+            f"{against}. {plots.marks_said(study.trials, [metric])} Lines are {'geometric ' if log_y else ''}means, "
+            f"bands 95 % t-intervals (from {plots.BAND_FROM} trials on).{_extremes(study, layout, metric, log_y)}"
+            f"{pooled(layout)}"
         )
         table = _curve_table(study, layout, metric, log_y)
         alt = _curve_alt(study, layout, metric, log_y, against)
@@ -88,14 +85,14 @@ def _mixed(study: Study, layout: Layout) -> bool:
 
 def _curve_table(study: Study, layout: Layout, metric: str, log_y: bool) -> Table:
     axes = layout.axes(study)
-    heads = (*map(words.heading, axes), plots.metric_label(metric), "low", "high", "n", "diverged")
+    heads = (*map(words.heading, axes), plots.metric_label(metric), "low", "high", "n in the mean", "diverged")
     rows = []
     for levels, trials in points(study, layout, metric):
         drawn = plots.drawable(trials, metric)
         if len(drawn):
             e = plots.mean_of(drawn, metric, log_y)
             diverged = int((drawn["verdict"] == "diverged").sum())
-            numbers = map(words.number, (e.mean, e.low, e.high, len(drawn), diverged))
+            numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
             rows.append((*level_texts(axes, levels), *numbers))
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
 
@@ -138,15 +135,6 @@ def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: 
     if len(lines) > MOST_LINES_SAID:
         parts.append(f"{len(lines) - MOST_LINES_SAID} more lines: see the numbers of this figure.")
     return " ".join(parts)
-
-
-def _triangles(diverged: int) -> str:
-    return f" Open triangles on the upper edge: {words.count(diverged, 'diverged trial')}." if diverged else ""
-
-
-def _left_out(study: Study, drawn: int) -> str:
-    rest = len(study.trials) - drawn
-    return f" {words.count(rest, 'trial')} without a value left out." if rest else ""
 
 
 def _file(metric: str) -> str:

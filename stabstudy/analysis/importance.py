@@ -1,31 +1,39 @@
 """Which axes a statistic depends on: the share of its variance that each axis explains by itself (optuna's fANOVA).
 
 Functional ANOVA on a random forest (Hutter, Hoos & Leyton-Brown, ICML 2014) and not PED-ANOVA, which answers another
-question: what sets the best tenth of the trials apart. On a full grid fANOVA's shares are those of a plain analysis of
-variance, and what is missing to 1 is interaction and chance. The seed stands beside the axes as the measure of chance:
-a seed explains nothing, so what it seems to explain, any axis may seem to.
+question: what sets the best tenth of the trials apart. A forest also fits noise: where nothing but chance is at work it
+gives an axis 8 % that explains 2 %. So its shares are given only where the axes together explain more than chance (F
+test of their main effects, Holm's p below .05 over the statistics), and where a plain analysis of variance (type II
+sums of squares over the total) finds each of them within 10 percentage points; else the reason. The seed stands beside
+the axes as the measure of chance: it explains nothing, so what it seems to explain, any axis may seem to. What is
+missing to 1 is interaction and chance.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import fdtrc
 
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import column, mixed
+from stabstudy.analysis.compare import mixed
+from stabstudy.analysis.compare import values as values_of
 from stabstudy.analysis.levels import levels_of, plain
+from stabstudy.analysis.paired import holm
 from stabstudy.analysis.workers import spread
 from stabstudy.stability.sensitivity import Refused
 
-OBJECTIVES = {"final_loss": False, "spike_rate": False, "grad_norm_log_sd": True, "attn_logit_peak": True}
+OBJECTIVES = {"final_loss": False, "spike_abs_rate": False, "grad_norm_log_sd": True, "attn_logit_peak": True}
 """Statistic -> whether its logarithm is explained: those that reach over decades would else be all largest values."""
 
 ENOUGH = 10  # trials per axis, the seed not counted; under it the shares are mostly chance
 FEWEST = 4  # trials
+APART = 0.10  # of the variance; shares of the forest and of the analysis of variance that differ by more are not given
+CHANCE = 0.05  # p from which what the axes explain may be chance
 
 _TRIAL_S = 0.01
 """Seconds for each trial, roughly."""
@@ -34,14 +42,33 @@ _TRIAL_S = 0.01
 def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """A row per statistic of OBJECTIVES: the share of its variance that each axis and the seed explain.
 
-    Columns: `metric`, `trials`, a column per axis and `seed` (where more than one), `warning` where the trials are too
-    few to trust it (under 10 per axis), `reason` where the shares are null. Done trials with the statistic; a diverged
-    trial's loss is that of the untrained model. The same trials give the same shares.
+    Columns: `metric`, `trials`, a column per axis and `seed` (where more than one), `p` (of "no axis has an effect",
+    Holm over the statistics), `warning` where the trials are too few to trust it (under 10 per axis), `reason` where
+    the shares are null. Done trials with the statistic; a diverged trial's loss is that of the untrained model. The
+    same trials give the same shares.
     """
     names = [*axes, *(["seed"] if trials["seed"].nunique() > 1 else [])]
     done = trials[trials["state"] == "done"]
-    rows = spread(functools.partial(_rows, done, names, len(axes)), list(OBJECTIVES), _TRIAL_S * len(done))
-    return pd.DataFrame(rows, columns=["metric", "trials", *names, "warning", "reason"])
+    samples = [_sample(done, names, metric) for metric in OBJECTIVES]
+    adjusted = holm([sample.p for sample in samples])
+    rows: list[dict[str, object]] = [
+        {
+            "metric": metric,
+            "trials": len(sample.values),
+            "p": p,
+            "warning": too_few(len(sample.values), len(axes)),
+            "reason": sample.reason or (None if p < CHANCE else f"what the axes explain may be chance (p {p:.2g})"),
+        }
+        for metric, sample, p in zip(OBJECTIVES, samples, adjusted, strict=True)
+    ]
+    due = [sample for sample, row in zip(samples, rows, strict=True) if row["reason"] is None]
+    shares = iter(spread(_forests, due, _TRIAL_S * len(done)))
+    for row, sample in zip(rows, samples, strict=True):
+        if row["reason"] is None:
+            forest = next(shares)
+            row["reason"] = _disagreement(forest, sample.shares)
+            row |= {} if row["reason"] else forest
+    return pd.DataFrame(rows, columns=["metric", "trials", *names, "p", "warning", "reason"])
 
 
 def too_few(trials: int, axes: int) -> str | None:
@@ -52,52 +79,107 @@ def too_few(trials: int, axes: int) -> str | None:
     return f"{named}, and it needs {ENOUGH} for each: mostly chance"
 
 
-def _rows(done: pd.DataFrame, names: Sequence[str], axes: int, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    return [_row(done, names, axes, metric) for metric in metrics]
+@dataclass(frozen=True)
+class _Sample:
+    """What one statistic's shares are made from. `reason`: why there are none; then `p` is NaN."""
+
+    levels: dict[str, NDArray[np.intp]]  # of each axis that varies (and the seed): the rank of each trial's level
+    values: NDArray[np.float64]  # [trials], logarithms where OBJECTIVES says so
+    shares: dict[str, float]  # of the analysis of variance
+    p: float
+    reason: str | None = None
 
 
-def _row(done: pd.DataFrame, names: Sequence[str], axes: int, metric: str) -> dict[str, Any]:
-    known = done[done[column(metric)].notna()]
-    if OBJECTIVES[metric]:
-        known = known[known[column(metric)] > 0]
-    row = {"metric": metric, "trials": len(known), "warning": too_few(len(known), axes)}
-    try:
-        return row | _shares(known, names, metric) | {"reason": None}
-    except Refused as refused:
-        return row | {"reason": str(refused)}
-
-
-def _shares(known: pd.DataFrame, names: Sequence[str], metric: str) -> dict[str, float]:
-    """Raises Refused where there is nothing to explain."""
-    if different := mixed(known, metric):
-        raise Refused(f"{words.listing(different)} differs between trials: they are not comparable")
-    if len(known) < FEWEST:
-        raise Refused(f"{words.count(len(known), 'trial')}, and it needs {FEWEST}")
-    values = known[column(metric)].to_numpy(np.float64)
+def _sample(done: pd.DataFrame, names: Sequence[str], metric: str) -> _Sample:
+    values = np.array(values_of(done, metric))
+    known = np.isfinite(values) & ((values > 0) | (not OBJECTIVES[metric]))
+    trials, values = done[known], values[known]
     values = np.log(values) if OBJECTIVES[metric] else values
-    if not np.isfinite(values).all() or np.ptp(values) == 0:
+    ranks = {n: {level: i for i, level in enumerate(levels_of(trials[n]))} for n in names}
+    levels = {n: np.array([own[plain(v)] for v in trials[n]]) for n, own in ranks.items() if len(own) > 1}
+    try:
+        _check(trials, levels, values, metric)
+        shares, p = analysis_of_variance(levels, values, [n for n in levels if n != "seed"])
+    except Refused as refused:
+        return _Sample(levels, values, {}, float("nan"), str(refused))
+    return _Sample(levels, values, shares, p)
+
+
+def _check(trials: pd.DataFrame, levels: dict[str, NDArray[np.intp]], values: NDArray[np.float64], metric: str) -> None:
+    """Raises Refused where there is nothing to explain."""
+    if different := mixed(trials, metric):
+        raise Refused(f"{words.listing(different)} differs between trials: they are not comparable")
+    if len(trials) < FEWEST:
+        raise Refused(f"{words.count(len(trials), 'trial')}, and it needs {FEWEST}")
+    if np.ptp(values) == 0:
         raise Refused("every trial has the same value")
-    varied = [name for name in names if len(levels_of(known[name])) > 1]
-    return _fanova(known, varied, values)
+    if not set(levels) - {"seed"}:
+        raise Refused("nothing varies but the seed")
 
 
-def _fanova(known: pd.DataFrame, names: Sequence[str], values: np.ndarray[Any, Any]) -> dict[str, float]:
+def analysis_of_variance(
+    levels: dict[str, NDArray[np.intp]], values: NDArray[np.float64], tested: Sequence[str]
+) -> tuple[dict[str, float], float]:
+    """Each factor's share of the variance by itself, and the p of "none of the `tested` has an effect".
+
+    Main effects alone, type II: what a factor explains beyond all others, over the total sum of squares. On a full grid
+    the order of factors makes no difference, and the shares add up to what the model explains. p: F test of the tested
+    factors together, given the others. Raises Refused where no trial is left to estimate chance from.
+
+    Args:
+        levels: Of each factor, the number of each trial's level, shape [trials].
+        values: Shape [trials].
+        tested: Names of factors.
+    """
+    rest, free = _residual(list(levels.values()), values)
+    if free <= 0:
+        raise Refused("as many levels as trials")
+    total, _ = _residual([], values)
+    without = {n: _residual([v for name, v in levels.items() if name != n], values)[0] for n in levels}
+    shares = {n: max(0.0, left - rest) / total for n, left in without.items()}
+    null, null_free = _residual([v for name, v in levels.items() if name not in tested], values)
+    if null_free == free:
+        raise Refused("the axes change with the seed alone")
+    if rest <= 1e-12 * total:
+        return shares, 0.0
+    explained = (null - rest) / (null_free - free)
+    return shares, float(fdtrc(null_free - free, free, explained / (rest / free)))
+
+
+def _residual(factors: Sequence[NDArray[np.intp]], values: NDArray[np.float64]) -> tuple[float, int]:
+    """Sum of squares that is left when each factor's levels have their own effect, and its degrees of freedom."""
+    indicators = [(f[:, None] == np.arange(1, f.max() + 1)).astype(np.float64) for f in factors]
+    design = np.column_stack([np.ones(len(values)), *indicators])
+    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    return float(np.sum((values - design @ effects) ** 2)), len(values) - int(rank)
+
+
+def _disagreement(forest: dict[str, float], plain_shares: dict[str, float]) -> str | None:
+    apart = {n: share for n, share in forest.items() if abs(share - plain_shares[n]) > APART}
+    said = [f"{forest[n]:.0%} against {plain_shares[n]:.0%} for {words.label(n)}".replace("%", " %") for n in apart]
+    return f"the forest and the analysis of variance disagree: {words.listing(said)}" if said else None
+
+
+def _forests(samples: Sequence[_Sample]) -> list[dict[str, float]]:
+    return [_fanova(sample) for sample in samples]
+
+
+def _fanova(sample: _Sample) -> dict[str, float]:
     import optuna  # here and not above: with scikit-learn it takes two seconds, and most of a study needs none of it
     from optuna.distributions import FloatDistribution
     from optuna.importance import FanovaImportanceEvaluator
 
     # Each level by its rank, in a box that gives each rank the same width: fANOVA averages over the box, ignores
     # log=True, and would weigh a level by how far it lies from the next one.
-    ranks = {n: {level: i for i, level in enumerate(levels_of(known[n]))} for n in names}
-    box = {n: FloatDistribution(-0.5, len(levels) - 0.5) for n, levels in ranks.items()}
+    box = {n: FloatDistribution(-0.5, ranks.max() + 0.5) for n, ranks in sample.levels.items()}
     loud = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.create_study()
     finally:
         optuna.logging.set_verbosity(loud)
-    for trial, value in zip(known.to_dict("records"), values, strict=True):
-        params = {n: float(ranks[n][plain(trial[n])]) for n in names}
+    for i, value in enumerate(sample.values):
+        params = {n: float(ranks[i]) for n, ranks in sample.levels.items()}
         study.add_trial(optuna.trial.create_trial(params=params, distributions=box, value=float(value)))
     # not get_param_importances: that one scales the shares to a sum of 1, and hides how much is left unexplained
     return dict(FanovaImportanceEvaluator(seed=0).evaluate(study))

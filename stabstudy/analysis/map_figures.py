@@ -28,7 +28,13 @@ MOST_ROWS_SAID = 4
 """Rows of the stability map that a caption names beside each limit."""
 
 MOST_PAIRS = 4
-"""Other pairs of axes than the main one that get a map of the spike rate, in the order of the settings."""
+"""Other pairs of axes than the main one that get a map of PAIRED, in the order of the settings."""
+
+PAIRED = "spike_abs_rate"
+
+
+COUNTS = ("n", "without it", "not stable")
+"""Heads of the counts beside a mean: the done trials that it is over, those that lack the statistic, and of both."""
 
 
 def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -108,57 +114,69 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     )
     what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
     low, high = (map_plots.text(v, value) for v in map_plots.scale(value, top))
-    mean = "" if value == DIVERGED else "the mean "
+    mean = "over the n done trials" if value == DIVERGED else "the mean over the n done trials that have it"
     caption = (
-        f"{what}: {mean}over n done trials, {sum(f.n for f in fields)} in all. Below it, how many of the n are not "
-        f"stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a cross: "
-        f"at least one diverged.{pooled(layout)}"
+        f"{what}: {mean}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below it, how many "
+        f"trials are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a "
+        f"cross: at least one diverged.{pooled(layout)}"
     )
     peak = f" Highest: {map_plots.text(top, value)} at {said_levels(axes, highest.levels)}." if highest else ""
-    heads = (*map(words.heading, axes), map_plots.label(value), "n", "not stable")
-    rows = [(*level_texts(axes, f.levels), f.text(value), str(f.n), str(f.not_stable)) for f in fields]
+    heads = (*map(words.heading, axes), map_plots.label(value), *COUNTS)
+    rows = [(*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
     title = f"{map_plots.label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}"
     return Figure(f"{value.replace('_', '-')}-map", title, style.draw(figure), f"Map. {what}.{peak}", caption, table)
 
 
 def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
-    """The spike rate over pairs of axes that no map above shows, each pooled over all other axes."""
+    """PAIRED over pairs of axes that no map above shows, each pooled over all other axes."""
     pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
     if not pairs:
         return
     drawn = [_turned(study, *pair) for pair in pairs[:MOST_PAIRS]]
     fields = {pair: _fields(study, Layout(*pair, [], [])) for pair in drawn}
-    top = max((v for of in fields.values() for f in of if (v := f.mean("spike_rate")) == v), default=0.0)
+    top = max((v for of in fields.values() for f in of if (v := f.mean(PAIRED)) == v), default=0.0)
     columns = min(2, len(drawn))
     tall = sum(max(_height(study, y) for _, y in drawn[i : i + columns]) for i in range(0, len(drawn), columns))
     figure = style.new_figure(6.6 if columns == 1 else 9.2, tall, rows=-(-len(drawn) // columns), columns=columns)
     for ax, (x, y) in zip(figure.axes, drawn, strict=False):
-        plots.stability_map(study, x, y, "spike_rate", top, ax)
+        plots.stability_map(study, x, y, PAIRED, top, ax)
     for ax in figure.axes[len(drawn) :]:
         ax.set_visible(False)
     named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
-    high = map_plots.text(map_plots.scale("spike_rate", top)[1], "spike_rate")
+    high = map_plots.text(map_plots.scale(PAIRED, top)[1], PAIRED)
     caption = (
-        f"Spike rate over {'; '.join(named)}: the mean over n done trials, every other axis pooled. Colours run from 0 "
-        f"(dark) to {high} (light); hatched: no done trial; a cross: at least one diverged."
+        f"{VALUES[PAIRED]} over {'; '.join(named)}: the mean over the n done trials that have it, every other axis "
+        f"pooled{_lacking(next(iter(fields.values())), PAIRED)}. Colours run from 0 (dark) to {high} (light); hatched: "
+        "no done trial; a cross: at least one diverged."
     )
     if more := len(pairs) - len(drawn):
         caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
-    heads = ("axis", "level", "axis", "level", "spike rate", "n", "not stable")
+    heads = ("axis", "level", "axis", "level", map_plots.label(PAIRED), *COUNTS)
     rows = tuple(
         (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
-         f.text("spike_rate"), str(f.n), str(f.not_stable))
+         f.text(PAIRED), *f.counts(PAIRED))
         for (x, y), found in fields.items() for f in found
     )  # fmt: skip
     said = [f"{name}: {_span(found)}" for name, found in zip(named, fields.values(), strict=True)]
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads[4:]), folded=True)
-    alt = f"Maps of the spike rate. {'; '.join(said)}."
-    yield Figure("spike-rate-pairs", "Spike rate over other pairs of axes", style.draw(figure), alt, caption, numbers)
+    what = map_plots.label(PAIRED)
+    alt = f"Maps of the {what}. {'; '.join(said)}."
+    title = f"{what.capitalize()} over other pairs of axes"
+    yield Figure(f"{PAIRED.replace('_', '-')}-pairs", title, style.draw(figure), alt, caption, numbers)
+
+
+def _lacking(fields: list[_Field], value: str) -> str:
+    """`; 2 diverged without it`: the done trials that no field's mean holds."""
+    lacking = [f.trials.drop(map_plots.having(f.trials, value).index) for f in fields]
+    diverged = sum(int((trials["verdict"] == DIVERGED).sum()) for trials in lacking)
+    others = sum(map(len, lacking)) - diverged
+    said = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
+    return f"; {words.listing(said)} without it" if said else ""
 
 
 def _span(fields: list[_Field]) -> str:
-    means = sorted(v for f in fields if (v := f.mean("spike_rate")) == v)
+    means = sorted(v for f in fields if (v := f.mean(PAIRED)) == v)
     return f"{words.percent(means[0])} to {words.percent(means[-1])}" if means else "not known"
 
 
@@ -190,6 +208,14 @@ class _Field:
     @property
     def not_stable(self) -> int:
         return sum(map(self.count, VERDICTS[1:]))
+
+    def having(self, value: str) -> int:
+        return len(map_plots.having(self.trials, value))
+
+    def counts(self, value: str) -> tuple[str, str, str]:
+        """COUNTS, in words."""
+        known = self.having(value)
+        return str(known), str(self.n - known), str(self.not_stable)
 
     @property
     def said(self) -> str:

@@ -24,11 +24,6 @@ DIVERGED = "diverged"
 SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
 """Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
 
-VERDICT_LOOKS = {
-    "stable": ("●", "#cfe8dd"), "spiky": ("▲", "#f5e3b3"), "rough": ("◆", "#f7cdb5"), "diverged": ("✕", "#e3b7d2"),
-}  # fmt: skip
-"""Sign, and the ground of a field whose worst trial is that; near-black reads on each (over 10:1)."""
-
 LIMIT_COLOURS = ("#fefefe", "#0b3d91")
 """Frame and core of the line that ends the stable levels of a row."""
 
@@ -46,8 +41,9 @@ def stability_map(
 ) -> Axes:
     """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
 
-    `value`: a statistic, or "diverged" for the share of trials that did. `highest`: the largest value of several maps
-    that are to be compared. The colours run over `scale(value, highest)`, not over what happens to be there.
+    `value`: a statistic, or "diverged" for the share of trials that did. n: the done trials that have it (`2 of 3`
+    where some lack it). `highest`: the largest value of several maps that are to be compared. The colours run over
+    `scale(value, highest)`, not over what happens to be there.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     columns, rows = _sides(study, x, y)
@@ -59,7 +55,8 @@ def stability_map(
         levels = (columns.levels[i], rows.levels[j])
         if levels in fields:
             share = (means[levels] - low) / (high - low)
-            _draw_field(ax, (i, j), fields[levels], text(means[levels], value), share, size)
+            lines = [text(means[levels], value), _n(fields[levels], value)]
+            _draw_field(ax, (i, j), fields[levels], lines, share, size)
         else:
             _hatch(ax, (i, j))
     _frame(ax, columns, rows)
@@ -68,7 +65,7 @@ def stability_map(
 
 
 def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: Axes | None = None) -> Axes:
-    """How many trials of each field are stable, spiky and diverged, and per row how far x can be raised.
+    """How many trials of each field have each verdict, and per row how far x can be raised.
 
     A field's ground is that of its worst verdict. In each row of an x with an order a heavy line ends the levels up to
     which every trial is stable (`compare.limits`): solid where the next level was seen to be unstable, dashed where it
@@ -76,7 +73,7 @@ def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: A
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     columns, rows = _sides(study, x, y)
-    fields = dict(split(_done(study, x, y, "spike_rate"), {x: columns.levels, y: rows.levels}))
+    fields = dict(split(_done(study, x, y, DIVERGED), {x: columns.levels, y: rows.levels}))
     size = _font(columns, rows)
     for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
         levels = (columns.levels[i], rows.levels[j])
@@ -106,6 +103,11 @@ def mean(trials: pd.DataFrame, value: str) -> float:
     return compare.mean(trials, value).mean
 
 
+def having(trials: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The trials that `mean` is over: a trial that diverged early may lack a statistic."""
+    return trials if value == DIVERGED else trials[[math.isfinite(v) for v in compare.values(trials, value)]]
+
+
 def scale(value: str, highest: float) -> tuple[float, float]:
     """The values at the dark and at the light end of the colours."""
     low, least = SCALES.get(value, (0.0, 0.0))
@@ -120,6 +122,11 @@ def text(value: float, name: str) -> str:
 def label(value: str) -> str:
     """What a map shows, in words."""
     return "share diverged" if value == DIVERGED else words.STATISTICS.get(value, COLUMNS[value].label)
+
+
+def _n(trials: pd.DataFrame, value: str) -> str:
+    n = len(having(trials, value))
+    return f"n={n}" if n == len(trials) else f"n={n} of {len(trials)}"
 
 
 def _sides(study: Study, x: str, y: str) -> tuple[Positions, Positions]:
@@ -148,17 +155,19 @@ def _frame(ax: Axes, columns: Positions, rows: Positions) -> None:
     ax.grid(False)
 
 
-def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str, share: float, size: float) -> None:
-    """One field of a map: colour, value, n, and how many of its trials were not stable."""
+def _draw_field(
+    ax: Axes, at: tuple[int, int], trials: pd.DataFrame, lines: Sequence[str], share: float, size: float
+) -> None:
+    """One field of a map: colour, value and n (`lines`), and how many of its trials were not stable."""
     from matplotlib.patches import Rectangle
 
     corner = (at[0] - 0.5, at[1] - 0.5)
     ground = style.field_colour(share)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
     bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
-    lines = [shown, f"n={len(trials)}", *(f"{n} {verdict}" for verdict, n in bad.items() if n)]
+    unstable = [f"{n} {verdict}" for verdict, n in bad.items() if n]
     ink = style.field_text_colour(ground)
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color=ink, fontsize=size, gid="field")
+    ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
     if bad["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 
@@ -166,11 +175,11 @@ def _draw_field(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, shown: str,
 def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
     from matplotlib.patches import Rectangle
 
-    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICT_LOOKS}
-    worst = next((v for v in reversed(VERDICT_LOOKS) if found[v]), None)
-    ground = style.GRID if worst is None else VERDICT_LOOKS[worst][1]
+    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    worst = next((v for v in reversed(VERDICTS) if found[v]), None)
+    ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    lines = [f"{VERDICT_LOOKS[v][0]} {n} {v}" for v, n in found.items() if n]
+    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in found.items() if n]
     if rest := len(trials) - sum(found.values()):
         lines.append(f"○ {rest} not judged")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -24,7 +24,8 @@ def figures(study: Study, axis: str) -> Iterator[Figure | Absent]:
 
 
 def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
-    found, read = norm_plots.read_ratios(study, axis)
+    ratios = norm_plots.read_ratios(study, axis)
+    found = ratios.values
     if not found:
         yield Absent("Gradient norms over their recent median", "no settled step has one")
         return
@@ -46,13 +47,22 @@ def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
     caption = (
         f"Share of steps at which the gradient norm before clipping is at least so many times the median of the "
         f"{window} norms before it (one minus the empirical distribution; both scales logarithmic), after the warmup, "
-        f"per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From {words.count(len(read), 'trace')}: at "
-        f"most {norm_plots.TRIALS_PER_LEVEL} of each level, evenly chosen."
+        f"per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From {_traces(study, ratios.read)}: at most "
+        f"{norm_plots.TRIALS_PER_LEVEL} of each level, evenly chosen.{_without_step(study, ratios.empty)}"
     )
     drawing = style.draw(norm_plots.norm_ratios(study, axis, found).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Gradient norms over their recent median"
     yield Figure("norm-ratios", title, drawing, f"Step chart. {said}.", caption, table)
+
+
+def _traces(study: Study, trial_ids: Sequence[str]) -> str:
+    diverged = sum(study.row(t)["verdict"] == "diverged" for t in trial_ids)
+    return f"{words.count(len(trial_ids), 'trace')}{f' ({diverged} diverged)' if diverged else ''}"
+
+
+def _without_step(study: Study, trial_ids: Sequence[str]) -> str:
+    return f" Without such a step: {_traces(study, trial_ids)} more." if trial_ids else ""
 
 
 def _accumulation(study: Study) -> Iterator[Figure | Absent]:

@@ -52,7 +52,7 @@ def norm_ratios(
     logarithmic: the distribution's upper tail is what spikes are.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    found = read_ratios(study, by)[0] if ratios is None else ratios
+    found = read_ratios(study, by).values if ratios is None else ratios
     levels = list(found)
     for i, (level, colour) in enumerate(zip(levels, style.colours(levels), strict=True)):
         values = np.sort(found[level])
@@ -80,25 +80,34 @@ def norm_ratios(
     return ax
 
 
-def read_ratios(study: Study, by: str) -> tuple[dict[Level, NDArray[np.float64]], list[str]]:
-    """Per level of `by` the ratios of its trials' settled steps, and the ids of the trials that were read.
+@dataclass(frozen=True)
+class Ratios:
+    """Ratios of settled steps: `values` per level, of the traces in `read`; those in `empty` have no such step."""
+
+    values: dict[Level, NDArray[np.float64]]
+    read: list[str]
+    empty: list[str]
+
+
+def read_ratios(study: Study, by: str) -> Ratios:
+    """The ratios of the settled steps per level of `by`.
 
     At most 6 levels, evenly chosen, and 4 done trials of each, evenly chosen in the order of the table.
     """
     done = study.trials[study.trials["state"] == "done"]
     levels = [v for v in study.axes[by] if len(at_level(done, by, v))]
-    found: dict[Level, NDArray[np.float64]] = {}
-    read: list[str] = []
+    found = Ratios({}, [], [])
     for level in _evenly(levels, MOST_LEVELS):
         parts = []
         for trial_id in _evenly([str(t) for t in at_level(done, by, level).index], TRIALS_PER_LEVEL):
             rows = _trace(study, trial_id)
             if rows is not None:
-                parts.append(ratios_of(rows, study.row(trial_id)["optim.warmup_steps"] or 0, study.rules))
-                read.append(trial_id)
+                own = ratios_of(rows, study.row(trial_id)["optim.warmup_steps"] or 0, study.rules)
+                (found.read if len(own) else found.empty).append(trial_id)
+                parts.append(own)
         if parts and len(pooled := np.concatenate(parts)):
-            found[level] = pooled
-    return found, read
+            found.values[level] = pooled
+    return found
 
 
 def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:

@@ -106,7 +106,7 @@ def _asked(study: Study) -> Iterator[Block]:
             "that leaves steps out are its rows."
         )
     title = f"Parameters of the rules ({study.rules.detector_id})"
-    rows = [(name, f"{value:g}") for name, value in study.rules.parameters().items()]
+    rows = [(name, str(value)) for name, value in study.rules.parameters().items()]
     yield Table(title, ("parameter", "value"), tuple(rows), frozenset({"value"}), folded=True)
 
 

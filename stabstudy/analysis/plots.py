@@ -13,6 +13,7 @@ No trial is left out silently: a diverged one is an open triangle on the upper e
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def curves(
             _draw_group(ax, at_level(trials, by, level), metric, positions, look, log_y)
         style.legend(ax, words.heading(by))
     positions.apply_x(ax)
-    ax.set_ylabel(style.plain(metric_label(metric)))
+    ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric)), 34))
     _limit_to_dots(ax, trials, metric, log_y)
     if metric == "attn_logit_peak" and ax.get_yscale() == "log":
         ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * UNSTABLE_LOGIT))
@@ -159,6 +160,24 @@ class _Look:
 def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Done trials with a value, and the diverged ones, whose value may be missing."""
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
+
+
+def marks_said(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """How many trials `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
+    shown = {metric: drawable(trials, metric) for metric in metrics}
+    marks = {metric: int((rows["verdict"] != "diverged").sum()) for metric, rows in shown.items()}
+    each = [f"{n} of {words.STATISTICS.get(m, COLUMNS[m].label)}" for m, n in marks.items()]
+    fewest = min(marks.values())
+    same = fewest == max(marks.values())
+    parts = [f"Small marks: {words.count(fewest, 'done trial') if same else f'done trials ({words.listing(each)})'}"]
+    diverged = trials[(trials["state"] == "done") & (trials["verdict"] == "diverged")]
+    if len(diverged):
+        capped = sum(map(math.isfinite, compare.values(diverged, "final_loss"))) if "final_loss" in metrics else 0
+        means = f"{capped} in the means of the loss, with that of the untrained model" if capped else "in no mean"
+        parts.append(f"open triangles on the upper edge: {len(diverged)} diverged, {means}")
+    if rest := len(trials) - fewest - len(diverged):
+        parts.append(f"left out{'' if same else ' of one at least'}: {words.count(rest, 'trial')} without a value")
+    return f"{'; '.join(parts)}."
 
 
 def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look, log_y: bool) -> None:

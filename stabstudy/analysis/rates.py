@@ -89,7 +89,7 @@ def logarithmic(axis: str, levels: Sequence[Level]) -> bool:
 
 def _check(trials: pd.DataFrame, axes: Sequence[str], terms: list[_Term], seeds: int, spikes: int) -> None:
     """Raises Refused where the model would say more than the data do."""
-    if different := mixed(trials, "spike_rate"):
+    if different := mixed(trials, "spike_events"):
         raise Refused(f"{words.listing(different)} differs between trials: their spikes are not comparable")
     if seeds < FEWEST_SEEDS:
         raise Refused(f"{words.count(seeds, 'seed')}, and it needs {FEWEST_SEEDS}")

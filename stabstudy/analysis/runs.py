@@ -20,8 +20,8 @@ from stabstudy.store import StoreError
 MOST_SAID = 6
 
 SHOWN = (
-    "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "grad_norm_max_over_median", "spike_events", "spike_rate",
-    "spike_loss_events", "clip_share", "verdict",
+    "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "grad_norm_max_over_median", "spike_events",
+    "spike_abs_rate", "spike_loss_events", "clip_share", "verdict",
 )  # fmt: skip
 
 NO_PAIRS = (

@@ -26,7 +26,7 @@ from stabstudy.stability.verdict import VERDICTS
 
 AXIS = "study"
 
-BY_DETECTOR = ("spike_rate",)
+BY_DETECTOR = ("spike_abs_rate",)
 """Statistics compared here that depend on the detector and on the logging stride."""
 
 UNPAIRED = "No trial of one study has a partner of the same seed and levels in another: nothing is compared."
@@ -47,7 +47,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
         headline=f"{len(names)} studies side by side.",
-        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), "") for v in VERDICTS],
+        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
         findings=[Finding("What differs", list(_findings(table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
@@ -220,8 +220,8 @@ def _figures(whole: Study) -> Iterator[Block]:
             against = f"{plots.metric_label(metric)} against {words.label(x)}"
             against = against[0].upper() + against[1:]
             caption = (
-                f"{against}, a line for each study{over}. Small marks are trials, bands 95 % t-intervals (from "
-                f"{plots.BAND_FROM} trials on)."
+                f"{against}, a line for each study{over}. {plots.marks_said(whole.trials, [metric])} Bands: 95 % "
+                f"t-intervals (from {plots.BAND_FROM} trials on)."
             )
             table = _figure_table(whole, metric, x, log_y)
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
@@ -236,12 +236,14 @@ def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:
         plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
     ):
         e = plots.mean_of(trials, metric, log_y)
-        rows.append((words.clean(study, 60), words.level(level, x), *map(words.number, (e.mean, e.low, e.high, e.n))))
-    heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n")
+        diverged = int((trials["verdict"] == "diverged").sum())
+        numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
+        rows.append((words.clean(study, 60), words.level(level, x), *numbers))
+    heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n in the mean", "diverged")
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
 
 
-CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_rate")
+CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
 
 
 def _cells(whole: Study) -> Iterator[Block]:

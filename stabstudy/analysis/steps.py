@@ -18,15 +18,15 @@ MOST_STEPS = 20_000
 COLUMNS = ("step", "grad_norm", "loss", "clip_scale")
 
 
-def steps(rows: Rows, row: Row, spikes: Sequence[Row], rough: NDArray[np.bool_]) -> str:
+def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool_]) -> str:
     """JSON: the columns as base64 of little-endian float32, and what is marked in them.
 
-    That is spikes as [series, start, end, peak], which of them is the `highest`, the steps at which `rough` (shape
+    That is spikes as [series, start, end, peak], which of them is the `highest`, the steps at which `absolute` (shape
     [steps]) is true, the clip threshold and the end of the warmup. float32 holds a step up to 2^24 and seven digits of
     a value; NaN and Inf stay what they are.
     """
     ends = np.isin(rows["step"], [s[end] for s in spikes for end in ("start", "end", "peak_step")])
-    kept = np.union1d(thinned(rows["grad_norm"], rows["loss"]), np.flatnonzero(rough | ends)[:MOST_STEPS])
+    kept = np.union1d(thinned(rows["grad_norm"], rows["loss"]), np.flatnonzero(absolute | ends)[:MOST_STEPS])
     columns = {name: _packed(rows[name][kept]) for name in COLUMNS}
     heights = [(s["series"] == "grad", s["peak_ratio"] or 0.0) for s in spikes]
     clip = row["optim.clip"] if row["optim.clip_kind"] == "norm" else None
@@ -35,7 +35,7 @@ def steps(rows: Rows, row: Row, spikes: Sequence[Row], rough: NDArray[np.bool_])
             "trial": row["trial_id"],
             "columns": columns,
             "spikes": [[s[name] for name in ("series", "start", "end", "peak_step")] for s in spikes],
-            "rough": rows["step"][rough].astype(int).tolist()[:MOST_STEPS],
+            "absolute": rows["step"][absolute].astype(int).tolist()[:MOST_STEPS],
             "highest": heights.index(max(heights)) if heights else None,
             "clip": clip if clip is not None and np.isfinite(clip) else None,
             "warmup": row["optim.warmup_steps"] or None,

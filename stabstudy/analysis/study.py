@@ -5,7 +5,7 @@ Where a notebook starts:
     study = Study.load("results/example")
     study.trials                     # a row per trial
     study.cells                      # a row per cell: its seeds, aggregated
-    study.compare("optim.clip", "spike_rate")
+    study.compare("optim.clip", "spike_abs_rate")
     study.trace(study.worst())       # one trial, step by step
 """
 
@@ -259,7 +259,7 @@ class Study:
             first.levels[["level", "free", "low", "high", "median_step"]], first.p
         """
         self._check(by, list(self.grid.axes), "axis")
-        return survival.first_spikes(self.grid.trials, by)
+        return survival.first_spikes(self.grid.trials, by, list(self.grid.axes))
 
     def batch_share(self) -> batches.BatchShare:
         """How much of the roughness of the gradient norm is the batch; see `batches.batch_share`.

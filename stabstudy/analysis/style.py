@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, "#b27b00", "#3a8fc0", "#6b5b95")
+AMBER, RUST = "#b27b00", "#a02c00"
+CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, AMBER, "#3a8fc0", "#6b5b95")
 """Okabe and Ito's colours, the light ones darkened to 3:1 on white; at most seven, never told apart by hue alone."""
 
 # viridis at 16 places: .04 to .54 for white paper, .45 to 1 for black; each at least 3:1 on its ground.
@@ -40,6 +41,13 @@ ORDINAL_ON_DARK = (
 UNKNOWN = "#c9ced6"
 """A field of a map whose trials do not have the statistic: no colour of its scale, which would be a value."""
 
+VERDICT_SIGNS = {"stable": "●", "spiky": "▲", "rough": "◆", "diverged": "✕"}
+VERDICT_COLOURS = {"stable": GREEN, "spiky": AMBER, "rough": RUST, "diverged": PURPLE}
+"""Of a line; rust is darker than amber, so that they differ also where red and green look alike."""
+
+VERDICT_GROUNDS = {"stable": "#cfe8dd", "spiky": "#f7e7b6", "rough": "#f0a98a", "diverged": "#dcb3dd"}
+"""Of a field, in the light and in the dark: near-black reads on each (over 10:1)."""
+
 DARK = {
     INK: "#e6edf3",
     MUTED: "#9198a1",
@@ -49,7 +57,8 @@ DARK = {
     VERMILLION: "#f0883e",
     GREEN: "#2ebd8e",
     PURPLE: "#dd9cc2",
-    "#b27b00": "#e69f00",
+    AMBER: "#e69f00",
+    RUST: "#ea5f2a",
     "#3a8fc0": "#56b4e9",
     "#6b5b95": "#a99bd6",
     **dict(zip(ORDINAL, ORDINAL_ON_DARK, strict=True)),

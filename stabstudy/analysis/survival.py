@@ -5,13 +5,17 @@ at the last step it was seen, whether it finished or a scheduler stopped it: "no
 Nothing is flagged before the first evaluable step, so each curve is 1 until then.
 
 scipy gives curve and interval (Greenwood's variance on the log-log scale, Kalbfleisch & Prentice, The Statistical
-Analysis of Failure Time Data, 2002); its log-rank test (Mantel 1966) stops at two levels, so the general one is here.
+Analysis of Failure Time Data, 2002); where nobody or everybody had an event there is no such variance, and the interval
+is that of a share (Clopper & Pearson 1934): 6 of 6 free means 54 to 100 %. scipy's log-rank test (Mantel 1966) stops at
+two levels and one stratum, so the general one is here: levels are compared among trials that are equal in every other
+axis, so that a level tried in easier company does not look better for it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +24,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stabstudy.analysis.compare import mixed
-from stabstudy.analysis.levels import Level, at_level, levels_of
+from stabstudy.analysis.levels import Level, at_level, keys, levels_of
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
 
 PERMUTATIONS = 999
 
@@ -35,30 +40,59 @@ class FirstSpikes:
     Attributes:
         levels: A row per level: `level`, `trials`, how many `spiked`, `diverged` before a spike or were `censored`;
             `median_step`, by which half have had their event (null: not reached); `free`, the estimated share without
-            one at `horizon`, and its 95 % interval `low`, `high` (null where nobody or everybody has had one).
+            one at `horizon`, and its 95 % interval `low`, `high`.
         curves: A row per level and step at which something ended: `level`, `step`, `at_risk`, `free`, `low`, `high`.
-        horizon: The last step that was seen at every level; null where there is no trial.
-        chi2, p: Log-rank test of "the level makes no difference"; null with the `reason`. Two levels:
-            p = erfc(sqrt(chi2 / 2)). More: the share of permuted levels with a chi2 as large, fixed seed.
+        horizon: The last step that was seen at every level (one at which every trial had an event is known to the
+            end); null where there is no trial.
+        unseen: Done trials without an evaluable step or a divergence: never at risk, and in nothing of this.
+        balanced: Whether every level was tried as often at each combination of the other axes. Where not, the curves
+            mix them; the test does not.
+        chi2, p: Log-rank test, within equal levels of every other axis, of "the level makes no difference"; null with
+            the `reason`. Two levels: p = erfc(sqrt(chi2 / 2)). More: the share of permuted levels (among trials equal
+            in every other axis) with a chi2 as large, fixed seed.
     """
 
     levels: pd.DataFrame
     curves: pd.DataFrame
     horizon: float | None
+    unseen: int = 0
+    balanced: bool = True
     chi2: float | None = None
     p: float | None = None
     reason: str | None = None
 
 
-def first_spikes(trials: pd.DataFrame, by: str) -> FirstSpikes:
-    """Times to the first spike of the done trials per level of `by`; all other axes and seeds are pooled."""
+def first_spikes(trials: pd.DataFrame, by: str, axes: Sequence[str] = ()) -> FirstSpikes:
+    """Times to the first spike of the done trials per level of `by`, one of `axes`.
+
+    The curves pool all other axes and the seeds; the test compares trials that are equal in all other `axes`.
+    """
     seen = _observed(trials)
-    per_level = {level: at_level(seen, by, level) for level in levels_of(seen[by])}
-    horizon = min((rows["time"].max() for rows in per_level.values()), default=None)
-    curves = [_curve(rows).assign(level=level) for level, rows in per_level.items()]
-    table = pd.DataFrame([_level(level, rows, horizon) for level, rows in per_level.items()])
-    chi2, p, reason = _test(seen, per_level)
-    return FirstSpikes(table, pd.concat(curves) if curves else pd.DataFrame(), horizon, chi2, p, reason)
+    levels = levels_of(seen[by])
+    per_level = [at_level(seen, by, level) for level in levels]
+    ends = [float(rows["time"].max()) for rows in per_level if not _arrays(rows)[1].all()]  # of the others all is known
+    horizon = min(ends, default=None if seen.empty else float(seen["time"].max()))
+    curves = [kaplan_meier(*_arrays(rows)).assign(level=level) for level, rows in zip(levels, per_level, strict=True)]
+    end = math.inf if horizon is None else horizon
+    table = pd.DataFrame([_level(level, rows, end) for level, rows in zip(levels, per_level, strict=True)])
+    group = np.array([levels.index(key[0]) for key in keys(seen, [by])], dtype=np.int64)
+    stratum = _numbered(keys(seen, [a for a in axes if a != by]))
+    tried = np.zeros((len(set(stratum)), len(levels)), dtype=np.int64)
+    np.add.at(tried, (stratum, group), 1)
+    return FirstSpikes(
+        table,
+        pd.concat(curves) if curves else pd.DataFrame(),
+        horizon,
+        int((trials["state"] == "done").sum()) - len(seen),
+        bool((tried == tried[:, :1]).all()),
+        *_test(seen, group, stratum),
+    )
+
+
+def _numbered(items: Sequence[Hashable]) -> Ints:
+    """Each item's number, from 0 in the order of their first appearance; equal ones share it."""
+    numbers = {item: i for i, item in enumerate(dict.fromkeys(items))}
+    return np.array([numbers[item] for item in items], dtype=np.int64)
 
 
 def _observed(trials: pd.DataFrame) -> pd.DataFrame:
@@ -75,25 +109,31 @@ def _observed(trials: pd.DataFrame) -> pd.DataFrame:
     return rows[event.notna() | (done["n_evaluable"].fillna(0) > 0)]
 
 
-def _level(level: Level, rows: pd.DataFrame, horizon: float | None) -> dict[str, Level]:
-    curve = _curve(rows)
-    there = curve[curve["step"] <= horizon].tail(1)  # none: the first event or end at this level is later
-    at = there.iloc[0] if len(there) else pd.Series({"free": 1.0, "low": math.nan, "high": math.nan})
+def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]:
+    time, event = _arrays(rows)
+    curve = kaplan_meier(time, event)
+    there = curve[curve["step"] <= horizon].tail(1)
+    free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
+    if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
+        low, high = _all_or_none(free, int(np.count_nonzero((time >= horizon) | event)))
     half = curve.loc[curve["free"] <= 0.5, "step"]
     return {
         "level": level,
         "trials": len(rows),
         "spiked": int(rows["spiked"].sum()),
         "diverged": int(rows["diverged"].sum()),
-        "censored": int((~(rows["spiked"] | rows["diverged"])).sum()),
+        "censored": int((~event).sum()),
         "median_step": float(half.iloc[0]) if len(half) else None,
-        **{name: at[name] for name in ("free", "low", "high")},
+        "free": free,
+        "low": low,
+        "high": high,
     }
 
 
-def _curve(rows: pd.DataFrame) -> pd.DataFrame:
-    time, event = _arrays(rows)
-    return kaplan_meier(time, event)
+def _all_or_none(free: float, known: int) -> tuple[float, float]:
+    """The exact 95 % interval (Clopper-Pearson) of a share that is 0 or 1 of `known` trials."""
+    end = 0.025 ** (1 / known)
+    return (end, 1.0) if free else (0.0, 1.0 - end)
 
 
 def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
@@ -104,65 +144,83 @@ def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
 def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     """The curve S(t) = prod over event times t_i <= t of (1 - d_i / n_i), and its 95 % interval, at each time.
 
-    Columns `step`, `at_risk` just before it, `free` = S, `low`, `high` (NaN where S is 0 or 1). `time`, `event` [n];
-    not an event: censored, and still at risk at its own time.
+    Columns `step`, `at_risk` just before it, `free` = S, `low`, `high` (where S is 0 or 1: exact, of the trials that
+    had an event or were still seen). `time`, `event` [n]; not an event: censored, and still at risk at its own time.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # where the interval is undefined it is NaN, as documented
+        warnings.simplefilter("ignore", RuntimeWarning)  # where Greenwood's variance is undefined, see below
         curve = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
         interval = curve.confidence_interval(0.95, method="log-log")
-    steps = curve.quantiles
-    return pd.DataFrame(
-        {
-            "step": steps,
-            "at_risk": [int((time >= t).sum()) for t in steps],
-            "free": curve.probabilities,
-            "low": interval.low.probabilities,
-            "high": interval.high.probabilities,
-        }
-    )
+    steps, free = curve.quantiles, curve.probabilities
+    bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
+    for i in np.flatnonzero((free == 0) | (free == 1)):
+        bounds[i] = _all_or_none(free[i], int(np.count_nonzero((time >= steps[i]) | event)))
+    at_risk = [int((time >= t).sum()) for t in steps]
+    return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
 
 
-def _test(seen: pd.DataFrame, per_level: dict[Level, pd.DataFrame]) -> tuple[float | None, float | None, str | None]:
+def _test(seen: pd.DataFrame, group: Ints, stratum: Ints) -> tuple[float | None, float | None, str | None]:
     """chi2, p, and the reason where they are None."""
-    if mixed(seen, "spike_rate"):
+    if mixed(seen, "spike_events"):
         return None, None, "the trials' spikes were found by different rules or at different strides"
-    if len(per_level) < 2:
+    if len(set(group)) < 2:
         return None, None, "fewer than two levels"
-    time, event = _arrays(pd.concat(per_level.values()))
+    time, event = _arrays(seen)
     if not event.any():
         return None, None, "no trial spiked or diverged"
-    group = np.repeat(np.arange(len(per_level)), [len(rows) for rows in per_level.values()])
-    chi2, p = log_rank(time, event, group)
+    if not any(len(set(group[stratum == i])) > 1 for i in set(stratum)):
+        return None, None, "no two levels were tried at equal levels of the other axes"
+    chi2, p = log_rank(time, event, group, stratum)
     return chi2, p, None
 
 
-def log_rank(time: Floats, event: Bools, group: NDArray[np.int_], seed: int = 0) -> tuple[float, float]:
-    """Mantel's log-rank statistic for groups 0..k-1 and its p-value: `FirstSpikes` says which. All arrays [n]."""
+def log_rank(
+    time: Floats, event: Bools, group: Ints, stratum: Ints | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Mantel's log-rank statistic for groups 0..k-1 and its p-value: `FirstSpikes` says which.
+
+    All arrays [n]. With `stratum` 0..m-1 the groups are compared, and permuted, within each stratum alone.
+    """
     order = np.argsort(time, kind="stable")
     time, event, group = time[order], event[order], group[order]
-    seen = float(_chi2(time, event, group))
+    strata = [np.arange(len(time))] if stratum is None else _members(stratum[order])
+    seen = float(_chi2(time, event, group, strata))
     if group.max() == 1:
         return seen, math.erfc(math.sqrt(seen / 2))
-    permuted = np.random.default_rng(seed).permuted(np.tile(group, (PERMUTATIONS, 1)), axis=1)
+    rng = np.random.default_rng(seed)
+    permuted = np.empty((PERMUTATIONS, len(group)), dtype=group.dtype)
+    for members in strata:
+        permuted[:, members] = rng.permuted(np.tile(group[members], (PERMUTATIONS, 1)), axis=1)
     blocks = np.array_split(permuted, 1 + permuted.size * group.max() // 10**7)  # at most some 100 MB at a time
-    as_large = sum(int(np.sum(_chi2(time, event, rows) >= seen * (1 - 1e-9))) for rows in blocks)
+    as_large = sum(int(np.sum(_chi2(time, event, rows, strata) >= seen * (1 - 1e-9))) for rows in blocks)
     return seen, (1 + as_large) / (1 + PERMUTATIONS)
 
 
-def _chi2(time: Floats, event: Bools, group: NDArray[np.int_]) -> Floats:
-    """(O - E)' V^-1 (O - E) over all groups but the last, whose part follows from the others'.
+def _members(stratum: Ints) -> list[Ints]:
+    return [np.flatnonzero(stratum == i) for i in np.unique(stratum)]
 
-    `time` [n] rises; `group` [n], or [permutations, n] for a statistic each.
+
+def _chi2(time: Floats, event: Bools, group: Ints, strata: Sequence[Ints]) -> Floats:
+    """(O - E)' V^-1 (O - E), both summed over strata, of all groups but the last, whose part follows from the others'.
+
+    `time` [n] rises; `group` [n], or [permutations, n] for a statistic each; `strata`: the members of each.
     """
+    last = int(group.max())
+    parts = [_excess(time[m], event[m], group[..., m], last) for m in strata if event[m].any()]
+    excess, variance = (sum(part[i] for part in parts) for i in (0, 1))
+    inverse = np.linalg.pinv(variance, hermitian=True)
+    return np.asarray(np.einsum("...i,...ij,...j->...", excess, inverse, excess))
+
+
+def _excess(time: Floats, event: Bools, group: Ints, last: int) -> tuple[Floats, Floats]:
+    """O - E [..., k-1] and its variance [..., k-1, k-1] of one stratum."""
     steps, deaths = np.unique(time[event], return_counts=True)
     first = np.searchsorted(time, steps)  # who is at risk at a step: all from here on
     at_risk = len(time) - first
-    member = (group[..., None] == np.arange(group.max())).astype(np.float64)  # [..., n, k-1]
+    member = (group[..., None] == np.arange(last)).astype(np.float64)  # [..., n, k-1]
     share = np.flip(np.flip(member, -2).cumsum(-2), -2)[..., first, :] / at_risk[:, None]  # [..., steps, k-1]
     excess = (member * event[:, None]).sum(axis=-2) - (deaths[:, None] * share).sum(axis=-2)
     weight = deaths * (at_risk - deaths) / np.maximum(at_risk - 1, 1)  # 0 where one is left, whatever divides it
-    alone = np.eye(group.max()) * (weight @ share)[..., None, :]
+    alone = np.eye(last) * (weight @ share)[..., None, :]
     variance = alone - np.swapaxes(share * weight[:, None], -1, -2) @ share
-    inverse = np.linalg.pinv(variance, hermitian=True)
-    return np.asarray(np.einsum("...i,...ij,...j->...", excess, inverse, excess))
+    return excess, variance

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy.analysis import layer_plots, plots, style, words
+from stabstudy.analysis import layer_plots, plots, style, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 from stabstudy.trace import DamagedRecord, Rows
 
 MOST_ROUGH = 3
@@ -24,7 +25,7 @@ COLUMNS_SHOWN = (
     "grad_norm_max",
     "grad_norm_argmax",
     "spike_events",
-    "spike_ratio3_steps",
+    "spike_abs_steps",
     "clip_share",
 )
 
@@ -42,11 +43,13 @@ def _traces(study: Study) -> Iterator[Figure]:
     if not titles:
         return
     figure = plots.traces(study, titles)
+    unstable = study.trials.loc[study.trials["verdict"].isin(VERDICTS[1:]), "cell_id"].nunique()
     caption = (
         "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
-        "median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by largest over "
-        "median norm; one trial of each cell that is not stable, at most three. Typical: the median of that ratio."
+        "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
+        f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
+        f"{unstable} such cells. Typical: the median of that ratio."
     )
     said = []
     for trial_id, title in titles.items():
@@ -128,8 +131,7 @@ def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
 
 def _why(study: Study, trial_id: str) -> str:
     row = study.row(trial_id)
-    rule = f", {row['verdict_rule']}" if row["verdict_rule"] else ""
-    return f" ({row['verdict']}{rule})" if row["verdict"] else ""
+    return f" ({row['verdict']}{trial_tables.rule(row, ', {}')})" if row["verdict"] else ""
 
 
 def _spikes(n: int | None) -> str:

@@ -30,15 +30,15 @@ def trace(
     clip: float | None = None,
     warmup_steps: int | None = None,
     spikes: pd.DataFrame | None = None,
-    rough: NDArray[np.bool_] | None = None,
+    absolute: NDArray[np.bool_] | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
     """One trial: gradient norm before clipping (log axis) above its training loss.
 
     `clip` is drawn as a line, the end of the warmup as another, `spikes` (rows of `Study.spikes`) are shaded: the
-    gradient's above, the loss's below; steps where `rough` is true (shape [steps]) get a ring: the absolute rule, at
-    three times the recent median. Non-finite steps are crosses on the upper edge.
+    gradient's above, the loss's below; steps where `absolute` is true (shape [steps]) get a ring: those
+    at three times the recent level and median. Non-finite steps are crosses on the upper edge.
     """
     axes = style.new_figure(7.2, 4.6, rows=2, sharex=True).axes if axes is None else axes
     norm, loss = axes[0], axes[1]
@@ -46,10 +46,10 @@ def trace(
     norm.margins(y=0.12)
     _draw_series(norm, rows["step"], rows["grad_norm"], style.BLUE)
     _draw_series(loss, rows["step"], rows["loss"], style.GREEN)
-    if rough is not None and rough.any():
+    if absolute is not None and absolute.any():
         norm.plot(
-            rows["step"][rough], rows["grad_norm"][rough], linestyle="none", marker="o", markersize=6,
-            markerfacecolor="none", markeredgecolor=style.PURPLE, gid="rough",
+            rows["step"][absolute], rows["grad_norm"][absolute], linestyle="none", marker="o", markersize=6,
+            markerfacecolor="none", markeredgecolor=style.PURPLE, gid="absolute",
         )  # fmt: skip
     if clip is not None:
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
@@ -86,7 +86,7 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         clip=clip if row["optim.clip_kind"] == "norm" and clip is not None and np.isfinite(clip) else None,
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
-        rough=rough_steps(study, rows),
+        absolute=absolute_steps(study, rows),
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
@@ -95,7 +95,7 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
     return figure
 
 
-def rough_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
+def absolute_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
     """Per step, whether its norm is at three times its recent level and median (the absolute part of `jump`)."""
     flagged: NDArray[np.bool_] = jump(measured(rows, "grad_norm"), study.rules, "grad").absolute
     return flagged

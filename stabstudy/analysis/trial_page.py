@@ -20,10 +20,7 @@ LOG_LINES = 40
 
 _LOG_BYTES = 32 * 1024
 
-SIGNS = {
-    "stable": "●", "spiky": "▲", "rough": "◆", "diverged": "✕", "not judged": "○", "unfinished": "◌", "failed": "■",
-    "damaged": "▨",
-}  # fmt: skip
+SIGNS = style.VERDICT_SIGNS | {"not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨"}
 """Beside each verdict, or what stands in its place: a sign that is not a colour."""
 
 _FAILED = ("failed", "oom", "timeout", "disk_full")
@@ -172,7 +169,7 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    own = steps.steps(rows, row | {"trial_id": trial_id}, spikes, trace_plots.rough_steps(study, rows))
+    own = steps.steps(rows, row | {"trial_id": trial_id}, spikes, trace_plots.absolute_steps(study, rows))
     title = "Gradient norm and loss, step by step"
     return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
 

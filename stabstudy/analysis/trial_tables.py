@@ -50,11 +50,14 @@ def ended(row: Mapping[str, Any]) -> str:
     """Its verdict with the rule that made it, else its state."""
     if row["state"] != "done":
         return words.clean(row["state"], 40)
-    rules = [row["verdict_rule"]] if row["verdict_rule"] else []
-    if row["sampling_noise"]:
-        rules = [rule for rule in rules if rule != row["verdict"]] + ["sampling noise"]
-    rule = f" ({', '.join(rules)})" if rules else ""
-    return f"{row['verdict'] or 'not judged'}{rule}"
+    notes = [note for note in (rule(row, "{}"), "sampling noise" if row["sampling_noise"] else "") if note]
+    said = f" ({', '.join(notes)})" if notes else ""
+    return f"{row['verdict'] or 'not judged'}{said}"
+
+
+def rule(row: Mapping[str, Any], form: str) -> str:
+    """The rule that made the verdict, in this form; empty where it is the verdict's own word, or there is none."""
+    return form.format(row["verdict_rule"]) if row["verdict_rule"] not in (None, row["verdict"]) else ""
 
 
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:

@@ -26,7 +26,8 @@ LABELS = {
 STATISTICS = {
     "final_loss": "final validation loss",
     "final_loss_capped": "final loss",
-    "spike_rate": "spike rate",
+    "spike_abs_rate": "share of steps at 3x the recent norm",
+    "spike_rate": "share of steps flagged",
     "grad_norm_log_sd": "roughness",
     "attn_logit_peak": "largest attention logit",
 }

@@ -227,9 +227,9 @@
       }
       add("path", { class: series, d: path });
       const dots = to - from < (W - LEFT) / 8;
-      for (const s of series === "grad" ? own.rough : []) {
+      for (const s of series === "grad" ? own.absolute : []) {
         const i = step.indexOf(s);
-        if (i >= from && i <= to) add("circle", { class: "rough", cx: across(i), cy: up(values[i]), r: 6 });
+        if (i >= from && i <= to) add("circle", { class: "absolute", cx: across(i), cy: up(values[i]), r: 6 });
       }
       for (let i = from; i <= to; i += 1) {
         if (!Number.isFinite(values[i])) add("text", { class: "lost", x: across(i), y: top + 12, "text-anchor": "middle" }, "✕");

@@ -1,0 +1,223 @@
+"""How many trials each figure draws: its caption and its table say it, and count apart those that diverged."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import planted
+import pytest
+
+from stabstudy.analysis import axis_figures, effect_figures, map_figures, norm_figures, several, trace_figures
+from stabstudy.analysis import figures as curve_figures
+from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.study import Study
+
+ENDED = {0: 21, 1: 9, 2: 91}
+"""Seed -> steps of the trials that diverged: before there are twenty settled ones, before any is judged, and late."""
+
+
+def diverge(path: Path, depth: int, lr: float, seed: int, warmup: int = 10) -> None:
+    config = planted.settings(depth, lr, seed=seed, warmup=warmup)
+    steps = ENDED[seed]
+    values = {"nonfinite_at": steps - 1, "final_loss": math.nan, "stop_reason": "diverged"}
+    planted.plant_trial(path, config, steps_done=steps, **values)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """2 depths x 3 rates x 3 seeds, all done; at depth 6 and rate 0.5 all three diverged, at depth 2 one failed."""
+    path = planted.plant_study(tmp_path_factory.mktemp("drawn") / "planted", seeds=(0, 1, 2))
+    for seed in ENDED:
+        diverge(path, 6, 0.5, seed)
+    planted.plant_trial(path, planted.settings(2, 0.5), status="failed", steps_done=30)
+    return Study.load(path)
+
+
+@pytest.fixture(scope="module")
+def blocks(study: Study) -> dict[str, Figure]:
+    layout = layout_of(study)
+    assert layout is not None
+    drawn = [
+        *curve_figures._curves(study, layout),
+        *map_figures.figures(study, layout),
+        *effect_figures.figures(study, "optim.lr"),
+        *norm_figures.figures(study, "optim.lr"),
+    ]
+    return {b.name: b for b in drawn if isinstance(b, Figure)}
+
+
+def trials_drawn(figure: Figure, diverged: bool) -> list[str]:
+    """The ids of the trials that are marks of the picture, or triangles on its edge."""
+    series = [s for s in json.loads(figure.drawing.marks) if "trials" in s]
+    return [
+        t for s in series for t, value in zip(s["trials"], s["b"], strict=True) if (value == "diverged") == diverged
+    ]
+
+
+def column(figure: Figure, name: str) -> list[str]:
+    at = figure.table.columns.index(name)
+    return [row[at] for row in figure.table.rows]
+
+
+def test_the_planted_trials_lack_what_they_should(study: Study) -> None:
+    gone = study.trials[study.trials["verdict"] == "diverged"].sort_values("seed")
+    assert len(gone) == 3 and (study.trials["state"] == "done").sum() == 21
+    assert gone["grad_norm_log_sd"].isna().tolist() == [True, True, False]
+    assert gone["spike_abs_rate"].isna().tolist() == [False, True, False]
+    assert gone["grad_norm_median"].isna().tolist() == [True, True, False]  # none of 21 steps is settled
+    assert set(gone["final_loss_capped"]) == {planted.INIT_LOSS}
+
+
+@pytest.mark.parametrize("name", ["final-loss", "grad-norm-log-sd", "attn-logit-peak"])
+def test_curves(blocks: dict[str, Figure], name: str) -> None:
+    figure = blocks[name]
+    said = re.search(
+        r"Small marks: (\d+) done trials; open triangles on the upper edge: (\d+) diverged, ", figure.caption
+    )
+    assert said is not None
+    assert (
+        (int(said[1]), int(said[2])) == (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (18, 3)
+    )
+    assert "left out: 1 trial without a value." in figure.caption
+    in_means = sum(map(int, column(figure, "n in the mean")))
+    assert in_means == (21 if name == "final-loss" else 18) and sum(map(int, column(figure, "diverged"))) == 3
+    said_means = "3 in the means of the loss, with that of the untrained model" if in_means == 21 else "in no mean"
+    assert f"3 diverged, {said_means};" in figure.caption
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "lacking"),
+    [
+        ("spike-abs-rate-map", 20, "; 1 diverged without it."),
+        ("grad-norm-max-over-median-map", 19, "; 2 diverged without it."),
+        ("diverged-map", 21, "."),
+    ],
+)
+def test_maps(blocks: dict[str, Figure], name: str, n: int, lacking: str) -> None:
+    figure = blocks[name]
+    assert f"{n} in all{lacking}" in figure.caption
+    assert sum(map(int, column(figure, "n"))) == n and sum(map(int, column(figure, "without it"))) == 21 - n
+    *_, fields = json.loads(figure.drawing.marks)
+    values = [v.split(", ") for v in fields["b"] if "diverged" in v]
+    written = "n=3" if n == 21 else f"n={n - 18} of 3"
+    assert [(v[1], v[-1]) for v in values] == [(written, "3 diverged")]
+    assert sum(int(re.match(r"n=(\d+)", v.split(", ")[1])[1]) for v in fields["b"]) == n  # type: ignore[index]
+
+
+def test_verdicts(blocks: dict[str, Figure]) -> None:
+    figure = blocks["stability-map"]
+    assert sum(map(int, column(figure, "n"))) == 21 and sum(map(int, column(figure, "diverged"))) == 3
+
+
+def test_maps_of_other_pairs(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", seeds=(0,), clips=(1.0, None))
+    diverge(path, 6, 0.5, 1)
+    study = Study.load(path)
+    layout = layout_of(study)
+    assert layout is not None
+    (figure,) = (b for b in map_figures.figures(study, layout) if getattr(b, "name", "") == "spike-abs-rate-pairs")
+    assert "every other axis pooled; 1 diverged without it." in figure.caption  # type: ignore[union-attr]
+    for pair in (("learning rate", "clip threshold"), ("depth (layers)", "clip threshold")):
+        own = [row for row in figure.table.rows if (row[0], row[2]) == pair]  # type: ignore[union-attr]
+        assert (sum(int(r[5]) for r in own), sum(int(r[6]) for r in own)) == (12, 1)
+
+
+def test_first_spikes(blocks: dict[str, Figure], study: Study) -> None:
+    caption = blocks["first-spikes"].caption
+    assert "21 trials, 3 of which diverged before a spike." in caption
+    # the failed trial alone makes 0.5 a rate of depth 6: its curve is of deep models only
+    assert "Not every learning rate was tried equally often with all else equal" in caption
+    assert sum(study.time_to_first_spike("optim.lr").levels["trials"]) == 21
+    at_risk = {r[0]: int(r[2]) for r in reversed(blocks["first-spikes"].table.rows)}
+    assert sum(at_risk.values()) == 21  # at the first end of each level nobody is gone
+
+
+def test_the_forest_names_who_is_in_no_pair(blocks: dict[str, Figure]) -> None:
+    caption = blocks["paired-effects"].caption
+    assert "A pair needs the statistic in both trials: " in caption
+    assert (
+        "2 diverged without roughness" in caption and "final validation loss" not in caption.split("both trials: ")[1]
+    )
+
+
+def test_clipping(blocks: dict[str, Figure]) -> None:
+    figure = blocks["clipping"]
+    assert figure.caption.startswith(
+        "19 done trials that clip by the norm, 2 more (2 diverged) without a settled step."
+    )
+    assert sum(map(int, column(figure, "trials"))) == 19 and len(trials_drawn(figure, False)) == 2 * 19  # two panels
+
+
+def test_all_axes_at_once(blocks: dict[str, Figure]) -> None:
+    figure = blocks["parallel"]
+    assert "the 21 judged trials" in figure.caption and "2 diverged without roughness" in figure.caption
+    trials = dict(zip(column(figure, "coordinate"), column(figure, "trials"), strict=True))
+    assert trials == {
+        "depth": "21", "learning rate": "21", "final validation loss": "21", "roughness": "19",
+        "share of steps at 3x the recent norm": "20",
+    }  # fmt: skip
+
+
+def test_traces_that_are_read(blocks: dict[str, Figure]) -> None:
+    said = re.search(r"From (\d+) traces \((\d+) diverged\)", blocks["norm-ratios"].caption)
+    assert said is not None
+    # four of the six trials at each of three rates; at 0.5 the one that ended after its first nine steps has no ratio
+    assert (int(said[1]), int(said[2])) == (3 * 4 + 2, 2)
+    assert "Without such a step: 1 trace (1 diverged) more." in blocks["norm-ratios"].caption
+
+
+def test_the_cells_whose_roughest_trial_is_drawn(study: Study) -> None:
+    (figure,) = trace_figures._traces(study)
+    # rate 0.1 at both depths, depth 6 at 0.01 and at 0.5; a typical one beside them
+    assert "one trial of each cell that is not stable, 3 of 4 such cells." in figure.caption
+    assert len(figure.table.rows) == 3 + 1
+
+
+def test_sensitivity_counts_the_untrained(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", seeds=(0, 1, 2), lrs=(1e-3, 1e-2, 1e-1))
+    for depth in (2, 6):
+        for seed in ENDED:
+            diverge(path, depth, 0.5, seed)
+    blocks = {b.name: b for b in effect_figures._sensitivity(Study.load(path)) if isinstance(b, Figure)}
+    caption = blocks["lr-sensitivity"].caption
+    assert "of 2 of 2 recipes" in caption
+    assert "Diverged trials (6 in the grid) count with the loss of the untrained model." in caption
+
+
+def test_single_axes(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for lr in (1e-2, 0.5):
+        for warmup in (5, 20):
+            for seed in ENDED:
+                if lr == 0.5 and warmup == 5:
+                    diverge(tmp_path / "s", 2, lr, seed, warmup)
+                else:
+                    planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, warmup=warmup))
+    figure = next(iter(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")))
+    assert isinstance(figure, Figure)
+    assert (
+        "Small marks: 9 done trials; open triangles on the upper edge: 3 diverged, 3 in the means of the loss, with "
+        "that of the untrained model." in figure.caption
+    )
+    assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (3 * 9, 3 * 3)  # three panels
+    n = {row[0].partition(" (")[0]: [] for row in figure.table.rows}
+    for row in figure.table.rows:
+        n[row[0].partition(" (")[0]].append(row[-2:])
+    assert n["final validation loss"] == [("3", "0"), ("3", "0"), ("3", "3"), ("3", "0")]
+    assert n["max / median"] == [("3", "0"), ("3", "0"), ("0", "3"), ("3", "0")]
+
+
+def test_studies_beside_each_other(tmp_path: Path, study: Study) -> None:
+    other = Study.load(planted.plant_study(tmp_path / "other", seeds=(0, 1, 2)))
+    made = several.report([study, other])
+    figures = {b.name: b for s in made.sections for b in s.blocks if isinstance(b, Figure)}
+    for name, in_means in (("studies-final-loss", 39), ("studies-grad-norm-log-sd", 36)):
+        figure = figures[name]
+        assert "Small marks: 36 done trials; open triangles on the upper edge: 3 diverged" in figure.caption
+        assert sum(map(int, column(figure, "n in the mean"))) == in_means
+        assert sum(map(int, column(figure, "diverged"))) == 3
+        assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (36, 3)
