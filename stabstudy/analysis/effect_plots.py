@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, marks, sentences, style, words
 from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import VERDICTS, Study
 from stabstudy.stability.summary import COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-INTERVAL_FROM = 3
-"""Seeds from which a paired interval is drawn: that of two spans 12.7 standard errors on each side."""
 
 VERDICT_COLOURS = {"stable": style.GREEN, "spiky": style.VERMILLION, "diverged": style.PURPLE}
 

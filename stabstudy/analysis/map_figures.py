@@ -11,6 +11,7 @@ import pandas as pd
 
 from stabstudy.analysis import map_plots, plots, style, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
@@ -107,7 +108,8 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     )
     what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
     low, high = (map_plots.text(v, value) for v in map_plots.scale(value, top))
-    mean = "" if value == DIVERGED else "the mean "
+    geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
+    mean = "" if value == DIVERGED else f"the {geometric}mean "
     caption = (
         f"{what}: {mean}over n done trials, {sum(f.n for f in fields)} in all. Below it, how many of the n are not "
         f"stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a cross: "

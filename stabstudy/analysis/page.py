@@ -17,6 +17,7 @@ from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.links import paged
+from stabstudy.analysis.paired import FLIPS_FROM
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trial_page import SIGNS
 from stabstudy.config import setting_names
@@ -181,7 +182,8 @@ def _effects(study: Study) -> Iterator[Block]:
         return
     yield Text(
         "Each pair of trials shares its seed (so its initial weights and data order) and every other axis. Differences "
-        "are averaged per seed; the interval is Student's over seeds, p the exact sign-flip test."
+        "are averaged per seed; the interval is Student's over seeds, p the exact sign-flip test, "
+        f"from {FLIPS_FROM} seeds on."
     )
     numbers = ("mean", "change", "95 % interval", "pairs", "seeds", "larger in", "p (Holm)")
     rows = tuple(_effect(row) for row in records(table))

@@ -113,6 +113,8 @@ def _limits(study: Study) -> Iterator[str]:
 
 def _limit_text(row: dict[str, Any], grid: list[float]) -> str:
     stable, unstable, again = (row[name] for name in ("all_stable", "first_unstable", "stable_again"))
+    if row["reason"] is not None:
+        return f"how far the learning rate can be raised is not told: {row['reason']}."
     if unstable is None and stable == grid[-1]:
         return f"every trial is stable at every learning rate, up to {words.level(stable)}; the limit lies beyond."
     if unstable is None:

@@ -219,22 +219,22 @@ def _figures(whole: Study) -> Iterator[Block]:
             against = f"{plots.metric_label(metric)} against {words.label(x)}"
             against = against[0].upper() + against[1:]
             caption = (
-                f"{against}, a line for each study{over}. Small marks are trials, bands 95 % t-intervals (from "
+                f"{against}, a line for each study{over}. Small marks are trials, bands 95 % intervals (from "
                 f"{plots.BAND_FROM} trials on)."
             )
-            table = _figure_table(whole, metric, x, log_y)
+            table = _figure_table(whole, metric, x)
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
             name = f"studies-{metric.replace('_', '-')}"
             svg = style.draw(ax.figure)  # type: ignore[arg-type]
             yield Figure(name, against, svg, f"Line chart. {said}.", caption, table)
 
 
-def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:
+def _figure_table(whole: Study, metric: str, x: str) -> Table:
     rows = []
     for (study, level), trials in split(
         plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
     ):
-        e = plots.mean_of(trials, metric, log_y)
+        e = plots.mean_of(trials, metric)
         rows.append((words.clean(study, 60), words.level(level, x), *map(words.number, (e.mean, e.low, e.high, e.n))))
     heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n")
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
@@ -260,7 +260,7 @@ def _cells(whole: Study) -> Iterator[Block]:
     statistics = [f"{COLUMNS[m].label}: {words.clean(n, 30)}" for m in CELL for n in names]
     verdicts = [f"verdicts: {words.clean(n, 30)}" for n in names]
     heads = (*map(words.heading, axes), *statistics, *verdicts)
-    title = "Cells that at least two studies hold: means over done seeds, ± half the 95 % t-interval"
+    title = "Cells that at least two studies hold: means over done seeds, with the 95 % interval"
     yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
     changes = tuple(_changes(whole, axes))
     if changes:

@@ -21,6 +21,7 @@ from scipy import stats
 
 from stabstudy.analysis.compare import mixed
 from stabstudy.analysis.levels import Level, at_level, levels_of
+from stabstudy.analysis.paired import share_interval
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -35,7 +36,8 @@ class FirstSpikes:
     Attributes:
         levels: A row per level: `level`, `trials`, how many `spiked`, `diverged` before a spike or were `censored`;
             `median_step`, by which half have had their event (null: not reached); `free`, the estimated share without
-            one at `horizon`, and its 95 % interval `low`, `high` (null where nobody or everybody has had one).
+            one at `horizon`, and its 95 % interval `low`, `high` (where nobody or everybody has had one: the exact one,
+            Clopper-Pearson's, of the trials still seen at the horizon, or of those that had one).
         curves: A row per level and step at which something ended: `level`, `step`, `at_risk`, `free`, `low`, `high`.
         horizon: The last step that was seen at every level; null where there is no trial.
         chi2, p: Log-rank test of "the level makes no difference"; null with the `reason`. Two levels:
@@ -80,6 +82,12 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float | None) -> dict[str,
     there = curve[curve["step"] <= horizon].tail(1)  # none: the first event or end at this level is later
     at = there.iloc[0] if len(there) else pd.Series({"free": 1.0, "low": math.nan, "high": math.nan})
     half = curve.loc[curve["free"] <= 0.5, "step"]
+    low, high = at["low"], at["high"]
+    if at["free"] == 1.0 and horizon is not None:
+        still = int((rows["time"] >= horizon).sum())
+        low, high = share_interval(still, still)
+    elif at["free"] == 0.0:
+        low, high = share_interval(0, int((rows["spiked"] | rows["diverged"]).sum()))
     return {
         "level": level,
         "trials": len(rows),
@@ -87,7 +95,9 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float | None) -> dict[str,
         "diverged": int(rows["diverged"].sum()),
         "censored": int((~(rows["spiked"] | rows["diverged"])).sum()),
         "median_step": float(half.iloc[0]) if len(half) else None,
-        **{name: at[name] for name in ("free", "low", "high")},
+        "free": at["free"],
+        "low": low,
+        "high": high,
     }
 
 
