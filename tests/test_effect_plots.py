@@ -24,8 +24,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_the_forest_draws_each_paired_difference_and_its_interval(study: Study) -> None:
-    ax = effect_plots.effects(study, "final_loss")
-    rows = [r for r in records(sentences.effects(study)) if r["metric"] == "final_loss"]
+    ax = effect_plots.effects(study, "grad_norm_log_sd")
+    rows = [r for r in records(sentences.effects(study)) if r["metric"] == "grad_norm_log_sd"]
     marks = [line for line in ax.get_lines() if line.get_gid() == "effect"]
     assert [line.get_xdata()[0] for line in marks] == pytest.approx([r["difference"] for r in rows])
     bars = [line for line in ax.get_lines() if line.get_gid() is None and len(line.get_xdata()) == 2][: len(rows)]

@@ -68,6 +68,30 @@ def test_jackknife_of_a_mean_is_its_standard_error(excess: list[float]) -> None:
     assert sens.lr_sensitivity_se(loss) == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_interval_covers_what_it_says() -> None:
+    """Means and seeds as measured; the paired difference of two recipes likewise."""
+    rng = np.random.default_rng(0)
+    off, on = np.array(OFF)[:, None], np.array(ON)[:, None]
+    truth = [sens.lr_sensitivity(c[:, 0]) for c in (off, on)]
+    for seeds, t in ((2, 12.7062), (3, 4.30265), (5, 2.77645)):
+        covered = np.zeros((600, 3))
+        for i in range(600):
+            tilt = rng.normal(0, 0.05, seeds) * np.linspace(-1, 1, 7)[:, None]
+            a, b = (c + tilt + rng.normal(0, 0.03, (7, seeds)) for c in (off, on))
+            lrs, se = sens.lr_sensitivity(a.mean(axis=1)), sens.lr_sensitivity_se(a)
+            difference = sens.lr_sensitivity(b.mean(axis=1)) - lrs
+            paired = sens.lr_sensitivity_difference_se(a, b)
+            assert se is not None and paired is not None
+            covered[i] = (
+                abs(lrs - truth[0]) < t * se,
+                abs(difference - (truth[1] - truth[0])) < t * paired,
+                abs(lrs - truth[0]) < 1.96 * se,
+            )
+        own, between, narrow = covered.mean(axis=0)
+        assert 0.92 < own < 0.98 and 0.92 < between < 0.98
+        assert narrow < 0.92  # what +-1.96 standard errors cover
+
+
 @pytest.mark.parametrize(("loss", "edge"), [([2.0, 2.5, 3.0], True), ([3.0, 2.5, 2.0], True), ([3.0, 2.0, 3.0], False)])
 def test_an_optimum_at_an_end_of_the_grid_is_flagged(loss: list[float], edge: bool) -> None:
     found = sens.sensitivity(curve(loss))

@@ -462,7 +462,7 @@ def test_compare_pairs_by_seed_and_every_other_axis(study: Study) -> None:
     (row,) = levels.records(study.compare("model.depth", "final_loss"))
     assert (row["a"], row["b"], row["seeds"], row["pairs"]) == (2, 6, 2, 6)
     assert row["difference"] == pytest.approx(-0.04)  # 0.01 per layer, in every pair
-    assert row["positive"] == 0.0 and row["p"] == 0.5
+    assert row["positive"] == 0.0 and row["p"] is None  # of two seeds it could not fall below .5
     assert row["mean_b"] - row["mean_a"] == pytest.approx(row["difference"])
 
 
@@ -530,10 +530,19 @@ def _grid(losses: list[float], verdicts: list[str | None] | None = None) -> pd.D
             "optim.lr": GRID[: len(losses)],
             "verdict": verdicts,
             "verdict_code": codes,
+            "verdict_reason": None,
             "eval_hash": "e",
             "final_loss_capped": losses,
+            "seed": 0,
+            "state": "done",
         }
     )
+
+
+def limits(table: pd.DataFrame, axes: tuple[str, ...] = ("optim.lr",), by: str | None = None) -> dict[str, Any]:
+    """The only row of `compare.limits` along the learning rate."""
+    (row,) = levels.records(compare.limits(table, axes, "optim.lr", by))
+    return row
 
 
 @pytest.mark.parametrize(
@@ -544,24 +553,118 @@ def _grid(losses: list[float], verdicts: list[str | None] | None = None) -> pd.D
     ],
 )
 def test_working_rate_of_the_measured_curves(losses: list[float], works_to: float, best: float) -> None:
-    (row,) = levels.records(compare.limits(_grid(losses), "optim.lr", None))
+    row = limits(_grid(losses))
     assert (row["works_to"], row["best"], row["best_loss"]) == (works_to, best, min(losses))
     assert (row["all_stable"], row["first_unstable"]) == (3e-1, None)
 
 
 def test_limits_do_not_jump_over_holes() -> None:
     verdicts = ["stable", None, "stable", "spiky", "stable"]
-    (row,) = levels.records(compare.limits(_grid([3.0, math.nan, 2.0, 2.1, 2.1], verdicts), "optim.lr", None))
+    row = limits(_grid([3.0, math.nan, 2.0, 2.1, 2.1], verdicts))
     assert row["all_stable"] == 3e-4  # 1e-3 has no verdict
     assert (row["first_unstable"], row["stable_again"]) == (1e-2, 3e-2)
     assert row["works_to"] == 3e-2  # spiky, but its loss is near the best
-    (none,) = levels.records(compare.limits(_grid([math.nan], [None]), "optim.lr", None))
+    none = limits(_grid([math.nan], [None]))
     assert none["best"] is None and none["works_to"] is None and none["all_stable"] is None
 
 
 def test_a_diverged_rate_does_not_work(study: Study) -> None:
-    (row,) = levels.records(compare.limits(_grid([2.1, 2.0, 2.1], ["stable", "stable", "diverged"]), "optim.lr", None))
+    row = limits(_grid([2.1, 2.0, 2.1], ["stable", "stable", "diverged"]))
     assert row["works_to"] == 1e-3
+
+
+def test_what_is_neither_stable_nor_unstable_bounds_nothing() -> None:
+    """A trial that learned nothing shows no instability: its level is passed over, and is no answer itself."""
+    table = _grid([5.5, 2.1, 5.5, 2.0, 5.5], [None, "stable", None, "stable", None])
+    table["verdict_reason"] = ["untrained", None, "untrained", None, "untrained"]
+    row = limits(table)
+    assert (row["all_stable"], row["first_unstable"], row["reason"]) == (1e-2, None, None)
+    table.loc[2, "verdict_reason"] = "too_short"  # of this one nobody knows
+    assert limits(table)["all_stable"] == 1e-3
+    table.loc[2, ["verdict", "verdict_reason"]] = ["rough", None]
+    row = limits(table)
+    assert (row["all_stable"], row["first_unstable"], row["stable_again"]) == (1e-3, 3e-3, 1e-2)
+
+
+def _widths(losses: dict[tuple[int, float], float], seeds: int = 2) -> pd.DataFrame:
+    """Trials of (width, learning rate), whose loss rises by .02 with the seed."""
+    rows = [
+        {"model.dim": width, "optim.lr": lr, "seed": seed, "final_loss_capped": loss + 0.02 * seed}
+        for (width, lr), loss in losses.items()
+        for seed in range(seeds)
+    ]
+    same = {"state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_reason": None, "eval_hash": "e"}
+    return pd.DataFrame(rows).assign(**same)
+
+
+WIDTHS = ("model.dim", "optim.lr")
+
+
+def test_a_hole_in_the_grid_is_no_limit() -> None:
+    """Narrow models lose .45 nat at .3 and wide ones too; without (narrow, .3) pooled means show no loss at all."""
+    losses = {(64, 0.03): 3.0, (64, 0.3): 3.45, (256, 0.03): 2.5, (256, 0.3): 2.95}
+    full = _widths(losses)
+    row = limits(full, WIDTHS)
+    assert (row["best"], row["works_to"], row["reason"]) == (0.03, 0.03, None)
+    assert row["best_loss"] == pytest.approx(2.76)
+    del losses[64, 0.3]
+    hole = limits(_widths(losses), WIDTHS)
+    assert hole["reason"] == "the grid has a hole at learning rate 0.3, model.dim 64, seed 0 (no trial)"
+    assert all(hole[name] is None for name in ("all_stable", "first_unstable", "best", "best_loss", "works_to"))
+    full.loc[3, "state"] = "oom"
+    assert limits(full, WIDTHS)["reason"] == "the grid has a hole at learning rate 0.3, model.dim 64, seed 1 (oom)"
+    per_width = levels.records(compare.limits(_widths(losses), WIDTHS, "optim.lr", "model.dim"))
+    assert [row["works_to"] for row in per_width] == [0.03, 0.03]  # of one width nothing is pooled
+
+
+def test_a_gain_in_one_cell_does_not_make_up_for_a_loss_in_another() -> None:
+    losses = {(64, 0.01): 3.0, (64, 0.1): 2.6, (256, 0.01): 2.5, (256, 0.1): 3.0}
+    row = limits(_widths(losses), WIDTHS)
+    # to the best rate of its own width .1 lies 0 and .5 above: .25; .01 lies .4 and 0 above: .2
+    assert (row["best"], row["works_to"]) == (0.01, 0.01)
+
+
+def test_losses_of_each_dataset_are_compared_within_it() -> None:
+    table = _widths({(64, 0.01): 3.0, (64, 0.1): 3.1, (256, 0.01): 7.5, (256, 0.1): 7.6})
+    table["eval_hash"] = table["model.dim"].astype(str)  # as if the width were the dataset
+    row = limits(table, WIDTHS)
+    assert (row["best"], row["works_to"], row["best_loss"]) == (0.01, 0.1, None)
+    table.loc[0, "eval_hash"] = "other"
+    assert limits(table, WIDTHS)["best"] is None
+
+
+def test_the_largest_stable_level_of_any_study(study: Study, tmp_path: Path) -> None:
+    pd.testing.assert_frame_equal(study.largest_stable(), study.largest_stable("optim.lr", by="model.depth"))
+    clips = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), clips=(0.5, 1.0), lrs=(1e-3, 1e-1)))
+    (row,) = levels.records(clips.largest_stable())
+    assert (row["all_stable"], row["trials"], row["reason"]) == (1e-3, 8, None)
+    with pytest.raises(KeyError, match="'optim.lr' is no axis of study t .it has: optim.clip"):
+        Study.load(planted.plant_study(tmp_path / "t", depths=(2,), clips=(0.5, 1.0), lrs=(1e-3,))).largest_stable()
+    with pytest.raises(KeyError, match="no axis beside the learning rate"):
+        clips.largest_stable(by="optim.lr")
+
+
+def test_a_comparison_at_each_level_of_another_axis(study: Study) -> None:
+    table = study.compare("model.depth", "final_loss", by="optim.lr")
+    rows = levels.records(table)
+    assert [row["optim.lr"] for row in rows] == [1e-3, 1e-2, 1e-1]
+    assert [row["pairs"] for row in rows] == [2, 2, 2]
+    for row in rows:
+        (alone,) = levels.records(study.where({"optim.lr": row["optim.lr"]}).compare("model.depth"))
+        assert {k: row[k] for k in alone} == alone
+    with pytest.raises(KeyError, match="no axis beside the depth"):
+        study.compare("model.depth", by="model.depth")
+
+
+def test_diverged_trials_count_also_without_the_statistic(tmp_path: Path) -> None:
+    """At the larger rate the one trial that lived is smooth; that two are gone must stand beside it."""
+    planted.plant_frame(tmp_path / "s")
+    for seed in range(3):
+        planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3, seed=seed), final_loss=2.5)
+        gone = {"steps_done": 21, "nonfinite_at": 20, "final_loss": math.nan, "stop_reason": "diverged"}
+        planted.plant_trial(tmp_path / "s", planted.settings(lr=1.0, seed=seed), **(gone if seed else {}))
+    (row,) = levels.records(Study.load(tmp_path / "s").compare("optim.lr", "grad_norm_log_sd"))
+    assert (row["pairs"], row["diverged_a"], row["diverged_b"]) == (1, 0, 2)
 
 
 # Parts and choices

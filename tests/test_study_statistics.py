@@ -63,6 +63,48 @@ def test_a_row_for_each_recipe_gives_the_check_values() -> None:
     assert off["lrs_se"] == pytest.approx(0.0, abs=1e-12)  # the seeds' curves are parallel
 
 
+def test_sensitivity_has_an_interval_of_student() -> None:
+    table = qk_norm((0, 1, 2))
+    table["final_loss_capped"] += 0.05 * table["seed"] * np.log10(table["optim.lr"])
+    off, on = records(sensitivity.by_recipe(table, QK, ["model.qk_norm"]))
+    for row in (off, on):
+        assert row["lrs_high"] - row["lrs"] == pytest.approx(4.302653 * row["lrs_se"], rel=1e-6)
+        assert row["lrs_low"] == pytest.approx(max(0.0, 2 * row["lrs"] - row["lrs_high"]))
+    one = records(sensitivity.by_recipe(qk_norm((0,)), QK, ["model.qk_norm"]))[0]
+    assert (one["lrs_low"], one["lrs_high"]) == (None, None)
+
+
+def test_the_difference_of_two_recipes_is_paired_by_seed() -> None:
+    """What both share with a seed cancels; against it two intervals of their own say nothing."""
+    table = qk_norm((0, 1, 2))
+    table.loc[table["optim.lr"] == 0.1, "final_loss_capped"] += 0.3 * table["seed"]
+    table.loc[(table["seed"] == 2) & table["model.qk_norm"] & (table["optim.lr"] == 0.3), "final_loss_capped"] += 0.01
+    (row,) = records(sensitivity.differences(table, QK, "model.qk_norm", []))
+    off, on = records(sensitivity.by_recipe(table, QK, ["model.qk_norm"]))
+    assert (row["a"], row["b"], row["seeds"], row["reason"]) == (False, True, 3, None)
+    assert row["difference"] == pytest.approx(on["lrs"] - off["lrs"])
+    own = []  # by hand: the difference without each seed
+    for seed in range(3):
+        a, b = records(sensitivity.by_recipe(table[table["seed"] != seed], QK, ["model.qk_norm"]))
+        own.append(b["lrs"] - a["lrs"])
+    half = 4.302653 * math.sqrt(2 / 3 * sum((d - np.mean(own)) ** 2 for d in own))
+    assert (row["low"], row["high"]) == pytest.approx((row["difference"] - half, row["difference"] + half), rel=1e-6)
+    assert row["high"] - row["low"] < 0.3 * (on["lrs_high"] - on["lrs_low"])
+
+
+def test_a_difference_needs_both_curves_whole() -> None:
+    table = qk_norm()
+    hole = table[~((table["optim.lr"] == 0.3) & table["model.qk_norm"] & (table["seed"] == 1))]
+    (row,) = records(sensitivity.differences(hole, QK, "model.qk_norm", []))
+    assert (row["difference"], row["seeds"]) == (None, 2)
+    assert row["reason"] == "the grid has a hole at learning rate 0.3, qk-norm true, seed 1 (no trial)"
+    apart = table[table["seed"] == table["model.qk_norm"]]
+    assert records(sensitivity.differences(apart, QK, "model.qk_norm", []))[0]["reason"] == "no seed is at both levels"
+    table["optim.kind"] = np.where(table["model.qk_norm"], "adamw", "stable_adamw")
+    (kind,) = records(sensitivity.differences(table, ["optim.kind", "optim.lr"], "optim.kind", []))
+    assert kind["reason"] == "optim.kind changes what a learning rate means"
+
+
 def test_other_axes_are_averaged_before_the_minimum() -> None:
     (both,) = records(sensitivity.by_recipe(qk_norm(), QK, []))
     mean = (np.array(OFF) + np.array(ON)) / 2
@@ -193,7 +235,7 @@ def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str
 def test_other_data_are_compared_along_the_axis_of_the_data() -> None:
     table = pair(data_fingerprint=("f", "other"), spike_abs_rate=(0.01, 0.02)).assign(**{"data.seq_len": [64, 128]})
     (row,) = records(compare.levels(table, ["data.seq_len"], "data.seq_len", "spike_abs_rate"))
-    assert (row["pairs"], row["positive"], row["p"]) == (1, 1.0, 1.0)
+    assert (row["pairs"], row["positive"], row["p"]) == (1, 1.0, None)
 
 
 def test_counts_are_compared_as_rates(tmp_path: Path) -> None:
@@ -584,6 +626,8 @@ def test_shares_of_losses_on_different_batches_are_refused() -> None:
 def test_a_study_answers_all_of_it(tmp_path: Path) -> None:
     study = Study.load(planted.plant_study(tmp_path / "s", seeds=(0, 1, 2, 3), steps=200))
     assert study.sensitivity()["reason"].isna().all() and len(study.sensitivity()) == 2
+    change = study.sensitivity_difference("model.depth")
+    assert (change["seeds"].tolist(), change["reason"].tolist()) == ([4], [None])
     assert len(study.logit_growth()) == 3 and study.underperform.sum() == 16
     model = study.rate_model()
     assert model.ratios["axis"].tolist() == ["model.depth", "optim.lr"] and model.ratios["low"].iloc[1] > 1

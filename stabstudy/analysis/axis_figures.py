@@ -9,6 +9,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.levels import Level, at_level
 from stabstudy.analysis.study import Study
 
@@ -18,7 +19,7 @@ AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
 METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
 
 ON_LOG = ("grad_norm_max_over_median",)
-"""Of these the scale and the mean are those of the logarithm: one trial at fifty would hide all others."""
+"""Of these the scale is that of the logarithm: one trial at fifty would hide all others."""
 
 MOST_DATASETS = 4
 """Datasets up to which the loss on each has a panel."""
@@ -91,12 +92,12 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
     lines = f", a line for each {words.label(by)}" if by else ""
     lost = not any(panel.metric == "final_loss" for panel in panels)
-    named = dict.fromkeys(words.STATISTICS.get(p.metric, plots.metric_label(p.metric)) for p in panels)
+    named = {words.STATISTICS.get(p.metric, plots.metric_label(p.metric)): p.metric for p in panels}
+    ratios = [name for name, metric in named.items() if kind_of(metric) is Kind.RATIO]
     caption = (
         f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. "
         f"{plots.marks_said(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
-        f"{plots.metric_label(ON_LOG[0])} the geometric), bands 95 % t-intervals (from {plots.BAND_FROM} trials on)."
-        f"{over}"
+        f"{words.listing(ratios)} the geometric), bands 95 % intervals (from {plots.BAND_FROM} trials on).{over}"
         f"{' The loss is left out: trials were evaluated on different batches.' if lost else ''} Levels are compared "
         "pairwise in the forest plot."
     )
@@ -115,7 +116,7 @@ def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]
     for levels, members in groups:
         for level in panel.study.axes[axis]:
             if len(found := at_level(members, axis, level)):
-                e = plots.mean_of(found, panel.metric, panel.log_y)
+                e = plots.mean_of(found, panel.metric)
                 texts = [words.level(v, by or "") for v in levels]
                 diverged = int((found["verdict"] == "diverged").sum())
                 numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))

@@ -28,11 +28,11 @@ def cells(study: Study) -> Iterator[Table]:
     numbers = ("seeds", "final loss", *(COLUMNS[name].label for name in STATISTICS))
     rules = _rules(study)
     means = tuple((*_which(row, study), _verdicts(row, rules), _seeds(row), *_means(row)) for row in rows)
-    title = f"{words.count(len(rows), 'cell')}: means over the done seeds, ± half the 95 % t-interval (from 2 seeds on)"
+    title = f"{words.count(len(rows), 'cell')}: means over the done seeds, ± half the 95 % interval (from 2 seeds on)"
     right = frozenset((*heads, *numbers)) - {"case"}
     yield Table(title, (*heads, "verdicts", *numbers), means, right, folded=len(rows) > MOST_OPEN)
     ends = tuple((*_which(row, study), *_intervals(row)) for row in rows)
-    title = "95 % t-intervals of these means (cells.csv has those of every statistic)"
+    title = "95 % intervals of these means (cells.csv has those of every statistic)"
     yield Table(title, (*heads, *numbers[1:]), ends, right, folded=True)
 
 

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from stabstudy.analysis import words
 from stabstudy.analysis.columns import trial_kinds
-from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain
-from stabstudy.analysis.paired import Estimate, holm, sign_flip_p, t_interval
-from stabstudy.stability.sensitivity import STABLE_MARGIN
+from stabstudy.analysis.kinds import Kind, estimate, exposures, kind_of
+from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain, records
+from stabstudy.analysis.paired import FLIPS_FROM, Estimate, holm, sign_flip_p, t_interval
+from stabstudy.stability.sensitivity import STABLE_MARGIN, Refused
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
@@ -38,8 +40,7 @@ def statistics() -> list[str]:
 
 def counted(metric: str) -> bool:
     """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
-    count = trial_kinds([]).get(metric) == "int" and not metric.endswith("_step")
-    return metric.startswith("spike_") and count
+    return metric.startswith("spike_") and kind_of(metric) is Kind.COUNT
 
 
 def alike(metric: str, trials: pd.DataFrame) -> list[str]:
@@ -59,30 +60,48 @@ def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
     return [name for name in alike(metric, trials) if trials[name].nunique() > 1]
 
 
+_DIFFERS = {
+    "eval_hash": "its levels were evaluated on different batches",
+    STRIDE: "its levels were logged at different strides",
+    "detector_id": "its levels' spikes were found by different rules",
+}
+
+
+def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, str], str]:
+    """(axis, statistic) -> why it cannot be told what the axis changed in it: `alike` differs along the axis."""
+    reasons = {}
+    for metric in metrics:
+        if not (names := [n for n in alike(metric, trials) if n in trials]):
+            continue
+        known = trials[trials[column(metric)].notna()] if column(metric) in trials else trials
+        for name in (n for n in names if known[n].nunique() > 1):
+            for axis in axes:
+                others = ["seed", *(a for a in axes if a != axis)]
+                if (known.groupby(others, dropna=False)[name].nunique() > 1).any():
+                    reasons[axis, metric] = _DIFFERS[name]
+    return reasons
+
+
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean of a statistic; unknown where it would mix what cannot be compared (see `alike`)."""
-    return t_interval([] if mixed(trials, metric) else values(trials, metric))
+    """The mean of a statistic over trials and its 95 % interval, as `kinds.estimate` has them for its kind.
 
-
-def log_mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The geometric mean and its interval, those of the logarithm taken back, of the values above 0.
-
-    What a log axis shows: the interval of the plain mean of widely spread values reaches below 0, where there is none.
+    Unknown where it would mix what cannot be compared (see `alike`).
     """
-    e = t_interval([math.log(v) for v in values(trials, metric) if v > 0])
-    return Estimate(e.n, *(math.exp(x) for x in (e.mean, e.low, e.high)))
+    known = [] if mixed(trials, metric) else values(trials, metric)
+    return estimate(metric, known, exposures(metric, trials.head(len(known))))
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     """A row per cell, by cell_id, in the order of its levels.
 
     Columns: `case`, a column per axis, `n` trials, `n_done`, how many have each of the VERDICTS, and for each
-    statistic X the mean over its done trials as `X` with its 95 % t-interval `X_low`, `X_high` (null under two seeds).
+    statistic X the mean over its done trials as `X` with its 95 % interval `X_low`, `X_high`, both as its kind wants
+    them (`kinds.estimate`); the interval is null under two seeds, and where under ten values are all equal.
     """
     rows = []
     for cell_id, members in trials.groupby("cell_id", sort=True):
@@ -101,39 +120,75 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else names).set_index("cell_id")
 
 
-def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str) -> pd.DataFrame:
+def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str, by: str | None = None) -> pd.DataFrame:
     """A row per pair of levels (a, b) of `axis`, paired by seed and by all other axes.
 
     A pair is two done trials that differ in `axis` alone, so they share initial weights (for equal shapes) and data
-    order. Differences b - a are averaged per seed; `seeds` of them give `difference`, its 95 % t-interval `low`,
-    `high`, and the exact sign-flip `p` (floor 2 / 2^seeds). `mean_a`, `mean_b` are means over the `pairs`, `positive`
-    the share of them in which b is larger. `diverged_a`, `diverged_b` count pairs. `p_holm` adjusts for all rows.
+    order. Differences b - a are averaged per seed; `seeds` of them give `difference` and its 95 % t-interval `low`,
+    `high`. `mean_a`, `mean_b` are means over the `pairs`, `positive` the share of them in which b is larger. `p`: the
+    exact sign-flip test, from 6 seeds on (its floor is 2 / 2^seeds), `p_holm` adjusted for all rows. `diverged_a`,
+    `diverged_b` count all done trials at the level, those too that lack the statistic or a partner.
     A pair also shares what `alike` names and, unless `axis` is one of the data, the data themselves.
+
+    `by`: another axis; a block of rows for each of its levels, which stands in a column of its name: simple effects.
     """
     same_data = [] if axis.partition(".")[0] == "data" else ["data_fingerprint"]
     others = [*(a for a in axes if a != axis), *alike(metric, trials), *same_data]
-    done = trials.loc[trials["state"] == "done", ["seed", axis, *others, "verdict", column(metric)]]
-    rows = [_pair(done, others, axis, metric, a, b) for a, b in itertools.combinations(levels_of(trials[axis]), 2)]
-    table = pd.DataFrame(rows)
+    needed = list(dict.fromkeys(["seed", axis, *others, "verdict", column(metric)]))
+    done = trials.loc[trials["state"] == "done", needed]
+    parts = [({}, done)] if by is None else [({by: v}, at_level(done, by, v)) for v in levels_of(trials[by])]
+    pairs = list(itertools.combinations(levels_of(trials[axis]), 2))
+    table = pd.DataFrame([at | _pair(part, others, axis, metric, a, b) for at, part in parts for a, b in pairs])
     table["p_holm"] = holm(list(table["p"]))
     return table
 
 
-def limits(trials: pd.DataFrame, setting: str, by: str | None) -> pd.DataFrame:
-    """A row per level of `by` (one row for None): how far `setting` can be raised. All other axes and seeds are pooled.
+def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], others: Sequence[str]) -> None:
+    """Raises Refused where a seed and cell of `others` lacks a done trial at one of these levels of `setting`.
 
-    `all_stable`: the largest level at and below which every trial is done and `stable`; null: not even the smallest.
-    `first_unstable`: the smallest level with a trial judged otherwise; null: none seen. `n_unstable` of the `n_there`
-    trials at it are.
-    `stable_again`: the largest level above that one at which every trial is stable; null, as it should be: none.
-    `best`, `best_loss`: the level of least mean loss; null where the losses are on different evaluation batches.
-    `works_to`: the largest level such that at every level from `best` to it all trials are done, none diverged, and the
-    mean loss is within 0.2 nat of the best.
+    Levels that have different partners cannot be averaged over them and then compared.
     """
-    needed = [setting, *([] if by is None else [by]), "verdict", "verdict_code", "eval_hash", column("final_loss")]
-    trials = trials[needed]
+    there = dict(zip(keys(trials, ["seed", *others, setting]), trials["state"], strict=True))
+    for partner in dict.fromkeys(keys(trials, ["seed", *others])):
+        for level in grid:
+            if (state := there.get((*partner, level))) != "done":
+                seed, *at = partner
+                raise Refused(hole((setting, *others), (level, *at), seed, state or "no trial"))
+
+
+def hole(axes: Sequence[str], levels: Sequence[Level], seed: Level, reason: str) -> str:
+    """Where a trial is missing, in words, and why."""
+    named = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=True))
+    return f"the grid has a hole at {named}, seed {seed} ({reason})"
+
+
+def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | None) -> pd.DataFrame:
+    """A row per level of `by` (one row for None): how far `setting` can be raised, whatever the other axes and seeds.
+
+    `all_stable`: the largest level at which every trial is `stable`, with no level up to it at which one is not or
+    has no verdict; null: there is none. A trial that is `untrained` shows neither, so its level is passed over.
+    `first_unstable`: the smallest level with a trial that is judged and not stable; null: none seen. `n_unstable` of
+    the `n_there` trials at it are. `stable_again`: the largest level above that one at which every trial is stable;
+    null, as it should be: none.
+    Losses are compared within each cell of the other axes, paired by seed, and never as means over different cells:
+    a level's excess is the mean over cells of its difference to the best level of that cell. `best`: the level of least
+    excess, `best_loss` its mean loss; null where the losses are on different evaluation batches. `works_to`: the
+    largest level such that at every level from `best` to it none diverged and the excess is within 0.2 nat.
+    `reason`: why all of this is null: the grid has a hole, so that levels have different partners.
+    """
+    others = [a for a in axes if a not in (setting, by)]
+    needed = [setting, *([] if by is None else [by]), *others, "seed", "state", "verdict", "verdict_code"]
+    trials = trials[[*needed, "verdict_reason", "eval_hash", column("final_loss")]]
     groups = [None] if by is None else levels_of(trials[by])
-    rows = [_limit(trials if by is None else at_level(trials, by, level), setting, level) for level in groups]
+    rows = []
+    for level in groups:
+        part = trials if by is None else at_level(trials, by, level)
+        row: dict[str, Level] = {"level": level, "trials": len(part), **dict.fromkeys(_LIMITS), "reason": None}
+        try:
+            check_complete(part, setting, levels_of(part[setting]), others)
+            rows.append(row | _stable(part, setting) | _working(part, setting, others))
+        except Refused as refused:
+            rows.append(row | {"reason": str(refused)})
     table = pd.DataFrame(rows)
     return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
 
@@ -156,70 +211,85 @@ def column(metric: str) -> str:
 
 
 def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
-    first, second = (_by_partner(at_level(done, axis, level), others, metric) for level in (a, b))
-    shared = [k for k in first if k in second and math.isfinite(first[k][0]) and math.isfinite(second[k][0])]
+    members = [at_level(done, axis, level) for level in (a, b)]
+    first, second = (_by_partner(trials, others, metric) for trials in members)
+    diverged_a, diverged_b = (int((trials["verdict"] == "diverged").sum()) for trials in members)
+    shared = [k for k in first if k in second and math.isfinite(first[k]) and math.isfinite(second[k])]
     per_seed: dict[Level, list[float]] = {}
     for k in shared:
-        per_seed.setdefault(k[0], []).append(second[k][0] - first[k][0])
-    e = t_interval(means := [math.fsum(d) / len(d) for _, d in sorted(per_seed.items())])
+        per_seed.setdefault(k[0], []).append(second[k] - first[k])
+    e = t_interval(means := [math.fsum(d) / len(d) for d in per_seed.values()])
     n = len(shared)
     return {
         "a": a,
         "b": b,
         "seeds": e.n,
         "pairs": n,
-        "mean_a": math.fsum(first[k][0] for k in shared) / n if n else math.nan,
-        "mean_b": math.fsum(second[k][0] for k in shared) / n if n else math.nan,
+        "mean_a": math.fsum(first[k] for k in shared) / n if n else math.nan,
+        "mean_b": math.fsum(second[k] for k in shared) / n if n else math.nan,
         "difference": e.mean,
         "low": e.low,
         "high": e.high,
-        "positive": sum(second[k][0] > first[k][0] for k in shared) / n if n else math.nan,
-        "p": sign_flip_p(means),
-        "diverged_a": sum(first[k][1] for k in shared),
-        "diverged_b": sum(second[k][1] for k in shared),
+        "positive": sum(second[k] > first[k] for k in shared) / n if n else math.nan,
+        "p": sign_flip_p(means) if len(means) >= FLIPS_FROM else math.nan,
+        "diverged_a": diverged_a,
+        "diverged_b": diverged_b,
     }
 
 
-def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], tuple[float, bool]]:
-    """(seed, what a partner must share) -> the statistic, and whether the trial diverged."""
-    answers = zip(values(trials, metric), trials["verdict"] == "diverged", strict=True)
-    return dict(zip(keys(trials, ["seed", *others]), answers, strict=True))
+def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], float]:
+    """(seed, what a partner must share) -> the statistic."""
+    return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
 
 
-def _limit(trials: pd.DataFrame, setting: str, level: Level) -> dict[str, Level]:
+_LIMITS = (*("all_stable", "first_unstable", "n_unstable", "n_there", "stable_again", "best", "best_loss", "works_to"),)
+
+
+def _stable(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
+    """What the verdicts say of the levels of `setting`."""
     grid = levels_of(trials[setting])
     at = {v: at_level(trials, setting, v) for v in grid}
-    stable = {v: bool((rows["verdict"] == "stable").all()) for v, rows in at.items()}
-    prefix = list(itertools.takewhile(stable.__getitem__, grid))
-    bad = {v: int(rows["verdict"].isin(VERDICTS[1:]).sum()) for v, rows in at.items()}
-    unstable = [v for v in grid if bad[v]]
-    one_batch = trials["eval_hash"].nunique() <= 1
-    losses = {v: _mean_loss(rows) if one_batch else math.nan for v, rows in at.items()}
-    known = [v for v in grid if math.isfinite(losses[v])]
-    best = min(known, key=losses.__getitem__) if known else None
+    bad = {v: int((rows["verdict"].notna() & (rows["verdict"] != "stable")).sum()) for v, rows in at.items()}
+    stable = [v for v in grid if (at[v]["verdict"] == "stable").all()]
+    unknown = [v for v in grid if (at[v]["verdict"].isna() & (at[v]["verdict_reason"] != "untrained")).any()]
+    first = next((v for v in grid if bad[v]), None)
+    ends = [grid.index(v) for v in grid if bad[v] or v in unknown]
+    prefix = [v for v in stable if grid.index(v) < min(ends, default=len(grid))]
+    again = [] if first is None else [v for v in stable if grid.index(v) > grid.index(first)]
     return {
-        "level": level,
-        "trials": len(trials),
         "all_stable": prefix[-1] if prefix else None,
-        "first_unstable": unstable[0] if unstable else None,
-        "n_unstable": bad[unstable[0]] if unstable else None,
-        "n_there": len(at[unstable[0]]) if unstable else None,
-        "stable_again": next((v for v in reversed(grid) if unstable and stable[v] and v > unstable[0]), None),
-        "best": best,
-        "best_loss": losses[best] if known else math.nan,
-        "works_to": _works_to(at, losses, grid, best) if known else None,
+        "first_unstable": first,
+        "n_unstable": bad[first] if any(bad.values()) else None,
+        "n_there": len(at[first]) if any(bad.values()) else None,
+        "stable_again": again[-1] if again else None,
     }
 
 
-def _mean_loss(trials: pd.DataFrame) -> float:
-    """Seeds are averaged first; a missing one makes the mean unknown."""
-    known = values(trials, "final_loss")
-    return math.fsum(known) / len(known) if known and all(math.isfinite(v) for v in known) else math.nan
-
-
-def _works_to(at: dict[Level, pd.DataFrame], losses: dict[Level, float], grid: list[Level], best: Level) -> Level:
-    def works(v: Level) -> bool:
-        return losses[v] <= losses[best] + STABLE_MARGIN and bool((at[v]["verdict_code"] == "ok").all())
-
-    working = list(itertools.takewhile(works, grid[grid.index(best) :]))
-    return working[-1] if working else None
+def _working(trials: pd.DataFrame, setting: str, others: Sequence[str]) -> dict[str, Level]:
+    """What the losses say of the levels of `setting`, on a grid without a hole."""
+    grid = levels_of(trials[setting])
+    cells: dict[tuple[Level, ...], dict[Level, list[float]]] = {}
+    batches: dict[tuple[Level, ...], set[Level]] = {}
+    rows = zip(keys(trials, [*others, setting]), keys(trials, ["seed", *others]), records(trials), strict=True)
+    for (*cell, level), partner, row in rows:
+        loss = row[column("final_loss")]
+        cells.setdefault(tuple(cell), {}).setdefault(level, []).append(math.nan if loss is None else loss)
+        batches.setdefault(partner, set()).add(row["eval_hash"])
+    if any(len(hashes) > 1 for hashes in batches.values()):
+        return {}
+    means = [{v: math.fsum(losses[v]) / len(losses[v]) for v in grid} for losses in cells.values()]
+    # every level of a cell has the same seeds, so a difference of its means is the mean of its paired differences
+    known = [v for v in grid if all(math.isfinite(m[v]) for m in means)]
+    if not known:
+        return {}
+    lowest = [min(m[v] for v in known) for m in means]
+    excess = {v: math.fsum(m[v] - low for m, low in zip(means, lowest, strict=True)) / len(means) for v in known}
+    best = min(known, key=excess.__getitem__)
+    fine = {v: bool((at_level(trials, setting, v)["verdict_code"] == "ok").all()) for v in known}
+    up = itertools.takewhile(lambda v: v in known and fine[v] and excess[v] <= STABLE_MARGIN, grid[grid.index(best) :])
+    one_batch = trials["eval_hash"].nunique() <= 1
+    return {
+        "best": best,
+        "best_loss": math.fsum(m[best] for m in means) / len(means) if one_batch else None,
+        "works_to": next(iter(reversed(list(up))), None),
+    }

@@ -8,6 +8,7 @@ import numpy as np
 
 from stabstudy.analysis import style, words
 from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
@@ -46,7 +47,7 @@ def first_spikes(study: Study, by: str, found: FirstSpikes | None = None, ax: Ax
 def sensitivity(
     study: Study, x: str = "model.depth", table: pd.DataFrame | None = None, ax: Axes | None = None
 ) -> Axes:
-    """LR sensitivity (nat/token) against an axis, with its standard error over seeds; a line per other recipe.
+    """LR sensitivity (nat/token) against an axis, with its 95 % interval over seeds (from 3); a line per other recipe.
 
     An open mark: the best learning rate lies at an end of the grid. Recipes without the statistic are left out.
     """
@@ -63,10 +64,17 @@ def sensitivity(
         colour, marker = style.CATEGORIES[i % len(style.CATEGORIES)], style.MARKERS[i % len(style.MARKERS)]
         at = [positions.of(r[x]) for r in rows]
         values = [float(str(r["lrs"])) for r in rows]
-        errors = [0.0 if r["lrs_se"] is None else float(str(r["lrs_se"])) for r in rows]
+        known_ends = [r["lrs_high"] is not None and int(str(r["seeds"])) >= INTERVAL_FROM for r in rows]
+        ends = [
+            [
+                abs(float(str(r[end])) - v) if known else 0.0
+                for r, v, known in zip(rows, values, known_ends, strict=True)
+            ]
+            for end in ("lrs_low", "lrs_high")
+        ]
         name = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(others, recipe, strict=True))
         dash = style.DASHES[i % len(style.DASHES)]
-        ax.errorbar(at, values, yerr=errors, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
+        ax.errorbar(at, values, yerr=ends, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
         for place, value, row in zip(at, values, rows, strict=True):
             fill = style.PAPER if row["opt_at_edge"] else colour
             ax.plot(place, value, marker=marker, markersize=6, color=colour, markerfacecolor=fill, linestyle="none")

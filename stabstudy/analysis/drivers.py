@@ -43,7 +43,7 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
         rates = ", ".join(words.level(lr, LR) for lr in known[0]["grid"])
         yield Text(
             "LR sensitivity (arXiv 2309.14322): how far the final loss stays above the best one, in nat/token, on "
-            f"average over the learning rates {rates}; ± is its standard error over seeds. A recipe that learns "
+            f"average over the learning rates {rates}, with its 95 % interval over seeds. A recipe that learns "
             "nothing at any rate has 0: read it beside the curve of the loss. Other grids give other numbers. Works "
             "up to: from the best rate to this one nothing diverged and the loss is within "
             f"{STABLE_MARGIN:g} nat/token of the best. Basin: within {BASIN_MARGIN:g}."
@@ -62,9 +62,9 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
 
 
 def _recipe(row: Mapping[str, Any]) -> tuple[str, ...]:
-    error = "" if row["lrs_se"] is None else f" ± {words.number(row['lrs_se'], 2)}"
+    ends = "" if row["lrs_low"] is None else f" ({words.number(row['lrs_low'])} to {words.number(row['lrs_high'])})"
     return (
-        f"{words.number(row['lrs'])}{error}",
+        f"{words.number(row['lrs'])}{ends}",
         str(row["seeds"]),
         f"{words.level(row['lr_opt'], LR)}{' (end)' if row['opt_at_edge'] else ''}",
         words.number(row["lr_excess_above_opt"]),

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, marks, sentences, style, words
+from stabstudy.analysis.effects import CLEAR
+from stabstudy.analysis.kinds import scale_of
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
@@ -17,36 +19,38 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-INTERVAL_FROM = 3
-"""Seeds from which a paired interval is drawn: that of two spans 12.7 standard errors on each side."""
-
 
 def effects(
     study: Study, metric: str = "final_loss", table: pd.DataFrame | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Forest plot: the paired change of a statistic along each axis, with its 95 % t-interval (from 3 seeds on).
+    """Forest plot: the effect of each axis on a statistic with its 95 % interval; ratios on a log scale.
 
-    A filled mark: the interval does not hold 0. `table`: rows of `sentences.effects`, to spare making them again.
+    A filled mark: the corrected p of the axis is under .05. `table`: of `Study.effects`, to spare making it again.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    found = sentences.effects(study) if table is None else table
-    rows = [r for r in records(found) if r["metric"] == metric] if len(found) else []
+    table = study.effects() if table is None else table
+    rows = [r for r in records(table) if r["metric"] == metric and r["estimate"] is not None]
     for i, row in enumerate(rows):
-        known = row["seeds"] >= INTERVAL_FROM and row["low"] is not None
-        clear = known and (row["low"] > 0 or row["high"] < 0)
-        if known:
+        clear = row["p_holm"] is not None and row["p_holm"] < CLEAR
+        if row["low"] is not None:
             ax.plot([row["low"], row["high"]], [i, i], color=style.BLUE, linewidth=1.8, solid_capstyle="butt")
         ax.plot(
-            row["difference"], i, marker="s", markersize=6, color=style.BLUE, linestyle="none",
+            row["estimate"], i, marker="s", markersize=6, color=style.BLUE, linestyle="none",
             markerfacecolor=style.BLUE if clear else style.PAPER, gid="effect",
         )  # fmt: skip
-    ax.axvline(0.0, color=style.MUTED, linewidth=1.0)
+    differences = scale_of(metric) == "difference"
+    ax.axvline(0.0 if differences else 1.0, color=style.MUTED, linewidth=1.0)
     ax.set_yticks(range(len(rows)), [style.plain(sentences.step(r["axis"], r["a"], r["b"])) for r in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.margins(x=0.1)
-    style.few_ticks(ax, COLUMNS[metric].unit)
-    named = f"change of {style.plain(words.STATISTICS.get(metric, metric))}{_unit(metric)}"
-    ax.set_xlabel(textwrap.fill(named, 36))
+    name = style.plain(words.STATISTICS.get(metric, metric))
+    if differences:
+        style.few_ticks(ax, COLUMNS[metric].unit)
+        ax.set_xlabel(textwrap.fill(f"change of {name}{_unit(metric)}", 36))
+    else:
+        ax.set_xscale("log")
+        style.log_ticks(ax, across=True)
+        ax.set_xlabel(textwrap.fill(f"ratio of {name}", 36))
     return ax
 
 

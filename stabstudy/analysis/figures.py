@@ -17,6 +17,7 @@ from stabstudy.analysis import (
     words,
 )
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, layout_of, level_texts, points, pooled, said_levels
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
@@ -67,13 +68,13 @@ def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
             layout.over,
         )
         against = f"{name} against {words.label(layout.x)}"
+        geometric = "geometric " if kind_of(metric) is Kind.RATIO else ""
         caption = (
-            f"{against}. {plots.marks_said(study.trials, [metric])} Lines are {'geometric ' if log_y else ''}means, "
-            f"bands 95 % t-intervals (from {plots.BAND_FROM} trials on).{_extremes(study, layout, metric, log_y)}"
-            f"{pooled(layout)}"
+            f"{against}. {plots.marks_said(study.trials, [metric])} Lines are {geometric}means, bands 95 % intervals "
+            f"(from {plots.BAND_FROM} trials on).{_extremes(study, layout, metric)}{pooled(layout)}"
         )
-        table = _curve_table(study, layout, metric, log_y)
-        alt = _curve_alt(study, layout, metric, log_y, against)
+        table = _curve_table(study, layout, metric)
+        alt = _curve_alt(study, layout, metric, against)
         title = f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}"
         yield Figure(_file(metric), title, style.draw(figure), alt, caption, table)
 
@@ -83,24 +84,24 @@ def _mixed(study: Study, layout: Layout) -> bool:
     return any(trials["eval_hash"].nunique() > 1 for _, trials in points(study, layout, "final_loss"))
 
 
-def _curve_table(study: Study, layout: Layout, metric: str, log_y: bool) -> Table:
+def _curve_table(study: Study, layout: Layout, metric: str) -> Table:
     axes = layout.axes(study)
     heads = (*map(words.heading, axes), plots.metric_label(metric), "low", "high", "n in the mean", "diverged")
     rows = []
     for levels, trials in points(study, layout, metric):
         drawn = plots.drawable(trials, metric)
         if len(drawn):
-            e = plots.mean_of(drawn, metric, log_y)
+            e = plots.mean_of(drawn, metric)
             diverged = int((drawn["verdict"] == "diverged").sum())
             numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
             rows.append((*level_texts(axes, levels), *numbers))
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
 
 
-def _extremes(study: Study, layout: Layout, metric: str, log_y: bool) -> str:
+def _extremes(study: Study, layout: Layout, metric: str) -> str:
     """Which point of the lines is lowest, and which highest."""
     means = [
-        (plots.mean_of(plots.drawable(trials, metric), metric, log_y).mean, levels)
+        (plots.mean_of(plots.drawable(trials, metric), metric).mean, levels)
         for levels, trials in points(study, layout, metric)
     ]
     known = [point for point in means if point[0] == point[0]]
@@ -117,12 +118,12 @@ def _ends(points: list[tuple[float, tuple[Level, ...]]]) -> Iterator[tuple[float
         yield end(points, key=lambda point: point[0])
 
 
-def _curve_alt(study: Study, layout: Layout, metric: str, log_y: bool, against: str) -> str:
+def _curve_alt(study: Study, layout: Layout, metric: str, against: str) -> str:
     """Where each line starts, ends, and is lowest and highest."""
     axes = layout.axes(study)
     lines: dict[tuple[Level, ...], list[tuple[Level, float]]] = {}
     for levels, trials in points(study, layout, metric):
-        mean = plots.mean_of(plots.drawable(trials, metric), metric, log_y).mean
+        mean = plots.mean_of(plots.drawable(trials, metric), metric).mean
         if mean == mean:
             lines.setdefault(levels[:-1], []).append((levels[-1], mean))
     parts = [f"Line chart. {against}."]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from stabstudy.analysis import map_plots, plots, style, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
@@ -114,7 +115,8 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     )
     what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
     low, high = (map_plots.text(v, value) for v in map_plots.scale(value, top))
-    mean = "over the n done trials" if value == DIVERGED else "the mean over the n done trials that have it"
+    geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
+    mean = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
     caption = (
         f"{what}: {mean}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below it, how many "
         f"trials are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a "

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, style, words
+from stabstudy.analysis.kinds import EXPOSURE
 from stabstudy.analysis.levels import Level, levels_of, records, split
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
@@ -69,7 +70,8 @@ def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: A
 
     A field's ground is that of its worst verdict. In each row of an x with an order a heavy line ends the levels up to
     which every trial is stable (`compare.limits`): solid where the next level was seen to be unstable, dashed where it
-    was not (nothing larger was tried, or trials are missing). All other axes and seeds are pooled.
+    was not (nothing larger was tried, or trials have no verdict); none where trials are missing. All other axes and
+    seeds are pooled.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     columns, rows = _sides(study, x, y)
@@ -90,10 +92,14 @@ def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: A
 
 
 def limits(study: Study, x: str, y: str) -> Mapping[Level, Mapping[str, Any]]:
-    """Per level of y, how far x can be raised: the rows of `compare.limits`; empty where x has no order."""
+    """Per level of y, how far x can be raised: the rows of `compare.limits`; empty where x has no order.
+
+    Named cases are left out, and so are levels of y that the limits are refused for.
+    """
     if not _has_order(study.axes.get(x, [])):
         return {}
-    return {row[y]: row for row in records(compare.limits(study.trials, x, y).reset_index())}
+    rows = records(compare.limits(study.grid.trials, list(study.axes), x, y).reset_index())
+    return {row[y]: row for row in rows if row["reason"] is None}
 
 
 def mean(trials: pd.DataFrame, value: str) -> float:
@@ -136,7 +142,7 @@ def _sides(study: Study, x: str, y: str) -> tuple[Positions, Positions]:
 
 def _done(study: Study, x: str, y: str, value: str) -> pd.DataFrame:
     read = [] if value == DIVERGED else [compare.column(value)]
-    return study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", *read]]
+    return study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", EXPOSURE, *read]]
 
 
 def _has_order(levels: Sequence[Level]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ import pandas as pd
 from stabstudy.analysis import advice, cell_tables, drivers, export, recipe, runs, sentences, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis.effects import CLEAR, contrasts, interactions
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.links import paged
@@ -182,21 +183,111 @@ def _effects(study: Study) -> Iterator[Block]:
     if study.ingested:
         yield Text(runs.NO_PAIRS)
         return
-    table = sentences.effects(study)
-    if not len(table):
-        yield Text("No pair of trials differs in one axis alone, so nothing can be compared pairwise.")
+    rows = records(study.effects()) if study.grid.axes else []
+    if not any(r["estimate"] is not None for r in rows):
+        yield Text("No axis varies in done trials, so there is nothing to compare.")
         return
+    tested = sum(r["p_holm"] is not None for r in rows)
     yield Text(
-        "Each pair of trials shares its seed (so its initial weights and data order) and every other axis. Differences "
-        "are averaged per seed; the interval is Student's over seeds, p the exact sign-flip test."
+        "Model: statistic ~ seed + every axis, each axis tested as a whole (type II F); norms, logits and roughness by "
+        "their logarithms, rates by theirs, losses as they are. The error is moderated over all tests: where axes act "
+        f"differently by seed it is larger. p is corrected (Holm) for {words.count(tested, 'test')}. An effect is stated "
+        f"where that is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
     )
-    numbers = ("mean", "change", "95 % interval", "pairs", "seeds", "larger in", "p (Holm)")
-    rows = tuple(_effect(row) for row in records(table))
-    yield Table("Paired differences", ("axis", "from → to", "statistic", *numbers), rows, frozenset(numbers))
+    heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
+    yield Table(f"Effects: {words.count(tested, 'test')}", heads, tuple(map(_effect, rows)), frozenset(heads[4:6]))
+    yield from _contrasts(study)
+    yield from _interactions(study)
+    yield _paired(study, rows)
 
 
 def _effect(row: Mapping[str, Any]) -> tuple[str, ...]:
-    axis, metric = row["axis"], row["metric"]
+    axis = row["axis"]
+    known = row["estimate"] is not None
+    return (
+        words.label(axis),
+        f"{words.level(row['a'], axis)} → {words.level(row['b'], axis)}" if known else words.NOTHING,
+        _head(row["metric"]),
+        sentences.change(row) if known else words.NOTHING,
+        words.number(row["p"], 2),
+        words.number(row["p_holm"], 2),
+        _reading(row),
+        row["note"] or "",
+    )
+
+
+def _reading(row: Mapping[str, Any]) -> str:
+    if row["p_holm"] is None:
+        return "not tested"
+    return "effect" if row["p_holm"] < CLEAR else "suggestive" if row["p"] < CLEAR else "no effect found"
+
+
+def _contrasts(study: Study) -> Iterator[Block]:
+    """Each level of an axis of three and more against the best: so that a U shape is seen."""
+    rows = [r for r in records(contrasts(*study.tested())) if len(study.grid.axes[r["axis"]]) > 2]
+    heads = ("axis", "level", "best", "statistic", "above the best [95 % interval]", "p (Holm, in the axis)")
+    texts = tuple(
+        (
+            words.label(r["axis"]),
+            words.level(r["level"], r["axis"]),
+            words.level(r["best"], r["axis"]),
+            _head(r["metric"]),
+            sentences.change(r),
+            words.number(r["p_holm"], 2),
+        )
+        for r in rows
+    )
+    if texts:
+        yield Table("Each level of an axis against its lowest", heads, texts, frozenset(heads[-1:]), folded=True)
+
+
+def _interactions(study: Study) -> Iterator[Block]:
+    """Whether one axis acts differently along another."""
+    if len(study.grid.axes) < 2:
+        return
+    heads = ("axis", "along", "statistic", "F", "p (Holm)", "note")
+    texts = tuple(
+        (
+            words.label(r["axis"]),
+            words.label(r["other"]),
+            _head(r["metric"]),
+            words.number(r["statistic"]),
+            words.number(r["p_holm"], 2),
+            r["note"] or "",
+        )
+        for r in records(interactions(*study.tested()))
+    )
+    yield Table("Does one axis depend on another?", heads, texts, frozenset(heads[3:5]), folded=True)
+
+
+def _paired(study: Study, effects: Sequence[Mapping[str, Any]]) -> Table:
+    """The paired differences between the levels that the effects name."""
+    heads = (
+        "axis",
+        "from → to",
+        "statistic",
+        "mean",
+        "change",
+        "95 % interval",
+        "pairs",
+        "seeds",
+        "larger in",
+        "diverged",
+    )
+    texts = []
+    for effect in effects:
+        axis, metric = effect["axis"], effect["metric"]
+        for row in records(study.grid.compare(axis, metric)):
+            if row["pairs"] and {row["a"], row["b"]} == {effect["a"], effect["b"]}:
+                texts.append(_difference(axis, metric, row))
+    title = (
+        "Paired differences: trials of one seed that differ in the axis alone, averaged per seed; Student's interval "
+        "over seeds"
+    )
+    return Table(title, heads, tuple(texts), frozenset(heads[3:]), folded=True)
+
+
+def _difference(axis: str, metric: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         words.label(axis),
         f"{words.level(row['a'], axis)} → {words.level(row['b'], axis)}",
@@ -207,7 +298,7 @@ def _effect(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["pairs"]),
         str(row["seeds"]),
         words.percent(row["positive"]),
-        words.number(row["p_holm"], 2),
+        f"{row['diverged_a']} → {row['diverged_b']}",
     )
 
 

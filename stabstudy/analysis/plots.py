@@ -22,6 +22,7 @@ import pandas as pd
 from stabstudy.analysis import compare, marks, style, words
 from stabstudy.analysis.curve_plots import first_spikes, sensitivity
 from stabstudy.analysis.effect_plots import clip_shares, clipping, effects, parallel
+from stabstudy.analysis.kinds import EXPOSURE
 from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.map_plots import stability_map, verdict_map
@@ -65,21 +66,21 @@ def curves(
 ) -> Axes:
     """A statistic against axis `x`: a dot per trial, and per level of `by` a line through the means.
 
-    A 95 % band surrounds means of 3 or more trials; with `log_y` both are those of the logarithm (geometric means).
+    A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`kinds.estimate`).
     Done trials that share x and `by` are pooled: seeds, and any other axis (use `panels` to keep those apart). Diverged
     ones are open triangles on the upper edge; in the mean of `final_loss` they count with their capped loss, in that of
     another statistic not at all: their trace is shorter.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    needed = dict.fromkeys([x, *study.axes, "state", "verdict", "eval_hash", metric, compare.column(metric)])
+    needed = dict.fromkeys([x, *study.axes, "state", "verdict", "eval_hash", EXPOSURE, metric, compare.column(metric)])
     trials = drawable(study.trials[list(needed)], metric)
     positions = Positions(study.axes.get(x) or levels_of(study.trials[x]), x)
     if by is None or by == x or by not in study.axes:
-        _draw_group(ax, trials, metric, positions, _Look(style.BLUE, 0, None), log_y)
+        _draw_group(ax, trials, metric, positions, _Look(style.BLUE, 0, None))
     else:
         for i, (level, colour) in enumerate(zip(study.axes[by], style.colours(study.axes[by]), strict=True)):
             look = _Look(colour, i, style.plain(words.level(level, by)))
-            _draw_group(ax, at_level(trials, by, level), metric, positions, look, log_y)
+            _draw_group(ax, at_level(trials, by, level), metric, positions, look)
         style.legend(ax, words.heading(by))
     positions.apply_x(ax)
     ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric)), 34))
@@ -180,13 +181,13 @@ def marks_said(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
     return f"{'; '.join(parts)}."
 
 
-def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look, log_y: bool) -> None:
+def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
     means, at = [], []
     for level in positions.levels:
         rows = at_level(trials, positions.setting, level)
         if len(rows):
             at.append(positions.of(level))
-            means.append(mean_of(rows, metric, log_y))
+            means.append(mean_of(rows, metric))
     ax.plot(
         at, [m.mean for m in means], color=look.colour, linestyle=look.dash, marker=look.marker, markersize=5,
         linewidth=1.6, label=look.name,
@@ -212,10 +213,10 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
         )  # fmt: skip
 
 
-def mean_of(trials: pd.DataFrame, metric: str, log_y: bool = False) -> Estimate:
+def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
     """The mean that `curves` draws through these trials."""
     counted = trials if metric == "final_loss" else trials[trials["verdict"] != "diverged"]
-    return (compare.log_mean if log_y else compare.mean)(counted, metric)
+    return compare.mean(counted, metric)
 
 
 def _levels_in(trials: pd.DataFrame, positions: Positions) -> list[Any]:

@@ -123,7 +123,8 @@ def _best(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe
     tied = _tied(cells, known)
     knobs = {c: _levels(study, cells[c], given) for c in tied}
     margins = {c: _margin(trials, knobs[c]) for c in tied}
-    chosen = max(tied, key=lambda c: ((-math.inf,) * 2 if margins[c] is None else margins[c].width, -losses[c].mean))
+    widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
+    chosen = max(tied, key=lambda c: (widths[c], -losses[c].mean))
     row = records(cells[chosen].head(1))[0]
     return Recipe(
         cell_id=chosen,

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from stabstudy import config as cfg
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import SCHEDULER
-from stabstudy.analysis.levels import Level, keys, levels_of, records, split
+from stabstudy.analysis.compare import SCHEDULER, check_complete, hole
+from stabstudy.analysis.levels import Level, at_level, keys, levels_of, records, split
 from stabstudy.stability import sensitivity as sens
 from stabstudy.stability.sensitivity import Floats, LossCurve, Refused, Sensitivity
 
@@ -26,7 +27,10 @@ LR_MEANING = ("optim.kind", "optim.lr_rule", "optim.base_batch")
 SIZE = ("model", "model.depth", "model.dim")
 """Axes along which a model grows."""
 
-_TYPES = {f.name: "float64" for f in fields(Sensitivity) if f.name != "grid"}
+_TYPES = {f.name: "float64" for f in fields(Sensitivity) if f.name != "grid"} | {
+    "lrs_low": "float64",
+    "lrs_high": "float64",
+}
 _TYPES |= {"seeds": "Int64", "opt_at_edge": "boolean", "basin_at_edge": "boolean"}
 """So that a row without numbers does not change those of the others: a null would make a count 3.0."""
 
@@ -36,13 +40,33 @@ Row = dict[str, Any]
 def by_recipe(trials: pd.DataFrame, axes: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
     """A row per combination of the levels of `by`: the fields of `Sensitivity`, and `reason` where they are null.
 
-    The grid is every learning rate of the table. Axes that are not in `by` are averaged per seed and learning rate.
+    `lrs_low`, `lrs_high`: the 95 % interval of `lrs`, never below 0; null under two seeds. The grid is every learning
+    rate of the table. Axes that are not in `by` are averaged per seed and learning rate.
     """
     grid = levels_of(trials[LR])
     pooled = [a for a in axes if a not in (LR, *by)]
     groups = split(trials, {a: levels_of(trials[a]) for a in by})
     rows = [dict(zip(by, levels, strict=True)) | _sensitivity(rows, grid, pooled) for levels, rows in groups]
-    return pd.DataFrame(rows, columns=[*by, *(f.name for f in fields(Sensitivity)), "reason"]).astype(_TYPES)
+    names = [f.name for f in fields(Sensitivity)]
+    return pd.DataFrame(rows, columns=[*by, *names, "lrs_low", "lrs_high", "reason"]).astype(_TYPES)
+
+
+def differences(trials: pd.DataFrame, axes: Sequence[str], axis: str, by: Sequence[str]) -> pd.DataFrame:
+    """A row per combination of the levels of `by` and level of `axis` but its first: what it does to LR sensitivity.
+
+    Columns: those of `by`, `a` (the first level), `b`, `seeds` that both have, `difference` of their LRS (b - a), its
+    95 % interval `low`, `high` from the seeds' own differences (null under two), `reason` where it is null.
+    """
+    grid, levels = levels_of(trials[LR]), levels_of(trials[axis])
+    pooled = [a for a in axes if a not in (LR, axis, *by)]
+    rows = []
+    for at, part in split(trials, {a: levels_of(trials[a]) for a in by}):
+        for level in levels[1:]:
+            row = dict(zip(by, at, strict=True)) | {"a": levels[0], "b": level}
+            rows.append(row | _difference(part, axis, levels[0], level, grid, pooled))
+    return pd.DataFrame(rows, columns=[*by, "a", "b", "seeds", "difference", "low", "high", "reason"]).astype(
+        {"seeds": "Int64", "difference": "float64", "low": "float64", "high": "float64"}
+    )
 
 
 def growth(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -66,43 +90,65 @@ def growth(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
 
 def _sensitivity(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> Row:
     try:
-        if changing := [a for a in pooled if a in LR_MEANING]:
-            raise Refused(f"{words.listing(changing)} changes what a learning rate means")
-        if trials["eval_hash"].nunique() > 1:
-            raise Refused("its losses are on different evaluation batches")
-        return asdict(_statistics(trials, grid, pooled)) | {"reason": None}
+        curve, logit = _curve(trials, grid, pooled)
     except Refused as refused:
         return {"reason": str(refused)}
+    row = asdict(sens.sensitivity(curve, logit))
+    low, high = _ends(row["lrs"], row["lrs_se"], row["seeds"])
+    return row | {"lrs_low": None if low is None else max(0.0, low), "lrs_high": high, "reason": None}
 
 
-def _statistics(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> Sensitivity:
+def _difference(trials: pd.DataFrame, axis: str, a: Level, b: Level, grid: list[Level], pooled: list[str]) -> Row:
+    parts = [at_level(trials, axis, level) for level in (a, b)]
+    both = set.intersection(*(set(levels_of(part["seed"])) for part in parts))
+    try:
+        if not both:
+            raise Refused("no seed is at both levels")
+        one, other = (_curve(part[part["seed"].isin(both)], grid, [axis, *pooled])[0].loss for part in parts)
+    except Refused as refused:
+        return {"seeds": len(both), "reason": str(refused)}
+    difference = sens.lr_sensitivity(other.mean(axis=1)) - sens.lr_sensitivity(one.mean(axis=1))
+    low, high = _ends(difference, sens.lr_sensitivity_difference_se(one, other), len(both))
+    return {"seeds": len(both), "difference": difference, "low": low, "high": high, "reason": None}
+
+
+def _ends(value: float, error: float | None, seeds: int) -> tuple[float | None, float | None]:
+    """The 95 % interval of a jackknifed value; none without an error, or of seeds whose curves are parallel."""
+    if error is None or error <= 1e-12 * abs(value):
+        return None, None
+    half = float(stdtrit(seeds - 1, 0.975)) * error
+    return value - half, value + half
+
+
+def _curve(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> tuple[LossCurve, Floats | None]:
+    """The losses of a recipe, and its attention logits where they were probed. Raises Refused."""
+    if changing := [a for a in pooled if a in LR_MEANING]:
+        raise Refused(f"{words.listing(changing)} changes what a learning rate means")
+    if trials["eval_hash"].nunique() > 1:
+        raise Refused("its losses are on different evaluation batches")
+    check_complete(trials, LR, grid, pooled)
     seeds = levels_of(trials["seed"])
-    found = dict(zip(keys(trials, ["seed", *pooled, LR]), records(trials), strict=True))
+    rows = dict(zip(keys(trials, ["seed", *pooled, LR]), records(trials), strict=True))
     partners = {seed: [k for k in dict.fromkeys(keys(trials, ["seed", *pooled])) if k[0] == seed] for seed in seeds}
-    cells = [[[_done(found, (*k, lr), pooled) for k in partners[seed]] for seed in seeds] for lr in grid]
+    cells = [[[_ended(rows, (*k, lr), pooled) for k in partners[seed]] for seed in seeds] for lr in grid]
     loss = np.array([[_mean(cell, "final_loss_capped") for cell in row] for row in cells])
     logit = np.array([[math.exp(_mean(cell, "attn_logit_peak", log=True)) for cell in row] for row in cells])
     ok = np.array([all(t["verdict_code"] == "ok" for cell in row for t in cell) for row in cells])
     probed = not trials["attn_logit_peak"].isna().all()
-    return sens.sensitivity(LossCurve(np.array(grid, dtype=np.float64), loss, ok), logit if probed else None)
+    return LossCurve(np.array(grid, dtype=np.float64), loss, ok), logit if probed else None
 
 
-def _done(found: dict[tuple[Level, ...], Row], key: tuple[Level, ...], pooled: list[str]) -> Row:
-    """The trial at these levels. Raises Refused where there is none that ran to its end and has a final loss."""
-    trial = found.get(key)
-    if trial is None:
-        reason = "no trial"
-    elif trial["state"] != "done":
-        reason = trial["state"]
-    elif trial["stop_reason"] == SCHEDULER:
+def _ended(rows: dict[tuple[Level, ...], Row], key: tuple[Level, ...], pooled: list[str]) -> Row:
+    """The trial at these levels. Raises Refused where it was stopped, or has no final loss."""
+    trial = rows[key]
+    if trial["stop_reason"] == SCHEDULER:
         reason = "stopped by a scheduler"
     elif trial["final_loss_capped"] is None:
         reason = "no final loss"
     else:
         return trial
     seed, *others, lr = key
-    named = [f"{words.label(a)} {words.level(v, a)}" for a, v in zip((LR, *pooled), (lr, *others), strict=True)]
-    raise Refused(f"the grid has a hole at {', '.join(named)}, seed {seed} ({reason})")
+    raise Refused(hole((LR, *pooled), (lr, *others), seed, reason))
 
 
 def _mean(trials: list[Row], name: str, log: bool = False) -> float:

@@ -6,7 +6,7 @@ answered, one that changed nothing by the interval of its effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import compare, recipe, runs, words
@@ -208,7 +208,7 @@ def _changes(study: Study) -> Iterator[str]:
             yield f"{_capital(words.label(axis))}: not tested ({own[0]['note'] or 'too few trials'})."
 
 
-def _stated(study: Study, axis: str, clear: list[Row], crossed: Mapping[tuple[str, str], Row]) -> Iterator[str]:
+def _stated(study: Study, axis: str, clear: Sequence[Row], crossed: Mapping[tuple[str, str], Row]) -> Iterator[str]:
     """The clear changes along an axis; one that depends on another axis is given at each level of that one."""
     by_step: dict[str, list[str]] = {}
     for row in clear:

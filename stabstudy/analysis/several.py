@@ -17,8 +17,9 @@ import pandas as pd
 from stabstudy.analysis import compare, plots, sentences, style, words
 from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis.effects import CLEAR, REPORTED, effects
 from stabstudy.analysis.levels import Level, levels_of, records, split
-from stabstudy.analysis.paired import t_interval
+from stabstudy.analysis.paired import holm, t_interval
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -48,7 +49,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         question="",
         headline=f"{len(names)} studies side by side.",
         counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
-        findings=[Finding("What differs", list(_findings(table)))],
+        findings=[Finding("What differs", list(_findings(whole, metrics, table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
@@ -82,7 +83,7 @@ def _comparable(whole: Study) -> list[str]:
     trials = whole.trials
     strides = trials["log_stride"].nunique() if "log_stride" in trials else 1
     mixed = trials["detector_id"].nunique() > 1 or strides > 1
-    return [m for m in sentences.EFFECTS if not (mixed and m in BY_DETECTOR)]
+    return [m for m in REPORTED if not (mixed and m in BY_DETECTOR)]
 
 
 def _sections(
@@ -171,7 +172,7 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
     )
     numbers = ("mean", "change", "95 % interval", "pairs", "seeds")
     yield Table("Paired differences", ("studies", "statistic", *numbers), rows, frozenset(numbers))
-    for metric in sentences.EFFECTS:
+    for metric in REPORTED:
         if metric not in metrics:
             yield Text(f"{words.STATISTICS[metric]}: not compared (see above).")
 
@@ -189,20 +190,40 @@ def _disjoint(whole: Study) -> Iterator[str]:
             yield f"{label[0].upper()}{label[1:]}: {', '.join(said)}."
 
 
-def _findings(table: list[dict[str, Any]]) -> Iterator[str]:
-    clear = [r for r in table if r["low"] is not None and (r["low"] > 0 or r["high"] < 0)]
-    for r in clear:
-        name = words.STATISTICS[r["metric"]]
-        yield (
-            f"{name[0].upper()}{name[1:]}: {value(r['metric'], r['mean_a'])} in {words.clean(r['a'], 60)}, "
-            f"{value(r['metric'], r['mean_b'])} in {words.clean(r['b'], 60)} ({words.count(r['pairs'], 'pair')}, "
-            f"{words.count(r['seeds'], 'seed')}; the paired 95 % interval of the change does not hold 0, not corrected "
-            f"for {len(table)} comparisons)."
-        )
+def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
+    """What can be told from chance, and what cannot, with its interval."""
     if not table:
         yield UNPAIRED
-    elif not clear:
-        yield "No difference can be told from chance: each paired 95 % interval holds 0, or is missing."
+        return
+    for row in _claims(whole, metrics):
+        name = words.STATISTICS[row["metric"]]
+        at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
+        if row["p_holm"] is None:
+            yield f"{_capital(name)}, {at}: not tested ({row['note']})."
+        else:
+            reading = "" if row["p_holm"] < CLEAR else "no difference found: "
+            yield f"{_capital(name)}, {at}: {reading}{sentences.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
+
+
+def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """The effects of the study axis on matched trials, all other axes as factors; Holm over the statistics.
+
+    Matched: trials of the same seed, data and levels in at least two studies. A statistic that cannot be compared
+    between these (see `compare.alike`) is left out.
+    """
+    axes = [a for a in whole.axes if a != AXIS]
+    others = ["seed", *axes, "data_fingerprint"]
+    done = whole.trials[(whole.trials["state"] == "done") & whole.trials["seed"].notna()]
+    matched = done[done.groupby(others, dropna=False)[AXIS].transform("nunique") > 1]
+    groups = matched.groupby(others, dropna=False)
+    usable = [m for m in metrics if not any((groups[c].nunique() > 1).any() for c in compare.alike(m, matched))]
+    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS and r["a"] is not None]
+    adjusted = holm([math.nan if r["p"] is None else r["p"] for r in rows])
+    return [r | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _figures(whole: Study) -> Iterator[Block]:
@@ -221,21 +242,21 @@ def _figures(whole: Study) -> Iterator[Block]:
             against = against[0].upper() + against[1:]
             caption = (
                 f"{against}, a line for each study{over}. {plots.marks_said(whole.trials, [metric])} Bands: 95 % "
-                f"t-intervals (from {plots.BAND_FROM} trials on)."
+                f"intervals (from {plots.BAND_FROM} trials on)."
             )
-            table = _figure_table(whole, metric, x, log_y)
+            table = _figure_table(whole, metric, x)
             said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
             name = f"studies-{metric.replace('_', '-')}"
             svg = style.draw(ax.figure)  # type: ignore[arg-type]
             yield Figure(name, against, svg, f"Line chart. {said}.", caption, table)
 
 
-def _figure_table(whole: Study, metric: str, x: str, log_y: bool) -> Table:
+def _figure_table(whole: Study, metric: str, x: str) -> Table:
     rows = []
     for (study, level), trials in split(
         plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
     ):
-        e = plots.mean_of(trials, metric, log_y)
+        e = plots.mean_of(trials, metric)
         diverged = int((trials["verdict"] == "diverged").sum())
         numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
         rows.append((words.clean(study, 60), words.level(level, x), *numbers))
@@ -263,7 +284,7 @@ def _cells(whole: Study) -> Iterator[Block]:
     statistics = [f"{COLUMNS[m].label}: {words.clean(n, 30)}" for m in CELL for n in names]
     verdicts = [f"verdicts: {words.clean(n, 30)}" for n in names]
     heads = (*map(words.heading, axes), *statistics, *verdicts)
-    title = "Cells that at least two studies hold: means over done seeds, ± half the 95 % t-interval"
+    title = "Cells that at least two studies hold: means over done seeds, with the 95 % interval"
     yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
     changes = tuple(_changes(whole, axes))
     if changes:

