@@ -160,7 +160,8 @@ def test_ratios_are_told_as_ratios() -> None:
 
 def test_a_null_level_is_a_level() -> None:
     rows = effects.effects(grid(), AXES, ["final_loss"]).set_index("axis")
-    assert (rows.loc[CLIP, "a"], rows.loc[CLIP, "b"]) == (1.0, None) or pd.isna(rows.loc[CLIP, "b"])
+    assert (rows.loc[CLIP, "a"], rows.loc[CLIP, "b"]) == (1.0, None)
+    assert rows.loc[DEPTH, "b"] == 6 and isinstance(rows.loc[DEPTH, "b"], int)
     assert rows.loc[CLIP, "p"] > 0.01
 
 
@@ -253,6 +254,15 @@ def test_axes_that_change_together_are_named() -> None:
     alone = effects.effects(table, AXES, ["final_loss"]).set_index("axis")
     assert rows.loc[LR, "p"] == pytest.approx(alone.loc[LR, "p"])
     assert rows.loc[LR, "p_holm"] < alone.loc[LR, "p_holm"]  # two tests fewer: what has no p is none of the family
+
+
+def test_a_level_that_only_another_axis_has_is_named() -> None:
+    table = grid()
+    table.loc[(table[LR] == 1e-1) & (table[DEPTH] == 6), LR] = 1.0
+    table["kind"] = np.where(table[LR] == 1.0, "b", "a")
+    row = effects.effects(table, [LR, "kind"], ["final_loss"]).set_index("axis").loc[LR]
+    assert row["note"] == "highest against lowest of 3 levels; 1 level not told apart from other axes"
+    assert row["a"] == 1e-2 and row["b"] in (1e-3, 1e-1) and row["p"] < 1e-3
 
 
 def test_an_axis_of_the_seeds_has_no_test() -> None:

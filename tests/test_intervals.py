@@ -59,6 +59,11 @@ def test_the_log_interval_is_students_of_the_logarithms() -> None:
     assert shifted.n == 2 and shifted.mean == pytest.approx(math.sqrt(1e-3 * 1e-2) - 1e-3)
 
 
+def test_no_interval_is_too_wide_for_a_float() -> None:
+    e = log_interval([1e-30, 1e30])
+    assert (e.mean, e.low, e.high) == (pytest.approx(1.0), 0.0, math.inf)
+
+
 @pytest.mark.parametrize("interval", [t_interval, log_interval])
 def test_a_few_equal_values_have_no_interval(interval: Callable[[list[float]], Estimate]) -> None:
     for values in ([1 / 134] * 3, [0.1 + 0.2, 0.3, 0.3], [7.0] * 9):

@@ -30,7 +30,7 @@ from stabstudy.analysis.compare import column, incomparable
 from stabstudy.analysis.factors import Error, Family, Floats, Ints, Model
 from stabstudy.analysis.kinds import EXPOSURE, Kind, exposures, kind_of, scale_of, shift_of
 from stabstudy.analysis.levels import Level, levels_of, ordered, plain
-from stabstudy.analysis.paired import holm
+from stabstudy.analysis.paired import exponential, holm
 from stabstudy.stability.summary import COLUMNS
 
 _SPIKES = "spike_abs_rate" if "spike_abs_rate" in COLUMNS else "spike_rate"
@@ -63,12 +63,8 @@ def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -
         effect = {} if reason else _effect(prepared, response, j)
         notes = (reason, effect.get("note"), response.missing)
         rows.append(row | effect | {"note": "; ".join(filter(None, notes)) or None})
-    table = pd.DataFrame(rows, columns=_COLUMNS)
-    table["p_holm"] = holm(list(table["p"]))
-    return table
-
-
-_COLUMNS = ["axis", "metric", "statistic", "p", "p_holm", "estimate", "low", "high", "scale", "a", "b", "note"]
+    names = ("axis", "metric", "statistic", "p", "p_holm", "estimate", "low", "high", "scale", "a", "b", "note")
+    return _table(rows, names)
 
 
 def contrasts(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
@@ -92,8 +88,7 @@ def contrasts(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str])
                 | _scaled(response.metric, c.difference, half)
                 | {"p": c.p, "p_holm": c.p_holm, "scale": scale_of(response.metric)}
             )
-    names = ["axis", "metric", "level", "best", "estimate", "low", "high", "p", "p_holm", "scale"]
-    return pd.DataFrame(rows, columns=names)
+    return _table(rows, ("axis", "metric", "level", "best", "estimate", "low", "high", "p", "p_holm", "scale"))
 
 
 def interactions(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
@@ -115,9 +110,15 @@ def interactions(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
             continue
         f, p = error.f_test(*squares[i, j])
         rows.append(row | {"statistic": f, "p": p, "note": None})
-    table = pd.DataFrame(rows, columns=["axis", "other", "metric", "statistic", "p", "p_holm", "note"])
-    table["p_holm"] = holm(list(table["p"]))
-    return table
+    return _table(rows, ("axis", "other", "metric", "statistic", "p", "p_holm", "note"))
+
+
+def _table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
+    """The rows, with levels as they are (4 and not 4.0), and `p_holm` over all of them where they have none."""
+    p_values = [row["p"] for row in rows]
+    each = [{"p_holm": p} | row for p, row in zip(holm(p_values), rows, strict=True)]
+    numbers = [n for n in names if n in ("statistic", "p", "p_holm", "estimate", "low", "high")]
+    return pd.DataFrame(each, columns=list(names), dtype=object).astype(dict.fromkeys(numbers, "float64"))
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,9 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     which = f"highest against lowest of {len(known)} levels" if chosen else f"last against first of {len(known)} levels"
     half = error.half_width(model.variance(axis, a, b), pairs if chosen else 1)
     change = _scaled(response.metric, float(means[b] - means[a]), half)
-    note = which if len(known) > 2 else None
-    return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": note} | change
+    lost = len(set(model.axes[axis][0].tolist())) - len(known)
+    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} not told apart from other axes"] * (lost > 0)
+    return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
 
 
 def _above_best(model: Model, axis: int, error: Error) -> dict[int, _Contrast]:
@@ -284,5 +286,5 @@ def _aliased(axes: Sequence[str], model: Model, axis: int) -> str:
 def _scaled(metric: str, difference: float, half: float) -> dict[str, float]:
     """A difference on the scale of the model, and its interval, as they are told."""
     ends = (difference, difference - half, difference + half)
-    told = ends if scale_of(metric) == "difference" else map(math.exp, ends)
+    told = ends if scale_of(metric) == "difference" else map(exponential, ends)
     return dict(zip(("estimate", "low", "high"), told, strict=True))

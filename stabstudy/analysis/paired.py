@@ -22,6 +22,9 @@ MAX_EXACT = 20
 FLIPS_FROM = 6
 """Fewest differences whose sign-flip p-value can fall below .05: its floor is 2 / 2^n."""
 
+MAX_EXPONENT = 709.0
+"""Of the largest float there is, about."""
+
 INTERVAL_FROM = 3
 """Seeds from which an interval over them is drawn: that of two spans 12.7 standard errors on each side."""
 
@@ -60,7 +63,12 @@ def log_interval(values: Sequence[float], shift: float = 0.0) -> Estimate:
     `shift` is added before the logarithm and taken off again, for quantities that can be 0.
     """
     e = t_interval([math.log(v + shift) for v in values if math.isfinite(v) and v + shift > 0])
-    return Estimate(e.n, *(math.exp(x) - shift for x in (e.mean, e.low, e.high)))
+    return Estimate(e.n, *(exponential(x) - shift for x in (e.mean, e.low, e.high)))
+
+
+def exponential(x: float) -> float:
+    """e to the x, infinity where that is no float: two seeds of norms 1e-30 and 1e30 have such an interval."""
+    return math.exp(x) if not x > MAX_EXPONENT else math.inf
 
 
 def poisson_interval(count: float, exposure: float) -> tuple[float, float]:
