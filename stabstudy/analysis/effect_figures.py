@@ -132,10 +132,11 @@ def _effects(study: Study) -> Iterator[Figure | Absent]:
     for ax in figure.axes[len(metrics) :]:
         ax.set_visible(False)
     tested = sum(r["p_holm"] is not None for r in rows)
+    lacking = _lacking(study.trials, metrics)
     caption = (
         "Effect of each axis with its 95 % interval, seeds as blocks and all other axes as factors: losses as "
         f"differences, the others as ratios (log scale). Filled: p under {CLEAR:g} after Holm's correction over "
-        f"{words.count(tested, 'test')}.{f' Left out: {lacking}.' if (lacking := _lacking(study.trials, metrics)) else ''}"
+        f"{words.count(tested, 'test')}.{f' Left out: {lacking}.' if lacking else ''}"
     )
     effects = [
         f"{sentences.step(r['axis'], r['a'], r['b'])}: {words.STATISTICS[r['metric']]} {sentences.change(r)}"

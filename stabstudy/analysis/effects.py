@@ -31,10 +31,8 @@ from stabstudy.analysis.factors import Error, Family, Floats, Ints, Model
 from stabstudy.analysis.kinds import EXPOSURE, Kind, exposures, kind_of, scale_of, shift_of
 from stabstudy.analysis.levels import Level, levels_of, ordered, plain
 from stabstudy.analysis.paired import exponential, holm
-from stabstudy.stability.summary import COLUMNS
 
-_SPIKES = "spike_abs_rate" if "spike_abs_rate" in COLUMNS else "spike_rate"
-REPORTED = ("final_loss", _SPIKES, "grad_norm_log_sd", "attn_logit_peak")
+REPORTED = ("final_loss", "spike_abs_rate", "grad_norm_log_sd", "attn_logit_peak")
 """The statistics whose changes a report states."""
 
 CLEAR = 0.05

@@ -191,8 +191,8 @@ def _effects(study: Study) -> Iterator[Block]:
     yield Text(
         "Model: statistic ~ seed + every axis, each axis tested as a whole (type II F); norms, logits and roughness by "
         "their logarithms, rates by theirs, losses as they are. The error is moderated over all tests: where axes act "
-        f"differently by seed it is larger. p is corrected (Holm) for {words.count(tested, 'test')}. An effect is stated "
-        f"where that is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
+        f"differently by seed it is larger. p is corrected (Holm) for {words.count(tested, 'test')}. An effect is "
+        f"stated where that is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
     )
     heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
     yield Table(f"Effects: {words.count(tested, 'test')}", heads, tuple(map(_effect, rows)), frozenset(heads[4:6]))

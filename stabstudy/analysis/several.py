@@ -202,7 +202,8 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
             yield f"{_capital(name)}, {at}: not tested ({row['note']})."
         else:
             reading = "" if row["p_holm"] < CLEAR else "no difference found: "
-            yield f"{_capital(name)}, {at}: {reading}{sentences.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
+            p = words.number(row["p_holm"], 2)
+            yield f"{_capital(name)}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
 
 
 def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
