@@ -93,6 +93,6 @@ def _rows(schema: Schema, n: int, given: Mapping[str, Sequence[Any] | Floats], s
         elif column.kind == "text":
             columns[column.name] = np.array(values, dtype=object)
         else:
-            kind = np.int64 if column.kind == "int" else np.float64
-            columns[column.name] = np.array([math.nan if v is None else v for v in values], dtype=kind)
+            kind, empty = (np.int64, 0) if column.kind == "int" else (np.float64, math.nan)
+            columns[column.name] = np.array([empty if v is None else v for v in values], dtype=kind)
     return Rows(schema, columns, nulls)
