@@ -92,8 +92,8 @@ def test_the_real_run(shared_data: Path, tmp_path: Path, capsys: Out) -> None:
     )
     assert said is not None and "91 % of them lie above 1" in said[0] and "median 1.66" in said[0]
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert said[0] in readme and "Two spikes stand out (steps 3220 and 5510)" in readme
-    assert study.spikes["start"].tolist() == [3220, 5510]
+    assert said[0] in readme and "Four spikes stand out (steps 3220, 4530, 5510 and 6110)" in readme
+    assert study.spikes["start"].tolist() == [3220, 4530, 5510, 6110]
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.iterdir()} == before
     clipped, _ = only(take(tmp_path, source, more=("--set", "optim.clip=1.0")))
     assert round(100 * clipped["clip_share"]) == 91 and clipped["trial_id"] == row["trial_id"]
@@ -203,6 +203,22 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     assert series(study, "lr") == [None] * 50 and only(study)[1].notes == (
         "columns: step=iter, loss=train_loss, grad_norm=gnorm",
     )
+
+
+@pytest.mark.parametrize("norm", [None, "tensor(1.02)", ""])
+def test_without_a_gradient_norm_there_is_no_verdict_but_divergence(norm: str | None, tmp_path: Path) -> None:
+    """The column absent, unreadable or empty: nothing that was not measured is called stable."""
+    for name, end, verdict in (("whole", 2.0, None), ("lost", math.nan, "diverged")):
+        frame = pd.DataFrame({"step": range(120), "loss": [*logs.losses(119), end]})
+        if norm is not None:
+            frame["grad_norm"] = norm
+        folder = tmp_path / name
+        folder.mkdir()
+        frame.to_csv(folder / "a.csv", index=False, na_rep="nan")
+        row, _ = only(take(folder, folder / "a.csv"))
+        assert (row["verdict"], row["n_evaluable"], row["spike_events"]) == (verdict, 0, None)
+        assert row["verdict_reason"] == (None if verdict else "no_gradient_norm")
+        assert [row[name] for name in ("spike_rate", "spike_abs_low", "severity")] == [None] * 3
 
 
 def test_columns_are_said_where_they_are_not_known(tmp_path: Path, capsys: Out) -> None:
