@@ -26,7 +26,7 @@ JUDGES: dict[str, Callable[[Floats], Marks]] = {
     "skipstep": lambda x: published.sigma(x, published.skipstep(P)),
     "zclip": lambda x: published.zclip(x, P),
     "llmc": lambda x: published.sigma(x, published.llmc()),
-    "ratio3": published.ratio3,
+    "ratio3": lambda x: published.ratio3(x, P),
     "gss": lambda x: Marks(published.gss_ratio(x) > P.gss_ratio, np.isfinite(x)),
 }
 
@@ -116,5 +116,5 @@ def test_ratio3_sees_slow_bumps(width: int, flags: int) -> None:
     for seed in range(100):
         values = lognormal(0.2, 450, seed)
         values[200 : 200 + width] *= 10 ** np.sin(np.pi * (np.arange(width) + 0.5) / width)
-        counts.append(published.ratio3(values).n_flagged)
+        counts.append(published.ratio3(values, P).n_flagged)
     assert abs(float(np.median(counts)) - flags) <= 1
