@@ -1,10 +1,11 @@
-"""What do a trial's statistics cost, beside reading its trace and beside pandas code for the same rules?
+"""What do the detector and a trial's statistics cost, beside reading the trace and beside pandas code for the rule?
 
-Planted traces of 10,000 steps (log-normal norms, log-sd .25; a learning loss; four layer groups; in every second trace
-three spikes of x20), each read and summarised in this process. CPU seconds, scaled to 1,000 traces. Prints one JSON
-line for each measurement.
+The detector `jump` on both series: in blocks of 32 steps of 64 trials, as running trials hand them over, and on whole
+series. Then finished traces of 10,000 steps (log-normal norms, log-sd .25; a learning loss; four layer groups; in every
+second trace three spikes of x20), each read and summarised in this process. CPU seconds. Prints one JSON line for each
+measurement; `us` is for a step of a trial, both series where both are judged.
 
-    python benchmarks/instrument.py [--traces 20] [--steps 10000]
+    python benchmarks/instrument.py [--tiny] [--traces 20] [--steps 10000]
 """
 
 from __future__ import annotations
@@ -22,70 +23,89 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from stabstudy.stability.calm import mad_outliers, ratio3_outliers
+from numpy.typing import NDArray
 
 from stabstudy.finished import compact, read_parquet
-from stabstudy.stability.detectors import mad_lin, mad_log, ratio3
-from stabstudy.stability.rules import rules_for
+from stabstudy.stability.detectors import Tail, jump, jump_block
+from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import TrialFacts, summarise
 from stabstudy.trace import TRACE, RowWriter
+
+Floats = NDArray[np.float64]
+RULES = Rules()
+BLOCK, TRIALS = 32, 64
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--traces", type=int, default=20)
     arguments.add_argument("--steps", type=int, default=10_000)
+    arguments.add_argument("--tiny", action="store_true", help="the smallest shape, to see that all of it runs")
     given = arguments.parse_args()
-    rules = rules_for(given.steps)
+    measure(*((2, 160) if given.tiny else (given.traces, given.steps)))
+
+
+def measure(traces: int, steps: int) -> dict[str, float]:
+    """Microseconds of CPU for a step of a trial, by what is done; printed too."""
+    found = {f"jump, {BLOCK} steps of {TRIALS} trials at once": blocks(BLOCK, steps // BLOCK * BLOCK, traces)}
+    found[f"jump, one step of {TRIALS} trials at once"] = blocks(1, steps, traces)
     with tempfile.TemporaryDirectory() as folder:
-        files = [plant(Path(folder), seed, given.steps) for seed in range(given.traces)]
-        traces = [read_parquet(file, TRACE) for file in files]
-        facts = TrialFacts(given.steps, given.steps // 50, 1.0, "done", "complete", 6.5, 2.5, beta2=0.95)
-        norms, losses = [t["grad_norm"] for t in traces], [t["loss"] for t in traces]
+        files = [plant(Path(folder), seed, steps) for seed in range(traces)]
+        rows = [read_parquet(file, TRACE) for file in files]
+        facts = TrialFacts(steps, steps // 50, 1.0, "done", "complete", 6.5, 2.5, beta2=0.95)
+        norms, losses = [t["grad_norm"] for t in rows], [t["loss"] for t in rows]
         jobs: dict[str, Callable[[int], Any]] = {
             "read": lambda i: read_parquet(files[i], TRACE),
-            "summarise": lambda i: summarise(traces[i], None, facts, rules),
-            "our three rules": lambda i: (
-                mad_outliers(norms[i], rules, "grad"),
-                mad_outliers(losses[i], rules, "loss"),
-                ratio3_outliers(norms[i], rules),
-            ),
-            "our three rules, streaming": lambda i: (
-                mad_log(norms[i], rules),
-                mad_lin(losses[i], rules),
-                ratio3(norms[i], rules),
-            ),
-            "our three rules, pandas": lambda i: by_pandas(norms[i], losses[i], rules.window, rules.min_fill),
+            "summarise": lambda i: summarise(rows[i], None, facts, RULES),
+            "jump, whole series": lambda i: (jump(norms[i], RULES, "grad"), jump(losses[i], RULES, "loss")),
+            "jump, pandas": lambda i: by_pandas(norms[i], losses[i]),
         }
-        seconds = {name: measure(name, job, given.traces, given.steps) for name, job in jobs.items()}
-    report("summarise over read", ratio=round(seconds["summarise"] / seconds["read"], 2))
+        for name, job in jobs.items():
+            job(0)  # to warm up
+            found[name] = 1e6 * statistics.median(cpu_seconds(job, i) for i in range(traces)) / steps
+    for name, us in found.items():
+        report(name, n=traces, steps=steps, us=round(us, 3))
+    report("summarise over read", ratio=round(found["summarise"] / found["read"], 2))
+    return found
 
 
-def measure(name: str, job: Callable[[int], Any], traces: int, steps: int) -> float:
-    """Median CPU seconds for a trace; the first is run once before, to warm up."""
-    job(0)
-    seconds = []
-    for i in range(traces):
-        begin = time.process_time()
-        job(i)
-        seconds.append(time.process_time() - begin)
-    middle = statistics.median(seconds)
-    us = round(1e6 * middle / steps, 3)
-    report(name, n=traces, steps=steps, cpu_s_per_1000_traces=round(1000 * middle, 2), us_per_step=us)
-    return middle
+def blocks(length: int, steps: int, rounds: int) -> float:
+    """Microseconds of a step of a trial, both series; a norm in which one step in 200 is high, the median round."""
+    rng = np.random.default_rng(0)
+    norm = np.exp(0.25 * rng.standard_normal((TRIALS, steps)))
+    norm[rng.random(norm.shape) < 1 / 200] *= 10
+    loss = 2.5 + 0.05 * rng.standard_normal(norm.shape)
+    steps = min(steps, 40 * length)
+
+    def run(_: int) -> None:
+        grad, lost = Tail.empty(TRIALS, RULES), Tail.empty(TRIALS, RULES)
+        for begin in range(0, steps, length):
+            _, grad = jump_block(norm[:, begin : begin + length], grad, RULES, "grad")
+            _, lost = jump_block(loss[:, begin : begin + length], lost, RULES, "loss")
+
+    run(0)
+    return 1e6 * statistics.median(cpu_seconds(run, i) for i in range(rounds)) / steps / TRIALS
 
 
-def by_pandas(norm: np.ndarray[Any, Any], loss: np.ndarray[Any, Any], window: int, fill: int) -> list[Any]:
-    """The rules in rolling windows: without admission of levels that last, for which pandas has no window."""
+def cpu_seconds(job: Callable[[int], Any], i: int) -> float:
+    begin = time.process_time()
+    job(i)
+    return time.process_time() - begin
+
+
+def by_pandas(norm: Floats, loss: Floats) -> list[Any]:
+    """The definition in rolling windows, for series without gaps."""
     flagged = []
-    for series, jump in ((np.log(norm), 0.3), (loss, 0.1)):
-        y = pd.Series(series)
-        rolling = y.rolling(window, min_periods=fill)
-        center = rolling.median().shift(1)
-        spread = rolling.apply(lambda w: np.median(np.abs(w - np.median(w))), raw=True).shift(1)
-        flagged.append((y - center) / np.maximum(spread / 0.6745, jump / 6) >= 6)
-    norms = pd.Series(norm)
-    return [*flagged, norms >= 3 * norms.rolling(window, min_periods=fill).median().shift(1)]
+    for y, k, least, scale in ((np.log(norm), 5, np.log(2), 0.05), (loss, 6, 0.1, 0.02)):
+        level = pd.Series(y).rolling(5, min_periods=1).median().shift(1)
+        e = pd.Series(y) - level
+        windows = e.rolling(64, min_periods=11)
+        spread = windows.apply(lambda w: np.nanmedian(np.abs(w - np.nanmedian(w))), raw=True).shift(1)
+        z = (e - windows.median().shift(1)) / np.maximum(spread / 0.6745, scale)
+        flagged.append((z >= k) & (e >= least))
+    median = pd.Series(np.log(norm)).rolling(64, min_periods=12).median().shift(1)
+    level = pd.Series(np.log(norm)).rolling(5).median().shift(1)
+    return [*flagged, norm >= 3 * np.exp(np.maximum(median, level))]
 
 
 def plant(folder: Path, seed: int, steps: int) -> Path:
@@ -107,8 +127,8 @@ def plant(folder: Path, seed: int, steps: int) -> Path:
     return folder / f"{seed}.parquet"
 
 
-def report(what: str, **numbers: Any) -> None:
-    print(json.dumps({"what": what, **numbers, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}), flush=True)
+def report(what: str, **figures: Any) -> None:
+    print(json.dumps({"what": what, **figures, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,36 @@ def heavy_tail(n: int, seed: int) -> Floats:
     return np.exp(0.3 * np.random.default_rng(seed).standard_t(4, n) / math.sqrt(2))
 
 
+def gaussian(n: int, rng: np.random.Generator) -> Floats:
+    """Mean 1, standard deviation .1."""
+    return 1 + 0.1 * rng.standard_normal(n)
+
+
+def decay(n: int, rng: np.random.Generator, steps: float = 100, sd: float = 0.15) -> Floats:
+    """A norm that falls from 10 to 1 with a time constant of `steps`, times log-normal noise."""
+    return (1 + 9 * np.exp(-np.arange(n) / steps)) * np.exp(sd * rng.standard_normal(n))
+
+
+def autoregressive(n: int, rng: np.random.Generator) -> Floats:
+    """Log: AR(1), rho .9, stationary from the first value, standard deviation .3."""
+    shocks = rng.standard_normal(n) * math.sqrt(1 - 0.9**2)
+    shocks[0] = rng.standard_normal()
+    level = 0.0
+    logs = [level := 0.9 * level + e for e in shocks.tolist()]
+    return np.exp(0.3 * np.array(logs))
+
+
 def learning(n: int, seed: int, start: float = 6.5, end: float = 2.5, noise: float = 0.05) -> Floats:
     """A loss that falls from `start` to `end` with a time constant of 60 steps."""
     return end + (start - end) * np.exp(-np.arange(n) / 60) + noise * np.random.default_rng(seed).standard_normal(n)
+
+
+def ones(n: int, **at: float) -> Floats:
+    """A series of ones; `s50=4` puts 4 at step 50."""
+    values = np.ones(n)
+    for step, value in at.items():
+        values[int(step[1:])] = value
+    return values
 
 
 def trace_rows(
@@ -66,6 +93,6 @@ def _rows(schema: Schema, n: int, given: Mapping[str, Sequence[Any] | Floats], s
         elif column.kind == "text":
             columns[column.name] = np.array(values, dtype=object)
         else:
-            kind = np.int64 if column.kind == "int" else np.float64
-            columns[column.name] = np.array([math.nan if v is None else v for v in values], dtype=kind)
+            kind, empty = (np.int64, 0) if column.kind == "int" else (np.float64, math.nan)
+            columns[column.name] = np.array([empty if v is None else v for v in values], dtype=kind)
     return Rows(schema, columns, nulls)

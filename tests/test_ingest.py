@@ -206,6 +206,22 @@ def test_tables(tmp_path: Path, suffix: str) -> None:
     )
 
 
+@pytest.mark.parametrize("norm", [None, "tensor(1.02)", ""])
+def test_without_a_gradient_norm_there_is_no_verdict_but_divergence(norm: str | None, tmp_path: Path) -> None:
+    """The column absent, unreadable or empty: nothing that was not measured is called stable."""
+    for name, end, verdict in (("whole", 2.0, None), ("lost", math.nan, "diverged")):
+        frame = pd.DataFrame({"step": range(120), "loss": [*logs.losses(119), end]})
+        if norm is not None:
+            frame["grad_norm"] = norm
+        folder = tmp_path / name
+        folder.mkdir()
+        frame.to_csv(folder / "a.csv", index=False, na_rep="nan")
+        row, _ = only(take(folder, folder / "a.csv"))
+        assert (row["verdict"], row["n_evaluable"], row["spike_events"]) == (verdict, 0, None)
+        assert row["verdict_reason"] == (None if verdict else "no_gradient_norm")
+        assert [row[name] for name in ("spike_rate", "spike_abs_low", "severity")] == [None] * 3
+
+
 def test_columns_are_said_where_they_are_not_known(tmp_path: Path, capsys: Out) -> None:
     frame = pd.DataFrame({"t": range(20), "objective": logs.losses(20), "|g|": logs.norms(20)})
     frame.to_csv(tmp_path / "a.csv", index=False)

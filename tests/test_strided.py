@@ -99,11 +99,11 @@ def test_it_is_never_called_stable() -> None:
     assert verdict(TENTH, norm, loss) == (None, None, "strided", None, None)
 
 
-def test_it_may_be_spiky_by_the_rules_of_rates() -> None:
+def test_it_may_be_rough_or_spiky_by_the_rules_of_rates() -> None:
     loss = learning(600, 1)
-    assert verdict(TENTH, lognormal(0.6, 600, 1), loss) == ("spiky", "R3", None, None, None)
+    assert verdict(TENTH, lognormal(0.6, 600, 1), loss) == ("rough", "rough", None, None, None)
     norm = lognormal(0.1, 600, 1)
-    norm[[200, 400]] *= 20
+    norm[[200, 300, 400]] *= 20
     assert verdict(TENTH, norm, loss)[:2] == ("spiky", "R2")
     norm = lognormal(0.1, 600, 1)
     norm[200:213] *= 2.9  # wide by its rows, but how long it was in steps nobody saw
@@ -129,7 +129,7 @@ def test_it_may_have_diverged() -> None:
 
 def test_nothing_logged() -> None:
     row = summary(TENTH, np.empty(0), np.empty(0)).columns
-    assert (row["steps_done"], row["grad_norm_argmax"], row["verdict_reason"]) == (0, None, "too_short")
+    assert (row["steps_done"], row["grad_norm_argmax"], row["verdict_reason"]) == (0, None, "no_gradient_norm")
 
 
 @pytest.mark.parametrize("wrong", [{"stride": 0}, {"first_step": -1}])

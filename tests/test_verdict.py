@@ -1,23 +1,32 @@
-"""Divergence codes against a reference written from their definitions, and verdicts on planted trials."""
+"""Divergence codes against a reference written from their definitions; the verdict's rules, and their order."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from series import Floats, heavy_tail, learning, lognormal, probe_rows, trace_rows
+from scipy.stats import chi2
+from series import Floats, learning, lognormal, probe_rows, trace_rows
 
 from stabstudy.stability.detectors import Flags
 from stabstudy.stability.events import Spike
-from stabstudy.stability.rules import Rules, rules_for
-from stabstudy.stability.summary import Summary, TrialFacts, Value, summarise
-from stabstudy.stability.verdict import DivergenceMonitor, Verdict, divergence, judge
+from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import TrialFacts, summarise
+from stabstudy.stability.verdict import (
+    VERDICTS,
+    DivergenceMonitor,
+    Verdict,
+    divergence,
+    is_rough,
+    judge,
+    lowest_rate,
+)
 
 RULES = Rules()
 T = 1000
@@ -31,9 +40,11 @@ def watch(
     warmup: int = 20,
     init: float | None = 6.5,
     planned: int = T,
+    unigram: float | None = None,
+    every_step: bool = True,
 ) -> DivergenceMonitor:
     """A monitor that has seen these rows, not finished."""
-    monitor = DivergenceMonitor(RULES, planned, warmup, init)
+    monitor = DivergenceMonitor(RULES, planned, warmup, init, unigram, every_step)
     norms = [1.0] * len(loss) if norm is None else norm
     for step, (x, g) in enumerate(zip(loss, norms, strict=True)):
         monitor.update(step, x, g, (skip or {}).get(step))
@@ -232,11 +243,70 @@ def test_no_recovery_is_not_asked_under_fifty_steps() -> None:
         assert watch(loss, init=5.0, planned=n).finish() == code
 
 
+def test_losses_at_the_end_of_the_floats_are_no_error() -> None:
+    assert watch([1e308] * 100, init=1e308, planned=100).finish(1e308) == "ok"
+
+
+# --- above_unigram ---
+
+
+def loses(best: float, end: float, n: int = 300) -> Floats:
+    """A loss that stays at `best` and, in the last 15 steps, at `end`."""
+    loss = np.full(n, best)
+    loss[-15:] = end
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("best", "final", "code"),
+    [(2.69, 3.06, "above_unigram"), (2.71, 3.06, "ok"), (2.69, 3.04, "ok"), (2.0, 2.9, "ok"), (3.1, 3.4, "ok")],
+)
+def test_what_was_learned_is_lost(best: float, final: float, code: str) -> None:
+    """H1 is 3: the best moving mean must have been below 2.7, and the final loss be above 3.05."""
+    monitor = watch(np.full(300, best), init=5.0, planned=300, unigram=3.0)
+    assert (monitor.finish(final), monitor.step) == (code, None if code == "ok" else 299)
+    assert watch(np.full(300, best), init=5.0, planned=300).finish(final) == "ok"  # H1 is not known
+    assert watch(np.full(300, best), init=5.0, planned=300, unigram=3.0).finish(None) == "ok"
+
+
+def test_noise_about_the_unigram_entropy_is_no_loss_of_what_was_learned() -> None:
+    """The negative control of the first threshold: batches of .1 nat about H1, which without it would be divergence."""
+    codes = []
+    for seed in range(20):
+        loss = 3.0 + 0.1 * np.random.default_rng(seed).standard_normal(150)
+        monitor = watch(loss, init=5.0, planned=150, unigram=3.0)
+        codes.append(monitor.finish(3.06))
+        assert monitor.best_loss is not None and monitor.best_loss < 3.0 and not monitor.untrained
+    assert codes == ["ok"] * 20
+
+
+def test_above_unigram_comes_after_persistent_and_before_no_recovery() -> None:
+    loss = loses(2.0, 4.5)
+    assert watch(loss, init=5.0, planned=300).finish(4.5) == "no_recovery"
+    assert watch(loss, init=5.0, planned=300, unigram=3.0).finish(4.5) == "above_unigram"
+    loss[200:] = 4.5
+    assert fired(watch(loss, init=6.0, planned=300, unigram=3.0)) == ("persistent", 219)
+    assert watch(loss, init=5.0, planned=300, unigram=3.0).finish(math.nan) == "persistent"
+    assert watch(loses(2.0, 2.0), init=5.0, planned=300, unigram=3.0).finish(math.nan) == "nonfinite"
+
+
+@pytest.mark.parametrize(
+    ("loss", "unigram", "untrained"),
+    [([3.1] * 60, 3.0, True), ([3.1] * 60, None, False), ([2.9] * 60, 3.0, False), ([2.9] * 20, 3.0, True)]
+    + [([None] * 60, 3.0, True), ([3.1] * 59 + [0.5], 3.0, False)],
+)
+def test_untrained_is_a_moving_mean_never_below_the_unigram_entropy(
+    loss: Loss, unigram: float | None, untrained: bool
+) -> None:
+    """The mean counts from step 20 on; one batch far below pulls it under H1: by hand, to 3.1 - 2.6 * 2 / 21."""
+    assert watch(loss, unigram=unigram).untrained is untrained
+
+
 # --- against the definitions ---
 
 
 def by_definition(
-    loss: list[float], skipped: list[bool], warmup: int, init: float, planned: int
+    loss: list[float], skipped: list[bool], warmup: int, init: float, planned: int, unigram: float, final: float
 ) -> tuple[str, int | None]:
     """Divergence of finite losses, each test written over the whole series with numpy."""
     codes: dict[int, str] = {}
@@ -262,6 +332,8 @@ def by_definition(
     if codes:
         return codes[min(codes)], min(codes)
     late = [e for t, e in ema if t >= 20]
+    if late and min(late) < unigram - 0.3 and final > unigram + 0.05:
+        return "above_unigram", len(loss) - 1
     tail = [x for t, x in usable if t >= len(loss) - max(5, math.ceil(0.1 * len(loss)))]
     if len(loss) >= 50 and late and tail:
         rise = float(np.mean(tail)) - min(late)
@@ -275,9 +347,13 @@ def by_definition(
     st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.3, 1.0, 1.1, 2.0, 2.3, 3.1, 4.5, 7.0])), max_size=12),
     st.integers(0, 2**32 - 1),
     st.integers(0, 60),
+    st.sampled_from([0.1, 1.2, 2.5, 9.0]),
+    st.sampled_from([0.3, 1.3, 2.4, 7.0]),
 )
-@example([(1, 1.1), (4, 2.3), (5, 1.0), (18, 0.3), (60, 0.3), (37, 1.1)], 0, 0)  # a stretch ends where one begins
-def test_codes_are_the_definitions(levels: list[tuple[int, float]], seed: int, warmup: int) -> None:
+@example([(1, 1.1), (4, 2.3), (5, 1.0), (18, 0.3), (60, 0.3), (37, 1.1)], 0, 0, 0.1, 0.3)  # one ends where one begins
+def test_codes_are_the_definitions(
+    levels: list[tuple[int, float]], seed: int, warmup: int, unigram: float, final: float
+) -> None:
     rng = np.random.default_rng(seed)
     loss = [level + 0.01 * rng.standard_normal() for length, level in levels for _ in range(length)]
     skipped = (rng.random(len(loss)) < 0.05).tolist()
@@ -285,50 +361,20 @@ def test_codes_are_the_definitions(levels: list[tuple[int, float]], seed: int, w
     if any(all(skipped[t : t + 3]) for t in range(len(loss) - 2)) or skipped[:1] == [True]:
         return  # a row of skips is divergence of its own
     planned = max(len(loss), 1)
-    monitor = watch(loss, None, skip, warmup, 4.0, planned)
-    assert (monitor.finish(), monitor.step) == by_definition(loss, skipped, warmup, 4.0, planned)
+    monitor = watch(loss, None, skip, warmup, 4.0, planned, unigram)
+    answer = by_definition(loss, skipped, warmup, 4.0, planned, unigram, final)
+    assert (monitor.finish(final), monitor.step) == answer
 
 
 def test_the_recorded_trial_gives_the_live_answer() -> None:
-    loss, norm = planted(500, 7.5), lognormal(0.2, T, 0)
-    live = watch(loss, norm)
+    loss: list[float | None] = planted(500, 7.5).tolist()
+    norm: list[float | None] = lognormal(0.2, T, 0).tolist()
+    loss[40] = norm[40] = norm[90] = None
+    skip = {40: "no_targets", 60: "amp"}
+    live = watch(loss, norm, skip)
     offline = DivergenceMonitor(RULES, T, 20, 6.5)
-    assert divergence(trace_rows(loss, norm), None, offline, 3.0) == live.finish(3.0)
+    assert divergence(trace_rows(loss, norm, skip), None, offline, 3.0) == live.finish(3.0)
     assert (fired(offline), offline.best_loss) == (fired(live), live.best_loss)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 90), st.sampled_from([0.3, 1.0, 1.1, 2.0, 2.1, 4.5, 9.0, 1e10])), max_size=8),
-    st.integers(0, 2**32 - 1),
-    st.integers(0, 60),
-    st.sampled_from([None, 4.0, math.nan]),
-    st.sampled_from([None, math.nan]),
-    st.booleans(),
-)
-def test_a_whole_trial_at_once_is_every_row(
-    levels: list[tuple[int, float]], seed: int, warmup: int, init: float | None, odd: float | None, quiet: bool
-) -> None:
-    rng = np.random.default_rng(seed)
-    loss = np.array([level * (1 + 0.1 * rng.standard_normal()) for length, level in levels for _ in range(length)])
-    norm: list[float | None] = [1.0] * len(loss)
-    if norm and not quiet:
-        norm[int(rng.integers(len(norm)))] = odd
-    live = DivergenceMonitor(RULES, max(len(loss), 1), warmup, init)
-    for step, (x, g) in enumerate(zip(loss.tolist(), norm, strict=True)):
-        live.update(step, x, g, None)
-    offline = DivergenceMonitor(RULES, max(len(loss), 1), warmup, init)
-    code = divergence(trace_rows(loss, norm), None, offline, 3.0)
-    assert code == live.finish(3.0)
-    assert (fired(offline), offline.best_loss, offline.steps) == (fired(live), live.best_loss, live.steps)
-
-
-@pytest.mark.parametrize(
-    ("loss", "calm"),
-    [(learning(T, 0), True), (planted(500, 4.9), True), (planted(500, 5.2), False), (np.full(T, 1e10), False)],
-)
-def test_which_trials_are_taken_at_once(loss: Floats, calm: bool) -> None:
-    assert DivergenceMonitor(RULES, T, 20, 6.5).take_calm(loss) is calm
 
 
 def test_probed_weights_count_after_the_update_they_show() -> None:
@@ -342,7 +388,7 @@ def test_probed_weights_count_after_the_update_they_show() -> None:
 # --- the verdict, rule by rule ---
 
 
-def spike(series: str, start: int, kind: str = "narrow", ratio: float = 4.0, flags: int = 1) -> Spike:
+def spike(series: str, start: int, kind: str = "narrow", part: str = "both", flags: int = 1) -> Spike:
     grad = series == "grad"
     return Spike(
         series=series,  # type: ignore[arg-type]
@@ -350,11 +396,13 @@ def spike(series: str, start: int, kind: str = "narrow", ratio: float = 4.0, fla
         end=start,
         flag_steps=flags,
         peak_step=start,
-        peak=ratio,
+        peak=4.0,
+        level=1.0,
         baseline=1.0,
         scale=0.05,
-        peak_ratio=ratio if grad else None,
-        peak_delta=None if grad else 1.0,
+        part=part if grad else "surprise",  # type: ignore[arg-type]
+        peak_ratio=4.0 if grad else None,
+        peak_delta=None if grad else 3.0,
         duration=1,
         recovered=True,
         spike_class=kind,  # type: ignore[arg-type]
@@ -362,99 +410,207 @@ def spike(series: str, start: int, kind: str = "narrow", ratio: float = 4.0, fla
     )
 
 
-def readings(flagged: int, evaluable: int) -> Flags:
+def readings(absolute: Sequence[int], evaluable: int) -> Flags:
+    """Flags with these absolute ones; all steps could be judged."""
     steps, nan = np.arange(evaluable), np.full(evaluable, math.nan)
-    none = np.zeros(evaluable, dtype=bool)
-    return Flags(nan, steps < flagged, none, ~none, nan, nan)
+    none, high = np.zeros(evaluable, dtype=bool), np.isin(steps, absolute)
+    return Flags(high, none, high, none, ~none, nan, nan)
+
+
+def apart(stretches: int, gap: int = 5) -> list[int]:
+    return list(range(0, gap * stretches, gap))
 
 
 def verdict(
-    *spikes: Spike, rough: int = 0, evaluable: int = 900, monitor: DivergenceMonitor | None = None, status: str = "done"
+    *spikes: Spike,
+    absolute: Sequence[int] = (),
+    evaluable: int = 900,
+    monitor: DivergenceMonitor | None = None,
+    status: str = "done",
+    stop_reason: str | None = "complete",
+    norm: Floats | None = None,
 ) -> Verdict:
     grad, loss = ([s for s in spikes if s.series == series] for series in ("grad", "loss"))
     monitor = monitor or watch([2.0] * T)
-    return judge(monitor, grad, loss, readings(rough, evaluable), RULES, status, "complete")
+    flags = readings(absolute, evaluable)
+    norm = np.ones(evaluable) if norm is None else norm
+    return judge(monitor, norm, flags, grad, loss, RULES, status, stop_reason)
 
 
 STABLE = Verdict("stable", None, None, False, "ok", None)
+
+
+def test_the_order_of_what_is_asked() -> None:
+    """All of it holds at first; what is asked first is then taken away, one after the other."""
+    calm: dict[str, Any] = {"loss": [2.0] * T}
+    holds: dict[str, Any] = {
+        "status": "failed",
+        "monitor": {"loss": planted(500, 7.5), "unigram": 1.0, "every_step": False},
+        "norm": np.full(40, math.nan),
+        "evaluable": 40,
+        "absolute": apart(8),
+        "spikes": [spike("grad", 10 * i) for i in range(4)],
+    }
+
+    def answer(**changes: Any) -> tuple[str | None, str | None]:
+        holds.update(changes)
+        given = {k: v for k, v in holds.items() if k not in ("spikes", "monitor")}
+        found = verdict(*holds["spikes"], monitor=watch(**holds["monitor"]), **given)
+        return found.verdict, found.reason
+
+    assert answer() == (None, "failed")
+    assert answer(status="done") == ("diverged", None)
+    assert answer(monitor={**calm, "unigram": 1.0, "every_step": False}) == (None, "no_gradient_norm")
+    assert answer(norm=np.ones(40)) == (None, "too_short")
+    assert answer(evaluable=50) == ("rough", None)
+    assert answer(absolute=[]) == ("spiky", None)
+    assert answer(spikes=[]) == (None, "strided")
+    assert answer(monitor={**calm, "unigram": 1.0}) == (None, "untrained")
+    assert answer(monitor={**calm, "unigram": 3.0}) == ("stable", None)
+    assert VERDICTS == ("stable", "spiky", "rough", "diverged")
 
 
 def test_one_narrow_spike_is_stable() -> None:
     assert verdict() == verdict(spike("grad", 100)) == verdict(spike("loss", 100)) == STABLE
 
 
+# --- rough ---
+
+
+@pytest.mark.parametrize("events", [1, 2, 3, 7, 40, 1000])
+@pytest.mark.parametrize("steps", [50, 1184, 10**6])
+@pytest.mark.parametrize("probability", [0.05, 0.025])
+def test_the_lowest_rate_is_garwoods(events: int, steps: int, probability: float) -> None:
+    assert lowest_rate(events, steps, probability) == pytest.approx(chi2.ppf(probability, 2 * events) / 2 / steps)
+
+
+def test_the_lowest_rate_of_nothing_is_zero() -> None:
+    assert lowest_rate(0, 100, 0.05) == lowest_rate(0, 0, 0.05) == lowest_rate(3, 0, 0.05) == 0.0
+
+
+@pytest.mark.parametrize(("stretches", "evaluable"), [(2, 130), (7, 1200)])
+def test_as_few_stretches_are_rough_and_no_fewer(stretches: int, evaluable: int) -> None:
+    assert verdict(absolute=apart(stretches), evaluable=evaluable) == Verdict("rough", "rough", None, False, "ok")
+    assert verdict(absolute=apart(stretches - 1), evaluable=evaluable) == STABLE
+
+
+@pytest.mark.parametrize(("stretches", "most"), [(1, 20), (2, 142), (3, 327), (6, 1045), (7, 1314), (12, 2769)])
+def test_the_length_at_which_they_no_longer_are(stretches: int, most: int) -> None:
+    """chi2.ppf(.05, 2k) / 2 / .0025, rounded down."""
+    assert most == math.floor(chi2.ppf(0.05, 2 * stretches) / 2 / 0.0025)
+    assert is_rough(readings(apart(stretches), most), RULES) and not is_rough(
+        readings(apart(stretches), most + 1), RULES
+    )
+
+
+def test_flags_of_one_stretch_count_once() -> None:
+    assert verdict(absolute=apart(30, 4), evaluable=1000) == STABLE  # 117 steps, 4 apart: one stretch
+    assert verdict(absolute=apart(30, 5), evaluable=1000).verdict == "rough"
+    assert verdict(absolute=range(100), evaluable=1000) == STABLE
+
+
+def test_roughness_does_not_ask_for_surprises() -> None:
+    steps = np.arange(900)
+    flags = dataclasses.replace(readings([], 900), flagged=steps % 6 == 0, surprise=steps % 6 == 0)
+    assert not is_rough(flags, RULES)
+
+
+# --- spiky ---
+
+
 @pytest.mark.parametrize("kind", ["wide", "malignant"])
 def test_r1_a_long_spike(kind: str) -> None:
     assert verdict(spike("loss", 100, kind)) == Verdict("spiky", "R1", None, False, "ok", None)
-    assert verdict(spike("grad", 100, kind, ratio=3.0)).rule == "R1"
-    assert verdict(spike("grad", 100, kind, ratio=2.99)) == STABLE
+    assert verdict(spike("grad", 100, kind, "both")).rule == verdict(spike("grad", 100, kind, "absolute")).rule == "R1"
+    assert verdict(spike("grad", 100, kind, "surprise")) == STABLE
 
 
 def test_r1_an_open_spike_counts_from_five_flags() -> None:
     assert verdict(spike("loss", 100, "open", flags=4)) == STABLE
     assert verdict(spike("loss", 100, "open", flags=5)).rule == "R1"
+    assert verdict(spike("grad", 100, "open", "surprise", flags=9)) == STABLE
 
 
-def test_r2_two_spikes_and_one_in_a_thousand_steps() -> None:
-    two = (spike("grad", 100), spike("loss", 300))
-    assert verdict(*two, evaluable=2000).rule == "R2"
-    assert verdict(*two, evaluable=2001) == STABLE
-    assert verdict(spike("grad", 100, ratio=2.0), spike("grad", 300, ratio=2.0)) == STABLE
+@pytest.mark.parametrize(("events", "most"), [(3, 817), (4, 1366), (6, 2613)])
+def test_r2_at_least_three_spikes_and_surely_more_than_one_in_a_thousand_steps(events: int, most: int) -> None:
+    spikes = [spike("grad" if i % 2 else "loss", 100 + 20 * i) for i in range(events)]
+    assert most == math.floor(1000 * chi2.ppf(0.05, 2 * events) / 2)
+    assert verdict(*spikes, evaluable=most).rule == "R2"
+    assert verdict(*spikes, evaluable=most + 1) == STABLE
+    assert verdict(*spikes[:2], evaluable=51) == STABLE
+
+
+def test_r2_does_not_count_surprises_of_the_norm() -> None:
+    assert verdict(*(spike("grad", 20 * i, part="surprise") for i in range(40))) == STABLE
 
 
 def test_r2_a_coupled_pair_counts_once() -> None:
-    grad = dataclasses.replace(spike("grad", 100), partner=102, lag=2)
-    loss = dataclasses.replace(spike("loss", 102), partner=100, lag=2)
-    assert verdict(grad, loss) == STABLE
-    assert verdict(grad, loss, spike("loss", 500)).rule == "R2"
-    low = dataclasses.replace(grad, peak_ratio=2.0)
-    assert verdict(low, loss) == STABLE
-    assert verdict(low, loss, spike("loss", 500)).rule == "R2"
-
-
-@pytest.mark.parametrize(
-    ("rough", "evaluable", "spiky"), [(4, 200, True), (4, 201, False), (3, 10, False), (0, 0, False)]
-)
-def test_r3_absolute_roughness(rough: int, evaluable: int, spiky: bool) -> None:
-    assert verdict(rough=rough, evaluable=evaluable).rule == ("R3" if spiky else None)
+    grad = [dataclasses.replace(spike("grad", s), partner=s + 2, lag=2) for s in (100, 200, 300)]
+    loss = [dataclasses.replace(spike("loss", s + 2), partner=s, lag=2) for s in (100, 200, 300)]
+    assert verdict(*grad[:2], *loss[:2]) == STABLE
+    assert verdict(*grad[:2], *loss[:2], evaluable=800) == STABLE
+    assert verdict(*grad, *loss, evaluable=800).rule == "R2"
+    assert verdict(*grad[:2], *loss[:2], spike("loss", 500), evaluable=800).rule == "R2"
+    low = [dataclasses.replace(s, part="surprise") for s in grad]  # its partner in the loss counts for itself
+    assert verdict(*low[:2], *loss[:2], evaluable=800) == STABLE
+    assert verdict(*low, *loss, evaluable=800).rule == "R2"
 
 
 def test_all_rules_that_hold_are_named() -> None:
-    assert verdict(spike("loss", 100, "wide"), spike("grad", 300), rough=50).rule == "R1+R2+R3"
+    spikes = (spike("loss", 100, "wide"), spike("grad", 300), spike("grad", 500))
+    assert verdict(*spikes, evaluable=800).rule == "R1+R2"
+
+
+def test_a_log_that_leaves_steps_out_is_spiky_by_its_rate_alone() -> None:
+    monitor = watch([2.0] * T, every_step=False)
+    assert verdict(spike("loss", 100, "wide"), monitor=monitor) == Verdict(None, reason="strided")
+    spikes = [spike("loss", 100 * i, "wide") for i in range(3)]
+    assert verdict(*spikes, monitor=monitor, evaluable=800) == Verdict("spiky", "R2", None, False, None)
+    rough = verdict(absolute=apart(8), monitor=watch([2.0] * T, every_step=False))
+    assert rough == Verdict("rough", "rough", None, False, None)
+
+
+# --- the rest ---
 
 
 def test_diverged_whatever_the_spikes() -> None:
     monitor = watch(planted(500, 7.5))
     expected = Verdict("diverged", "above_init", None, False, "above_init", 517)
-    assert verdict(spike("loss", 500, "malignant"), monitor=monitor) == expected
+    assert verdict(spike("loss", 500, "malignant"), absolute=apart(20), monitor=monitor) == expected
 
 
 def test_too_short_to_judge_but_not_too_short_to_diverge() -> None:
-    assert verdict(monitor=watch([2.0] * 49)) == Verdict(None, reason="too_short")
-    assert verdict(monitor=watch([2.0] * 50)) == STABLE
-    assert verdict(monitor=watch([2.0] * 30 + [math.nan])).code == "nonfinite"
+    assert verdict(evaluable=49, absolute=apart(9)) == Verdict(None, reason="too_short")
+    assert verdict(evaluable=50) == STABLE
+    assert verdict(evaluable=20, monitor=watch([2.0] * 30 + [math.nan])).code == "nonfinite"
 
 
-@pytest.mark.parametrize("status", ["failed", "oom", "running", "lost", "interrupted"])
+def test_a_rough_trial_above_the_unigram_entropy_is_rough() -> None:
+    monitor = watch([3.1] * T, unigram=3.0)
+    assert verdict(monitor=monitor) == Verdict(None, reason="untrained", code="ok")
+    assert verdict(absolute=apart(20), monitor=monitor).verdict == "rough"
+    assert verdict(spike("loss", 100, "wide"), monitor=monitor).verdict == "spiky"
+
+
+def test_without_a_gradient_norm_there_is_no_verdict_but_divergence() -> None:
+    nothing = np.full(900, math.nan)
+    assert verdict(spike("loss", 100, "wide"), norm=nothing, evaluable=0) == Verdict(None, reason="no_gradient_norm")
+    assert verdict(norm=nothing, evaluable=0, monitor=watch(planted(500, 7.5))).verdict == "diverged"
+
+
+@pytest.mark.parametrize("status", ["failed", "oom", "running", "lost", "interrupted", "stopped"])
 def test_only_a_trial_that_is_done_is_judged(status: str) -> None:
     assert verdict(monitor=watch(planted(500, 7.5)), status=status) == Verdict(None, reason=status)
 
 
-def test_stopped_by_a_scheduler_is_judged_as_seen() -> None:
-    assert judge(watch([2.0] * T), [], [], readings(0, 900), RULES, "done", "scheduler").partial is True
+@pytest.mark.parametrize(("stop_reason", "partial"), [("scheduler", True), ("log_ended", True), ("complete", False)])
+def test_stopped_early_is_judged_as_seen(stop_reason: str, partial: bool) -> None:
+    for absolute, word in (([], "stable"), (apart(20), "rough")):
+        found = verdict(stop_reason=stop_reason, absolute=absolute)
+        assert (found.verdict, found.partial) == (word, partial)
 
 
 # --- planted trials, through the whole of it ---
-
-
-def trial(norm: Floats, loss: Floats, final: float = 2.5) -> Summary:
-    n = len(norm)
-    facts = TrialFacts(n, 20, 1.0, "done", "complete", 6.5, final)
-    return summarise(trace_rows(loss, norm), None, facts, rules_for(n))
-
-
-def outcome(found: Summary) -> tuple[Value, ...]:
-    return tuple(found.columns[name] for name in ("verdict", "verdict_rule", "verdict_code", "verdict_step"))
 
 
 @pytest.mark.parametrize(
@@ -464,10 +620,11 @@ def outcome(found: Summary) -> tuple[Value, ...]:
         ("flat 5.2", ("diverged", "persistent", "persistent", 529)),
         ("slow +1.2", ("diverged", "no_recovery", "no_recovery", 999)),
         ("one NaN", ("diverged", "nonfinite", "nonfinite", 500)),
+        ("back above H1", ("diverged", "above_unigram", "above_unigram", 999)),
         ("6 steps +3", ("stable", None, "ok", None)),
     ],
 )
-def test_planted_losses_from_step_500_of_1000(name: str, expected: tuple[Value, ...]) -> None:
+def test_planted_losses_from_step_500_of_1000(name: str, expected: tuple[Any, ...]) -> None:
     loss = learning(T, 1)
     if name == "flat 7.5":
         loss[500:] = 7.5
@@ -477,43 +634,14 @@ def test_planted_losses_from_step_500_of_1000(name: str, expected: tuple[Value, 
         loss[500:] += 1.2 * np.linspace(0, 1, 500)
     elif name == "one NaN":
         loss[500] = math.nan
+    elif name == "back above H1":
+        loss[500:] += 0.9 * np.linspace(0, 1, 500)
     else:
         loss[500:506] += 3
-    found = trial(lognormal(0.2, T, 2), loss)
-    assert outcome(found) == expected
+    unigram = 3.3 if name == "back above H1" else 3.9
+    facts = TrialFacts(T, 20, 1.0, "done", "complete", 6.5, loss[-1], unigram_entropy=unigram)
+    found = summarise(trace_rows(loss, lognormal(0.2, T, 2)), None, facts, RULES)
+    assert tuple(found.columns[n] for n in ("verdict", "verdict_rule", "verdict_code", "verdict_step")) == expected
     if name == "6 steps +3":
         (only,) = found.spikes
         assert (only["series"], only["class"], only["start"], only["duration"]) == ("loss", "narrow", 500, 6)
-
-
-def counts(norms: list[Floats]) -> dict[Value, int]:
-    return dict(Counter(trial(g, learning(len(g), 7 * i)).columns["verdict"] for i, g in enumerate(norms)))
-
-
-@pytest.mark.parametrize("steps", [300, 1000])
-@pytest.mark.parametrize("log_sd", [0.2, 0.3])
-def test_clean_trials_are_stable(log_sd: float, steps: int) -> None:
-    assert counts([lognormal(log_sd, steps, seed) for seed in range(10)]) == {"stable": 10}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [300, 1000, 3000])
-@pytest.mark.parametrize("log_sd", [0.2, 0.3])
-def test_sixty_clean_trials_are_stable(log_sd: float, steps: int) -> None:
-    assert counts([lognormal(log_sd, steps, seed) for seed in range(60)]) == {"stable": 60}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("steps", "spiky"), [(300, 8), (1000, 26), (3000, 51)])
-def test_heavy_tails_are_spiky_the_more_the_longer(steps: int, spiky: int) -> None:
-    found = counts([heavy_tail(steps, seed) for seed in range(60)])
-    error = 2 * math.sqrt(2 * 60 * spiky / 60 * (1 - spiky / 60))  # both counts are samples
-    assert abs(found["spiky"] - spiky) <= error
-
-
-@pytest.mark.parametrize("steps", [300, 1000])
-def test_a_rough_norm_is_spiky_by_the_absolute_rule(steps: int) -> None:
-    """Log-sd .6 puts 3.4 % of the steps above three times the median: on average 10 of 284, and R3 asks for 6."""
-    norms = [lognormal(0.6, steps, seed) for seed in range(30)]
-    rules = Counter(trial(g, learning(len(g), 0)).columns["verdict_rule"] for g in norms)
-    assert rules["R3"] >= (24 if steps == 300 else 30)

@@ -115,7 +115,8 @@ def usual(values: Floats, step: int, rules: Rules, series: Series) -> tuple[floa
     if not len(y):
         return np.nan, np.nan
     center = _median(y[None])
-    return float(center[0]), float(_median(np.abs(y - center)[None])[0]) / rules.mad_per_sd
+    with np.errstate(over="ignore"):
+        return float(center[0]), float(_median(np.abs(y - center)[None])[0]) / rules.mad_per_sd
 
 
 def measured(rows: Rows, name: str) -> Floats:

@@ -146,7 +146,8 @@ def _recovered_below(usual_value: float, scale: float, rules: Rules, series: Ser
     """
     if series == "loss":
         return usual_value + rules.recovery_scales * scale
-    return usual_value * math.exp(max(math.log(rules.recovery_ratio), rules.recovery_scales * scale))
+    with np.errstate(over="ignore"):  # a log that swings by hundreds of powers of ten: then every value is near
+        return usual_value * float(np.exp(max(math.log(rules.recovery_ratio), rules.recovery_scales * scale)))
 
 
 def _recovery(values: list[float], peak_step: int, below: float, needed: int) -> int | None:

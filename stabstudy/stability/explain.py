@@ -104,7 +104,7 @@ def _broken(rule: str, columns: Row, rules: Rules) -> str:
     if rule == "R2":
         grad, loss = columns["spike_events"] or 0, columns["spike_loss_events"] or 0
         return f"spikes recur ({grad} of the gradient norm, {loss} of the loss)"
-    return f"a spike lasted more than {rules.narrow_steps} steps"
+    return f"a spike lasted more than {rules.narrow_steps} steps, or was not over at the end"
 
 
 WARNINGS = {

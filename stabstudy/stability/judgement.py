@@ -94,20 +94,19 @@ def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: 
 
 def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:
     """The judgement kept in the folder; None where there is none, or it is not of this source and these rules."""
+    wanted = {"format": FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
     try:
         body = read_json(folder.summary_file)
-    except StoreError:
+        return _summary(body) if all(body.get(k) == v for k, v in wanted.items()) else None
+    except (StoreError, KeyError, TypeError, ValueError):  # whatever damage there is, the trial can be judged anew
         return None
-    wanted = {"format": FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
-    columns, spikes = body.get("columns"), body.get("spikes")
-    if (
-        any(body.get(k) != v for k, v in wanted.items())
-        or not isinstance(columns, dict)
-        or not isinstance(spikes, list)
-    ):
-        return None
+
+
+def _summary(body: Mapping[str, Any]) -> Summary:
+    """Of a body of this format. Raises KeyError, TypeError or ValueError for one that was changed by hand."""
+    columns, spikes = body["columns"], body["spikes"]
     if set(columns) != set(COLUMNS) or any(set(s) != {*SPIKE_COLUMNS, "detector_id"} for s in spikes):
-        return None
+        raise ValueError("columns of another version")
     kinds = {name: definition.kind for name, definition in COLUMNS.items()}
     decoded = {n: float(v) if kinds[n] == "float" and v is not None else v for n, v in columns.items()}
     return Summary({name: decoded[name] for name in COLUMNS}, [_decoded(spike) for spike in spikes])

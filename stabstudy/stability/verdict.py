@@ -155,7 +155,7 @@ class DivergenceMonitor:
         tail = [x for x in list(self._tail)[-_tail_steps(self.steps, self._rules) :] if not math.isnan(x)]
         if self.steps < self._rules.no_recovery_steps or self.best_loss is None or self._start is None or not tail:
             return False
-        rise = math.fsum(tail) / len(tail) - self.best_loss
+        rise = math.fsum(x / len(tail) for x in tail) - self.best_loss  # each part: no sum beyond the floats
         gained = self._start - self.best_loss
         return rise >= max(self._rules.no_recovery_rise, self._rules.no_recovery_share * gained)
 
