@@ -247,7 +247,7 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     half = error.half_width(model.variance(axis, a, b), pairs if chosen else 1)
     change = _scaled(response.metric, float(means[b] - means[a]), half)
     lost = len(set(model.axes[axis][0].tolist())) - len(known)
-    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} not told apart from other axes"] * (lost > 0)
+    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
     return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
 
 
@@ -278,7 +278,7 @@ def _aliased(axes: Sequence[str], model: Model, axis: int) -> str:
     if len(set(model.axes[axis][0].tolist())) < 2:
         return "only one of its levels has it"
     same = [words.label(other) for j, other in enumerate(axes) if j != axis and model.same_as(axis, j)]
-    return f"changes only together with {words.listing(same) or 'other axes'}: they cannot be told apart"
+    return f"changes only together with {words.listing(same) or 'other axes'}, so their effects are confounded"
 
 
 def _scaled(metric: str, difference: float, half: float) -> dict[str, float]:

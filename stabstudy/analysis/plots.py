@@ -163,8 +163,8 @@ def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
 
 
-def marks_said(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """How many trials `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
+def marks_text(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """The trials that `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
     shown = {metric: drawable(trials, metric) for metric in metrics}
     marks = {metric: int((rows["verdict"] != "diverged").sum()) for metric, rows in shown.items()}
     each = [f"{n} of {words.STATISTICS.get(m, COLUMNS[m].label)}" for m, n in marks.items()]

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
 from stabstudy.analysis.links import TRIALS, linked
 
@@ -30,7 +31,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def index(report: Report) -> str:
     """The page of the study."""
-    return _render("index.html.j2", report.trials, TRIALS, report=report, sections=report.sections)
+    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    return _render("index.html.j2", report.trials, TRIALS, **content)
 
 
 def trial(page: TrialPage, source: str) -> str:

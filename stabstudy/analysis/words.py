@@ -1,4 +1,4 @@
-"""How numbers, levels and foreign text are written: one way, in the page, the Markdown, the figures and the CSV."""
+"""Numbers, levels and foreign text as text, one way in the page, the Markdown, the figures and the CSV; a glossary."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ STATISTICS = {
     "attn_logit_peak": "largest attention logit",
 }
 """Names for sentences and figures; the tables' heads are the shorter labels of `stability.columns`."""
+
+GLOSSARY = (
+    "Trial: one training run. Cell: one combination of settings; its trials differ in the seed alone. Axis: a setting "
+    "that varies; level: one of its values. Roughness: standard deviation of the logarithm of the gradient norm about "
+    "its moving mean. x3: a gradient norm of at least 3 times its recent level and median."
+)
+"""The terms of the first screen."""
 
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
@@ -119,6 +126,11 @@ def label(setting: str) -> str:
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def load(study: str) -> str:
+    """Python that loads a study of this name, from where launches put it unless told otherwise."""
+    return f'Study.load("results/{clean(study, 80)}")'
 
 
 def count(n: int, noun: str) -> str:
