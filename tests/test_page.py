@@ -151,11 +151,12 @@ def test_counts_are_those_of_the_table(page: Page, study: Study) -> None:
     verdicts = study.trials.loc[study.trials["state"] == "done", "verdict"].value_counts()
     assert page.counts() == {
         "stable": verdicts["stable"], "spiky": verdicts["spiky"], "rough": verdicts["rough"], "diverged": 1,
-        "not judged": 0, "unfinished": 0, "failed": 1, "damaged": 1,
+        "failed": 1, "damaged": 1,
     }  # fmt: skip
     assert (verdicts["stable"], verdicts["spiky"], verdicts["rough"]) == (7, 1, 4)
-    said = "Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; 2 more have no verdict."
-    assert page.headings[1] == (2, said)
+    assert page.headings[1] == (2, sentences.headline(study))
+    assert "Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; 2 more" in page.headings[1][1]
+    assert words.GLOSSARY in page.text
 
 
 def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
@@ -174,8 +175,9 @@ def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
         told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|rough|diverged)", shown["verdicts"])}
         assert told == {v: cell[v] for v in ("stable", "spiky", "rough", "diverged") if cell[v]}
     assert (
-        rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (R1)" and rows[-1][2] == "1 diverged (nonfinite)"
+        rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (long spike, R1)"
     )
+    assert rows[-1][2] == "1 diverged (a value not finite, nonfinite)"
     assert rows[-1][3] == "1 of 2"  # one of the two seeds at the largest rate failed
     assert "±" not in rows[-1][4] and all("±" in row[4] for row in rows[:-1])
 
@@ -186,7 +188,8 @@ def test_markdown_holds_the_same_numbers(path: Path, page: Page) -> None:
     assert {row[0].split(" ", 1)[1]: int(row[1]) for row in counts[1:]} == page.counts()
     assert tables == [[[" ".join(c.split()) for c in row] for row in table] for table in page.tables]
     bullets = [unescaped(line[2:]) for line in text.splitlines() if line.startswith("- ")]
-    assert len(counts[1:]) == 8 and bullets == page.items[8:]
+    assert len(counts[1:]) == 6 and bullets == page.items[6:]
+    assert words.GLOSSARY in text
 
 
 def test_markdown_links_to_the_same_trials(path: Path, page: Page) -> None:
@@ -286,7 +289,7 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map"]
     assert names[4:7] == ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
-    assert names[7:] == ["paired-effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
+    assert names[7:] == ["effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
     alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
@@ -419,7 +422,7 @@ def test_data_sets_are_an_axis_like_any_other(tmp_path: Path) -> None:
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
     page = report_on(tmp_path / "s")
-    assert ["dataset", "data", "pysrc, synthetic"] in page.table("What varied")
+    assert ["dataset", "data", "pysrc, synthetic"] in page.table("Axes")
     assert [row[:2] for row in page.table("cells: means")[1:]] == [
         ["1e-3", "pysrc"], ["1e-3", "synthetic"], ["0.01", "pysrc"], ["0.01", "synthetic"],
     ]  # fmt: skip
@@ -614,14 +617,18 @@ def test_the_rule_and_its_parameters_are_shown(page: Page, study: Study) -> None
     rules = study.rules
     shown = dict(page.table(f"Parameters of the rules ({rules.detector_id})")[1:])
     assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in rules.parameters().items()}
-    assert (
-        "at least 5 robust standard deviations and a factor 2 above its level (the median of the 5 steps" in page.text
-    )
-    assert "or at 3 times its level and the median of the last 64 steps (absolute)" in page.text
+    deviations = "at least 5 robust standard deviations and a factor 2 above its recent level (the median of the 5 steps"
+    assert deviations in page.text
+    assert "as absolute where it is at least 3 times both its recent level and the median of the last 64" in page.text
+    shown = page.table("Verdicts, from worst to best")[1:]
+    codes = [row[1].rpartition(" (")[2].rstrip(")") for row in shown if row[0] == "diverged"]
+    assert codes == ["nonfinite", "above_init", "persistent", "above_unigram", "no_recovery"]
+    assert [row[0] for row in shown if row[0] != "diverged"] == ["rough", "spiky", "stable", "not judged"]
+    assert f"under {rules.min_evaluable} evaluable steps" in shown[-1][1] and "untrained" in shown[-1][1]
 
 
 def test_settings_that_did_not_vary_are_shown(page: Page, study: Study) -> None:
-    shown = dict(page.table("What did not vary")[1:])
+    shown = dict(page.table("Settings with one value")[1:])
     assert shown["optim.clip"] == "1" and shown["model.dim"] == "64" and shown["data.source"] == "pysrc"
     assert not {"optim.lr", "model.depth", "seed"} & set(shown)
     for name, text in shown.items():

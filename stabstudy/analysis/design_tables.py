@@ -75,7 +75,7 @@ def _spike_rule(rules: Rules) -> str:
 
 
 def _verdicts(rules: Rules) -> Iterator[tuple[str, str]]:
-    yield "diverged", "; or ".join(f"{meaning} ({code})" for code, meaning in DIVERGED.items())
+    yield from (("diverged", f"{meaning} ({code})") for code, meaning in DIVERGED.items())
     yield (
         "rough",
         f"stretches of absolute steps are more frequent than {100 * rules.rough_share:g} % of the evaluable steps "

@@ -62,7 +62,7 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
         yield Section("cells", "Cells", list(cell_tables.cells(study)) if len(study.cells) else [])
     yield Section("figures", "Figures", list(_figures(study)))
     yield Section("summaries", "Summary per trial", list(_summaries(study)))
-    yield Section("effects", "What each axis changed", list(effect_tables.effect_blocks(study)))
+    yield Section("changes", "What each axis changed", list(effect_tables.effect_blocks(study)))
     if not study.ingested:
         yield Section("sensitivity", "Learning-rate sensitivity", list(drivers.sensitivity(study)))
         yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))

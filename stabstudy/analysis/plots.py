@@ -1,4 +1,4 @@
-"""The figures: every one of a report is a function here, its panels where it has several.
+"""The figures of a report as functions, the panels of those that have several.
 
 Each takes a Study (or one trial's Rows) and draws on the given Axes, or on new ones, which it returns; those of several
 Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.

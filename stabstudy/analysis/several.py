@@ -190,21 +190,21 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
         yield UNPAIRED
         return
     for row in _claims(whole, metrics):
-        name = words.STATISTICS[row["metric"]]
-        at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
+        name = _capital(words.STATISTICS[row["metric"]])
         if row["p_holm"] is None:
-            yield f"{_capital(name)}, {at}: not tested ({row['note']})."
+            yield f"{name}: not tested ({row['note']})."
         else:
+            at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
             reading = "" if row["p_holm"] < CLEAR else "no difference found: "
             p = words.number(row["p_holm"], 2)
-            yield f"{_capital(name)}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
+            yield f"{name}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
 
 
 def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """The effects of the study axis on matched trials, all other axes as factors; Holm over the statistics.
 
     Matched: trials of the same seed, data and levels in at least two studies. A statistic that cannot be compared
-    between these (see `compare.alike`) is left out.
+    between these (see `compare.alike`) is left out. Where an effect involves the first study, it starts there.
     """
     axes = [a for a in whole.axes if a != AXIS]
     others = ["seed", *axes, "data_fingerprint"]
@@ -212,9 +212,19 @@ def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     matched = done[done.groupby(others, dropna=False)[AXIS].transform("nunique") > 1]
     groups = matched.groupby(others, dropna=False)
     usable = [m for m in metrics if not any((groups[c].nunique() > 1).any() for c in compare.alike(m, matched))]
-    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS and r["a"] is not None]
+    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS]
     adjusted = holm([math.nan if r["p"] is None else r["p"] for r in rows])
-    return [r | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
+    first = whole.axes[AXIS][0]
+    return [_turned(first, r) | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
+
+
+def _turned(first: Level, row: dict[str, Any]) -> dict[str, Any]:
+    """The effect as that from the study `first` to the other one, where it ends at `first`."""
+    if row["b"] != first:
+        return row
+    ends = [row[name] for name in ("estimate", "high", "low")]
+    turned = [-v if row["scale"] == "difference" else 1 / v if v else math.inf for v in ends]
+    return row | dict(zip(("estimate", "low", "high"), turned, strict=True)) | {"a": row["b"], "b": row["a"]}
 
 
 def _capital(text: str) -> str:

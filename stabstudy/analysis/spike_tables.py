@@ -16,7 +16,7 @@ from stabstudy.stability.rules import Rules
 MOST = 12
 """Spikes of each series that the table of a study shows."""
 
-_PROPERTIES = ("lasts (steps)", "class", "flagged as", "batch", "in warmup", "coupled spike")
+_PROPERTIES = ("recovers after (steps)", "class", "flagged as", "batch", "in warmup", "coupled spike")
 
 
 def highest_spikes(study: Study) -> Iterator[Block]:
@@ -62,10 +62,11 @@ def trial_spikes(study: Study, trial_id: str) -> Table | None:
 def legend(rules: Rules) -> str:
     """What the heads of the tables mean."""
     return (
-        f"Recent level: the median of the {rules.level} steps before. Lasts: steps until the values are near it again; "
-        "over: not seen to recover. Class by duration: narrow, wide, malignant, or open (cut off by the end). Flagged "
-        f"as: surprise, unusual for this trial; absolute, a norm of {rules.ratio:g} times its recent level and median; "
-        "or both. Batch: whether the other trials that read the same batch stood high too."
+        f"Recent level: the median of the {rules.level} steps before. Recovers after: steps from the first flagged one "
+        f"to {rules.recovery_steps} values in a row near it; over: not by the end. Class, by that time: narrow, wide, "
+        "malignant, or open (cut off by the end). Flagged as: surprise, unusual for this trial; absolute, a norm of "
+        f"{rules.ratio:g} times its recent level and median; or both. Batch: whether the other trials that read the "
+        "same batch stood high too."
     )
 
 
@@ -81,7 +82,7 @@ def _highest(study: Study, name: str, spikes: pd.DataFrame, height: str, head: s
         )
         for s in records(shown)
     )
-    numbers = ("at step", "peak", head)
+    numbers = ("flagged steps", "peak", head)
     title = f"{name}: the {len(rows)} highest" if len(rows) > 1 else name
     return Table(title, ("trial", "which", *numbers, *_PROPERTIES), rows, frozenset((*numbers, _PROPERTIES[0])))
 

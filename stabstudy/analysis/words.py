@@ -111,7 +111,7 @@ def level(value: Any, setting: str = "") -> str:
     if isinstance(value, int):
         return str(value)
     if value == float("inf") and setting == "optim.clip":
-        return "off"  # of an ingested run, where null says that nobody knows
+        return "off"  # of an ingested run, where null means not known
     if isinstance(value, float):
         small = value != 0 and abs(value) < 0.01
         return _scientific(float(value), 6) if small else f"{value:.10g}"
