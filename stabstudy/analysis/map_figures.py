@@ -95,7 +95,7 @@ def _limit(row: Mapping[str, Any], x: str) -> str:
     known = row["all_stable"] is not None
     stable = f"Stable up to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
     if row["first_unstable"] is None:
-        return f"{stable}, none larger was unstable"
+        return f"{stable}, no larger one was unstable"
     at, bad, there = words.level(row["first_unstable"], x), int(row["n_unstable"]), int(row["n_there"])
     return f"{stable}, first unstable at {at} ({bad} of {there})"
 

@@ -138,7 +138,7 @@ def _definitions() -> Table:
 
 
 def _origin(study: Study, states: Mapping[str, State]) -> Iterator[Block]:
-    yield Table("Provenance", ("what", "value"), tuple(_provenance(study, states)))
+    yield Table("Command, versions and machine", ("what", "value"), tuple(_provenance(study, states)))
     if prints := sorted({str(v) for v in study.trials["data_fingerprint"].dropna()}):
         yield Text(f"Data fingerprints: {', '.join(words.clean(p, 20) for p in prints)}.")
 
