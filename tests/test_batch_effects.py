@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import batches, drivers, trial_tables, words
 from stabstudy.analysis.batches import Ratios, batch_effects, batch_share, log_ratios, mark
-from stabstudy.analysis.blocks import Table, Text
+from stabstudy.analysis.blocks import Code, Table, Text
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.events import find_spikes
@@ -505,7 +505,7 @@ def texts(study: Study) -> tuple[list[str], list[Table]]:
 
 
 def test_the_report_says_the_share_first(study: Study) -> None:
-    (share, marked, how), (table,) = texts(study)
+    (share, marked, _), (table,) = texts(study)
     found = study.batch_share()
     assert found.share is not None and found.same is not None and found.other is not None
     assert share.startswith(f"Share of the batch in the roughness: {words.number(found.share, 2)};")
@@ -517,7 +517,8 @@ def test_the_report_says_the_share_first(study: Study) -> None:
     assert len(table.rows) == 10 and table.rows[0][:2] == ("0", "100") and table.rows[0][3:] == ("3", "4")
     assert 6 < float(table.rows[0][2]) < 10
     first = study.batch_effects().iloc[0]
-    assert f'Study.load("planted").batch("{first["trial_id"]}", 100)' in how
+    (code,) = (b.text for b in drivers._batches(study) if isinstance(b, Code))
+    assert code.endswith(f'Study.load("results/planted").batch("{first["trial_id"]}", 100)')
     assert study.row(first["trial_id"])["seed"] == 0
 
 

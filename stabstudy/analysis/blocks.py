@@ -77,7 +77,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came out, on one of the questions that a reader comes with."""
+    """The answer to one of a reader's questions."""
 
     about: str
     sentences: Sequence[str]
@@ -88,7 +88,7 @@ Block = Text | Code | Table | Figure
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     anchor: str
     title: str
@@ -101,7 +101,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it. `headline` says in one sentence what came out."""
+    """The whole report. `headline`: the result in one sentence."""
 
     study: str
     question: str
@@ -121,7 +121,7 @@ class Report:
 
 @dataclass(frozen=True)
 class TrialPage:
-    """What is said of one trial on its own page. `verdict`: that or the state, with its sign as in `Count`."""
+    """The page of one trial. `verdict`: that or the state, with its sign as in `Count`."""
 
     trial_id: str
     study: str

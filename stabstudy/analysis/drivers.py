@@ -231,7 +231,7 @@ def _marked(batch: pd.Series) -> str:
     """How many spikes are the batch's."""
     unknown = int(batch.isna().sum())
     of = f"{int(batch.sum())} of {words.count(len(batch) - unknown, 'spike')}"
-    rest = f"; not known of {unknown} more, whose batches under two other trials read" if unknown else ""
+    rest = f"; of {unknown} more it is not known, as under two other trials read the batch" if unknown else ""
     return (
         f"{of} started or peaked at a batch at which the other trials that read it stood at {HIGH:g} times their "
         f"running medians or more (median of these trials): the batch is the likely cause{rest}."

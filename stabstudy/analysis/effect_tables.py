@@ -23,7 +23,7 @@ METHOD = (
 
 
 def effect_blocks(study: Study) -> Iterator[Block]:
-    """The section: the table of `Study.effects`, then, folded, what stands behind it."""
+    """The section: the table of `Study.effects`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
         yield Text(runs.NO_PAIRS)
         return
@@ -92,7 +92,8 @@ def _contrasts(study: Study) -> Iterator[Block]:
 def _interactions(study: Study) -> Iterator[Block]:
     """Whether the effect of one axis depends on the level of another."""
     rows = records(interactions(*study.tested())) if len(study.grid.axes) > 1 else []
-    heads = ("axis", "other axis", "statistic", "F", "p (Holm)", "note")
+    noted = any(r["note"] for r in rows)
+    heads = ("axis", "other axis", "statistic", "F", "p (Holm)", *(["note"] if noted else []))
     texts = tuple(
         (
             words.label(r["axis"]),
@@ -100,7 +101,7 @@ def _interactions(study: Study) -> Iterator[Block]:
             COLUMNS[r["metric"]].label,
             words.number(r["statistic"]),
             words.number(r["p_holm"], 2),
-            r["note"] or "",
+            *([r["note"] or ""] if noted else []),
         )
         for r in rows
     )

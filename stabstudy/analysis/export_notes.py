@@ -54,12 +54,12 @@ def _lingua_schedule(s: Settings) -> Iterator[str]:
     warmup = s["optim.warmup_steps"]
     if warmup_alone(s) and warmup:
         why = "Lingua's constant has no warmup" if s["optim.schedule"] == "constant" else "no step follows the warmup"
-        yield f"{_pairs(s, 'optim.schedule')}: {why}; Lingua's wsd without a decay stands here"
+        yield f"{_pairs(s, 'optim.schedule')}: {why}; exported as Lingua's wsd without a decay"
     elif s["optim.schedule"] == "wsd":
         shape = "1 / (p / r + 1 - p), where p runs from 0 to 1 and r is lr_min_ratio"
         yield f"{_pairs(s, 'optim.decay_shape')}: Lingua's wsd falls as {shape}"
         if not s["optim.min_lr_ratio"]:
-            yield f"{_pairs(s, 'optim.min_lr_ratio')}: Lingua's wsd divides by it; {LINGUA_WSD_FLOOR:g} stands here"
+            yield f"{_pairs(s, 'optim.min_lr_ratio')}: Lingua's wsd divides by it; exported as {LINGUA_WSD_FLOOR:g}"
     yield from _lag(s, "Lingua", warmup)
 
 
@@ -112,7 +112,7 @@ def _lag(s: Settings, whose: str, warmup: int) -> Iterator[str]:
 
 def _clip(s: Settings, whose: str) -> Iterator[str]:
     if s["optim.clip_kind"] != "norm":
-        here = "its clipping is off" if s["optim.clip_kind"] == "agc" else "that of our first steps stands here"
+        here = "its clipping is off" if s["optim.clip_kind"] == "agc" else "exported is that of our first steps"
         yield f"{_pairs(s, 'optim.clip_kind')}: {whose} has a fixed threshold of the global norm only; {here}"
 
 

@@ -24,7 +24,7 @@ from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
 from stabstudy.analysis.links import TRIALS, linked
 
 _PLAIN = " <>/:=;,.()'-_"
-"""What stands in the address of a drawing as it is; all else that is no letter or digit is written as %xx."""
+"""Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -36,7 +36,7 @@ def index(report: Report) -> str:
 
 
 def trial(page: TrialPage, source: str) -> str:
-    """The page of a trial. `source` stands in its head: what it was drawn from."""
+    """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
     return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
 
 

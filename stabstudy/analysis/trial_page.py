@@ -23,7 +23,7 @@ LOG_LINES = 40
 _LOG_BYTES = 32 * 1024
 
 SIGNS = style.VERDICT_SIGNS | {"not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨"}
-"""Beside each verdict, or what stands in its place: a sign that is not a colour."""
+"""Beside each verdict or state: a sign that is not a colour."""
 
 NOISE = (
     "sampling noise: most of what its verdict counts lies at batches at which the other trials stood high too; larger "
