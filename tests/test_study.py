@@ -432,7 +432,7 @@ def test_a_message_may_hold_what_utf8_cannot(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no study"):
+    with pytest.raises(StoreError, match="is not a study"):
         Study.load(tmp_path)
 
 
