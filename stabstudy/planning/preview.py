@@ -53,7 +53,7 @@ def _cost(cost: estimate.Cost) -> str:
     basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"
     return (
         f"about {words.amount(cost.tokens)} tokens, {words.amount(cost.flops)}FLOP, "
-        f"{time} {where} ({basis}), {words.amount(cost.disk)}B of disk"
+        f"{time}, {where} ({basis}), {words.amount(cost.disk)}B of disk"
     )
 
 
