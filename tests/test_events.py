@@ -312,13 +312,13 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     from stabstudy.training import step as st
     from stabstudy.training.record import BLOCK, Recorder
 
-    config = cfg.from_dict({"train": {"steps": 200}, "model": {"depth": 2}})
-    norm, loss = lognormal(0.2, 200, 0), 3 + 0.02 * lognormal(0.5, 200, 1)
-    norm[[20, 49, 50, 63, 64, 130, 160, 170, 199]] *= 20
+    config = cfg.from_dict({"train": {"steps": 192}, "model": {"depth": 2}})
+    norm, loss = lognormal(0.2, 192, 0), 3 + 0.02 * lognormal(0.5, 192, 1)
+    norm[[20, 49, 50, 63, 64, 130, 160, 174, 191]] *= 20
     loss[[70, 190]] += 2
 
     def recorder(writer: RowWriter) -> Recorder:
-        monitor = DivergenceMonitor(RULES, 200, 20, 5.0)
+        monitor = DivergenceMonitor(RULES, 192, 20, 5.0)
         return Recorder(config, np.array([0, 1, 2, 3]), writer, monitor, LiveSpikes(RULES), on_device)
 
     def feed(into: Recorder, steps: Sequence[int]) -> None:
@@ -333,9 +333,9 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     first.close()
     resumed = recorder(writer := RowWriter(tmp_path / "b.jsonl", TRACE))
     resumed.replay(read_jsonl(tmp_path / "a.jsonl", TRACE) if cut else read_jsonl(writer.path, TRACE))
-    feed(resumed, range(cut, 200))
+    feed(resumed, range(cut, 192))
     writer.close()
-    judged = cut + (200 - cut) // BLOCK * BLOCK
+    judged = cut + (192 - cut) // BLOCK * BLOCK
     assert resumed.spikes.spike_events == len(grad_spikes(norm[:judged])) > 3
     assert (resumed.loss, resumed.grad_norm) == (loss[-1], norm[-1])
 

@@ -16,6 +16,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import TrialConfig
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.published import ratio3
+from stabstudy.stability.rules import Published
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_ratios_are_those_of_the_detector(study: Study) -> None:
     rows = study.trace(worst)
     rules = study.rules
     norm = measured(rows, "grad_norm")
-    flags = ratio3(norm, rules.ratio, rules.window, rules.fill)
+    flags = ratio3(norm, Published(ratio3_fill=rules.fill))
     own = norm_plots.ratios_of(rows, 0, rules)
     assert flags.flagged.sum() == 4 and flags.evaluable.tolist() == [False] * 12 + [True] * 108
     assert (own >= rules.ratio).tolist() == flags.flagged[flags.evaluable].tolist()
