@@ -1,4 +1,4 @@
-"""How long does a report on a large study take, and where does the time go?
+"""The time that a report on a large study takes, and its parts.
 
 A planted study (log-normal norms, a learning loss; every tenth trial has spikes of x20 that come back), written as the
 trainer leaves it, is reported as the command does it, on all cores. Prints the share of each part of the wall clock and

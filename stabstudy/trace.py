@@ -84,7 +84,7 @@ PROBES = Schema(
     "probes",
     (
         Column("step", "int", "", "state after this many updates (0: the initial weights)"),
-        Column("val_loss", "float", "nat/token", "loss on the fixed evaluation batch", True),
+        Column("val_loss", "float", "nat/token", "loss on the fixed set of the periodic evaluation", True),
         Column(
             "update_rms",
             "float",
