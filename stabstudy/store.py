@@ -268,7 +268,7 @@ def lock(folder: Path) -> Iterator[None]:
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if not _acquired(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "unknown holder"
+            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
             raise LockHeldError(f"{folder}: locked by {holder}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
