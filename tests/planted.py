@@ -194,7 +194,7 @@ def plant_frame(study: Path, question: str = QUESTION) -> None:
     provenance = {
         "question": question,
         "axes": ["model.depth", "optim.lr"],
-        "argv": ["python", "-m", "stabstudy.sweep", "sweep=planted"],
+        "argv": ["sweep=planted"],
         "versions": {"python": "3.11.2", "torch": "2.10.0"},
         "git": {"commit": "0" * 40, "dirty": False},
     }

@@ -136,12 +136,12 @@ def test_first_spikes(blocks: dict[str, Figure], study: Study) -> None:
     assert sum(at_risk.values()) == 21  # at the first end of each level nobody is gone
 
 
-def test_the_forest_names_who_is_in_no_pair(blocks: dict[str, Figure]) -> None:
-    caption = blocks["paired-effects"].caption
-    assert "A pair needs the statistic in both trials: " in caption
-    assert (
-        "2 diverged without roughness" in caption and "final validation loss" not in caption.split("both trials: ")[1]
-    )
+def test_the_forest_names_what_is_left_out(blocks: dict[str, Figure], study: Study) -> None:
+    figure = blocks["effects"]
+    tested = int(study.effects()["p_holm"].notna().sum())
+    assert f"Holm's correction for {tested} tests" in figure.caption and len(figure.table.rows) == tested > 0
+    lacking = figure.caption.split("Left out: ")[1]
+    assert "2 diverged without roughness" in lacking and "final validation loss" not in lacking
 
 
 def test_clipping(blocks: dict[str, Figure]) -> None:
@@ -212,12 +212,17 @@ def test_single_axes(tmp_path: Path) -> None:
 
 
 def test_studies_beside_each_other(tmp_path: Path, study: Study) -> None:
-    other = Study.load(planted.plant_study(tmp_path / "other", seeds=(0, 1, 2)))
-    made = several.report([study, other])
-    figures = {b.name: b for s in made.sections for b in s.blocks if isinstance(b, Figure)}
-    for name, in_means in (("studies-final-loss", 39), ("studies-grad-norm-log-sd", 36)):
+    """Only cells that both studies have are drawn: the rate of 0.5 is tried at depth 6 alone in each, 1e-4 in one."""
+    path = planted.plant_study(tmp_path / "other", seeds=(0, 1, 2))
+    diverge(path, 6, 0.5, 2)
+    planted.plant_trial(path, planted.settings(2, 1e-4))
+    report = several.report([study, Study.load(path)])
+    figures = {b.name: b for s in report.sections for b in s.blocks if isinstance(b, Figure)}
+    for name, in_means in (("studies-final-loss", 40), ("studies-grad-norm-log-sd", 36)):
         figure = figures[name]
-        assert "Small marks: 36 done trials; open triangles on the upper edge: 3 diverged" in figure.caption
+        assert "Small marks: 36 done trials; open triangles on the upper edge: 4 diverged" in figure.caption
+        assert figure.caption.endswith(" Left out: 1 done trial of cells that only one study has.")
         assert sum(map(int, column(figure, "n in the mean"))) == in_means
-        assert sum(map(int, column(figure, "diverged"))) == 3
-        assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (36, 3)
+        assert sum(map(int, column(figure, "diverged"))) == 4
+        assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (36, 4)
+        assert set(column(figure, "learning rate")) == {"1e-3", "0.01", "0.1", "0.5"}

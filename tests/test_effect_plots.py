@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
 
-from stabstudy.analysis import axis_figures, curve_plots, effect_plots, sentences, words
+from stabstudy.analysis import axis_figures, curve_plots, effect_plots, style, words
 from stabstudy.analysis.blocks import Absent
 from stabstudy.analysis.effect_figures import figures
+from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
+BURSTS = [(60, 8.0), (75, 8.0), (90, 8.0), (105, 8.0)]
 X3 = "share of steps at 3x the recent norm (fraction)"
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """2 depths x 3 rates x 3 seeds whose losses and logits scatter; the rate changes both, the depth neither."""
+    path, rng = tmp_path_factory.mktemp("effects") / "noisy", np.random.default_rng(0)
+    planted.plant_frame(path)
+    for depth, lr, seed in itertools.product((2, 6), (1e-3, 1e-2, 1e-1), range(3)):
+        loss, log = 2.5 + 0.2 * math.log10(lr / 1e-3), 1.5 * math.log10(lr / 1e-3)
+        planted.plant_trial(
+            path, planted.settings(depth, lr, seed=seed), spikes=dict(BURSTS[: 2 + seed]) if lr == 0.1 else None,
+            final_loss=loss + rng.normal(0, 0.02), logit=4 / depth * math.exp(log + rng.normal(0, 0.2)),
+        )  # fmt: skip
+    return Study.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +41,47 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study.load(planted.plant_study(path, seeds=(0, 1, 2), clips=(0.5, 1.0, None)))
 
 
-def test_the_forest_draws_each_paired_difference_and_its_interval(study: Study) -> None:
-    ax = effect_plots.effects(study, "grad_norm_log_sd")
-    rows = [r for r in records(sentences.effects(study)) if r["metric"] == "grad_norm_log_sd"]
+@pytest.mark.parametrize("metric", REPORTED)
+def test_the_forest_draws_each_effect_and_its_interval(noisy: Study, metric: str) -> None:
+    ax = effect_plots.effects(noisy, metric)
+    rows = [r for r in records(noisy.effects()) if r["metric"] == metric]
     marks = [line for line in ax.get_lines() if line.get_gid() == "effect"]
-    assert [line.get_xdata()[0] for line in marks] == pytest.approx([r["difference"] for r in rows])
-    bars = [line for line in ax.get_lines() if line.get_gid() is None and len(line.get_xdata()) == 2][: len(rows)]
-    assert [tuple(b.get_xdata()) for b in bars] == [pytest.approx((r["low"], r["high"])) for r in rows]
+    assert len(rows) == 2 and [line.get_xdata()[0] for line in marks] == [r["estimate"] for r in rows]
+    bars = [line for line in ax.get_lines() if line.get_gid() is None and len(set(line.get_ydata())) == 1]
+    assert [tuple(b.get_xdata()) for b in bars] == [(r["low"], r["high"]) for r in rows]
     filled = [line.get_markerfacecolor() == line.get_markeredgecolor() for line in marks]
-    assert filled == [r["low"] > 0 or r["high"] < 0 for r in rows]
-    assert [t.get_text() for t in ax.get_yticklabels()][0] == "depth 2 to 6"
+    assert filled == [r["p_holm"] < CLEAR for r in rows] == [False, True]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["depth 2 to 6", "learning rate 1e-3 to 0.1"]
+    assert ax.get_xscale() == ("linear" if metric == "final_loss" else "log")
+    (nothing,) = [set(line.get_xdata()) for line in ax.get_lines() if line.get_gid() is None and line not in bars]
+    assert nothing == ({0.0} if metric == "final_loss" else {1.0})
 
 
-def test_two_seeds_have_no_bar(tmp_path: Path) -> None:
-    two = Study.load(planted.plant_study(tmp_path / "two", seeds=(0, 1)))
-    lines = effect_plots.effects(two, "final_loss").get_lines()
-    assert not [b for b in lines if b.get_gid() is None and len(set(b.get_ydata())) == 1 and len(b.get_xdata()) == 2]
+def test_two_seeds_have_their_intervals(noisy: Study) -> None:
+    """The error is that of all trials: two seeds leave nine degrees of freedom here."""
+    two = noisy._part(set(noisy.trials.index[noisy.trials["seed"] < 2]), noisy.axes)
+    rows = [r for r in records(two.effects()) if r["metric"] == "final_loss"]
+    bars = [line for line in effect_plots.effects(two).get_lines() if len(set(line.get_ydata())) == 1]
+    assert [tuple(b.get_xdata()) for b in bars if b.get_gid() is None] == [(r["low"], r["high"]) for r in rows]
+
+
+def test_what_is_not_tested_has_its_reason_in_place_of_marks(study: Study, tmp_path: Path) -> None:
+    one = Study.load(planted.plant_study(tmp_path / "one", seeds=(0,)))
+    for case, metric, reason in ((study, "attn_logit_peak", "nothing scatters"), (one, "grad_norm_log_sd", "one seed")):
+        ax = effect_plots.effects(case, metric)
+        assert not ax.get_lines() and not ax.axison
+        (text,) = (t.get_text().replace("\n", " ") for t in ax.texts)
+        assert text.startswith(f"{words.STATISTICS[metric]}: not tested (") and reason in text
+        ax.figure.canvas.draw()
+    absent = next(iter(figures(one, "optim.lr")))
+    assert isinstance(absent, Absent) and absent.why.startswith("not tested: one seed")
+
+
+def test_an_interval_without_end_leaves_a_ratio_readable() -> None:
+    row = {"scale": "ratio", "estimate": 2.0, "low": 0.0, "high": math.inf}
+    assert effect_plots._interval(row) == [2e-6, 2e6]
+    assert effect_plots._interval(row | {"low": 0.5, "high": 8.0}) == [0.5, 8.0]
+    assert effect_plots._interval({"scale": "difference", "estimate": 0.1, "low": -1.0, "high": 1.2}) == [-1.0, 1.2]
 
 
 def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None:
@@ -83,16 +126,16 @@ def test_a_trial_that_lacks_a_statistic_is_not_dropped(tmp_path: Path) -> None:
 
 
 def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
-    drawn = ["paired-effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
+    drawn = ["effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
     assert [b.name for b in figures(study, "optim.lr")] == drawn
     off = Study.load(planted.plant_study(tmp_path / "off", depths=(2,), clips=(None,)))
     names = [getattr(b, "name", "") or (b.what, b.why) for b in figures(off, "optim.lr")]
     assert names == [
-        "paired-effects",
+        "effects",
         ("Clip threshold against the norms", "no done trial clips by the norm"),
         ("LR sensitivity", "it takes several learning rates and another axis"),
         "first-spikes",
-        ("All axes at once", "fewer than two vary"),
+        ("All axes at once", "fewer than two axes vary"),
     ]
 
 
@@ -136,7 +179,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
         choices={"data": "pysrc"}, eval_hash="other", fingerprint="pysrc" * 2,
     )  # fmt: skip
     figure = next(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
-    assert not any("loss" in row[0] for row in figure.table.rows) and "different batches" in figure.caption
+    assert not any("loss" in row[0] for row in figure.table.rows) and "evaluated on different sets" in figure.caption
 
 
 def test_a_crowded_legend_lies_beside_the_lines(study: Study, tmp_path: Path) -> None:
@@ -148,19 +191,19 @@ def test_a_crowded_legend_lies_beside_the_lines(study: Study, tmp_path: Path) ->
     assert many.get_legend().get_window_extent().x0 > many.get_window_extent().x1
 
 
-def test_numbers_below_a_forest_keep_apart(study: Study) -> None:
-    for metric in sentences.EFFECTS:
-        ax = effect_plots.effects(study, metric)
+def test_numbers_below_a_forest_keep_apart(noisy: Study) -> None:
+    for metric in REPORTED:
+        ax = effect_plots.effects(noisy, metric)
         ax.figure.canvas.draw()
         boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
         inside = sorted((b for b in boxes if b.x1 > ax.bbox.x0 and b.x0 < ax.bbox.x1), key=lambda b: b.x0)
         assert len(inside) > 1 and all(a.x1 < b.x0 for a, b in zip(inside, inside[1:], strict=False)), metric
-    wide = effect_plots.effects(study, "attn_logit_peak")
-    wide.set_xlim(-1.3e8, 1.2e8)
+    wide = effect_plots.effects(noisy, "attn_logit_peak")
+    wide.set_xlim(1e-2, 1e8)
+    style.log_ticks(wide, across=True)
     wide.figure.canvas.draw()
-    assert "1e8" in [t.get_text() for t in wide.get_xticklabels()]
+    assert "1e6" in [t.get_text() for t in wide.get_xticklabels()]
     assert not wide.xaxis.get_offset_text().get_text()  # a factor in the corner would lie on the axis' name
-    assert all(t.get_text().endswith("%") for t in effect_plots.effects(study, "spike_abs_rate").get_xticklabels())
 
 
 def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
@@ -171,5 +214,5 @@ def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
     figure, _ = axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")
-    assert figure.name == "against-data" and "different batches" in figure.caption
+    assert figure.name == "against-data" and "evaluated on different sets" in figure.caption
     assert {row[0] for row in figure.table.rows} == {"max / median", X3}

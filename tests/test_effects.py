@@ -193,6 +193,19 @@ def test_a_contrast_is_never_clearer_than_its_axis() -> None:
             assert row["p_holm"] >= max(row["p"], axes[row["axis"]]) - 1e-12
 
 
+def test_an_effect_in_the_middle_is_between_the_lowest_and_the_highest_level() -> None:
+    """A hill, whose ends are alike: last against first would call nothing an effect."""
+    table = grid()
+    table["final_loss"] += 0.3 - 0.3 * (np.log10(table[LR]) + 2) ** 2 - 0.1 * (np.log10(table[LR]) + 2) ** 2
+    row = effects.effects(table, AXES, ["final_loss"]).set_index("axis").loc[LR]
+    assert row["p_holm"] < 1e-9 and (row["b"], row["note"]) == (1e-2, "highest against lowest of 3 levels")
+    assert row["low"] < 0.3 < row["high"] and row["low"] > 0
+    flat = effects.effects(
+        grid(noise=0.1).assign(final_loss=lambda t: t["seed"] + np.arange(36) % 7), AXES, ["final_loss"]
+    )
+    assert flat.set_index("axis").loc[LR, "note"] == "last against first of 3 levels"  # nothing to look for
+
+
 def test_names_have_no_ends() -> None:
     table = grid(noise=0.01)
     table["data"] = np.array(["c4", "dclm", "fineweb"])[(table["seed"] + np.arange(len(table)) // 3) % 3]
@@ -248,8 +261,8 @@ def test_what_is_missing_is_counted() -> None:
 def test_axes_that_change_together_are_named() -> None:
     table = grid().assign(**{"train.batch_size": lambda t: t[DEPTH] * 4})
     rows = effects.effects(table, [*AXES, "train.batch_size"], ["final_loss"]).set_index("axis")
-    assert rows.loc[DEPTH, "note"] == "changes only together with batch size: they cannot be told apart"
-    assert rows.loc["train.batch_size", "note"] == "changes only together with depth: they cannot be told apart"
+    assert rows.loc[DEPTH, "note"] == "changes only together with batch size, so their effects are confounded"
+    assert rows.loc["train.batch_size", "note"] == "changes only together with depth, so their effects are confounded"
     assert rows.loc[[DEPTH, "train.batch_size"], ["p", "p_holm", "estimate", "low"]].isna().all(axis=None)
     alone = effects.effects(table, AXES, ["final_loss"]).set_index("axis")
     assert rows.loc[LR, "p"] == pytest.approx(alone.loc[LR, "p"])
@@ -261,14 +274,14 @@ def test_a_level_that_only_another_axis_has_is_named() -> None:
     table.loc[(table[LR] == 1e-1) & (table[DEPTH] == 6), LR] = 1.0
     table["kind"] = np.where(table[LR] == 1.0, "b", "a")
     row = effects.effects(table, [LR, "kind"], ["final_loss"]).set_index("axis").loc[LR]
-    assert row["note"] == "highest against lowest of 3 levels; 1 level not told apart from other axes"
+    assert row["note"] == "highest against lowest of 3 levels; 1 level confounded with other axes"
     assert row["a"] == 1e-2 and row["b"] in (1e-3, 1e-1) and row["p"] < 1e-3
 
 
 def test_an_axis_of_the_seeds_has_no_test() -> None:
     table = grid().assign(**{"data.seq_len": lambda t: np.where(t["seed"] == 0, 64, 128)})
     row = effects.effects(table, [*AXES, "data.seq_len"], ["final_loss"]).set_index("axis").loc["data.seq_len"]
-    assert pd.isna(row["p"]) and "cannot be told apart" in row["note"]
+    assert pd.isna(row["p"]) and "their effects are confounded" in row["note"]
 
 
 @pytest.mark.parametrize(

@@ -604,7 +604,7 @@ def test_axes_are_what_is_known_of_every_run(tmp_path: Path) -> None:
     columns = pq.read_table(study.folder.trials_table).column_names
     assert "external.lr_scheduler_type" in columns and "external.num_epochs" not in columns
     text = (study.folder.report / "report.md").read_text()
-    assert "Nothing is compared pairwise" in text and "p (Holm)" not in text and "One seed" not in text
+    assert "No paired comparison: runs trained elsewhere" in text and "p (Holm)" not in text and "One seed" not in text
 
 
 def test_clipping_known_to_be_off_is_not_unknown(tmp_path: Path) -> None:
@@ -751,7 +751,7 @@ def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> 
     assert report.main([str(study.folder.path)]) == 0
     text = (study.folder.report / "report.md").read_text()
     assert (
-        "Strides differ (1 and 10)" in text
+        "Logging intervals differ (1 and 10 steps)" in text
         and "| Every figure over settings | the runs were logged at different strides" in text
     )
     assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"traces"}
@@ -764,7 +764,7 @@ def test_what_a_log_does_not_tell_is_a_dash_in_the_report(tmp_path: Path) -> Non
     assert report.main([str(study.folder.path)]) == 0
     text = (study.folder.report / "report.md").read_text()
     (spike,) = (line for line in text.splitlines() if "| run run | 1510 | 80 |" in line)
-    assert spike.endswith("| – | – | – | no |")  # how long it lasted, its class, whether in the warmup
+    assert spike.endswith("| – | – | both | – | – | none |")  # duration, class, batch and warmup are not known
 
 
 def test_the_report_of_a_log_without_norms(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_the_log_interval_is_students_of_the_logarithms() -> None:
     assert (one.n, one.mean) == (1, pytest.approx(3.0)) and math.isnan(one.low)
     shifted = log_interval([0.0, 0.009], shift=1e-3)
     assert shifted.n == 2 and shifted.mean == pytest.approx(math.sqrt(1e-3 * 1e-2) - 1e-3)
+    assert shifted.low == 0.0  # the t-interval reaches below; the quantity does not
+    assert log_interval([0.0] * 3, shift=1e-3).mean == 0.0  # and not the rounding of exp(log(1e-3)) - 1e-3
 
 
 def test_no_interval_is_too_wide_for_a_float() -> None:

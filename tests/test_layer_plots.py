@@ -42,7 +42,7 @@ def test_what_is_not_finite_is_empty() -> None:
     ax = layer_plots.layer_map(rows(made), SPIKE)
     shown = ax.images[0].get_array()
     assert shown.mask[3, 21] and shown.mask[:, 22].all() and shown.mask.sum() == 1 + 6
-    assert layer_plots.said(rows(made), SPIKE) == "At step 51 the norm of 1 of 6 rows was not finite."
+    assert layer_plots.peak_text(rows(made), SPIKE) == "At step 51 the norm of 1 of 6 rows was not finite."
 
 
 @pytest.mark.parametrize("layers", [4, 0])
@@ -51,16 +51,17 @@ def test_a_record_without_layers_is_refused(layers: int) -> None:
         layer_plots.layer_map(rows(np.full((100, layers), np.nan)), SPIKE)
 
 
-def test_what_is_said() -> None:
-    assert layer_plots.said(rows(norms()), SPIKE) == (
+def test_the_peak_in_words() -> None:
+    assert layer_plots.peak_text(rows(norms()), SPIKE) == (
         "At step 51 the largest norm was that of layer 1 (40); layer 1 grew most, to 40 times its median over the "
         "steps before."
     )
     made = norms()
     made[51, -1], made[51, 2] = 50.0, 30.0
-    assert "largest norm was that of head (50); layer 1 grew most, to 30 times" in layer_plots.said(rows(made), SPIKE)
+    text = layer_plots.peak_text(rows(made), SPIKE)
+    assert "largest norm was that of head (50); layer 1 grew most, to 30 times" in text
     first = {"start": 0, "end": 0, "peak_step": 0}
-    assert layer_plots.said(rows(norms()), first) == "At step 0 the largest norm was that of head (5)."
+    assert layer_plots.peak_text(rows(norms()), first) == "At step 0 the largest norm was that of head (5)."
 
 
 @pytest.mark.parametrize(

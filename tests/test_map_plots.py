@@ -100,10 +100,10 @@ def test_the_report_names_each_limit(study: Study) -> None:
     assert layout is not None
     blocks = {b.name: b for b in map_figures.figures(study, layout) if isinstance(b, Figure)}
     assert list(blocks) == ["stability-map", "spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
-    said = blocks["stability-map"].caption
-    assert "Stable to 0.01, first unstable at 0.1 (2 of 2): depth 2." in said
-    assert "Stable to 0.01, no larger one seen unstable: depth 6." in said
-    assert "Not all stable at the smallest, first unstable at 1e-3 (1 of 2): depth 8." in said
+    caption = blocks["stability-map"].caption
+    assert "Stable up to 0.01, first unstable at 0.1 (2 of 2): depth 2." in caption
+    assert "Stable up to 0.01, no larger one was unstable: depth 6." in caption
+    assert "Not all stable at the smallest, first unstable at 1e-3 (1 of 2): depth 8." in caption
     assert blocks["stability-map"].table.rows[-1] == ("8", "0.1", "1", "0", "0", "1", "2")
     assert blocks["diverged-map"].table.rows[-1] == ("8", "0.1", "50 %", "2", "0", "1")
 

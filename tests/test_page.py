@@ -19,14 +19,15 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import map_figures, render, sentences, words
+from stabstudy.analysis import effect_tables, map_figures, render, sentences, words
 from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.effects import contrasts, interactions
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.layout import layout_of
 from stabstudy.analysis.levels import plain, records
-from stabstudy.analysis.page import report
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
+from stabstudy.stability.columns import COLUMNS
 from stabstudy.store import StudyFolder
 from stabstudy.trace import TRACE
 
@@ -151,11 +152,12 @@ def test_counts_are_those_of_the_table(page: Page, study: Study) -> None:
     verdicts = study.trials.loc[study.trials["state"] == "done", "verdict"].value_counts()
     assert page.counts() == {
         "stable": verdicts["stable"], "spiky": verdicts["spiky"], "rough": verdicts["rough"], "diverged": 1,
-        "not judged": 0, "unfinished": 0, "failed": 1, "damaged": 1,
+        "failed": 1, "damaged": 1,
     }  # fmt: skip
     assert (verdicts["stable"], verdicts["spiky"], verdicts["rough"]) == (7, 1, 4)
-    said = "Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; 2 more have no verdict."
-    assert page.headings[1] == (2, said)
+    assert page.headings[1] == (2, sentences.headline(study))
+    assert "Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; 2 more" in page.headings[1][1]
+    assert words.GLOSSARY in page.text
 
 
 def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
@@ -173,9 +175,8 @@ def test_cells_are_those_of_the_table(page: Page, study: Study) -> None:
         assert float(shown["clipped"].removesuffix(" %")) / 100 == pytest.approx(cell["clip_share"], rel=0.05)
         told = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) (stable|spiky|rough|diverged)", shown["verdicts"])}
         assert told == {v: cell[v] for v in ("stable", "spiky", "rough", "diverged") if cell[v]}
-    assert (
-        rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (R1)" and rows[-1][2] == "1 diverged (nonfinite)"
-    )
+    assert rows[2][2] == "2 rough" and rows[4][2] == "1 stable, 1 spiky (long spike, R1)"
+    assert rows[-1][2] == "1 diverged (a value not finite, nonfinite)"
     assert rows[-1][3] == "1 of 2"  # one of the two seeds at the largest rate failed
     assert "±" not in rows[-1][4] and all("±" in row[4] for row in rows[:-1])
 
@@ -186,7 +187,8 @@ def test_markdown_holds_the_same_numbers(path: Path, page: Page) -> None:
     assert {row[0].split(" ", 1)[1]: int(row[1]) for row in counts[1:]} == page.counts()
     assert tables == [[[" ".join(c.split()) for c in row] for row in table] for table in page.tables]
     bullets = [unescaped(line[2:]) for line in text.splitlines() if line.startswith("- ")]
-    assert len(counts[1:]) == 8 and bullets == page.items[8:]
+    assert len(counts[1:]) == 6 and bullets == page.items[6:]
+    assert words.GLOSSARY in text
 
 
 def test_markdown_links_to_the_same_trials(path: Path, page: Page) -> None:
@@ -262,31 +264,73 @@ def test_trials_that_diverged_early_lack_statistics_and_say_so(tmp_path: Path) -
                 final_loss=None, stop_reason="diverged", logit=(4e7 + seed * 1e6) / depth,
             )  # fmt: skip
     study = Study.load(tmp_path / "s")
-    said = [sentence for finding in sentences.findings(study) for sentence in finding.sentences]
-    (silent,) = (sentence for sentence in said if "nothing from" in sentence)
-    assert silent.count("depth 2 to 4") == 1 and not any("e+" in sentence for sentence in said)
+    texts = [sentence for finding in sentences.findings(study) for sentence in finding.sentences]
+    (depth,) = (text for text in texts if "epth 2 to 4" in text)
+    assert "no effect found: " in depth and not any("e+" in text for text in texts)
+    notes = study.effects().set_index(["axis", "metric"])["note"]
+    assert notes["model.depth", "grad_norm_log_sd"].endswith("6 of 12 trials without it")
     layout = layout_of(study)
     assert layout is not None
     captions = {f.name: f.caption for f in map_figures.figures(study, layout) if isinstance(f, Figure)}
-    grey = {name for name, caption in captions.items() if "Grey: no trial has it." in caption}
+    grey = {name for name, caption in captions.items() if "Grey: no trial has the statistic." in caption}
     assert grey == {"grad-norm-max-over-median-map"} and len(captions) == 4
 
 
-def test_effects_are_compare(page: Page, study: Study) -> None:
+def test_effects_are_those_of_the_study(page: Page, study: Study) -> None:
+    rows = records(study.effects())
+    shown = page.table("Effects: 4 tests")[1:]  # the planted losses and logits do not scatter: those are not tested
+    assert len(rows) == len(shown) == 8 and sum(row["p_holm"] is not None for row in rows) == 4
+    for row, (axis, step, statistic, effect, p, p_holm, reading, note) in zip(rows, shown, strict=True):
+        assert (axis, statistic) == (words.label(row["axis"]), COLUMNS[row["metric"]].label)
+        assert note == (row["note"] or "")
+        if row["p"] is None:
+            assert (step, effect, p, p_holm, reading) == (*[words.NOTHING] * 4, "not tested") and note
+            continue
+        ends = [row["estimate"], row["low"], row["high"]]
+        assert [float(v) for v in re.findall(r"[\d.]+", effect)] == pytest.approx(ends, rel=5e-3)
+        assert step == " → ".join(words.level(row[end], row["axis"]) for end in ("a", "b"))
+        assert (float(p), float(p_holm)) == pytest.approx((row["p"], row["p_holm"]), rel=0.06)
+        assert reading == ("effect" if row["p_holm"] < 0.05 else "suggestive" if row["p"] < 0.05 else "no effect found")
+    assert {row[6] for row in shown} == {"effect", "no effect found", "not tested"}
+
+
+def test_the_reading_of_an_effect_rests_on_the_corrected_p() -> None:
+    for p, p_holm, reading in ((0.01, 0.04, "effect"), (0.01, 0.05, "suggestive"), (0.05, 0.2, "no effect found")):
+        assert effect_tables.reading({"p": p, "p_holm": p_holm}) == reading
+    assert effect_tables.reading({"p": None, "p_holm": None}) == "not tested"
+
+
+def test_contrasts_and_interactions_are_those_of_the_study(page: Page, study: Study) -> None:
+    above = records(contrasts(*study.tested()))
+    shown = page.table("Each level of an axis against")[1:]
+    kept = [r for r in above if r["axis"] == "optim.lr"]  # two depths are one contrast, which the effects hold
+    assert len(shown) == len(kept) > 2
+    for row, text in zip(kept, shown, strict=True):
+        assert text[1:3] == [words.level(row["level"]), words.level(row["best"])]
+        assert float(text[5]) == pytest.approx(row["p_holm"], rel=0.06)
+    (pair,) = [r for r in records(interactions(*study.tested())) if r["metric"] == "grad_norm_log_sd"]
+    (text,) = [row for row in page.table("Interactions: ")[1:] if row[2] == "roughness"]
+    assert text[:2] == ["depth", "learning rate"] and float(text[3]) == pytest.approx(pair["statistic"], rel=5e-3)
+
+
+def test_paired_differences_are_compare(page: Page, study: Study) -> None:
     rows = {(r[0], r[2]): r for r in page.table("Paired differences")[1:]}
-    (depth,) = records(study.compare("model.depth", "final_loss"))
-    assert rows["depth", "final loss"][1] == "2 → 6"
-    assert float(rows["depth", "final loss"][4]) == pytest.approx(depth["difference"], rel=5e-3)
-    assert rows["depth", "final loss"][6:8] == [str(depth["pairs"]), str(depth["seeds"])] == ["6", "2"]
-    # 0.5 has a done partner in one pair of four: the widest step with support ends at 0.1
-    assert rows["learning rate", "final loss"][1] == "1e-3 → 0.1"
+    for metric, label in (("final_loss", "final loss"), ("grad_norm_log_sd", "roughness")):
+        (depth,) = records(study.compare("model.depth", metric))
+        shown = rows["depth", label]
+        assert shown[1] == "2 → 6" and float(shown[4]) == pytest.approx(depth["difference"], rel=5e-3)
+        assert shown[6:8] == [str(depth["pairs"]), str(depth["seeds"])] == ["6", "2"]
+    # the levels of the effect where there is one; else the outermost with a pair: at 0.5 one of depth 6 is done
+    assert rows["learning rate", "roughness"][1] == page.table("Effects: ")[7][1] == "1e-3 → 0.1"
+    assert rows["learning rate", "final loss"][1] == "1e-3 → 0.5" and rows["learning rate", "final loss"][6] == "1"
+    assert "p (sign flip)" not in page.table("Paired differences")[0]  # under 6 seeds it cannot fall below .05
 
 
 def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Study) -> None:
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map"]
     assert names[4:7] == ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
-    assert names[7:] == ["paired-effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
+    assert names[7:] == ["effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
     alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
@@ -302,22 +346,25 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
 # What it says
 
 
-def test_findings_answer_the_question(page: Page) -> None:
-    said = " ".join(page.items)
+def test_findings_answer_the_question(page: Page, study: Study) -> None:
+    text = " ".join(page.items)
     assert planted.QUESTION in page.text
-    assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not." in said
-    why = "the grid has a hole at learning rate 0.5, seed 1 (failed)"
-    assert f"Depth 6: how far the learning rate can be raised is not told: {why}." in said
-    assert "Use depth 2, learning rate 0.01: final loss " in said
-    assert "Lowest final loss: 2.350 ± 0.13 nat/token (2 seeds) at depth 6, learning rate 0.01." in said
+    assert [f.about for f in sentences.findings(study)] == ["What is stable", "What to use", "What the axes changed"]
+    assert page.items[6:] == [
+        *(sentence for finding in sentences.findings(study) for sentence in finding.sentences),
+        *sentences.warnings(study),
+    ]
+    assert "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 2 of 2 are not" in text
+    assert "the grid has a hole at learning rate 0.5, seed 1 (failed)" in text
+    assert "For depth 2: use learning rate " in text and "For depth 6: use learning rate " in text
 
 
 def test_what_is_wrong_is_said(page: Page, study: Study) -> None:
     said = " ".join(page.items)
     (damaged,) = study.damaged
     assert f"1 trial damaged and left out of every number: {damaged.trial_id}." in said
-    assert "In no mean: 1 failed" in said
-    assert "2 seeds: no exact test can give a p-value under 0.50" in said
+    assert "Trials in no mean: 1 failed (see Trials without a result)." in said
+    assert "Trials without a result" in [heading for _, heading in page.headings]
     rows = {row[2]: row for row in page.table("Not done, failed or damaged")[1:]}
     assert rows["failed"][3:] == ["30 of 200", "RuntimeError: out of luck (step 30)"]
     assert rows["damaged"][0] == damaged.trial_id and "trace.parquet" in rows["damaged"][4]
@@ -330,8 +377,8 @@ def test_nothing_differs_is_said(tmp_path: Path) -> None:
     found = sentences.findings(Study.load(tmp_path / "s"))
     assert [f.about for f in found] == ["What is stable", "What to use", "What the axes changed"]
     said = " ".join(text for f in found for text in f.sentences)
-    assert "Every trial is stable at every learning rate, up to 0.01; the limit lies beyond." in said
-    assert "With 2 seeds none of these changes can be told from chance: each paired 95 % interval holds 0." in said
+    assert "very trial is stable up to learning rate 0.01" in said and "the limit lies above the grid." in said
+    assert "Learning rate 1e-3 to 0.01: no effect found: roughness ×" in said
 
 
 def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
@@ -339,11 +386,9 @@ def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
     for lr in (1e-2, 1e-1):
         config = planted.settings(lr=lr)
         planted.plant_trial(tmp_path / "s", config, nonfinite_at=60, final_loss=math.nan, stop_reason="diverged")
-    stable, *others = sentences.findings(Study.load(tmp_path / "s"))
-    assert not [f for f in others if f.about == "What to use"]  # nothing is
-    assert (
-        stable.sentences[0] == "Not even at the smallest learning rate is every trial stable: at 0.01, 1 of 1 is not."
-    )
+    stable, use, *_ = sentences.findings(Study.load(tmp_path / "s"))
+    assert "at 0.01, 1 of 1 is not" in stable.sentences[0]
+    assert use.about == "What to use" and [text.startswith("No recipe: ") for text in use.sentences] == [True]
 
 
 @pytest.mark.slow
@@ -353,18 +398,23 @@ def test_one_seed_has_no_interval_and_no_test(tmp_path: Path) -> None:
     assert "One seed: no interval and no test is possible" in " ".join(page.items)
     assert not any("±" in field for row in page.table("cells: means")[1:] for field in row)
     assert all(row[5] == words.NOTHING for row in page.table("Paired differences")[1:])
-    assert "told from chance" not in page.text
+    assert {row[6] for row in page.table("Effects: ")[1:]} == {"not tested"}
+    assert ["What each axis changed", "not tested: one seed: no scatter between seeds to test against"] in page.table(
+        "Figures that this study"
+    )
 
 
-@pytest.mark.slow
-def test_more_seeds_than_the_exact_test_takes_have_no_p(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seeds", "p"), [(5, None), (6, "0.031"), pytest.param(21, None, marks=pytest.mark.slow)])
+def test_the_sign_flip_test_is_shown_where_it_can_tell(tmp_path: Path, seeds: int, p: str | None) -> None:
+    """Its floor is 2 / 2^seeds: .063 of 5 seeds, .031 of 6; over 20 seeds it is not computed."""
     planted.plant_frame(tmp_path / "s")
     for lr in (0.01, 0.1):
-        for seed in range(21):
+        for seed in range(seeds):
             planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, steps=60), final_loss=2.0 + lr)
-    sections = report(Study.load(tmp_path / "s")).sections
-    (table,) = (b for s in sections for b in s.blocks if getattr(b, "title", "") == "Paired differences")
-    assert {row[-1] for row in table.rows} == {words.NOTHING} and {row[-3] for row in table.rows} == {"21"}
+    blocks = effect_tables.effect_blocks(Study.load(tmp_path / "s"))
+    (table,) = (b for b in blocks if getattr(b, "title", "").startswith("Paired differences"))
+    (loss,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows if row[2] == "final loss")
+    assert loss.get("p (sign flip)") == p and loss["seeds"] == loss["pairs"] == str(seeds)
 
 
 def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
@@ -372,7 +422,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3))
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-2), eval_hash="other", fingerprint="0" * 16)
     said = sentences.warnings(Study.load(tmp_path / "s"))
-    assert "Losses were measured on 2 different evaluation batches: compare them where data are equal." in said
+    assert "Losses were measured on 2 different evaluation sets: compare them where data are equal." in said
     assert "Trials with the same data settings saw different data (their fingerprints differ)." in said
 
 
@@ -419,14 +469,28 @@ def test_data_sets_are_an_axis_like_any_other(tmp_path: Path) -> None:
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
     page = report_on(tmp_path / "s")
-    assert ["dataset", "data", "pysrc, synthetic"] in page.table("What varied")
+    assert ["dataset", "data", "pysrc, synthetic"] in page.table("Axes")
     assert [row[:2] for row in page.table("cells: means")[1:]] == [
         ["1e-3", "pysrc"], ["1e-3", "synthetic"], ["0.01", "pysrc"], ["0.01", "synthetic"],
     ]  # fmt: skip
     effects = [row[2] for row in page.table("Paired differences")[1:] if row[0] == "dataset"]
     assert effects and "final loss" not in effects  # two data sets, two evaluation batches
-    best = [item for item in page.items if item.startswith("Use ")]
-    assert len(best) == 2  # one for each data set, never the lower of the two
+    recipes = [item.partition(": use ")[0] for item in page.items if ": use " in item]
+    assert recipes == ["For dataset pysrc", "For dataset synthetic"]  # never the lower of the two
+
+
+def test_the_highest_spikes_are_those_of_the_study(page: Page, study: Study) -> None:
+    grad = study.spikes[study.spikes["series"] == "grad"].sort_values("peak_ratio", ascending=False)
+    head, *shown = page.table("Gradient norm: the ")
+    assert len(shown) == min(12, len(grad)) > 4 and "x3" not in " ".join(head)
+    for text, spike in zip(shown, records(grad), strict=False):
+        row = dict(zip(head, text, strict=True))
+        assert (row["trial"], row["flagged as"]) == (spike["trial_id"], spike["part"])
+        assert row["batch"] == {True: "yes", False: "no", None: words.NOTHING}[spike["batch"]]
+        assert float(row["peak / recent level"]) == pytest.approx(spike["peak_ratio"], rel=5e-3)
+        assert row["recovers after (steps)"].split()[-1] == str(spike["duration"])
+        assert row["recovers after (steps)"].startswith("over") != spike["recovered"]
+    assert {spike["part"] for spike in records(grad)} <= {"surprise", "absolute", "both"}
 
 
 # The same every time
@@ -602,7 +666,7 @@ def test_the_page_can_be_read_aloud(page: Page) -> None:
 
 
 def test_provenance_is_shown(page: Page) -> None:
-    rows = dict(page.table("Provenance")[1:])
+    rows = dict(page.table("Command, versions")[1:])
     assert rows["command"] == "python -m stabstudy.sweep sweep=planted"
     assert rows["versions: torch"] == "2.10.0" and rows["git: commit"] == "0" * 40
     assert rows["trained"] == "2026-01-02T03:04:05+00:00 to 2026-01-02T03:05:05+00:00"
@@ -614,14 +678,20 @@ def test_the_rule_and_its_parameters_are_shown(page: Page, study: Study) -> None
     rules = study.rules
     shown = dict(page.table(f"Parameters of the rules ({rules.detector_id})")[1:])
     assert {k: float(v) for k, v in shown.items()} == {k: float(v) for k, v in rules.parameters().items()}
-    assert (
-        "at least 5 robust standard deviations and a factor 2 above its level (the median of the 5 steps" in page.text
+    rule = (
+        "at least 5 robust standard deviations and a factor 2 above its recent level (the median of the 5 steps before)"
     )
-    assert "or at 3 times its level and the median of the last 64 steps (absolute)" in page.text
+    assert rule in page.text
+    assert "as absolute where it is at least 3 times both its recent level and the median of the last 64" in page.text
+    shown = page.table("Verdicts, from worst to best")[1:]
+    codes = [row[1].rpartition(" (")[2].rstrip(")") for row in shown if row[0] == "diverged"]
+    assert codes == ["nonfinite", "above_init", "persistent", "above_unigram", "no_recovery"]
+    assert [row[0] for row in shown if row[0] != "diverged"] == ["rough", "spiky", "stable", "not judged"]
+    assert f"under {rules.min_evaluable} evaluable steps" in shown[-1][1] and "untrained" in shown[-1][1]
 
 
 def test_settings_that_did_not_vary_are_shown(page: Page, study: Study) -> None:
-    shown = dict(page.table("What did not vary")[1:])
+    shown = dict(page.table("Settings with one value")[1:])
     assert shown["optim.clip"] == "1" and shown["model.dim"] == "64" and shown["data.source"] == "pysrc"
     assert not {"optim.lr", "model.depth", "seed"} & set(shown)
     for name, text in shown.items():

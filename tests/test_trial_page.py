@@ -14,10 +14,12 @@ import planted
 import pytest
 from test_page import PAYLOADS, Page, _bytes, read
 
-from stabstudy.analysis import links, trial_page, words
+from stabstudy.analysis import links, trial_page, trial_tables, words
 from stabstudy.analysis.levels import plain
+from stabstudy.analysis.sentences import REASONS
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
+from stabstudy.stability.explain import DIVERGED
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.trace import TRACE
 
@@ -69,12 +71,13 @@ def test_every_trial_has_a_page_the_damaged_one_too(path: Path, study: Study) ->
 
 def test_every_mention_is_a_link(path: Path, study: Study) -> None:
     html = (path / "report" / "index.html").read_text()
-    body = re.sub(" data-marks='[^']*'", "", html[html.index("<body>") : html.index("<script>")])
+    body = re.sub(" data-marks='[^']*'|(?s:<pre.*?</pre>)", "", html[html.index("<body>") : html.index("<script>")])
     for trial_id in links.paged(study):
         linked = f'<a href="trials/{trial_id}.html">{trial_id}</a>'
         assert linked in body and trial_id not in body.replace(linked, "")
     (every,) = [t for t in read(html).tables if t[0][0] == "trial" and "verdict or state" in t[0]]
-    assert [row[0] for row in every[1:]] == list(study.trials.index)
+    by_cell = study.trials.sort_values(["optim.lr", "seed"], kind="stable").index  # the one axis, then seeds
+    assert [row[0] for row in every[1:]] == list(by_cell)
 
 
 def test_links_of_every_page_resolve(path: Path) -> None:
@@ -141,9 +144,13 @@ def test_spikes_and_replicates_are_those_of_the_tables(path: Path, study: Study)
     assert [row[1] for row in shown[1:]] == [str(s) for s in own["start"]]
     assert {"75", "90", "105"} <= {row[1] for row in shown[1:]}  # as planted
     assert [float(row[6]) for row in shown[1:]] == pytest.approx(list(own["peak_ratio"]), rel=5e-3)
+    at = {head: i for i, head in enumerate(shown[0])}
+    assert [row[at["flagged as"]] for row in shown[1:]] == list(own["part"])
+    batches = [{True: "yes", False: "no"}.get(plain(b), words.NOTHING) for b in own["batch"]]
+    assert [row[at["batch"]] for row in shown[1:]] == batches
     cell = page.table("The trials of this cell")
     same = study.trials[study.trials["cell_id"] == study.row(trial_id)["cell_id"]]
-    assert {row[1] for row in cell[1:]} == {"this one", *same.index} - {trial_id}
+    assert {row[1] for row in cell[1:]} == {"this trial", *same.index} - {trial_id}
     assert {f"{t}.html" for t in same.index if t != trial_id} <= set(links_of(page))
 
 
@@ -155,7 +162,52 @@ def test_verdict_reasons_and_errors_are_said(path: Path, study: Study) -> None:
     waiting = page_of(path, ended(study, "unfinished")).text
     assert "0 of 200 steps recorded." in waiting and "No step of this trial is recorded" in waiting
     damaged = page_of(path, study.damaged[0].trial_id).text
-    assert "Its files cannot be trusted" in damaged and "the disk made a noise" in damaged
+    assert "Its files are damaged" in damaged and "the disk made a noise" in damaged
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"state": "oom"}, "oom"),
+        ({"verdict_reason": "untrained"},
+         "not judged: untrained (the loss never came below the entropy of single tokens)"),
+        ({"verdict_reason": "too_short"}, "not judged: too short"),
+        ({"verdict_reason": "no_gradient_norm"}, "not judged: without a gradient norm"),
+        ({"verdict_reason": "strided"}, "not judged: logged with gaps"),
+        ({"verdict": "stable"}, "stable"),
+        ({"verdict": "rough", "verdict_rule": "rough"}, "rough"),
+        ({"verdict": "rough", "verdict_rule": "rough", "sampling_noise": True}, "rough (sampling noise)"),
+        ({"verdict": "spiky", "verdict_rule": "R1+R2"}, "spiky (long and recurring spikes, R1+R2)"),
+        ({"verdict": "diverged", "verdict_rule": "above_unigram"},
+         "diverged (loss back above the entropy of single tokens, above_unigram)"),
+    ],
+)  # fmt: skip
+def test_a_verdict_and_its_absence_stand_in_words(values: dict[str, object], text: str) -> None:
+    row = {"state": "done", "verdict": None, "verdict_rule": None, "verdict_reason": None, "sampling_noise": None}
+    assert trial_tables.ended(row | values) == text
+
+
+def test_every_rule_and_reason_has_words() -> None:
+    assert set(trial_tables.RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
+    assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "strided"}
+
+
+def test_a_trial_without_a_verdict_says_why_on_its_page_and_in_the_table(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    short = planted.plant_trial(tmp_path / "s", planted.settings(steps=50), logit=400.0)
+    write_report(tmp_path / "s", lambda line: None)
+    (row,) = read((tmp_path / "s" / "report" / "index.html").read_text()).table("The one trial")[1:]
+    assert "not judged: too short" in row
+    page = page_of(tmp_path / "s", short.trial_id)
+    assert "Not judged: 38 evaluable steps, and a verdict needs 50." in page.text
+    assert "Warning: attention logits passed 100 at step " in page.text
+
+
+def test_sampling_noise_is_said_of_a_trial(path: Path, study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    rough = ended(study, "rough")
+    assert not any(trial_page.NOISE in text for text in trial_page.explanation(study, rough))
+    monkeypatch.setitem(study._rows[rough], "sampling_noise", True)
+    assert trial_page.explanation(study, rough)[-1] == f"Rough by {trial_page.NOISE}."
 
 
 def test_the_log_ends_the_page_as_text(path: Path, study: Study) -> None:

@@ -1,4 +1,4 @@
-"""The report's figures of one axis at a time: what warmup, batch size, weight decay or the dataset do."""
+"""The report's figures of one axis at a time: warmup, batch size, weight decay, dataset."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stabstudy.analysis.levels import Level, at_level
 from stabstudy.analysis.study import Study
 
 AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
-"""Suspects that get a figure of their own where they vary and are not the main axis."""
+"""Axes that get a figure of their own where they vary and are not the main axis."""
 
 METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
 
 ON_LOG = ("grad_norm_max_over_median",)
-"""Of these the scale is that of the logarithm: one trial at fifty would hide all others."""
+"""On a log scale: one trial at fifty would hide all others."""
 
 MOST_DATASETS = 4
 """Datasets up to which the loss on each has a panel."""
@@ -96,16 +96,16 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     ratios = [name for name, metric in named.items() if kind_of(metric) is Kind.RATIO]
     caption = (
         f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. "
-        f"{plots.marks_said(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
+        f"{plots.marks_text(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
         f"{words.listing(ratios)} the geometric), bands 95 % intervals (from {plots.BAND_FROM} trials on).{over}"
-        f"{' The loss is left out: trials were evaluated on different batches.' if lost else ''} Levels are compared "
-        "pairwise in the forest plot."
+        f"{' The loss is left out: trials were evaluated on different sets.' if lost else ''} Effects with all other "
+        "axes held fixed: see What each axis changed."
     )
-    said = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
+    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
     name = f"against-{axis.replace('.', '-').replace('_', '-')}"
     title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
-    return Figure(name, title, style.draw(figure), f"Line charts. {'; '.join(said)}.", caption, table)
+    return Figure(name, title, style.draw(figure), f"Line charts. {'; '.join(values)}.", caption, table)
 
 
 def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
@@ -115,9 +115,9 @@ def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]
         groups = [((level,), at_level(trials, by, level)) for level in panel.study.axes[by]]
     for levels, members in groups:
         for level in panel.study.axes[axis]:
-            if len(found := at_level(members, axis, level)):
-                e = plots.mean_of(found, panel.metric)
+            if len(there := at_level(members, axis, level)):
+                e = plots.mean_of(there, panel.metric)
                 texts = [words.level(v, by or "") for v in levels]
-                diverged = int((found["verdict"] == "diverged").sum())
+                diverged = int((there["verdict"] == "diverged").sum())
                 numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
                 yield panel.name, *texts, words.level(level, axis), *numbers

@@ -1,4 +1,4 @@
-"""How much of the roughness is the batch, which batches they are, and which spikes are theirs.
+"""The share of the batch in the roughness, the batches that lift the norm, and the spikes that they cause.
 
 A batch is a pure function of the seed and the step, so trials of one seed, data, sequence length and batch size read
 the same tokens at the same step whatever else differs (equal seeds are also equal initial weights, for equal shapes).
@@ -137,7 +137,7 @@ def log_ratios(norm: Floats, rules: Rules) -> Ratio:
 def mark(trials: Sequence[dict[str, Any]], spikes: Sequence[dict[str, Any]], ratios: Ratios) -> None:
     """Fill `batch` of each spike and `sampling_noise` of each trial (rows of the tables), in place.
 
-    Null is not known: under two other trials read the batch, or nobody knows what was read. Only records of trials
+    Null is not known: under two other trials read the batch, or what was read is not known. Only records of trials
     that read the same batches as one with a spike, or as a rough one, are read.
     """
     own: dict[str, list[dict[str, Any]]] = {row["trial_id"]: [] for row in trials}

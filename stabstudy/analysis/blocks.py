@@ -1,4 +1,4 @@
-"""What a report consists of, apart from how it is written: sections of text, tables and figures.
+"""The elements of a report, apart from their format: sections of text, tables and figures.
 
 The page and the Markdown are two writings of the same blocks, so that no number can differ between them. Every text in
 a block is plain text that may come from a file; whoever writes it out escapes it.

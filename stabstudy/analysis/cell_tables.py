@@ -1,4 +1,4 @@
-"""The report's tables of cells: a row for each recipe, its seeds together."""
+"""Tables of cells: a row per combination of settings, its seeds together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Table
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.trial_tables import rule
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 STATISTICS = (
-    "spike_events", "spike_abs_rate", "severity", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
+    "spike_events", "spike_abs_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
     "attn_logit_peak",
 )  # fmt: skip
 """Shown per cell beside the final loss: the mean over its done trials."""
@@ -28,11 +29,14 @@ def cells(study: Study) -> Iterator[Table]:
     numbers = ("seeds", "final loss", *(COLUMNS[name].label for name in STATISTICS))
     rules = _rules(study)
     means = tuple((*_which(row, study), _verdicts(row, rules), _seeds(row), *_means(row)) for row in rows)
-    title = f"{words.count(len(rows), 'cell')}: means over the done seeds, ± half the 95 % interval (from 2 seeds on)"
+    title = (
+        f"{words.count(len(rows), 'cell')}: means over the done seeds (geometric of norms, ratios and logits), ± half "
+        "the 95 % interval (from 2 seeds on)"
+    )
     right = frozenset((*heads, *numbers)) - {"case"}
     yield Table(title, (*heads, "verdicts", *numbers), means, right, folded=len(rows) > MOST_OPEN)
     ends = tuple((*_which(row, study), *_intervals(row)) for row in rows)
-    title = "95 % intervals of these means (cells.csv has those of every statistic)"
+    title = "95 % intervals of these means (those of every statistic: cells.csv)"
     yield Table(title, (*heads, *numbers[1:]), ends, right, folded=True)
 
 
@@ -60,11 +64,15 @@ def _has_cases(study: Study) -> bool:
 
 
 def _rules(study: Study) -> dict[Any, str]:
-    """(cell, verdict) -> the rules by which its trials got it."""
-    named = study.trials["verdict_rule"].notna() & (study.trials["verdict_rule"] != study.trials["verdict"])
-    broken = study.trials[named]
-    by_verdict = broken.groupby(["cell_id", "verdict"])["verdict_rule"]
-    return {at: f" ({', '.join(sorted(set(members)))})" for at, members in by_verdict}
+    """(cell, verdict) -> in parentheses, the rules by which its trials got it, and how many by sampling noise."""
+    by_verdict = study.trials[study.trials["verdict"].notna()].groupby(["cell_id", "verdict"])
+    texts = {}
+    for at, members in by_verdict:
+        rules = sorted({text for code in members["verdict_rule"].dropna() if (text := rule(code))})
+        noise = int(members["sampling_noise"].fillna(False).sum())
+        notes = [*rules, *([f"{noise} by sampling noise"] if noise else [])]
+        texts[at] = f" ({'; '.join(notes)})" if notes else ""
+    return texts
 
 
 def _verdicts(row: Mapping[str, Any], rules: Mapping[Any, str]) -> str:

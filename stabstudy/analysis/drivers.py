@@ -1,4 +1,4 @@
-"""Two sections of the report: how sensitive each recipe is to its learning rate, and what drives spikes."""
+"""Two sections of the report: learning-rate sensitivity, and what drives spikes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 
 from stabstudy.analysis import words
 from stabstudy.analysis.batches import HIGH, STREAM, BatchShare
-from stabstudy.analysis.blocks import Block, Table, Text
+from stabstudy.analysis.blocks import Block, Code, Table, Text
 from stabstudy.analysis.importance import APART, too_few
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.paired import holm
@@ -42,22 +42,24 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
     if known:
         rates = ", ".join(words.level(lr, LR) for lr in known[0]["grid"])
         yield Text(
-            "LR sensitivity (arXiv 2309.14322): how far the final loss stays above the best one, in nat/token, on "
-            f"average over the learning rates {rates}, with its 95 % interval over seeds. A recipe that learns "
-            "nothing at any rate has 0: read it beside the curve of the loss. Other grids give other numbers. Works "
-            "up to: from the best rate to this one nothing diverged and the loss is within "
-            f"{STABLE_MARGIN:g} nat/token of the best. Basin: within {BASIN_MARGIN:g}."
+            "LR sensitivity (arXiv 2309.14322): mean excess of the final loss over the best one, in nat/token, over "
+            f"the learning rates {rates}, with its 95 % interval over seeds. It is 0 where training learns nothing at "
+            "any learning rate, so read it beside the curve of the loss; it depends on the grid. Largest usable rate: "
+            f"from the best one to it nothing diverged and the loss is within {STABLE_MARGIN:g} nat/token of the best. "
+            f"Basin: width of the range within {BASIN_MARGIN:g} nat/token. Logit exponent: of the largest attention "
+            "logit as a power of the learning rate."
         )
-        heads = ("LR sensitivity", "seeds", "best rate", "excess above it", "works up to", "basin (decades)")
+        heads = ("LR sensitivity", "seeds", "best rate", "excess above it", "largest usable rate", "basin (decades)")
         columns = (*map(words.heading, axes), *heads, "logit exponent")
         table = tuple((*_levels(row, axes), *_recipe(row)) for row in known)
-        yield Table("By recipe", columns, table, frozenset(columns))
+        yield Table("LR sensitivity by combination of settings", columns, table, frozenset(columns))
     if edge := sum(row["opt_at_edge"] for row in known):
         yield Text(
-            f"Best rate at an end of the grid in {edge} of {len(known)} rows: a wider grid may change the numbers."
+            f"The best rate is the smallest or largest tried in {edge} of {len(known)} rows: a wider grid may change "
+            "the numbers."
         )
     if changing := [a for a in axes if a in LR_MEANING]:
-        yield Text(f"{words.listing(changing)} changes what a learning rate means: such rows cannot be compared.")
+        yield Text(f"{words.listing(changing)} changes the meaning of a learning rate: such rows cannot be compared.")
     yield from _reasons("LR sensitivity", rows, axes)
 
 
@@ -66,7 +68,7 @@ def _recipe(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"{words.number(row['lrs'])}{ends}",
         str(row["seeds"]),
-        f"{words.level(row['lr_opt'], LR)}{' (end)' if row['opt_at_edge'] else ''}",
+        f"{words.level(row['lr_opt'], LR)}{' (edge of the grid)' if row['opt_at_edge'] else ''}",
         words.number(row["lr_excess_above_opt"]),
         words.NOTHING if row["max_stable_lr"] is None else words.level(row["max_stable_lr"], LR),
         f"{'at least ' if row['basin_at_edge'] else ''}{words.number(row['lr_basin_decades'])}",
@@ -79,8 +81,8 @@ def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
     if known:
         yield Text(
             "Growth of the largest attention logit with size: the exponent of depth, and the size (parameters without "
-            "embeddings) at which a parabola through its logarithm reaches 1e4 (∞: never). An extrapolation, and "
-            "without an interval."
+            "embeddings) at which a parabola through its logarithm reaches 1e4 (∞: never). An extrapolation without "
+            "interval."
         )
         columns = (*map(words.heading, axes), "sizes", "depth exponent", "largest size", "reaches 1e4 at")
         numbers = ("attn_logit_depth_exponent", "largest", "predicted_unstable")
@@ -90,7 +92,7 @@ def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
 
 
 def _reasons(what: str, rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
-    """Why rows are missing: a reason that all of them share once, others for each row."""
+    """Why rows are missing: once where all share the reason, else per row."""
     missing = [row for row in rows if row["reason"] is not None]
     if missing and len(missing) == len(rows) and len({row["reason"] for row in missing}) == 1:
         yield Text(f"{what}: not computed: {missing[0]['reason']}.")
@@ -119,10 +121,10 @@ def _rates(study: Study) -> Iterator[Block]:
         yield Text(f"Model of the spike rate: not computed: {model.reason}.")
         return
     yield Text(
-        f"Spikes of the gradient norm per evaluable step, all axes in one model (quasi-Poisson): "
+        f"Rate model: spikes of the gradient norm per evaluable step, all axes in one model (quasi-Poisson): "
         f"{words.count(model.spikes, 'spike')} in {words.count(model.trials, 'trial')} of {model.seeds} seeds, "
-        f"dispersion {words.number(model.dispersion)}. A ratio of 2 is twice the rate; an interval that holds 1 cannot "
-        "tell it from no change."
+        f"dispersion {words.number(model.dispersion)}. A ratio of 2 is twice the rate; one whose interval holds 1 is "
+        "not distinguishable from no change. The intervals are not corrected for the number of ratios."
     )
     rows = tuple(
         (words.label(r["axis"]), r["change"], words.number(r["ratio"]), _interval(r, words.number))
@@ -133,41 +135,41 @@ def _rates(study: Study) -> Iterator[Block]:
 
 
 def _first(study: Study, axes: list[str]) -> Iterator[Block]:
-    found = {axis: study.time_to_first_spike(axis) for axis in axes}
-    if not any(len(f.levels) and (f.levels["spiked"] + f.levels["diverged"]).any() for f in found.values()):
+    times = {axis: study.time_to_first_spike(axis) for axis in axes}
+    if not any(len(t.levels) and (t.levels["spiked"] + t.levels["diverged"]).any() for t in times.values()):
         yield Text("Time to the first spike: no trial spiked or diverged.")
         return
     yield Text(
         "Time to the first spike (Kaplan-Meier): the estimated share of trials without a spike and without divergence "
-        "up to the step named, all other axes pooled; a trial that ends without one counts as far as it was seen. "
-        "Intervals: Greenwood's, or exact where all or none had one. p is the log-rank test over the levels of an "
-        f"axis, among trials equal in all other axes, corrected (Holm) for {words.count(len(axes), 'test')}."
+        "up to the step named, all other axes pooled; a trial that ends without either is censored at its last step. "
+        "Intervals: Greenwood's, or exact where all or none had one. p: log-rank test over the levels of an axis, "
+        f"among trials equal in all other axes, corrected (Holm) for {words.count(len(axes), 'test')}."
     )
-    adjusted = dict(zip(axes, holm([float("nan") if f.p is None else f.p for f in found.values()]), strict=True))
+    adjusted = dict(zip(axes, holm([float("nan") if t.p is None else t.p for t in times.values()]), strict=True))
     heads = ("axis", "level", "trials", "spiked", "diverged", "free of both", "95 % interval", "up to step", "p (Holm)")
-    rows = tuple(row for axis, f in found.items() for row in _free(axis, f, adjusted[axis]))
-    yield Table("Free of spikes", heads, rows, frozenset(heads[2:]))
-    for axis, f in found.items():
-        if f.reason is not None:
-            yield Text(f"No test along {words.label(axis)}: {f.reason}.")
-    yield from map(Text, dict.fromkeys(caveat for axis, f in found.items() for caveat in caveats(axis, f)))
+    rows = tuple(row for axis, t in times.items() for row in _free(axis, t, adjusted[axis]))
+    yield Table("Trials free of spikes", heads, rows, frozenset(heads[2:]))
+    for axis, t in times.items():
+        if t.reason is not None:
+            yield Text(f"No test along {words.label(axis)}: {t.reason}.")
+    yield from map(Text, dict.fromkeys(caveat for axis, t in times.items() for caveat in caveats(axis, t)))
 
 
-def caveats(axis: str, found: FirstSpikes) -> Iterator[str]:
-    """What keeps the curves from showing an axis alone, and the trials that are in none of them."""
-    if not found.balanced:
+def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
+    """What confounds the curves of an axis, and the trials that are in none of them."""
+    if not times.balanced:
         yield (
             f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
             "its p does not."
         )
-    if found.unseen:
-        yield f"In no curve: {words.count(found.unseen, 'done trial')} without an evaluable step."
+    if times.unseen:
+        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
 
 
-def _free(axis: str, found: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
-    for row in records(found.levels):
+def _free(axis: str, times: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
+    for row in records(times.levels):
         counts = (str(row[name]) for name in ("trials", "spiked", "diverged"))
-        free = (words.percent(row["free"]), _interval(row, words.percent), words.number(found.horizon))
+        free = (words.percent(row["free"]), _interval(row, words.percent), words.number(times.horizon))
         yield words.label(axis), words.level(row["level"], axis), *counts, *free, words.number(p, 2)
 
 
@@ -178,8 +180,8 @@ def _batches(study: Study) -> Iterator[Block]:
         yield Text(_marked(study.spikes["batch"]))
     if noisy := int(study.trials["sampling_noise"].fillna(False).sum()):
         yield Text(
-            f"{words.count(noisy, 'trial')} rough or spiky by sampling noise: most of the steps that make it so are at "
-            "such batches. Larger batches would tell."
+            f"{words.count(noisy, 'trial')} rough or spiky by sampling noise: most of the steps that its verdict "
+            "counts are at such batches. Larger batches would show whether the recipe is unstable."
         )
     effects = study.batch_effects()
     if not len(effects):
@@ -197,27 +199,31 @@ def _batches(study: Study) -> Iterator[Block]:
     numbers = ("norm / running median", "trials", "spikes")
     heads = ("seed", "step", *map(words.label, differing), *numbers)
     yield Table("Batches that lift the gradient norm most", heads, rows, frozenset({"seed", "step", *numbers}))
-    first = effects.iloc[0]
     yield Text(
         "Norm over running median: geometric mean over the trials that read the batch, without diverged and rough ones "
-        "(but for sampling noise). Spikes: those of all trials that start or peak there. The text of the first batch: "
-        f'`Study.load("{words.clean(study.name, 60)}").batch("{first["trial_id"]}", {first["step"]})`.'
+        "(but for sampling noise). Spikes: those of all trials that start or peak there."
     )
+    first = effects.iloc[0]
+    lines = (
+        "from stabstudy.analysis.study import Study",
+        f'{words.load(study.name)}.batch("{first["trial_id"]}", {first["step"]})',
+    )
+    yield Code("The text of the first of these batches: in Python", "\n".join(lines))
 
 
-def _batch_share(found: BatchShare) -> str:
-    if found.same is None:
-        return f"Share of the batch in the roughness: not computed: {found.reason}."
+def _batch_share(share: BatchShare) -> str:
+    if share.same is None:
+        return f"Share of the batch in the roughness: not computed: {share.reason}."
     same = (
         "between trials that read the same tokens at each step (equal seed, data, sequence length and batch size) the "
-        f"gradient norms, relative to their running medians, correlate with {words.number(found.same, 2)} on average "
-        f"({words.count(found.same_pairs, 'pair')})"
+        f"gradient norms, relative to their running medians, correlate with {words.number(share.same, 2)} on average "
+        f"({words.count(share.same_pairs, 'pair')})"
     )
-    if found.share is None or found.other is None:
-        return f"Share of the batch in the roughness: not computed: {found.reason}; {same}."
+    if share.share is None or share.other is None:
+        return f"Share of the batch in the roughness: not computed: {share.reason}; {same}."
     return (
-        f"Share of the batch in the roughness: {words.number(found.share, 2)}; {same}, and between trials of different "
-        f"seeds with {words.number(found.other, 2)} ({words.count(found.other_pairs, 'pair')})."
+        f"Share of the batch in the roughness: {words.number(share.share, 2)}; {same}, and between trials of different "
+        f"seeds with {words.number(share.other, 2)} ({words.count(share.other_pairs, 'pair')})."
     )
 
 
@@ -225,7 +231,7 @@ def _marked(batch: pd.Series) -> str:
     """How many spikes are the batch's."""
     unknown = int(batch.isna().sum())
     of = f"{int(batch.sum())} of {words.count(len(batch) - unknown, 'spike')}"
-    rest = f"; of {unknown} more it is not known, as under two other trials read the batch" if unknown else ""
+    rest = f"; not known of {unknown} more, whose batches under two other trials read" if unknown else ""
     return (
         f"{of} started or peaked at a batch at which the other trials that read it stood at {HIGH:g} times their "
         f"running medians or more (median of these trials): the batch is the likely cause{rest}."
@@ -240,11 +246,11 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
     table = study.importance()
     names = [name for name in (*axes, "seed") if name in table]
     yield Text(
-        "How much of the variance between trials each axis explains by itself (fANOVA), of roughness and attention "
-        "logits as logarithms: where the axes explain more than chance (F test of all axes, Holm over the statistics) "
-        f"and a plain analysis of variance agrees within {100 * APART:.0f} percentage points. The seed explains "
-        "nothing: what it seems to explain is chance, and an axis with no more may be chance too. The rest is "
-        "interaction and chance."
+        "Share of the variance between trials that each axis explains by itself (fANOVA; roughness and attention "
+        "logits as logarithms). Shown where the axes explain more than chance (F test of all axes, Holm over the "
+        f"statistics) and a plain analysis of variance agrees within {100 * APART:.0f} percentage points. The share of "
+        "the seed is the measure of chance: an axis with no larger one may be chance too. The rest is interaction and "
+        "chance."
     )
     known = [row for row in records(table) if row["reason"] is None]
     rows = tuple(
@@ -265,7 +271,7 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
 
 
 def _share(share: float | None) -> str:
-    """In whole percent: more digits would be the forest's."""
+    """In whole percent: the forest is no more exact."""
     return words.NOTHING if share is None else f"{100 * share:.0f} %"
 
 

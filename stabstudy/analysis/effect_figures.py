@@ -1,4 +1,4 @@
-"""The report's figures of what the axes did: forest, clipping, single axes, all at once; each only with its data."""
+"""The report's figures of effects: forest plot, clipping, LR sensitivity, first spikes, parallel coordinates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sensitivity(study: Study) -> Iterator[Figure | Absent]:
     table = study.sensitivity()
     known = [r for r in records(table) if r["reason"] is None]
     if not known:
-        yield Absent("LR sensitivity", "of no recipe known (see How sensitive)")
+        yield Absent("LR sensitivity", "not computed (see Learning-rate sensitivity)")
         return
     x = "model.depth" if "model.depth" in others else others[0]
     rows = tuple(
@@ -50,18 +50,19 @@ def _sensitivity(study: Study) -> Iterator[Figure | Absent]:
         )
         for r in known
     )
-    said = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
+    values = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
     caption = (
-        f"LR sensitivity (see below) against {words.label(x)}, with its 95 % interval over seeds (from {INTERVAL_FROM} "
-        f"on), of {len(known)} of {words.count(len(table), 'recipe')}. Open mark: the best learning rate lies at an "
-        f"end of the grid, so a wider one may change the number.{_untrained(grid.trials)}"
+        f"LR sensitivity (see Learning-rate sensitivity) against {words.label(x)}, with its 95 % interval over seeds "
+        f"(from {INTERVAL_FROM} on), of {len(known)} of {words.count(len(table), 'recipe')}. Open mark: the best "
+        "learning rate is the smallest or largest tried, so a wider grid may change the number."
+        f"{_untrained(grid.trials)}"
         f"{_sensitivity_changes(study, x, [a for a in others if a != x])}"
     )
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     drawing = style.draw(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
     title = f"LR sensitivity against {words.label(x)}"
-    yield Figure("lr-sensitivity", title, drawing, f"Line chart. {said}.", caption, numbers)
+    yield Figure("lr-sensitivity", title, drawing, f"Line chart. {values}.", caption, numbers)
 
 
 def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
@@ -81,28 +82,28 @@ def _where(row: dict[str, Any], axes: list[str]) -> str:
 def _first_spikes(study: Study, axis: str | None) -> Iterator[Figure | Absent]:
     if axis is None or axis not in study.grid.axes:
         return
-    found = study.time_to_first_spike(axis)
-    if not len(found.levels) or not (found.levels["spiked"] + found.levels["diverged"]).any():
+    times = study.time_to_first_spike(axis)
+    if not len(times.levels) or not (times.levels["spiked"] + times.levels["diverged"]).any():
         yield Absent("Time to the first spike", "no trial spiked or diverged")
         return
     rows = tuple(
         (words.level(r["level"], axis), *map(words.number, (r["step"], r["at_risk"], r["free"], r["low"], r["high"])))
-        for r in records(found.curves)
+        for r in records(times.curves)
     )
     ends = [
         f"{words.level(r['level'], axis)}: {r['spiked']} of {r['trials']} spiked, {r['diverged']} diverged"
-        for r in records(found.levels)
+        for r in records(times.levels)
     ]
-    seen, diverged = (int(found.levels[name].sum()) for name in ("trials", "diverged"))
+    seen, diverged = (int(times.levels[name].sum()) for name in ("trials", "diverged"))
     caption = (
         f"Kaplan-Meier: the estimated share of trials that had no spike of the gradient norm and did not diverge, per "
         f"level of {words.label(axis)}, all other axes pooled. {words.count(seen, 'trial')}, {diverged} of which "
-        "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended free."
-        f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, found))}"
+        "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended without either."
+        f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, times))}"
     )
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    drawing = style.draw(curve_plots.first_spikes(study, axis, found).figure)  # type: ignore[arg-type]
+    drawing = style.draw(curve_plots.first_spikes(study, axis, times).figure)  # type: ignore[arg-type]
     title = f"Time to the first spike, by {words.label(axis)}"
     yield Figure("first-spikes", title, drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 
@@ -114,12 +115,13 @@ def _untrained(trials: pd.DataFrame) -> str:
 
 def _effects(study: Study) -> Iterator[Figure | Absent]:
     if study.ingested:
-        yield Absent(EFFECTS_TITLE, "runs trained elsewhere are not compared")
+        yield Absent(EFFECTS_TITLE, "runs trained elsewhere are not paired")
         return
     table = study.effects()
     rows = [r for r in records(table) if r["estimate"] is not None]
     if not rows:
-        yield Absent(EFFECTS_TITLE, "no axis varies in done trials, or none can be told from the others")
+        reasons = dict.fromkeys(str(note) for note in table["note"].dropna())
+        yield Absent(EFFECTS_TITLE, f"not tested: {'; '.join(reasons) or 'no axis varies'}")
         return
     metrics = [m for m in REPORTED if any(r["metric"] == m for r in rows)]
     height = 0.9 + 0.42 * max(sum(r["metric"] == m for r in rows) for m in metrics)
@@ -135,8 +137,9 @@ def _effects(study: Study) -> Iterator[Figure | Absent]:
     lacking = _lacking(study.trials, metrics)
     caption = (
         "Effect of each axis with its 95 % interval, seeds as blocks and all other axes as factors: losses as "
-        f"differences, the others as ratios (log scale). Filled: p under {CLEAR:g} after Holm's correction over "
-        f"{words.count(tested, 'test')}.{f' Left out: {lacking}.' if lacking else ''}"
+        f"differences, the others as ratios (log scale). Filled mark: p under {CLEAR:g} after Holm's correction for "
+        f"{words.count(tested, 'test')}; open mark: no effect found, or suggestive at most."
+        f"{f' Left out: {lacking}.' if lacking else ''}"
     )
     effects = [
         f"{sentences.step(r['axis'], r['a'], r['b'])}: {words.STATISTICS[r['metric']]} {sentences.change(r)}"
@@ -186,15 +189,15 @@ def _clipping(study: Study) -> Iterator[Figure | Absent]:
         )
         for clip, members in groups
     )
-    said = [
+    ranges = [
         f"threshold {r[0]}: {r[1]} trials, median norms {r[2]} to {r[3]}, {r[4]} of the steps clipped" for r in rows
     ]
     above = int((trials["grad_norm_median"] > trials["optim.clip"]).sum())
     caption = (
         f"{words.count(len(trials), 'done trial')} that clip by the norm{_unsettled(study)}. Left: median "
-        "gradient norm before clipping against the clip threshold. Dashed: where they are equal; above it "
+        "gradient norm before clipping against the clip threshold. Dashed line: both are equal; above it "
         f"({words.count(above, 'trial')}) more than half of the settled steps are rescaled, so the threshold sets "
-        "their size, not the gradient. Right: share of steps that were clipped, dashes their means. All other "
+        "their size, not the gradient. Right: share of steps that were clipped; horizontal bars: means. All other "
         "settings are pooled."
     )
     figure = style.new_figure(9.2, 3.9, columns=2)
@@ -203,7 +206,7 @@ def _clipping(study: Study) -> Iterator[Figure | Absent]:
     drawing = style.draw(figure)
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Clip threshold against the norms"
-    yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(said)}.", caption, table)
+    yield Figure("clipping", title, drawing, f"Scatter plot. {'; '.join(ranges)}.", caption, table)
 
 
 def _unsettled(study: Study) -> str:
@@ -217,7 +220,7 @@ def _unsettled(study: Study) -> str:
 def _parallel(study: Study) -> Iterator[Figure | Absent]:
     grid = study.grid
     if len(grid.axes) < 2:
-        yield Absent("All axes at once", "fewer than two vary")
+        yield Absent("All axes at once", "fewer than two axes vary")
         return
     trials = effect_plots.judged_trials(grid)
     if not len(trials):
@@ -227,20 +230,20 @@ def _parallel(study: Study) -> Iterator[Figure | Absent]:
     metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
     drawing = effect_plots.parallel(grid, metrics)
     counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    said = words.listing([f"{n} {v}" for v, n in counts if n])
+    verdicts = words.listing([f"{n} {v}" for v, n in counts if n])
     lacking = _lacking(trials, metrics)
     rest = int((grid.trials["state"] == "done").sum()) - len(trials)
     caption = (
-        f"All axes at once: a line for each of the {words.count(len(trials), 'judged trial')}, through its level on "
-        "each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest. A "
-        f"statistic that a trial lacks is passed over{f': {lacking}' if lacking else ''}."
+        f"Parallel coordinates: a line for each of the {words.count(len(trials), 'judged trial')}, through its level "
+        "on each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest. "
+        f"The line skips a statistic that its trial lacks{f' ({lacking})' if lacking else ''}."
         f"{f' Left out: {rest} done and not judged.' if rest else ''}"
         f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
     )
     heads = ("coordinate", "lowest", "highest", "trials")
     rows = tuple((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics))
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[1:]), folded=True)
-    alt = f"Parallel coordinates of {said} trials."
+    alt = f"Parallel coordinates of {verdicts} trials."
     yield Figure("parallel", "All axes at once", style.draw(drawing.figure), alt, caption, table)  # type: ignore[arg-type]
 
 

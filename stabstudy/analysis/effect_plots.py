@@ -1,10 +1,10 @@
-"""Figures of what the axes did: paired changes as a forest, clipping against its threshold, all axes at once."""
+"""Figures of what the axes changed: effects as a forest plot, clipping against its threshold, parallel coordinates."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, marks, sentences, style, words
@@ -19,21 +19,28 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+MOST_DECADES = 6
+"""Decades to either side of a ratio up to which its interval is drawn."""
+
 
 def effects(
     study: Study, metric: str = "final_loss", table: pd.DataFrame | None = None, ax: Axes | None = None
 ) -> Axes:
     """Forest plot: the effect of each axis on a statistic with its 95 % interval; ratios on a log scale.
 
-    A filled mark: the corrected p of the axis is under .05. `table`: of `Study.effects`, to spare making it again.
+    A filled mark: the corrected p of the axis is under .05. Where no axis is tested, the reason is written instead.
+    `table`: of `Study.effects`, to spare making it again.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     table = study.effects() if table is None else table
-    rows = [r for r in records(table) if r["metric"] == metric and r["estimate"] is not None]
+    own = [r for r in records(table) if r["metric"] == metric]
+    rows = [r for r in own if r["estimate"] is not None]
+    if not rows:
+        _draw_reason(ax, metric, own)
+        return ax
     for i, row in enumerate(rows):
         clear = row["p_holm"] is not None and row["p_holm"] < CLEAR
-        if row["low"] is not None:
-            ax.plot([row["low"], row["high"]], [i, i], color=style.BLUE, linewidth=1.8, solid_capstyle="butt")
+        ax.plot(_interval(row), [i, i], color=style.BLUE, linewidth=1.8, solid_capstyle="butt")
         ax.plot(
             row["estimate"], i, marker="s", markersize=6, color=style.BLUE, linestyle="none",
             markerfacecolor=style.BLUE if clear else style.PAPER, gid="effect",
@@ -52,6 +59,23 @@ def effects(
         style.log_ticks(ax, across=True)
         ax.set_xlabel(textwrap.fill(f"ratio of {name}", 36))
     return ax
+
+
+def _interval(row: Mapping[str, Any]) -> list[float]:
+    """The ends of an interval; those of a ratio at most MOST_DECADES from it, so that a log axis can show them."""
+    if row["scale"] == "difference":
+        return [row["low"], row["high"]]
+    reach = 10.0**MOST_DECADES
+    return [max(row["low"], row["estimate"] / reach), min(row["high"], row["estimate"] * reach)]
+
+
+def _draw_reason(ax: Axes, metric: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Why a statistic has no effect to draw."""
+    reasons = dict.fromkeys(str(row["note"]) for row in rows if row["note"]) or ["no axis varies"]
+    text = f"{words.STATISTICS.get(metric, metric)}: not tested\n({'; '.join(reasons)})"
+    wrapped = "\n".join(textwrap.fill(style.plain(line), 44) for line in text.splitlines())
+    ax.text(0.5, 0.5, wrapped, transform=ax.transAxes, ha="center", va="center", color=style.MUTED, fontsize=9)
+    ax.set_axis_off()
 
 
 def clipping(study: Study, ax: Axes | None = None) -> Axes:
@@ -157,12 +181,12 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
         low, high = _ends(name, trials, study)
         for text, y, va in ((low, 0, "top"), (high, 1, "bottom")):
             ax.annotate(
-                text, (at, y), (0, 8 * y - 4), textcoords="offset points", ha="center", va=va, fontsize=8,
+                text, (at, y), (0, 14 * y - 9), textcoords="offset points", ha="center", va=va, fontsize=8,
                 color=style.INK,
             )  # fmt: skip
     named = [style.plain(words.STATISTICS.get(n, words.label(n))) for n in names]
     ax.set_xticks(range(len(names)), [textwrap.fill(name, 80 // len(names)) for name in named])
-    ax.tick_params(axis="x", pad=16, labelsize=8)
+    ax.tick_params(axis="x", pad=20, labelsize=8)
     ax.set(xlim=(-0.2, len(names) - 0.8), ylim=(-0.02, 1.02), yticks=[])
     ax.spines[["left", "bottom"]].set_visible(False)
     style.legend_beside(ax, "verdict")
@@ -179,7 +203,8 @@ def judged_trials(study: Study) -> pd.DataFrame:
 def ends(trials: pd.DataFrame, metric: str) -> tuple[str, str]:
     """The smallest and the largest value of a statistic, in words."""
     known = [v for v in compare.values(trials, metric) if math.isfinite(v)]
-    return (words.number(min(known)), words.number(max(known))) if known else (words.NOTHING, words.NOTHING)
+    unit = COLUMNS[metric].unit
+    return words.statistic(min(known, default=None), unit), words.statistic(max(known, default=None), unit)
 
 
 def _known(heights: Sequence[float]) -> list[tuple[int, float]]:

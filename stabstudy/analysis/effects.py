@@ -1,4 +1,4 @@
-"""What each axis changed in each statistic, and whether that can be told from chance: the statistics of a claim.
+"""Effects of the axes on each statistic, tested as one family: the statistics behind every claim of a report.
 
 The model and its error are those of `factors`: seeds are blocks, axes are factors, and one error is moderated over the
 whole family of axes and statistics. Holm's correction runs over that family, so a table of twelve tests states
@@ -40,7 +40,7 @@ CLEAR = 0.05
 
 
 def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """A row per axis and statistic: what the axis changed, and whether that can be told from chance.
+    """A row per axis and statistic: the change along the axis, and its test.
 
     `trials`: those that are done; a column per axis, `seed`, the statistics, and `n_evaluable` (without it all trials
     count alike in a rate). A trial that lacks a statistic is left out of it, and counted in the `note`.
@@ -50,7 +50,8 @@ def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -
     "difference", "ratio" or "rate ratio"; `note`. Where p is null the note says why, and the row is none of the family.
 
     The levels: of two, both. Of an ordered axis the first and the last, unless both lie above an inner one (`p_holm` of
-    their `contrasts` under .05): then the lowest and the highest. Of names the lowest and the highest. Where the data
+    their `contrasts` under .05), or the axis has an effect (p under .05) that is not between these two (p of their
+    difference not under .05): then the lowest and the highest. Of names the lowest and the highest. Where the data
     chose them so, the interval is one for all pairs of levels (Bonferroni).
     """
     prepared = _prepare(trials, axes, metrics)
@@ -239,7 +240,7 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     f, p = error.f_test(squares, df)
     first, last = int(known[0]), int(known[-1])
     lowest, highest = int(np.nanargmin(means)), int(np.nanargmax(means))
-    turns = ordered(levels) and _turns(model, axis, error)
+    turns = ordered(levels) and (_turns(model, axis, error) or (p < CLEAR and _same_ends(model, axis, error)))
     chosen = len(known) > 2 and (turns or not ordered(levels))
     a, b = (lowest, highest) if turns else (min(lowest, highest), max(lowest, highest)) if chosen else (first, last)
     pairs = math.comb(len(known), 2)
@@ -247,7 +248,7 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     half = error.half_width(model.variance(axis, a, b), pairs if chosen else 1)
     change = _scaled(response.metric, float(means[b] - means[a]), half)
     lost = len(set(model.axes[axis][0].tolist())) - len(known)
-    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} not told apart from other axes"] * (lost > 0)
+    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
     return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
 
 
@@ -273,16 +274,24 @@ def _turns(model: Model, axis: int, error: Error) -> bool:
     return all(int(end) in above and above[int(end)].p_holm < CLEAR for end in (known[0], known[-1]))
 
 
+def _same_ends(model: Model, axis: int, error: Error) -> bool:
+    """Whether the first and the last level that are there do not differ clearly."""
+    means = model.means(axis)
+    known = np.flatnonzero(np.isfinite(means))
+    first, last = int(known[0]), int(known[-1])
+    return error.t_test(float(means[last] - means[first]), model.variance(axis, first, last)) >= CLEAR
+
+
 def _aliased(axes: Sequence[str], model: Model, axis: int) -> str:
     """Why nothing is left of an axis beside the others."""
     if len(set(model.axes[axis][0].tolist())) < 2:
         return "only one of its levels has it"
     same = [words.label(other) for j, other in enumerate(axes) if j != axis and model.same_as(axis, j)]
-    return f"changes only together with {words.listing(same) or 'other axes'}: they cannot be told apart"
+    return f"changes only together with {words.listing(same) or 'other axes'}, so their effects are confounded"
 
 
 def _scaled(metric: str, difference: float, half: float) -> dict[str, float]:
-    """A difference on the scale of the model, and its interval, as they are told."""
+    """A difference on the scale of the model, and its interval, on the scale of the statistic."""
     ends = (difference, difference - half, difference + half)
-    told = ends if scale_of(metric) == "difference" else map(exponential, ends)
-    return dict(zip(("estimate", "low", "high"), told, strict=True))
+    shown = ends if scale_of(metric) == "difference" else map(exponential, ends)
+    return dict(zip(("estimate", "low", "high"), shown, strict=True))

@@ -1,4 +1,4 @@
-"""What Lingua and Hugging Face's Trainer do otherwise than a recipe, given its keys: notes that name the settings.
+"""Differences of Lingua and Hugging Face's Trainer from a recipe, given its keys: notes that name the settings.
 
 Sources: Lingua's optim.py, transformer.py, distributed.py and apps/main/train.py at commit 437d680; transformers'
 optimization.py and trainer.py at 5.24.

@@ -1,4 +1,4 @@
-"""The figures of a report: which ones this study's axes allow, each with its caption, its words and its numbers."""
+"""The figures of a report that a study's axes allow, each with its caption, alternative text and numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from stabstudy.analysis import (
 )
 from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.kinds import Kind, kind_of
-from stabstudy.analysis.layout import Layout, layout_of, level_texts, points, pooled, said_levels
+from stabstudy.analysis.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
 
 CURVES = (
     ("final_loss", False, "Final validation loss"),
-    ("grad_norm_log_sd", False, "Roughness of the gradient norm (spread of its logarithm about its own trend)"),
+    ("grad_norm_log_sd", False, "Roughness of the gradient norm (standard deviation of its logarithm about its trend)"),
     ("attn_logit_peak", True, "Largest attention logit, of all layers and probes"),
 )
 """Statistic, whether on a log scale, and its name in words: one figure each against the main axis."""
 
-MOST_LINES_SAID = 12
+MOST_LINES = 12
+"""Lines of a figure that its alternative text describes."""
 
 OVER_AXES = "Every figure over settings"
 
@@ -60,7 +61,7 @@ def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
             yield Absent(name, "no done trial has it")
             continue
         if metric in compare.ON_EVALUATION and _mixed(study, layout):
-            yield Absent(name, "a mean would mix losses on different evaluation batches")
+            yield Absent(name, "a mean would mix losses on different evaluation sets")
             continue
         figure = plots.panels(
             study,
@@ -70,7 +71,7 @@ def _curves(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         against = f"{name} against {words.label(layout.x)}"
         geometric = "geometric " if kind_of(metric) is Kind.RATIO else ""
         caption = (
-            f"{against}. {plots.marks_said(study.trials, [metric])} Lines are {geometric}means, bands 95 % intervals "
+            f"{against}. {plots.marks_text(study.trials, [metric])} Lines are {geometric}means, bands 95 % intervals "
             f"(from {plots.BAND_FROM} trials on).{_extremes(study, layout, metric)}{pooled(layout)}"
         )
         table = _curve_table(study, layout, metric)
@@ -108,7 +109,7 @@ def _extremes(study: Study, layout: Layout, metric: str) -> str:
     if len(known) < 2:
         return ""
     axes = layout.axes(study)
-    low, high = (f"{words.number(mean)} at {said_levels(axes, levels)}" for mean, levels in _ends(known))
+    low, high = (f"{words.number(mean)} at {at_levels(axes, levels)}" for mean, levels in _ends(known))
     return f" Lowest {low}, highest {high}."
 
 
@@ -127,14 +128,14 @@ def _curve_alt(study: Study, layout: Layout, metric: str, against: str) -> str:
         if mean == mean:
             lines.setdefault(levels[:-1], []).append((levels[-1], mean))
     parts = [f"Line chart. {against}."]
-    for levels, line in list(lines.items())[:MOST_LINES_SAID]:
+    for levels, line in list(lines.items())[:MOST_LINES]:
         low, high = min(line, key=lambda p: p[1]), max(line, key=lambda p: p[1])
-        said = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (line[0], line[-1], low, high)]
-        name = said_levels(axes, levels)
-        text = f"from {said[0]} to {said[1]}; lowest {said[2]}, highest {said[3]}."
+        places = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (line[0], line[-1], low, high)]
+        name = at_levels(axes, levels)
+        text = f"from {places[0]} to {places[1]}; lowest {places[2]}, highest {places[3]}."
         parts.append(f"{name}: {text}" if name else text)
-    if len(lines) > MOST_LINES_SAID:
-        parts.append(f"{len(lines) - MOST_LINES_SAID} more lines: see the numbers of this figure.")
+    if len(lines) > MOST_LINES:
+        parts.append(f"{len(lines) - MOST_LINES} more lines: see the numbers of this figure.")
     return " ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Trials that were trained elsewhere, as rows of the same tables: what is not known of one is null."""
+"""Trials trained elsewhere as rows of the same tables; unknown settings are null."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows_planned(log: ExternalLog, state: State) -> int:
 
 
 def unknown_warmup(columns: dict[str, Any], spikes: Iterable[dict[str, Any]]) -> None:
-    """Null what depends on where the warmup ended, in place, where nobody knows."""
+    """Null what depends on where the warmup ended, in place, where that is not known."""
     columns |= dict.fromkeys(("grad_norm_warmup_max", "clip_share_warmup", "clip_share_after"))
     for spike in spikes:
         spike["in_warmup"] = None

@@ -1,4 +1,4 @@
-"""The kind of quantity that each statistic is: which mean and interval it has, and on which scale its change is told.
+"""The kind of quantity of each statistic, which decides its mean, its interval and the scale of its changes.
 
 One table for cells, figures and tests. The kind follows from the statistic's name, else from its unit; a column that is
 no statistic of ours is a plain number.
@@ -20,7 +20,7 @@ class Kind(Enum):
     """What a statistic measures."""
 
     NUMBER = auto()  # of either sign
-    AMOUNT = auto()  # from 0 up, told in differences: a loss, a number of steps
+    AMOUNT = auto()  # from 0 up, compared by differences: a loss, a number of steps
     SHARE = auto()  # 0 to 1
     RATIO = auto()  # a positive size that reaches over decades: a norm, a logit
     COUNT = auto()  # events of a trial

@@ -1,4 +1,4 @@
-"""The gradient norm of every layer around one spike: where in the model it began, and what it reached."""
+"""The map of the gradient norm of every layer around one spike: where it began, and what it reached."""
 
 from __future__ import annotations
 
@@ -98,14 +98,14 @@ def growth(rows: Rows, spike: Mapping[str, Any]) -> list[tuple[str, float, float
     return list(zip(layer_names(norms.shape[1]), *known, strict=True))
 
 
-def said(rows: Rows, spike: Mapping[str, Any]) -> str:
-    """What the map shows at the peak: the largest norm, and the one that grew most since before the spike."""
-    found = growth(rows, spike)
-    if lost := [name for name, peak, _, _ in found if math.isnan(peak)]:
-        return f"At step {spike['peak_step']} the norm of {len(lost)} of {len(found)} rows was not finite."
-    name, peak, _, _ = max(found, key=lambda row: row[1])
+def peak_text(rows: Rows, spike: Mapping[str, Any]) -> str:
+    """The map at the peak in words: the largest norm, and the one that grew most since before the spike."""
+    layers = growth(rows, spike)
+    if lost := [name for name, peak, _, _ in layers if math.isnan(peak)]:
+        return f"At step {spike['peak_step']} the norm of {len(lost)} of {len(layers)} rows was not finite."
+    name, peak, _, _ = max(layers, key=lambda row: row[1])
     text = f"At step {spike['peak_step']} the largest norm was that of {name} ({words.number(peak)})"
-    if any(math.isnan(factor) for *_, factor in found):
+    if any(math.isnan(factor) for *_, factor in layers):
         return f"{text}."
-    name, _, _, factor = max(found, key=lambda row: row[3])
+    name, _, _, factor = max(layers, key=lambda row: row[3])
     return f"{text}; {name} grew most, to {words.number(factor)} times its median over the steps before."

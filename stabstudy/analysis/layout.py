@@ -1,4 +1,4 @@
-"""What lies where in the figures of a study: one axis across, a line or a row per level of another, panels, pools."""
+"""Layout of a study's figures: the axis across, the one with a line or row per level, panels, what is averaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stabstudy.analysis.study import Study
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies where: x, one line per level of `by`, one panel per combination of `over`; `pooled` is averaged."""
+    """The axis `x`, one line per level of `by`, one panel per combination of `over`; `pooled` is averaged."""
 
     x: str
     by: str | None
@@ -51,7 +51,7 @@ def level_texts(axes: Iterable[str], levels: Iterable[Level]) -> list[str]:
     return [words.level(level, axis) for axis, level in zip(axes, levels, strict=False)]
 
 
-def said_levels(axes: Iterable[str], levels: Iterable[Level]) -> str:
+def at_levels(axes: Iterable[str], levels: Iterable[Level]) -> str:
     """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
     return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=False))
 

@@ -1,4 +1,4 @@
-"""Trials have pages of their own, and wherever text names one, in a table or a sentence, it becomes a link.
+"""Links to the pages of trials, wherever a table or a sentence names one.
 
 A trial is recognised by its id, which nothing else looks like. So no block has to say where its links are, and a
 mention cannot be forgotten. What is not a known id stays text, and is escaped.

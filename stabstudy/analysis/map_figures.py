@@ -1,4 +1,4 @@
-"""The report's maps: verdicts with how far each row is stable, then statistics, of the main axes and of other pairs."""
+"""The report's maps: verdicts with the stable range of each row, then statistics, of the main and of other axes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 from stabstudy.analysis import map_plots, plots, style, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.kinds import Kind, kind_of
-from stabstudy.analysis.layout import Layout, level_texts, pooled, said_levels
+from stabstudy.analysis.layout import Layout, at_levels, level_texts, pooled
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
 from stabstudy.analysis.study import Study
@@ -25,7 +25,7 @@ VALUES = {
 }
 """The statistics that have a map, each with its meaning."""
 
-MOST_ROWS_SAID = 4
+MOST_ROWS = 4
 """Rows of the stability map that a caption names beside each limit."""
 
 MOST_PAIRS = 4
@@ -60,17 +60,17 @@ def _verdicts(study: Study, layout: Layout) -> Figure:
     rows = tuple(
         (*level_texts(layout.axes(study), f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields
     )
-    said = _limits(study, layout)
+    ranges = _limits(study, layout)
     caption = (
-        f"Verdicts over {words.label(x)} and {words.label(y)}; a field has the colour of its worst. Hatched: no done "
-        f"trial.{_pooled_too(layout)}"
+        f"Verdicts over {words.label(x)} and {words.label(y)}. Each field is coloured by the worst verdict in it. "
+        f"Hatched: no done trial.{_pooled_too(layout)}"
     )
-    if said:
+    if ranges:
         caption += (
-            f" Heavy line: up to it every trial of the row is stable; solid where the next {words.label(x)} was seen "
-            f"to be unstable, dashed where that is open. {' '.join(said)}"
+            f" Heavy line: every trial of the row is stable up to it; solid where the next {words.label(x)} was "
+            f"unstable, dashed where none was. {' '.join(ranges)}"
         )
-    worst = [f"{said_levels(layout.axes(study), f.levels)}: {f.said}" for f in fields if f.count("stable") < f.n]
+    worst = [f"{at_levels(layout.axes(study), f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
     alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = f"Verdicts over {words.label(x)} and {words.label(y)}"
@@ -78,24 +78,24 @@ def _verdicts(study: Study, layout: Layout) -> Figure:
 
 
 def _limits(study: Study, layout: Layout) -> list[str]:
-    """`Stable to 0.01, first unstable at 0.03 (1 of 3): depth 2.`, a sentence for all rows of which that is true."""
+    """`Stable up to 0.01, first unstable at 0.03 (1 of 3): depth 2.`, one sentence for all rows of one range."""
     y = str(layout.by)
     rows: dict[str, list[str]] = {}
     for fixed in plots.combinations(study, layout.over):
         for level, row in map_plots.limits(study.where(fixed), layout.x, y).items():
-            rows.setdefault(_limit(row, layout.x), []).append(said_levels([*fixed, y], [*fixed.values(), level]))
+            rows.setdefault(_limit(row, layout.x), []).append(at_levels([*fixed, y], [*fixed.values(), level]))
     return [
-        f"{limit}: {'; '.join(names[:MOST_ROWS_SAID])}"
-        f"{f'; and {more} more rows' if (more := len(names) - MOST_ROWS_SAID) > 0 else ''}."
+        f"{limit}: {'; '.join(names[:MOST_ROWS])}"
+        f"{f'; and {more} more rows' if (more := len(names) - MOST_ROWS) > 0 else ''}."
         for limit, names in rows.items()
     ]
 
 
 def _limit(row: Mapping[str, Any], x: str) -> str:
     known = row["all_stable"] is not None
-    stable = f"Stable to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
+    stable = f"Stable up to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
     if row["first_unstable"] is None:
-        return f"{stable}, no larger one seen unstable"
+        return f"{stable}, no larger one was unstable"
     at, bad, there = words.level(row["first_unstable"], x), int(row["n_unstable"]), int(row["n_there"])
     return f"{stable}, first unstable at {at} ({bad} of {there})"
 
@@ -103,7 +103,7 @@ def _limit(row: Mapping[str, Any], x: str) -> str:
 def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
     fields = _fields(study, layout)
     known = [f for f in fields if f.mean(value) == f.mean(value)]
-    unknown = " Grey: no trial has it." if len(known) < len(fields) else ""
+    unknown = " Grey: no trial has the statistic." if len(known) < len(fields) else ""
     highest = max(known, key=lambda f: f.mean(value), default=None)
     top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
@@ -118,11 +118,11 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
     mean = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
     caption = (
-        f"{what}: {mean}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below it, how many "
-        f"trials are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done trial; a "
-        f"cross: at least one diverged.{pooled(layout)}"
+        f"{what}: {mean}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below the value: "
+        f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
+        f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
-    peak = f" Highest: {map_plots.text(top, value)} at {said_levels(axes, highest.levels)}." if highest else ""
+    peak = f" Highest: {map_plots.text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
     heads = (*map(words.heading, axes), map_plots.label(value), *COUNTS)
     rows = [(*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
@@ -158,12 +158,12 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
     rows = tuple(
         (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
          f.text(PAIRED), *f.counts(PAIRED))
-        for (x, y), found in fields.items() for f in found
+        for (x, y), own in fields.items() for f in own
     )  # fmt: skip
-    said = [f"{name}: {_span(found)}" for name, found in zip(named, fields.values(), strict=True)]
+    ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads[4:]), folded=True)
     what = map_plots.label(PAIRED)
-    alt = f"Maps of the {what}. {'; '.join(said)}."
+    alt = f"Maps of the {what}. {'; '.join(ranges)}."
     title = f"{what.capitalize()} over other pairs of axes"
     yield Figure(f"{PAIRED.replace('_', '-')}-pairs", title, style.draw(figure), alt, caption, numbers)
 
@@ -173,8 +173,8 @@ def _lacking(fields: list[_Field], value: str) -> str:
     lacking = [f.trials.drop(map_plots.having(f.trials, value).index) for f in fields]
     diverged = sum(int((trials["verdict"] == DIVERGED).sum()) for trials in lacking)
     others = sum(map(len, lacking)) - diverged
-    said = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
-    return f"; {words.listing(said)} without it" if said else ""
+    parts = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
+    return f"; {words.listing(parts)} without it" if parts else ""
 
 
 def _span(fields: list[_Field]) -> str:
@@ -220,7 +220,7 @@ class _Field:
         return str(known), str(self.n - known), str(self.not_stable)
 
     @property
-    def said(self) -> str:
+    def verdicts(self) -> str:
         return ", ".join(f"{self.count(v)} {v}" for v in VERDICTS if self.count(v)) or "not judged"
 
     def count(self, verdict: str) -> int:

@@ -39,7 +39,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield from (escape(report.question), "")
     yield from (f"**{escape(report.headline)}**", "")
     yield from _table(("", "trials"), [(f"{c.sign} {c.kind}", str(c.number)) for c in report.counts], {"trials"}, link)
-    boxed = [*((f.about, f.sentences) for f in report.findings), ("Before you believe it", report.warnings)]
+    yield from (escape(words.GLOSSARY), "")
+    boxed = [*((f.about, f.sentences) for f in report.findings), ("Caveats", report.warnings)]
     for heading, items in boxed:
         if items:
             yield from (f"**{heading}**", "", *(f"- {link(item)}" for item in items), "")

@@ -1,4 +1,4 @@
-"""What can be read off a figure by pointing at it: the places of its marks in the picture, and their values.
+"""Tooltips of a figure: the positions of its marks in the picture, and their values.
 
 Derived from what was drawn, so that no plot function has to say it twice: every vertex of a line in data coordinates,
 and every text that stands in a field of a map. Values are those of the artists; at a named tick the name of the tick.
@@ -43,8 +43,8 @@ def marks(figure: Figure) -> str:
     A series: `name` (panel and line), `x` and `y` (what the axes show), `at` (place x, y of each mark, alternating),
     `a` and `b` (its values as text), and `trials` (their ids) where each mark is a trial.
     """
-    found = [series for ax in figure.axes if ax.get_visible() for series in _series(ax)]
-    return json.dumps(found, ensure_ascii=True, separators=(",", ":"))
+    all_series = [series for ax in figure.axes if ax.get_visible() for series in _series(ax)]
+    return json.dumps(all_series, ensure_ascii=True, separators=(",", ":"))
 
 
 def _series(ax: Axes) -> Iterator[dict[str, Any]]:
@@ -72,7 +72,7 @@ def _line(ax: Axes, line: Line2D, panel: str) -> dict[str, Any] | None:
         return None
     if not ax.get_ylabel() and not ax.yaxis.get_ticklabels():
         return None
-    ids, name = _said(label)
+    ids, name = _trials_and_name(label)
     kept = _kept(x, np.full(len(x), 0.5) if edge else y)
     if not len(kept):
         return None
@@ -80,11 +80,13 @@ def _line(ax: Axes, line: Line2D, panel: str) -> dict[str, Any] | None:
     values = (
         [str(gid).replace("nonfinite", "not finite")] * len(kept) if edge else [_named(ax, "y", v) for v in y[kept]]
     )
-    made = _written(ax, places, ", ".join(t for t in (panel, name) if t), [_named(ax, "x", v) for v in x[kept]], values)
-    return made | ({"trials": [ids[i] for i in kept]} if len(ids) == len(x) else {})
+    series = _written(
+        ax, places, ", ".join(t for t in (panel, name) if t), [_named(ax, "x", v) for v in x[kept]], values
+    )
+    return series | ({"trials": [ids[i] for i in kept]} if len(ids) == len(x) else {})
 
 
-def _said(label: str) -> tuple[list[str], str]:
+def _trials_and_name(label: str) -> tuple[list[str], str]:
     """The trials of a line, and its name."""
     if label.startswith("_trials "):
         ids, _, name = label.removeprefix("_trials ").partition("\t")

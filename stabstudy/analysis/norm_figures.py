@@ -1,4 +1,4 @@
-"""The report's figures that are made from many traces: the distribution of norms, and the check of accumulation."""
+"""The report's figures made from many traces: the distribution of gradient norms, the check of accumulation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def figures(study: Study, axis: str) -> Iterator[Figure | Absent]:
 
 def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
     ratios = norm_plots.read_ratios(study, axis)
-    found = ratios.values
-    if not found:
+    values = ratios.values
+    if not values:
         yield Absent("Gradient norms over their recent median", "no settled step has one")
         return
     ratio, window = study.rules.ratio, study.rules.window
@@ -34,26 +34,27 @@ def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
     rows = tuple(
         (
             words.level(level, axis),
-            str(len(values)),
-            *(words.number(float(q)) for q in np.quantile(values, QUANTILES)),
-            words.number(float(values.max())),
-            words.percent(float((values >= ratio).mean())),
+            str(len(own)),
+            *(words.number(float(q)) for q in np.quantile(own, QUANTILES)),
+            words.number(float(own.max())),
+            words.percent(float((own >= ratio).mean())),
         )
-        for level, values in found.items()
+        for level, own in values.items()
     )
-    said = "; ".join(
+    tails = "; ".join(
         f"{words.label(axis)} {row[0]}: largest {row[-2]}, {row[-1]} at x{ratio:g} or more" for row in rows
     )
     caption = (
-        f"Share of steps at which the gradient norm before clipping is at least so many times the median of the "
-        f"{window} norms before it (one minus the empirical distribution; both scales logarithmic), after the warmup, "
-        f"per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From {_traces(study, ratios.read)}: at most "
-        f"{norm_plots.TRIALS_PER_LEVEL} of each level, evenly chosen.{_without_step(study, ratios.empty)}"
+        f"Share of steps after the warmup at which the gradient norm before clipping, over the median of the {window} "
+        "norms before it, is at least the value below the axis (one minus the empirical distribution; both scales "
+        f"logarithmic), per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From "
+        f"{_traces(study, ratios.read)}: at most {norm_plots.TRIALS_PER_LEVEL} of each level, evenly "
+        f"chosen.{_without_step(study, ratios.empty)}"
     )
-    drawing = style.draw(norm_plots.norm_ratios(study, axis, found).figure)  # type: ignore[arg-type]
+    drawing = style.draw(norm_plots.norm_ratios(study, axis, values).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Gradient norms over their recent median"
-    yield Figure("norm-ratios", title, drawing, f"Step chart. {said}.", caption, table)
+    yield Figure("norm-ratios", title, drawing, f"Step chart. {tails}.", caption, table)
 
 
 def _traces(study: Study, trial_ids: Sequence[str]) -> str:
@@ -76,7 +77,7 @@ def _accumulation(study: Study) -> Iterator[Figure | Absent]:
     verdict = (
         "Not judged: the precision is not fp32."
         if not judged
-        else f"They agree: a split of the batch changes nothing but rounding ({words.count(len(judged), 'pair')})."
+        else f"They agree: the split of the batch changes only rounding ({words.count(len(judged), 'pair')})."
         if all(judged)
         else f"They do NOT agree in {judged.count(False)} of {words.count(len(judged), 'pair')}: the loss or its "
         "gradient is not normalised over the whole batch, or the trials did not see the same batch."

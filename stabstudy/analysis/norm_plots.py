@@ -1,4 +1,4 @@
-"""Figures made from many traces: how far norms rise over their recent median; whether accumulation changes anything."""
+"""Figures made from many traces: gradient norms over their recent median, and the check of accumulation."""
 
 from __future__ import annotations
 

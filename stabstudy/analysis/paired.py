@@ -60,10 +60,11 @@ def t_interval(values: Sequence[float]) -> Estimate:
 def log_interval(values: Sequence[float], shift: float = 0.0) -> Estimate:
     """Geometric mean and its 95 % interval, the t-interval of the logarithms, of the values above -`shift`.
 
-    `shift` is added before the logarithm and taken off again, for quantities that can be 0.
+    `shift` is added before the logarithm and taken off again, for quantities that can be 0; nothing falls below that.
     """
     e = t_interval([math.log(v + shift) for v in values if math.isfinite(v) and v + shift > 0])
-    return Estimate(e.n, *(exponential(x) - shift for x in (e.mean, e.low, e.high)))
+    ends = (exponential(x) - shift for x in (e.mean, e.low, e.high))
+    return Estimate(e.n, *(0.0 if v < 1e-9 * shift else v for v in ends))  # also where rounding alone is left
 
 
 def exponential(x: float) -> float:

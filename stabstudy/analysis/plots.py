@@ -1,4 +1,4 @@
-"""The figures: every one of a report is a function here, its panels where it has several.
+"""The figures of a report as functions, the panels of those that have several.
 
 Each takes a Study (or one trial's Rows) and draws on the given Axes, or on new ones, which it returns; those of several
 Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.
@@ -163,8 +163,8 @@ def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
 
 
-def marks_said(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """How many trials `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
+def marks_text(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """The trials that `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
     shown = {metric: drawable(trials, metric) for metric in metrics}
     marks = {metric: int((rows["verdict"] != "diverged").sum()) for metric, rows in shown.items()}
     each = [f"{n} of {words.STATISTICS.get(m, COLUMNS[m].label)}" for m, n in marks.items()]

@@ -1,4 +1,4 @@
-"""Where the levels of an axis lie in a figure."""
+"""Tick positions of the levels of an axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What drives spikes: how their rate changes along each axis of a study, all axes in one model.
+"""The rate model: changes of the spike rate along each axis of a study, all axes in one model.
 
     E[spike_events] = n_evaluable * exp(b0 + sum over terms of b * x),   variance = dispersion * mean
 

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
 from stabstudy.analysis.links import TRIALS, linked
 
@@ -30,7 +31,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def index(report: Report) -> str:
     """The page of the study."""
-    return _render("index.html.j2", report.trials, TRIALS, report=report, sections=report.sections)
+    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    return _render("index.html.j2", report.trials, TRIALS, **content)
 
 
 def trial(page: TrialPage, source: str) -> str:
@@ -42,8 +44,8 @@ def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str
     (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js", "figures.js")
     own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
     link = functools.partial(linked, trials=trials, folder=folder)
-    made = _environment().get_template(template)
-    return made.render(
+    page = _environment().get_template(template)
+    return page.render(
         own,
         linked=link,
         rows=functools.partial(_rows, link=link),
@@ -66,7 +68,7 @@ def _rows(table: Table, link: Callable[[str], Markup]) -> Markup:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    made = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -74,10 +76,10 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.tests["table"] = lambda block: isinstance(block, Table)
-    made.tests["code"] = lambda block: isinstance(block, Code)
-    made.tests["figure"] = lambda block: isinstance(block, Figure)
-    return made
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    return environment
 
 
 @functools.cache

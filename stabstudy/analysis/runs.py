@@ -1,4 +1,4 @@
-"""What the report says of runs that were trained elsewhere: what was read, what it means, and what cannot be known."""
+"""The report's words on runs trained elsewhere: which logs were read, what their numbers mean, what is unknown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from stabstudy.external import FORMATS, ExternalLog
 from stabstudy.stability.columns import COLUMNS, SETTLED
 from stabstudy.store import StoreError
 
-MOST_SAID = 6
+MOST_RUNS = 6
+"""Runs that the first screen names."""
 
 SHOWN = (
     "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "grad_norm_max_over_median", "spike_events",
@@ -25,8 +26,8 @@ SHOWN = (
 )  # fmt: skip
 
 NO_PAIRS = (
-    "Nothing is compared pairwise: of runs trained elsewhere nobody knows that they share initial weights and data "
-    "order, and a setting that no file beside a log names is not known at all."
+    "No paired comparison: runs trained elsewhere need not share initial weights and data order, and settings that no "
+    "file beside a log names are unknown."
 )
 
 
@@ -36,35 +37,36 @@ def read(study: Study) -> Iterator[Block]:
     yield _table(study, logs)
     for key in dict.fromkeys(log.format for log in logs.values()):
         yield Text(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
-    if said := tuple(_left_out(logs)):
-        yield Table("Left out, and noticed", ("run", "what"), said, folded=len(said) > 8)
+    if notes := tuple(_left_out(logs)):
+        yield Table("Rows left out, and notes", ("run", "note"), notes, folded=len(notes) > 8)
 
 
 def findings(study: Study) -> Finding:
     """A sentence or two for each of the roughest runs."""
     done = study.trials[study.trials["state"] == "done"]
     ranked = done.sort_values("grad_norm_max_over_median", ascending=False, kind="stable", na_position="last")
-    said = [_sentence(study, str(trial_id)) for trial_id in ranked.index[:MOST_SAID]]
-    more = len(ranked) - len(said)
+    sentences = [_sentence(study, str(trial_id)) for trial_id in ranked.index[:MOST_RUNS]]
+    more = len(ranked) - len(sentences)
     rest = [f"{words.count(more, 'more run')}: see What was read."] if more > 0 else []
-    return Finding("The roughest runs" if more > 0 else "The runs", said + rest)
+    return Finding("The roughest runs" if more > 0 else "The runs", sentences + rest)
 
 
 def warnings(study: Study) -> list[str]:
-    """What can be believed less than in a study of our own."""
+    """What limits the numbers beside those of a study of our own."""
     strides = [int(s) for s in levels_of(study.trials["log_stride"])]
-    found = []
+    caveats = []
     if top := [s for s in strides if s > 1]:
         every = words.listing([str(s) for s in top])
-        found.append(
-            f"Approximate: logs with a row every {every} steps do not show the steps between. A spike there is not "
-            "seen, and rates are per logged row."
+        caveats.append(
+            f"Approximate: logs with a row every {every} steps do not show the steps between. Spikes there are missed, "
+            "and rates are per logged row."
         )
     if len(strides) > 1:
-        found.append(f"Strides differ ({words.listing(list(map(str, strides)))}): rates of these runs do not compare.")
+        steps = words.listing(list(map(str, strides)))
+        caveats.append(f"Logging intervals differ ({steps} steps): rates of these runs are not comparable.")
     if blind := int(study.trials["grad_norm_max"].isna().sum()):
-        found.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
-    return found
+        caveats.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
+    return caveats
 
 
 def one_stride(study: Study) -> bool:
@@ -113,7 +115,7 @@ def _sentence(study: Study, trial_id: str) -> str:
 
 
 def _clipping(norm: NDArray[np.float64], row: dict[str, Any]) -> str:
-    """How the clip threshold lies to the norms; where it is not known, how the default of that trainer would."""
+    """The share of norms above the clip threshold; where it is not known, above the default of that trainer."""
     clip, default = row["optim.clip"], FORMATS[row["log_format"]].default_clip
     if clip is not None:
         share = words.percent(float(np.mean(norm > clip)))

@@ -1,8 +1,8 @@
-"""Two studies or more beside each other: cells that match, differences paired by seed, and what cannot be compared.
+"""The comparison of studies: effects of the study, matched cells, differences paired by seed, caveats.
 
 Studies are put together as one whose first axis is `study`. Trials are paired across it as across any other axis: same
-seed, same level of everything that varies within a study. What differs between the studies and within none is what the
-axis stands for, and is named.
+seed, same level of everything that varies within a study. Settings that differ between the studies and within none are
+what the axis stands for, and are listed.
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from stabstudy.analysis import compare, plots, sentences, style, words
-from stabstudy.analysis.blocks import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis import compare, sentences, style, words
+from stabstudy.analysis.blocks import Block, Count, Finding, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.effects import CLEAR, REPORTED, effects
-from stabstudy.analysis.levels import Level, levels_of, records, split
-from stabstudy.analysis.paired import holm, t_interval
+from stabstudy.analysis.levels import Level, levels_of, records
+from stabstudy.analysis.matched_cells import AXIS, matched_figures, matched_tables
+from stabstudy.analysis.paired import holm
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
-AXIS = "study"
-
 BY_DETECTOR = ("spike_abs_rate",)
 """Statistics compared here that depend on the detector and on the logging stride."""
 
-UNPAIRED = "No trial of one study has a partner of the same seed and levels in another: nothing is compared."
-
-FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
+UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
 
 
 def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
@@ -47,9 +41,9 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     return Report(
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
-        headline=f"{len(names)} studies side by side.",
+        headline=f"Comparison of {len(names)} studies.",
         counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
-        findings=[Finding("What differs", list(_findings(whole, metrics, table)))],
+        findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
@@ -61,17 +55,17 @@ def warnings(whole: Study) -> Iterator[str]:
     trials = whole.trials
     by_study = trials.groupby(AXIS)
     if _differ(by_study["eval_hash"]):
-        yield "The evaluation batches differ: losses are shown, and not compared."
+        yield "The evaluation sets differ: losses are shown, and not compared."
     if _differ(by_study["data_fingerprint"]):
         yield "The studies read different data."
     if trials["detector_id"].nunique() > 1:
-        yield "The rules of spikes differ (detector_id): spike rates and verdicts are shown, and not compared."
+        yield "The rules for spikes differ (detector_id): spike rates and verdicts are shown, and not compared."
     if "log_stride" in trials and trials["log_stride"].nunique() > 1:
-        yield "The logs have different strides: rates of spikes are shown, and not compared."
+        yield "The logging intervals differ: rates of spikes are shown, and not compared."
     if _differ(by_study["train.batch_size"]) or _differ(by_study["data.seq_len"]):
-        yield "Steps hold different numbers of tokens: what is counted per step is not the same."
+        yield "Steps hold different numbers of tokens, so rates per step differ in meaning."
     if _differ(by_study["train.steps"]):
-        yield "They trained for different numbers of steps: losses and largest values are those of different lengths."
+        yield "Trials have different numbers of steps: final losses and largest values are those of different lengths."
 
 
 def _differ(column: Any) -> bool:
@@ -91,29 +85,29 @@ def _sections(
 ) -> Iterator[Section]:
     yield Section("studies", "The studies", [_studies(studies), *_settings(whole)])
     yield Section("differences", "Differences", list(_difference_blocks(whole, metrics, table)))
-    yield Section("figures", "Figures", list(_figures(whole)))
-    yield Section("cells", "Matched cells", list(_cells(whole)))
+    yield Section("figures", "Figures", list(matched_figures(whole)))
+    yield Section("cells", "Matched cells", list(matched_tables(whole)))
 
 
 def _studies(studies: Sequence[Study]) -> Table:
     rows = []
     for study in studies:
-        found = sentences.counts(study)
+        numbers = sentences.counts(study)
         rows.append(
             (
                 words.clean(study.name, 60),
                 words.clean(study.question) or words.NOTHING,
-                *(str(found[v]) for v in VERDICTS),
-                str(sum(found.values()) - sum(found[v] for v in VERDICTS)),
+                *(str(numbers[v]) for v in VERDICTS),
+                str(sum(numbers.values()) - sum(numbers[v] for v in VERDICTS)),
                 study.rules.detector_id,
             )
         )
     heads = ("study", "question", *VERDICTS, "others", "detector")
-    return Table("What is compared", heads, tuple(rows), frozenset((*VERDICTS, "others")))
+    return Table("Studies", heads, tuple(rows), frozenset((*VERDICTS, "others")))
 
 
 def _settings(whole: Study) -> Iterator[Block]:
-    """What differs between the studies and within none of them."""
+    """Settings that differ between the studies and within none of them."""
     by_study = {name: whole.trials[whole.trials[AXIS] == name] for name in whole.axes[AXIS]}
     rows = []
     for setting in setting_names():
@@ -124,18 +118,18 @@ def _settings(whole: Study) -> Iterator[Block]:
         heads = ("setting", *(words.clean(name, 60) for name in by_study))
         yield Table("Settings that differ between the studies and are the same within each", heads, tuple(rows))
     else:
-        yield Text("No setting differs between the studies that is the same within each.")
+        yield Text("No setting that is the same within each study differs between the studies.")
 
 
 def _differences(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of `compare.levels` along the study axis, with the first study as `a`."""
     first = whole.axes[AXIS][0]
-    found = []
+    differences = []
     for metric in metrics:
         rows = records(compare.levels(whole.trials, list(whole.axes), AXIS, metric))
         kept = [row for row in rows if row["pairs"] and first in (row["a"], row["b"])]
-        found += [{"metric": metric, **_from(first, row)} for row in kept]
-    return found
+        differences += [{"metric": metric, **_from(first, row)} for row in kept]
+    return differences
 
 
 def _from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
@@ -178,39 +172,39 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
 
 
 def _disjoint(whole: Study) -> Iterator[str]:
-    """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` says it."""
+    """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` lists them."""
     for axis in [a for a in [*whole.axes, "seed"] if a != AXIS]:
         levels = {name: levels_of(whole.trials.loc[whole.trials[AXIS] == name, axis]) for name in whole.axes[AXIS]}
         if not set.intersection(*map(set, levels.values())):
-            said = [
-                f"{words.listing([words.level(v, axis) for v in found])} in {words.clean(name, 60)}"
-                for name, found in levels.items()
+            each = [
+                f"{words.listing([words.level(v, axis) for v in own])} in {words.clean(name, 60)}"
+                for name, own in levels.items()
             ]
             label = words.label(axis)
-            yield f"{label[0].upper()}{label[1:]}: {', '.join(said)}."
+            yield f"{label[0].upper()}{label[1:]}: {', '.join(each)}."
 
 
 def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
-    """What can be told from chance, and what cannot, with its interval."""
+    """The differences by statistic with their intervals: stated, not found, or not tested."""
     if not table:
         yield UNPAIRED
         return
     for row in _claims(whole, metrics):
-        name = words.STATISTICS[row["metric"]]
-        at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
+        name = _capital(words.STATISTICS[row["metric"]])
         if row["p_holm"] is None:
-            yield f"{_capital(name)}, {at}: not tested ({row['note']})."
+            yield f"{name}: not tested ({row['note']})."
         else:
+            at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
             reading = "" if row["p_holm"] < CLEAR else "no difference found: "
             p = words.number(row["p_holm"], 2)
-            yield f"{_capital(name)}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
+            yield f"{name}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
 
 
 def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """The effects of the study axis on matched trials, all other axes as factors; Holm over the statistics.
 
     Matched: trials of the same seed, data and levels in at least two studies. A statistic that cannot be compared
-    between these (see `compare.alike`) is left out.
+    between these (see `compare.alike`) is left out. Where an effect involves the first study, it starts there.
     """
     axes = [a for a in whole.axes if a != AXIS]
     others = ["seed", *axes, "data_fingerprint"]
@@ -218,118 +212,20 @@ def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
     matched = done[done.groupby(others, dropna=False)[AXIS].transform("nunique") > 1]
     groups = matched.groupby(others, dropna=False)
     usable = [m for m in metrics if not any((groups[c].nunique() > 1).any() for c in compare.alike(m, matched))]
-    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS and r["a"] is not None]
+    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS]
     adjusted = holm([math.nan if r["p"] is None else r["p"] for r in rows])
-    return [r | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
+    first = whole.axes[AXIS][0]
+    return [_turned(first, r) | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
+
+
+def _turned(first: Level, row: dict[str, Any]) -> dict[str, Any]:
+    """The effect as that from the study `first` to the other one, where it ends at `first`."""
+    if row["b"] != first:
+        return row
+    ends = [row[name] for name in ("estimate", "high", "low")]
+    turned = [-v if row["scale"] == "difference" else 1 / v if v else math.inf for v in ends]
+    return row | dict(zip(("estimate", "low", "high"), turned, strict=True)) | {"a": row["b"], "b": row["a"]}
 
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _figures(whole: Study) -> Iterator[Block]:
-    axes = [a for a in whole.axes if a != AXIS]
-    x = "optim.lr" if "optim.lr" in axes else axes[0] if axes else None
-    if x is None:
-        yield Text("Nothing varies within the studies: there is no axis to draw a statistic against.")
-        return
-    pooled = [words.label(a) for a in axes if a != x]
-    over = f", averaged over {words.listing(pooled)}" if pooled else ""
-    for metric, log_y in FIGURES:
-        drawn = plots.drawable(whole.trials, metric)
-        if len(drawn):
-            ax = plots.curves(whole, metric, x=x, by=AXIS, log_y=log_y)
-            against = f"{plots.metric_label(metric)} against {words.label(x)}"
-            against = against[0].upper() + against[1:]
-            caption = (
-                f"{against}, a line for each study{over}. {plots.marks_said(whole.trials, [metric])} Bands: 95 % "
-                f"intervals (from {plots.BAND_FROM} trials on)."
-            )
-            table = _figure_table(whole, metric, x)
-            said = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
-            name = f"studies-{metric.replace('_', '-')}"
-            svg = style.draw(ax.figure)  # type: ignore[arg-type]
-            yield Figure(name, against, svg, f"Line chart. {said}.", caption, table)
-
-
-def _figure_table(whole: Study, metric: str, x: str) -> Table:
-    rows = []
-    for (study, level), trials in split(
-        plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
-    ):
-        e = plots.mean_of(trials, metric)
-        diverged = int((trials["verdict"] == "diverged").sum())
-        numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
-        rows.append((words.clean(study, 60), words.level(level, x), *numbers))
-    heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n in the mean", "diverged")
-    return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
-
-
-CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
-
-
-def _cells(whole: Study) -> Iterator[Block]:
-    """A row per combination of levels that at least two studies hold."""
-    axes = {a: levels for a, levels in whole.axes.items() if a != AXIS}
-    names = whole.axes[AXIS]
-    rows = []
-    done = whole.trials[whole.trials["state"] == "done"]
-    for levels, trials in split(done, axes):
-        parts = [trials[trials[AXIS] == name] for name in names]
-        if sum(map(bool, map(len, parts))) > 1:
-            texts = [words.level(v, a) for a, v in zip(axes, levels, strict=True)]
-            rows.append((*texts, *(_cell(part, m) for m in CELL for part in parts), *map(_verdicts, parts)))
-    if not rows:
-        yield Text("No cell of one study is a cell of another.")
-        return
-    statistics = [f"{COLUMNS[m].label}: {words.clean(n, 30)}" for m in CELL for n in names]
-    verdicts = [f"verdicts: {words.clean(n, 30)}" for n in names]
-    heads = (*map(words.heading, axes), *statistics, *verdicts)
-    title = "Cells that at least two studies hold: means over done seeds, with the 95 % interval"
-    yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
-    changes = tuple(_changes(whole, axes))
-    if changes:
-        heads = (*map(words.heading, axes), "studies", "seeds", *(COLUMNS[m].label for m in CELL))
-        title = "Change in each of these cells, paired by seed, with its 95 % t-interval (from 2 seeds on)"
-        yield Table(title, heads, changes, frozenset(heads) - {"studies"})
-
-
-def _changes(whole: Study, axes: dict[str, list[Level]]) -> Iterator[tuple[str, ...]]:
-    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did.
-
-    As in `compare.levels`, the trials of a pair read the same data.
-    """
-    first, *others = whole.axes[AXIS]
-    done = whole.trials[whole.trials["state"] == "done"]
-    for levels, trials in split(done, axes):
-        seeded = trials[trials["seed"].notna()]
-        by_study = {name: members.set_index("seed") for name, members in seeded.groupby(AXIS)}
-        for other in others:
-            if first in by_study and other in by_study:
-                a, b = by_study[first], by_study[other]
-                same = a["data_fingerprint"].eq(b["data_fingerprint"].reindex(a.index))
-                seeds = list(a.index[same])
-                if seeds:
-                    texts = [words.level(v, x) for x, v in zip(axes, levels, strict=True)]
-                    pair = f"{words.clean(first, 60)} → {words.clean(other, 60)}"
-                    yield *texts, pair, str(len(seeds)), *(_change(a.loc[seeds], b.loc[seeds], m) for m in CELL)
-
-
-def _change(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> str:
-    """`0.02 (-0.01 to 0.05)`; a dash where the two cannot be compared."""
-    if compare.mixed(pd.concat([a, b]), metric):
-        return words.NOTHING
-    differences = np.subtract(compare.values(b, metric), compare.values(a, metric))
-    e = t_interval([d for d in differences if math.isfinite(d)])
-    ends = "" if words.is_null(e.low) else f" ({interval(metric, e.low, e.high)})"
-    return f"{value(metric, e.mean)}{ends}"
-
-
-def _cell(trials: Any, metric: str) -> str:
-    e = compare.mean(trials, metric)
-    return words.estimate(e.mean, e.low, e.high) if COLUMNS[metric].unit != "fraction" else words.percent(e.mean)
-
-
-def _verdicts(trials: Any) -> str:
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING

@@ -1,4 +1,4 @@
-"""A trial's recorded steps as its page carries them, so that any range of them can be drawn and read there."""
+"""The recorded steps in a trial's page, so that any range of them can be drawn and read there."""
 
 from __future__ import annotations
 

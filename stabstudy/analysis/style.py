@@ -1,4 +1,4 @@
-"""How figures look: colours that hold on white and on black, markers and dashes beside hue, deterministic SVG.
+"""The style of figures: colours that hold on white and on black, markers and dashes beside hue, deterministic SVG.
 
 An SVG is drawn once, in light colours. `to_svg` adds one style block that exchanges each known colour for its
 counterpart where the viewer prefers dark, so the same file serves the page, the folder and a slide.

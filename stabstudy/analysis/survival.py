@@ -1,4 +1,4 @@
-"""How long training stays free of spikes: Kaplan-Meier curves per level of an axis, and the log-rank test.
+"""Time to the first spike: Kaplan-Meier curves per level of an axis, and the log-rank test.
 
 The event is the first spike of the gradient norm, or divergence if that comes first. A trial without one is censored
 at the last step it was seen, whether it finished or a scheduler stopped it: "no spike in 200 steps" is not "no spike".

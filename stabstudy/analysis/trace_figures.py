@@ -17,7 +17,7 @@ from stabstudy.stability.verdict import VERDICTS
 from stabstudy.trace import DamagedRecord, Rows
 
 MOST_ROUGH = 3
-"""Cells in trouble of which the report draws the roughest trial."""
+"""Cells that are not stable of which the report draws the roughest trial."""
 
 COLUMNS_SHOWN = (
     "steps_done",
@@ -51,10 +51,10 @@ def _traces(study: Study) -> Iterator[Figure]:
         f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
         f"{unstable} such cells. Typical: the median of that ratio."
     )
-    said = []
+    summaries = []
     for trial_id, title in titles.items():
         row = study.row(trial_id)
-        said.append(
+        summaries.append(
             f"{title}: {words.count(row['steps_done'], 'step')}, largest norm {words.number(row['grad_norm_max'])}, "
             f"median {words.number(row['grad_norm_median'])}, {_spikes(row['spike_events'])}."
         )
@@ -65,7 +65,7 @@ def _traces(study: Study) -> Iterator[Figure]:
     )
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[2:]), folded=True)
     title = "Step by step: the roughest and a typical trial"
-    yield Figure("traces", title, style.draw(figure), " ".join(["Line charts.", *said]), caption, table)
+    yield Figure("traces", title, style.draw(figure), " ".join(["Line charts.", *summaries]), caption, table)
 
 
 def _highest(study: Study) -> Iterator[Figure | Absent]:
@@ -85,7 +85,7 @@ def _highest(study: Study) -> Iterator[Figure | Absent]:
 
 
 def layers(study: Study, trial_id: str, rows: Rows, of_study: bool = False) -> Figure | Absent:
-    """The norms of a trial's layers around the highest spike of the norm, or what stands for one.
+    """The norms of a trial's layers around the highest spike of the norm, or another moment (see `_moment`).
 
     `of_study`: it stands among the figures of the study, so it says which trial it shows.
     """
@@ -96,22 +96,22 @@ def layers(study: Study, trial_id: str, rows: Rows, of_study: bool = False) -> F
         figure: Any = layer_plots.layer_map(rows, spike).get_figure()
     except ValueError:
         return Absent("Map of the layers", "their norms are not in the record")
-    said = layer_plots.said(rows, spike)
+    peak = layer_plots.peak_text(rows, spike)
     of = f" of trial {trial_id} ({study.describe(trial_id)})" if of_study else ""
     caption = (
         f"Gradient norm before clipping of each layer{of} (log scale, lighter is larger) around {around}. Empty: not "
-        f"finite, or 0. {said}"
+        f"finite, or 0. {peak}"
     )
     heads = ("layer", "at the peak", "median before the spike", "factor")
     numbers = tuple((name, *map(words.number, values)) for name, *values in layer_plots.growth(rows, spike))
     table = Table("Numbers of this figure", heads, numbers, frozenset(heads[1:]), folded=True)
     title = f"Gradient norm of each layer{' around the roughest moment of the study' if of_study else ''}"
     drawing = style.draw(figure, png=of_study)
-    return Figure("layers" if of_study else "layers-figure", title, drawing, f"Map of layers by steps. {said}", caption, table)  # fmt: skip  # noqa: E501
+    return Figure("layers" if of_study else "layers-figure", title, drawing, f"Map of layers by steps. {peak}", caption, table)  # fmt: skip  # noqa: E501
 
 
 def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
-    """What to draw the layers around: the highest spike; where it diverged; the largest norm of a rough trial."""
+    """The moment to draw the layers around: the highest spike; the divergence; the largest norm of a rough trial."""
     own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
     if own:
         spike = max(own, key=lambda s: s["peak_ratio"])
@@ -121,7 +121,7 @@ def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
     row = study.row(trial_id)
     settled = np.where(rows["step"] >= max(SETTLED, row["optim.warmup_steps"] or 0), rows["grad_norm"], np.nan)
     if row["verdict_step"] is not None:
-        step, around = row["verdict_step"], "the step at which it was found diverged"
+        step, around = row["verdict_step"], "the step at which it diverged"
     elif row["verdict"] in ("spiky", "rough") and np.isfinite(settled).any():
         step, around = int(rows["step"][np.nanargmax(settled)]), "its largest norm after the warmup"
     else:
@@ -131,7 +131,8 @@ def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
 
 def _why(study: Study, trial_id: str) -> str:
     row = study.row(trial_id)
-    return f" ({row['verdict']}{trial_tables.rule(row, ', {}')})" if row["verdict"] else ""
+    rule = trial_tables.rule(row["verdict_rule"])
+    return f" ({row['verdict']}{f': {rule}' if rule else ''})" if row["verdict"] else ""
 
 
 def _spikes(n: int | None) -> str:

@@ -1,4 +1,4 @@
-"""What the page of one trial says: how it ended and why, its figures, its spikes, its settings, its numbers, its log.
+"""The page of one trial: how it ended and why, its figures, spikes, settings, statistics and log.
 
 Words and tables are made for every trial. Figures cost a third of a second each, so only the most notable trials have
 them; the pages of the others say how to draw theirs.
@@ -7,12 +7,14 @@ them; the pages of the others say how to draw theirs.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Set
 
-from stabstudy.analysis import advice, plots, steps, style, trace_figures, trace_plots, trial_tables, words
+from stabstudy.analysis import plots, spike_tables, steps, style, trace_figures, trace_plots, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
+from stabstudy.stability.explain import Recipe, explain
 from stabstudy.trace import DamagedRecord, Rows
 
 MOST_DRAWN = 24
@@ -22,6 +24,12 @@ _LOG_BYTES = 32 * 1024
 
 SIGNS = style.VERDICT_SIGNS | {"not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨"}
 """Beside each verdict, or what stands in its place: a sign that is not a colour."""
+
+NOISE = (
+    "sampling noise: most of what its verdict counts lies at batches at which the other trials stood high too; larger "
+    "batches would show whether the recipe is unstable"
+)
+"""What a verdict by the batches means."""
 
 _FAILED = ("failed", "oom", "timeout", "disk_full")
 
@@ -44,11 +52,20 @@ def notable(study: Study) -> list[str]:
     return list(dict.fromkeys([*([typical] if typical in ids else []), *ids]))[:MOST_DRAWN]
 
 
+def explanation(study: Study, trial_id: str) -> list[str]:
+    """Sentences on a trial: its verdict, warnings, spikes and clipping; see `stability.explain`."""
+    row = study.row(trial_id)
+    off = row["optim.clip"] == math.inf  # of an ingested run, where null means that it is not known
+    recipe = Recipe(None if off else row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
+    sentences = explain(row, study.spikes_by_trial.get(trial_id, []), recipe, study.rules)
+    return [*sentences, *([f"{str(row['verdict']).capitalize()} by {NOISE}."] if row["sampling_noise"] else [])]
+
+
 def page(study: Study, trial_id: str, trials: Set[str], drawn: bool) -> TrialPage:
-    """The page without its figures. `drawn`: they will be added, so nothing is said of their absence."""
+    """The page without its figures. `drawn`: they will be added, so their absence is not explained."""
     for damaged in study.damaged:
         if damaged.trial_id == trial_id:
-            reason = [f"Its files cannot be trusted, so it is in no number: {words.clean(damaged.reason, 1000)}"]
+            reason = [f"Its files are damaged, so it is in no number: {words.clean(damaged.reason, 1000)}"]
             log = Section("log", "Log", [_log(study, trial_id)])
             return TrialPage(trial_id, _name(study), "Damaged", "damaged", SIGNS["damaged"], reason, [log], trials)
     row = study.row(trial_id) | {"trial_id": trial_id}
@@ -64,25 +81,25 @@ def page(study: Study, trial_id: str, trials: Set[str], drawn: bool) -> TrialPag
     )
 
 
-def with_figures(study: Study, made: TrialPage) -> TrialPage:
+def with_figures(study: Study, page: TrialPage) -> TrialPage:
     """The page with the trial's trace, its layers and its probes."""
     try:
-        rows = study.trace(made.trial_id)
-        probes = study.probes(made.trial_id)
+        rows = study.trace(page.trial_id)
+        probes = study.probes(page.trial_id)
     except DamagedRecord as error:  # it was readable when the tables were made
         return dataclasses.replace(
-            made, sections=[Section("trace", "Step by step", [Text(str(error))]), *made.sections]
+            page, sections=[Section("trace", "Step by step", [Text(str(error))]), *page.sections]
         )
-    layers: Block | Absent = trace_figures.layers(study, made.trial_id, rows)
+    layers: Block | Absent = trace_figures.layers(study, page.trial_id, rows)
     if isinstance(layers, Absent):
         layers = Text(f"{layers.what}: left out, {layers.why}.")
-    measured = Text("Nothing was.") if probes is None or not len(probes) else trial_tables.probes(probes)
     sections = [
-        Section("trace", "Step by step", [_trace(study, made.trial_id, rows)]),
+        Section("trace", "Step by step", [_trace(study, page.trial_id, rows)]),
         Section("layers", "Layer by layer", [layers]),
-        Section("probes", "Measured at intervals", [measured]),
     ]
-    return dataclasses.replace(made, sections=[*sections, *made.sections])
+    if probes is not None and len(probes):
+        sections.append(Section("probes", "Probes", [trial_tables.probes(probes)]))
+    return dataclasses.replace(page, sections=[*sections, *page.sections])
 
 
 def _name(study: Study) -> str:
@@ -91,7 +108,7 @@ def _name(study: Study) -> str:
 
 def _sentences(study: Study, row: Row) -> Iterator[str]:
     if row["state"] == "done":
-        yield from advice.tell(study, row["trial_id"])
+        yield from explanation(study, row["trial_id"])
     else:
         done = f"{row['steps_done']} of {row['steps_planned']}"
         yield f"This trial is not done: {words.clean(row['state'], 40)}, {done} steps recorded."
@@ -105,10 +122,9 @@ def _sections(study: Study, row: Row, drawn: bool) -> Iterator[Section]:
     trial_id = row["trial_id"]
     if not drawn:
         yield Section("trace", "Step by step", list(_not_drawn(study, row)))
-    spikes = trial_tables.spikes(study, trial_id)
-    yield Section("spikes", "Spikes", [spikes or Text(_no_spike(row)), *_what_it_read(study, trial_id)])
+    yield Section("spikes", "Spikes", [*_spikes(study, row), *_batch_text(study, trial_id)])
     if (replicates := trial_tables.replicates(study, row)) is not None:
-        yield Section("cell", "The same recipe, other seeds", [replicates])
+        yield Section("cell", "Other seeds of the cell", [replicates])
     yield Section("settings", "Settings", list(trial_tables.settings(study, row)))
     yield Section("statistics", "Statistics", [trial_tables.statistics(row)])
     yield Section("log", "Log", [_log(study, trial_id)])
@@ -121,32 +137,33 @@ def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
     n = len(study.trials)
     yield Text(
         f"Not drawn here: of {n} trials the report draws the {MOST_DRAWN} most notable (diverged, failed, rough, "
-        "spiky, then those of the largest norm over its median), so that it is quick. This draws it:"
+        "spiky, then those of the largest norm over its median), to keep it quick. To draw this one:"
     )
     lines = (
         "from stabstudy.analysis import plots",
         "from stabstudy.analysis.study import Study",
-        f'plots.trial(Study.load("{_name(study)}"), "{row["trial_id"]}").savefig("trace.svg")',
+        f'plots.trial({words.load(study.name)}, "{row["trial_id"]}").savefig("trace.svg")',
     )
-    yield Code("In Python, where the study's folder is", "\n".join(lines))
+    yield Code("In Python", "\n".join(lines))
 
 
-def _what_it_read(study: Study, trial_id: str) -> Iterator[Block]:
+def _spikes(study: Study, row: Row) -> Iterator[Block]:
+    if (table := spike_tables.trial_spikes(study, row["trial_id"])) is not None:
+        yield table
+        yield Text(spike_tables.legend(study.rules))
+    elif row["spike_events"] is None:
+        yield Text("Not judged: no step is evaluable.")
+    else:
+        yield Text("No spike, neither of the gradient norm nor of the loss.")
+
+
+def _batch_text(study: Study, trial_id: str) -> Iterator[Block]:
     """How to read the batch of the highest spike of the norm."""
     own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
     if own and not study.ingested:
         step = max(own, key=lambda s: s["peak_ratio"])["peak_step"]
-        lines = (
-            "from stabstudy.analysis.study import Study",
-            f'Study.load("{_name(study)}").batch("{trial_id}", {step})',
-        )
-        yield Code(f"The text that step {step}, the highest, was trained on: in Python", "\n".join(lines))
-
-
-def _no_spike(row: Row) -> str:
-    if row["spike_events"] is None:
-        return "Its steps could not be judged: none is evaluable."
-    return "No spike was found, neither of the gradient norm nor of the loss."
+        lines = ("from stabstudy.analysis.study import Study", f'{words.load(study.name)}.batch("{trial_id}", {step})')
+        yield Code(f"The text of the batch at step {step}, the highest spike: in Python", "\n".join(lines))
 
 
 def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
@@ -181,7 +198,7 @@ def _log(study: Study, trial_id: str) -> Block:
             f.seek(max(0, f.seek(0, 2) - _LOG_BYTES))
             lines = f.read().decode("utf-8", "replace").splitlines()
     except OSError:
-        return Text("It has no log.txt that can be read.")
+        return Text("No log.txt that can be read.")
     tail = lines[-LOG_LINES:]
     title = f"log.txt, the last {len(tail)} lines" if len(tail) > 1 else "log.txt"
     return Code(title, "\n".join(words.clean(line, 400) for line in tail))

@@ -10,6 +10,7 @@ import numpy as np
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Table
 from stabstudy.analysis.levels import levels_of, plain
+from stabstudy.analysis.sentences import REASONS
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -21,11 +22,23 @@ STATISTICS = (
 )  # fmt: skip
 """Shown of every trial where all stand in one table."""
 
+RULES = {
+    "R1": "long spike",
+    "R2": "recurring spikes",
+    "R1+R2": "long and recurring spikes",
+    "nonfinite": "a value not finite",
+    "above_init": "loss above that of the untrained model",
+    "persistent": "loss rose and stayed",
+    "above_unigram": "loss back above the entropy of single tokens",
+    "no_recovery": "loss ended far above its best",
+}
+"""`verdict_rule` -> what it means, short; `rough` is its own word."""
+
 MOST_PROBES = 60
 
 
 def all_trials(study: Study) -> Table:
-    """A row per trial: its levels and seed, how it ended, and STATISTICS."""
+    """A row per trial, by cell and seed: its levels and seed, how it ended, and STATISTICS."""
     axes = list(study.axes)
     case = ["case"] if study.trials["case"].notna().any() else []
     numbers = [*map(words.heading, axes), "seed", "steps", *(COLUMNS[name].label for name in STATISTICS)]
@@ -40,31 +53,34 @@ def all_trials(study: Study) -> Table:
             str(row["steps_done"]),
             *(_value(name, row[name]) for name in STATISTICS),
         )
-        for row in map(study.row, study.trials.index)
+        for cell_id in study.cells.index
+        for row in study.rows_by_cell[cell_id]
     )
     title = f"All {len(rows)} trials" if len(rows) != 1 else "The one trial"
     return Table(title, heads, rows, frozenset(numbers), folded=True)
 
 
 def ended(row: Mapping[str, Any]) -> str:
-    """Its verdict with the rule that made it, else its state."""
+    """Its verdict and why, in words, else its state."""
     if row["state"] != "done":
         return words.clean(row["state"], 40)
-    notes = [note for note in (rule(row, "{}"), "sampling noise" if row["sampling_noise"] else "") if note]
-    said = f" ({', '.join(notes)})" if notes else ""
-    return f"{row['verdict'] or 'not judged'}{said}"
+    if row["verdict"] is None:
+        reason = row["verdict_reason"]
+        return "not judged" if reason is None else f"not judged: {REASONS.get(reason, words.clean(reason, 40))}"
+    notes = [note for note in (rule(row["verdict_rule"]), "sampling noise" if row["sampling_noise"] else "") if note]
+    return f"{row['verdict']} ({'; '.join(notes)})" if notes else str(row["verdict"])
 
 
-def rule(row: Mapping[str, Any], form: str) -> str:
-    """The rule that made the verdict, in this form; empty where it is the verdict's own word, or there is none."""
-    return form.format(row["verdict_rule"]) if row["verdict_rule"] not in (None, row["verdict"]) else ""
+def rule(code: str | None) -> str:
+    """The rule that made a verdict, in words and as its code; empty where the verdict's own word says it all."""
+    return f"{RULES[code]}, {code}" if code in RULES else ""
 
 
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:
-    """What differs in the study first; then the rest, folded."""
+    """Those that vary in the study; then the others, folded."""
     varied = [(words.heading(a), a, words.level(row[a], a), _others(study, row, a)) for a in study.axes]
     varied.append(("seed", "seed", words.level(row["seed"]), _others(study, row, "seed")))
-    yield Table("Settings that differ in this study", ("axis", "setting", "here", "elsewhere"), tuple(varied))
+    yield Table("Settings that differ in this study", ("axis", "setting", "this trial", "other trials"), tuple(varied))
     rest = [n for n in setting_names() if n not in study.axes and n != "seed"]
     yield Table(
         "All other settings", ("setting", "value"), tuple((n, words.level(row[n], n)) for n in rest), folded=True
@@ -85,49 +101,13 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
     rows = tuple(
         (
             words.level(r["seed"]),
-            "this one" if r["trial_id"] == row["trial_id"] else r["trial_id"],
+            "this trial" if r["trial_id"] == row["trial_id"] else r["trial_id"],
             ended(r),
             *(_value(name, r[name]) for name in STATISTICS),
         )
         for r in same
     )
     return Table("The trials of this cell: all settings equal but the seed", heads, rows, frozenset(heads[3:]))
-
-
-def spikes(study: Study, trial_id: str) -> Table | None:
-    """Every spike of the trial, in order; None where it has none."""
-    found = study.spikes_by_trial.get(trial_id, [])
-    if not found:
-        return None
-    rows = tuple(
-        (
-            "gradient norm" if s["series"] == "grad" else "loss",
-            str(s["start"]),
-            str(s["end"]),
-            str(s["peak_step"]),
-            words.number(s["peak"]),
-            words.number(s["level"]),
-            words.number(s["peak_ratio"]),
-            words.number(s["peak_delta"]),
-            lasts(s),
-            s["class"] or words.NOTHING,
-            {True: "yes", False: "no", None: words.NOTHING}[s["in_warmup"]],
-            words.NOTHING if s["partner"] is None else f"step {s['partner']}",
-        )
-        for s in found
-    )
-    heads = (
-        "series", "start", "end", "peak at", "peak", "level", "peak / level", "peak - level (nat)", "lasts",
-        "class", "in warmup", "coupled with",
-    )  # fmt: skip
-    return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset(heads[1:9]))
-
-
-def lasts(spike: Mapping[str, Any]) -> str:
-    """Null where not every step was logged."""
-    if spike["duration"] is None:
-        return words.NOTHING
-    return f"{spike['duration']}" if spike["recovered"] else f"over {spike['duration']}"
 
 
 def statistics(row: Mapping[str, Any]) -> Table:
@@ -141,7 +121,7 @@ def statistics(row: Mapping[str, Any]) -> Table:
 
 
 def probes(rows: Rows) -> Table:
-    """What was measured at intervals, lists as their extremes over the layers; at most MOST_PROBES, evenly spread."""
+    """The probes, lists as their extremes over the layers; at most MOST_PROBES rows, evenly spread."""
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_PROBES)).round().astype(int))
     columns = {
         "validation loss": rows["val_loss"],

@@ -1,4 +1,4 @@
-"""How numbers, levels and foreign text are written: one way, in the page, the Markdown, the figures and the CSV."""
+"""Numbers, levels and foreign text as text, one way in the page, the Markdown, the figures and the CSV; a glossary."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ STATISTICS = {
     "attn_logit_peak": "largest attention logit",
 }
 """Names for sentences and figures; the tables' heads are the shorter labels of `stability.columns`."""
+
+GLOSSARY = (
+    "Trial: one training run. Cell: one combination of settings; its trials differ in the seed alone. Axis: a setting "
+    "that varies; level: one of its values. Roughness: standard deviation of the logarithm of the gradient norm about "
+    "its moving mean. x3: a gradient norm of at least 3 times its recent level and median."
+)
+"""The terms of the first screen."""
 
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
@@ -104,7 +111,7 @@ def level(value: Any, setting: str = "") -> str:
     if isinstance(value, int):
         return str(value)
     if value == float("inf") and setting == "optim.clip":
-        return "off"  # of an ingested run, where null says that nobody knows
+        return "off"  # of an ingested run, where null means not known
     if isinstance(value, float):
         small = value != 0 and abs(value) < 0.01
         return _scientific(float(value), 6) if small else f"{value:.10g}"
@@ -119,6 +126,11 @@ def label(setting: str) -> str:
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def load(study: str) -> str:
+    """Python that loads a study of this name, from where launches put it unless told otherwise."""
+    return f'Study.load("results/{clean(study, 80)}")'
 
 
 def count(n: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Independent parts of a large report, done side by side on the machine's cores.
+"""Parallel work on independent parts of a large report, over the machine's cores.
 
 By loky's processes and not multiprocessing's: those run the caller's script again, which a notebook, or a script
 without a `__main__` guard, does not survive.

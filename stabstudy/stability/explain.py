@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 DIVERGED = {
     "nonfinite": "a loss, gradient norm or weight was no longer finite",
-    "above_init": "the loss stayed above that of the untrained model",
+    "above_init": "the moving mean of the loss rose above the loss of the untrained model",
     "persistent": "the loss rose to twice its recent mean and stayed there",
     "above_unigram": "the loss had fallen below the entropy of single tokens and ended above it",
     "no_recovery": "at the end the loss was far above the best it had reached",
@@ -138,7 +138,7 @@ def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
     first = f"The {_ordinal(len(grad))} of the gradient norm began at step {grad[0]['start']}"
     first += _where_in_warmup(grad[0], recipe)
     which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
-    height = f"reached {_number(highest['peak_ratio'])} times its level ({_number(highest['peak'])})"
+    height = f"reached {_number(highest['peak_ratio'])} times its recent level ({_number(highest['peak'])})"
     if highest["duration"] is None:
         return f"{first}; {which} {height} (not every step was logged: how long it lasted is not known)."
     return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."
