@@ -1,4 +1,4 @@
-"""What do the detector and a trial's statistics cost, beside reading the trace and beside pandas code for the rule?
+"""The cost of the detector and of a trial's statistics, beside reading the trace and beside pandas code for the rule.
 
 The detector `jump` on both series: in blocks of 32 steps of 64 trials, as running trials hand them over, and on whole
 series. Then finished traces of 10,000 steps (log-normal norms, log-sd .25; a learning loss; four layer groups; in every

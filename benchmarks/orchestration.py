@@ -1,4 +1,4 @@
-"""What scheduling costs: a sweep through Ray Tune on 2 slots against the same trials trained in two bare processes.
+"""The cost of scheduling: a sweep through Ray Tune on 2 slots against the same trials trained in two bare processes.
 
     python benchmarks/orchestration.py [--trials 24] [--steps 200] [--repeats 3]
 

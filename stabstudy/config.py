@@ -1,4 +1,4 @@
-"""What one trial is: frozen settings, their rules, and the id that names the trial.
+"""The settings of one trial, frozen and checked, and the id that names the trial.
 
 A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs (`compute`) and how
 a study is called never reach it, so they never change a `trial_id`. `from_dict` is the only way in from YAML, the
@@ -105,7 +105,7 @@ class TrialConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warmup, however they were said."""
+        """Steps of warmup, given as steps or as a share."""
         return self.optim.warmup(self.train.steps)
 
     @property
@@ -153,7 +153,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
 
 
 def stored(values: Mapping[str, Any]) -> TrialConfig:
-    """What a trial on disk was: as `from_dict`, but for the rules between settings, some of which came later."""
+    """The settings of a trial on disk: as `from_dict`, without the rules between settings, some of which are newer."""
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
     for key, value in values.items():
@@ -193,8 +193,8 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
 
     Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
-    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup said as a share
-    stays out too: warmup_steps has what it comes to, and what trains alike has one id, as has Muon with lr said twice.
+    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup given as a share
+    stays out too, as does a muon_lr equal to lr: recipes that train alike have one id.
     """
     said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
     if said["optim.muon_lr"] == said["optim.lr"]:

@@ -1,6 +1,6 @@
-"""Runs trained elsewhere: which logs are read, what their numbers mean, and what a trial's config.json says about one.
+"""Runs trained elsewhere: the kinds of log, the meaning of their numbers, and the `external` block of a config.json.
 
-Such a trial has no TrialConfig: most of its settings are unknown, and a default in their place would be a lie in every
+Such a trial has no TrialConfig: most of its settings are unknown, and a default in their place would be false in every
 table. Its config.json holds `config: null` and a block `external` instead; a setting that is not in that block is not
 known. The rows of its trace are the logged steps on a regular grid: row i is step `first_step + i * stride` of the
 source, and a row that the source lacks is null.
@@ -22,18 +22,18 @@ LARGEST_STEP = 2**53
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of log: its name, and what must be said beside its numbers."""
+    """A kind of log: its name, and what a reader of its numbers must know."""
 
     name: str
     meaning: str
-    default_clip: tuple[float, str] | None = None  # clips at this unless told otherwise; the setting's name there
+    default_clip: tuple[float, str] | None = None  # threshold by default; the setting's name there
 
 
 _TRAINER = (
     "the gradient norm is that before clipping of the last step before each log line, the loss the mean since the "
     "line before; transformers 4.x logs the learning rate of the next step"
 )
-_UNSAID = "whether the norm is that before clipping is unknown"
+_UNSAID = "whether the norm is that before clipping is not known"
 FORMATS = {
     "trainer_state": Format("Hugging Face Trainer", _TRAINER, (1.0, "max_grad_norm")),
     "trainer_log": Format("LLaMA-Factory", _TRAINER, (1.0, "max_grad_norm")),
@@ -41,8 +41,8 @@ FORMATS = {
         "Lingua",
         "the gradient norm is that before clipping; the loss is that of the last micro-batch alone, a mean over ranks",
     ),
-    "table": Format("table", f"only the names of its columns say what they hold: {_UNSAID}"),
-    "tensorboard": Format("TensorBoard", f"only the names of its tags say what they hold: {_UNSAID}"),
+    "table": Format("table", f"the meaning of its columns is known from their names alone: {_UNSAID}"),
+    "tensorboard": Format("TensorBoard", f"the meaning of its tags is known from their names alone: {_UNSAID}"),
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class ExternalLog:
     files: Mapping[str, str]  # path as it was given -> sha256
     first_step: int
     stride: int  # steps of the source from one row to the next
-    steps_planned: int | None  # as the source says
+    steps_planned: int | None  # by the source
     settings: Mapping[str, Any]  # by our names, known ones only; optim.clip null: known to be off
     others: Mapping[str, Any]  # under the source's names
     left_out: Mapping[str, int]  # what rows -> how many

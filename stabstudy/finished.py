@@ -71,7 +71,7 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
     import pyarrow.parquet as pq
 
     if sha256 is not None and (found := file_sha256(path)) != sha256:
-        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., the state says {sha256[:12]}...")
+        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., in state.json {sha256[:12]}...")
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)
         meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}

@@ -16,7 +16,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True, "norm_placement": "pre", "ffn": "swiglu"},
     "gemma3": {"qk_norm": True, "norm_placement": "sandwich", "ffn": "geglu", "tied": True},
 }
-"""What a family of Hugging Face is made of, in our settings: they have to say it, so that no record lies."""
+"""The settings that a Hugging Face family fixes: a trial must have these values, so that its record is true."""
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
 PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
@@ -137,7 +137,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """From where the tokens come. `conf/data/*.yaml` are presets of it."""
+    """Where the tokens come from. `conf/data/*.yaml` are presets of it."""
 
     source: str = setting("pysrc", choices=SOURCES)
     path: str | None = setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
@@ -167,7 +167,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at once, how precisely, and how often the costly quantities are measured."""
+    """Length, batch, precision, and how often evaluations, probes and checkpoints are made."""
 
     steps: int = setting(200, ge=1, le=10**9)  # optimizer steps
     batch_size: int = setting(8, ge=1, le=10**7)  # sequences per optimizer step

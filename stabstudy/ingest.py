@@ -1,4 +1,4 @@
-"""`python -m stabstudy.ingest PATH ... --study NAME`: logs of other trainers become a study that the report reads.
+"""The command `python -m stabstudy.ingest PATH ... --study NAME`: it makes a study of the logs of other trainers.
 
 Exit codes: 0 all logs came in; 2 bad input or no usable log, nothing written; 3 some logs came in, others could not be
 used; 4 this machine cannot (disk, lock, a reader that is not installed). No byte of a source is changed.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _read(paths: Sequence[Path], columns: Mapping[str, str], said: Mapping[str, Any]) -> tuple[list[Run], int]:
-    """Every run that can be used, said in one line each, and the code that the others ask for (0: there are none)."""
+    """Every usable run, each printed in one line, and the exit code for the others (0: there are none)."""
     from stabstudy.ingesting import runs, search
     from stabstudy.ingesting.events import ReaderMissingError
     from stabstudy.ingesting.points import LogError
@@ -158,7 +158,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _say(line: str) -> None:
-    """Print, unless the reader has gone (`| head`): then the study is written without a word."""
+    """Print; where the reader has closed the pipe (`| head`) the study is written silently."""
     try:
         print(_safe(line), flush=True)
     except BrokenPipeError:
@@ -177,11 +177,11 @@ def _parser() -> argparse.ArgumentParser:
         "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, TensorBoard event files.",
     )
     parser.add_argument("path", type=Path, nargs="+", help="a log, or a folder that is searched for logs")
-    parser.add_argument("--study", required=True, help="name of the study; runs are added to one that is there")
+    parser.add_argument("--study", required=True, help="name of the study; runs are added to an existing one")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: results")
     parser.add_argument("--columns", metavar="step=iter,loss=train_loss", help=f"names in tables: {', '.join(COLUMNS)}")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="optim.clip=1.0", help="a setting that the logs do not say"
+        "--set", action="append", default=[], metavar="optim.clip=1.0", help="a setting that the logs lack"
     )
     return parser
 

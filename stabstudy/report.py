@@ -1,4 +1,4 @@
-"""`python -m stabstudy.report results/NAME [results/OTHER ...] [--out DIR]`: arguments in, reports and words out."""
+"""The command `python -m stabstudy.report results/NAME [results/OTHER ...] [--out DIR]`: it writes reports."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
 
 LARGE = 100
-"""Trials from which on a report tells how far it is."""
+"""Trials from which on a report prints its progress."""
 
 Say = Callable[[str], None]
 
 
 def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
-    """Bring the study's tables up to date and write its report; answers with the path of the page.
+    """Bring the study's tables up to date and write its report; returns the path of the page.
 
-    `say` gets one line per thing worth saying. `out` takes the place of the study's own report/. Raises StoreError
+    `say` gets one line at a time. `out` takes the place of the study's own report/. Raises StoreError
     where there is no study, OSError where nothing can be written.
     """
     return _write(open_study(folder), say, out)[1]
@@ -70,9 +70,9 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     progress = say if (n := len(folder.trials())) >= LARGE else _nothing
     progress(f"reading {n} trials")
     study = update_tables(folder)
-    progress("making the page")
+    progress("building the page")
     made = report(study)
-    progress("writing it, and a page for each trial")
+    progress("writing the page, and one for each trial")
     page = publish(study, made, folder.report if out is None else out)
     found = counts(study)
     say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
@@ -103,11 +103,11 @@ def _judge(study: Study) -> int:
 
 
 def _nothing(line: str) -> None:
-    """Says nothing: what is done in a moment needs no progress."""
+    """No progress lines: a small report is done in a moment."""
 
 
 def _print(line: str) -> None:
-    """Print, unless the reader has gone (`| head`): then the rest is written without a word."""
+    """Print; where the reader has closed the pipe (`| head`) the report is written silently."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -117,11 +117,11 @@ def _print(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stabstudy.report",
-        description="Write report/index.html, a page per trial, report.md, figures and tables; several are compared.",
+        description="Write report/index.html, a page per trial, report.md, figures, tables; compare several studies.",
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(
-        "--out", type=Path, help="write here instead of the study's report/ (several: beside DIR/<study>)"
+        "--out", type=Path, help="write here, not into the study's report/ (several studies: theirs into DIR/<study>)"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""What a setting is: a dataclass field with a type and rules, read strictly, every problem told in one line.
+"""Settings as dataclass fields with a type and rules, read strictly, every problem reported in one line.
 
 Nothing is converted silently: whole numbers are taken for floats, and plain decimal text for floats (some YAML readers
 make text of 1e-3); 3.0 is not a depth, `no` is not a number. The standard library only.

@@ -1,4 +1,4 @@
-"""Where things lie in results/<study>/, the states of a trial, locks, and atomic writes.
+"""The files of results/<study>/, the states of a trial, locks, and atomic writes.
 
     results/<study>/
       sweep.yaml  provenance.json            as composed and launched
@@ -41,11 +41,11 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for
 
 
 class StoreError(Exception):
-    """A folder that is no study, a file of a newer version, a state that cannot be read. One line."""
+    """A folder that is not a study, a file of a newer version, a state that cannot be read. One line."""
 
 
 class LockHeldError(Exception):
-    """Another process works in this folder; the message says who and since when."""
+    """Another process works in this folder; the message names it and since when."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class State:
-    """What `state.json` says. Numbers that could be NaN are stored as text ("NaN"), never as bare tokens."""
+    """The content of `state.json`. Numbers that could be NaN are stored as text ("NaN"), never as bare tokens."""
 
     trial_id: str
     status: str = "pending"
@@ -135,7 +135,7 @@ class TrialFolder:
         return read_json(self.config_file)
 
     def read_state(self) -> State:
-        """The state; a trial never started is pending. `running` with nobody holding the trial's lock is `lost`."""
+        """The state; a trial never started is pending. `running` while no process holds the trial's lock is `lost`."""
         if not self.state_file.exists():
             return State(self.trial_id)
         state = _state_from(read_json(self.state_file), self.state_file)
@@ -159,7 +159,7 @@ class TrialFolder:
         if live.exists():
             return trace.read_jsonl(live, schema)
         if known:
-            raise trace.DamagedRecord(f"{parquet}: missing, though the trial's state knows its checksum")
+            raise trace.DamagedRecord(f"{parquet}: missing, although state.json has its checksum")
         return None
 
 
@@ -204,7 +204,7 @@ class StudyFolder:
 def open_study(path: Path) -> StudyFolder:
     """The study in this folder. Raises StoreError where there is none."""
     if not (path / "sweep.yaml").is_file() and not (path / "trials").is_dir():
-        raise StoreError(f"{path}: is no study (no sweep.yaml, no trials/)")
+        raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
     return StudyFolder(path)
 
 
@@ -268,7 +268,7 @@ def lock(folder: Path) -> Iterator[None]:
     fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         if not _acquired(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "unknown holder"
+            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
             raise LockHeldError(f"{folder}: locked by {holder}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
@@ -289,7 +289,7 @@ def _acquired(fd: int) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process holds the folder's lock now. Reading is enough: also in a study of somebody else."""
+    """Whether some process holds the folder's lock now. Needs no right to write."""
     try:
         fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -329,7 +329,7 @@ def _state_from(body: dict[str, Any], path: Path) -> State:
             values[key] = None if values.get(key) is None else float(values[key])
         state = State(**values)
     except (TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path}: is no trial state ({error})") from error
+        raise StoreError(f"{path}: is not a trial's state ({error})") from error
     if state.status not in STATUSES:
         raise StoreError(f"{path}: unknown status {state.status!r}")
     return state

@@ -30,7 +30,7 @@ Which training recipes are stable, how spiky each is, and why: trains a sweep of
   python -m stabstudy.sweep optim.lr=1e-4,1e-3  a question of your own: conf/trial.yaml with these alone
 
   --list       every sweep with its question    --dry-run   trials to do, time, disk; starts nothing
-  --status     how far a study is               --debug     tracebacks behind one-line errors
+  --status     progress of a study              --debug     tracebacks behind one-line errors
   --help       this text                        --version
 
 Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
@@ -43,12 +43,12 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
   seeds=5              or seeds=[0,7]
   launcher=ray|local   local: in this process, one trial after another
   max_trials=10000     larger products are refused
-  force=true           launch what the memory estimate refuses
+  force=true           launch although the memory estimate refuses it
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the arguments say (default: the command line's). Returns the exit code."""
+    """Run the command with these arguments (default: the command line's). Returns the exit code."""
     from stabstudy.sweeping.outlet import outlets
 
     given = sys.argv[1:] if arguments is None else arguments
@@ -106,7 +106,7 @@ def _train(made: Plan, overrides: list[str]) -> int:
     outcome = launch.launch(made)
     if outcome.signal is not None:
         command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
-        print(f"stopped; the same command goes on from here: {command}", file=sys.stderr)
+        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
     else:
         write_report(made.folder, print)
     return outcome.code

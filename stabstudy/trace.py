@@ -1,11 +1,11 @@
-"""The record of a trial: which columns, and the live form that grows while the trial runs.
+"""The record of a trial: its columns, and the live form that grows while the trial runs.
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are JSON lines (bare NaN and Infinity are
 kept; null means "not applicable") appended with one `os.write` per flush, so a kill at any moment leaves at most one
 torn last line. When it ends, `finished.compact` turns the lines into one Parquet file.
 
-Null and NaN are different answers: `clip_scale` null says "clipping was off", NaN says "the norm was not finite". The
+Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". The
 reader keeps them apart (`Rows.is_null`).
 """
 
@@ -78,13 +78,13 @@ TRACE = Schema(
 )
 
 LOG = replace(TRACE, columns=tuple(replace(c, nullable=c.name != "step") for c in TRACE.columns))
-"""The trace of a run trained elsewhere: what its log does not say is null. Row i is a logged step, not step i."""
+"""The trace of a run trained elsewhere: what its log lacks is null. Row i is a logged step, not step i."""
 
 PROBES = Schema(
     "probes",
     (
         Column("step", "int", "", "state after this many updates (0: the initial weights)"),
-        Column("val_loss", "float", "nat/token", "loss on the fixed evaluation batch", True),
+        Column("val_loss", "float", "nat/token", "loss on the fixed set of the periodic evaluation", True),
         Column(
             "update_rms",
             "float",
@@ -306,7 +306,7 @@ def _parse_lines(path: Path, schema: Schema) -> tuple[list[dict[str, Any]], int,
             return rows, good, len(data)
         expected = len(rows) if schema.contiguous else (rows[-1]["step"] + 1 if rows else 0)
         if row["step"] < expected or (schema.contiguous and row["step"] != expected):
-            raise DamagedRecord(f"{path}:{number}: step {row['step']} where {expected} was due")
+            raise DamagedRecord(f"{path}:{number}: step {row['step']} where {expected} was expected")
         rows.append(row)
         good += len(line)
     return rows, good, len(data)

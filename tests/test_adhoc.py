@@ -87,7 +87,7 @@ def test_the_first_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     study = name("optim.lr=1e-3,1e-2", "data=synthetic,pysrc")
     assert first == (
         f"{study} starts from conf/trial.yaml alone (model=tiny, optim=adamw, train=short), not from a sweep; "
-        "study=NAME gives it a name, under which more values can join it"
+        "study=NAME names the study, so that values can be added later"
     )
     assert second == f"{study}: What do optim.lr and data change?"
     assert sweep.main(["optim.lr=1e-3", "study=mine", "--dry-run"]) == 0
@@ -202,10 +202,10 @@ def test_under_a_name_more_values_are_growth() -> None:
 
 def test_sweeps_and_questions_of_ones_own_never_mix() -> None:
     written(planned("optim.lr=1e-3", "study=mine"))
-    with pytest.raises(ConfigError, match=r"holds another sweep: .* or leave out sweep=, got sweep quickstart, there"):
+    with pytest.raises(ConfigError, match=r"holds another sweep: .* or leave out sweep=, got sweep quickstart, in"):
         planned("sweep=quickstart", "study=mine")
     written(planned("sweep=quickstart", "study=probe"))
-    with pytest.raises(ConfigError, match=rf"with study=NAME, or say sweep=quickstart, got sweep {PRIMARY}, there"):
+    with pytest.raises(ConfigError, match=rf"with study=NAME, or use sweep=quickstart, got sweep {PRIMARY}, in"):
         planned("optim.lr=1e-3", "study=probe")
 
 

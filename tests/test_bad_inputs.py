@@ -149,7 +149,7 @@ OVERRIDES = [
     (21, "optim.weight_decay=1:30", "optim.weight_decay: must be a finite number in [0, 1000], got '1:30'"),
     (21, "model.qk_norm=no", "model.qk_norm: must be true or false, got 'no'"),
     (21, "model.qk_norm=1", "model.qk_norm: must be true or false, got 1"),
-    (23, "optim.lr=???", "optim.lr: must be given: it is ??? here"),
+    (23, "optim.lr=???", "optim.lr: must be set: it is ??? here"),
     (23, "optim.lr=${optim.lr}", "optim.lr: cannot be resolved: "),
     (23, "optim.lr=${optim.nothing}", "optim.lr: cannot be resolved: "),
     (
@@ -170,14 +170,14 @@ OVERRIDES = [
     (25, "optim.lr={_partial_:true}", "optim.lr: not allowed"),
     (54, "model.depth", "model.depth: is not an override: write KEY=VALUE"),
     (54, "~optim.clip", "optim.clip: nothing can be deleted; clipping, for one, is switched off by optim.clip=null"),
-    (54, "optim@train=adamw", "optim: packages (@) are not taken here"),
+    (54, "optim@train=adamw", "optim: packages (@) are not supported"),
     (54, "hydra.run.dir=/tmp", "hydra.run.dir: Hydra's own settings have no effect here"),
     (54, "optim.lr=interval(1,2)", "optim.lr: has no values to enumerate: list them, or write {log:[low,high],num:n}"),
     (54, "data.path=a=b", "data.path: is not in Hydra's override grammar: quote a value"),
     (54, "optim\\.lr=1", "optim\\.lr: is not in Hydra's override grammar"),
-    (54, "sweep.grid.optim.lr=[1]", "sweep.grid.optim.lr: axes are given directly, as optim.lr=A,B"),
-    (54, "+sweep.grid.optim.lr=[1]", "sweep.grid.optim.lr: axes are given directly, as optim.lr=A,B"),
-    (54, "sweep.seeds=5", "sweep.seeds: axes are given directly, as optim.lr=A,B, and seeds as seeds=5"),
+    (54, "sweep.grid.optim.lr=[1]", "sweep.grid.optim.lr: axes are given as optim.lr=A,B"),
+    (54, "+sweep.grid.optim.lr=[1]", "sweep.grid.optim.lr: axes are given as optim.lr=A,B"),
+    (54, "sweep.seeds=5", "sweep.seeds: axes are given as optim.lr=A,B, and seeds as seeds=5"),
     (54, "max_trials=0", "max_trials: must be a whole number in [1, 1e+06], got 0"),
     (54, "launcher=slurm", "launcher: must be one of ray, local, got 'slurm'"),
     (27, "results_dir=", "results_dir: must name a folder, got ''"),
@@ -271,12 +271,12 @@ FILES = [
     (8, "sweep:\n  exclude: ['optim.lrr > 1']", "sweep.exclude: optim.lrr is not a setting (did you mean optim.lr"),
     (8, "seed: 3", "seed: write sweep.seeds (sweeps/own.yaml:1)"),
     (8, "sweep: {grid: {seed: [1]}}", "sweep.grid.seed: seeds are replicates, not an axis"),
-    (8, "sweep: {grid: {compute.threads: [1, 2]}}", "compute.threads: is where trials run, not what they are"),
+    (8, "sweep: {grid: {compute.threads: [1, 2]}}", "compute.threads: sets where trials run, not what they train"),
     (8, "sweep: {grid: {optim: {lr: [1, 2]}}}", "optim: an axis is written under its dotted name, optim.lr: [...]"),
     (9, "sweep: {grid: {data: [pysrc, c5]}}", "data: must name a preset"),
     (9, "defaults:\n  - override /data: c5", "data: must name a preset"),
-    (9, "defaults: [depth_lr]", "defaults: chooses presets, each as - override /data: c4, got 'depth_lr'"),
-    (9, "defaults: [data: c4]", "defaults: chooses presets, each as - override /data: c4, got {'data': 'c4'}"),
+    (9, "defaults: [depth_lr]", "defaults: may only choose presets, each as - override /data: c4, got 'depth_lr'"),
+    (9, "defaults: [data: c4]", "defaults: may only choose presets, each as - override /data: c4, got {'data': 'c4'}"),
     (16, "sweep: {grid: {optim.lr: []}}", "optim.lr: the axis is empty (sweeps/own.yaml:1)"),
     (16, "sweep: {seeds: []}", "seeds: must be a number of seeds"),
     (16, "sweep: {zip: [{optim.lr: [], optim.eps: []}]}", "sweep.zip: zipped axes must be lists of one length"),
@@ -317,7 +317,7 @@ FILES = [
     (22, b"optim:\n  lr: \xff", "sweeps/own.yaml:2: is not UTF-8, got byte 0xff"),
     (22, "a: 1\n---\nb: 2\n", "sweeps/own.yaml:2: is not valid YAML: "),
     (22, "? [a]\n: 1", "sweeps/own.yaml:1: a key must be text"),
-    (23, "optim:\n  lr: ???", "optim.lr: must be given: it is ??? here (sweeps/own.yaml:2)"),
+    (23, "optim:\n  lr: ???", "optim.lr: must be set: it is ??? here (sweeps/own.yaml:2)"),
     (23, "optim: {lr: '${optim.eps}', eps: '${optim.lr}'}", "optim"),
     (24, "data: {path: '${oc.env:HOME}'}", "sweeps/own.yaml:1: data.path: only ${oc.env:STABSTUDY_...}"),
     (24, "data: {path: '${oc.env:STABSTUDY_X,/etc}'}", "sweeps/own.yaml:1: data.path: only ${oc.env:STABSTUDY_...}"),
@@ -436,7 +436,7 @@ def test_no_gpu(capsys, monkeypatch):
     """Row 55: Ray would leave every trial pending for ever."""
     monkeypatch.setattr(machine, "gpu_memory", lambda: ())
     line = refused(capsys, *ONE, "compute.gpus_per_trial=0.5", code=4)[0]
-    assert line == "error: machine: compute.gpus_per_trial=0.5: there is no GPU here; compute=cpu runs on cores"
+    assert line == "error: machine: compute.gpus_per_trial=0.5: this machine has no GPU; compute=cpu runs on its cores"
 
 
 def test_too_few_cores(capsys):
@@ -477,7 +477,7 @@ def test_status_of_no_study(capsys, study):
     """Row 57."""
     Path("results", "plain").mkdir(parents=True)
     assert sweep.main(["--status", study]) == 2
-    assert "is no study" in capsys.readouterr().err
+    assert "is not a study" in capsys.readouterr().err
 
 
 def test_status_checks_names_too(capsys):

@@ -51,7 +51,7 @@ def test_a_verdict_needs_fifty_steps_after_the_first_twelve(steps: int, judged: 
         else lines
         == [
             "train.steps: 1 of 1 trial will get no verdict: it needs 50 evaluable steps after the first 12, so "
-            "train.steps=62 is the least that can be judged"
+            "train.steps must be at least 62"
         ]
     )
 
@@ -157,11 +157,11 @@ def decays(mode: str, lr: float = 1e-2, wd: float = 0.02, **more: Any) -> TrialC
 
 def test_decay_modes_at_one_strength_setting_are_mixed_with_strength() -> None:
     assert lines_of(decays("coupled"), decays("independent")) == [
-        "optim.decay_mode: at one weight_decay, independent decays 100 times (1/lr) as strongly as coupled; of equal "
-        "strength is wd_independent = lr*wd, here 0.0002 for lr 0.01 and wd 0.02"
+        "optim.decay_mode: at one weight_decay, independent decay is 100 times (1/lr) as strong as coupled; "
+        "equally strong is lr times the coupled weight_decay, here 0.01 * 0.02 = 0.0002"
     ]
     lines = lines_of(*(decays(m, lr) for m in ("coupled", "independent") for lr in (1e-1, 1e-3)))
-    assert "independent decays 10 to 1,000 times (1/lr)" in lines[0]
+    assert "independent decay is 10 to 1,000 times (1/lr)" in lines[0]
 
 
 def test_decay_modes_of_equal_strength_are_not() -> None:

@@ -158,17 +158,23 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ),
         (
             {"model": {"family": "llama", "qk_norm": True}},
-            "model.qk_norm: must be false with family llama (say model.qk_norm=false, in a zip where families differ, "
-            "or take the preset model=llama), got true",
+            "model.qk_norm: must be false with family llama (set model.qk_norm=false, in a zip where families differ, "
+            "or use the preset model=llama), got true",
         ),
-        ({"model": {"family": "qwen3"}}, "model.qk_norm: must be true with family qwen3 (say model.qk_norm=true, in a"),
+        ({"model": {"family": "qwen3"}}, "model.qk_norm: must be true with family qwen3 (set model.qk_norm=true, in a"),
         ({"model": {**QWEN3, "norm_placement": "sandwich"}}, "model.norm_placement: must be pre with family qwen3"),
         ({"model": {**QWEN3, "ffn": "geglu"}}, "model.ffn: must be swiglu with family qwen3"),
-        ({"model": {**QWEN3, "attn_softcap": 30}}, "model.attn_softcap: acts on family lingua only (sdpa has no cap)"),
-        ({"model": {**QWEN3, "embed_scale": 8}}, "model.embed_scale: acts on family lingua only, got family qwen3"),
+        (
+            {"model": {**QWEN3, "attn_softcap": 30}},
+            "model.attn_softcap: has an effect with family lingua only (sdpa has no cap)",
+        ),
+        (
+            {"model": {**QWEN3, "embed_scale": 8}},
+            "model.embed_scale: has an effect with family lingua only, got family qwen3",
+        ),
         (
             {"model": {**QWEN3, "residual_scale": "inverse_depth"}},
-            "model.residual_scale: acts on family lingua only, got family qwen3",
+            "model.residual_scale: has an effect with family lingua only, got family qwen3",
         ),
         ({"model": {**GEMMA3, "tied": False}}, "model.tied: must be true with family gemma3"),
         ({"model": {**GEMMA3, "ffn": "swiglu"}}, "model.ffn: must be geglu with family gemma3"),
@@ -176,45 +182,60 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ({"model": {**GEMMA3, "norm_placement": "pre"}}, "model.norm_placement: must be sandwich with family gemma3"),
         (
             {"model": {**GEMMA3, "embed_scale": 8}},
-            "model.embed_scale: acts on family lingua only, got family gemma3, which multiplies by sqrt(dim) itself",
+            "model.embed_scale: has an effect with family lingua only, got family gemma3, which multiplies by "
+            "sqrt(dim) itself",
         ),
-        ({"optim": {"decay_share": 0.5}}, "optim.decay_share: acts on schedule wsd only, got schedule cosine"),
-        ({"optim": {"decay_shape": "cosine"}}, "optim.decay_shape: acts on schedule wsd only, got schedule cosine"),
-        ({"optim": {"muon_momentum": 0.9}}, "optim.muon_momentum: acts on kind muon only, got kind adamw"),
-        ({"optim": {"muon_lr": 0.02}}, "optim.muon_lr: acts on kind muon only, got kind adamw"),
+        (
+            {"optim": {"decay_share": 0.5}},
+            "optim.decay_share: has an effect with schedule wsd only, got schedule cosine",
+        ),
+        (
+            {"optim": {"decay_shape": "cosine"}},
+            "optim.decay_shape: has an effect with schedule wsd only, got schedule cosine",
+        ),
+        ({"optim": {"muon_momentum": 0.9}}, "optim.muon_momentum: has an effect with kind muon only, got kind adamw"),
+        ({"optim": {"muon_lr": 0.02}}, "optim.muon_lr: has an effect with kind muon only, got kind adamw"),
         (
             {"optim": {"kind": "muon", "lr": 0, "allow_zero_lr": True, "muon_lr": 0.02}},
             "optim.muon_lr: must be null where optim.lr is 0 (a control trial), got 0.02",
         ),
         (
             {"optim": {"decay_mode": "independent", "lr": 3e-3}},
-            "optim.weight_decay, optim.decay_mode: independent decay takes this share itself, not lr times it, of "
-            "every weight in a step: must be at most 0.02 (as strong as 0.1 coupled is 0.0003), got 0.1, 10 % per step",
+            "optim.weight_decay, optim.decay_mode: independent decay removes this share of every weight in each "
+            "step, without the factor lr: must be at most 0.02 (as strong as 0.1 coupled: 0.0003), got 0.1, "
+            "10 % per step",
         ),
         (
             {"optim": {"decay_mode": "independent", "weight_decay": 3}},
-            "optim.weight_decay, optim.decay_mode: independent decay takes this share itself, not lr times it, of "
-            "every weight in a step: must be at most 0.02 (as strong as 3 coupled is 0.009), got 3, 300 % per step",
+            "optim.weight_decay, optim.decay_mode: independent decay removes this share of every weight in each "
+            "step, without the factor lr: must be at most 0.02 (as strong as 3 coupled: 0.009), got 3, "
+            "300 % per step",
         ),
         (
             {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
-            "optim.muon_adjust_lr: acts on kind muon only, got kind stable_adamw",
+            "optim.muon_adjust_lr: has an effect with kind muon only, got kind stable_adamw",
         ),
-        ({"optim": {"base_batch": 8}}, "optim.base_batch: acts with optim.lr_rule only, got 8 and lr_rule none"),
+        (
+            {"optim": {"base_batch": 8}},
+            "optim.base_batch: has an effect with optim.lr_rule only, got 8 and lr_rule none",
+        ),
         (
             {"optim": {"lr_rule": "sqrt_batch"}},
             "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, got null",
         ),
-        ({"data": {"synth_bytes": 5000}}, "data.synth_bytes: acts on source synthetic only, got source pysrc"),
+        (
+            {"data": {"synth_bytes": 5000}},
+            "data.synth_bytes: has an effect with source synthetic only, got source pysrc",
+        ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
         (
             {"optim": {"clip": None, "clip_kind": "zclip"}},
-            "optim.clip_kind: acts with optim.clip on only, got zclip and clip null",
+            "optim.clip_kind: has an effect only where optim.clip is on, got zclip and clip null",
         ),
         (
             {"train": {"skip_spikes": True, "steps": 64}},
-            "train.skip_spikes, train.steps: can skip nothing in the first 64 steps: needs more of them, got 64",
+            "train.skip_spikes, train.steps: skips nothing in the first 64 steps: train.steps must be larger, got 64",
         ),
         (
             {"optim": {"clip": 2.0, "clip_kind": "agc"}},
@@ -230,11 +251,11 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ),
         (
             {"optim": {"warmup_share": 0.1}},
-            "optim.warmup_steps, optim.warmup_share: say one of them, and the other is null, got 20 and 0.1",
+            "optim.warmup_steps, optim.warmup_share: set one of them; the other must be null, got 20 and 0.1",
         ),
         (
             {"optim": {"warmup_steps": None}},
-            "optim.warmup_steps, optim.warmup_share: say one of them, and the other is null, got null and null",
+            "optim.warmup_steps, optim.warmup_share: set one of them; the other must be null, got null and null",
         ),
     ],
 )

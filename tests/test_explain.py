@@ -105,7 +105,7 @@ def test_a_long_spike_and_one_that_is_not_over() -> None:
     assert told(norm)[0] == "Spiky: a spike lasted more than 10 steps, or was not over at the end (R1)."
     assert ", was over after 15 steps, and the loss did not follow." in told(norm)[1]
     partial = dataclasses.replace(FACTS, stop_reason="scheduler", steps_planned=800)
-    assert told(norm, facts=partial)[0].startswith("Spiky as far as it was let run: ")
+    assert told(norm, facts=partial)[0].startswith("Spiky as far as it ran: ")
 
 
 def test_a_trial_that_learned_nothing_is_untrained_and_warned_of() -> None:

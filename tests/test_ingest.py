@@ -289,8 +289,8 @@ def raw_bytes(path: Path, data: bytes) -> Path:
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
-    "empty state": ("trainer_state.json", b"", "is no JSON (empty)"),
-    "cut state": ("trainer_state.json", b'{"log_history": [{"step": 10, "lo', "is no JSON ("),
+    "empty state": ("trainer_state.json", b"", "is not JSON (empty)"),
+    "cut state": ("trainer_state.json", b'{"log_history": [{"step": 10, "lo', "is not JSON ("),
     "another json": ("trainer_state.json", b'{"a": 1}', "has no log_history (it holds a)"),
     "a list": ("trainer_state.json", b"[1, 2]", "must hold a JSON object"),
     "no train rows": (
@@ -299,20 +299,20 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "has no row with a step",
     ),
     "no utf-8": ("trainer_state.json", b'{"log_history": "\xff"}', "is not UTF-8 text (byte 0xff at 17)"),
-    "too deep": ("trainer_state.json", b"[" * 100_000, "is no JSON ("),
+    "too deep": ("trainer_state.json", b"[" * 100_000, "is not JSON ("),
     "empty lines": ("trainer_log.jsonl", b"\n\n", "is empty"),
     "garbage": ("metrics.jsonl", bytes(range(256)) * 20, "has no line that is a JSON object"),
     "empty csv": ("a.csv", b"", "is empty"),
     "header alone": ("a.csv", b"step,loss\n", "has no row with a step"),
     "garbage csv": ("a.csv", bytes(range(128, 256)) * 20, "is not UTF-8 text"),
-    "garbage parquet": ("a.parquet", b"PAR1" + bytes(200) + b"PAR1", "is no Parquet file"),
-    "no log": ("notes.txt", b"step 1 loss 2", "is no log by its name"),
+    "garbage parquet": ("a.parquet", b"PAR1" + bytes(200) + b"PAR1", "is not a Parquet file"),
+    "no log": ("notes.txt", b"step 1 loss 2", "is not known as a log by its name"),
     "empty events": ("events.out.tfevents.1.host", b"", "holds no scalar"),
     "garbage events": ("events.out.tfevents.1.host", bytes(range(256)) * 20, "holds no scalar"),
     "wild steps": (
         "a.csv",
         b"step,loss\n1,2\n2,2\n3,2\n9000000,2\n",
-        "its 4 steps, 1 to 9000000, lie on no regular grid",
+        "its 4 steps, 1 to 9000000, do not lie on a regular grid",
     ),
 }
 
@@ -338,7 +338,7 @@ def test_the_good_logs_come_in_beside_a_bad_one(tmp_path: Path, capsys: Out) -> 
     plain(tmp_path / "in" / "bad" / "trainer_state.json", "{")
     study = take(tmp_path, tmp_path / "in", code=3)
     assert study.trials["case"].tolist() == ["good"]
-    assert f"error: ingest: {tmp_path / 'in' / 'bad' / 'trainer_state.json'}: is no JSON" in capsys.readouterr().err
+    assert f"error: ingest: {tmp_path / 'in' / 'bad' / 'trainer_state.json'}: is not JSON" in capsys.readouterr().err
 
 
 def test_damaged_lines_are_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
@@ -353,8 +353,8 @@ def test_damaged_lines_are_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
     study = take(tmp_path, path)
     assert only(study)[1].left_out == {
         "torn last line": 1,
-        "lines that are no JSON object": 1,
-        "values that are no number": 2,
+        "lines that are not JSON objects": 1,
+        "values that are not numbers": 2,
         "without a step": 1,
     }
     loss, norm = series(study, "loss"), series(study, "grad_norm")
@@ -462,7 +462,7 @@ def test_a_restart_leaves_out_what_it_wrote_again() -> None:
 def test_steps_within_epochs_are_asked_about() -> None:
     raw = Raw("table")
     assert values(points_of([0, 1, 2, 0, 1, 2, 0, 1, 2], raw)) == [6.0, 7.0, 8.0]
-    assert raw.notes[1] == "2 times it began anew at its first step: are these steps within an epoch?"
+    assert raw.notes[1] == "steps returned to the first one 2 times: do they count within an epoch?"
 
 
 def test_steps_that_go_back_without_repeating_are_sorted() -> None:
@@ -692,7 +692,7 @@ def test_a_sweep_does_not_train_into_an_ingested_study(tmp_path: Path, capsys: O
     study = take(tmp_path, logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60))))
     before = everything(study.folder.path)
     assert sweep.main(["study=s", f"results_dir={tmp_path / 'results'}", "--dry-run"]) == 2
-    assert "is no study of this program: it holds trials but no sweep.yaml" in capsys.readouterr().err
+    assert "is not a study of this program: it holds trials but no sweep.yaml" in capsys.readouterr().err
     assert everything(study.folder.path) == before
 
 
@@ -841,5 +841,5 @@ def test_as_a_module_whose_reader_leaves_early(tmp_path: Path) -> None:
 def test_the_reader_of_states_takes_any_json(tmp_path: Path) -> None:
     rows = [3, None, {"step": "10", "loss": "2.5", "grad_norm": "NaN"}, {"step": 20, "loss": 0.0, "grad_norm": None}]
     raw = trainer.read_state(plain(tmp_path / "a.json", json.dumps({"log_history": rows, "max_steps": "many"})))
-    assert raw.left_out["rows that are no object"] == 2 and raw.steps_planned is None
+    assert raw.left_out["rows that are not objects"] == 2 and raw.steps_planned is None
     assert [p.step for p in raw.points] == [10, 20] and math.isnan(raw.points[0].grad_norm or 0)

@@ -202,7 +202,7 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: 
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - began < 30
-    assert "the same command goes on from here" in err.splitlines()[-1]
+    assert "the same command resumes" in err.splitlines()[-1]
     stopped = [s for s in states(folder, "stopped") if s.status == "interrupted"]
     assert stopped and all(s.step > 0 for s in stopped)
     assert not any(s.status in ("running", "lost") for s in states(folder, "stopped"))

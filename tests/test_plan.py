@@ -200,7 +200,7 @@ def test_the_command_line_takes_the_warmup_out_of_grids_and_cases(ask):
 
 
 def test_both_ways_at_once_are_refused(ask):
-    with pytest.raises(ConfigError, match=r"optim\.warmup_steps, optim\.warmup_share: say one of them.* got 7 and 0.2"):
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps, optim\.warmup_share: set one of them.* got 7 and 0.2"):
         ask(SHARE, "optim.warmup_steps=7", "optim.warmup_share=0.2")
 
 
@@ -525,7 +525,7 @@ def test_a_changed_base_is_warned_about(ask):
 
 def test_another_sweep_is_refused(ask, tmp_path):
     written(ask(SWEEP))
-    with pytest.raises(ConfigError, match=r"holds another sweep: .* got sweep quickstart, there sweep own"):
+    with pytest.raises(ConfigError, match=r"holds another sweep: .* got sweep quickstart, in that folder sweep own"):
         make_plan(["sweep=quickstart", "study=own"], tmp_path)
 
 
@@ -533,7 +533,7 @@ def test_a_folder_that_is_no_study_is_refused(ask, tmp_path):
     (tmp_path / "results" / "own").mkdir(parents=True)
     assert ask(SWEEP).study == "own", "an empty folder is fine"
     (tmp_path / "results" / "own" / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"is no study of this program: it holds thesis\.txt"):
+    with pytest.raises(ConfigError, match=r"is not a study of this program: it holds thesis\.txt"):
         ask(SWEEP)
 
 

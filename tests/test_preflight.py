@@ -129,8 +129,8 @@ def test_all_that_are_not_exact_are_named(monkeypatch: pytest.MonkeyPatch) -> No
         f"model.family: gemma3 {rule}: {apart} nan, gradient norm by nan {most}",
     ]
     assert said == [
-        "pre-flight: is gradient accumulation exact for llama 16x2, qwen3 16x2, gemma3 16x2?",
-        f"pre-flight: llama 16x2 is: {apart} 1.0e-07, gradient norm by 2.0e-07",
+        "pre-flight: checking gradient accumulation of llama 16x2, qwen3 16x2, gemma3 16x2",
+        f"pre-flight: llama 16x2 is exact: {apart} 1.0e-07, gradient norm by 2.0e-07",
     ]
 
 
@@ -196,6 +196,6 @@ def test_through_the_real_command(planted: str, tmp_path: Path) -> None:
         return
     assert done.returncode == 0, done.stderr
     first, second, *_ = [line for line in done.stdout.splitlines() if line.startswith("pre-flight: ")]
-    assert first == "pre-flight: is gradient accumulation exact for qwen3 16x1?"
-    assert second.startswith("pre-flight: qwen3 16x1 is: one batch whole and split, loss differs by ")
+    assert first == "pre-flight: checking gradient accumulation of qwen3 16x1"
+    assert second.startswith("pre-flight: qwen3 16x1 is exact: one batch whole and split, loss differs by ")
     assert len(list((tmp_path / "results" / "small" / "trials").rglob("trace.parquet"))) == 1

@@ -67,7 +67,10 @@ def test_what_is_no_study_is_refused_before_anything_is_written(
     good = small(tmp_path / "good")
     assert main([str(good), str(tmp_path / name)]) == 2
     out = capsys.readouterr()
-    assert out.err == f"error: report: {tmp_path / name}: is no study (no sweep.yaml, no trials/)\n" and not out.out
+    assert (
+        out.err == f"error: report: {tmp_path / name}: is not a study (it has no sweep.yaml and no trials/)\n"
+        and not out.out
+    )
     assert not (good / "report").exists() and list((tmp_path / "empty").iterdir()) == []
 
 

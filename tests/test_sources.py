@@ -521,7 +521,7 @@ def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -
     line = refused("jsonl", path)
     assert line == (
         f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
-        "chat and preference data are not trained on here"
+        "chat and preference data are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
     )
     with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
         check(config("jsonl", path))
@@ -536,7 +536,7 @@ def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
 
 @pytest.mark.shareddata
 def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
-    assert "chat and preference data are not trained on here" in refused("jsonl", shared_data / "kto_en_demo.json")
+    assert "chat and preference data are not supported" in refused("jsonl", shared_data / "kto_en_demo.json")
 
 
 # --- fingerprints

@@ -435,7 +435,7 @@ def test_the_trials_of_a_study(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(StoreError, match="is no study"):
+        with pytest.raises(StoreError, match="is not a study"):
             store.open_study(path)
     (tmp_path / "sweep.yaml").touch()
     assert store.open_study(tmp_path).trials() == []

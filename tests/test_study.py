@@ -432,7 +432,7 @@ def test_a_message_may_hold_what_utf8_cannot(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no study"):
+    with pytest.raises(StoreError, match="is not a study"):
         Study.load(tmp_path)
 
 
@@ -531,6 +531,8 @@ def _grid(losses: list[float], verdicts: list[str | None] | None = None) -> pd.D
             "verdict": verdicts,
             "verdict_code": codes,
             "verdict_reason": None,
+            "sampling_noise": None,
+            "n_evaluable": 300,
             "eval_hash": "e",
             "final_loss_capped": losses,
             "seed": 0,
@@ -594,7 +596,7 @@ def _widths(losses: dict[tuple[int, float], float], seeds: int = 2) -> pd.DataFr
         for seed in range(seeds)
     ]
     same = {"state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_reason": None, "eval_hash": "e"}
-    return pd.DataFrame(rows).assign(**same)
+    return pd.DataFrame(rows).assign(**same, sampling_noise=None, n_evaluable=300)
 
 
 WIDTHS = ("model.dim", "optim.lr")

@@ -15,26 +15,13 @@ from scipy import stats
 from statsmodels.duration.survfunc import SurvfuncRight, survdiff
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
+from tabled import trial
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, importance, rates, sensitivity, sentences, survival
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
-
-
-def trial(
-    lr: float = 3e-3, depth: int = 2, seed: int = 0, clip: float | None = 1.0, model: Any = None, **columns: Any
-) -> dict[str, Any]:
-    """A done trial's row as trials.parquet has it, as far as these statistics read it."""
-    config = cfg.from_dict(cfg.to_dict(planted.settings(depth, lr, clip, seed)))
-    row = {
-        "state": "done", "verdict": "stable", "verdict_code": "ok", "verdict_step": None, "eval_hash": "e",
-        "final_loss_capped": 2.5, "attn_logit_peak": 4.0, "steps_done": 100, "n_evaluable": 84, "detector_id": "jump-1",
-        "spike_events": 0, "spike_first_step": None, "data_fingerprint": "f",
-        "stop_reason": "complete",
-    }  # fmt: skip
-    return cfg.flat(config) | {f"model.{k}": v for k, v in (model or {}).items()} | row | columns
 
 
 def qk_norm(seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:

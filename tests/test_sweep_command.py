@@ -258,7 +258,7 @@ def test_a_stopped_launch_says_how_to_go_on(capsys, monkeypatch, small):
     monkeypatch.setattr(launch, "launch", lambda plan: launch.Outcome(130, 2))
     assert sweep.main(small) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("stopped; the same command goes on from here: python -m stabstudy.sweep model.depth=1 ")
+    assert last.startswith("stopped; the same command resumes: python -m stabstudy.sweep model.depth=1 ")
     assert last.endswith(small[-1])
 
 

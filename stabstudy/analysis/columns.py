@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
+import pandas as pd
+
 from stabstudy import config as cfg
 from stabstudy.stability.columns import COLUMNS, SPIKES
 
@@ -85,3 +87,9 @@ def _setting_kind(name: str) -> str:
     cls = cfg.GROUPS[group] if key else cfg.TrialConfig
     hint = next(str(f.type) for f in fields(cls) if f.name == (key or group))
     return {"str": "text"}.get(kind := hint.partition(" ")[0], kind)
+
+
+def frame(rows: Sequence[Mapping[str, object]], kinds: Mapping[str, str]) -> pd.DataFrame:
+    """The rows as a table of these columns, each of its kind; what a row lacks is null."""
+    types = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
+    return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=types[k]) for n, k in kinds.items()})

@@ -27,6 +27,8 @@ ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 STRIDE = "log_stride"
 """The column of the steps between two logged rows: statistics of records with different ones are never compared."""
 
+BY_RULES = ("spike_", "severity", "warn_")
+"""Beginnings of the names of statistics that the rules of detection define (`detector_id`)."""
 
 SCHEDULER = "scheduler"
 """The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
@@ -46,12 +48,12 @@ def counted(metric: str) -> bool:
 def alike(metric: str, trials: pd.DataFrame) -> list[str]:
     """The columns, of those in the table, in which trials must be equal for this statistic to be pooled or compared.
 
-    Losses on the fixed evaluation batch: that batch. All others: the steps between two logged rows; spikes also the
-    rules that found them.
+    Losses on the fixed evaluation batch: that batch. All others: the steps between two logged rows; what the rules
+    define (spikes, severity, warning levels) also the rules.
     """
     if column(metric) in ON_EVALUATION:
         return ["eval_hash"]
-    names = [STRIDE, *(["detector_id"] if metric.startswith("spike_") else [])]
+    names = [STRIDE, *(["detector_id"] if metric.startswith(BY_RULES) else [])]
     return [name for name in names if name in trials]
 
 
@@ -63,7 +65,7 @@ def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
 _DIFFERS = {
     "eval_hash": "its levels were evaluated on different batches",
     STRIDE: "its levels were logged at different strides",
-    "detector_id": "its levels' spikes were found by different rules",
+    "detector_id": "its levels were judged by different rules",
 }
 
 
@@ -167,9 +169,10 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
 
     `all_stable`: the largest level at which every trial is `stable`, with no level up to it at which one is not or
     has no verdict; null: there is none. A trial that is `untrained` shows neither, so its level is passed over.
+    `evaluable`: the fewest evaluable steps of the stable trials up to it, on which it rests.
     `first_unstable`: the smallest level with a trial that is judged and not stable; null: none seen. `n_unstable` of
-    the `n_there` trials at it are. `stable_again`: the largest level above that one at which every trial is stable;
-    null, as it should be: none.
+    the `n_there` trials at it are, `n_noise` of these by sampling noise. `stable_again`: the largest level above that
+    one at which every trial is stable; null, as it should be: none.
     Losses are compared within each cell of the other axes, paired by seed, and never as means over different cells:
     a level's excess is the mean over cells of its difference to the best level of that cell. `best`: the level of least
     excess, `best_loss` its mean loss; null where the losses are on different evaluation batches. `works_to`: the
@@ -178,7 +181,7 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
     """
     others = [a for a in axes if a not in (setting, by)]
     needed = [setting, *([] if by is None else [by]), *others, "seed", "state", "verdict", "verdict_code"]
-    trials = trials[[*needed, "verdict_reason", "eval_hash", column("final_loss")]]
+    trials = trials[[*needed, "verdict_reason", "sampling_noise", "n_evaluable", "eval_hash", column("final_loss")]]
     groups = [None] if by is None else levels_of(trials[by])
     rows = []
     for level in groups:
@@ -186,7 +189,7 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
         row: dict[str, Level] = {"level": level, "trials": len(part), **dict.fromkeys(_LIMITS), "reason": None}
         try:
             check_complete(part, setting, levels_of(part[setting]), others)
-            rows.append(row | _stable(part, setting) | _working(part, setting, others))
+            rows.append(row | stable_range(part, setting) | _working(part, setting, others))
         except Refused as refused:
             rows.append(row | {"reason": str(refused)})
     table = pd.DataFrame(rows)
@@ -242,27 +245,45 @@ def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tu
     return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
 
 
-_LIMITS = (*("all_stable", "first_unstable", "n_unstable", "n_there", "stable_again", "best", "best_loss", "works_to"),)
+_LIMITS = (
+    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
+    *("best", "best_loss", "works_to"),
+)
 
 
-def _stable(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
-    """What the verdicts say of the levels of `setting`."""
-    grid = levels_of(trials[setting])
+def by_noise(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Which trials are rough or spiky by sampling noise: by their batches, and not by their settings."""
+    return trials["sampling_noise"].eq(True).fillna(False).astype(bool)
+
+
+def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
+    """What the verdicts of these trials say of the levels of `setting`: see `limits`.
+
+    A level that lacks a seed of another one is as unknown as one with a trial that has no verdict.
+    """
+    grid, seeds = levels_of(trials[setting]), set(levels_of(trials["seed"]))
     at = {v: at_level(trials, setting, v) for v in grid}
-    bad = {v: int((rows["verdict"].notna() & (rows["verdict"] != "stable")).sum()) for v, rows in at.items()}
-    stable = [v for v in grid if (at[v]["verdict"] == "stable").all()]
-    unknown = [v for v in grid if (at[v]["verdict"].isna() & (at[v]["verdict_reason"] != "untrained")).any()]
-    first = next((v for v in grid if bad[v]), None)
-    ends = [grid.index(v) for v in grid if bad[v] or v in unknown]
-    prefix = [v for v in stable if grid.index(v) < min(ends, default=len(grid))]
+    unstable = {v: rows[rows["verdict"].isin(VERDICTS[1:])] for v, rows in at.items()}
+    stable = [v for v in grid if (at[v]["verdict"] == "stable").all() and set(levels_of(at[v]["seed"])) == seeds]
+    passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _known(at[v])]
+    first = next((v for v in grid if len(unstable[v])), None)
+    prefix = [v for v in itertools.takewhile(lambda v: v in (*stable, *passed_over), grid) if v in stable]
     again = [] if first is None else [v for v in stable if grid.index(v) > grid.index(first)]
+    steps = [int(at[v]["n_evaluable"].min()) for v in prefix]
     return {
         "all_stable": prefix[-1] if prefix else None,
+        "evaluable": min(steps, default=None),
         "first_unstable": first,
-        "n_unstable": bad[first] if any(bad.values()) else None,
-        "n_there": len(at[first]) if any(bad.values()) else None,
+        "n_unstable": None if first is None else len(unstable[first]),
+        "n_there": None if first is None else len(at[first]),
+        "n_noise": None if first is None else int(by_noise(unstable[first]).sum()),
         "stable_again": again[-1] if again else None,
     }
+
+
+def _known(trials: pd.DataFrame) -> bool:
+    """Whether every trial is stable, or untrained: none shows an instability, and of none is the answer missing."""
+    return bool(((trials["verdict"] == "stable") | (trials["verdict_reason"] == "untrained")).all())
 
 
 def _working(trials: pd.DataFrame, setting: str, others: Sequence[str]) -> dict[str, Level]:

@@ -29,7 +29,7 @@ from stabstudy.analysis import words
 from stabstudy.analysis.compare import column, incomparable
 from stabstudy.analysis.factors import Error, Family, Floats, Ints, Model
 from stabstudy.analysis.kinds import EXPOSURE, Kind, exposures, kind_of, scale_of, shift_of
-from stabstudy.analysis.levels import Level, levels_of, ordered, plain
+from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records
 from stabstudy.analysis.paired import exponential, holm
 
 REPORTED = ("final_loss", "spike_abs_rate", "grad_norm_log_sd", "attn_logit_peak")
@@ -54,9 +54,12 @@ def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -
     difference not under .05): then the lowest and the highest. Of names the lowest and the highest. Where the data
     chose them so, the interval is one for all pairs of levels (Bonferroni).
     """
-    prepared = _prepare(trials, axes, metrics)
+    return _effects(_prepare(trials, axes, metrics))
+
+
+def _effects(prepared: _Prepared) -> pd.DataFrame:
     rows = []
-    for (j, axis), response in itertools.product(enumerate(axes), prepared.responses):
+    for (j, axis), response in itertools.product(enumerate(prepared.axes), prepared.responses):
         row = {"axis": axis, "metric": response.metric, "scale": scale_of(response.metric), "p": math.nan}
         reason = prepared.barred.get((axis, response.metric)) or response.problem
         effect = {} if reason else _effect(prepared, response, j)
@@ -96,7 +99,11 @@ def interactions(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
     Columns: `axis`, `other`, `metric`, `statistic` (F), `p`, `p_holm` over all rows, `note` where there is no p. The
     error is what is left beside all pairs of axes and all seed x axis terms: it needs no moderation.
     """
-    prepared, rows = _prepare(trials, axes, metrics), []
+    return _interactions(_prepare(trials, axes, metrics))
+
+
+def _interactions(prepared: _Prepared) -> pd.DataFrame:
+    axes, rows = prepared.axes, []
     for (i, j), response in itertools.product(itertools.combinations(range(len(axes)), 2), prepared.responses):
         row = {"axis": axes[i], "other": axes[j], "metric": response.metric, "statistic": math.nan, "p": math.nan}
         reasons = [prepared.barred.get((axes[k], response.metric)) for k in (i, j)]
@@ -112,9 +119,51 @@ def interactions(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
     return _table(rows, ("axis", "other", "metric", "statistic", "p", "p_holm", "note"))
 
 
+def claims(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """The rows of `effects`, with what a report may state of them.
+
+    Two columns more. `clear`: p_holm is under .05, or that of an interaction is, corrected for all effects and
+    interactions together: an axis may act one way here and the other way there, and on average not at all. `other`: the
+    axis that a clear effect depends on most clearly, `interactions` having a p_holm under .05; null: on none.
+    """
+    prepared = _prepare(trials, axes, metrics)
+    table, crossed = _effects(prepared), _interactions(prepared)
+    together = holm([*table["p"], *crossed["p"]])[len(table) :]
+    clear = {(r["axis"], r["metric"]) for r in records(table) if r["p_holm"] is not None and r["p_holm"] < CLEAR}
+    depends: dict[tuple[str, str], str] = {}
+    for place in np.argsort(crossed["p"].to_numpy(), kind="stable"):
+        row = crossed.iloc[place]
+        pair = ((row["axis"], row["other"]), (row["other"], row["axis"]))
+        clear |= {(axis, row["metric"]) for axis, _ in pair if together[place] < CLEAR}
+        depends |= {(axis, row["metric"]): other for axis, other in pair if row["p_holm"] < CLEAR} | depends
+    rows = list(zip(table["axis"], table["metric"], strict=True))
+    others = pd.Series([depends.get(r) if r in clear else None for r in rows], dtype=object)
+    return table.assign(clear=[r in clear for r in rows], other=others)
+
+
+def simple_effects(
+    trials: pd.DataFrame, axes: Sequence[str], metric: str, axis: str, between: tuple[Level, Level], by: str
+) -> pd.DataFrame:
+    """A row per level of `by`, another axis: the change of a statistic between two levels of `axis`, there alone.
+
+    Columns: the level, under the name of `by`; `metric`, `estimate` with its 95 % interval `low`, `high` from the
+    trials at that level, and `scale`, as in `effects`. Null where these trials do not tell.
+    """
+    rows = []
+    for level in levels_of(trials[by]):
+        prepared = _prepare(at_level(trials, by, level), [a for a in axes if a != by], [metric])
+        (response,), j = prepared.responses, [a for a in axes if a != by].index(axis)
+        row = {by: level, "metric": metric, "scale": scale_of(metric)}
+        levels, there = prepared.levels[j], {}
+        if not response.problem and (axis, metric) not in prepared.barred and {*between} <= {*levels}:
+            there = _change(prepared, response, j, (levels.index(between[0]), levels.index(between[1])), 1)
+        rows.append(row | there)
+    return _table(rows, (by, "metric", "estimate", "low", "high", "scale"))
+
+
 def _table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> pd.DataFrame:
     """The rows, with levels as they are (4 and not 4.0), and `p_holm` over all of them where they have none."""
-    p_values = [row["p"] for row in rows]
+    p_values = [row.get("p", math.nan) for row in rows]
     each = [{"p_holm": p} | row for p, row in zip(holm(p_values), rows, strict=True)]
     numbers = [n for n in names if n in ("statistic", "p", "p_holm", "estimate", "low", "high")]
     return pd.DataFrame(each, columns=list(names), dtype=object).astype(dict.fromkeys(numbers, "float64"))
@@ -245,11 +294,20 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     a, b = (lowest, highest) if turns else (min(lowest, highest), max(lowest, highest)) if chosen else (first, last)
     pairs = math.comb(len(known), 2)
     which = f"highest against lowest of {len(known)} levels" if chosen else f"last against first of {len(known)} levels"
-    half = error.half_width(model.variance(axis, a, b), pairs if chosen else 1)
-    change = _scaled(response.metric, float(means[b] - means[a]), half)
+    change = _change(prepared, response, axis, (a, b), pairs if chosen else 1)
     lost = len(set(model.axes[axis][0].tolist())) - len(known)
     notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
     return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
+
+
+def _change(
+    prepared: _Prepared, response: _Response, axis: int, places: tuple[int, int], comparisons: int
+) -> dict[str, float]:
+    """From one level of an axis to another, and its interval as one of so many; NaN where a level cannot be told."""
+    model, (a, b) = response.known, places
+    means = model.means(axis)
+    half = prepared.family.error(model, axis).half_width(model.variance(axis, a, b), comparisons)
+    return _scaled(response.metric, float(means[b] - means[a]), half)
 
 
 def _above_best(model: Model, axis: int, error: Error) -> dict[int, _Contrast]:
@@ -293,5 +351,5 @@ def _aliased(axes: Sequence[str], model: Model, axis: int) -> str:
 def _scaled(metric: str, difference: float, half: float) -> dict[str, float]:
     """A difference on the scale of the model, and its interval, on the scale of the statistic."""
     ends = (difference, difference - half, difference + half)
-    shown = ends if scale_of(metric) == "difference" else map(exponential, ends)
-    return dict(zip(("estimate", "low", "high"), shown, strict=True))
+    numbers = ends if scale_of(metric) == "difference" else map(exponential, ends)
+    return dict(zip(("estimate", "low", "high"), numbers, strict=True))

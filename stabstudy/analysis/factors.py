@@ -166,10 +166,10 @@ class Model:
         places = np.concatenate([np.zeros((1, self.columns.shape[1])), places])  # the first level has no column
         from_first = places - places[codes.min()]
         gram, inverse = self.normal
-        told = np.abs(from_first @ gram @ inverse - from_first).max(axis=1) < 1e-6
-        told &= np.bincount(codes, minlength=levels) > 0
+        estimable = np.abs(from_first @ gram @ inverse - from_first).max(axis=1) < 1e-6
+        estimable &= np.bincount(codes, minlength=levels) > 0
         effects = inverse @ (self.columns.T @ (self.weight * self.centred_y[:, 0]))
-        return np.where(told, from_first @ effects, math.nan)
+        return np.where(estimable, from_first @ effects, math.nan)
 
     def variance(self, axis: int, a: int, b: int) -> float:
         """That of the difference between two levels' adjusted means, over that of the error."""

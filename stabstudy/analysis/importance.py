@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import fdtrc
 
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import mixed
 from stabstudy.analysis.compare import values as values_of
+from stabstudy.analysis.factors import Error, Floats, Ints, Model
 from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.workers import spread
@@ -72,7 +71,7 @@ def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
 
 
 def too_few(trials: int, axes: int) -> str | None:
-    """What to say where so many trials cannot carry so many axes."""
+    """The warning where so many trials cannot carry so many axes."""
     if trials >= ENOUGH * axes:
         return None
     named = f"{words.count(trials, 'trial')} for {axes} {'axis' if axes == 1 else 'axes'}"
@@ -83,8 +82,8 @@ def too_few(trials: int, axes: int) -> str | None:
 class _Sample:
     """What one statistic's shares are made from. `reason`: why there are none; then `p` is NaN."""
 
-    levels: dict[str, NDArray[np.intp]]  # of each axis that varies (and the seed): the rank of each trial's level
-    values: NDArray[np.float64]  # [trials], logarithms where OBJECTIVES says so
+    levels: dict[str, Ints]  # of each axis that varies (and the seed): the rank of each trial's level
+    values: Floats  # [trials], logarithms where OBJECTIVES says so
     shares: dict[str, float]  # of the analysis of variance
     p: float
     reason: str | None = None
@@ -105,7 +104,7 @@ def _sample(done: pd.DataFrame, names: Sequence[str], metric: str) -> _Sample:
     return _Sample(levels, values, shares, p)
 
 
-def _check(trials: pd.DataFrame, levels: dict[str, NDArray[np.intp]], values: NDArray[np.float64], metric: str) -> None:
+def _check(trials: pd.DataFrame, levels: dict[str, Ints], values: Floats, metric: str) -> None:
     """Raises Refused where there is nothing to explain."""
     if different := mixed(trials, metric):
         raise Refused(f"{words.listing(different)} differs between trials: they are not comparable")
@@ -118,7 +117,7 @@ def _check(trials: pd.DataFrame, levels: dict[str, NDArray[np.intp]], values: ND
 
 
 def analysis_of_variance(
-    levels: dict[str, NDArray[np.intp]], values: NDArray[np.float64], tested: Sequence[str]
+    levels: dict[str, Ints], values: Floats, tested: Sequence[str]
 ) -> tuple[dict[str, float], float]:
     """Each factor's share of the variance by itself, and the p of "none of the `tested` has an effect".
 
@@ -131,33 +130,28 @@ def analysis_of_variance(
         values: Shape [trials].
         tested: Names of factors.
     """
-    rest, free = _residual(list(levels.values()), values)
+    n = len(values)
+    factors = [(codes, int(codes.max()) + 1) for codes in levels.values()]
+    model = Model(values, np.ones(n), np.zeros(n, dtype=np.int64), factors)  # the seed is a factor here, and no block
+    rest, free = model.additive
     if free <= 0:
         raise Refused("as many levels as trials")
-    total, _ = _residual([], values)
-    without = {n: _residual([v for name, v in levels.items() if name != n], values)[0] for n in levels}
-    shares = {n: max(0.0, left - rest) / total for n, left in without.items()}
-    null, null_free = _residual([v for name, v in levels.items() if name not in tested], values)
-    if null_free == free:
+    total, _ = model.rest(model.columns[:, :0])
+    shares = {name: squares / total for name, (squares, _) in zip(levels, model.tests, strict=True)}
+    kept = [model.columns[:, span] for name, span in zip(levels, model.spans, strict=True) if name not in tested]
+    null, rank = model.rest(np.concatenate([np.empty((n, 0)), *kept], axis=1))
+    explained = n - 1 - free - rank
+    if not explained:
         raise Refused("the axes change with the seed alone")
     if rest <= 1e-12 * total:
         return shares, 0.0
-    explained = (null - rest) / (null_free - free)
-    return shares, float(fdtrc(null_free - free, free, explained / (rest / free)))
-
-
-def _residual(factors: Sequence[NDArray[np.intp]], values: NDArray[np.float64]) -> tuple[float, int]:
-    """Sum of squares that is left when each factor's levels have their own effect, and its degrees of freedom."""
-    indicators = [(f[:, None] == np.arange(1, f.max() + 1)).astype(np.float64) for f in factors]
-    design = np.column_stack([np.ones(len(values)), *indicators])
-    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
-    return float(np.sum((values - design @ effects) ** 2)), len(values) - int(rank)
+    return shares, Error(rest / free, free).f_test(null - rest, explained)[1]
 
 
 def _disagreement(forest: dict[str, float], plain_shares: dict[str, float]) -> str | None:
     apart = {n: share for n, share in forest.items() if abs(share - plain_shares[n]) > APART}
-    said = [f"{forest[n]:.0%} against {plain_shares[n]:.0%} for {words.label(n)}".replace("%", " %") for n in apart]
-    return f"the forest and the analysis of variance disagree: {words.listing(said)}" if said else None
+    parts = [f"{forest[n]:.0%} against {plain_shares[n]:.0%} for {words.label(n)}".replace("%", " %") for n in apart]
+    return f"the forest and the analysis of variance disagree: {words.listing(parts)}" if parts else None
 
 
 def _forests(samples: Sequence[_Sample]) -> list[dict[str, float]]:

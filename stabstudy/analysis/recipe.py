@@ -10,52 +10,63 @@ the widest margin to instability is chosen.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, effects, words
-from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, records, split
+from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
-from stabstudy.stability.verdict import VERDICTS
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
 
-LR = "optim.lr"
+LR, BATCH, STEPS = "optim.lr", "train.batch_size", "train.steps"
 
 GIVEN = (
-    *("model", "model.family", "model.depth", "model.dim", "model.n_heads", "model.n_kv_heads"),
-    *("model.ffn_multiplier", "model.multiple_of", "data", "train.steps", "train.precision"),
-    *("train.batch_size", "train.eval_sequences", "train.final_eval_tokens"),
+    *("study", "data", "train", "model", "model.family", "model.depth", "model.dim", "model.n_heads"),
+    *("model.n_kv_heads", "model.ffn_multiplier", "model.multiple_of", STEPS, BATCH, "train.precision"),
+    *("train.eval_sequences", "train.final_eval_tokens"),
 )
 """Axes that are conditions unless a sweep's `conditions` says otherwise; and every setting of the data."""
 
-MARGIN_STEPS = 200  # evaluable steps from which a sentence on a margin is made
-MOST_TIES = 4
-"""Tied cells that a sentence names."""
+_ASKS_BATCH = re.compile(r"(?<![.-])\bbatch", re.IGNORECASE)
+"""In a question that somebody wrote: one that the program makes of the axes says `train.batch_size`."""
 
-TIED = 0.05  # adjusted p-value from which two cells are not told apart
+_READ = (
+    *("cell_id", "seed", "state", "stop_reason", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
+    *("eval_hash", "final_loss_capped"),
+)
+"""Columns that a choice is made from, beside the axes."""
+
+TIED = 0.05
+"""Adjusted p-value from which two cells are not told apart."""
+
+MARGIN_STEPS = 200
+"""Evaluable steps from which a sentence on a margin is made."""
 
 
 @dataclass(frozen=True)
 class Margin:
-    """What larger learning rates did, all else equal; None where the learning rate does not vary."""
+    """What larger learning rates did, all else equal, up to the largest that was tried."""
 
     lr: float
     stable_to: float  # largest rate such that at it and every tried one below it, from `lr` on, every trial is stable
     unstable_at: float | None  # smallest larger rate with an unstable trial; None: none seen
     unstable: tuple[int, int]  # trials at `unstable_at` that are not stable, of how many
-    evaluable: int  # fewest evaluable steps of the trials it rests on
+    evaluable: int  # fewest evaluable steps of the stable trials it rests on
+    tried_to: float  # largest rate that was tried
 
     @property
     def width(self) -> tuple[float, float]:
-        """Ends of the margin in multiples of `lr`, on the log scale: known to hold, known to fail (inf: not seen)."""
-        return math.log(self.stable_to / self.lr), math.log((self.unstable_at or math.inf) / self.lr)
+        """Decades from `lr` to what is known to hold, and to what is known to fail (inf: nothing is)."""
+        ends = (self.stable_to, self.unstable_at or math.inf)
+        return round(math.log10(ends[0] / self.lr), 9), round(math.log10(ends[1] / self.lr), 9)
 
 
 @dataclass(frozen=True)
@@ -67,101 +78,136 @@ class Recipe:
     levels: dict[str, Level]  # of the knobs
     settings: Settings
     loss: Estimate  # final_loss_capped over its seeds, nat/token
-    candidates: int  # cells of these conditions whose every seed is stable
-    ties: tuple[dict[str, Level], ...]  # knobs of the candidates that cannot be told from the best; not of this one
-    margin: Margin | None
-    ends: dict[str, str]  # numeric knobs whose level here is the `smallest` or the `largest` tried
-    eval_tokens: int | None  # tokens that the final losses rest on; None: not known
+    noise: int  # its trials that are rough or spiky, by sampling noise
+    candidates: int  # cells of these conditions that are stable with every seed, this one too
+    incomplete: int  # cells that are stable as far as they go, and lack a seed or its loss
+    ties: tuple[dict[str, Level], ...]  # knobs of the other candidates that cannot be told from the best
+    widest: int  # of these and this one, how many have the widest margin, this one too; 0: no margin is known
+    margin: Margin | None  # None: the learning rate does not vary
+    ends: dict[str, str] = field(default_factory=dict)  # knobs whose number here is the `smallest` or `largest` tried
+    eval_tokens: int | None = None  # tokens that the final losses rest on; None: not known
+
+
+@dataclass(frozen=True)
+class NoRecipe:
+    """Conditions without a recipe, and why."""
+
+    given: dict[str, Level]
+    reason: str
 
 
 def conditions(study: Study) -> list[str]:
-    """The axes that are given: those that the sweep names, else GIVEN and the data.
+    """The axes that are given: those that the sweep names (a group's name stands for its settings), else GIVEN.
 
-    The batch size is one unless the question asks about it. Data are always one: losses on different data do not
-    compare.
+    Data are always given: losses on different data do not compare. The batch size is not where the question asks about
+    it, nor are the steps where they change with it, at equal tokens.
     """
     named = study.provenance.get("conditions")
-    chosen = set(named) if isinstance(named, list) else set(GIVEN)
-    if not isinstance(named, list) and "batch" in study.question.lower():
-        chosen.discard("train.batch_size")
+    if isinstance(named, list):
+        chosen = {a for a in study.axes if a in named or a.partition(".")[0] in named}
+    else:
+        chosen = set(GIVEN) - (_asked(study) if _ASKS_BATCH.search(study.question) else set())
     return [a for a in study.axes if a in chosen or a == "data" or a.startswith("data.")]
 
 
-def recipes(study: Study) -> list[Recipe]:
-    """A recipe for each combination of conditions that has one, in the order of their levels.
+def _asked(study: Study) -> set[str]:
+    """The axes that belong to a question about the batch size."""
+    sequences = study.grid.trials[BATCH] * study.grid.trials[STEPS]
+    return {BATCH, STEPS} if sequences.nunique() == 1 else {BATCH}
 
-    Losses on different evaluation sets do not compare: where they differ for another reason than a condition, there is
-    no recipe, as where no cell has all seeds of the study and is stable in each.
-    """
+
+def answers(study: Study) -> list[Recipe | NoRecipe]:
+    """What to use under each combination of conditions, in the order of their levels."""
     given = conditions(study)
-    parts = split(study.trials, {a: study.axes[a] for a in given})
-    chosen = (
-        _best(study, dict(zip(given, levels, strict=True)), trials)
-        for levels, trials in parts
-        if trials.loc[trials["state"] == "done", "eval_hash"].nunique() == 1
-    )
-    return [recipe for recipe in chosen if recipe is not None]
+    parts = split(study.trials[[*_READ, *study.axes]], {a: study.axes[a] for a in given})
+    return [_answer(study, dict(zip(given, levels, strict=True)), trials) for levels, trials in parts]
+
+
+def recipes(study: Study) -> list[Recipe]:
+    """A recipe for each combination of conditions that has one."""
+    return [answer for answer in answers(study) if isinstance(answer, Recipe)]
 
 
 def why_none(study: Study) -> str:
-    """Why a study has no recipe."""
-    done = study.trials[study.trials["state"] == "done"]
-    parts = [t for _, t in split(done, {a: study.axes[a] for a in conditions(study)})]
-    if parts and all(t["eval_hash"].nunique() != 1 for t in parts):
-        return "its losses were measured on different evaluation sets, or not at all"
-    return "no cell has every seed of the study and is stable in each"
+    """Why conditions have no recipe; empty where all have one."""
+    return "; ".join(dict.fromkeys(answer.reason for answer in answers(study) if isinstance(answer, NoRecipe)))
 
 
-def _best(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | None:
+def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | NoRecipe:
     """The recipe among these trials, which share their conditions."""
+    done = trials[trials["state"] == "done"]
+    if len(done) and done["eval_hash"].nunique() != 1:
+        return NoRecipe(given, "the losses were measured on different evaluation sets, or not at all")
     seeds = set(levels_of(trials["seed"]))
-    cells = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members, seeds)}
+    stable = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members)}
+    cells = {c: members for c, members in stable.items() if _is_complete(members, seeds)}
+    if not cells:
+        every = f"with each of the {len(seeds)} seeds of the study" if len(seeds) > 1 else "with its seed"
+        return NoRecipe(given, f"no cell is stable, to its planned end, {every}")
     losses = {c: compare.mean(members, "final_loss_capped") for c, members in cells.items()}
-    known = sorted((c for c in cells if math.isfinite(losses[c].mean)), key=lambda c: (losses[c].mean, c))
-    if not known:
-        return None
-    tied = _tied(cells, known)
-    knobs = {c: _levels(study, cells[c], given) for c in tied}
+    known = sorted(cells, key=lambda c: (losses[c].mean, c))
+    tied = _tied(study, cells, known)
+    knobs = {c: _knobs(study, cells[c], given) for c in tied}
     margins = {c: _margin(trials, knobs[c]) for c in tied}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
-    chosen = max(tied, key=lambda c: (widths[c], -losses[c].mean))
-    row = records(cells[chosen].head(1))[0]
+    chosen = max(tied, key=lambda c: (widths[c], -losses[c].mean))  # of equal ones the first, by loss and cell_id
+    row = study.row(str(cells[chosen].index[0]))
     return Recipe(
         cell_id=chosen,
         given=given,
         levels=knobs[chosen],
         settings={name: row[name] for name in cfg.setting_names() if name != "seed"},
         loss=losses[chosen],
-        candidates=len(known),
+        noise=int(compare.by_noise(cells[chosen]).sum()),
+        candidates=len(cells),
+        incomplete=len(stable) - len(cells),
         ties=tuple(knobs[c] for c in tied if c != chosen),
+        widest=0 if margins[chosen] is None else sum(widths[c] == widths[chosen] for c in tied),
         margin=margins[chosen],
-        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, study.grid.axes.get(a, [])))},
+        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, levels_of(trials[a])))},
         eval_tokens=row["eval_tokens"],
     )
 
 
-def _is_stable(members: pd.DataFrame, seeds: set[Level]) -> bool:
-    """Whether the cell has all these seeds and is stable in each; what is rough by sampling noise counts as stable."""
-    stable = (members["verdict"] == "stable") | _is_noise(members)
-    return set(levels_of(members["seed"])) == seeds and bool(((members["state"] == "done") & stable).all())
+def _is_stable(members: pd.DataFrame) -> bool:
+    """Whether no trial is unstable and one is stable. What is rough by sampling noise counts as stable."""
+    stable = (members["verdict"] == "stable") | compare.by_noise(members)
+    return bool(stable.any() and (stable | members["verdict"].isna()).all())
 
 
-def _tied(cells: Mapping[str, pd.DataFrame], known: Sequence[str]) -> list[str]:
+def _is_complete(members: pd.DataFrame, seeds: set[Level]) -> bool:
+    """Whether the cell has all these seeds, each trained to its end, judged, and with a final loss."""
+    ended = (members["state"] == "done") & (members["stop_reason"] != compare.SCHEDULER)
+    whole = ended & members["verdict"].notna() & members[compare.column("final_loss")].notna()
+    return bool(whole.all()) and set(levels_of(members["seed"])) == seeds
+
+
+def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str]) -> list[str]:
     """The best of the cells, which are in the order of their loss, and those not distinguishable from it.
 
     The model is final_loss ~ seed + cell, with Holm's correction over all other cells; one seed tells nothing apart.
+    That alone would be a test beside those of the first screen. So a cell is told apart only if it differs from the
+    best in an axis whose effect on the loss is clear in the study, or if the cells differ at all as clearly as one of
+    so many tests must (Bonferroni).
     """
     if len(known) < 2:
         return list(known)
     trials = pd.concat([cells[c].assign(cell=place) for place, c in enumerate(known)])
     table = effects.contrasts(trials, ["cell"], ["final_loss"])
-    apart = {known[int(row["level"])] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED}
+    apart = [known[row["level"]] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED]
+    if not apart:
+        return list(known)
+    whole = float(effects.effects(trials, ["cell"], ["final_loss"])["p"].iloc[0])
+    if whole >= TIED / max(1, len(study.grid.axes) * len(effects.REPORTED)):
+        claims = effects.claims(*study.tested())
+        clear = claims.loc[claims["clear"] & (claims["metric"] == "final_loss"), "axis"]
+        levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in known}
+        apart = [c for c in apart if levels[c] != levels[known[0]]]
     return [c for c in known if c not in apart]
 
 
-def _levels(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> dict[str, Level]:
-    row = records(members.head(1))[0]
-    return {a: row[a] for a in study.axes if a not in given}
+def _knobs(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> dict[str, Level]:
+    return {a: plain(members[a].iloc[0]) for a in study.axes if a not in given}
 
 
 def _margin(trials: pd.DataFrame, levels: Mapping[str, Level]) -> Margin | None:
@@ -171,75 +217,123 @@ def _margin(trials: pd.DataFrame, levels: Mapping[str, Level]) -> Margin | None:
     for axis, level in levels.items():
         if axis != LR:
             trials = at_level(trials, axis, level)
-    lr = stable_to = float(levels[LR])
-    evaluable, unbroken = math.inf, True
-    for rate in (v for v in levels_of(trials[LR]) if v >= lr):
-        members = at_level(trials, LR, rate)
-        evaluable = min(evaluable, float(members["n_evaluable"].min()))
-        if bad := int((members["verdict"].isin(VERDICTS[1:]) & ~_is_noise(members)).sum()):
-            return Margin(lr, stable_to, rate, (bad, len(members)), int(evaluable))
-        unbroken = unbroken and _is_stable(members, set(levels_of(members["seed"])))
-        stable_to = rate if unbroken else stable_to
-    return Margin(lr, stable_to, None, (0, 0), int(evaluable))
-
-
-def _is_noise(members: pd.DataFrame) -> pd.Series[bool]:
-    """Which trials are rough or spiky by the noise of small batches."""
-    return members["sampling_noise"].fillna(False).astype(bool)
+    lr = float(levels[LR])
+    above = trials[trials[LR] >= lr]
+    row = compare.stable_range(above.assign(verdict=above["verdict"].mask(compare.by_noise(above), "stable")), LR)
+    if row["all_stable"] is None:  # another cell of the same settings, on other data, is not
+        return None
+    unstable = (row["n_unstable"] or 0, row["n_there"] or 0)
+    return Margin(lr, row["all_stable"], row["first_unstable"], unstable, row["evaluable"], float(above[LR].max()))
 
 
 def _end(level: Level, levels: Sequence[Level]) -> str:
-    """`smallest` or `largest` where a number is that of those tried, null and booleans aside; else empty."""
-    numbers = [v for v in levels if v is not None]
-    if level is None or len(numbers) < 2 or not ordered(levels):
+    """`smallest` or `largest` where a number is that of those tried; else empty.
+
+    Nothing lies below 0, and beyond the largest number may lie null: clipping off, no limit.
+    """
+    if level is None or len(levels) < 2 or not ordered(levels):
         return ""
-    return {numbers[0]: "smallest", numbers[-1]: "largest"}.get(level, "")
+    if level == levels[0]:
+        return "smallest" if level != 0 else ""
+    return "largest" if level == levels[-1] else ""
 
 
 def sentence(recipe: Recipe) -> str:
-    """The recipe in words: its knobs, its loss, what ties with it, its margin and where the grid ends."""
-    given = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in recipe.given.items())
+    """One sentence, so that nothing of it is quoted without what it rests on."""
     knobs = _named(recipe.levels) or "these settings"
     loss = words.estimate(recipe.loss.mean, recipe.loss.low, recipe.loss.high, 4)
     rests = [words.count(recipe.loss.n, "seed")]
     if recipe.eval_tokens is not None:
         rests.append(f"{recipe.eval_tokens:,} evaluation tokens")
-    parts = [f"final loss {loss} nat/token ({', '.join(rests)})", *_rivals(recipe), *_room(recipe)]
-    return f"{f'For {given}: use' if given else 'Use'} {knobs}: {'; '.join(parts)}."
+    noise = f"{recipe.noise} of its {words.count(recipe.loss.n, 'trial')} rough or spiky by sampling noise"
+    parts = [
+        f"final loss {loss} nat/token ({', '.join(rests)})",
+        *([noise] if recipe.noise else []),
+        _rivals(recipe),
+        *([] if recipe.margin is None else [_room(recipe.margin)]),
+        *(f"{words.level(recipe.levels[a], a)} is the {end} {words.label(a)} tried" for a, end in recipe.ends.items()),
+    ]
+    return f"{f'For {_named(recipe.given)}: use' if recipe.given else 'Use'} {knobs}: {'; '.join(parts)}."
+
+
+def refusals(missing: Sequence[NoRecipe]) -> Iterator[str]:
+    """A sentence for each reason: the conditions that have no recipe for it."""
+    for reason in dict.fromkeys(m.reason for m in missing):
+        named = [_named(m.given) for m in missing if m.reason == reason and m.given]
+        yield f"No recipe{f' for {words.either(named)}' if named else ''}: {reason}."
 
 
 def _named(levels: Mapping[str, Level]) -> str:
     return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in levels.items())
 
 
-def _rivals(recipe: Recipe) -> Iterator[str]:
+def _rivals(recipe: Recipe) -> str:
     """How it compares with the other stable cells of its conditions."""
-    stable = words.count(recipe.candidates, "stable cell")
-    if recipe.ties:
-        others = " or ".join(
-            _named({a: v for a, v in t.items() if v != recipe.levels[a]}) for t in recipe.ties[:MOST_TIES]
-        )
-        more = f" or {len(recipe.ties) - MOST_TIES} more" if len(recipe.ties) > MOST_TIES else ""
-        why = ", and of these the one with the widest margin" if recipe.margin else ""
-        yield f"tied with {others}{more} (not distinguishable; {stable}){why}"
-    elif recipe.candidates > 1:
-        yield f"the lowest of {stable}"
-    else:
-        yield "the only stable cell"
+    more = f" ({recipe.incomplete} more lack a seed, a verdict or a loss)" if recipe.incomplete else ""
+    tied, cells = len(recipe.ties) + 1, recipe.candidates
+    if tied > 1:
+        which = f"{tied} of {cells}" if tied < cells else f"all {cells}"
+        return f"{which} stable cells are tied{more}, not distinguishable: {_boxes(recipe)}; {_why(recipe)}"
+    if cells > 1:
+        others = "other stable cell" if cells == 2 else f"{cells - 1} other stable cells"
+        return f"lower than in the {others}{more}"
+    return f"the only stable cell{more}"
 
 
-def _room(recipe: Recipe) -> Iterator[str]:
-    """The margin as an interval, and which of its levels stand at an end of what was tried."""
-    m = recipe.margin
-    if m is not None and m.evaluable < MARGIN_STEPS:
-        yield f"no margin is claimed from trials of {m.evaluable} evaluable steps ({MARGIN_STEPS} are needed)"
-    elif m is not None:
-        held = f"stable at {words.number(m.stable_to / m.lr, 2)} times this learning rate" if m.stable_to > m.lr else ""
-        if m.unstable_at is not None:
-            times, (bad, n) = words.number(m.unstable_at / m.lr, 2), m.unstable
-            lost = f"not at {times} times{'' if held else ' this learning rate'} ({bad} of {n} trials)"
-            yield f"margin: {', '.join(p for p in (held, lost) if p)}"
+def _why(recipe: Recipe) -> str:
+    """Why this one of those that are tied."""
+    if recipe.widest in (0, len(recipe.ties) + 1):
+        return "of these it has the lowest loss"
+    lowest = ", and of those that share it the lowest loss" if recipe.widest > 1 else ""
+    if recipe.margin is not None and recipe.margin.evaluable < MARGIN_STEPS:
+        return f"of these it stayed stable up to the highest multiple of its learning rate{lowest}"
+    return f"of these it has the widest known margin{lowest}"
+
+
+def _room(margin: Margin) -> str:
+    """The margin as an interval; of trials that are too short what was unstable, and nothing that was stable."""
+    bad, there = margin.unstable
+    number = f"({bad} of {words.count(there, 'trial')} {'is' if bad == 1 else 'are'} not stable)"
+    fails = None if margin.unstable_at is None else f"{_times(margin, margin.unstable_at)} {{}}{number}"
+    if margin.evaluable < MARGIN_STEPS:
+        seen = "" if fails is None else f"; unstable at {fails.format('this learning rate ')}"
+        return f"no margin is claimed from {margin.evaluable} evaluable steps ({MARGIN_STEPS} are needed){seen}"
+    if margin.tried_to == margin.lr:
+        return "margin: not known, no larger learning rate was tried with these settings"
+    held = f"stable at {_times(margin, margin.stable_to)} this learning rate" if margin.stable_to > margin.lr else ""
+    if fails is not None:
+        return f"margin: {f'{held}, ' if held else ''}not at {fails.format('' if held else 'this learning rate ')}"
+    if margin.stable_to == margin.tried_to:
+        return f"margin: {held}, the most tried"
+    return f"margin: {held or 'not known'}, above it trials lack a verdict"
+
+
+def _times(margin: Margin, rate: float) -> str:
+    return f"{words.number(float(f'{rate / margin.lr:.6g}'), 2)} times"
+
+
+def _boxes(recipe: Recipe) -> str:
+    """The tied cells, in as few boxes of levels as a simple rule makes of them; what all share is left out."""
+    cells = [recipe.levels, *recipe.ties]
+    differing = [a for a in recipe.levels if len(levels_of(c[a] for c in cells)) > 1]
+    boxes = [{a: [c[a]] for a in differing} for c in cells]
+    for axis in differing:
+        boxes = _merged(boxes, axis)
+    return ", and ".join(map(_box, boxes))
+
+
+def _merged(boxes: Sequence[dict[str, list[Level]]], axis: str) -> list[dict[str, list[Level]]]:
+    """The boxes with those in one that differ along this axis alone."""
+    merged: list[dict[str, list[Level]]] = []
+    for box in boxes:
+        same = next((m for m in merged if all(m[a] == v for a, v in box.items() if a != axis)), None)
+        if same is None:
+            merged.append(dict(box))
         else:
-            yield f"margin: {held}, the most tried" if held else "margin: not known, no larger learning rate was tried"
-    for axis, end in recipe.ends.items():
-        yield f"{words.level(recipe.levels[axis], axis)} is the {end} {words.label(axis)} tried"
+            same[axis] = levels_of([*same[axis], *box[axis]])
+    return merged
+
+
+def _box(box: Mapping[str, Sequence[Level]]) -> str:
+    """`learning rate 1e-3 or 0.01 with clip threshold off`."""
+    return " with ".join(f"{words.label(a)} {words.either([words.level(v, a) for v in own])}" for a, own in box.items())

@@ -1,28 +1,27 @@
 """The sentences of a report's first screen: counts, what is stable, what to use, what each axis changed, caveats.
 
-A sentence "X changed Y" is made only where the corrected p of `effects` is under .05; every axis of the study is
-answered, one that changed nothing by the interval of its effect.
+A sentence "X changed Y" is made only where a corrected p is under .05, as `effects.claims` has it, so that a study of
+noise states a change in about one of twenty cases (`tests/test_null_studies.py`). Every axis of the study is answered,
+one that changed nothing by the interval of its effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import compare, recipe, runs, words
 from stabstudy.analysis.blocks import Finding
-from stabstudy.analysis.effects import CLEAR, interactions
-from stabstudy.analysis.levels import levels_of, records
-from stabstudy.analysis.recipe import MARGIN_STEPS
-from stabstudy.analysis.study import Study
+from stabstudy.analysis.effects import claims, simple_effects
+from stabstudy.analysis.levels import Level, levels_of, ordered, records
+from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
+from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
-
-LR = "optim.lr"
 
 REASONS = {
     "untrained": "untrained (the loss never came below the entropy of single tokens)",
@@ -31,6 +30,9 @@ REASONS = {
     "strided": "logged with gaps",
 }
 """Why a done trial has no verdict, in words."""
+
+MOST_LEVELS = 3
+"""Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
 
 
 def counts(study: Study) -> dict[str, int]:
@@ -50,17 +52,16 @@ def counts(study: Study) -> dict[str, int]:
 def headline(study: Study) -> str:
     """One sentence: the counts."""
     numbers = counts(study)
-    total = sum(numbers.values())
-    if not total:
+    if not (total := sum(numbers.values())):
         return "The study holds no trial yet."
+    rest = _without_verdict(study, numbers)
     if not (judged := sum(numbers[v] for v in VERDICTS)):
-        return f"None of {words.count(total, 'trial')} has a verdict{_reasons(study)}."
-    noise = int(study.trials["sampling_noise"].fillna(False).sum())
-    named = [f"{numbers[v]} {v}" for v in VERDICTS if numbers[v]]
-    of_noise = f" ({noise} by sampling noise)" if noise else ""
-    rest = total - judged
-    tail = f"; {rest} more without a verdict{_reasons(study)}" if rest else ""
-    return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{of_noise}{tail}."
+        return f"None of {words.count(total, 'trial')} has a verdict: {rest}."
+    noise = study.trials.loc[compare.by_noise(study.trials), "verdict"].value_counts()
+    by_noise = {v: f" ({noise[v]} by sampling noise)" if v in noise else "" for v in VERDICTS}
+    named = [f"{numbers[v]} {v}{by_noise[v]}" for v in VERDICTS if numbers[v]]
+    tail = f"; without a verdict: {rest}" if rest else ""
+    return f"Of {words.count(judged, 'judged trial')}: {words.listing(named)}{tail}."
 
 
 def findings(study: Study) -> list[Finding]:
@@ -89,12 +90,12 @@ def step(axis: str, a: object, b: object) -> str:
     return f"{words.label(axis)} {words.level(a, axis)} to {words.level(b, axis)}"
 
 
-def change(row: Row) -> str:
-    """`+0.52 [0.45, 0.59] nat/token`, or `x2.4 [2.2, 2.6]` of a ratio."""
+def change(row: Row, unit: bool = True) -> str:
+    """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it."""
     if row["scale"] == "difference":
-        unit = COLUMNS[row["metric"]].unit
+        of = COLUMNS[row["metric"]].unit if unit else ""
         low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
-        return f"{mean} [{low}, {high}]{f' {unit}' if unit not in ('', '1') else ''}"
+        return f"{mean} [{low}, {high}]{f' {of}' if of not in ('', '1') else ''}"
     low, mean, high = (words.number(row[name]) for name in ("low", "estimate", "high"))
     return f"×{mean} [{low}, {high}]"
 
@@ -103,60 +104,69 @@ def _signed(value: Any) -> str:
     return words.NOTHING if words.is_null(value) else f"{'+' if value > 0 else ''}{words.number(value)}"
 
 
-def _reasons(study: Study) -> str:
-    """` (2 too short)`: why done trials have no verdict."""
+def _without_verdict(study: Study, numbers: Mapping[str, int]) -> str:
+    """`2 too short, 3 unfinished and 1 failed`; empty where every trial has a verdict."""
+    others = [f"{numbers[kind]} {kind}" for kind in ("unfinished", "failed", "damaged") if numbers[kind]]
+    return words.listing([*_reasons(study), *others])
+
+
+def _reasons(study: Study) -> list[str]:
+    """`2 too short`: why done trials have no verdict."""
     done = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].isna()]
-    numbers = done["verdict_reason"].value_counts()
-    named = [f"{n} {REASONS.get(str(reason), reason)}" for reason, n in sorted(numbers.items())]
-    return f" ({words.listing(named)})" if named else ""
+    numbers = done["verdict_reason"].fillna("not judged").value_counts()
+    return [f"{n} {REASONS.get(str(reason), reason)}" for reason, n in sorted(numbers.items())]
 
 
 def _limits(study: Study) -> Iterator[str]:
     """The largest learning rate at which every trial stayed stable: per depth, or per level of the one other axis."""
     grid = study.grid
     if LR not in grid.axes:
+        yield _stable_cells(study)
         return
     others = [a for a in grid.axes if a != LR]
-    by = "model.depth" if "model.depth" in others else others[0] if len(others) == 1 else None
+    by = DEPTH if DEPTH in others else others[0] if len(others) == 1 else None
     table = grid.largest_stable(LR, by)
-    evaluable = int(grid.trials["n_evaluable"].min())
     by_text: dict[str, list[str]] = {}
     for level, row in zip(table.index, records(table), strict=True):
-        by_text.setdefault(_limit(row, grid.axes[LR], evaluable), []).append(words.level(level, by or ""))
+        by_text.setdefault(_limit(row, grid.axes[LR]), []).append(words.level(level, by or ""))
     for text, levels in by_text.items():
-        where = "" if by is None else f"{words.label(by)} {words.listing(levels)}: "
-        sentence = f"{where}{text}"
-        yield sentence[0].upper() + sentence[1:]
+        yield _capital(text if by is None else f"{words.label(by)} {words.listing(levels)}: {text}")
     pooled = [words.label(a) for a in others if a != by]
-    yield from _working(table, by, f", averaged over {words.listing(pooled)}" if pooled else "")
+    yield from _working(table, by, grid.axes[LR], f", averaged over {words.listing(pooled)}" if pooled else "")
 
 
-def _limit(row: Row, grid: list[float], evaluable: int) -> str:
+def _stable_cells(study: Study) -> str:
+    stable = [all(row["verdict"] == "stable" for row in rows) for rows in study.rows_by_cell.values()]
+    verb = "is" if sum(stable) == 1 else "are"
+    return f"{sum(stable)} of {words.count(len(stable), 'cell')} {verb} stable in every trial."
+
+
+def _limit(row: Row, grid: Sequence[Level]) -> str:
+    """How far the learning rate can grow, in words; of trials that are too short, on how many steps that rests."""
     if row["reason"] is not None:
         return f"no largest stable learning rate is given: {row['reason']}."
-    stable, unstable, again = (row[name] for name in ("all_stable", "first_unstable", "stable_again"))
-    rests = f" (in {evaluable} evaluable steps; a margin needs {MARGIN_STEPS})" if evaluable < MARGIN_STEPS else ""
-    if unstable is None and stable is None:
-        return "no learning rate at which every trial is stable, and none with an unstable trial."
+    stable, unstable, again, steps = (row[n] for n in ("all_stable", "first_unstable", "stable_again", "evaluable"))
+    short = steps is not None and steps < MARGIN_STEPS
+    rests = f" in {words.number(steps)} evaluable steps (a margin needs {MARGIN_STEPS})" if short else ""
+    held = "" if stable is None else f"every trial is stable up to learning rate {words.level(stable)}{rests}"
     if unstable is None:
-        beyond = "; the limit lies above the grid" if stable == grid[-1] else ""
-        return f"every trial is stable up to learning rate {words.level(stable)}{rests}{beyond}."
-    back = "" if again is None else f", though every one at {words.level(again)} is again"
-    verb = "is" if row["n_unstable"] == 1 else "are"
-    bad, total = (words.number(row[name]) for name in ("n_unstable", "n_there"))
-    lost = f"at {words.level(unstable)}, {bad} of {total} {verb} not{back}"
-    if stable is None:
-        return f"at no smaller learning rate is every trial stable; {lost}{rests}."
-    return f"every trial is stable up to learning rate {words.level(stable)}; {lost}{rests}."
+        beyond = "no larger one was tried" if stable == grid[-1] else "what lies above has no verdict"
+        return f"{held}; {beyond}." if held else "no trial is unstable, and at no learning rate are all stable."
+    back = "" if again is None else f", although every trial at {words.level(again)} is stable again"
+    noise = f", {words.number(row['n_noise'])} by sampling noise" if row["n_noise"] else ""
+    bad, there = (words.number(row[name]) for name in ("n_unstable", "n_there"))
+    lost = f"at {words.level(unstable)}, {bad} of {there} {'is' if bad == '1' else 'are'} not{noise}"
+    return f"{held or 'at no smaller learning rate is every trial stable'}; {lost}{back}."
 
 
-def _working(table: Any, by: str | None, pooled: str) -> Iterator[str]:
+def _working(table: Any, by: str | None, grid: Sequence[Level], pooled: str) -> Iterator[str]:
     """Where the loss says that a learning rate is too large, beside the verdicts."""
     parts = []
     for level, row in zip(table.index, records(table), strict=True):
         if row["works_to"] is not None:
             where = "" if by is None else f" at {words.label(by)} {words.level(level, by)}"
-            parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])})")
+            largest = ", the largest tried" if row["works_to"] == grid[-1] else ""
+            parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])}{largest})")
     if parts:
         yield (
             f"Largest learning rate whose final loss is within {STABLE_MARGIN:g} nat/token of the best of its cell, "
@@ -165,10 +175,9 @@ def _working(table: Any, by: str | None, pooled: str) -> Iterator[str]:
 
 
 def _recipes(study: Study) -> Iterator[str]:
-    recipes = recipe.recipes(study)
-    yield from map(recipe.sentence, recipes)
-    if not recipes:
-        yield f"No recipe: {recipe.why_none(study)}."
+    answers = recipe.answers(study)
+    yield from (recipe.sentence(answer) for answer in answers if isinstance(answer, Recipe))
+    yield from recipe.refusals([answer for answer in answers if isinstance(answer, NoRecipe)])
 
 
 def _behind(study: Study) -> Iterator[str]:
@@ -192,54 +201,48 @@ def _warned(study: Study) -> Iterator[str]:
 
 def _changes(study: Study) -> Iterator[str]:
     """Each axis in turn: the changes that can be told from chance, or that none was found, with its interval."""
-    rows = records(study.effects())
-    crossed = {(r["axis"], r["metric"]): r for r in _crossed(study)}
+    rows = records(claims(*study.tested()))
+    untested: dict[str, list[str]] = {}
     for axis in dict.fromkeys(r["axis"] for r in rows):
         own = [r for r in rows if r["axis"] == axis]
-        clear = [r for r in own if r["p_holm"] is not None and r["p_holm"] < CLEAR]
         tested = [r for r in own if r["p_holm"] is not None]
-        if clear:
-            yield from _stated(study, axis, clear, crossed)
+        if clear := [r for r in tested if r["clear"]]:
+            yield from _by_step(axis, [(r, *_change(study, r)) for r in clear])
         elif tested:
-            parts = [f"{words.STATISTICS[r['metric']]} {change(r)}" for r in tested]
-            at = f"{words.level(tested[0]['a'], axis)} to {words.level(tested[0]['b'], axis)}"
-            yield f"{_capital(words.label(axis))} {at}: no effect found: {'; '.join(parts)}."
+            none = [(r, "no effect found: ", change(r)) for r in tested]
+            lacking = [f"{_name(r)} ({r['note']})" for r in own if r["p_holm"] is None]
+            yield from _by_step(axis, none, f"; not tested: {words.listing(lacking)}" if lacking else "")
         else:
-            yield f"{_capital(words.label(axis))}: not tested ({own[0]['note'] or 'too few trials'})."
+            untested.setdefault(own[0]["note"] or "too few trials", []).append(words.label(axis))
+    for reason, axes in untested.items():
+        yield f"{_capital(words.listing(axes))}: not tested ({reason})."
 
 
-def _stated(study: Study, axis: str, clear: Sequence[Row], crossed: Mapping[tuple[str, str], Row]) -> Iterator[str]:
-    """The clear changes along an axis; one that depends on another axis is given at each level of that one."""
-    by_step: dict[str, list[str]] = {}
-    for row in clear:
-        at, text = step(axis, row["a"], row["b"]), change(row)
-        if other := crossed.get((axis, row["metric"]), {}).get("other"):
-            at, text = f"{at}, depending on {words.label(other)}", _simple(study, row, other)
-        by_step.setdefault(at, []).append(f"{words.STATISTICS[row['metric']]} {text}")
-    for at, texts in by_step.items():
-        yield f"{_capital(at)}: {'; '.join(texts)}."
+def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "") -> Iterator[str]:
+    """A sentence for each pair of levels, and what the change depends on: every statistic's change between them."""
+    sentences: dict[str, list[str]] = {}
+    for row, how, text in changes:
+        chosen = " (lowest to highest)" if (row["note"] or "").startswith("highest against lowest") else ""
+        at = f"{_capital(step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
+        sentences.setdefault(at, []).append(f"{_name(row)} {text}")
+    for i, (at, texts) in enumerate(sentences.items(), 1):
+        yield f"{at}{'; '.join(texts)}{more if i == len(sentences) else ''}."
 
 
-def _simple(study: Study, row: Row, other: str) -> str:
-    """The paired change at each level of another axis that it depends on."""
-    table = records(study.compare(row["axis"], row["metric"], by=other))
-    unit = COLUMNS[row["metric"]].unit
-    parts = [
-        f"{words.statistic(r['mean_a'], unit)} → {words.statistic(r['mean_b'], unit)} at {words.level(r[other], other)}"
-        for r in table
-        if (r["a"], r["b"]) in ((row["a"], row["b"]), (row["b"], row["a"])) and r["pairs"]
-    ]
-    return ", ".join(parts)
+def _change(study: Study, row: Row) -> tuple[str, str]:
+    """What it depends on, and the change; where it depends on another axis, at each level of that one alone."""
+    if (other := row["other"]) is None:
+        return "", change(row)
+    trials, axes, (metric,) = study.tested([row["metric"]])
+    table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), other))
+    known = [r for r in table if r["estimate"] is not None]
+    shown = known if len(known) <= MOST_LEVELS or not ordered(r[other] for r in known) else [known[0], known[-1]]
+    at = words.listing([f"{change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown])
+    return f", depending on {words.label(other)}: ", at or "not known at any one of its levels"
 
 
-def _crossed(study: Study) -> Iterator[Row]:
-    """Pairs of axes that depend on each other, from the side of each."""
-    if len(study.grid.axes) < 2:
-        return
-    for row in records(interactions(*study.tested())):
-        if row["p_holm"] is not None and row["p_holm"] < CLEAR:
-            yield row
-            yield row | {"axis": row["other"], "other": row["axis"]}
+def _name(row: Row) -> str:
+    return words.STATISTICS[row["metric"]]
 
 
 def _capital(text: str) -> str:
@@ -255,7 +258,7 @@ def _missing(study: Study) -> Iterator[str]:
     if absent:
         yield f"Trials in no mean: {words.listing(absent)} (see Trials without a result)."
     if numbers["not judged"]:
-        yield f"Done trials without a verdict: {numbers['not judged']}{_reasons(study)}."
+        yield f"Done trials without a verdict: {words.listing(_reasons(study))}."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
     if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
         verb = "lacks" if short == 1 else "lack"
@@ -280,11 +283,11 @@ def _incomparable(study: Study) -> Iterator[str]:
 def _few(study: Study) -> Iterator[str]:
     if len(levels_of(study.trials["seed"])) == 1:
         yield "One seed: no interval and no test is possible; a difference may be chance."
-    evaluable = study.trials.loc[study.trials["state"] == "done", "n_evaluable"]
+    evaluable = study.trials.loc[study.trials["verdict"] == "stable", "n_evaluable"]
     if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:
         yield (
-            f"Trials have as few as {int(evaluable.min())} evaluable steps: what is stable in them may be unstable in "
-            f"longer ones (margins are stated from {MARGIN_STEPS} on)."
+            f"Stable trials have as few as {int(evaluable.min())} evaluable steps: what is stable in them may be "
+            f"unstable in longer ones (margins are stated from {MARGIN_STEPS} on)."
         )
     epochs = study.trials["epochs"].dropna()
     if len(epochs) and float(epochs.max()) > 1:

@@ -12,19 +12,20 @@ Where a notebook starts:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from stabstudy.analysis import batches, compare, importance, ingested, rates, sensitivity, survival, words
-from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.columns import frame, spike_kinds, trial_kinds
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.config import stored
 from stabstudy.external import ExternalLog, read_external
+from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
@@ -33,7 +34,8 @@ from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
 
 DEPTH = "model.depth"
 
-_DTYPES = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
+MOST_NAMED = 24
+"""Names that an error lists in full."""
 
 
 class Study:
@@ -61,11 +63,11 @@ class Study:
         names = [study.name for study in studies]
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"needs at least two studies of different names, got {', '.join(names) or 'none'}")
-        groups = ["study", *dict.fromkeys(g for study in studies for g in study.tables.groups)]
-        each = list(zip(names, (study.tables for study in studies), strict=True))
-        trials = [row | _named(name, row) for name, tables in each for row in tables.trials]
-        spikes = [row | _named(name, row) for name, tables in each for row in tables.spikes]
-        ratios = batches.Ratios.of_parts({name: tables.ratios for name, tables in each})
+        each = {study.name: study.tables for study in studies}
+        groups = ["study", *dict.fromkeys(g for tables in each.values() for g in tables.groups)]
+        trials = [row | _named(name, row) for name, tables in each.items() for row in tables.trials]
+        spikes = [row | _named(name, row) for name, tables in each.items() for row in tables.spikes]
+        ratios = batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
         whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes, ratios))
         whole._parts = dict(zip(names, studies, strict=True))
         varied = dict.fromkeys(axis for study in studies for axis in study.axes)
@@ -100,7 +102,7 @@ class Study:
 
     @property
     def question(self) -> str:
-        """What the study asks, in one sentence; empty where nobody said."""
+        """What the study asks, in one sentence; empty where nobody wrote it."""
         return str(self.provenance.get("question") or "")
 
     @cached_property
@@ -109,12 +111,12 @@ class Study:
 
         Null is null, but a float that was not finite reads as NaN too: `nonfinite_steps` and `verdict` tell them apart.
         """
-        return _frame(self.tables.trials, trial_kinds(self.tables.groups, self.tables.external)).set_index("trial_id")
+        return frame(self.tables.trials, trial_kinds(self.tables.groups, self.tables.external)).set_index("trial_id")
 
     @cached_property
     def spikes(self) -> pd.DataFrame:
         """A row per spike, with the trial_id and cell_id it belongs to."""
-        return _frame(self.tables.spikes, spike_kinds())
+        return frame(self.tables.spikes, spike_kinds())
 
     @cached_property
     def axes(self) -> dict[str, list[Level]]:
@@ -134,9 +136,7 @@ class Study:
 
     def where(self, fixed: Mapping[str, Level]) -> Study:
         """The part of the study at these levels. Its remaining axes keep their levels, so a gap stays visible."""
-        kept = self.trials
-        for setting, level in fixed.items():
-            kept = at_level(kept, setting, level)
+        kept = reduce(lambda trials, item: at_level(trials, *item), fixed.items(), self.trials)
         return self._part(set(kept.index), {k: v for k, v in self.axes.items() if k not in fixed})
 
     def row(self, trial_id: str) -> dict[str, Any]:
@@ -176,8 +176,8 @@ class Study:
             raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
         body = self.folder.trial(trial_id).read_config()
         config, cache = stored(body["config"]), None if cache_dir is None else Path(cache_dir)
-        found = text.of_step(config, int(step), body["data_fingerprint"], cache)
-        rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in found]
+        sequences = text.of_step(config, int(step), body["data_fingerprint"], cache)
+        rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in sequences]
         return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
 
     def log(self, trial_id: str) -> ExternalLog | None:
@@ -198,8 +198,8 @@ class Study:
     def compare(self, axis: str, metric: str = "final_loss", by: str | None = None) -> pd.DataFrame:
         """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`.
 
-        `by`: another axis, for a block of rows at each of its levels. Raises KeyError for what is no axis or has no
-        mean, ValueError for a count.
+        `by`: another axis, for rows at each of its levels. Raises KeyError for no axis or statistic, ValueError for a
+        count.
         """
         self._check(axis, list(self.axes), "axis")
         self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
@@ -311,10 +311,9 @@ class Study:
         return next(iter(self._by_roughness()), None)
 
     def roughest(self, most: int) -> list[str]:
-        """The roughest trial of each cell that has a trial which is not stable, roughest first, and at least `worst`.
+        """The roughest trial of each cell with an unstable trial, roughest first, at most so many; at least `worst`.
 
-        At most so many. What a trial without a verdict is, nobody knows: it is here only where none is known to be
-        rougher.
+        A trial without a verdict is here only where none is known to be rougher.
         """
         ranked = self._by_roughness()
         rough = [t for t in ranked if self._rows[t]["verdict"] in VERDICTS[1:]]
@@ -322,9 +321,9 @@ class Study:
         return sorted(first.values(), key=ranked.index)[:most]
 
     def _by_roughness(self) -> list[str]:
-        rank = {verdict: i for i, verdict in enumerate(VERDICTS)}
-        rough = {t: (rank.get(row["verdict"], -1), row["grad_norm_max_over_median"] or 0.0) for t, row in self._done()}
-        return sorted(rough, key=lambda t: (-rough[t][0], -rough[t][1], t))
+        rank = {verdict: -i for i, verdict in enumerate(VERDICTS)}
+        calm = {t: (rank.get(row["verdict"], 1), -(row["grad_norm_max_over_median"] or 0.0)) for t, row in self._done()}
+        return sorted(calm, key=lambda t: (*calm[t], t))
 
     def typical(self) -> str | None:
         """The done trial with the median of largest norm over median, those of the worst trial's cell left out."""
@@ -338,10 +337,9 @@ class Study:
     def describe(self, trial_id: str) -> str:
         """The trial in words: its level on each axis, and its seed."""
         row = self.row(trial_id)
-        levels = [f"{words.label(a)} {words.level(row[a], a)}" for a in self.axes]
         case = [f"{'run' if row['log_format'] else 'case'} {words.clean(row['case'], 60)}"] if row["case"] else []
         seed = [] if row["seed"] is None else [f"seed {row['seed']}"]
-        return ", ".join([*case, *levels, *seed])
+        return ", ".join([*case, *(f"{words.label(a)} {words.level(row[a], a)}" for a in self.axes), *seed])
 
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:
@@ -350,20 +348,17 @@ class Study:
     @cached_property
     def rows_by_cell(self) -> dict[str, list[dict[str, Any]]]:
         """Each cell's trials, as `row` gives them, by seed."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for row in sorted(
-            map(self.row, self._rows), key=lambda row: (row["seed"] is None, row["seed"] or 0, row["trial_id"])
-        ):
-            found.setdefault(row["cell_id"], []).append(row)
-        return found
+        rows = sorted(map(self.row, self._rows), key=lambda r: (r["seed"] is None, r["seed"] or 0, r["trial_id"]))
+        cells = dict.fromkeys(row["cell_id"] for row in rows)
+        return {cell: [row for row in rows if row["cell_id"] == cell] for cell in cells}
 
     @cached_property
     def spikes_by_trial(self) -> dict[str, list[dict[str, Any]]]:
         """Each trial's rows of `spikes`, null as None, by step; a trial without spikes is left out."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        spikes: dict[str, list[dict[str, Any]]] = {}
         for row in records(self.spikes.sort_values(["start", "series"])):
-            found.setdefault(row["trial_id"], []).append(row)
-        return found
+            spikes.setdefault(row["trial_id"], []).append(row)
+        return spikes
 
     def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:
         return ((t, row) for t, row in self._rows.items() if row["state"] == "done")
@@ -387,8 +382,10 @@ class Study:
             raise KeyError(f"no trial {trial_id} in study {self.name}")
 
     def _check(self, name: str, known: list[str], what: str) -> None:
+        """Raises KeyError for a name that is none of the known ones: with all of them, or the nearest of many."""
         if name not in known:
-            raise KeyError(f"{name!r} is no {what} of study {self.name} (it has: {', '.join(known) or 'none'})")
+            listed = f" (it has: {', '.join(known) or 'none'})" if len(known) <= MOST_NAMED else nearest(name, known)
+            raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
 
 
 def update_tables(folder: StudyFolder) -> Study:
@@ -401,7 +398,3 @@ def update_tables(folder: StudyFolder) -> Study:
 def _named(study: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """The ids of a row with their study before them, and the study."""
     return {"study": study, "trial_id": f"{study}/{row['trial_id']}", "cell_id": f"{study}/{row['cell_id']}"}
-
-
-def _frame(rows: list[dict[str, Any]], kinds: Mapping[str, str]) -> pd.DataFrame:
-    return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=_DTYPES[k]) for n, k in kinds.items()})

@@ -59,7 +59,7 @@ class Tables:
     groups: list[str]
     trials: list[Row]
     spikes: list[Row]
-    ratios: Ratios  # of the trials' gradient norms to their running medians, for what asks several trials at once
+    ratios: Ratios = field(repr=False)  # of gradient norms to their running medians, for questions to several trials
     damaged: list[Damaged] = field(default_factory=list)
     computed: int = 0  # trials that were judged now, their own judgement being none, or of another state or other rules
     external: Mapping[str, str] = field(default_factory=dict)  # columns of ingested runs alone -> their type

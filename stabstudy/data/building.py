@@ -34,7 +34,7 @@ BATCH = 1 << 20  # characters tokenized at once
 
 @dataclass(frozen=True)
 class Meta:
-    """What meta.json says."""
+    """The content of meta.json."""
 
     format: int
     fingerprint: str

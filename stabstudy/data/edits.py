@@ -1,4 +1,4 @@
-"""Edits of large files: seen although a fingerprint reads no more than samples of such a file.
+"""Edits of large files, found although a fingerprint reads only samples of such a file.
 
 A file of more than 64 MB is fingerprinted by 16 blocks (`files.digest`), which an edit of the same size between the
 blocks does not touch. So the first launch that reads a file also hashes the whole of it, and the cache folder remembers
@@ -71,7 +71,7 @@ class Memory:
 
 
 def _read(file: Path) -> tuple[str | None, dict[str, list[Any]]]:
-    """(first, seen) as the file says; (None, {}) where it is missing or damaged."""
+    """(first, seen) of the file; (None, {}) where it is missing or damaged."""
     try:
         body = store.read_json(file)
     except store.StoreError:

@@ -20,6 +20,6 @@ class DataError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, short enough for one line: its first line, at most 200 characters."""
+    """A library's message, short enough for one line: its first line, at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""A line now and then about work that takes long."""
+"""Progress lines about work that takes long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ clock = time.monotonic
 
 
 class Progress:
-    """Tells `say`, at most every 5 seconds, how much is done and how fast; shorter work passes without a line."""
+    """A line to `say`, at most every 5 seconds: how much is done and how fast; shorter work has none."""
 
     def __init__(self, say: Say, unit: str):
         self.say, self.unit = say, unit

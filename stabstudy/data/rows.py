@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LINGUA_KEYS = ("text", "content")
 ARRAY = (
     "a JSON array is not a JSON lines file, which has one object with its text on each line; chat and preference data "
-    "are not trained on here"
+    "are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
 )
 BLOCK = 1 << 18  # bytes read at once
 BOM = b"\xef\xbb\xbf"

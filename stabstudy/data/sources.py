@@ -51,7 +51,7 @@ def fingerprint(config: DataConfig, memory: Memory | None = None) -> str:
     """16 hex digits of what the tokens depend on: the text, wherever it lies, and the files of a local tokenizer.
 
     Two configs of one fingerprint give the same tokens. seq_len and validation_share only cut them, and are not in it.
-    Hashes content (see `files.digest`), so callers with many trials ask once per distinct DataConfig. With a `memory`
+    Hashes content (see `files.digest`), so callers with many trials do it once per distinct DataConfig. With a `memory`
     an edit is seen that the samples of a large file miss.
     Raises DataError where the source or the tokenizer cannot be found.
     """

@@ -1,4 +1,4 @@
-"""How many tokens there are to train on: exactly from the token cache, else at most, from the size of the text."""
+"""The number of training tokens: exact from the token cache, else an upper bound from the size of the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of the sequences of one step: from a spike back to what the model read.
+"""The text of the sequences of one step, to trace a spike back to what the model read.
 
 Which tokens those are is a pure function of the trial's settings (see `batches`), so nothing was recorded for it.
 """

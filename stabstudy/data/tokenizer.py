@@ -42,7 +42,7 @@ AUTO_FILES = (
     "*.model",
     "config.json",
 )
-BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # looked for where no tokenizer_config.json says it
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # looked for where no tokenizer_config.json names it
 EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 
 
@@ -171,7 +171,7 @@ def _load_files(place: _Place) -> Tokenizer:
 
 
 def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str, known: tuple[str, ...]) -> int | None:
-    """The id of a special token: as the tokenizer_config.json says, else the first usual name in the vocabulary."""
+    """The id of a special token: as in tokenizer_config.json, else the first usual name in the vocabulary."""
     if config is not None and key in config:
         token = config[key]["content"] if isinstance(config[key], dict) else config[key]
         known = () if token is None else (token,)

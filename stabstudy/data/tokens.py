@@ -52,7 +52,7 @@ class Corpus:
 
 
 class _Damaged(Exception):
-    """A cache that is not what its meta.json says, or has none."""
+    """A cache that differs from its meta.json, or has none."""
 
 
 def prepare(config: DataConfig, cache_dir: Path, say: Say = lambda line: None, expected: str | None = None) -> Corpus:
@@ -81,7 +81,7 @@ def prepare(config: DataConfig, cache_dir: Path, say: Say = lambda line: None, e
 
 
 def count(fingerprint: str, cache_dir: Path) -> int | None:
-    """Tokens of the corpus of this fingerprint as its meta.json says; None where it is not in the cache."""
+    """Tokens of the corpus of this fingerprint, from its meta.json; None where it is not in the cache."""
     try:
         meta = _read_meta(_folder(cache_dir, fingerprint) / "meta.json")
     except _Damaged:
@@ -126,7 +126,7 @@ def _usual_folders() -> tuple[Path, Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can put tokens there."""
+    """Whether only this user can put tokens there."""
     return folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & 0o022
 
 
@@ -172,7 +172,7 @@ def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def lock(folder: Path, say: Say = lambda line: None) -> Iterator[None]:
-    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, saying so."""
+    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, with a line."""
     fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

@@ -1,4 +1,4 @@
-"""The unigram entropy of a training part: the loss of a model that knows how frequent each token is, and no context.
+"""The unigram entropy of a training part: the loss of a model that knows only how frequent each token is.
 
     <cache>/tokens/<key>/unigram-<seq_len>-<validation_share>.json    beside the tokens: which of them are trained on
                                                                       depends on these two settings

@@ -1,1 +1,1 @@
-"""From logs of other trainers to trials of a study; no torch, no ray, no pandas."""
+"""Ingestion of other trainers' logs as trials of a study; no torch, no ray, no pandas."""

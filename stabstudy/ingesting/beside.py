@@ -1,6 +1,6 @@
 """Settings found beside a log: under our names where they mean exactly the same, else under their own.
 
-Nothing is assumed. What a file does not say, or says in a way that our rules refuse, stays unknown.
+Nothing is assumed: what no file holds, or holds in a form that our rules refuse, stays unknown.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NAMES_OF_RUNS = {
     *("output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "_name_or_path"),
     *("name", "dump_dir", "checkpoint.path", "logging.wandb.name", "logging.wandb.group"),
 }
-"""What tells runs apart without changing them."""
+"""Keys that name a run and do not change it."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Settings:
 
 
 def find(folder: Path, steps_planned: int | None) -> Settings:
-    """What the files of FILES in a run's folder say."""
+    """The settings in the files FILES of a run's folder."""
     found = Settings()
     values: dict[str, Any] = {}
     for path in (folder / name for name in FILES):

@@ -30,7 +30,7 @@ def rows(path: Path, raw: Raw) -> Iterator[dict[str, Any]]:
     if torn:
         raw.left_out["torn last line"] += 1
     if bad - torn:
-        raw.left_out["lines that are no JSON object"] += bad - torn
+        raw.left_out["lines that are not JSON objects"] += bad - torn
 
 
 def keys(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which of a table's columns is the step, the loss, the gradient norm, the learning rate."""
+"""Column names of logs: those of the step, the loss, the gradient norm and the learning rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KNOWN = {
     ),
     "lr": ("lr", "learning_rate", "optim_lr", "optim_learning_rate"),
 }
-"""Names taken without being told, best first; capitals and punctuation do not count, nor a leading `train`."""
+"""Names that are recognised by themselves, best first; capitals and punctuation do not count, nor a leading `train`."""
 
 
 def match(found: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
@@ -41,7 +41,7 @@ def match(found: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     if "step" not in matched or not matched.keys() & {"loss", "grad_norm"}:
         raise LogError(
             f"has no column known as the step, or none as the loss or gradient norm (it has: {_listed(found)}); "
-            "say which, as in --columns step=iter,grad_norm=gnorm,loss=train_loss"
+            "name them, as in --columns step=iter,grad_norm=gnorm,loss=train_loss"
         )
     return matched
 

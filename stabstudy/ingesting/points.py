@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 from stabstudy.external import LARGEST_STEP
 
 SPARSEST = 20
-"""A grid may have so many rows for each logged one; more means that the steps are no steps."""
+"""A grid may have so many rows for each logged one; more means that the column does not count steps."""
 
 
 class LogError(Exception):
-    """A file that is no log, or of which nothing can be used. One line."""
+    """A file that is not a log, or of which nothing can be used. One line."""
 
 
 class Point(NamedTuple):
-    """One logged row; None where it does not say. NaN and infinities are values."""
+    """One logged row; None where it has no value. NaN and infinities are values."""
 
     step: int
     loss: float | None = None
@@ -50,7 +50,7 @@ class Raw:
             return
         given = {ours: row.get(theirs) for ours, theirs in names.items() if ours != "step"}
         values = {ours: real(value) for ours, value in given.items()}
-        self.left_out["values that are no number"] += sum(
+        self.left_out["values that are not numbers"] += sum(
             values[n] is None and given[n] not in (None, "") for n in values
         )
         if (norm := values.get("grad_norm")) is not None and norm < 0:
@@ -117,12 +117,12 @@ def settle(raw: Raw) -> list[Point]:
         kept.append(point)
     raw.notes.append(f"{restarts} restart{'' if restarts == 1 else 's'}: of repeated steps the last is kept")
     if from_start > 1:
-        raw.notes.append(f"{from_start} times it began anew at its first step: are these steps within an epoch?")
+        raw.notes.append(f"steps returned to the first one {from_start} times: do they count within an epoch?")
     return kept
 
 
 def _join_halves(points: Iterable[Point]) -> list[Point]:
-    """Neighbours of one step of which each says what the other does not (the loss; the norm) as one point."""
+    """Neighbours of one step of which each has what the other lacks (the loss; the norm) as one point."""
     joined: list[Point] = []
     for point in points:
         last = joined[-1] if joined else EMPTY
@@ -149,7 +149,7 @@ def on_grid(points: list[Point], raw: Raw) -> Grid:
         places.setdefault(max(0, math.floor((point.step - phase) / stride + 0.5)), point)
     first, last = min(places), max(places)
     if last - first >= SPARSEST * len(points):
-        raise LogError(f"its {len(points)} steps, {points[0].step} to {points[-1].step}, lie on no regular grid")
+        raise LogError(f"its {len(points)} steps, {points[0].step} to {points[-1].step}, do not lie on a regular grid")
     _say_irregular(points, list(places.values()), stride, phase, raw)
     return Grid(phase + stride * first, stride, [places.get(i, EMPTY) for i in range(first, last + 1)])
 

@@ -41,7 +41,7 @@ class Run:
 
 
 def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) -> Run:
-    """The run of a source; `said`: settings that a person gives. Raises LogError or OSError."""
+    """The run of a source; `said`: settings that the user gives. Raises LogError or OSError."""
     raw = source.read(columns)
     found = beside.find(source.folder, raw.steps_planned) if source.alone else beside.Settings()
     if raw.steps_planned:
@@ -85,7 +85,7 @@ def write(study: store.StudyFolder, run: Run) -> str:
     body = {
         "format": cfg.FORMAT_VERSION,
         "trial_id": run.trial_id,
-        "cell_id": run.trial_id,  # of two runs nobody knows that they differ in the seed alone
+        "cell_id": run.trial_id,  # no two runs are known to differ in the seed alone
         "config": None,
         "external": run.log.body(),
         "choices": {},

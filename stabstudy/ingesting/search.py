@@ -1,4 +1,4 @@
-"""Which files are training logs, which of them are one run, and with what each is read."""
+"""The search for training logs: which files are logs, which of them are one run, and the reader of each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sources(path: Path, given: Mapping[str, str]) -> list[Source]:
             return found
         raise LogError(f"holds no training log (looked for {LOOKED_FOR})")
     if not path.is_file():
-        raise LogError("does not exist" if not path.exists() else "is no file")
+        raise LogError("does not exist" if not path.exists() else "is not a file")
     return [_of_file(path)]
 
 
@@ -71,7 +71,7 @@ def _of_file(path: Path) -> Source:
         return Source("lingua", (path,))
     if path.suffix in tabular.SUFFIXES:
         return Source("table", (path,))
-    raise LogError(f"is no log by its name (known: {LOOKED_FOR})")
+    raise LogError(f"is not known as a log by its name (known: {LOOKED_FOR})")
 
 
 def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
@@ -106,11 +106,11 @@ def _is_lingua(path: Path) -> bool:
     try:
         return set(lines.keys(path)) >= {lingua.NAMES["step"], lingua.NAMES["grad_norm"]}
     except OSError:
-        return path.name == METRICS  # reading it will say what is wrong
+        return path.name == METRICS  # reading it will show what is wrong
 
 
 def _is_table(path: Path, given: Mapping[str, str]) -> bool:
-    """Whether a table found in a folder is a log: by the names of its columns, without a word where it is not."""
+    """Whether a table found in a folder is a log: by the names of its columns; others are passed over."""
     try:
         names.match(tabular.columns(path), given)
     except (LogError, OSError):

@@ -31,9 +31,9 @@ def open_for(path: Path, name: str) -> store.StudyFolder:
     if study.provenance_file.exists() and store.read_json(study.provenance_file).get("kind") == KIND:
         return study
     if study.sweep_file.exists():
-        raise store.StoreError(f"{path}: holds the study of a sweep: give this one a name of its own with --study NAME")
+        raise store.StoreError(f"{path}: holds the study of a sweep: choose another name with --study NAME")
     if any(not p.name.startswith(".") for p in path.iterdir()):
-        raise store.StoreError(f"{path}: is no study of this program, and not empty")
+        raise store.StoreError(f"{path}: is not a study of this program, and not empty")
     return study
 
 

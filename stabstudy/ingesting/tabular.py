@@ -69,7 +69,7 @@ def _header(f: TextIO) -> list[str]:
     try:
         return next(csv.reader([line], delimiter=_delimiter(line)))
     except csv.Error as error:
-        raise LogError(f"is no CSV ({error})") from error
+        raise LogError(f"is not CSV ({error})") from error
 
 
 def _delimiter(line: str) -> str:
@@ -87,7 +87,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise LogError(f"is no Parquet file ({str(error).splitlines()[0]})") from error
+        raise LogError(f"is not a Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _parquet_rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ def read(state: Path | None, log: Path | None) -> Raw:
 
 
 def read_state(path: Path) -> Raw:
-    """log_history, without evaluation and summary rows. Bare NaN is taken; raises LogError for what is no such file."""
+    """log_history, without evaluation and summary rows. Bare NaN is taken; raises LogError for any other file."""
     body = _json(path)
     history = body.get("log_history")
     if not isinstance(history, list):
@@ -39,7 +39,7 @@ def read_state(path: Path) -> Raw:
         if isinstance(row, dict):
             _take(raw, row, STATE)
         else:
-            raw.left_out["rows that are no object"] += 1
+            raw.left_out["rows that are not objects"] += 1
     if raw.points and raw.points[-1].lr == 0:
         raw.notes.append("the last learning rate is 0: each row has that of the next step, as transformers 4.x logs")
     return raw
@@ -66,7 +66,7 @@ def _take(raw: Raw, row: Mapping[str, Any], names: Mapping[str, str]) -> None:
     raw.take(row, names)
     if raw.points and _is_hidden(last := raw.points[-1]):
         raw.points[-1] = last._replace(loss=math.nan)
-        note = "loss 0.0 with a gradient norm that is NaN: Trainer's filter had hidden a loss that was not finite"
+        note = "loss 0.0 with a gradient norm of NaN: Trainer's filter had hidden a loss that was not finite"
         if note not in raw.notes:
             raw.notes.append(note)
 
@@ -80,7 +80,9 @@ def _join(raw: Raw, state: Raw) -> None:
     ours = {p.step: p for p in settle(raw)}
     theirs = {p.step: p for p in settle(state)}
     if _differ((ours[s].loss, theirs[s].loss) for s in ours.keys() & theirs.keys()):
-        raw.notes.append("the losses in trainer_state.json beside it differ: another run's, so no gradient norms")
+        raw.notes.append(
+            "the losses in trainer_state.json beside it differ: it is another run's, so there are no gradient norms"
+        )
         return
     raw.points = [_united(ours.get(s), theirs.get(s)) for s in sorted(ours.keys() | theirs.keys())]
     raw.left_out.update({k: n for k, n in state.left_out.items() if k not in raw.left_out})
@@ -109,7 +111,7 @@ def _json(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise LogError(f"is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})") from error
     except (ValueError, RecursionError) as error:
-        raise LogError(f"is no JSON ({error if text.strip() else 'empty'})") from error
+        raise LogError(f"is not JSON ({error if text.strip() else 'empty'})") from error
     if not isinstance(body, dict):
         raise LogError("must hold a JSON object")
     return body

@@ -1,7 +1,7 @@
 """The command line: everything that is no flag is an override in Hydra's own grammar.
 
 `optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
-or chooses a preset. What is said here wins over the sweep file everywhere.
+or chooses a preset. The command line wins over the sweep file everywhere.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ DEFAULT_SWEEP = "quickstart"
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch says beside its trials."""
+    """The settings of a launch that are not settings of its trials."""
 
     study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name, or adhoc-...
     results_dir: str = setting("results")
     launcher: str = setting("ray", choices=("ray", "local"))
     max_trials: int = setting(10_000, ge=1, le=10**6)
-    force: bool = setting(False)  # launch although the memory estimate says that it cannot fit
+    force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
 
 LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
@@ -59,9 +59,9 @@ class Request:
 
     @property
     def study(self) -> str:
-        """Name of the study's folder: the one given, else the sweep's, else `adhoc-` and a name of what is asked.
+        """Name of the study's folder: the one given, else the sweep's, else `adhoc-` and a hash of its settings.
 
-        That name depends on settings and presets, and neither on their order, the seeds, nor where trials run: more
+        That hash depends on settings and presets, not on their order, the seeds, or where trials run: more
         seeds are growth of the same study, other values are another study.
         """
         if self.launch.study is not None:
@@ -92,7 +92,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings)
 
 
 def _is_question(name: str) -> bool:
-    """Whether a setting or group is part of what a launch asks; `compute` says only where its trials run."""
+    """Whether a setting or group is part of the question of a launch; `compute` sets only where its trials run."""
     return name.partition(".")[0] != "compute"
 
 
@@ -170,10 +170,10 @@ def _refusal(override: Override) -> str | None:
     if name.startswith("sweep."):
         key = name.removeprefix("sweep.").removeprefix("grid.")
         example = key if key in (*setting_names(), *GROUPS) else "optim.lr"
-        return f"axes are given directly, as {example}=A,B, and seeds as seeds=5; the rest is edited in the sweep file"
+        return f"axes are given as {example}=A,B, and seeds as seeds=5; all else of a sweep is edited in its file"
     if name.startswith("hydra"):
         return "Hydra's own settings have no effect here"
-    return "packages (@) are not taken here" if override.package is not None else None
+    return "packages (@) are not supported" if override.package is not None else None
 
 
 def _is_known(name: str) -> bool:
@@ -197,7 +197,7 @@ def _enumerated(override: Override, origin: str, found: Findings) -> list[Any] |
 
 
 def _unreadable(argument: str) -> Problem:
-    """What to say about text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
+    """The problem of text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
     name, equals, text = argument.partition("=")
     if not equals:
         return Problem(name, "is not an override: write KEY=VALUE, or see --help for the flags", repr(argument))

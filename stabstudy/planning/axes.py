@@ -20,7 +20,7 @@ MAX_VALUES = 10_000
 
 @dataclass(frozen=True)
 class Chosen:
-    """A value that somebody chose, and where it was written ("from override 'optim.lr=1'", "sweeps/x.yaml:7")."""
+    """A value, and where it was written ("from override 'optim.lr=1'", "sweeps/x.yaml:7")."""
 
     value: Any
     origin: str
@@ -35,7 +35,7 @@ def check_name(name: str, origin: str, found: Findings) -> bool:
     if name == "seed":
         found.refuse("sweep.grid.seed", "seeds are replicates, not an axis: write seeds: [0, 1, 2]", origin=origin)
     elif name == "compute" or name.startswith("compute."):
-        found.refuse(name, "is where trials run, not what they are: it cannot vary within a study", origin=origin)
+        found.refuse(name, "sets where trials run, not what they train: it cannot vary within a study", origin=origin)
     elif name not in GROUPS and name not in setting_names():
         found.refuse(name, f"is not a setting{suggestion(name)}", origin=origin)
     else:

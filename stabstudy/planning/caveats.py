@@ -64,7 +64,7 @@ def repetition(
 
 
 def timescales(configs: Sequence[TrialConfig]) -> str | None:
-    """How long AdamW's weights remember, 1/(lr*weight_decay) steps (arXiv 2405.13698); None where none decays.
+    """AdamW's timescale, 1/(lr*weight_decay) steps (arXiv 2405.13698), over the trials; None where none decays.
 
     The learning rate is the peak; with independent decay it is 1/weight_decay steps.
     """
@@ -88,7 +88,7 @@ def _short(configs: Sequence[TrialConfig]) -> Iterator[str]:
         yield (
             f"train.steps: {short} of {words.count(len(configs), 'trial')} will get no verdict: it needs "
             f"{rules.min_evaluable} evaluable steps after the first {rules.fill}, "
-            f"so train.steps={needed} is the least that can be judged"
+            f"so train.steps must be at least {needed}"
         )
 
 
@@ -125,13 +125,13 @@ def _mixed_decay(configs: Sequence[TrialConfig]) -> Iterator[str]:
         fold = _range(min(1 / c.peak_lr for c in mixed), max(1 / c.peak_lr for c in mixed))
         lr, decay = mixed[0].peak_lr, mixed[0].optim.weight_decay
         yield (
-            f"optim.decay_mode: at one weight_decay, independent decays {fold} times (1/lr) as strongly as coupled; of "
-            f"equal strength is wd_independent = lr*wd, here {lr * decay:.3g} for lr {lr:.3g} and wd {decay:.3g}"
+            f"optim.decay_mode: at one weight_decay, independent decay is {fold} times (1/lr) as strong as coupled; "
+            f"equally strong is lr times the coupled weight_decay, here {lr:.3g} * {decay:.3g} = {lr * decay:.3g}"
         )
 
 
 def _text(data: DataConfig) -> str:
-    """What a text is called: its path, or its source, and how much of it is read where the settings say so."""
+    """The name of a text: its path, or its source, and how much of it is read where the settings limit it."""
     name = " ".join(filter(None, (data.path, data.hub_config))) or data.source
     size = data.max_bytes or (data.synth_bytes if data.source == "synthetic" else None)
     return name if size is None else f"{name} ({words.amount(size)}B)"

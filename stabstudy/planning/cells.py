@@ -20,7 +20,7 @@ from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import SweepFile
 
 EXCLUSIVE = {"optim.warmup_steps": "optim.warmup_share", "optim.warmup_share": "optim.warmup_steps"}
-"""Two ways to say one thing. Who chooses one takes back the other, and what the sweep file had chosen for it."""
+"""Two settings of one quantity: choosing one makes the other null, also where the sweep file had set it."""
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ class Composer:
         try:
             nested = compose.resolved(base.values, cell.values)
             settings = {k: v for k, v in nested.items() if k != "compute"}
-            # Hydra drops a ??? that stands on top of a preset's value, so the sweep file is asked itself
-            asked = [name for name in compose.missing(self.sweep.document.content) if name not in cell.settings]
-            if unsaid := {*asked, *compose.missing(settings)}:
-                raise ConfigError([Problem(name, "must be given: it is ??? here") for name in sorted(unsaid)])
+            # Hydra drops a ??? that stands on top of a preset's value, so look in the sweep file itself
+            open_in_file = [name for name in compose.missing(self.sweep.document.content) if name not in cell.settings]
+            if missing := {*open_in_file, *compose.missing(settings)}:
+                raise ConfigError([Problem(name, "must be set: it is ??? here") for name in sorted(missing)])
             return Composed(cell, from_dict(settings), {g: base.choices[g] for g in GROUPS})
         except ConfigError as error:
             self._take(error.problems, cell, base)

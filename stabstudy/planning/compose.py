@@ -31,7 +31,7 @@ from stabstudy.planning.document import Document, check
 from stabstudy.settings import ConfigError, Problem, nearest
 
 PRESET_GROUPS = (*GROUPS, "compute")
-"""The groups of conf/. `compute` says where trials run and is no part of a trial."""
+"""The groups of conf/. `compute` sets where trials run and is not part of a trial."""
 
 Nested = dict[str, Any]
 

@@ -19,7 +19,7 @@ FLOORS = {"torch": (2, 10), "ray": (2, 59)}
 
 
 class NotReadyError(Exception):
-    """The launch is well said, but this machine cannot start it (exit code 4). One line for each reason."""
+    """The launch is valid, but this machine cannot start it (exit code 4). One line for each reason."""
 
 
 def cores() -> int:
@@ -37,7 +37,7 @@ def memory() -> int:
 
 @cache
 def gpu_memory() -> tuple[int, ...]:
-    """Bytes of memory of each NVIDIA GPU that this process may use, asked of the driver; () without one."""
+    """Bytes of memory of each NVIDIA GPU that this process may use, from the driver; () without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return ()

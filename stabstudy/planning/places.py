@@ -14,7 +14,7 @@ _PACKAGE = Path(stabstudy.__file__).resolve().parent
 
 @dataclass(frozen=True)
 class SweepPlace:
-    """A sweep file and the question that its header asks."""
+    """A sweep file and the question in its header."""
 
     name: str
     path: Path

@@ -49,12 +49,12 @@ class Plan:
     question: str
     axes: tuple[Axis, ...]
     trials: tuple[PlannedTrial, ...]
-    sweep_text: str  # what sweep.yaml will say
+    sweep_text: str  # text of sweep.yaml
     compute: Compute
     launcher: str
     warnings: tuple[str, ...]
     argv: tuple[str, ...]  # as typed, secrets hidden
-    conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep says which
+    conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep lists them
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
@@ -122,12 +122,12 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
 
 def _start(request: Request, choices: Mapping[str, str]) -> str:
     presets = ", ".join(f"{group}={preset}" for group, preset in choices.items())
-    hint = "" if request.launch.study else "; study=NAME gives it a name, under which more values can join it"
+    hint = "" if request.launch.study else "; study=NAME names the study, so that values can be added later"
     return f"starts from {sweepfile.PRIMARY} alone ({presets}), not from a sweep{hint}"
 
 
 def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
-    """The sweep's own question, unless the command line made other axes of it: then that is what is asked."""
+    """The sweep's own question, unless the command line changed its axes: then one that names them."""
     names = [axis.name for axis in varying]
     own = {name for factor in sweep.factors for alternative in factor for name in alternative}
     if sweep.question and own == set(names):
@@ -161,7 +161,7 @@ def _check_engines(configs: list[TrialConfig], found: Findings) -> None:
         rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: set on or off"
         found.refuse("train.compile, train.steps", rule)
     elif True in chosen and (missing := machine.why_not_compile()):
-        found.warn(f"train.compile=auto: {missing}; every trial of this launch trains without")
+        found.warn(f"train.compile=auto: {missing}; every trial of this launch trains uncompiled")
 
 
 def _completed(composer: Composer, sweep: SweepFile, request: Request, product: list[Alternatives]) -> list[Composed]:
@@ -182,7 +182,7 @@ def _completed(composer: Composer, sweep: SweepFile, request: Request, product: 
 def _body(
     sweep: SweepFile, request: Request, varying: tuple[Axis, ...], trials: Sequence[PlannedTrial]
 ) -> dict[str, Any]:
-    """What sweep.yaml says of the question; `settings` are those that no trial differs in."""
+    """The part of sweep.yaml on the question; `settings` are those that all trials share."""
     flats = [cfg.flat(t.config) for t in trials]
     fixed = {k: v for k, v in flats[0].items() if k != "seed" and all(f[k] == v for f in flats)}
     choices = {g: p for g, p in trials[0].choices.items() if all(t.choices[g] == p for t in trials)}

@@ -53,7 +53,7 @@ def _cost(cost: estimate.Cost) -> str:
     basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"
     return (
         f"about {words.amount(cost.tokens)} tokens, {words.amount(cost.flops)}FLOP, "
-        f"{time} {where} ({basis}), {words.amount(cost.disk)}B of disk"
+        f"{time}, {where} ({basis}), {words.amount(cost.disk)}B of disk"
     )
 
 
@@ -70,10 +70,10 @@ def why_not_here(plan: Plan) -> list[str]:
     reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed))])
     gpus, cpus = plan.compute.gpus_per_trial, plan.compute.cpus_per_trial
     if plan.compute.address is None and gpus and not machine.gpu_memory():
-        reasons.append(f"compute.gpus_per_trial={gpus:g}: there is no GPU here; compute=cpu runs on cores")
+        reasons.append(f"compute.gpus_per_trial={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")
     if plan.compute.address is None and cpus > machine.cores():
         reasons.append(f"compute.cpus_per_trial={cpus}: this machine has {machine.cores()} cores")
     if plan.compute.address is None and any(t.config.train.compile == "on" for t in plan.trials):
         missing = machine.why_not_compile()
-        reasons += [f"train.compile=on: {missing}; train.compile=off trains without"] if missing else []
+        reasons += [f"train.compile=on: {missing}; train.compile=off trains uncompiled"] if missing else []
     return reasons

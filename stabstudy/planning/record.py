@@ -1,4 +1,4 @@
-"""sweep.yaml: what was asked, kept with the study; and whether a new launch belongs to the study that is there.
+"""sweep.yaml, the question kept with its study, and the check that a new launch belongs to that study.
 
 A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
 added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.
@@ -23,7 +23,7 @@ from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import PRIMARY
 from stabstudy.settings import ConfigError, Problem
 
-HEADER = "# What was asked, as composed and launched last. Written by the program; the trials' files are the truth.\n"
+HEADER = "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
 """What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
 
@@ -55,7 +55,7 @@ def text(body: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What sweep.yaml in the folder says, or None where there is none. Raises ConfigError when it is broken."""
+    """The content of sweep.yaml in the folder, or None where there is none. Raises ConfigError when it is broken."""
     path = store.StudyFolder(folder).sweep_file
     if not path.is_file():
         return None
@@ -69,19 +69,19 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], found: Findings) -> dict[str, Any]:
-    """Refuse a launch that would mix two studies. Returns what sweep.yaml said before, {} for a new study."""
+    """Refuse a launch that would mix two studies. Returns the sweep.yaml before it, {} for a new study."""
     before = read(folder)
     if before is None:
         if strangers := _strangers(folder):
-            found.refuse("study", f"{folder} is no study of this program: it holds {', '.join(strangers[:3])}")
+            found.refuse("study", f"{folder} is not a study of this program: it holds {', '.join(strangers[:3])}")
         return {}
     named, version = before.get("sweep"), before.get("format")
     if not isinstance(version, int) or version > cfg.FORMAT_VERSION:
         found.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
     elif named != sweep:
-        same = "leave out sweep=" if named == PRIMARY else f"say sweep={named}"
-        hint = f"give this one a name of its own with study=NAME, or {same}"
-        found.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, there sweep {named}")
+        same = "leave out sweep=" if named == PRIMARY else f"use sweep={named}"
+        hint = f"name a new study with study=NAME, or {same}"
+        found.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, in that folder sweep {named}")
     else:
         _same_data(before, fingerprints, found)
     return before
@@ -111,7 +111,7 @@ def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str]
         was = known.get(_key(_differing(data)), fingerprint)
         if was != fingerprint:
             rule = f"the text of source {data.source} has changed since this study began: use another study=NAME"
-            found.refuse("data", rule, f"fingerprint {fingerprint}, then {was}")
+            found.refuse("data", rule, f"fingerprint {fingerprint}, formerly {was}")
 
 
 def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
@@ -134,7 +134,7 @@ def _key(settings: Mapping[str, Any]) -> str:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """What in an existing folder shows that it is no study, or one whose sweep.yaml is gone."""
+    """What in an existing folder shows that it is not a study, or one whose sweep.yaml is gone."""
     if not folder.is_dir():
         return []
     trials = ["trials but no sweep.yaml"] if store.StudyFolder(folder).trials() else []

@@ -1,7 +1,7 @@
 """Rules against scalars that would be misread, in a file or on the command line.
 
 YAML readers turn `no` into false, `012` into 10 and `1:30` into 90; floats that are too small turn into 0; a resolver
-such as `${oc.env:HOME}` carries whatever it finds into files that are kept for ever. None of it happens silently here.
+such as `${oc.env:HOME}` copies what it finds into files that are kept. None of it happens silently here.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ PRIMARY = "conf/trial.yaml"
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep file asks, before the command line has its say."""
+    """The content of a sweep file, before the command line is applied."""
 
     name: str
     question: str
@@ -42,7 +42,7 @@ class SweepFile:
     factors: tuple[Alternatives, ...]
     cases: dict[str, dict[str, Chosen]]
     exclude: tuple[grammar.Expression, ...]
-    conditions: tuple[str, ...] | None = None  # None: not said
+    conditions: tuple[str, ...] | None = None  # None: the default
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFile:
@@ -104,7 +104,7 @@ def _default_problem(entry: Any, loader: ConfigLoader) -> Problem | None:
         group = str(key).removeprefix("override /")
         if group in compose.PRESET_GROUPS and group != key:
             return compose.check_preset(loader, group, preset)
-    return Problem("defaults", "chooses presets, each as - override /data: c4", repr(entry))
+    return Problem("defaults", "may only choose presets, each as - override /data: c4", repr(entry))
 
 
 def _grid(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:

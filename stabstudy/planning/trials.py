@@ -20,7 +20,7 @@ from stabstudy.settings import ConfigError
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One trial to be: its ids, what it is, the presets it was made of, and the named case if it is one."""
+    """A planned trial: its ids, what it is, the presets it was made of, and the named case if it is one."""
 
     trial_id: str
     cell_id: str

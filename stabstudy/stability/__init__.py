@@ -13,7 +13,7 @@ every step shows a flat line, whatever happens underneath. Whether clipping hide
 (`clip_share`), not a property of the measurement.
 
 An adaptive detector divides by the roughness it should report: the rougher the run, the fewer its surprises. So no
-count stands alone here, and roughness is told by the absolute rate.
+count stands alone here, and roughness is measured by the absolute rate.
 
 Beside our rules stand the published ones, exactly as published but for their defects, so that a study can be set beside
 the numbers of others.

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 def attribute(spikes: list[Spike], groups: Floats, rules: Rules) -> list[Spike]:
-    """The spikes of grad_norm with `attrib_*` filled, where that can be said.
+    """The spikes of grad_norm with `attrib_*` filled, where the answer is known.
 
     Args:
         spikes: Of grad_norm. Where there are none nothing is computed.

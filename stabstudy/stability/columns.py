@@ -19,7 +19,7 @@ class Definition:
 
 
 SETTLED = 25  # first step of the settled part, where the warmup is not longer
-FEWEST = 20  # points below which a spread or a slope says nothing
+FEWEST = 20  # points below which a spread or a slope means nothing
 TREND = 9  # steps of the centred mean that the spread of log grad_norm is taken about
 
 _NEVER, _NONE_SETTLED, _FEW = "never", "no settled step", f"under {FEWEST} settled steps"
@@ -291,7 +291,7 @@ SPIKES: dict[str, Definition] = {
         "not every step was logged",
         "class",
     ),
-    "in_warmup": _bool("starts during the warmup", "nobody knows where the warmup ended", "in warmup"),
+    "in_warmup": _bool("starts during the warmup", "the end of the warmup is not known", "in warmup"),
     "partner": _int("start of the spike of the other series that belongs to it", "step", "none", "coupled with"),
     "lag": _int("start of the loss spike - start of the norm's spike", "step", "no partner", "lag"),
     "attrib_first": _text(

@@ -141,7 +141,7 @@ def _recovered_below(usual_value: float, scale: float, rules: Rules, series: Ser
     """The value at or below which the series counts as back.
 
     `usual_value` is the larger of level and baseline: the median of five values alone is too noisy to last for the
-    many steps that this is asked of (on an H200 it made one batch's loss "wide" in 11 of 24 trials), and on a rise the
+    many steps that recovery takes (on an H200 it made one batch's loss "wide" in 11 of 24 trials), and on a rise the
     baseline alone would never be reached again.
     """
     if series == "loss":

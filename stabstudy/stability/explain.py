@@ -21,7 +21,7 @@ DIVERGED = {
     "above_unigram": "the loss had fallen below the entropy of single tokens and ended above it",
     "no_recovery": "at the end the loss was far above the best it had reached",
 }
-"""What each divergence code says of a trial."""
+"""Each divergence code in words."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def outcome(columns: Row, rules: Rules) -> str:
 def _verdict(columns: Row, rules: Rules) -> str:
     verdict, judged = columns["verdict"], columns["n_evaluable"]
     unit = "logged row" if columns["approximate"] else "step"
-    so_far = " as far as it was let run" if columns["verdict_partial"] else ""
+    so_far = " as far as it ran" if columns["verdict_partial"] else ""
     if verdict is None:
         return _unjudged(columns, rules)
     if verdict == "diverged":

@@ -30,7 +30,7 @@ _OF_STATE = (
     *("status", "stop_reason", "init_loss", "final_loss", "growth_act", "growth_grad"),
     *("unigram_entropy", "train_tokens", "eval_hash", "eval_tokens", "records", "error"),
 )
-"""What of a state a judgement depends on. Attempts, hosts and times are no part of it."""
+"""The fields of a state that a judgement depends on; not attempts, hosts and times."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def facts(self) -> TrialFacts:
-        """What the trace does not say."""
+        """Facts that the trace does not hold."""
         c, state = self.config, self.state
         return TrialFacts(
             steps_planned=c.train.steps,

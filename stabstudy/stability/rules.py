@@ -100,7 +100,7 @@ class Rules:
     reference_share: float = 0.05
     unigram_learned: float = 0.3  # above_unigram: the best moving mean was so far below the unigram entropy ...
     unigram_lost: float = 0.05  # ... and the final loss is this far above it
-    no_recovery_steps: int = 50  # a shorter trial is not asked
+    no_recovery_steps: int = 50  # shorter trials are not tested for it
     no_recovery_rise: float = 0.5
     no_recovery_share: float = 0.1  # of the loss gained so far
     tail_low: int = 5  # steps at the end: max(low, share * steps)

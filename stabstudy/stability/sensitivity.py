@@ -1,4 +1,4 @@
-"""How sensitive training is to its learning rate, and how its attention logits grow: statistics of a whole study.
+"""Sensitivity to the learning rate, and growth of the attention logits: statistics of a whole study.
 
 LR sensitivity is that of Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities"
 (arXiv 2309.14322): how far, on average over a grid of learning rates, the final loss stays above the best one. Three
@@ -6,7 +6,7 @@ traps. A recipe that is at chance at every rate has a sensitivity of 0, so the c
 number depends on the grid, so it is stored, and different grids are never compared. And a rate must mean the same on
 both sides of a comparison: another optimizer, batch rule or parametrisation changes what it means.
 
-What cannot be told is `Refused` with a reason: a grid with a hole gives no number, because the missing rates are
+What cannot be computed is `Refused` with a reason: a grid with a hole gives no number, because the missing rates are
 usually those that went wrong.
 """
 
@@ -29,7 +29,7 @@ UNSTABLE_LOGIT = 1e4  # attention logit from which the cited paper predicts inst
 
 
 class Refused(ValueError):
-    """The statistic cannot be given; the message says why."""
+    """The statistic cannot be given; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a loss curve says; losses in nat/token, None where it cannot be told."""
+    """Statistics of a loss curve; losses in nat/token, None where not computable."""
 
     seeds: int
     grid: tuple[float, ...]

@@ -1,7 +1,7 @@
 """The summary of a log that leaves steps out, in the steps of its source.
 
 Detectors, windows and rates count logged rows: a flagged row is a flagged row, and the share of rows that are flagged
-estimates that of the steps. Row numbers become steps here, and what cannot be said without every step becomes null:
+estimates that of the steps. Row numbers become steps here, and what needs every step becomes null:
 
     how long a spike lasts, so its class and its recovery: most spikes are shorter than a stride
     what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead

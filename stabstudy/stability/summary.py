@@ -1,6 +1,6 @@
 """The statistics of one trial, a row of trials.parquet, and its spikes.
 
-Null (None) means "not applicable" or "not measurable", never zero; `COLUMNS` says when. A number that is NaN was
+Null (None) means "not applicable" or "not measurable", never zero; see `COLUMNS`. A number that is NaN was
 measured and was not finite. "Settled" are the finite steps from max(warmup_steps, 25) on.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["COLUMNS", "Definition", "LiveSpikes", "Summary", "TrialFacts", "Valu
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """What the trace does not say about its trial."""
+    """Facts about a trial that its trace does not hold."""
 
     steps_planned: int
     warmup_steps: int
@@ -158,5 +158,5 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
 
 
 def _tokens(trace: Rows) -> int | None:
-    """Targets seen up to the last row; None where the record does not say."""
+    """Targets seen up to the last row; None where the record has none."""
     return None if not len(trace) or trace.is_null("tokens")[-1] else int(trace["tokens"][-1])

@@ -1,4 +1,4 @@
-"""Whether a trial diverged, and the verdict: `stable`, `spiky`, `rough`, `diverged`, or none.
+"""Divergence codes, and the verdict on a trial: `stable`, `spiky`, `rough`, `diverged`, or none.
 
 Divergence codes, tested in this order at each step (the last two at the end); the first that fires is kept:
 
@@ -22,9 +22,9 @@ Diverged is a result, not a failure of the trial. The verdict is the first that 
                   per 1,000 evaluable steps (a coupled pair counts once)
     stable    none of these
 
-and null, with a reason, where nothing can be said: `no_gradient_norm`, `too_short` (under 50 evaluable steps), a state
+and null, with a reason, where it cannot be judged: `no_gradient_norm`, `too_short` (under 50 evaluable steps), a state
 that is not done; and in place of `stable` alone: `strided` (a log that leaves steps out can show that a trial diverged,
-is rough or spiky by R2, but not how long anything lasted, so `persistent` and R1 are not asked) and `untrained` (the
+is rough or spiky by R2, but not how long anything lasted, so `persistent` and R1 are not tested) and `untrained` (the
 moving mean of the loss never came below H1: nothing was learned that could have become unstable).
 """
 
@@ -162,7 +162,7 @@ class DivergenceMonitor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement of one trial. `verdict` null: `reason` says why it is not judged, and the rest is null too."""
+    """The judgement of one trial. `verdict` null: `reason` is why it is not judged, and the rest is null too."""
 
     verdict: str | None  # stable | spiky | rough | diverged
     rule: str | None = None  # the code, `rough`, or those of R1+R2 that hold; null for stable
@@ -218,7 +218,7 @@ def judge(
         return Verdict(None, reason="no_gradient_norm")
     if flags.n_evaluable < rules.min_evaluable:
         return Verdict(None, reason="too_short")
-    code = "ok" if monitor.every_step else None  # nobody asked for `persistent`
+    code = "ok" if monitor.every_step else None  # `persistent` was not tested
     if is_rough(flags, rules):
         return Verdict("rough", "rough", None, partial, code)
     if broken := "+".join(_rules_broken(grad, loss, flags.n_evaluable, rules, monitor.every_step)):

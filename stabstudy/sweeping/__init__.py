@@ -1,1 +1,1 @@
-"""From a plan to trained trials: through Ray Tune or in this process, shown, stopped and resumed."""
+"""Launches: trials of a plan trained through Ray Tune or in this process, shown, stopped and resumed."""

@@ -67,7 +67,7 @@ class Board:
         self.console.print(Text(safe(line)), soft_wrap=True)
 
     def start(self, trial_id: str) -> None:
-        """A process takes the trial up; the first one ends the silence of a scheduler that starts."""
+        """A process takes the trial up; the clock starts with the first one, after the start of the scheduler."""
         if not self.running and not self.finished:
             self._started = self._spoke = time.monotonic()
         self.running[trial_id] = Running(time.monotonic())
@@ -81,7 +81,7 @@ class Board:
         self._speak_now_and_then()
 
     def finish(self, trial_id: str, state: State) -> None:
-        """A trial has ended (or will not be tried again): count it and say how it went."""
+        """A trial has ended (or will not be tried again): count it and print its outcome."""
         began = self.running.pop(trial_id, None)
         outcome = judged(state) if state.status == "done" else state.status
         self.finished[trial_id] = outcome

@@ -1,4 +1,4 @@
-"""From a plan to trained trials: prepare the data once, write the study's files, train what is not done.
+"""The launch of a plan: prepare the data once, write the study's files, train what is not done.
 
 Relaunching is resuming, because nothing but the files decides what is left to do.
 """
@@ -68,7 +68,7 @@ def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
     """Tokenize once what the trials read; check that it is enough for each. Raises ConfigError with all problems.
 
-    Says what is known of the training part only now: its size, its unigram entropy, and how often it repeats.
+    Prints what is known of the training part only now: its size, its unigram entropy, and how often it repeats.
     """
     problems: dict[str, Problem] = {}
     supplies: dict[DataConfig, Supply] = {}
@@ -152,7 +152,7 @@ def _run_local(
 
 
 def write_study(study: store.StudyFolder, plan: Plan) -> None:
-    """sweep.yaml, provenance.json and each trial's config.json; what already says the same stays untouched."""
+    """sweep.yaml, provenance.json and each trial's config.json; a file with the same content stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
     store.write_json(study.provenance_file, provenance(plan))
     for trial in plan.trials:
@@ -172,7 +172,7 @@ def write_study(study: store.StudyFolder, plan: Plan) -> None:
 
 
 def _settle(study: store.StudyFolder, ids: Mapping[str, str]) -> None:
-    """A trial whose process is gone without a word is `interrupted`, so that status and report name it rightly."""
+    """A trial whose process has vanished is `interrupted`, so that status and report name it rightly."""
     for trial_id in ids:
         folder = study.trial(trial_id)
         state = folder.read_state()

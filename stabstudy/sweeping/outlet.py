@@ -1,4 +1,4 @@
-"""Output whose reader may go away: `... | head` ends the listening, not the study."""
+"""Output streams that outlive their reader: `... | head` does not end a study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class Outlet:
-    """A text stream that writes into nothing once its reader has gone. Everything else is the stream's own."""
+    """A text stream that drops what is written once its reader has closed the pipe; else the stream's own."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

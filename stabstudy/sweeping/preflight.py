@@ -1,4 +1,4 @@
-"""Before a study trains models that are not ours: each must be exact under gradient accumulation, or nothing starts."""
+"""Pre-flight of a launch: models that are not ours must be exact under gradient accumulation, or nothing starts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def preflight(configs: Sequence[TrialConfig], compute: Compute, cache_dir: Path,
     chosen = models(configs)
     if not chosen:
         return
-    say(f"pre-flight: is gradient accumulation exact for {', '.join(_label(c.model) for c in chosen)}?")
+    say(f"pre-flight: checking gradient accumulation of {', '.join(_label(c.model) for c in chosen)}")
     problems = []
     for config, (loss, norm) in zip(chosen, _measured(chosen, compute, cache_dir), strict=True):
         apart = f"one batch whole and split, loss differs by {loss:.1e}, gradient norm by {norm:.1e}"
         if loss <= LOSS_APART and norm <= NORM_APART:  # NaN is not
-            say(f"pre-flight: {_label(config.model)} is: {apart}")
+            say(f"pre-flight: {_label(config.model)} is exact: {apart}")
             continue
         rule = f"{_label(config.model)} is not exact under gradient accumulation: {apart}"
         problems.append(Problem("model.family", f"{rule} (at most {LOSS_APART:g} and {NORM_APART:g} are rounding)"))

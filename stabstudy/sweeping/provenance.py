@@ -1,4 +1,4 @@
-"""What a reader needs to run a study again: question, axes, command, versions, machine, code."""
+"""Provenance of a study, enough to run it again: question, axes, command, versions, machine, code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _processor() -> str:
 def _git() -> dict[str, str] | None:
     """Commit of the code and a hash of what differs from it; None outside a checkout or without git.
 
-    Studies under results/ are no code: one that is trained anew is not made by other code for that.
+    Studies under results/ are not code: a change there is left out.
     """
     try:
         commit = _ask_git("rev-parse", "HEAD").strip()

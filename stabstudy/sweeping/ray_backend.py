@@ -1,4 +1,4 @@
-"""Running packs through Ray Tune: a fresh Tuner over what is left to do, quiet, fenced by a token, gone afterwards.
+"""The Ray Tune backend: a fresh Tuner over what is left to do, quiet, fenced by a token, removed afterwards.
 
 Ray is a scheduler here and nothing else. Its state is thrown away with its folder; `Tuner.restore` is never used (it
 ignores an edited grid and unpickles what it finds). Facts behind the settings were measured on Ray 2.60.
@@ -48,8 +48,8 @@ ENVIRONMENT = {
 }
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: it ends Tune's loop when a stop was asked for
-    """Every running trial has ended after a stop was asked for."""
+class Stopped(Exception):  # noqa: N818 - not an error: it ends Tune's loop after a stop request
+    """Every running trial has ended after a stop request."""
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
     with _ray(compute, study) as (slots, storage):
         from ray import tune
 
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are told by the board, from our files
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the board, from our files
         callback = _watch(tune, study, board, stopping, compute)
         gpus = compute.gpus_per_trial
         tuner = tune.Tuner(

@@ -22,7 +22,7 @@ UNKNOWN = "?"
 
 @dataclass(frozen=True)
 class Listed:
-    """A trial as found: its state, and what its config.json says of it ({} where that cannot be read)."""
+    """A trial on disk: its state, and its settings in config.json ({} where that cannot be read)."""
 
     folder: TrialFolder
     state: State
@@ -36,7 +36,7 @@ class Listed:
 
 
 def show(folder: Path) -> None:
-    """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is no study."""
+    """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is not a study."""
     study = store.open_study(folder)
     axes = _axes(study)
     listed = sorted(map(_found, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
@@ -57,7 +57,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
 
 
 def _axes(study: store.StudyFolder) -> list[str]:
-    """The names of what varies, as the last launch said."""
+    """The names of the axes of the last launch."""
     try:
         axes = store.read_json(study.provenance_file).get("axes")
     except store.StoreError:

@@ -1,4 +1,4 @@
-"""Stopping a launch: what a signal asks for, and the file through which running trials hear of it."""
+"""Stop requests: the signals that stop a launch, and the file that passes the request to running trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stabstudy.sweeping.worker import STOP_FILE
 
 @dataclass
 class StopRequest:
-    """The signal that asked for a stop, once one has."""
+    """The signal that requested a stop, if one has."""
 
     number: int | None = None
 

@@ -1,4 +1,4 @@
-"""Inside a trial's process: train one pack (today: one trial), report a heartbeat, obey the study's stop file.
+"""The worker in a trial's process: it trains one pack (one trial), reports a heartbeat, watches the stop file.
 
 Everything that matters is written by the trial itself into its folder; what is reported to Ray Tune only feeds the
 live table.

@@ -1,1 +1,1 @@
-"""From a TrialConfig to a trained, fully recorded trial. Runs without ray, hydra, optuna, pandas or matplotlib."""
+"""Training and recording of a trial, from its TrialConfig. Runs without ray, hydra, optuna, pandas or matplotlib."""

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, so that each step writes into pages that it already has.
+"""Freed memory kept in the process, so that each step writes into pages that it already has.
 
 By default glibc gives large blocks back to the system as soon as they are freed and asks for them again a moment later:
 thousands of page faults a step, each filling 4 kB with zeros. No value changes, only where it lies.

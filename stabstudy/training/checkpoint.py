@@ -53,8 +53,8 @@ def save(folder: Path, trial_id: str, stepper: Stepper, next_step: int) -> None:
 def restore(folder: Path, trial_id: str, stepper: Stepper, most: int) -> tuple[int, list[str]]:
     """Load the newest intact checkpoint with next_step <= `most` (the rows at hand).
 
-    Returns (next_step, notes): next_step 0 and untouched weights where none can be used, a note for each one passed
-    over. Raises CheckpointError for a checkpoint of another trial or with weights that are not finite.
+    Returns (next_step, notes): next_step 0 and untouched weights where none can be used, a note for each one that
+    was not used. Raises CheckpointError for a checkpoint of another trial or with weights that are not finite.
     """
     notes: list[str] = []
     for path in _newest_first(folder):
@@ -65,12 +65,12 @@ def restore(folder: Path, trial_id: str, stepper: Stepper, most: int) -> tuple[i
             next_step = int(body["next_step"])
             tensors = safetensors.torch.load_file(path / "tensors.safetensors", device="cpu")
         except (store.StoreError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            notes.append(f"checkpoint {path.name} passed over: {error}")
+            notes.append(f"checkpoint {path.name} not used: {error}")
             continue
         if body["trial_id"] != trial_id:
             raise CheckpointError(f"checkpoint {path.name} belongs to trial {body['trial_id']}, not {trial_id}")
         if next_step > most:
-            notes.append(f"checkpoint {path.name} passed over: only {most} rows are recorded")
+            notes.append(f"checkpoint {path.name} not used: only {most} rows are recorded")
             continue
         _load(stepper, tensors, path.name)
         return next_step, notes
@@ -98,7 +98,7 @@ def _tensors(stepper: Stepper) -> dict[str, Tensor]:
 
 
 def _memories(stepper: Stepper) -> dict[str, Tensor]:
-    """What the settings' own mechanisms remember: tensors that are written in place."""
+    """State of the settings' own mechanisms: tensors that are written in place."""
     owners = {"clip": stepper.clip_rule, "spike_skip": stepper.spike_skip, "muon": stepper.muon}
     return {f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()}
 

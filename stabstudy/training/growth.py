@@ -1,4 +1,4 @@
-"""Growth exponents of the initial weights (OLMo 2, arXiv 2501.00656): does a deep stack blow up or die out?
+"""Growth exponents of the initial weights (OLMo 2, arXiv 2501.00656): whether signals grow or vanish with depth.
 
     growth_act  = log(norm(v_L) / norm(v_1)) / L      v_l: mean over all positions of the residual stream after layer l
     growth_grad = log(norm(u_L) / norm(u_1)) / L      u_l: mean over all positions of the loss's gradient there

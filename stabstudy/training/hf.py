@@ -139,7 +139,7 @@ def _our_name(name: str) -> tuple[str, int]:
 
 
 def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:
-    """The family's ForCausalLM; everything that a default would decide, and should not, is said."""
+    """The family's ForCausalLM; everything that a default would decide, and should not, is given."""
     import transformers
 
     of = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[config.family]

@@ -21,7 +21,7 @@ from stabstudy.training.step import Stepper
 
 @dataclass(frozen=True)
 class Progress:
-    """What a heartbeat tells: updates recorded so far, the last loss and norm, grad spikes so far, speed."""
+    """The content of a heartbeat: updates recorded so far, the last loss and norm, grad spikes so far, speed."""
 
     step: int
     steps: int
@@ -80,7 +80,7 @@ class Loop:
         return "complete"
 
     def measure(self, done: int, evaluate: bool = False) -> None:
-        """Append the probes row for the state after `done` updates, with a validation loss where due or asked for."""
+        """Append the probes row for the state after `done` updates, with a validation loss where due or requested."""
         self.measured = done
         row = probe(self.stepper, self.evaluation, done)
         due = evaluate or done % self.config.train.eval_every == 0

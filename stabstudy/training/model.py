@@ -89,7 +89,7 @@ class PlainFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: two branches f (attention, then feed-forward) on the residual stream x, normed where the config says.
+    """One layer: two branches f (attention, then feed-forward) on the residual stream x, normed by `norm_placement`.
 
         pre        x + f(norm(x))                    Lingua, Llama
         reordered  x + norm(f(x))                    OLMo 2

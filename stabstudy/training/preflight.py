@@ -1,10 +1,10 @@
-"""Whether gradient accumulation is exact for a model: one real batch, whole and in pieces, has to give one gradient.
+"""A check that gradient accumulation is exact for a model: one real batch, whole and in pieces, one gradient.
 
 What a foreign model does with its inputs is not ours to know, and a wrong gradient hides well: a mean of micro-batch
 means has about the right loss, and Adam hides a constant factor (LLaMA-Factory issue 7743). The targets are masked to
 very unequal numbers, for equal ones would hide it all.
 
-Run as a program, in a process of its own, so that who asks needs no torch: see `main`.
+Run as a program, in a process of its own, so that its caller needs no torch: see `main`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:
 def _measured(
     config: cfg.TrialConfig, model: hf.Model, windows: NDArray[np.int64], device: torch.device
 ) -> tuple[float, float]:
-    """Loss and gradient norm of the batch in the micro-batches that the config says."""
+    """Loss and gradient norm of the batch in the micro-batches of the config."""
     stepper = Stepper(config, model, device)
     loss, _, _ = stepper.accumulate(windows, int((windows[:, 1:] != IGNORE).sum()))
     norm = torch.linalg.vector_norm(clip.tensor_norms(clip.gradients(stepper.parameters)))

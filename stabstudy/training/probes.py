@@ -1,4 +1,4 @@
-"""The costly quantities, every `train.probe_every` steps, on the fixed evaluation batch.
+"""Probes: the costly quantities, every `train.probe_every` steps, on the fixed evaluation batch.
 
 A probe draws no random number and changes no value of the training: it only reads weights, optimizer state and the
 gradients of the last update.

@@ -1,4 +1,4 @@
-"""From step vectors on the device to rows of the trace, and the live answers read off them.
+"""The recorder: step vectors on the device become rows of the trace, spikes so far, and divergence.
 
 On a CPU every step becomes a row at once. On CUDA up to `RING` steps stay on the device and come over in one copy, so
 that no step waits for the device; rows of steps after the one that ended the trial (their updates were left out on the

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of the step, testable without torch.
 
 Step i is 0-based; of T steps the last is T-1. `factor(i)` multiplies the peak learning rate in the update of step i.
-Where the warmup is said as a share, warmup_steps below is round(warmup_share * T).
+Where the warmup is given as a share, warmup_steps below is round(warmup_share * T).
 
     warmup     (i + 1) / warmup_steps for i < warmup_steps: reaches 1 in its last step, never wastes a step at 0
     s          (i - warmup_steps) / (T - 1 - warmup_steps): 0 in the first step after the warmup, 1 in the last step

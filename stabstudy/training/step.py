@@ -172,7 +172,7 @@ class Stepper:
         return MicroBatches(self.parameters, targets.tolist()) if np.count_nonzero(targets) > 1 else None
 
     def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
-        """Scale the gradients; returns the factor (1 where clipping is off; the record says null)."""
+        """Scale the gradients; returns the factor (1 where clipping is off; null in the record)."""
         if self.clip_rule is None:
             return torch.ones((), device=self.device)
         return self.clip_rule.apply(grads, norms, norm)

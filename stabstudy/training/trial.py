@@ -1,6 +1,6 @@
 """One trial in its folder, from whatever state it was left in to `done`: lock, resume, train, compact, judge.
 
-Divergence is a result: the trial is done and its verdict says so. A crash, a full disk, too little memory or an
+Divergence is a result: the trial is done, with that verdict. A crash, a full disk, too little memory or an
 interruption is a status, and the next attempt continues from the last checkpoint.
 """
 
