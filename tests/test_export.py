@@ -396,7 +396,9 @@ def test_notes_of_lingua() -> None:
     assert "embedding" not in default  # ours decays it too
     assert "decay" not in notes(export.lingua, optim__weight_decay=0.0)
     constant = notes(export.lingua, optim__schedule="constant", optim__warmup_steps=20)
-    assert "optim.schedule=constant: Lingua's constant has no warmup; Lingua's wsd without a decay" in constant
+    assert (
+        "optim.schedule=constant: Lingua's constant has no warmup; exported as Lingua's wsd without a decay" in constant
+    )
     assert "Lingua's wsd divides by it" in notes(export.lingua, optim__schedule="wsd", optim__min_lr_ratio=0.0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from stabstudy.analysis import runs, sentences, words
 from stabstudy.analysis.blocks import Block, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
-from stabstudy.analysis.effects import CLEAR, contrasts, interactions
+from stabstudy.analysis.effects import CLEAR, claims, contrasts, interactions
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
@@ -23,11 +23,11 @@ METHOD = (
 
 
 def effect_blocks(study: Study) -> Iterator[Block]:
-    """The section: the table of `Study.effects`; folded, contrasts, interactions and paired differences."""
+    """The section: the table of `effects.claims`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
         yield Text(runs.NO_PAIRS)
         return
-    rows = records(study.effects()) if study.grid.axes else []
+    rows = records(claims(*study.tested())) if study.grid.axes else []
     if not rows:
         yield Text("No axis varies, so there is nothing to compare.")
         return
@@ -38,18 +38,20 @@ def effect_blocks(study: Study) -> Iterator[Block]:
 
 
 def reading(row: Row) -> str:
-    """What the p-values of an effect allow to say."""
+    """What the p-values of an effect allow to state; a row of `effects.claims`."""
     if row["p_holm"] is None:
         return "not tested"
-    return "effect" if row["p_holm"] < CLEAR else "suggestive" if row["p"] < CLEAR else "no effect found"
+    if row["clear"]:
+        return f"effect, depends on {words.label(row['other'])}" if row["other"] else "effect"
+    return "suggestive" if row["p"] < CLEAR else "no effect found"
 
 
 def _effects(rows: Sequence[Row]) -> Iterator[Block]:
     tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
     if any(r["p_holm"] is not None for r in rows):
         yield Text(
-            f"{METHOD} p is corrected (Holm) for {tests}. An effect is stated where that is under {CLEAR:g}; one that "
-            "only the uncorrected p shows is suggestive."
+            f"{METHOD} p is corrected (Holm) for {tests}. An effect is stated where that, or the corrected p of an "
+            f"interaction, is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
         )
     heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
     yield Table(f"Effects: {tests}", heads, tuple(map(_effect, rows)), frozenset(heads[4:6]))
