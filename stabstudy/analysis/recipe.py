@@ -3,8 +3,9 @@
 Axes are *conditions*, which are given (the size of the model, data, length, steps, precision), or *knobs*, which can be
 chosen. There is one recipe for each combination of conditions and never one that says "use depth 2". Only what a study
 tried is recommended: a cell whose every seed is stable, all seeds of the study being there. Of those the one of least
-mean final loss and every one that the model of `effects` cannot tell from it are tied, and of the tied ones that with
-the widest margin to instability is chosen.
+mean final loss and every one that the model of `effects` cannot tell from it are tied. Of the tied ones that with the
+widest margin to instability is chosen, unless its mean is so far above the best that it would count as
+underperforming: where there is one seed, all are tied.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from stabstudy.analysis import compare, effects, words
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
+from stabstudy.stability.sensitivity import STABLE_MARGIN
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
@@ -82,7 +84,8 @@ class Recipe:
     candidates: int  # cells of these conditions that are stable with every seed, this one too
     incomplete: int  # cells that are stable as far as they go, and lack a seed or its loss
     ties: tuple[dict[str, Level], ...]  # knobs of the other candidates that cannot be told from the best
-    widest: int  # of these and this one, how many have the widest margin, this one too; 0: no margin is known
+    near: int  # of these and this one, how many lie within 0.2 nat/token of the best, this one too
+    widest: int  # of those, how many have the widest margin, this one too; 0: no margin is known
     margin: Margin | None  # None: the learning rate does not vary
     ends: dict[str, str] = field(default_factory=dict)  # knobs whose number here is the `smallest` or `largest` tried
     eval_tokens: int | None = None  # tokens that the final losses rest on; None: not known
@@ -135,23 +138,23 @@ def why_none(study: Study) -> str:
 
 def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | NoRecipe:
     """The recipe among these trials, which share their conditions."""
-    done = trials[trials["state"] == "done"]
-    if len(done) and done["eval_hash"].nunique() != 1:
-        return NoRecipe(given, "the losses were measured on different evaluation sets, or not at all")
     seeds = set(levels_of(trials["seed"]))
     stable = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members)}
     cells = {c: members for c, members in stable.items() if _is_complete(members, seeds)}
     if not cells:
-        every = f"with each of the {len(seeds)} seeds of the study" if len(seeds) > 1 else "with its seed"
-        return NoRecipe(given, f"no cell is stable, to its planned end, {every}")
+        every = f"with all {len(seeds)} seeds, each trained" if len(seeds) > 1 else "and trained"
+        return NoRecipe(given, f"no cell is stable {every} to its end")
+    if len(hashes := levels_of(pd.concat(list(cells.values()))["eval_hash"])) > 1 or hashes == [None]:
+        return NoRecipe(given, "the losses were measured on different evaluation sets, or not at all")
     losses = {c: compare.mean(members, "final_loss_capped") for c, members in cells.items()}
     known = sorted(cells, key=lambda c: (losses[c].mean, c))
     tied = _tied(study, cells, known)
     knobs = {c: _knobs(study, cells[c], given) for c in tied}
-    margins = {c: _margin(trials, knobs[c]) for c in tied}
+    near = [c for c in tied if losses[c].mean <= losses[known[0]].mean + STABLE_MARGIN]
+    margins = {c: _margin(trials, knobs[c]) for c in near}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
-    chosen = max(tied, key=lambda c: (widths[c], -losses[c].mean))  # of equal ones the first, by loss and cell_id
-    row = study.row(str(cells[chosen].index[0]))
+    chosen = max(near, key=lambda c: widths[c])  # of equally wide ones the first: they are in the order of their loss
+    row, done = study.row(str(cells[chosen].index[0])), trials[trials["state"] == "done"]
     return Recipe(
         cell_id=chosen,
         given=given,
@@ -162,9 +165,10 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
         candidates=len(cells),
         incomplete=len(stable) - len(cells),
         ties=tuple(knobs[c] for c in tied if c != chosen),
-        widest=0 if margins[chosen] is None else sum(widths[c] == widths[chosen] for c in tied),
+        near=len(near),
+        widest=0 if margins[chosen] is None else sum(widths[c] == widths[chosen] for c in near),
         margin=margins[chosen],
-        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, levels_of(trials[a])))},
+        ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, levels_of(done[a])))},
         eval_tokens=row["eval_tokens"],
     )
 
@@ -269,7 +273,8 @@ def _named(levels: Mapping[str, Level]) -> str:
 
 def _rivals(recipe: Recipe) -> str:
     """How it compares with the other stable cells of its conditions."""
-    more = f" ({recipe.incomplete} more lack a seed, a verdict or a loss)" if recipe.incomplete else ""
+    lack = "lacks" if recipe.incomplete == 1 else "lack"
+    more = f" ({recipe.incomplete} more {lack} a seed, a verdict or a loss)" if recipe.incomplete else ""
     tied, cells = len(recipe.ties) + 1, recipe.candidates
     if tied > 1:
         which = f"{tied} of {cells}" if tied < cells else f"all {cells}"
@@ -282,12 +287,14 @@ def _rivals(recipe: Recipe) -> str:
 
 def _why(recipe: Recipe) -> str:
     """Why this one of those that are tied."""
-    if recipe.widest in (0, len(recipe.ties) + 1):
-        return "of these it has the lowest loss"
+    far = recipe.near <= len(recipe.ties)
+    which = f"those within {STABLE_MARGIN:g} nat/token of the best" if far else "these"
+    if recipe.widest in (0, recipe.near):
+        return f"of {which} it has the lowest loss"
     lowest = ", and of those that share it the lowest loss" if recipe.widest > 1 else ""
-    if recipe.margin is not None and recipe.margin.evaluable < MARGIN_STEPS:
-        return f"of these it stayed stable up to the highest multiple of its learning rate{lowest}"
-    return f"of these it has the widest known margin{lowest}"
+    short = recipe.margin is not None and recipe.margin.evaluable < MARGIN_STEPS
+    wide = "stayed stable up to the highest multiple of its learning rate" if short else "has the widest known margin"
+    return f"of {which} it {wide}{lowest}"
 
 
 def _room(margin: Margin) -> str:
@@ -305,7 +312,7 @@ def _room(margin: Margin) -> str:
         return f"margin: {f'{held}, ' if held else ''}not at {fails.format('' if held else 'this learning rate ')}"
     if margin.stable_to == margin.tried_to:
         return f"margin: {held}, the most tried"
-    return f"margin: {held or 'not known'}, above it trials lack a verdict"
+    return f"margin: {held or 'not known'}, not every seed above it has a verdict"
 
 
 def _times(margin: Margin, rate: float) -> str:
