@@ -20,9 +20,11 @@ EXAMPLE = ROOT / "results" / "example"
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A copy without the tables, so that every statistic is computed from the trials' own files."""
+    """A copy without tables and judgements, so that every statistic is computed from the trials' own records."""
     copy = tmp_path_factory.mktemp("committed") / "example"
-    shutil.copytree(EXAMPLE, copy, ignore=shutil.ignore_patterns("trials.parquet", "spikes.parquet", "report"))
+    shutil.copytree(
+        EXAMPLE, copy, ignore=shutil.ignore_patterns("trials.parquet", "spikes.parquet", "summary.json", "report")
+    )
     return Study.load(copy)
 
 
