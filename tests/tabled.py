@@ -12,6 +12,7 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy.analysis.batches import Ratios
+from stabstudy.analysis.columns import trial_kinds
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Tables
 from stabstudy.stability.rules import Rules
@@ -50,7 +51,8 @@ def study(
 def _identified(row: Mapping[str, Any], groups: Sequence[str]) -> dict[str, Any]:
     settings = {n: row.get(n) for n in (*groups, *DEFAULTS)}
     cell = _hash({n: v for n, v in settings.items() if n != "seed"})
-    return {"trial_id": _hash(settings), "cell_id": cell, "log_stride": 1, "case": None} | dict(row)
+    own = {"trial_id": _hash(settings), "cell_id": cell, "log_stride": 1}
+    return dict.fromkeys(trial_kinds(groups)) | own | dict(row)
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

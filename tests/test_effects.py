@@ -233,15 +233,44 @@ def test_an_interaction_against_another_fit() -> None:
     assert few["p"].isna().all() and set(few["note"]) == {"one seed: no scatter between seeds to test against"}
 
 
-def test_noise_is_seldom_taken_for_an_interaction() -> None:
+def test_a_simple_effect_is_the_paired_test_at_one_level() -> None:
+    """Of a ratio: the t-interval of the differences of logarithms, with three seeds and one axis left."""
+    table = grid()
+    table = table[table[LR] != 1e-2]
+    found = effects.simple_effects(
+        table[table[DEPTH] == 2].reset_index(drop=True), [LR, CLIP], "attn_logit_peak", LR, (1e-3, 1e-1), CLIP
+    )
+    assert found[CLIP].tolist()[0] == 1.0 and found[CLIP].tolist()[1] is None
+    for row in records(found):
+        at = table[(table[DEPTH] == 2) & (table[CLIP].isna() if row[CLIP] is None else table[CLIP] == row[CLIP])]
+        logs = np.log(at.pivot(index="seed", columns=LR, values="attn_logit_peak"))
+        own = stats.ttest_1samp(logs[1e-1] - logs[1e-3], 0).confidence_interval(0.95)
+        assert (row["low"], row["high"]) == pytest.approx((math.exp(own.low), math.exp(own.high)))
+        assert row["scale"] == "ratio"
+    lost = effects.simple_effects(table, [DEPTH, LR, CLIP], "final_loss", LR, (1e-3, 1e-2), CLIP)
+    assert lost["estimate"].isna().all()  # a level that is not there
+
+
+@pytest.mark.parametrize("rates", [[1e-3, 1e-2, 1e-1], [1e-3, 1e-1]])
+def test_noise_is_seldom_taken_for_an_interaction(rates: list[float]) -> None:
+    """Where two levels of each axis leave two degrees of freedom for the error, too."""
     draw = np.random.default_rng(0)
-    hits = 0
+    axes, hits = AXES if len(rates) > 2 else [DEPTH, LR], 0
     for rng in range(120):
         table = grid(rng=rng)
+        table = table[table[LR].isin(rates) & (table[CLIP].notna() | (len(rates) > 2))].reset_index(drop=True)
         by_seed = draw.standard_normal((3, 3))[table["seed"], (np.log10(table[LR]) + 3).round().astype(int)]
         table["final_loss"] = draw.standard_normal(len(table)) + by_seed
-        hits += bool((effects.interactions(table, AXES, ["final_loss"])["p_holm"] < 0.05).any())
+        hits += bool((effects.interactions(table, axes, ["final_loss"])["p_holm"] < 0.05).any())
     assert hits <= 13  # of 120: 6 expected, and 13 is three deviations more
+
+
+def test_the_error_of_a_small_grid_is_that_of_the_model_without_seed_by_axis() -> None:
+    table = grid()
+    table = table[(table[LR] != 1e-2) & table[CLIP].notna()]
+    (row,) = records(effects.interactions(table, [DEPTH, LR], ["final_loss"]))
+    theirs = reference(table, "final_loss ~ C(seed) + C(depth) * C(lr)").loc["C(depth):C(lr)"]
+    assert (row["statistic"], row["p"]) == pytest.approx((theirs["F"], theirs["PR(>F)"]))
 
 
 # Grids that are not whole

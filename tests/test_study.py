@@ -505,6 +505,12 @@ def test_unknown_names_are_answered_with_the_known_ones(study: Study) -> None:
         study.compare("optim.clip")
     with pytest.raises(KeyError, match="no statistic"):
         study.compare("optim.lr", "loss")
+    with pytest.raises(KeyError, match="'final_los' is no statistic of study planted .did you mean final_loss"):
+        study.compare("optim.lr", "final_los")
+    with pytest.raises(KeyError, match="'optim.clip' is no axis beside the depth of study planted .it has: optim.lr."):
+        study.compare("model.depth", by="optim.clip")
+    with pytest.raises(KeyError, match="'model.dept' is no axis of study planted .it has: model.depth, optim.lr."):
+        study.compare("model.dept")
     with pytest.raises(KeyError, match="no trial"):
         study.trace("0" * 10)
 
@@ -515,6 +521,7 @@ def test_largest_stable_rate_of_the_planted_study(study: Study) -> None:
     assert table["all_stable"].tolist() == [1e-2, 1e-3]
     assert table["first_unstable"].tolist() == [1e-1, 1e-2]
     assert table["n_unstable"].tolist() == [2, 1] and table["n_there"].tolist() == [2, 2]
+    assert table["n_noise"].tolist() == [0, 0] and table["evaluable"].tolist() == [188, 188]
     assert table["best"].tolist() == [1e-2, 1e-2]
     assert table["works_to"].tolist() == [1e-2, 1e-2]  # at 1e-1 the planted loss is 0.3 above the best
 
@@ -586,6 +593,16 @@ def test_what_is_neither_stable_nor_unstable_bounds_nothing() -> None:
     table.loc[2, ["verdict", "verdict_reason"]] = ["rough", None]
     row = limits(table)
     assert (row["all_stable"], row["first_unstable"], row["stable_again"]) == (1e-3, 3e-3, 1e-2)
+
+
+def test_a_limit_counts_sampling_noise_and_names_the_steps_it_rests_on() -> None:
+    table = pd.concat([_grid([2.2, 2.1, 2.0], ["stable", "stable", "rough"]).assign(seed=seed) for seed in range(3)])
+    table = table.reset_index(drop=True)
+    table["n_evaluable"] = [300, 250, 40, 300, 300, 10, 280, 300, 300]
+    table.loc[2, "sampling_noise"] = True
+    row = limits(table)
+    assert (row["all_stable"], row["evaluable"]) == (1e-3, 250)  # not 10, of a trial that bounds it from above
+    assert (row["first_unstable"], row["n_unstable"], row["n_there"], row["n_noise"]) == (3e-3, 3, 3, 1)
 
 
 def _widths(losses: dict[tuple[int, float], float], seeds: int = 2) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from tabled import trial
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, importance, rates, sensitivity, sentences, survival
+from stabstudy.analysis import compare, effects, importance, rates, sensitivity, sentences, survival
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
@@ -201,6 +201,9 @@ def pair(**differs: tuple[Any, Any]) -> pd.DataFrame:
     [
         ("spike_abs_rate", {}, 1),
         ("spike_abs_rate", {"detector_id": ("jump-1", "jump-2")}, 0),
+        ("severity", {"detector_id": ("jump-1", "jump-2")}, 0),
+        ("warn_attn_logit", {"detector_id": ("jump-1", "jump-2")}, 0),
+        ("attn_logit_peak", {"detector_id": ("jump-1", "jump-2")}, 1),
         ("grad_norm_log_sd", {"detector_id": ("jump-1", "jump-2")}, 1),
         ("grad_norm_log_sd", {"log_stride": (1, 10)}, 0),
         ("spike_abs_rate", {"log_stride": (10, 10)}, 1),
@@ -211,12 +214,23 @@ def pair(**differs: tuple[Any, Any]) -> pd.DataFrame:
     ],
 )
 def test_only_what_is_alike_is_paired_or_averaged(metric: str, differs: dict[str, Any], pairs: int) -> None:
-    table = pair(spike_abs_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **differs)
+    judged = {"severity": (1.0, 2.0), "warn_attn_logit": (30, 40)}
+    table = pair(spike_abs_rate=(0.01, 0.02), grad_norm_log_sd=(0.2, 0.3), **judged, **differs)
     (row,) = records(compare.levels(table, ["optim.lr"], "optim.lr", metric))
     assert row["pairs"] == pairs
     assert (row["difference"] is None) == (pairs == 0)
     if "data_fingerprint" not in differs:
         assert math.isfinite(compare.mean(table, metric).mean) == bool(pairs)
+
+
+@pytest.mark.parametrize("metric", ["spike_abs_rate", "severity"])
+def test_statistics_of_different_rules_are_no_effect(metric: str) -> None:
+    rows = [
+        trial(lr, seed=seed, detector_id=f"jump-{1 + (lr > 1e-3)}", severity=lr, spike_abs_rate=lr)
+        for lr in (1e-3, 1e-2) for seed in (0, 1)
+    ]  # fmt: skip
+    (row,) = records(effects.effects(pd.DataFrame(rows), ["optim.lr"], [metric]))
+    assert (row["p"], row["note"]) == (None, "its levels were judged by different rules")
 
 
 def test_other_data_are_compared_along_the_axis_of_the_data() -> None:

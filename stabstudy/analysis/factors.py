@@ -34,6 +34,9 @@ Ints = NDArray[np.int_]
 EXACT = 1e-10
 """Share of the variation about the seeds' means under which the rest is rounding: nothing scatters."""
 
+FEW = 10
+"""Degrees of freedom under which an error of its own is no measure."""
+
 
 @dataclass(frozen=True)
 class Error:
@@ -189,7 +192,8 @@ class Model:
         """For each pair of axes the sum of squares that goes with their terms alone, and its degrees of freedom.
 
         Then the error, None where nothing is left. All of it beside every seed x axis term, so that an axis that acts
-        differently by seed is not taken for one that acts differently along another.
+        differently by seed is not taken for one that acts differently along another. Where that leaves under FEW
+        degrees of freedom, the error is what is left without these terms: more, if the axes act differently by seed.
         """
         pairs = list(itertools.combinations(range(len(self.axes)), 2))
         parts = [self._products(i, j) for i, j in pairs]
@@ -209,6 +213,10 @@ class Model:
             without, own_rank = _rest(np.delete(x, slice(a, b), axis=1), y, self.weight)
             squares[pair] = max(0.0, without - rest), rank - own_rank
         df = self.by_seed[1] - rank
+        if df < FEW:
+            pairs_too = np.concatenate([self.columns, _clean(self.centred(np.concatenate(parts, axis=1)))], axis=1)
+            rest, rank = self.rest(pairs_too)
+            df = len(self.y) - self.seeds - rank
         return squares, Error(rest / df, df) if df > 0 and rest > EXACT * self.additive[0] else None
 
     def _products(self, i: int, j: int) -> Floats:

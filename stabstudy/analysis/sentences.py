@@ -165,8 +165,8 @@ def _working(table: Any, by: str | None, grid: Sequence[Level], pooled: str) -> 
     for level, row in zip(table.index, records(table), strict=True):
         if row["works_to"] is not None:
             where = "" if by is None else f" at {words.label(by)} {words.level(level, by)}"
-            largest = ", the largest tried" if row["works_to"] == grid[-1] else ""
-            parts.append(f"{words.level(row['works_to'])}{where} (best {words.level(row['best'])}{largest})")
+            largest = ", the largest tried," if row["works_to"] == grid[-1] else ""
+            parts.append(f"{words.level(row['works_to'])}{largest}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
             f"Largest learning rate whose final loss is within {STABLE_MARGIN:g} nat/token of the best of its cell, "
@@ -202,9 +202,11 @@ def _warned(study: Study) -> Iterator[str]:
 def _changes(study: Study) -> Iterator[str]:
     """Each axis in turn: the changes that can be told from chance, or that none was found, with its interval."""
     rows = records(claims(*study.tested()))
+    axes, metrics = (list(dict.fromkeys(r[name] for r in rows)) for name in ("axis", "metric"))
+    idle = [m for m in metrics if all(r["p_holm"] is None for r in rows if r["metric"] == m)]
     untested: dict[str, list[str]] = {}
-    for axis in dict.fromkeys(r["axis"] for r in rows):
-        own = [r for r in rows if r["axis"] == axis]
+    for axis in axes:
+        own = [r for r in rows if r["axis"] == axis and (r["metric"] not in idle or idle == metrics)]
         tested = [r for r in own if r["p_holm"] is not None]
         if clear := [r for r in tested if r["clear"]]:
             yield from _by_step(axis, [(r, *_change(study, r)) for r in clear])
@@ -213,16 +215,19 @@ def _changes(study: Study) -> Iterator[str]:
             lacking = [f"{_name(r)} ({r['note']})" for r in own if r["p_holm"] is None]
             yield from _by_step(axis, none, f"; not tested: {words.listing(lacking)}" if lacking else "")
         else:
-            untested.setdefault(own[0]["note"] or "too few trials", []).append(words.label(axis))
-    for reason, axes in untested.items():
-        yield f"{_capital(words.listing(axes))}: not tested ({reason})."
+            untested.setdefault("; ".join(dict.fromkeys(r["note"] for r in own)), []).append(words.label(axis))
+    for reason, labels in untested.items():
+        yield f"{_capital(words.listing(labels))}: not tested ({reason})."
+    if idle and idle != metrics:
+        why = [f"{_name(r)} ({r['note']})" for r in rows if r["axis"] == axes[0] and r["metric"] in idle]
+        yield f"Along no axis: not tested: {words.listing(why)}."
 
 
 def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "") -> Iterator[str]:
     """A sentence for each pair of levels, and what the change depends on: every statistic's change between them."""
     sentences: dict[str, list[str]] = {}
     for row, how, text in changes:
-        chosen = " (lowest to highest)" if (row["note"] or "").startswith("highest against lowest") else ""
+        chosen = " (lowest to highest value)" if (row["note"] or "").startswith("highest against lowest") else ""
         at = f"{_capital(step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
         sentences.setdefault(at, []).append(f"{_name(row)} {text}")
     for i, (at, texts) in enumerate(sentences.items(), 1):
@@ -237,8 +242,8 @@ def _change(study: Study, row: Row) -> tuple[str, str]:
     table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), other))
     known = [r for r in table if r["estimate"] is not None]
     shown = known if len(known) <= MOST_LEVELS or not ordered(r[other] for r in known) else [known[0], known[-1]]
-    at = words.listing([f"{change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown])
-    return f", depending on {words.label(other)}: ", at or "not known at any one of its levels"
+    at = [f"{change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown]
+    return f", depending on {words.label(other)}: ", words.listing(at) or "not known at any one of its levels"
 
 
 def _name(row: Row) -> str:
@@ -246,7 +251,8 @@ def _name(row: Row) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    """As a sentence begins; a setting's own name (model.dim) stays as it is written."""
+    return text if "." in text.split()[0] else text[0].upper() + text[1:]
 
 
 def _missing(study: Study) -> Iterator[str]:
