@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +19,8 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import effect_tables, map_figures, render, sentences, words
-from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis import design_tables, effect_tables, map_figures, render, sentences, words
+from stabstudy.analysis.blocks import Figure, Text
 from stabstudy.analysis.effects import contrasts, interactions
 from stabstudy.analysis.figures import figures
 from stabstudy.analysis.layout import layout_of
@@ -371,6 +371,17 @@ def test_what_is_wrong_is_said(page: Page, study: Study) -> None:
     rows = {row[2]: row for row in page.table("Not done, failed or damaged")[1:]}
     assert rows["failed"][3:] == ["30 of 200", "RuntimeError: out of luck (step 30)"]
     assert rows["damaged"][0] == damaged.trial_id and "trace.parquet" in rows["damaged"][4]
+
+
+def test_a_precision_says_what_it_is(tmp_path: Path) -> None:
+    planted.plant_frame(tmp_path / "s")
+    for precision in ("fp32", "bf16", "bf16_stream"):
+        config = planted.settings()
+        planted.plant_trial(tmp_path / "s", replace(config, train=replace(config.train, precision=precision)))
+    texts = [b.text for b in design_tables.design(Study.load(tmp_path / "s")) if isinstance(b, Text)]
+    assert any("Precision bf16: autocast" in t and "residual stream" in t and "fp32" in t for t in texts)
+    assert any("Precision bf16_stream:" in t and "residual stream and outputs of norms in bf16" in t for t in texts)
+    assert not any("Precision fp32" in t for t in texts)
 
 
 def test_nothing_differs_is_said(tmp_path: Path) -> None:

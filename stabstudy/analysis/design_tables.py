@@ -15,6 +15,14 @@ from stabstudy.config import setting_names
 from stabstudy.stability.explain import DIVERGED
 from stabstudy.stability.rules import Rules
 
+PRECISIONS = {
+    "bf16": "autocast: matrix products in bf16; weights, residual stream and outputs of norms in fp32",
+    "fp16": "autocast with loss scaling: matrix products in fp16; weights, residual stream, outputs of norms in fp32",
+    "bf16_stream": "embedding output, residual stream and outputs of norms in bf16 too; weights, their gradients and "
+    "moments in fp32",
+}
+"""What the values of train.precision mean, but for fp32."""
+
 
 def design(study: Study) -> Iterator[Block]:
     """The section: axes, size, rules, the settings with one value, the parameters of the rules."""
@@ -22,6 +30,9 @@ def design(study: Study) -> Iterator[Block]:
         yield Table("Axes", ("axis", "setting", "levels"), tuple(_axes(study)))
     if not study.ingested and len(study.trials):
         yield Text(_size(study))
+        for precision in levels_of(study.trials["train.precision"].dropna()):
+            if precision in PRECISIONS:
+                yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
     yield Text(_spike_rule(study.rules))
     yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study.rules)))
     if fixed := tuple(_fixed(study)):
