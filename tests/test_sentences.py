@@ -311,8 +311,8 @@ def test_what_cannot_be_tested_says_why() -> None:
     rows = grid(lambda r: 2.5, optim__lr=(1e-2, 1e-1), train__batch_size=(8, 32))
     rows = [row | {"train.steps": 3200 // row["train.batch_size"], "spike_abs_rate": 0.0} for row in rows]
     *_, steps, batch, idle = screen(rows, CHANGED)
-    assert steps == "train.steps: not tested (changes only together with batch size: they cannot be told apart)."
-    assert batch == "Batch size: not tested (changes only together with train.steps: they cannot be told apart)."
+    assert steps == "train.steps: not tested (changes only together with batch size, so their effects are confounded)."
+    assert batch == "Batch size: not tested (changes only together with train.steps, so their effects are confounded)."
     assert idle == (
         "Along no axis: not tested: share of steps at 3x the recent norm (every trial of a seed has the same value)."
     )
