@@ -233,6 +233,23 @@ def test_an_interaction_against_another_fit() -> None:
     assert few["p"].isna().all() and set(few["note"]) == {"one seed: no scatter between seeds to test against"}
 
 
+def test_an_interaction_alone_must_be_clearer_than_one_of_a_stated_effect() -> None:
+    """It is a second family of tests: with its own correction alone too many studies of noise would state something."""
+    axes, seen = [DEPTH, CLIP], set()
+    for rng in range(200):
+        table = grid(4, rng=rng, noise=0.05)
+        table["final_loss"] += 0.03 * ((table[DEPTH] == 6) == table[CLIP].isna())
+        table["final_loss"] -= 0.1 * (np.log10(table[LR]) + 2) ** 2
+        rows, crossed = (f(table, axes, effects.REPORTED[:1]) for f in (effects.claims, effects.interactions))
+        together = holm([*rows["p"], *crossed["p"]])[-1]
+        if (rows["p_holm"] < 0.05).any() or crossed["p_holm"].iloc[0] >= 0.05:
+            continue
+        assert rows["clear"].tolist() == [together < 0.025] * 2
+        assert rows["other"].tolist() == ([CLIP, DEPTH] if together < 0.025 else [None, None])
+        seen.add(together < 0.025)
+    assert seen == {True, False}
+
+
 def test_a_simple_effect_is_the_paired_test_at_one_level() -> None:
     """Of a ratio: the t-interval of the differences of logarithms, with three seeds and one axis left."""
     table = grid()

@@ -350,6 +350,13 @@ def test_under_two_hundred_evaluable_steps_no_margin_is_claimed() -> None:
     )
 
 
+def test_three_times_is_as_wide_as_three_times() -> None:
+    """.3 / .1 and .03 / .01 differ in their last bit: no margin is wider for that."""
+    margins = [recipe.Margin(lr, to, 10 * lr, (1, 3), 388, 10 * lr) for lr, to in ((0.1, 0.3), (0.01, 0.03))]
+    assert 0.3 / 0.1 != 0.03 / 0.01 and margins[0].width == margins[1].width
+    assert margins[0].width == (pytest.approx(math.log10(3)), 1.0)
+
+
 def test_a_margin_is_that_of_the_same_other_knobs() -> None:
     rows = cells(
         {LR: 1e-2, CLIP: 1.0, "loss": 2.5}, {LR: 1e-1, CLIP: 1.0, "loss": 2.8}, {LR: 1e-2, CLIP: None, "loss": 2.8},
@@ -481,6 +488,7 @@ def test_each_dataset_has_its_own_recipe_though_losses_do_not_compare() -> None:
         ({"data": "dclm"}, {LR: 1e-3}, 2),
     ]
     assert recipe.sentence(answers[0]).startswith("For dataset c4: use learning rate 0.01: ")
+    assert len(recipe.recipes(tabled.study(rows, groups=["data"], conditions=[DEPTH]))) == 2  # whatever a sweep says
 
 
 # No recipe
