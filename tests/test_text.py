@@ -120,7 +120,7 @@ def test_the_page_of_a_trial_with_a_spike_says_how(tmp_path: Path) -> None:
     spiky = str(study.spikes.loc[study.spikes["peak_ratio"].idxmax(), "trial_id"])
     step = study.spikes.loc[study.spikes["peak_ratio"].idxmax(), "peak_step"]
     codes = [b for s in trial_page.page(study, spiky, set(), True).sections for b in s.blocks if isinstance(b, Code)]
-    assert any(code.text.endswith(f'Study.load("s").batch("{spiky}", {step})') for code in codes)
+    assert any(code.text.endswith(f'Study.load("results/s").batch("{spiky}", {step})') for code in codes)
     calm = str(study.trials.index[~study.trials.index.isin(study.spikes["trial_id"])][0])
     codes = [b for s in trial_page.page(study, calm, set(), True).sections for b in s.blocks if isinstance(b, Code)]
     assert not any(".batch(" in code.text for code in codes)
