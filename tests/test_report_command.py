@@ -112,7 +112,7 @@ def test_a_large_study_tells_how_far_its_report_is(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("stabstudy.report.LARGE", 3)
     said: list[str] = []
     write_report(path, said.append)
-    assert said == ["reading 3 trials", "making the page", "writing it, and a page for each trial", *quiet]
+    assert said == ["reading 3 trials", "building the page", "writing the page, and one for each trial", *quiet]
 
 
 def test_write_report_says_what_main_prints(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_figures_show_the_trace_and_the_layers(path: Path, study: Study) -> None
     rough = page_of(path, ended(study, "rough"))
     alts = [a["alt"] for tag, a in rough.tags if tag == "img"]
     assert len(alts) == 2 and re.search(r"\d spikes\.", alts[0]) and "At step" in alts[1]
-    assert [r[0] for r in rough.table("Probes")][:2] == ["step", "0"]
+    assert [r[0] for r in rough.table("Values at probes")][:2] == ["step", "0"]
     stable = page_of(path, ended(study, "stable"))
     assert sum(tag == "img" for tag, _ in stable.tags) == 1
     assert "Map of the layers: left out, the gradient norm has no spike" in stable.text

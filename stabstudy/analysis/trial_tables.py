@@ -134,7 +134,7 @@ def probes(rows: Rows) -> Table:
     }
     numbers = tuple((str(rows["step"][i]), *(words.number(float(c[i])) for c in columns.values())) for i in shown)
     left_out = f", {len(shown)} of {len(rows)}, evenly spread" if len(shown) < len(rows) else ""
-    return Table(f"Probes{left_out}", ("step", *columns), numbers, frozenset({"step", *columns}), folded=True)
+    return Table(f"Values at probes{left_out}", ("step", *columns), numbers, frozenset({"step", *columns}), folded=True)
 
 
 def _over_layers(rows: Rows, name: str, pick: np.ufunc) -> Any:
