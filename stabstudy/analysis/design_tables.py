@@ -1,4 +1,4 @@
-"""Tables of a study's design and rules: what varied, what did not, what a spike and a verdict are."""
+"""Tables of a study's design (its axes, levels and constant settings) and of the rules of spikes and verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Differences of Lingua and Hugging Face's Trainer from a recipe, given its keys: notes that name the settings.
+"""Notes to an exported recipe: the differences of Lingua and Hugging Face's Trainer from it, by setting.
 
 Sources: Lingua's optim.py, transformer.py, distributed.py and apps/main/train.py at commit 437d680; transformers'
 optimization.py and trainer.py at 5.24.

@@ -1,4 +1,4 @@
-"""Which axes a statistic depends on: the share of its variance that each axis explains by itself (optuna's fANOVA).
+"""The share of a statistic's variance that each axis explains by itself (optuna's fANOVA).
 
 Functional ANOVA on a random forest (Hutter, Hoos & Leyton-Brown, ICML 2014) and not PED-ANOVA, which answers another
 question: what sets the best tenth of the trials apart. A forest also fits noise: where nothing but chance is at work it

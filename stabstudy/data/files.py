@@ -1,4 +1,4 @@
-"""The files of a source, and the digest of their content, the same wherever they lie."""
+"""The files of a source, and the digest of their content, independent of their location."""
 
 from __future__ import annotations
 

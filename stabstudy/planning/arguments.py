@@ -1,4 +1,4 @@
-"""The command line: everything that is no flag is an override in Hydra's own grammar.
+"""The command line of a sweep: flags, and overrides in Hydra's own grammar.
 
 `optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
 or chooses a preset. The command line wins over the sweep file everywhere.

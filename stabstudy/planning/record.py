@@ -1,4 +1,4 @@
-"""sweep.yaml, the question kept with its study, and the check that a new launch belongs to that study.
+"""The record of a study's sweep (sweep.yaml), and the check of a new launch against it.
 
 A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
 added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.

@@ -1,4 +1,4 @@
-"""The sweep of a launch, mostly a named one: the question in the file's header, and what its `sweep:` block varies.
+"""The sweep of a launch, mostly a named one: the question in the file's header, and the axes of its `sweep:` block.
 
     sweep:
       seeds: [0, 1, 2]                       or a number of seeds

@@ -1,4 +1,4 @@
-"""Plain sentences with numbers on one trial, from its row and its spikes alone.
+"""Sentences on one trial, from its row and its spikes alone.
 
 Nothing is advised here and nothing is guessed: a statistic that is null leaves its part of a sentence out. Steps are
 those of the trace, norms those before clipping.

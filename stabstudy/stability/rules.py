@@ -1,4 +1,4 @@
-"""Every number that decides what a spike and a verdict is, frozen in one place, and the name to print beside results.
+"""The parameters of spikes and verdicts, frozen in one place, and the id to print beside results.
 
 A spike count without its parameters is not a number: each row of a study carries `Rules.detector_id`, and rows of
 different ids are never pooled.
