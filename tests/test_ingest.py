@@ -21,7 +21,7 @@ import planted
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stabstudy import ingest, report, sweep
@@ -472,12 +472,13 @@ def test_steps_that_go_back_without_repeating_are_sorted() -> None:
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60))
+@example([0, 1, 60])  # no grid
 def test_any_steps_give_a_grid_or_one_line(steps: list[int]) -> None:
     raw = Raw("table")
     try:
         grid = points_of(steps, raw)
     except LogError as error:
-        assert "no regular grid" in str(error)
+        assert "do not lie on a regular grid" in str(error)
         return
     kept = [p for p in grid.points if p.step >= 0]
     assert len(kept) + sum(raw.left_out.values()) == len(steps)  # each row is kept or counted
