@@ -37,7 +37,7 @@ from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.trace import TRACE, RowWriter
 from stabstudy.training import clip
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.record import Recorder
+from stabstudy.training.record import RING, Recorder
 from stabstudy.training.step import Stepper
 
 LR, CLIP = 1e-3, 1.0
@@ -104,7 +104,7 @@ def ours(shape: Shape, device: torch.device, mode: str, record: bool) -> Step:
         RowWriter(folder / "trace.jsonl", TRACE),
         DivergenceMonitor(rules, 10**6, 0, 12.0),
         LiveSpikes(rules),
-        on_device=device.type != "cpu",
+        ring=1 if device.type == "cpu" else RING,
     )
 
     def step(i: int) -> None:

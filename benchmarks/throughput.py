@@ -151,7 +151,7 @@ def ours(shape: Shape, compiled: bool = False) -> Segment:
         RowWriter(folder / "trace.jsonl", TRACE),
         DivergenceMonitor(rules, 10**6, 0, 6.0),
         LiveSpikes(rules),
-        on_device=False,
+        ring=1,
     )
     probes = RowWriter(folder / "probes.jsonl", PROBES)
 

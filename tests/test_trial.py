@@ -25,6 +25,7 @@ from stabstudy.training import checkpoint, clip_rules, hf, spike_skip
 from stabstudy.training import step as st
 from stabstudy.training.loop import Heartbeat, Loop, Progress
 from stabstudy.training.noise_scale import NoiseMeans
+from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine, run_trial
 
@@ -58,10 +59,17 @@ def make(tmp_path: Path, cache: Path) -> Callable[..., store.TrialFolder]:
     return folder
 
 
-@pytest.fixture
-def run(cache: Path) -> Callable[..., store.State]:
-    def train(folder: store.TrialFolder, heartbeat: Heartbeat = lambda p: False, keep: bool = False) -> store.State:
-        return run_trial(folder, Engine(cache, keep_checkpoints=keep), Rules(), heartbeat)
+@pytest.fixture(params=[1, 32], ids=["ring 1", "ring 32"])
+def run(cache: Path, request: pytest.FixtureRequest) -> Callable[..., store.State]:
+    """Runs a trial; every test that takes it is made once as on a CPU, and once as on CUDA."""
+
+    def train(
+        folder: store.TrialFolder,
+        heartbeat: Heartbeat = lambda p: False,
+        keep: bool = False,
+        ring: int = request.param,
+    ) -> store.State:
+        return run_trial(folder, Engine(cache, keep_checkpoints=keep, ring=ring), Rules(), heartbeat)
 
     return train
 
@@ -446,27 +454,47 @@ def test_three_skips_in_a_row_are_divergence(make: Make, run: Run, monkeypatch: 
     assert (state.stop_reason, state.verdict_code, state.step) == ("diverged", "nonfinite", 8)
 
 
-def test_rows_kept_on_the_device_end_where_the_trial_ends(
-    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on CUDA: steps come over in blocks; what ran past the NaN updated nothing and is not recorded."""
-    on_cpu = make(BASE, "cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        poison(patch, 6)
-        run(on_cpu)
-    original = Loop.__init__
+CADENCES = {
+    "nothing is due": {"probe_every": 100, "eval_every": 100, "checkpoint_every": 100},
+    "all at once": {"probe_every": 1, "eval_every": 1, "checkpoint_every": 1},
+    "apart": {"probe_every": 5, "eval_every": 6, "checkpoint_every": 4},
+    "at the last step": {"probe_every": 12, "eval_every": 12, "checkpoint_every": 12},
+}
+ENDINGS: dict[str, tuple[int, Heartbeat]] = {
+    "complete": (99, lambda p: False),
+    "not finite": (6, lambda p: False),
+    "stopped": (99, lambda p: p.step == 7),
+    "crashed": (99, crash_at(7)),
+}
 
-    def ringed(self: Loop, *arguments: Any) -> None:
-        original(self, *arguments)
-        self.recorder.ring = 32
 
-    monkeypatch.setattr(Loop, "__init__", ringed)
-    poison(monkeypatch, 6)
-    folder = make(BASE, "ring")
-    state = run(folder)
-    assert (state.verdict_code, state.step) == ("nonfinite", 7)
-    assert_same(records(on_cpu)[0], records(folder)[0])
-    assert on_cpu.read_state().final_loss == state.final_loss
+@pytest.mark.parametrize("ring", [7, 32])
+@pytest.mark.parametrize("cadence", CADENCES)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_row_is_lost_on_the_device(ending: str, cadence: str, ring: int, make: Make, cache: Path) -> None:
+    """As on CUDA, where steps come over in blocks: the same rows as if each came at once, however the attempt ends."""
+    nan_at, heartbeat = ENDINGS[ending]
+    folders = []
+    for kept_back in (1, ring):
+        folder = make(vary(train=CADENCES[cadence]), f"ring{kept_back}")
+        with pytest.MonkeyPatch.context() as patch:
+            poison(patch, nan_at)
+            state = run_trial(folder, Engine(cache, ring=kept_back), Rules(), heartbeat)
+        folders.append((folder, state))
+    (one, first), (other, second) = folders
+    for a, b in zip(records(one), records(other), strict=True):
+        assert_same(a, b)
+    assert (first.status, first.step, first.final_loss) == (second.status, second.step, second.final_loss)
+    assert len(records(other)[0]) == {"complete": 12, "not finite": 7}.get(ending, 7)
+
+
+def test_a_complete_trial_has_every_row(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a loop that leaves rows on the device ends in a failure, not in `done`."""
+    monkeypatch.setattr(Recorder, "drain", lambda self: None)
+    monkeypatch.setattr(Loop, "run", lambda self, start: "complete")
+    state = run(make(BASE))
+    assert state.status == "failed" and state.error is not None
+    assert state.error["message"] == "0 rows of 12 steps were recorded"
 
 
 @pytest.mark.parametrize("family", cfg.FAMILIES)
@@ -481,7 +509,7 @@ def test_probing_and_evaluating_change_nothing(family: str, make: Make, run: Run
 def test_heartbeats_tell_a_speed_that_the_trace_agrees_with(make: Make, run: Run) -> None:
     told: list[float] = []
     folder = make(vary(train={"probe_every": 1, "eval_every": 2}))
-    run(folder, lambda p: bool(told.append(p.tokens_per_second)))  # type: ignore[func-returns-value]
+    run(folder, lambda p: bool(told.append(p.tokens_per_second)), ring=1)  # type: ignore[func-returns-value]
     assert told == pytest.approx((64 / records(folder)[0]["seconds"]).tolist(), rel=0.01)
 
 

@@ -59,25 +59,33 @@ class Loop:
         """Train from step `start` on. Returns 'complete', 'diverged' or 'interrupted'."""
         config, recorder = self.config, self.recorder
         factor = schedule(config.optim, config.train.steps)
-        for step in range(start, config.train.steps):
-            windows = self.batches.batch(step)
-            lr = config.peak_lr * factor(step)
-            self.stepper.measure_noise = self._due(step + 1) or step + 1 == config.train.steps
-            recorder.start_clock()
-            recorder.add(step, lr, self.stepper.step(windows, lr))
-            done = step + 1
-            if self._due(done):
-                recorder.drain()
-                if recorder.monitor.code is None:
-                    self.measure(done)
-            if recorder.monitor.code is not None:
-                return "diverged"
-            stop = self.heartbeat(self.progress(done))
-            if done < config.train.steps and (stop or done % config.train.checkpoint_every == 0):
-                self._save(done)
-                if stop:
-                    return "interrupted"
-        return "complete"
+        try:
+            for step in range(start, config.train.steps):
+                self._step(step, config.peak_lr * factor(step))
+                if recorder.monitor.code is not None:
+                    break
+                stop = self.heartbeat(self.progress(step + 1))
+                if stop and step + 1 < config.train.steps:
+                    self._save(step + 1)
+                    break
+        finally:
+            recorder.drain()
+        if recorder.monitor.code is not None:
+            return "diverged"
+        return "complete" if recorder.rows == config.train.steps else "interrupted"
+
+    def _step(self, step: int, lr: float) -> None:
+        """One update, and what is due after it."""
+        done = step + 1
+        self.stepper.measure_noise = self._due(done) or done == self.config.train.steps
+        self.recorder.start_clock()
+        self.recorder.add(step, lr, self.stepper.step(self.batches.batch(step), lr))
+        if self._due(done):
+            self.recorder.drain()
+            if self.recorder.monitor.code is None:
+                self.measure(done)
+        if done < self.config.train.steps and done % self.config.train.checkpoint_every == 0:
+            self._save(done)
 
     def measure(self, done: int, evaluate: bool = False) -> None:
         """Append the probes row for the state after `done` updates, with a validation loss where due or requested."""

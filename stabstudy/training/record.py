@@ -1,8 +1,8 @@
 """The recorder: step vectors on the device become rows of the trace, spikes so far, and divergence.
 
-On a CPU every step becomes a row at once. On CUDA up to `RING` steps stay on the device and come over in one copy, so
-that no step waits for the device; rows of steps after the one that ended the trial (their updates were left out on the
-device) are dropped.
+On a CPU every step becomes a row at once. On CUDA up to `ring` steps stay on the device and come over in one copy, so
+that no step waits for the device; rows of steps after the one that ended the trial are dropped. Whoever adds steps must
+drain them, however the loop ends: what is still on the device is in no file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.trace import Rows, RowWriter
 from stabstudy.training import step as st
 
-RING = 32
+RING = 32  # steps kept back on CUDA
 BLOCK = 32  # steps that the detector judges at once: one at a time would cost a hundred times as much
 
 
@@ -46,11 +46,11 @@ class Recorder:
         writer: RowWriter,
         monitor: DivergenceMonitor,
         spikes: LiveSpikes,
-        on_device: bool,
+        ring: int,
     ):
         self.config, self.layer_index, self.writer = config, layer_index, writer
         self.monitor, self.spikes = monitor, spikes
-        self.ring = RING if on_device else 1
+        self.ring = ring
         self.pending: list[Pending] = []
         self._unjudged: list[tuple[float | None, float | None, str | None]] = []
         self.rows = 0
@@ -74,7 +74,7 @@ class Recorder:
             self._clock = time.perf_counter()
 
     def add(self, step: int, lr: float, vector: Tensor | None) -> None:
-        """Queue one step; it reaches the trace at the latest `RING` steps later."""
+        """Queue one step; it reaches the trace at the latest `ring` steps later."""
         self.pending.append(Pending(step, lr, vector))
         if len(self.pending) >= self.ring:
             self.drain()
@@ -91,7 +91,7 @@ class Recorder:
             alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
             self.writer.append(row, urgent=alarm)
             self.rows += 1
-            if self.monitor.code == "nonfinite":
+            if self.monitor.code is not None:
                 break
         self.pending = []
         self.tokens_per_second = self.config.tokens_per_step / max(seconds, 1e-9)

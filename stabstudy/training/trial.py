@@ -32,7 +32,7 @@ from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.growth import growth
 from stabstudy.training.loop import Heartbeat, Loop
-from stabstudy.training.record import Recorder
+from stabstudy.training.record import RING, Recorder
 from stabstudy.training.step import Stepper
 
 RECORDS = (trace.TRACE, trace.PROBES)
@@ -47,6 +47,7 @@ class Engine:
     threads: int = 1
     keep_checkpoints: bool = False
     compiler: bool = True  # this launch found a C++ compiler; false: train.compile=auto is off in all its trials
+    ring: int | None = None  # steps kept back on the device; None: record.RING on CUDA, 1 on a CPU
 
 
 def run_trial(folder: store.TrialFolder, engine: Engine, rules: Rules, heartbeat: Heartbeat) -> store.State:
@@ -91,7 +92,7 @@ def _attempt(
         writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
         for writer in writers.values():
             open_files.callback(writer.close)
-        recorder = _recorder(folder, config, state, stepper, writers["trace"], rules)
+        recorder = _recorder(folder, config, state, stepper, writers["trace"], engine, rules)
         loop = Loop(
             config,
             stepper,
@@ -109,6 +110,8 @@ def _attempt(
         stop_reason = loop.run(start)
         if stop_reason == "interrupted":
             return _end(folder, replace(state, status="interrupted", step=recorder.rows))
+        if stop_reason == "complete" and recorder.rows != config.train.steps:
+            raise RuntimeError(f"{recorder.rows} rows of {config.train.steps} steps were recorded")
         final_loss = stepper.loss_on(batches.final_evaluation())
         if loop.measured != recorder.rows:  # else the probe that found weights not finite has just written this row
             loop.measure(recorder.rows, evaluate=True)
@@ -193,19 +196,14 @@ def _recorder(
     state: store.State,
     stepper: Stepper,
     writer: trace.RowWriter,
+    engine: Engine,
     rules: Rules,
 ) -> Recorder:
     warmup, steps = config.warmup_steps, config.train.steps
     assert state.init_loss is not None
     monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss, state.unigram_entropy)
-    recorder = Recorder(
-        config,
-        stepper.layer_index,
-        writer,
-        monitor,
-        LiveSpikes(rules),
-        on_device=stepper.device.type != "cpu",
-    )
+    ring = engine.ring or (1 if stepper.device.type == "cpu" else RING)
+    recorder = Recorder(config, stepper.layer_index, writer, monitor, LiveSpikes(rules), ring)
     kept = trace.read_jsonl(folder.live(trace.TRACE), trace.TRACE)
     recorder.replay(kept)
     recorder.rows = len(kept)
