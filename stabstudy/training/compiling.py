@@ -1,6 +1,6 @@
-"""torch.compile for the loss function: forward and backward of a micro-batch; the optimizer stays eager.
+"""torch.compile for the loss function: forward and backward of a micro-batch; the optimizer is not compiled.
 
-Every micro-batch of a trial has one shape, so it compiles once. Evaluation and probes, whose shapes differ, are eager
+Every micro-batch of a pack has one shape, so it compiles once. Evaluation and probes, whose shapes differ, are eager
 in both modes: a loss is measured the same way whatever trained the weights.
 """
 
@@ -25,7 +25,15 @@ def keep_compiled(cache_dir: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
 
 
-def compiled_sums(function: Callable[..., T]) -> Callable[..., T]:
-    """The function compiled for the shapes that it is called with."""
-    compiled: Callable[..., T] = torch.compile(function, dynamic=False)
-    return compiled
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function compiled for the shapes that it is called with.
+
+    What a process compiled before is forgotten: packs of other shapes would count as recompilations, at whose limit
+    the compiler runs the function eagerly without a word. Reaching it is an error.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fast: Callable[..., T] = torch.compile(function, dynamic=False)
+    return fast

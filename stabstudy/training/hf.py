@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
-from stabstudy.training.model import Decoder, initial_matrix, initialise
+from stabstudy.training.model import initial_matrix
 
 OURS = {
     "self_attn.q_proj": ("attention.wqkv", 0),
@@ -64,6 +64,10 @@ class HfDecoder(nn.Module):
         x_BTD, turn = self._entering(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, position_embeddings=turn, attention_mask=None)
+        return self.readout(x_BTD)
+
+    def readout(self, x_BTD: Tensor) -> Tensor:
+        """The logits of the stream behind the last layer."""
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
         return logits_BTV
 
@@ -94,20 +98,6 @@ class HfDecoder(nn.Module):
             q_BTHK, k_BTGK = attention.q_norm(q_BTHK), attention.k_norm(k_BTGK)
         turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), *turn)
         return turned
-
-
-Model = Decoder | HfDecoder
-
-
-def build(config: ModelConfig, vocab: int, seq_len: int, seed: int) -> Model:
-    """The decoder of the settings' family, on the CPU, with its initial weights."""
-    if config.family == "lingua":
-        ours = Decoder(config, vocab, seq_len)
-        initialise(ours, config, seed)
-        return ours
-    theirs = HfDecoder(config, vocab, seq_len)
-    initialise_hf(theirs, config, seed)
-    return theirs
 
 
 def initialise_hf(model: HfDecoder, config: ModelConfig, seed: int) -> None:

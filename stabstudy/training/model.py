@@ -165,6 +165,10 @@ class Decoder(nn.Module):
         x_BTD = self.embedded(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, self.rotation_TK)
+        return self.readout(x_BTD)
+
+    def readout(self, x_BTD: Tensor) -> Tensor:
+        """The logits of the stream behind the last layer."""
         logits_BTV: Tensor = self.head(self.norm(x_BTD))
         return logits_BTV
 

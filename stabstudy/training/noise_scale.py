@@ -25,40 +25,44 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from stabstudy.training.clip import gradients, tensor_norms
+from stabstudy.training.clipping import tensor_norms
 
 DECAY = 0.9
 """Of the moving means, for each measured step; both begin at 0, which their ratio does not feel."""
 
 
 class MicroBatches:
-    """What the micro-batches of one step add to the gradients, which are read and never written."""
+    """What the micro-batches of one step add to the gradients, which are read and never written; K members at once."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], targets: Sequence[int]):
-        """`targets`: valid targets of each micro-batch, in their order."""
-        self.parameters, self.targets = parameters, targets
-        self.squares: list[Tensor] = []  # n_i norm(g_i)^2 / N^2 of each, float64
-        self._before = [torch.zeros_like(p) for p in parameters]
+    def __init__(self, targets: Tensor):
+        """`targets`: valid targets of each micro-batch, in their order, [micro-batches, K]."""
+        self.targets = targets.double()
+        self.squares: list[Tensor] = []  # n_i norm(g_i)^2 / N^2 of each, [K] float64
+        self._before: list[Tensor] = []
 
-    def add(self) -> None:
-        """Look at the gradients after the backward pass of the next micro-batch."""
-        now = gradients(self.parameters)
-        torch._foreach_sub_(self._before, now)  # minus what was added; in place: one copy of the gradients is enough
-        square = torch.linalg.vector_norm(tensor_norms(self._before)).double().square()
+    def add(self, grads: Sequence[Tensor]) -> None:
+        """Look at the gradients [K, ...] after the backward pass of the next micro-batch."""
+        if self._before:
+            torch._foreach_sub_(self._before, list(grads))  # minus what was added; in place: one copy is enough
+        added = self._before or list(grads)
+        square = torch.linalg.vector_norm(tensor_norms(added), dim=0).double().square()
         targets = self.targets[len(self.squares)]
-        self.squares.append(square / targets if targets else torch.zeros_like(square))
-        torch._foreach_copy_(self._before, now)
+        self.squares.append(torch.where(targets > 0, square / targets, 0.0))
+        if self._before:
+            torch._foreach_copy_(self._before, list(grads))
+        else:
+            self._before = [g.clone() for g in grads]
 
-    def terms(self) -> Tensor:
-        """[G2, S], in float64; needs at least two micro-batches with targets."""
-        big, count = sum(self.targets), sum(n > 0 for n in self.targets)
+    def terms(self, grads: Sequence[Tensor]) -> Tensor:
+        """[K, 2], G2 and S in float64; not finite where fewer than two micro-batches have targets."""
+        big, count = self.targets.sum(0), (self.targets > 0).sum(0)
         small = big / count
-        big_square = torch.linalg.vector_norm(tensor_norms(gradients(self.parameters))).double().square()
-        small_square = big * torch.stack(self.squares).sum()
+        big_square = torch.linalg.vector_norm(tensor_norms(grads), dim=0).double().square()
+        small_square = big * torch.stack(self.squares).sum(0)
         g2 = (big * big_square - small * small_square) / (big - small)
-        return torch.stack([g2, (small_square - big_square) / (1 / small - 1 / big)])
+        return torch.stack([g2, (small_square - big_square) / (1 / small - 1 / big)], dim=1)
 
 
 class NoiseMeans:
@@ -75,11 +79,10 @@ class NoiseMeans:
         self.s = DECAY * self.s + (1 - DECAY) * s
         return self.s / self.g2 if self.g2 > 0 else None
 
-    def row(self, terms: Tensor | None) -> dict[str, float | None]:
+    def row(self, g2: float, s: float) -> dict[str, float | None]:
         """The probes columns of a step; all null where it was not measured, or its gradients were not finite."""
-        if terms is None or not bool(torch.isfinite(terms).all()):
+        if not math.isfinite(g2) or not math.isfinite(s):
             return {"noise_g2": None, "noise_s": None, "noise_scale": None}
-        g2, s = terms.tolist()
         return {"noise_g2": g2, "noise_s": s, "noise_scale": self.add(g2, s)}
 
     def replay(self, g2: NDArray[np.float64], s: NDArray[np.float64]) -> None:

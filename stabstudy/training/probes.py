@@ -1,64 +1,65 @@
 """Probes: the costly quantities, every `train.probe_every` steps, on the fixed evaluation batch.
 
 A probe draws no random number and changes no value of the training: it only reads weights, optimizer state and the
-gradients of the last update.
+gradients of the last update. It leaves one vector a member on the device.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from stabstudy.training.hf import Model
-from stabstudy.training.optim import update_sizes
+from stabstudy.training.clipping import tensor_norms
+from stabstudy.training.families import Model
 from stabstudy.training.softcap import soft_cap
+from stabstudy.training.stack import Scalars
 from stabstudy.training.step import Stepper
 
 PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
 
+SCALARS = ("val_loss", "update_rms", "adam_rms_max", "param_norm", "noise_g2", "noise_s", "updated")
+"""Of a probe, NaN where not measured; `updated` is 0 where the last step made no update."""
 
-def probe(stepper: Stepper, windows: NDArray[np.int64], step: int) -> dict[str, Any]:
-    """One row of the probes record, validation loss and noise aside.
+OF_LAYERS = ("attn_logit_max", "attn_entropy", "resid_rms")
+"""Depth numbers each, behind the scalars."""
 
-    `update_rms` and `adam_rms_max` are None where the last step made no update to be measured.
+
+def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tensor:
+    """The probe of each member, [K, scalars + 3 * depth] float64 on the device; waits for nothing.
+
+    Args:
+        stepper: Just after a step, or before the first.
+        windows_KBT: The evaluation set, [K, n, T+1]; only the validation loss (`evaluate`) needs all of it.
+        evaluate: Whether to measure that.
     """
-    tokens_BT = torch.from_numpy(windows[:PROBE_SEQUENCES, :-1]).to(stepper.device)
-    cap = stepper.config.model.attn_softcap
-
-    def per_layer(model: Model) -> Tensor:
-        rows = []
-        for q_BHTK, k_BGTK, x_BTD in model.walk(tokens_BT):
-            largest, entropy = attention_statistics(q_BHTK, k_BGTK, cap)
-            rows.append(torch.stack([largest, entropy, x_BTD.float().square().mean().sqrt()]))
-        return torch.stack(rows)
-
+    tokens = windows_KBT[:, :PROBE_SEQUENCES, :-1]
     with torch.no_grad():
-        layers = stepper.forward.run(per_layer).tolist()
-        norm = torch.linalg.vector_norm(weight_norms(stepper))
-        measurable = stepper.muon is None and not stepper.left_out  # sizes of Adam's update of every tensor
-        sizes = torch.stack([s.float() for s in update_sizes(stepper.optimizer)]) if measurable else None
-    rms, ratio = sizes.tolist() if sizes is not None else (None, None)
-    return {
-        "step": step,
-        "val_loss": None,
-        "update_rms": rms,
-        "adam_rms_max": ratio,
-        "attn_logit_max": [row[0] for row in layers],
-        "attn_entropy": [row[1] for row in layers],
-        "resid_rms": [row[2] for row in layers],
-        "param_norm": norm.item(),
+        layers = stepper.stack.run(lambda model, x: of_layers(model, x, stepper.configs[0].model.attn_softcap), tokens)
+        sizes = stepper.optimizer.update_sizes(stepper.grads) if stepper.grads else None
+    nan = torch.full((stepper.K,), math.nan, dtype=torch.float64, device=stepper.device)
+    noise = stepper.noise
+    values = {
+        "val_loss": stepper.loss_on(windows_KBT) if evaluate else nan,
+        "param_norm": torch.linalg.vector_norm(tensor_norms(stepper.stack.tensors), dim=0),
+        "noise_g2": nan if noise is None else noise[:, 0],
+        "noise_s": nan if noise is None else noise[:, 1],
+        "updated": 1 - stepper.left_out,
+        **(sizes or {"update_rms": nan, "adam_rms_max": nan}),
     }
+    scalars = torch.stack([values[name].double() for name in SCALARS], dim=1)
+    return torch.cat([scalars, *(layers[name].double() for name in OF_LAYERS)], dim=1)
 
 
-def weight_norms(stepper: Stepper) -> Tensor:
-    """L2 norm of every weight tensor."""
-    return torch.stack(torch._foreach_norm([p.detach() for p in stepper.parameters], 2))
+def of_layers(model: Model, tokens_BT: Tensor, attn_softcap: float | None) -> Scalars:
+    """OF_LAYERS of one member, [depth] each."""
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for q_BHTK, k_BGTK, x_BTD in model.walk(tokens_BT):
+        largest, entropy = attention_statistics(q_BHTK, k_BGTK, attn_softcap)
+        rows.append((largest, entropy, x_BTD.float().square().mean().sqrt()))
+    return dict(zip(OF_LAYERS, (torch.stack(column) for column in zip(*rows, strict=True)), strict=True))
 
 
 def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:

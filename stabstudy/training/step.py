@@ -1,195 +1,197 @@
-"""One optimizer step: micro-batches, one normaliser, one norm measurement, one decision, one update.
+"""One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
 
 The loss of a step is the sum of cross-entropies over ALL its micro-batches divided by N, the valid targets of the whole
 step, so neither loss nor gradient depends on `micro_batch_size` (the mean of micro-batch means does, and its gradient
 norm is off by up to 1.9 where its loss looks right: LLaMA-Factory issue 7743).
 
-Nothing here waits for the device: a step leaves one vector of numbers on it. What follows from a non-finite norm (skip
-the update, or freeze the weights because the trial ends here) is decided on the device too.
+Nothing here waits for the device, and every tensor that outlives a step is written in place, so that a step can be
+captured once and replayed. What follows from a non-finite norm (skip the update, or freeze the weights because the
+trial ends here) is decided on the device, for each of the K members by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training import clip
-from stabstudy.training.clip_rules import clip_rule
-from stabstudy.training.compiling import compiled_sums
-from stabstudy.training.hf import Model
-from stabstudy.training.model import fused_rows
-from stabstudy.training.muon import Muon
+from stabstudy.training import clipping
+from stabstudy.training.clipping import clip_rule
+from stabstudy.training.compiling import compiled
+from stabstudy.training.families import Model
 from stabstudy.training.noise_scale import MicroBatches
-from stabstudy.training.optim import AdamW, decay_rate
-from stabstudy.training.precision import Forward
-from stabstudy.training.softcap import soft_cap
+from stabstudy.training.objective import IGNORE, MINIMISED, objective
+from stabstudy.training.optimizers import optimizer
 from stabstudy.training.spike_skip import SpikeSkip
-
-IGNORE = -100
-"""A target that counts for nothing (padding)."""
+from stabstudy.training.stack import Scalars, Stack
 
 SCALE_START, SCALE_GROWTH_STEPS = 2.0**16, 2000
 """fp16 loss scaling: the first scale, and the good steps after which it doubles (torch.amp.GradScaler's values)."""
 
-LOSS, LOGIT_ABSMAX, LOGZ_MEAN, GRAD_NORM, CLIP_SCALE, LOSS_SCALE, SPIKE, TENSOR_NORMS = 0, 1, 2, 3, 4, 5, 6, 7
-"""Positions in the vector of a step; the per-tensor gradient norms fill the rest."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the valid targets of one micro-batch; 0-dim tensors."""
-
-    cross_entropy: Tensor
-    logz: Tensor
-    logz_squared: Tensor
-    logit_absmax: Tensor
-
-
-def target_sums(
-    logits_BTV: Tensor, targets_BT: Tensor, masked: bool, want_squares: bool, cap: float | None = None
-) -> Sums:
-    """Cross-entropy and logit statistics in float32. logsumexp is cross-entropy plus the target's own logit.
-
-    With a soft cap, cross-entropy and logsumexp are of the capped logits; `logit_absmax` is what they were before it.
-    """
-    logits_NV = logits_BTV.flatten(0, 1).float()
-    targets_N = targets_BT.flatten()
-    if masked:
-        valid = targets_N != IGNORE
-        logits_NV, targets_N = logits_NV[valid], targets_N[valid]
-    raw_NV = logits_NV.detach()
-    if cap is not None:
-        logits_NV = soft_cap(logits_NV, cap)
-    ce_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-    with torch.set_grad_enabled(want_squares and torch.is_grad_enabled()):
-        logz_N = ce_N + logits_NV.gather(1, targets_N[:, None]).squeeze(1)
-        squares = logz_N.square().sum() if want_squares else logz_N.new_zeros(())
-    with torch.no_grad():
-        low, high = torch.aminmax(raw_NV) if len(raw_NV) else (raw_NV.new_zeros(()),) * 2
-    return Sums(ce_N.sum(), logz_N.detach().sum(), squares, torch.maximum(-low, high))
+OF_STEP = ("grad_norm", "clip_scale", "loss_scale", "spike", "targets")
+"""Scalars of every step, beside the objective's; `targets` counts the valid ones, `spike` is 1 where it is skipped."""
 
 
 class Stepper:
-    """Model, optimizer and loss scale of one trial. `step` makes one update and returns its vector."""
+    """Weights, optimizer and policies of K members of one shape. `step` makes one update of each.
 
-    def __init__(self, config: TrialConfig, model: Model, device: torch.device, compiled: bool = False):
-        self.config, self.model, self.device = config, model, device
-        self.forward = Forward(model, config.train.precision, device)
-        named = list(model.named_parameters())
-        self.parameters = [p for _, p in named]
-        self.layer_index = np.array(clip.layer_index([n for n, _ in named], config.model.depth))
-        decay, muon = decay_rate(config.optim, config.peak_matrix_lr), config.optim.kind == "muon"
-        self.muon = Muon(named, fused_rows(config.model), config.optim, decay) if muon else None
-        rest = [(n, p) for n, p in named if self.muon is None or n not in self.muon.matrices]
-        self.optimizer = AdamW(rest, config.optim, config.peak_lr)
-        self.clip_rule = clip_rule(config.optim, self.parameters)
-        self.spike_skip = SpikeSkip(device) if config.train.skip_spikes else None
+    A step's vector is [K, C + tensors]: the scalars named by `columns` (C of them), then each tensor's gradient norm.
+    """
+
+    def __init__(
+        self, configs: Sequence[TrialConfig], models: Iterable[Model], device: torch.device, compile_loss: bool = False
+    ):
+        """`models`: of each member, with its initial weights. The configs must agree in their `shape.shape`."""
+        config = configs[0]
+        self.configs, self.device, self.K = tuple(configs), device, len(configs)
+        self.micro_batch = config.train.micro_batch
+        self.stack = Stack(models, self.K, config.train.precision, device)
+        named = list(zip(self.stack.names, self.stack.tensors, strict=True))
+        self.layer_index = np.array(clipping.layer_index(self.stack.names, config.model.depth))
+        self.objective = objective(configs, device)
+        self.columns = (*self.objective.scalars, *OF_STEP)
+        self.optimizer = optimizer(configs, named)
+        self.clip_rule = clip_rule(configs, named)
+        self.spike_skip = SpikeSkip(self.K, device) if config.train.skip_spikes else None
         self.scaled = config.train.precision == "fp16"
-        self.loss_scale = torch.tensor(SCALE_START if self.scaled else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
-        self.halted = torch.zeros((), device=device)  # 1 from the non-finite step that ends the trial on
-        self.left_out = torch.ones((), device=device)  # 1 where the last step made no update, and before the first
-        self.measure_noise = False  # set before a step that a probe follows
-        self.noise: Tensor | None = None  # of the last step, see noise_scale.py; None: not measured
-        self._sums: Callable[..., Sums] = compiled_sums(self._micro) if compiled else self._micro
+        ends = [not self.scaled and not c.train.skip_nonfinite for c in configs]
+        self.ends_at_nonfinite = torch.tensor(ends, dtype=torch.float32, device=device)
+        self.loss_scale = torch.full((self.K,), SCALE_START if self.scaled else 1.0, device=device)
+        self.good_steps = torch.zeros(self.K, device=device)
+        self.halted = torch.zeros(self.K, device=device)  # 1 from the non-finite step that ends the trial on
+        self.left_out = torch.ones(self.K, device=device)  # 1 where the last step made no update, and before the first
+        self.grads: list[Tensor] = []  # of the last step, [K, ...], clipped
+        self.noise: Tensor | None = None  # [K, 2] of the last step, see noise_scale.py; None: not measured
+        self._compiled = compiled(partial(self.stack.call, self.objective)) if compile_loss else None
 
-    def step(self, windows: NDArray[np.int64], lr: float) -> Tensor | None:
-        """One update on windows [batch, T+1] (targets are the inputs shifted by one; IGNORE marks invalid ones).
+    def step(
+        self,
+        windows_KBT: Tensor,
+        lr: Sequence[float] | Tensor,
+        live: Tensor,
+        masked: bool = False,
+        measure_noise: bool = False,
+    ) -> Tensor:
+        """One update on windows [K, B, T+1] of the device (targets are the inputs shifted by one, or IGNORE).
 
-        Returns the step's vector on the device, or None when it had no valid target (no update then).
+        Args:
+            windows_KBT: int64. A member without a valid target makes no update.
+            lr: [K]; a float32 tensor where the step is captured.
+            live: [K] float32; 0 where a member has ended, which makes no update any more.
+            masked: whether any target is IGNORE.
+            measure_noise: whether to compare the micro-batches, see noise_scale.py.
         """
-        self.noise = None
-        valid = int((windows[:, 1:] != IGNORE).sum())
-        if valid == 0:
-            self.left_out = torch.ones_like(self.left_out)
-            return None
-        loss, logz, absmax = self.accumulate(windows, valid)
-        grads = clip.gradients(self.parameters)
+        targets = (windows_KBT[..., 1:] != IGNORE).sum((1, 2)).float()
+        scalars = self.accumulate(windows_KBT, targets, masked, measure_noise)
         if self.scaled:
-            clip.scale_(grads, 1.0 / self.loss_scale)
-        norms = clip.tensor_norms(grads)
-        norm = torch.linalg.vector_norm(norms)
+            clipping.scale_(self.grads, 1.0 / self.loss_scale)
+        norms = clipping.tensor_norms(self.grads)
+        # without a target there is no gradient to speak of: not 0, which would enter the memory of a rule
+        norm = torch.where(targets > 0, torch.linalg.vector_norm(norms, dim=0), torch.nan)
         used_scale = self.loss_scale.clone()
-        factor = self._clip(grads, norms, norm)
+        factor = self.clip_rule.apply(self.grads, norms, norm)
+        loss = scalars["loss"]
         spike = torch.zeros_like(norm) if self.spike_skip is None else self.spike_skip.judge(loss, norm)
-        self._update(norm, loss, lr, spike)
-        return torch.cat([torch.stack([loss, absmax, logz, norm, factor, used_scale, spike]), norms])
+        self._update(norm, loss, targets, lr, spike, live)
+        scalars |= dict(zip(OF_STEP, (norm, factor, used_scale, spike, targets), strict=True))
+        return torch.cat([torch.stack([scalars[name] for name in self.columns], dim=1), norms.T], dim=1)
 
-    def accumulate(self, windows: NDArray[np.int64], valid: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the whole step into `.grad`. Returns (loss, mean logsumexp, largest absolute logit)."""
-        for p in self.parameters:
-            p.grad = None
-        loss = logz = absmax = torch.zeros((), device=self.device)
-        masked = valid != windows[:, 1:].size
-        watched = self._watched(windows)
-        for inputs, targets in self._micro_batches(windows):
-            # padded micro-batches have a shape of their own each: compiling them would cost more than it gives
-            sums = (self._micro if masked else self._sums)(inputs, targets, masked)
-            objective = (sums.cross_entropy + self.config.train.z_loss * sums.logz_squared) / valid
-            (objective * self.loss_scale if self.scaled else objective).backward()  # type: ignore[no-untyped-call]
+    def accumulate(self, windows_KBT: Tensor, targets: Tensor, masked: bool, measure_noise: bool = False) -> Scalars:
+        """Gradients of the whole step into `grads`, its noise into `noise`. Returns the objective's scalars [K].
+
+        `targets` [K]: valid ones of each member's step. Scalars of a member without any are NaN.
+        """
+        self.grads, self.noise = [], None
+        totals: Scalars = {}
+        watched = self._watched(windows_KBT) if measure_noise else None
+        for inputs, part_targets in self._micro_batches(windows_KBT):
+            terms = self._terms(inputs, part_targets, masked)
+            minimised = terms.pop(MINIMISED) / targets
+            new = self.stack.gradients((minimised * self.loss_scale if self.scaled else minimised).sum())
+            if self.grads:
+                torch._foreach_add_(self.grads, new)
+            else:
+                self.grads = new
             if watched is not None:
-                watched.add()
-            loss = loss + sums.cross_entropy.detach() / valid
-            logz = logz + sums.logz / valid
-            absmax = torch.maximum(absmax, sums.logit_absmax)
+                watched.add(self.grads)
+            for name, value in terms.items():
+                largest = name in self.objective.largest
+                value = value if largest else value / targets
+                totals[name] = value if name not in totals else (torch.maximum if largest else torch.add)(
+                    totals[name], value
+                )
         if watched is not None:
-            self.noise = watched.terms() / self.loss_scale.double().square()
-        return loss, logz, absmax
+            self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
+        return totals
 
-    def loss_on(self, windows: NDArray[np.int64]) -> float:
-        """Mean cross-entropy on fixed windows, nat/token, no gradient. Waits for the device."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+    def loss_on(self, windows_KBT: Tensor, masked: bool = False) -> Tensor:
+        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient. Waits for nothing."""
+        total = torch.zeros(self.K, dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for inputs, targets in self._micro_batches(windows):
-                total += self._micro(inputs, targets, False).cross_entropy.double()
-        return total.item() / windows[:, 1:].size
+            for inputs, targets in self._micro_batches(windows_KBT):
+                terms = partial(self.objective, masked=masked)
+                total += self.stack.run(terms, inputs, targets, *self.objective.settings)["loss"].double()
+        return total / (windows_KBT[..., 1:] != IGNORE).sum((1, 2))
 
-    def _micro(self, inputs_BT: Tensor, targets_BT: Tensor, masked: bool) -> Sums:
-        logits_BTV = self.forward.run(lambda model: model(inputs_BT))
-        cap = self.config.model.logit_softcap
-        return target_sums(logits_BTV, targets_BT, masked, self.config.train.z_loss > 0, cap)
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on, [K, ...], by its name in a checkpoint; written in place."""
+        owners = {"clip": self.clip_rule, "spike_skip": self.spike_skip}
+        return {
+            "scaler/loss_scale": self.loss_scale,
+            "scaler/good_steps": self.good_steps,
+            "halted": self.halted,
+            **{f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()},
+            **{f"model/{name}": x for name, x in zip(self.stack.names, self.stack.tensors, strict=True)},
+            **self.optimizer.state,
+        }
 
-    def _micro_batches(self, windows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(windows), self.config.train.micro_batch):
-            part = torch.from_numpy(windows[start : start + self.config.train.micro_batch])
-            part = part.to(self.device, non_blocking=True)
+    def _terms(self, inputs: Tensor, targets: Tensor, masked: bool) -> Scalars:
+        """The objective of one micro-batch of every member."""
+        if self._compiled is not None and not masked:  # a padded batch would be compiled again
+            return dict(self._compiled(self.stack.leaves, inputs, targets, *self.objective.settings))
+        return self.stack.run(partial(self.objective, masked=masked), inputs, targets, *self.objective.settings)
+
+    def _micro_batches(self, windows_KBT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in windows_KBT.split(self.micro_batch, dim=1):
             # an ignored position is a target only; as an input it may be any token
-            yield part[:, :-1].clamp(min=0), part[:, 1:]
+            yield part[..., :-1].clamp(min=0), part[..., 1:]
 
-    def _watched(self, windows: NDArray[np.int64]) -> MicroBatches | None:
-        """What measures the noise of this step, where it is due and there is more than one micro-batch to compare."""
-        if not self.measure_noise:
-            return None
-        starts = range(0, len(windows), self.config.train.micro_batch)
-        targets = np.add.reduceat((windows[:, 1:] != IGNORE).sum(1), starts)
-        return MicroBatches(self.parameters, targets.tolist()) if np.count_nonzero(targets) > 1 else None
+    def _watched(self, windows_KBT: Tensor) -> MicroBatches | None:
+        """What measures the noise of a step, where there is more than one micro-batch to compare."""
+        parts = windows_KBT[..., 1:].split(self.micro_batch, dim=1)
+        return MicroBatches(torch.stack([(p != IGNORE).sum((1, 2)) for p in parts])) if len(parts) > 1 else None
 
-    def _clip(self, grads: list[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
-        """Scale the gradients; returns the factor (1 where clipping is off; null in the record)."""
-        if self.clip_rule is None:
-            return torch.ones((), device=self.device)
-        return self.clip_rule.apply(grads, norms, norm)
-
-    def _update(self, norm: Tensor, loss: Tensor, lr: float, spike: Tensor) -> None:
-        """The optimizer's step, which it leaves out by itself, on the device, where `found_inf` is 1."""
-        bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        if not self.scaled and not self.config.train.skip_nonfinite:
-            self.halted = torch.maximum(self.halted, bad)
-        self.left_out = torch.maximum(torch.maximum(bad, spike), self.halted)
-        self.optimizer.step(lr, self.left_out)
-        if self.muon is not None:
-            self.muon.step(lr, self.left_out)
+    def _update(
+        self, norm: Tensor, loss: Tensor, targets: Tensor, lr: Sequence[float] | Tensor, spike: Tensor, live: Tensor
+    ) -> None:
+        """The optimizer's step, which it leaves out by itself, on the device, for members where `left_out` is 1."""
+        empty = targets == 0
+        bad = (~(torch.isfinite(norm) & torch.isfinite(loss)) & ~empty).float()
+        self.halted.copy_(torch.maximum(self.halted, bad * self.ends_at_nonfinite * live))
+        out = torch.stack([bad, spike, self.halted, empty.float(), 1 - live]).amax(0)
+        self.left_out.copy_(out)
+        self.optimizer.step(self.grads, lr, self.left_out)
         if self.scaled:
-            self._rescale(bad)
+            self._rescale(bad, empty)
 
-    def _rescale(self, bad: Tensor) -> None:
+    def _rescale(self, bad: Tensor, empty: Tensor) -> None:
         grow = (self.good_steps + 1 >= SCALE_GROWTH_STEPS).float() * (1 - bad)
-        self.loss_scale = self.loss_scale * (1 + grow) * (1 - 0.5 * bad)
-        self.good_steps = (self.good_steps + 1) * (1 - bad) * (1 - grow)
+        scale, good = self.loss_scale * (1 + grow) * (1 - 0.5 * bad), (self.good_steps + 1) * (1 - bad) * (1 - grow)
+        self.loss_scale.copy_(torch.where(empty, self.loss_scale, scale))
+        self.good_steps.copy_(torch.where(empty, self.good_steps, good))
+
+
+def stacked(windows: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:
+    """Each member's windows [n, T+1] as one tensor [K, n, T+1] of the device; short ones are padded with IGNORE."""
+    most = max(len(w) for w in windows)
+    if all(w is windows[0] for w in windows):
+        return torch.from_numpy(windows[0]).to(device).expand(len(windows), -1, -1)
+    parts = np.full((len(windows), most, windows[0].shape[1]), IGNORE, np.int64)
+    for row, w in zip(parts, windows, strict=True):
+        row[: len(w)] = w
+    return torch.from_numpy(parts).to(device)

@@ -1,0 +1,102 @@
+"""Training objectives: what a micro-batch contributes to the loss and to the record.
+
+An objective is a function of a model and one member's batch. It returns named scalars, each a sum over the valid
+targets (or the largest over them, see `largest`); whoever adds up the micro-batches of a step divides the sums by the
+valid targets of the whole step. `minimised` is the sum whose gradient trains; the others are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stabstudy.config import TrialConfig
+from stabstudy.training.families import Model
+from stabstudy.training.softcap import soft_cap
+
+IGNORE = -100
+"""A target that counts for nothing (padding)."""
+
+MINIMISED = "minimised"
+
+
+class Objective(Protocol):
+    """What the members of a pack minimise. The pack calls it for all of them at once (`Stack.run`)."""
+
+    scalars: tuple[str, ...]
+    """What a step records of it, beside MINIMISED; `loss` is one of them."""
+
+    largest: tuple[str, ...]
+    """Those of `scalars` that are a maximum over targets, and no sum."""
+
+    settings: tuple[Tensor, ...]
+    """Numbers that differ between the members, [K] each; a call gets one member's."""
+
+    def __call__(
+        self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
+    ) -> dict[str, Tensor]:
+        """MINIMISED and `scalars` of one micro-batch, 0-dim. `masked`: some targets are IGNORE."""
+
+
+class NextToken:
+    """Cross-entropy of the next token, and `z_loss` times the square of logsumexp, which is never in the record.
+
+    The loss and logsumexp are those of the capped logits where there is a soft cap; `logit_absmax` is before it.
+    """
+
+    scalars = ("loss", "logz_mean", "logit_absmax")
+    largest = ("logit_absmax",)
+
+    def __init__(self, configs: Sequence[TrialConfig], device: torch.device):
+        self.cap = configs[0].model.logit_softcap
+        weights = [c.train.z_loss for c in configs]
+        # all members of a pack have a z-loss, or none has: 0 times what is not finite would be NaN
+        self.settings = (torch.tensor(weights, device=device),) if weights[0] else ()
+
+    def __call__(
+        self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
+    ) -> dict[str, Tensor]:
+        return target_sums(model(inputs_BT), targets_BT, masked, self.cap, *settings)
+
+
+OBJECTIVES: Mapping[str, Callable[[Sequence[TrialConfig], torch.device], Objective]] = {"lm": NextToken}
+
+
+def objective(configs: Sequence[TrialConfig], device: torch.device) -> Objective:
+    """The objective of a pack's members."""
+    return OBJECTIVES["lm"](configs, device)
+
+
+def target_sums(
+    logits_BTV: Tensor, targets_BT: Tensor, masked: bool, cap: float | None = None, z_loss: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Cross-entropy and logit statistics in float32. logsumexp is cross-entropy plus the target's own logit.
+
+    No shape depends on the values: targets that are IGNORE weigh 0.
+    """
+    logits_NV = logits_BTV.flatten(0, 1).float()
+    targets_N = targets_BT.flatten()
+    raw_NV = logits_NV.detach()
+    if cap is not None:
+        logits_NV = soft_cap(logits_NV, cap)
+    ce_N = F.cross_entropy(logits_NV, targets_N, reduction="none", ignore_index=IGNORE)
+    with torch.set_grad_enabled(z_loss is not None and torch.is_grad_enabled()):
+        own_N = logits_NV.gather(1, (targets_N.clamp(min=0) if masked else targets_N)[:, None]).squeeze(1)
+        logz_N = ce_N + own_N
+        if masked:
+            valid_N = targets_N != IGNORE
+            logz_N = torch.where(valid_N, logz_N, 0.0)
+            raw_NV = torch.where(valid_N[:, None], raw_NV, 0.0)
+    loss = ce_N.sum()
+    minimised = loss if z_loss is None else loss + z_loss * logz_N.square().sum()
+    low, high = raw_NV.amin(), raw_NV.amax()
+    return {
+        MINIMISED: minimised,
+        "loss": loss.detach(),
+        "logz_mean": logz_N.detach().sum(),
+        "logit_absmax": torch.maximum(-low, high),
+    }
