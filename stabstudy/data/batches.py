@@ -106,6 +106,10 @@ class Batches:
         """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]."""
         return self._tokens(self._indices(step))
 
+    def positions(self, step: int) -> Int:
+        """[B] where the sequences of `batch` begin in the corpus, in tokens."""
+        return self._indices(step) * self.seq_len
+
     def evaluation(self) -> Int:
         """[eval_sequences, T+1] token ids: the same for every seed and batch size, spread over the validation part."""
         return self._tokens(self._evaluation)

@@ -1,19 +1,28 @@
-"""The training loop: steps, and between them what is due (evaluation, probe, checkpoint, heartbeat).
+"""The training loop of a pack: rings of steps, and between them what is due (ends, checkpoint, heartbeat).
+
+A ring is a stretch of steps that stay on the device until one copy brings their numbers over. It ends where a member
+has made its last step, so the state behind it is what that member ends with. Where a trial diverges inside a ring, the
+weights have gone on meanwhile: the ring is run again from the state before it, pausing where trials ended, and the last
+loss and the last probe are those of the step that ended them, as if every step had been looked at.
 
 It reaches the scheduler that runs it only through the `heartbeat` it is given.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.data.batches import Batches
-from stabstudy.trace import RowWriter
-from stabstudy.training.noise_scale import NoiseMeans
-from stabstudy.training.probes import probe
+from stabstudy.training import probes
+from stabstudy.training.driver import Driver, Due, Tick
 from stabstudy.training.record import Recorder
 from stabstudy.training.schedule import schedule
 from stabstudy.training.step import Stepper
@@ -21,8 +30,9 @@ from stabstudy.training.step import Stepper
 
 @dataclass(frozen=True)
 class Progress:
-    """The content of a heartbeat: updates recorded so far, the last loss and norm, grad spikes so far, speed."""
+    """The content of a heartbeat, of one trial: updates recorded, the last loss and norm, grad spikes so far, speed."""
 
+    trial_id: str
     step: int
     steps: int
     loss: float
@@ -31,94 +41,197 @@ class Progress:
     tokens_per_second: float
 
 
-Heartbeat = Callable[[Progress], bool]
-"""Called after every step with the progress; returns True to stop the trial (resumable)."""
+Heartbeat = Callable[[Sequence[Progress]], bool]
+"""Called after every ring with the progress of the trials that go on; returns True to stop them (resumable)."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a member's training ended."""
+
+    reason: str  # complete | diverged
+    final_loss: float
+    probe: NDArray[np.float64]  # of the last state, with its validation loss
+
+
+class Crew(Protocol):
+    """Whoever keeps the members' files."""
+
+    def save(self, next_steps: dict[int, int]) -> None:
+        """Write a checkpoint of these members; their rows are written."""
+
+    def ended(self, member: int, end: End) -> None:
+        """A member has made its last step; its rows are written."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loop trains. Members are numbered as the recorder's are."""
+
+    places: tuple[int, ...]  # the member of each row of the stepper
+    configs: tuple[TrialConfig, ...]  # of every member
+    trial_ids: tuple[str, ...]
+    ring: int
+    checkpoint_seconds: float  # at least so long between two checkpoints
+    fewest: int = 0  # members that must be left to go on with this stepper
 
 
 class Loop:
-    """One attempt at a trial: from `start` to the end, a divergence, or the heartbeat's stop."""
+    """One attempt at some trials, until all have ended, are stopped, or too few are left for this stepper."""
 
     def __init__(
         self,
-        config: TrialConfig,
+        plan: Plan,
         stepper: Stepper,
-        batches: Batches,
+        driver: Driver,
         recorder: Recorder,
-        probes: RowWriter,
-        checkpoint: Callable[[int], None],
+        evaluation_KBT: Tensor,
+        final_KBT: Tensor,
+        crew: Crew,
         heartbeat: Heartbeat,
     ):
-        self.config, self.stepper, self.batches = config, stepper, batches
-        self.recorder, self.probes = recorder, probes
-        self.checkpoint, self.heartbeat = checkpoint, heartbeat
-        self.evaluation = batches.evaluation()
-        self.noise = NoiseMeans()
-        self.measured: int | None = None  # updates made when the last probes row was written
+        self.plan, self.stepper, self.driver, self.recorder = plan, stepper, driver, recorder
+        self.evaluation, self.final, self.crew, self.heartbeat = evaluation_KBT, final_KBT, crew, heartbeat
+        self.live = set(plan.places)
+        self.tick = 0
+        self._lr = [(c.peak_lr, schedule(c.optim, c.train.steps)) for c in plan.configs]
+        self._saved = time.monotonic()
 
-    def run(self, start: int) -> str:
-        """Train from step `start` on. Returns 'complete', 'diverged' or 'interrupted'."""
-        config, recorder = self.config, self.recorder
-        factor = schedule(config.optim, config.train.steps)
+    def run(self) -> str:
+        """Train; returns `ended` (all of them), `stopped` (by the heartbeat) or `few` (are left)."""
         try:
-            for step in range(start, config.train.steps):
-                self._step(step, config.peak_lr * factor(step))
-                if recorder.monitor.code is not None:
-                    break
-                stop = self.heartbeat(self.progress(step + 1))
-                if stop and step + 1 < config.train.steps:
-                    self._save(step + 1)
-                    break
+            while self.live:
+                self._ring(self._ticks())
+                if self.live and self.heartbeat(self.progress()):
+                    self._save()
+                    return "stopped"
+                if 0 < len(self.live) <= self.plan.fewest:
+                    return "few"
+            return "ended"
         finally:
-            recorder.drain()
-        if recorder.monitor.code is not None:
-            return "diverged"
-        return "complete" if recorder.rows == config.train.steps else "interrupted"
+            self.recorder.write()
 
-    def _step(self, step: int, lr: float) -> None:
-        """One update, and what is due after it."""
-        done = step + 1
-        self.stepper.measure_noise = self._due(done) or done == self.config.train.steps
-        self.recorder.start_clock()
-        self.recorder.add(step, lr, self.stepper.step(self.batches.batch(step), lr))
-        if self._due(done):
-            self.recorder.drain()
-            if self.recorder.monitor.code is None:
-                self.measure(done)
-        if done < self.config.train.steps and done % self.config.train.checkpoint_every == 0:
-            self._save(done)
+    def progress(self) -> list[Progress]:
+        """Of the members that go on."""
+        r, configs = self.recorder, self.plan.configs
+        return [
+            Progress(
+                self.plan.trial_ids[k],
+                int(r.rows[k]),
+                configs[k].train.steps,
+                float(r.loss[k]),
+                float(r.grad_norm[k]),
+                int(r.spikes.spike_events[k]),
+                configs[k].tokens_per_step / max(r.seconds, 1e-9),
+            )
+            for k in sorted(self.live)
+        ]
 
-    def measure(self, done: int, evaluate: bool = False) -> None:
-        """Append the probes row for the state after `done` updates, with a validation loss where due or requested."""
-        self.measured = done
-        row = probe(self.stepper, self.evaluation, done)
-        due = evaluate or done % self.config.train.eval_every == 0
-        val_loss = self.stepper.loss_on(self.evaluation) if due else None
-        row |= {"val_loss": val_loss, **self.noise.row(self.stepper.noise)}
-        weights = row["param_norm"]
-        self.probes.append(row, urgent=not math.isfinite(weights))
-        if not math.isfinite(weights):
-            self.recorder.monitor.weights_not_finite(max(0, done - 1))
+    def _ring(self, ticks: list[Tick]) -> None:
+        before = None if len(ticks) == 1 else {name: x.clone() for name, x in self.stepper.state().items()}
+        began = time.perf_counter()
+        try:
+            self.driver.run(ticks)
+        except BaseException:
+            self._salvage(ticks, began)
+            raise
+        if self.stepper.device.type != "cpu":
+            self.recorder.write()  # rows of the ring before, while the device works
+        taken = self.driver.take()
+        seconds = (time.perf_counter() - began) / len(ticks)
+        diverged = self.recorder.judge(self.plan.places, ticks, taken, seconds)
+        self.tick += len(ticks)
+        complete = [k for k in self.live if k not in diverged and self._left(k) == 0]
+        if diverged or complete or self.stepper.device.type == "cpu":
+            self.recorder.write()
+        last = len(ticks) - 1
+        if any(i < last for i in diverged.values()):
+            assert before is not None
+            self._again(ticks, before, diverged)
+        self._end([k for k, i in diverged.items() if i == last], "diverged")
+        self._end(complete, "complete")
+        if self.live and self._checkpoint_due():
+            self._save()
 
-    def progress(self, done: int) -> Progress:
-        recorder = self.recorder
-        return Progress(
-            done,
-            self.config.train.steps,
-            recorder.loss,
-            recorder.grad_norm,
-            recorder.spikes.spike_events,
-            recorder.tokens_per_second,
+    def _again(self, ticks: list[Tick], before: dict[str, Tensor], diverged: dict[int, int]) -> None:
+        """Run a ring once more from the state before it, and measure the members that diverged inside it."""
+        for name, x in self.stepper.state().items():
+            x.copy_(before[name])
+        first = 0
+        for stop in sorted({i for i in diverged.values() if i < len(ticks) - 1}):
+            self.driver.run(self._of_live(ticks[first : stop + 1]))
+            self._end([k for k, i in diverged.items() if i == stop], "diverged")
+            first = stop + 1
+        if self.live:
+            self.driver.run(self._of_live(ticks[first:]))
+
+    def _of_live(self, ticks: Sequence[Tick]) -> list[Tick]:
+        live = tuple(k in self.live for k in self.plan.places)
+        return [replace(tick, live=live) for tick in ticks]
+
+    def _end(self, members: Sequence[int], reason: str) -> None:
+        """Measure the last state of these members; they make no update any more."""
+        if not members:
+            return
+        losses = self.stepper.loss_on(self.final).tolist()
+        measured = probes.probe(self.stepper, self.evaluation, evaluate=True).cpu().numpy()
+        for k in members:
+            self.live.discard(k)
+            row = self.plan.places.index(k)
+            self.crew.ended(k, End(reason, losses[row], measured[row]))
+
+    def _ticks(self) -> list[Tick]:
+        """The next ring."""
+        n = min(self.plan.ring, *(self._left(k) for k in self.live))
+        if self._may_save():
+            n = min(n, *(self._every(k) - self._at(k) % self._every(k) for k in self.live))
+        live = tuple(k in self.live for k in self.plan.places)
+        return [Tick(self.tick + i, self._rates(i), live, self._due(i)) for i in range(n)]
+
+    def _rates(self, ahead: int) -> tuple[float, ...]:
+        return tuple(
+            peak * factor(min(self._at(k) + ahead, self.plan.configs[k].train.steps - 1))
+            for k in self.plan.places
+            for peak, factor in [self._lr[k]]
         )
 
-    def _due(self, done: int) -> bool:
-        """Whether a probe or evaluation comes after `done` updates. The last state is measured at the end anyway."""
-        train = self.config.train
-        return done < train.steps and (done % train.probe_every == 0 or done % train.eval_every == 0)
+    def _due(self, ahead: int) -> Due:
+        """What the members that go on want measured. The last state is measured at the end anyway."""
+        due = Due.NOTHING
+        for k in self.live:
+            train, done = self.plan.configs[k].train, self._at(k) + ahead + 1
+            if done == train.steps:
+                due = max(due, Due.NOISE)
+            elif done % train.eval_every == 0:
+                due = max(due, Due.EVALUATION)
+            elif done % train.probe_every == 0:
+                due = max(due, Due.PROBE)
+        return due
 
-    def _save(self, done: int) -> None:
-        """The records become durable before the checkpoint that implies them."""
-        self.recorder.drain()
-        if self.recorder.monitor.code is None:
-            self.recorder.writer.flush(sync=True)
-            self.probes.flush(sync=True)
-            self.checkpoint(done)
+    def _at(self, k: int) -> int:
+        """The next step of a member that goes on."""
+        return int(self.recorder.rows[k])
+
+    def _left(self, k: int) -> int:
+        return self.plan.configs[k].train.steps - self._at(k)
+
+    def _every(self, k: int) -> int:
+        return self.plan.configs[k].train.checkpoint_every
+
+    def _may_save(self) -> bool:
+        return time.monotonic() - self._saved >= self.plan.checkpoint_seconds
+
+    def _checkpoint_due(self) -> bool:
+        return self._may_save() and any(self._at(k) % self._every(k) == 0 for k in self.live)
+
+    def _save(self) -> None:
+        self.recorder.write()
+        self._saved = time.monotonic()
+        self.crew.save({k: self._at(k) for k in self.live})
+
+    def _salvage(self, ticks: list[Tick], began: float) -> None:
+        """After a step that raised: the steps before it were made, so they are recorded."""
+        with contextlib.suppress(Exception):
+            taken = self.driver.take()
+            if n := len(taken.steps):
+                self.recorder.judge(self.plan.places, ticks[:n], taken, (time.perf_counter() - began) / n)

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabstudy.training.clipping import tensor_norms
+from stabstudy.training.clipping import global_norm, tensor_norms
 
 DECAY = 0.9
 """Of the moving means, for each measured step; both begin at 0, which their ratio does not feel."""
@@ -47,7 +47,7 @@ class MicroBatches:
         if self._before:
             torch._foreach_sub_(self._before, list(grads))  # minus what was added; in place: one copy is enough
         added = self._before or list(grads)
-        square = torch.linalg.vector_norm(tensor_norms(added), dim=0).double().square()
+        square = global_norm(tensor_norms(added)).double().square()
         targets = self.targets[len(self.squares)]
         self.squares.append(torch.where(targets > 0, square / targets, 0.0))
         if self._before:
@@ -59,7 +59,7 @@ class MicroBatches:
         """[K, 2], G2 and S in float64; not finite where fewer than two micro-batches have targets."""
         big, count = self.targets.sum(0), (self.targets > 0).sum(0)
         small = big / count
-        big_square = torch.linalg.vector_norm(tensor_norms(grads), dim=0).double().square()
+        big_square = global_norm(tensor_norms(grads)).double().square()
         small_square = big * torch.stack(self.squares).sum(0)
         g2 = (big * big_square - small * small_square) / (big - small)
         return torch.stack([g2, (small_square - big_square) / (1 / small - 1 / big)], dim=1)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabstudy.training.clipping import tensor_norms
+from stabstudy.training.clipping import global_norm, tensor_norms
 from stabstudy.training.families import Model
 from stabstudy.training.softcap import soft_cap
 from stabstudy.training.stack import Scalars
@@ -43,7 +43,7 @@ def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tens
     noise = stepper.noise
     values = {
         "val_loss": stepper.loss_on(windows_KBT) if evaluate else nan,
-        "param_norm": torch.linalg.vector_norm(tensor_norms(stepper.stack.tensors), dim=0),
+        "param_norm": global_norm(tensor_norms(stepper.stack.tensors)),
         "noise_g2": nan if noise is None else noise[:, 0],
         "noise_s": nan if noise is None else noise[:, 1],
         "updated": 1 - stepper.left_out,
@@ -51,6 +51,11 @@ def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tens
     }
     scalars = torch.stack([values[name].double() for name in SCALARS], dim=1)
     return torch.cat([scalars, *(layers[name].double() for name in OF_LAYERS)], dim=1)
+
+
+def width(stepper: Stepper) -> int:
+    """Columns of a probe's vector."""
+    return len(SCALARS) + len(OF_LAYERS) * stepper.configs[0].model.depth
 
 
 def of_layers(model: Model, tokens_BT: Tensor, attn_softcap: float | None) -> Scalars:

@@ -1,148 +1,234 @@
-"""The recorder: step vectors on the device become rows of the trace, spikes so far, and divergence.
+"""The recorder of a pack: step vectors from the device become rows of each member's trace, spikes and divergence.
 
-On a CPU every step becomes a row at once. On CUDA up to `ring` steps stay on the device and come over in one copy, so
-that no step waits for the device; rows of steps after the one that ended the trial are dropped. Whoever adds steps must
-drain them, however the loop ends: what is still on the device is in no file.
+It takes blocks of steps of all members at once, so that no Python is spent on a single row. `judge` says where trials
+end and must come before anything that depends on it; `write` makes the rows, and may wait until the device has its next
+steps to do. Rows behind the step that ended a trial are dropped.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from stabstudy import live
 from stabstudy.config import TrialConfig
+from stabstudy.stability.block import NO_TARGETS, SPIKE, Block
+from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
+from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import Rows, RowWriter
-from stabstudy.training import step as st
+from stabstudy.trace import PROBES, SKIPS, TRACE, Rows
+from stabstudy.training.driver import Taken, Tick
+from stabstudy.training.noise_scale import NoiseMeans
+from stabstudy.training.probes import OF_LAYERS, SCALARS
 
-RING = 32  # steps kept back on CUDA
-BLOCK = 32  # steps that the detector judges at once: one at a time would cost a hundred times as much
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+JUDGED_AT_ONCE = 32
+"""Steps that the spike detector takes in one block: one at a time would cost a hundred times as much."""
+
+NULL_WITHOUT_TARGETS = ("loss", "grad_norm", "clip_scale", "layer_grad_norm", "logit_absmax", "logz_mean", "loss_scale")
 
 
 @dataclass(frozen=True)
-class Pending:
-    """One step whose vector may still be on the device; `vector` None: it had no valid target."""
+class Recorded:
+    """What the recorder needs of one member."""
 
-    step: int
-    lr: float
-    vector: Tensor | None
+    config: TrialConfig
+    trace: live.Writer
+    probes: live.Writer
+    facts: MonitorFacts
+    noise: NoiseMeans
+    rows: int  # recorded before
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Steps that are judged and not yet written."""
+
+    at: Ints  # [K], each member's first step
+    counts: Ints  # [K], its rows
+    lr: Floats  # [K, n]
+    values: Floats  # [K, n, columns + tensors]
+    judged: Block
+    seconds: float
+    probes: list[tuple[int, int, bool, Floats]]  # member, state after so many updates, whether evaluated, vector
 
 
 class Recorder:
-    """Writes the trace, and knows the step reached, the spikes up to the last block and whether the trial diverged."""
+    """Records K members. `rows` [K] counts each one's; `loss` and `grad_norm` [K] are the last."""
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        layer_index: NDArray[np.int64],
-        writer: RowWriter,
-        monitor: DivergenceMonitor,
-        spikes: LiveSpikes,
-        ring: int,
-    ):
-        self.config, self.layer_index, self.writer = config, layer_index, writer
-        self.monitor, self.spikes = monitor, spikes
-        self.ring = ring
-        self.pending: list[Pending] = []
-        self._unjudged: list[tuple[float | None, float | None, str | None]] = []
-        self.rows = 0
-        self.loss = self.grad_norm = math.nan
-        self.tokens_per_second = 0.0
-        self._clock = time.perf_counter()
+    def __init__(self, members: Sequence[Recorded], columns: Sequence[str], layer_index: NDArray[np.int64], rules: Rules):
+        self.members = tuple(members)
+        self.columns = {name: i for i, name in enumerate(columns)}
+        self.groups = np.flatnonzero(np.diff(layer_index, prepend=-1))  # the first tensor of each layer group
+        self.monitor = DivergenceMonitor(rules, [m.facts for m in members])
+        self.spikes = LiveSpikes(rules, len(self.members))
+        self.rows = np.array([m.rows for m in members], np.int64)
+        self.loss, self.grad_norm = (np.full(len(self.members), math.nan) for _ in range(2))
+        self.seconds = math.nan  # of the last step
+        configs = [m.config for m in members]
+        self._no_clip = np.array([c.optim.clip is None for c in configs])[:, None]
+        self._unscaled = np.array([c.train.precision != "fp16" for c in configs])[:, None]
+        policies = ["amp" if c.train.precision == "fp16" else "nonfinite" for c in configs]
+        skips = [p == "amp" or c.train.skip_nonfinite for p, c in zip(policies, configs, strict=True)]
+        self._policy = np.array([1 + SKIPS.index(p) if s else 0 for p, s in zip(policies, skips, strict=True)])[:, None]
+        self._tokens = np.array([c.tokens_per_step for c in configs])[:, None]
+        self._widths = {"layer_grad_norm": configs[0].model.depth + 2}
+        self._waiting: list[_Block] = []
+        self._unjudged: list[Block] = []
 
-    def replay(self, rows: Rows) -> None:
-        """Bring the live detectors to where an uninterrupted trial would have them."""
-        unmeasured = rows.is_null("loss").tolist()
-        for step, (loss, norm, skip) in enumerate(zip(rows["loss"], rows["grad_norm"], rows["skip"], strict=True)):
-            if unmeasured[step]:
-                self._watch(step, None, None, skip)
-            else:
-                self._watch(step, float(loss), float(norm), skip)
-        self._judge_spikes()
+    def replay(self, traces: Sequence[Rows]) -> None:
+        """Bring the live detectors to where an uninterrupted pack would have them."""
+        n = max(len(rows) for rows in traces)
+        if n:
+            block = _padded([Block.of(rows) for rows in traces], n)
+            self.monitor.update(block)
+            self._find_spikes(block)
 
-    def start_clock(self) -> None:
-        """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""
-        if not self.pending:
-            self._clock = time.perf_counter()
+    def judge(self, places: Sequence[int], ticks: Sequence[Tick], taken: Taken, seconds: float) -> dict[int, int]:
+        """Take what these ticks measured; returns the place among them at which trials diverged, by member.
 
-    def add(self, step: int, lr: float, vector: Tensor | None) -> None:
-        """Queue one step; it reaches the trace at the latest `ring` steps later."""
-        self.pending.append(Pending(step, lr, vector))
-        if len(self.pending) >= self.ring:
-            self.drain()
+        Args:
+            places: The member of each row of the vectors; others have ended before.
+            ticks: All with the same members live.
+            taken: Of the ticks.
+            seconds: Of each step.
+        """
+        n, K = len(ticks), len(self.members)
+        counts = np.zeros(K, np.int64)
+        counts[[p for p, live_now in zip(places, ticks[0].live, strict=True) if live_now]] = n
+        values = np.full((K, n, taken.steps.shape[2]), math.nan)
+        values[list(places)] = taken.steps.swapaxes(0, 1)
+        lr = np.zeros((K, n))
+        lr[list(places)] = np.array([tick.lr for tick in ticks]).T
+        judged = self._judged(values, counts)
+        fired = self.monitor.update(judged)
+        ends = {k: int(i) for k, i in enumerate(fired.tolist()) if i >= 0 and counts[k]}
+        probes = self._probes(places, taken, counts, ends)
+        for k, i in ends.items():
+            counts[k] = i + 1
+        self._waiting.append(_Block(self.rows.copy(), counts, lr, values, judged, seconds, probes))
+        self.rows += counts
+        last, of = np.maximum(counts - 1, 0), np.flatnonzero(counts)
+        self.loss[of], self.grad_norm[of] = judged.loss[of, last[of]], judged.norm[of, last[of]]
+        self.seconds = seconds
+        return ends
 
-    def drain(self) -> None:
-        """Copy what is queued to the host (one copy) and append its rows."""
-        if not self.pending:
-            return
-        vectors = [p.vector for p in self.pending if p.vector is not None]
-        values = iter(torch.stack(vectors).cpu().double().numpy() if vectors else ())
-        seconds = (time.perf_counter() - self._clock) / len(self.pending)
-        for pending in self.pending:
-            row = self._row(pending, None if pending.vector is None else next(values), seconds)
-            alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
-            self.writer.append(row, urgent=alarm)
-            self.rows += 1
-            if self.monitor.code is not None:
-                break
-        self.pending = []
-        self.tokens_per_second = self.config.tokens_per_step / max(seconds, 1e-9)
-        self._clock = time.perf_counter()
+    def write(self) -> None:
+        """Make rows of all that is judged; anomalies reach the disk at once."""
+        waiting, self._waiting = self._waiting, []
+        for block in waiting:
+            spiked = self._find_spikes(_with_rows(block.judged, block.counts))
+            table = self._table(block)
+            urgent = spiked | (block.judged.skip != 0).any(1)
+            urgent |= ~np.isfinite(block.judged.loss + block.judged.norm).all(1) | (block.counts < block.lr.shape[1])
+            for k in np.flatnonzero(block.counts).tolist():
+                self.members[k].trace.append(table[k, : block.counts[k]], urgent=bool(urgent[k]))
+            for k, done, evaluated, vector in block.probes:
+                self.add_probe(k, done, vector, evaluated)
 
-    def _watch(self, step: int, loss: float | None, norm: float | None, skip: str | None) -> bool:
-        """Feed the live detectors; True where something happened that must reach the disk at once."""
-        self.loss = math.nan if loss is None else loss
-        self.grad_norm = math.nan if norm is None else norm
-        before = self.monitor.code
-        code = self.monitor.update(step, loss, norm, skip)
-        self._unjudged.append((norm, loss, skip))
-        spiked = len(self._unjudged) >= BLOCK and self._judge_spikes()
-        return spiked or skip is not None or code != before or not math.isfinite(self.grad_norm + self.loss)
+    def add_probe(self, k: int, done: int, vector: Floats, evaluated: bool) -> None:
+        """Append the probes row of a member's state after `done` updates."""
+        depth = self.members[k].config.model.depth
+        values = dict(zip(SCALARS, vector.tolist(), strict=False))
+        noise = self.members[k].noise.row(values.pop("noise_g2"), values.pop("noise_s"))
+        row: dict[str, float | None] = {"step": done, **values, **noise}
+        if not row.pop("updated"):
+            row |= {"update_rms": None, "adam_rms_max": None}
+        # what a probe did not measure is NaN in its vector, and so is what it measured and found to be none
+        for name in ("update_rms", "adam_rms_max"):
+            row[name] = None if not self.members[k].config.optim.measures_updates else row[name]
+        row["val_loss"] = row["val_loss"] if evaluated else None
+        layers = vector[len(SCALARS) :].reshape(len(OF_LAYERS), depth)
+        columns = {name: np.array([math.nan if x is None else x]) for name, x in row.items()}
+        nulls = {name: np.array([x is None]) for name, x in row.items()}
+        columns |= {name: of[None] for name, of in zip(OF_LAYERS, layers, strict=True)}
+        widths = dict.fromkeys(OF_LAYERS, depth)
+        table = live.records(PROBES, widths, columns, nulls)
+        self.members[k].probes.append(table, urgent=not math.isfinite(values["param_norm"]))
 
-    def _judge_spikes(self) -> bool:
-        """Let the detector take the rows since its last block; True where it flags one."""
-        rows, self._unjudged = self._unjudged, []
-        return self.spikes.update(rows)
+    def _probes(
+        self, places: Sequence[int], taken: Taken, counts: Ints, ends: dict[int, int]
+    ) -> list[tuple[int, int, bool, Floats]]:
+        """The probes that are due; one that finds weights that are not finite ends its member, see `ends`."""
+        rows = []
+        for i, vectors in sorted(taken.probes.items()):
+            for place, k in enumerate(places):
+                done, train = int(self.rows[k]) + i + 1, self.members[k].config.train
+                due, evaluated = done % train.probe_every == 0, done % train.eval_every == 0
+                if i >= min(counts[k], ends.get(k, counts[k])) or done >= train.steps or not (due or evaluated):
+                    continue
+                rows.append((k, done, evaluated, vectors[place]))
+                if not math.isfinite(vectors[place][SCALARS.index("param_norm")]):
+                    self.monitor.weights_not_finite(k, done - 1)
+                    ends[k] = i
+        return rows
 
-    def _row(self, pending: Pending, values: NDArray[np.float64] | None, seconds: float) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "step": pending.step,
-            "tokens": (pending.step + 1) * self.config.tokens_per_step,
-            "seconds": round(seconds, 6),
-            "lr": pending.lr,
-            "loss": None,
-            "grad_norm": None,
-            "clip_scale": None,
-            "layer_grad_norm": None,
-            "logit_absmax": None,
-            "logz_mean": None,
-            "loss_scale": None,
-            "skip": "no_targets",
+    def _judged(self, values: Floats, counts: Ints) -> Block:
+        loss, norm, spike, targets = (self._column(values, c) for c in ("loss", "grad_norm", "spike", "targets"))
+        empty = targets == 0
+        finite = np.isfinite(loss) & np.isfinite(norm)
+        skip = np.where(empty, NO_TARGETS, np.where(finite, SPIKE * (spike > 0), self._policy)).astype(np.uint8)
+        null = empty if empty.any() else None
+        return Block(loss, norm, skip, counts.copy(), null, null)
+
+    def _find_spikes(self, block: Block) -> NDArray[np.bool_]:
+        """Let the detector take the steps once there are enough; True for members where it flags one."""
+        self._unjudged.append(block)
+        if sum(b.loss.shape[1] for b in self._unjudged) < JUDGED_AT_ONCE:
+            return np.zeros(len(self.members), np.bool_)
+        blocks, self._unjudged = self._unjudged, []
+        return self.spikes.update(_joined(blocks))
+
+    def _table(self, block: _Block) -> NDArray[np.void]:
+        """The rows [K, n] of the trace."""
+        values, n = block.values, block.lr.shape[1]
+        step = block.at[:, None] + np.arange(n)
+        empty = block.judged.skip == NO_TARGETS
+        squares = np.add.reduceat(values[..., len(self.columns) :] ** 2, self.groups, axis=-1)
+        columns = {
+            "step": step,
+            "tokens": (step + 1) * self._tokens,
+            "seconds": np.round(block.seconds, 6),
+            "lr": block.lr,
+            "layer_grad_norm": np.sqrt(squares),
+            "skip": np.maximum(block.judged.skip, 1) - 1,
         }
-        if values is None:
-            return row
-        number = values.tolist()
-        row["loss"], row["grad_norm"] = number[st.LOSS], number[st.GRAD_NORM]
-        row["logit_absmax"], row["logz_mean"] = number[st.LOGIT_ABSMAX], number[st.LOGZ_MEAN]
-        row["clip_scale"] = number[st.CLIP_SCALE] if self.config.optim.clip is not None else None
-        row["layer_grad_norm"] = self._layer_norms(values[st.TENSOR_NORMS :])
-        scaled = self.config.train.precision == "fp16"
-        row["loss_scale"] = number[st.LOSS_SCALE] if scaled else None
-        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-        policy = "amp" if scaled else "nonfinite" if self.config.train.skip_nonfinite else None
-        row["skip"] = ("spike" if number[st.SPIKE] else None) if finite else policy
-        return row
+        columns |= {c.name: self._column(values, c.name) for c in TRACE.columns if c.name in self.columns}
+        nulls = dict.fromkeys(NULL_WITHOUT_TARGETS, empty) | {"skip": block.judged.skip == 0}
+        nulls |= {"clip_scale": empty | self._no_clip, "loss_scale": empty | self._unscaled}
+        return live.records(TRACE, self._widths, columns, nulls)
 
-    def _layer_norms(self, tensor_norms: NDArray[np.float64]) -> list[float]:
-        squares = np.zeros(self.config.model.depth + 2)
-        np.add.at(squares, self.layer_index, tensor_norms**2)
-        norms: list[float] = np.sqrt(squares).tolist()
-        return norms
+    def _column(self, values: Floats, name: str) -> Floats:
+        return values[..., self.columns[name]]
+
+
+def _with_rows(block: Block, rows: Ints) -> Block:
+    return Block(block.loss, block.norm, block.skip, rows, block.loss_null, block.norm_null)
+
+
+def _padded(blocks: Sequence[Block], n: int) -> Block:
+    """Blocks of one member each as one of all."""
+
+    def joined(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
+        return np.concatenate([np.pad(a, ((0, 0), (0, n - a.shape[1]))) for a in arrays])
+
+    nulls = [
+        joined([np.zeros(b.loss.shape, np.bool_) if of(b) is None else of(b) for b in blocks])
+        for of in (lambda b: b.loss_null, lambda b: b.norm_null)
+    ]
+    arrays = (joined([getattr(b, name) for b in blocks]) for name in ("loss", "norm", "skip"))
+    return Block(*arrays, np.array([b.loss.shape[1] for b in blocks]), *nulls)  # type: ignore[arg-type]
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """Blocks behind one another. A member's rows stay in a row: who ended in one has none in the next."""
+    if len(blocks) == 1:
+        return blocks[0]
+    loss, norm, skip = (np.concatenate([getattr(b, name) for b in blocks], 1) for name in ("loss", "norm", "skip"))
+    return Block(loss, norm, skip, np.sum([b.lengths for b in blocks], axis=0))

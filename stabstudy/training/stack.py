@@ -79,8 +79,8 @@ class Stack:
 
     def gradients(self, minimised: Tensor) -> list[Tensor]:
         """Of a 0-dim tensor by the weights, [K, ...] each. A weight without one raises: a zero would hide a bug."""
-        grads = torch.autograd.grad(minimised, self.leaves)
-        return [g[None] for g in grads] if self.K == 1 else list(grads)
+        grads = [g.contiguous() for g in torch.autograd.grad(minimised, self.leaves)]
+        return [g[None] for g in grads] if self.K == 1 else grads
 
     def _cast(self, name: str, weight: Tensor) -> Tensor:
         return weight.bfloat16() if self.precision == "bf16_stream" and name != "model.embed.weight" else weight

@@ -24,6 +24,7 @@ from stabstudy.training import clipping
 from stabstudy.training.clipping import clip_rule
 from stabstudy.training.compiling import compiled
 from stabstudy.training.families import Model
+from stabstudy.training.layers import layer_index
 from stabstudy.training.noise_scale import MicroBatches
 from stabstudy.training.objective import IGNORE, MINIMISED, objective
 from stabstudy.training.optimizers import optimizer
@@ -50,9 +51,10 @@ class Stepper:
         config = configs[0]
         self.configs, self.device, self.K = tuple(configs), device, len(configs)
         self.micro_batch = config.train.micro_batch
+        self.micro_batches = config.train.batch_size // self.micro_batch
         self.stack = Stack(models, self.K, config.train.precision, device)
         named = list(zip(self.stack.names, self.stack.tensors, strict=True))
-        self.layer_index = np.array(clipping.layer_index(self.stack.names, config.model.depth))
+        self.layer_index = np.array(layer_index(self.stack.names, config.model.depth))
         self.objective = objective(configs, device)
         self.columns = (*self.objective.scalars, *OF_STEP)
         self.optimizer = optimizer(configs, named)
@@ -92,7 +94,7 @@ class Stepper:
             clipping.scale_(self.grads, 1.0 / self.loss_scale)
         norms = clipping.tensor_norms(self.grads)
         # without a target there is no gradient to speak of: not 0, which would enter the memory of a rule
-        norm = torch.where(targets > 0, torch.linalg.vector_norm(norms, dim=0), torch.nan)
+        norm = torch.where(targets > 0, clipping.global_norm(norms), torch.nan)
         used_scale = self.loss_scale.clone()
         factor = self.clip_rule.apply(self.grads, norms, norm)
         loss = scalars["loss"]
