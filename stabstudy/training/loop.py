@@ -73,7 +73,7 @@ class Plan:
     trial_ids: tuple[str, ...]
     ring: int
     checkpoint_seconds: float  # at least so long between two checkpoints
-    fewest: int = 0  # members that must be left to go on with this stepper
+    setup_seconds: float  # that another stepper, with fewer members, would take
 
 
 class Loop:
@@ -105,7 +105,7 @@ class Loop:
                 if self.live and self.heartbeat(self.progress()):
                     self._save()
                     return "stopped"
-                if 0 < len(self.live) <= self.plan.fewest:
+                if self._few():
                     return "few"
             return "ended"
         finally:
@@ -217,6 +217,14 @@ class Loop:
 
     def _every(self, k: int) -> int:
         return self.plan.configs[k].train.checkpoint_every
+
+    def _few(self) -> bool:
+        """Whether half of the members or more have ended, and a smaller stepper would save more than it takes."""
+        K, left = len(self.plan.places), len(self.live)
+        if not 0 < 2 * left <= K:
+            return False
+        remaining = max(self._left(k) for k in self.live) * self.recorder.seconds
+        return remaining * (1 - left / K) > self.plan.setup_seconds
 
     def _may_save(self) -> bool:
         return time.monotonic() - self._saved >= self.plan.checkpoint_seconds

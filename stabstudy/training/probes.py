@@ -20,8 +20,8 @@ from stabstudy.training.step import Stepper
 PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
 
-SCALARS = ("val_loss", "update_rms", "adam_rms_max", "param_norm", "noise_g2", "noise_s", "updated")
-"""Of a probe, NaN where not measured; `updated` is 0 where the last step made no update."""
+SCALARS = ("val_loss", "update_rms", "adam_rms_max", "param_norm", "noise_g2", "noise_s", "sized")
+"""Of a probe, NaN where not measured; `sized` is 0 where there was no update, or not Adam's, whose size it could tell."""
 
 OF_LAYERS = ("attn_logit_max", "attn_entropy", "resid_rms")
 """Depth numbers each, behind the scalars."""
@@ -46,7 +46,7 @@ def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tens
         "param_norm": global_norm(tensor_norms(stepper.stack.tensors)),
         "noise_g2": nan if noise is None else noise[:, 0],
         "noise_s": nan if noise is None else noise[:, 1],
-        "updated": 1 - stepper.left_out,
+        "sized": torch.zeros_like(nan) if sizes is None else 1 - stepper.left_out,
         **(sizes or {"update_rms": nan, "adam_rms_max": nan}),
     }
     scalars = torch.stack([values[name].double() for name in SCALARS], dim=1)

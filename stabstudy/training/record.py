@@ -71,6 +71,7 @@ class Recorder:
         self.rows = np.array([m.rows for m in members], np.int64)
         self.loss, self.grad_norm = (np.full(len(self.members), math.nan) for _ in range(2))
         self.seconds = math.nan  # of the last step
+        self.probed = [-1] * len(self.members)  # the last state of each that was probed
         configs = [m.config for m in members]
         self._no_clip = np.array([c.optim.clip is None for c in configs])[:, None]
         self._unscaled = np.array([c.train.precision != "fp16" for c in configs])[:, None]
@@ -134,15 +135,13 @@ class Recorder:
 
     def add_probe(self, k: int, done: int, vector: Floats, evaluated: bool) -> None:
         """Append the probes row of a member's state after `done` updates."""
+        self.probed[k] = done
         depth = self.members[k].config.model.depth
         values = dict(zip(SCALARS, vector.tolist(), strict=False))
         noise = self.members[k].noise.row(values.pop("noise_g2"), values.pop("noise_s"))
         row: dict[str, float | None] = {"step": done, **values, **noise}
-        if not row.pop("updated"):
+        if not row.pop("sized"):
             row |= {"update_rms": None, "adam_rms_max": None}
-        # what a probe did not measure is NaN in its vector, and so is what it measured and found to be none
-        for name in ("update_rms", "adam_rms_max"):
-            row[name] = None if not self.members[k].config.optim.measures_updates else row[name]
         row["val_loss"] = row["val_loss"] if evaluated else None
         layers = vector[len(SCALARS) :].reshape(len(OF_LAYERS), depth)
         columns = {name: np.array([math.nan if x is None else x]) for name, x in row.items()}

@@ -1,4 +1,4 @@
-"""One trial in its folder, from whatever state it was left in to `done`: lock, resume, train, compact, judge.
+"""One trial in its folder, from whatever state it was left in to `done`: what its pack does to its files.
 
 Divergence is a result: the trial is done, with that verdict. A crash, a full disk, too little memory or an
 interruption is a status, and the next attempt continues from the last checkpoint.
@@ -12,247 +12,209 @@ import os
 import shutil
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stabstudy import config as cfg
-from stabstudy import finished, store, trace
+from stabstudy import finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
+from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.training import checkpoint, hf
-from stabstudy.training.allocation import keep_freed_memory
-from stabstudy.training.compiling import keep_compiled
-from stabstudy.training.growth import growth
-from stabstudy.training.loop import Heartbeat, Loop
-from stabstudy.training.record import RING, Recorder
-from stabstudy.training.step import Stepper
+from stabstudy.training import checkpoint
+from stabstudy.training.noise_scale import NoiseMeans
+from stabstudy.training.probes import OF_LAYERS
+from stabstudy.training.record import Recorded
 
 RECORDS = (trace.TRACE, trace.PROBES)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Where and how a trial runs; never part of its identity."""
+    """Where and how trials run; never part of their identity."""
 
     cache_dir: Path
     device: str = "cpu"
     threads: int = 1
     keep_checkpoints: bool = False
     compiler: bool = True  # this launch found a C++ compiler; false: train.compile=auto is off in all its trials
-    ring: int | None = None  # steps kept back on the device; None: record.RING on CUDA, 1 on a CPU
+    ring: int | None = None  # steps kept back on the device; None: 32 on CUDA, 1 on a CPU
+    checkpoint_seconds: float | None = None  # at least between two checkpoints; None: 60 on CUDA, 0 on a CPU
+    captured: bool | None = None  # whether steps are captured (driver.py); None: on CUDA only
 
 
-def run_trial(folder: store.TrialFolder, engine: Engine, rules: Rules, heartbeat: Heartbeat) -> store.State:
-    """Bring the trial to its end, or as far as this attempt gets; the state returned is the one on disk.
+class Trial:
+    """A member of a pack, in its folder, whose lock is held. Every change of `state` is on disk."""
 
-    Raises LockHeldError when another process works on it. Every failure of the trial itself ends in the state, not in
-    an exception, except KeyboardInterrupt and SystemExit, which are recorded and raised again.
-    """
-    with store.lock(folder.path):
-        state = folder.read_state()
-        if state.status == "done":
-            return state
-        store.sweep_leftovers(folder.path)
-        say = _logger(folder.log_file)
-        try:
-            return _attempt(folder, state, engine, rules, heartbeat, say)
-        except BaseException as error:
-            ended = _failed(folder, error)
-            say(f"{ended.status}: {error}\n{traceback.format_exc()}")
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            return ended
+    def __init__(self, folder: store.TrialFolder, engine: Engine, rules: Rules):
+        self.folder, self.engine, self.rules = folder, engine, rules
+        self.state = folder.read_state()
+        self.open_files = contextlib.ExitStack()
+        self.config: cfg.TrialConfig
+        self.batches: Batches
+        self._probes: live.Writer
 
+    @property
+    def ended(self) -> bool:
+        """Whether this attempt has ended, in whatever state."""
+        return self.state.status != "running"
 
-def _attempt(
-    folder: store.TrialFolder,
-    state: store.State,
-    engine: Engine,
-    rules: Rules,
-    heartbeat: Heartbeat,
-    say: Callable[[str], None],
-) -> store.State:
-    described = folder.read_config()
-    config = cfg.from_dict(described["config"])
-    compiled = _compiled(config, state, engine)
-    state = _begin(folder, state, config, engine, compiled)
-    batches = open_batches(config, engine.cache_dir, expected=described["data_fingerprint"])
-    stepper = _build(config, batches, engine, compiled)
-    state = _initial_loss(folder, state, stepper, batches)
-    start, state = _resume(folder, state, stepper, say)
-    with contextlib.ExitStack() as open_files:
-        writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
-        for writer in writers.values():
-            open_files.callback(writer.close)
-        recorder = _recorder(folder, config, state, stepper, writers["trace"], engine, rules)
-        loop = Loop(
-            config,
-            stepper,
-            batches,
-            recorder,
-            writers["probes"],
-            lambda step: checkpoint.save(folder.checkpoints, state.trial_id, stepper, step),
-            heartbeat,
+    def begin(self) -> None:
+        """Read the settings, and open a new attempt."""
+        store.sweep_leftovers(self.folder.path)
+        attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
+        self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
+        described = self.folder.read_config()
+        self.config = cfg.from_dict(described["config"])
+        self._fingerprint = described["data_fingerprint"]
+
+    def compiles(self) -> bool:
+        """Whether this attempt compiles. The first attempt chose for all of them: a trial never changes its engine."""
+        if self.config.train.compile == "auto" and len(self.state.attempts) > 1:
+            return bool(self.state.attempts[0].engine.get("compiled"))
+        return self.config.compiled and (self.engine.compiler or self.config.train.compile == "on")
+
+    def open_data(self) -> None:
+        """Raises DataError where the data are not those that the trial was planned with."""
+        self.batches = open_batches(self.config, self.engine.cache_dir, expected=self._fingerprint)
+
+    def note_engine(self, engine: Mapping[str, Any]) -> None:
+        """Record what this attempt runs on."""
+        self._replace_attempt(engine=dict(engine))
+
+    @property
+    def knows_its_start(self) -> bool:
+        """Whether what is measured of the initial weights is known, on the evaluation set that there is now."""
+        return self.state.init_loss is not None and self.state.eval_hash == self.batches.eval_hash
+
+    def measure_start(self, init_loss: float, growth_act: float | None, growth_grad: float | None) -> None:
+        """Keep what was measured of the initial weights; once for each evaluation set."""
+        self._write(
+            init_loss=init_loss,
+            growth_act=growth_act,
+            growth_grad=growth_grad,
+            eval_hash=self.batches.eval_hash,
+            eval_tokens=self.batches.final_evaluation()[:, 1:].size,
         )
-        probed = trace.read_jsonl(folder.live(trace.PROBES), trace.PROBES)
-        loop.noise.replay(probed["noise_g2"], probed["noise_s"])
-        if start == 0:
-            loop.measure(0)
-        say(f"attempt {len(state.attempts)}: from step {start} of {config.train.steps} on {stepper.device}")
-        stop_reason = loop.run(start)
-        if stop_reason == "interrupted":
-            return _end(folder, replace(state, status="interrupted", step=recorder.rows))
-        if stop_reason == "complete" and recorder.rows != config.train.steps:
-            raise RuntimeError(f"{recorder.rows} rows of {config.train.steps} steps were recorded")
-        final_loss = stepper.loss_on(batches.final_evaluation())
-        if loop.measured != recorder.rows:  # else the probe that found weights not finite has just written this row
-            loop.measure(recorder.rows, evaluate=True)
-    state = replace(state, step=recorder.rows, stop_reason=stop_reason, final_loss=final_loss)
-    state = _finish(folder, config, state, rules)
-    if not engine.keep_checkpoints:
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    say(f"done: {state.stop_reason} after {state.step} steps. {state.outcome}")
-    return state
+
+    def resume(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+        """The tensors of the newest usable checkpoint ({}: none). Both records are cut to it: each step stands once."""
+        if self.state.unigram_entropy is None:  # here: a trial that an older version began has its first loss already
+            entropy, tokens = self.batches.unigram_entropy, self.batches.training_tokens
+            self._write(unigram_entropy=entropy, train_tokens=tokens)
+        for schema in RECORDS:
+            live.upgrade(self.folder.live(schema), schema, self._widths(schema))
+        recorded = self.folder.live(trace.TRACE)
+        rows = len(live.read(recorded, trace.TRACE)) if live.find(recorded) else 0
+        start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
+        for note in notes:
+            self.say(note)
+        dropped, cut_bytes = live.cut(recorded, trace.TRACE, start)
+        # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
+        live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+        self._write(step=start)
+        self._replace_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
+        return tensors
+
+    def open_records(self) -> tuple[Recorded, trace.Rows]:
+        """What the recorder needs, and the rows that are there."""
+        rows, probed = (live.read(self.folder.live(s), s) if live.find(self.folder.live(s)) else trace.no_rows(s) for s in RECORDS)
+        noise = NoiseMeans()
+        noise.replay(probed["noise_g2"], probed["noise_s"])
+        writers = [live.Writer(self.folder.live(s), s, self._widths(s)) for s in RECORDS]
+        for writer in writers:
+            self.open_files.callback(writer.close)
+        facts = MonitorFacts(
+            self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
+        )
+        return Recorded(self.config, *writers, facts, noise, len(rows)), rows
+
+    def save(self, tensors: Mapping[str, Tensor], next_step: int) -> None:
+        """Write a checkpoint; the records are durable."""
+        checkpoint.save(self.folder.checkpoints, self.state.trial_id, tensors, next_step)
+
+    def finish(self, stop_reason: str, step: int, final_loss: float) -> None:
+        """Compact both records, judge the trial, and only then call it done and remove the live files (D2).
+
+        Raises RuntimeError where a complete trial lacks rows.
+        """
+        self.open_files.close()
+        state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
+        records: dict[str, Any] = {}
+        for schema in RECORDS:
+            meta = {"trial_id": state.trial_id}
+            count, sha = finished.compact(self.folder.live(schema), self.folder.finished(schema), schema, meta)
+            records[schema.name] = {"rows": count, "sha256": sha}
+        if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
+            raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
+        rows, probes = (finished.read_parquet(self.folder.finished(s), s) for s in RECORDS)
+        state = replace(state, status="done", error=None, records=records)
+        source = Source(self.config, state)
+        summary = judge_trial(rows, probes, source, self.rules)
+        write_summary(self.folder, summary, source, self.rules)
+        found = summary.columns
+        verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
+        assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(reason, str | None)
+        assert isinstance(events := found["spike_events"], int | None)
+        state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
+        self.state = replace(state, outcome=outcome(found, self.rules))
+        self._end()
+        for schema in RECORDS:
+            self.folder.live(schema).unlink(missing_ok=True)
+        if not self.engine.keep_checkpoints:
+            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.say(f"done: {self.state.stop_reason} after {self.state.step} steps. {self.state.outcome}")
+
+    def interrupt(self, step: int) -> None:
+        """Stopped on request, after a checkpoint."""
+        self.open_files.close()
+        self.state = replace(self.state, status="interrupted", step=step)
+        self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """The attempt raised."""
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            self.open_files.close()
+        step, recorded = self.state.step, self.folder.live(trace.TRACE)
+        with contextlib.suppress(trace.DamagedRecord, OSError):
+            step = len(live.read(recorded, trace.TRACE)) if live.find(recorded) else 0
+        message = (str(error) or type(error).__name__).splitlines()[0][:500]
+        described = {"kind": type(error).__name__, "message": message, "step": step}
+        self.state = replace(self.state, status=status_of(error), step=step, error=described)
+        self._end()
+        with contextlib.suppress(OSError):
+            self.say(f"{self.state.status}: {error}\n{''.join(traceback.format_exception(error))}")
+
+    def say(self, line: str) -> None:
+        """A line in the trial's log."""
+        with self.folder.log_file.open("a", encoding="utf-8") as f:
+            f.write(f"{store.now()} {line}\n")
+
+    def _widths(self, schema: trace.Schema) -> dict[str, int]:
+        depth = self.config.model.depth
+        return {"layer_grad_norm": depth + 2} if schema.name == "trace" else dict.fromkeys(OF_LAYERS, depth)
+
+    def _end(self) -> None:
+        if self.state.attempts:
+            self._replace_attempt(ended=store.now(), status=self.state.status, error=self.state.error)
+
+    def _replace_attempt(self, **changes: Any) -> None:
+        attempt = replace(self.state.attempts[-1], **changes)
+        self._write(attempts=(*self.state.attempts[:-1], attempt))
+
+    def _write(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        self.folder.write_state(self.state)
 
 
-def _compiled(config: cfg.TrialConfig, state: store.State, engine: Engine) -> bool:
-    """Whether this attempt compiles. The first attempt chose for all of them: a trial never changes its engine."""
-    if config.train.compile == "auto" and state.attempts:
-        return bool(state.attempts[0].engine["compiled"])
-    return config.compiled and (engine.compiler or config.train.compile == "on")
-
-
-def _begin(
-    folder: store.TrialFolder, state: store.State, config: cfg.TrialConfig, engine: Engine, compiled: bool
-) -> store.State:
-    versions = {"torch": torch.__version__, "device": engine.device, "threads": engine.threads}
-    versions |= {"precision": config.train.precision, "attention": "sdpa", "compiled": compiled}
-    if engine.device.startswith("cuda"):
-        versions["gpu"] = torch.cuda.get_device_name()
-    attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now(), engine=versions)
-    state = replace(state, status="running", error=None, attempts=(*state.attempts, attempt))
-    folder.write_state(state)
-    return state
-
-
-def _build(config: cfg.TrialConfig, batches: Batches, engine: Engine, compiled: bool) -> Stepper:
-    """Model and optimizer, with the settings that make equal configurations give equal numbers."""
-    torch.set_num_threads(engine.threads)
-    keep_freed_memory()
-    device = torch.device(engine.device)
-    if device.type == "cuda":
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    model = hf.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
-    if compiled:
-        keep_compiled(engine.cache_dir)
-    return Stepper(config, model.to(device), device, compiled)
-
-
-def _resume(
-    folder: store.TrialFolder, state: store.State, stepper: Stepper, say: Callable[[str], None]
-) -> tuple[int, store.State]:
-    """Load the newest usable checkpoint and cut both records to it, so that each step will stand once."""
-    live = folder.live(trace.TRACE)
-    rows = len(trace.read_jsonl(live, trace.TRACE)) if live.exists() else 0
-    start, notes = checkpoint.restore(folder.checkpoints, state.trial_id, stepper, rows)
-    for note in notes:
-        say(note)
-    dropped, cut_bytes = trace.cut(live, trace.TRACE, start)
-    # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
-    trace.cut(folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
-    attempt = replace(state.attempts[-1], from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
-    state = replace(state, step=start, attempts=(*state.attempts[:-1], attempt))
-    folder.write_state(state)
-    return start, state
-
-
-def _initial_loss(folder: store.TrialFolder, state: store.State, stepper: Stepper, batches: Batches) -> store.State:
-    """What is measured of the initial weights, which the stepper still has; once for each evaluation set."""
-    if state.init_loss is None or state.eval_hash != batches.eval_hash:
-        act, grad = growth(stepper, batches.evaluation())
-        final = batches.final_evaluation()
-        state = replace(state, init_loss=stepper.loss_on(final), growth_act=act, growth_grad=grad)
-        state = replace(state, eval_hash=batches.eval_hash, eval_tokens=final[:, 1:].size)
-        folder.write_state(state)
-    if state.unigram_entropy is None:  # apart: a trial that an older version began has its first loss already
-        state = replace(state, unigram_entropy=batches.unigram_entropy, train_tokens=batches.training_tokens)
-        folder.write_state(state)
-    return state
-
-
-def _recorder(
-    folder: store.TrialFolder,
-    config: cfg.TrialConfig,
-    state: store.State,
-    stepper: Stepper,
-    writer: trace.RowWriter,
-    engine: Engine,
-    rules: Rules,
-) -> Recorder:
-    warmup, steps = config.warmup_steps, config.train.steps
-    assert state.init_loss is not None
-    monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss, state.unigram_entropy)
-    ring = engine.ring or (1 if stepper.device.type == "cpu" else RING)
-    recorder = Recorder(config, stepper.layer_index, writer, monitor, LiveSpikes(rules), ring)
-    kept = trace.read_jsonl(folder.live(trace.TRACE), trace.TRACE)
-    recorder.replay(kept)
-    recorder.rows = len(kept)
-    return recorder
-
-
-def _finish(folder: store.TrialFolder, config: cfg.TrialConfig, state: store.State, rules: Rules) -> store.State:
-    """Compact both records, judge the trial, and only then call it done and remove the live files (RELIABILITY D2)."""
-    records: dict[str, Any] = {}
-    for schema in RECORDS:
-        meta = {"trial_id": state.trial_id}
-        count, sha = finished.compact(folder.live(schema), folder.finished(schema), schema, meta)
-        records[schema.name] = {"rows": count, "sha256": sha}
-    rows, probes = (finished.read_parquet(folder.finished(s), s) for s in RECORDS)
-    state = replace(state, status="done", error=None, records=records)
-    source = Source(config, state)
-    summary = judge_trial(rows, probes, source, rules)
-    write_summary(folder, summary, source, rules)
-    found = summary.columns
-    verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
-    assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(reason, str | None)
-    assert isinstance(events := found["spike_events"], int | None)
-    state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
-    state = replace(state, outcome=outcome(found, rules))
-    state = _end(folder, state)
-    for schema in RECORDS:
-        folder.live(schema).unlink(missing_ok=True)
-    return state
-
-
-def _end(folder: store.TrialFolder, state: store.State) -> store.State:
-    attempt = replace(state.attempts[-1], ended=store.now(), status=state.status, error=state.error)
-    state = replace(state, attempts=(*state.attempts[:-1], attempt))
-    folder.write_state(state)
-    return state
-
-
-def _failed(folder: store.TrialFolder, error: BaseException) -> store.State:
-    """The state after an attempt that raised."""
-    state = replace(folder.read_state(), status=_status_of(error))
-    live = folder.live(trace.TRACE)
-    with contextlib.suppress(trace.DamagedRecord, OSError):
-        state = replace(state, step=len(trace.read_jsonl(live, trace.TRACE)))
-    message = (str(error) or type(error).__name__).splitlines()[0][:500]
-    state = replace(state, error={"kind": type(error).__name__, "message": message, "step": state.step})
-    return _end(folder, state) if state.attempts else state
-
-
-def _status_of(error: BaseException) -> str:
+def status_of(error: BaseException) -> str:
+    """The status of a trial whose attempt raised this."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "oom"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -261,11 +223,3 @@ def _status_of(error: BaseException) -> str:
         return "interrupted"
     # the CPU allocator has no exception type of its own
     return "oom" if isinstance(error, RuntimeError) and "not enough memory" in str(error) else "failed"
-
-
-def _logger(path: Path) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        with path.open("a", encoding="utf-8") as f:
-            f.write(f"{store.now()} {line}\n")
-
-    return say

@@ -1,0 +1,322 @@
+"""A pack: trials of one shape trained together, from whatever states they were left in to their ends.
+
+Every member keeps its own folder, lock, state, records, checkpoints and verdict, and may be at a step of its own, so a
+pack that was killed goes on in any other grouping. A member that fails alone (its data, its folder) leaves the others
+to go on. A pack that does not fit into memory is halved. When half of a pack have ended, it is made anew without them,
+where that saves more time than it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stabstudy import store
+from stabstudy.shape import shape
+from stabstudy.stability.rules import Rules
+from stabstudy.training import families, probes
+from stabstudy.training.allocation import keep_freed_memory
+from stabstudy.training.compiling import keep_compiled
+from stabstudy.training.driver import Captured, Driver, Due, Eager
+from stabstudy.training.feed import feed
+from stabstudy.training.growth import growth
+from stabstudy.training.loop import End, Heartbeat, Loop, Plan
+from stabstudy.training.record import Recorder
+from stabstudy.training.step import Stepper, stacked
+from stabstudy.training.trial import Engine, Trial, status_of
+
+RING = 32
+"""Steps kept back on CUDA, for one copy."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Between two checkpoints of a pack on CUDA: 128 members every 100 steps would be 20 GB in a minute."""
+
+
+def run_pack(
+    folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules, heartbeat: Heartbeat
+) -> list[store.State]:
+    """Bring trials of one shape to their ends, or as far as this attempt gets; the states returned are those on disk.
+
+    A trial that is done, or that another process works on, is left alone. Every failure ends in the states, not in an
+    exception, except KeyboardInterrupt and SystemExit, which are recorded and raised again. `heartbeat` stops all.
+    """
+    with contextlib.ExitStack() as locks:
+        members = []
+        for folder in folders:
+            with contextlib.suppress(store.LockHeldError):
+                locks.enter_context(store.lock(folder.path))
+                if folder.read_state().status != "done":
+                    members.append(Trial(folder, engine, rules))
+        _run(members, engine, rules, heartbeat)
+    return [folder.read_state() for folder in folders]
+
+
+def _run(members: Sequence[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat) -> None:
+    ready = [member for member in members if _each(member, member.begin) and _each(member, member.open_data)]
+    for compiled in (False, True):
+        if group := [member for member in ready if member.compiles() is compiled]:
+            _train(group, engine, rules, heartbeat, compiled)
+
+
+def _each(member: Trial, action: Callable[[], None]) -> bool:
+    """Do what concerns one member; False where it failed, which ends its attempt and no other's."""
+    try:
+        action()
+    except Exception as error:
+        member.fail(error)
+        return False
+    except BaseException as error:
+        member.fail(error)
+        raise
+    return True
+
+
+def _train(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool) -> None:
+    try:
+        run = PackRun(members, engine, rules, heartbeat, compiled)
+        with run.files():
+            run.train()
+    except BaseException as error:
+        going = [member for member in members if not member.ended]
+        if status_of(error) == "oom" and len(members) > 1:
+            del error  # its frames hold the tensors that did not fit
+            _halves(going, engine, rules, heartbeat, compiled)
+            return
+        for member in going:
+            member.fail(error)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+
+
+def _halves(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool) -> None:
+    """Go on with half of the members, then with the others."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(members) + 1) // 2
+    for part in (members[:half], members[half:]):
+        for member in part:
+            member.say(f"a pack of {len(members)} did not fit into memory: going on with {len(part)}")
+        if part:
+            _train(part, engine, rules, heartbeat, compiled)
+
+
+class PackRun:
+    """One attempt at the members of a pack."""
+
+    def __init__(self, members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool):
+        self.members, self.engine, self.rules, self.heartbeat = members, engine, rules, heartbeat
+        self.compiled = compiled
+        self.device = torch.device(engine.device)
+        on_cpu = self.device.type == "cpu"
+        self.ring = engine.ring or (1 if on_cpu else RING)
+        self.captured = not on_cpu if engine.captured is None else engine.captured
+        seconds = 0.0 if on_cpu else CHECKPOINT_SECONDS
+        self.checkpoint_seconds = seconds if engine.checkpoint_seconds is None else engine.checkpoint_seconds
+        self.stepper: Stepper
+        self.recorder: Recorder
+        self.places: tuple[int, ...]  # the member of each row of the stepper
+        self._saver = Saver(in_background=not on_cpu)
+
+    @contextlib.contextmanager
+    def files(self) -> Iterator[None]:
+        """While this lasts, the members' records are open and checkpoints are written."""
+        try:
+            yield
+        finally:
+            self._saver.wait()
+            for member in self.members:
+                member.open_files.close()
+
+    def train(self) -> None:
+        """All of it."""
+        self._check_shapes()
+        began = time.monotonic()
+        self._prepare_process()
+        self.places = tuple(range(len(self.members)))
+        self.stepper = self._build()
+        for member in self.members:
+            member.note_engine(self._described())
+        self._measure_start()
+        starts = self._resume()
+        opened = [member.open_records() for member in self.members]
+        self.recorder = Recorder(
+            [recorded for recorded, _ in opened], self.stepper.columns, self.stepper.layer_index, self.rules
+        )
+        self.recorder.replay([rows for _, rows in opened])
+        self._probe_start([k for k, start in enumerate(starts) if start == 0])
+        for member, start in zip(self.members, starts, strict=True):
+            where = f"on {self.device}" + (f", one of {len(self.members)}" if len(self.members) > 1 else "")
+            member.say(f"attempt {len(member.state.attempts)}: from step {start} of {member.config.train.steps} {where}")
+        while True:
+            loop = self._loop(time.monotonic() - began)
+            ended = loop.run()
+            if ended == "stopped":
+                self._saver.wait()
+                for k in sorted(loop.live):
+                    self.members[k].interrupt(int(self.recorder.rows[k]))
+            if ended != "few":
+                return
+            began = time.monotonic()
+            self._shrink(sorted(loop.live))
+
+    def save(self, next_steps: dict[int, int]) -> None:
+        """Checkpoints of these members: their state now; what is written may be written later."""
+        rows = {k: self.places.index(k) for k in next_steps}
+        copies = {name: x.detach().cpu().clone() for name, x in self.stepper.state().items()}
+        for k in next_steps:
+            self.recorder.members[k].trace.flush()
+            self.recorder.members[k].probes.flush()
+
+        def write() -> None:
+            for k, next_step in next_steps.items():
+                self.recorder.members[k].trace.sync()
+                self.recorder.members[k].probes.sync()
+                self.members[k].save({name: x[rows[k]] for name, x in copies.items()}, next_step)
+
+        self._saver.submit(write)
+
+    def ended(self, member: int, end: End) -> None:
+        """Finish a member whose last step is recorded."""
+        self._saver.wait()
+        rows, trial = int(self.recorder.rows[member]), self.members[member]
+        if self.recorder.probed[member] != rows:  # else the probe that found weights not finite has written this row
+            self.recorder.add_probe(member, rows, end.probe, evaluated=True)
+        _each(trial, lambda: trial.finish(end.reason, rows, end.final_loss))
+
+    @property
+    def _running(self) -> list[Trial]:
+        return [self.members[k] for k in self.places]
+
+    def _check_shapes(self) -> None:
+        shapes = [shape(member.config) for member in self.members]
+        wrong = [name for name in shapes[0] if any(s[name] != shapes[0][name] for s in shapes)]
+        vocabularies = {member.batches.corpus.vocab_size for member in self.members}
+        if wrong or len(vocabularies) > 1:
+            raise ValueError(f"trials of one pack must agree in {', '.join(wrong) or 'the size of the vocabulary'}")
+
+    def _prepare_process(self) -> None:
+        """Settings that make equal configurations give equal numbers."""
+        torch.set_num_threads(self.engine.threads)
+        keep_freed_memory()
+        if self.device.type == "cuda":
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.backends.cudnn.benchmark = False
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has no batching rule
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        if self.compiled:
+            keep_compiled(self.engine.cache_dir)
+
+    def _build(self) -> Stepper:
+        """The stepper of the members in `places`, with their initial weights."""
+        vocab = self.members[0].batches.corpus.vocab_size
+        configs = [member.config for member in self._running]
+        models = (families.build(c.model, vocab, c.data.seq_len, c.seed) for c in configs)
+        return Stepper(configs, models, self.device, self.compiled)
+
+    def _described(self) -> dict[str, Any]:
+        """The engine, as an attempt records it."""
+        described: dict[str, Any] = {"torch": torch.__version__, "device": self.engine.device}
+        described |= {"threads": self.engine.threads, "precision": self.members[0].config.train.precision}
+        described |= {"attention": "sdpa", "compiled": self.compiled, "pack": len(self.members)}
+        if self.device.type == "cuda":
+            described |= {"gpu": torch.cuda.get_device_name(), "graph": self.captured}
+        return described
+
+    def _windows(self, of: Callable[[Trial], NDArray[np.int64]]) -> Tensor:
+        return stacked([of(member) for member in self._running], self.device)
+
+    def _measure_start(self) -> None:
+        """What is measured of the initial weights, which the stepper still has."""
+        if all(member.knows_its_start for member in self.members):
+            return
+        exponents = growth(self.stepper, self._windows(lambda m: m.batches.evaluation()))
+        losses = self.stepper.loss_on(self._windows(lambda m: m.batches.final_evaluation())).tolist()
+        for member, loss, (act, grad) in zip(self.members, losses, exponents, strict=True):
+            if not member.knows_its_start:
+                member.measure_start(loss, act, grad)
+
+    def _resume(self) -> list[int]:
+        """Load each member's newest checkpoint; the steps at which they go on."""
+        state = self.stepper.state()
+        shapes = {name: x.shape[1:] for name, x in state.items()}
+        for k, member in enumerate(self.members):
+            for name, tensor in member.resume(shapes).items():
+                state[name][k].copy_(tensor)
+        return [member.state.step for member in self.members]
+
+    def _probe_start(self, fresh: Sequence[int]) -> None:
+        if fresh:
+            evaluation = self._windows(lambda m: m.batches.evaluation())
+            vectors = probes.probe(self.stepper, evaluation, evaluate=True).cpu().numpy()
+            for k in fresh:
+                self.recorder.add_probe(k, 0, vectors[k], evaluated=True)
+
+    def _loop(self, setup_seconds: float) -> Loop:
+        """The loop of the members in `places`."""
+        running = self._running
+        starts = [int(self.recorder.rows[k]) for k in self.places]
+        steps = [member.config.train.steps for member in running]
+        windows = feed([member.batches for member in running], starts, steps, self.device)
+        evaluation = self._windows(lambda m: m.batches.evaluation())
+        driver: Driver = Eager(self.stepper, windows, evaluation)
+        if self.captured:
+            try:
+                driver = Captured(self.stepper, windows, evaluation, self.ring, tuple(Due))
+            except RuntimeError as error:
+                if status_of(error) == "oom":
+                    raise
+                for member in running:
+                    member.say(f"steps are not captured, they run eagerly: {str(error).splitlines()[0]}")
+        plan = Plan(
+            self.places,
+            tuple(member.config for member in self.members),
+            tuple(member.folder.trial_id for member in self.members),
+            self.ring,
+            self.checkpoint_seconds,
+            setup_seconds,
+        )
+        final = self._windows(lambda m: m.batches.final_evaluation())
+        return Loop(plan, self.stepper, driver, self.recorder, evaluation, final, self, self.heartbeat)
+
+    def _shrink(self, members: Sequence[int]) -> None:
+        """Go on with a stepper of these members only."""
+        rows = torch.tensor([self.places.index(k) for k in members])
+        kept = {name: x.detach().cpu()[rows] for name, x in self.stepper.state().items()}
+        del self.stepper
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.places = tuple(members)
+        self.stepper = self._build()
+        for name, x in self.stepper.state().items():
+            x.copy_(kept[name])
+
+
+class Saver:
+    """Writes checkpoints, one after another, in a thread where that is asked for; a failure is raised at the next call."""
+
+    def __init__(self, in_background: bool):
+        self._thread = ThreadPoolExecutor(max_workers=1) if in_background else None
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write, once what was submitted before is written."""
+        self.wait()
+        if self._thread is None:
+            write()
+        else:
+            self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Until nothing is left to be written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
