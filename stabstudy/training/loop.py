@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from stabstudy.config import TrialConfig
 from stabstudy.data.batches import Batches
-from stabstudy.trace import RowWriter
+from stabstudy.live import Writer, from_rows
+from stabstudy.trace import PROBES, from_dicts, widths
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import probe
 from stabstudy.training.record import Recorder
@@ -44,7 +45,7 @@ class Loop:
         stepper: Stepper,
         batches: Batches,
         recorder: Recorder,
-        probes: RowWriter,
+        probes: Writer,
         checkpoint: Callable[[int], None],
         heartbeat: Heartbeat,
     ):
@@ -87,7 +88,8 @@ class Loop:
         val_loss = self.stepper.loss_on(self.evaluation) if due else None
         row |= {"val_loss": val_loss, **self.noise.row(self.stepper.noise)}
         weights = row["param_norm"]
-        self.probes.append(row, urgent=not math.isfinite(weights))
+        block = from_rows(from_dicts([row], PROBES), widths(self.config.model.depth))
+        self.probes.append(block, urgent=not math.isfinite(weights))
         if not math.isfinite(weights):
             self.recorder.monitor.weights_not_finite(max(0, done - 1))
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
+from stabstudy.live import Writer, from_rows
 from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import Rows, RowWriter
+from stabstudy.trace import TRACE, Rows, from_dicts, widths
 from stabstudy.training import step as st
 
 RING = 32
@@ -43,12 +44,13 @@ class Recorder:
         self,
         config: TrialConfig,
         layer_index: NDArray[np.int64],
-        writer: RowWriter,
+        writer: Writer,
         monitor: DivergenceMonitor,
         spikes: LiveSpikes,
         on_device: bool,
     ):
         self.config, self.layer_index, self.writer = config, layer_index, writer
+        self.widths = widths(config.model.depth)
         self.monitor, self.spikes = monitor, spikes
         self.ring = RING if on_device else 1
         self.pending: list[Pending] = []
@@ -89,7 +91,7 @@ class Recorder:
         for pending in self.pending:
             row = self._row(pending, None if pending.vector is None else next(values), seconds)
             alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
-            self.writer.append(row, urgent=alarm)
+            self.writer.append(from_rows(from_dicts([row], TRACE), self.widths), urgent=alarm)
             self.rows += 1
             if self.monitor.code == "nonfinite":
                 break

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from stabstudy import config as cfg
-from stabstudy import finished, store, trace
+from stabstudy import finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
@@ -88,7 +88,10 @@ def _attempt(
     state = _initial_loss(folder, state, stepper, batches)
     start, state = _resume(folder, state, stepper, say)
     with contextlib.ExitStack() as open_files:
-        writers = {s.name: trace.RowWriter(folder.live(s), s) for s in RECORDS}
+        widths = trace.widths(config.model.depth)
+        for schema in RECORDS:
+            live.upgrade(folder.live(schema), schema, widths)
+        writers = {s.name: live.Writer(folder.live(s), s, widths) for s in RECORDS}
         for writer in writers.values():
             open_files.callback(writer.close)
         recorder = _recorder(folder, config, state, stepper, writers["trace"], rules)
@@ -101,7 +104,7 @@ def _attempt(
             lambda step: checkpoint.save(folder.checkpoints, state.trial_id, stepper, step),
             heartbeat,
         )
-        probed = trace.read_jsonl(folder.live(trace.PROBES), trace.PROBES)
+        probed = live.read(folder.live(trace.PROBES), trace.PROBES)
         loop.noise.replay(probed["noise_g2"], probed["noise_s"])
         if start == 0:
             loop.measure(0)
@@ -159,14 +162,14 @@ def _resume(
     folder: store.TrialFolder, state: store.State, stepper: Stepper, say: Callable[[str], None]
 ) -> tuple[int, store.State]:
     """Load the newest usable checkpoint and cut both records to it, so that each step will stand once."""
-    live = folder.live(trace.TRACE)
-    rows = len(trace.read_jsonl(live, trace.TRACE)) if live.exists() else 0
+    record = folder.live(trace.TRACE)
+    rows = len(live.read(record, trace.TRACE)) if live.find(record) else 0
     start, notes = checkpoint.restore(folder.checkpoints, state.trial_id, stepper, rows)
     for note in notes:
         say(note)
-    dropped, cut_bytes = trace.cut(live, trace.TRACE, start)
+    dropped, cut_bytes = live.cut(record, trace.TRACE, start)
     # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
-    trace.cut(folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+    live.cut(folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
     attempt = replace(state.attempts[-1], from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
     state = replace(state, step=start, attempts=(*state.attempts[:-1], attempt))
     folder.write_state(state)
@@ -192,7 +195,7 @@ def _recorder(
     config: cfg.TrialConfig,
     state: store.State,
     stepper: Stepper,
-    writer: trace.RowWriter,
+    writer: live.Writer,
     rules: Rules,
 ) -> Recorder:
     warmup, steps = config.warmup_steps, config.train.steps
@@ -206,7 +209,7 @@ def _recorder(
         LiveSpikes(rules),
         on_device=stepper.device.type != "cpu",
     )
-    kept = trace.read_jsonl(folder.live(trace.TRACE), trace.TRACE)
+    kept = live.read(folder.live(trace.TRACE), trace.TRACE)
     recorder.replay(kept)
     recorder.rows = len(kept)
     return recorder
@@ -246,9 +249,8 @@ def _end(folder: store.TrialFolder, state: store.State) -> store.State:
 def _failed(folder: store.TrialFolder, error: BaseException) -> store.State:
     """The state after an attempt that raised."""
     state = replace(folder.read_state(), status=_status_of(error))
-    live = folder.live(trace.TRACE)
     with contextlib.suppress(trace.DamagedRecord, OSError):
-        state = replace(state, step=len(trace.read_jsonl(live, trace.TRACE)))
+        state = replace(state, step=len(live.read(folder.live(trace.TRACE), trace.TRACE)))
     message = (str(error) or type(error).__name__).splitlines()[0][:500]
     state = replace(state, error={"kind": type(error).__name__, "message": message, "step": state.step})
     return _end(folder, state) if state.attempts else state
