@@ -10,17 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.trace import (
-    Column,
-    DamagedRecord,
-    Rows,
-    Schema,
-    as_array,
-    file_sha256,
-    read_jsonl,
-    sync_file,
-    sync_folder,
-)
+from stabstudy import live
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, file_sha256, sync_file, sync_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,14 +19,14 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def compact(jsonl: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Turn the finished lines into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
+def compact(live_path: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Turn the live record into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
 
-    The `.jsonl` stays: the caller removes it once the sha256 stands in the trial's state.
+    The live file stays: the caller removes it once the sha256 stands in the trial's state.
     """
-    rows = read_jsonl(jsonl, schema)
+    rows = live.read(live_path, schema)
     if rows.note:
-        raise DamagedRecord(f"{jsonl}: {rows.note}")
+        raise DamagedRecord(f"{live_path}: {rows.note}")
     return len(rows), write(rows, parquet, metadata)
 
 
@@ -96,12 +87,20 @@ def _to_arrow(rows: Rows) -> pa.Table:
     for column in rows.schema.columns:
         values, null = rows[column.name], rows.is_null(column.name)
         if column.kind == "floats":
-            items = [None if n else v for v, n in zip(values.tolist(), null.tolist(), strict=True)]
-            arrays[column.name] = pa.array(items, type=_arrow_type(column))
+            arrays[column.name] = _lists(values, null)
         else:
             # from_pandas=False: a NaN stays NaN, only the mask makes a null
             arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
     return pa.table(arrays)
+
+
+def _lists(values: NDArray[Any], null: NDArray[np.bool_]) -> pa.Array:
+    """Shape [rows, entries] as a column of lists; a null row has no entries."""
+    import pyarrow as pa
+
+    ends = np.concatenate(([0], np.cumsum(np.where(null, 0, values.shape[1])))).astype(np.int32)
+    entries = pa.array(values[~null].ravel(), type=pa.float64(), from_pandas=False)
+    return pa.ListArray.from_arrays(pa.array(ends), entries, mask=pa.array(null))
 
 
 def _arrow_type(column: Column) -> pa.DataType:

@@ -7,7 +7,7 @@
         config.json                          what the trial is: settings, group choices, data fingerprint
         state.json                           how far it is: status, attempts, checksums; replaced atomically
         summary.json                         the finished trial judged: its statistics and its spikes
-        trace.jsonl -> trace.parquet         probes.jsonl -> probes.parquet
+        trace.live -> trace.parquet          probes.live -> probes.parquet
         checkpoint/  log.txt  .lock
       trials.parquet  spikes.parquet  report/
 
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import finished, trace
+from stabstudy import finished, live, trace
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -126,7 +126,8 @@ class TrialFolder:
         return self.path / "checkpoint"
 
     def live(self, schema: trace.Schema) -> Path:
-        return self.path / f"{schema.name}.jsonl"
+        """The growing record; that of a study which an older version began is the `.jsonl` beside it (`live.find`)."""
+        return self.path / f"{schema.name}.live"
 
     def finished(self, schema: trace.Schema) -> Path:
         return self.path / f"{schema.name}.parquet"
@@ -153,11 +154,11 @@ class TrialFolder:
         """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord."""
         state = self.read_state() if state is None else state
         known = state.records.get(schema.name)
-        parquet, live = self.finished(schema), self.live(schema)
+        parquet, growing = self.finished(schema), self.live(schema)
         if known and parquet.exists():
             return finished.read_parquet(parquet, schema, known["sha256"] if verify else None)
-        if live.exists():
-            return trace.read_jsonl(live, schema)
+        if live.find(growing) is not None:
+            return live.read(growing, schema)
         if known:
             raise trace.DamagedRecord(f"{parquet}: missing, although state.json has its checksum")
         return None

@@ -1,22 +1,18 @@
-"""The record of a trial: its columns, and the live form that grows while the trial runs.
+"""The record of a trial: its columns, and its rows in memory.
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
-on each step where something costly was measured. While the trial runs, rows are JSON lines (bare NaN and Infinity are
-kept; null means "not applicable") appended with one `os.write` per flush, so a kill at any moment leaves at most one
-torn last line. When it ends, `finished.compact` turns the lines into one Parquet file.
+on each step where something costly was measured. While the trial runs, rows are blocks of binary records (`live`; of an
+older study JSON lines, `json_lines`). When it ends, `finished.compact` turns them into one Parquet file.
 
-Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". The
-reader keeps them apart (`Rows.is_null`).
+Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". Every
+form keeps them apart (`Rows.is_null`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +20,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_WRITE = 64 * 1024
-FLUSH_SECONDS = 1.0
-
 Kind = Literal["int", "float", "text", "floats"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its type (`floats`: a fixed-length list), whether null is a legal answer, unit, meaning."""
+    """One column: its type (`floats`: a fixed-length list), whether null is a legal answer, unit, meaning.
+
+    `codes`: the texts that a live record can hold, each written as its index here.
+    """
 
     name: str
     kind: Kind
     unit: str
     meaning: str
     nullable: bool = False
+    codes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,12 @@ TRACE = Schema(
         Column("logz_mean", "float", "nat", "mean logsumexp of the output logits on valid targets", True),
         Column("loss_scale", "float", "1", "fp16 scaler value used at this step; null: no scaler", True),
         Column(
-            "skip", "text", "", "policy that skipped the update: amp | nonfinite | spike | no_targets; null: none", True
+            "skip",
+            "text",
+            "",
+            "policy that skipped the update: amp | nonfinite | spike | no_targets; null: none",
+            True,
+            ("amp", "nonfinite", "spike", "no_targets"),
         ),
     ),
     contiguous=True,
@@ -132,8 +134,13 @@ PROBES = Schema(
 )
 
 
+def widths(depth: int) -> dict[str, int]:
+    """Entries of each list of numbers in both records, for a model of `depth` layers."""
+    return {"layer_grad_norm": depth + 2} | dict.fromkeys(("attn_logit_max", "attn_entropy", "resid_rms"), depth)
+
+
 class DamagedRecord(Exception):
-    """A record that cannot be trusted: a bad line with good lines after it, a wrong step, a wrong checksum."""
+    """A record that cannot be trusted: bad rows with good rows after them, a wrong step, a wrong checksum."""
 
 
 @dataclass(frozen=True)
@@ -164,99 +171,9 @@ class Rows:
         return bool((~self.nulls[name]).any())
 
 
-class RowWriter:
-    """Appends rows to a live `.jsonl`. Not thread-safe; one writer per file, guarded by the trial's lock.
-
-    Raises OSError when the disk refuses (full, read-only): the file is first cut back to its last whole line.
-    """
-
-    def __init__(self, path: Path, schema: Schema, clock: Callable[[], float] = time.monotonic):
-        self.path, self.schema, self._clock = path, schema, clock
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._size = os.fstat(self._fd).st_size
-        self._pending: list[bytes] = []
-        self._pending_bytes = 0
-        self._flushed_at = clock()
-
-    def append(self, row: Mapping[str, Any], urgent: bool = False) -> None:
-        """Queue one row. It reaches the file at once when `urgent` (an anomaly), else within a second."""
-        line = json.dumps({c: row[c] for c in self.schema.names}, separators=(",", ":")).encode() + b"\n"
-        if self._pending and self._pending_bytes + len(line) > MAX_WRITE:
-            self.flush()
-        self._pending.append(line)
-        self._pending_bytes += len(line)
-        if urgent or self._clock() - self._flushed_at >= FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self, sync: bool = False) -> None:
-        """Write what is queued with one `os.write`; with `sync` also fsync (before a checkpoint, at the end)."""
-        if self._pending:
-            block = b"".join(self._pending)
-            try:
-                written = os.write(self._fd, block)
-                if written != len(block):
-                    raise OSError(f"short write to {self.path}: {written} of {len(block)} bytes")
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, self._size)
-                raise
-            self._size += len(block)
-            self._pending, self._pending_bytes = [], 0
-        self._flushed_at = self._clock()
-        if sync:
-            os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Flush, fsync and close. Safe to call twice."""
-        if self._fd >= 0:
-            try:
-                self.flush(sync=True)
-            finally:
-                os.close(self._fd)
-                self._fd = -1
-
-
 def no_rows(schema: Schema) -> Rows:
     """A record without rows: that of a trial which has not started."""
-    return _from_dicts([], schema)
-
-
-def read_jsonl(path: Path, schema: Schema) -> Rows:
-    """The rows of a live record, which may be growing: a torn last line is left out and noted.
-
-    Raises DamagedRecord for a bad line that has lines after it, a repeated, decreasing or missing step.
-    """
-    rows, good, size = _parse_lines(path, schema)
-    note = f"torn last line of {size - good} bytes left out" if good < size else ""
-    return _from_dicts(rows, schema, note)
-
-
-def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
-    """Before a new attempt: drop the torn last line and every row with step >= next_step.
-
-    Returns (rows dropped, bytes cut); fsyncs. A file that does not exist has nothing to cut. Raises DamagedRecord, and
-    cuts nothing, where a bad line has lines after it: what follows it was committed.
-    """
-    if not path.exists():
-        return 0, 0
-    keep = dropped = 0
-    with path.open("rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        for line in f:
-            row = _parse(line) if line.endswith(b"\n") else None
-            if row is None and f.read().strip(b"\0\n"):
-                raise DamagedRecord(f"{path}: not a {schema.name} row at byte {keep}, with rows after it")
-            if row is None or row["step"] >= next_step:
-                dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
-                break
-            keep += len(line)
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.ftruncate(fd, keep)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return dropped, size - keep
+    return from_dicts([], schema)
 
 
 def file_sha256(path: Path) -> str:
@@ -284,57 +201,8 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    ok = isinstance(row, dict) and type(row.get("step")) is int
-    return row if ok else None
-
-
-def _parse_lines(path: Path, schema: Schema) -> tuple[list[dict[str, Any]], int, int]:
-    """(rows, bytes of whole good lines, bytes in all)."""
-    data = path.read_bytes()
-    rows: list[dict[str, Any]] = []
-    good = 0
-    for number, line in enumerate(data.splitlines(keepends=True), start=1):
-        row = _parse(line) if line.endswith(b"\n") else None
-        if row is None or not _well_typed(row, schema):
-            if good + len(line) < len(data) and data[good + len(line) :].strip(b"\0\n"):
-                raise DamagedRecord(f"{path}:{number}: not a {schema.name} row, with rows after it")
-            return rows, good, len(data)
-        expected = len(rows) if schema.contiguous else (rows[-1]["step"] + 1 if rows else 0)
-        if row["step"] < expected or (schema.contiguous and row["step"] != expected):
-            raise DamagedRecord(f"{path}:{number}: step {row['step']} where {expected} was expected")
-        rows.append(row)
-        good += len(line)
-    return rows, good, len(data)
-
-
-def _well_typed(row: dict[str, Any], schema: Schema) -> bool:
-    for column in schema.columns:
-        value = row.get(column.name)
-        if value is None:
-            if not column.nullable:
-                return False
-        elif column.kind == "floats":
-            if not isinstance(value, list) or not all(_is_number(v) for v in value):
-                return False
-        elif column.kind == "text":
-            if not isinstance(value, str):
-                return False
-        elif not _is_number(value) or (column.kind == "int" and type(value) is not int):
-            return False
-    return True
-
-
-def _is_number(value: Any) -> bool:
-    """A float, or a whole number that an int64 holds (JSON has no limit, numpy raises); True and False are none."""
-    return type(value) is float or (type(value) is int and -(2**63) <= value < 2**63)
-
-
-def _from_dicts(rows: list[dict[str, Any]], schema: Schema, note: str = "") -> Rows:
+def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:
+    """Rows given as one mapping each; a column that a row lacks is null. Raises DamagedRecord, see `as_array`."""
     columns: dict[str, NDArray[Any]] = {}
     nulls: dict[str, NDArray[np.bool_]] = {}
     for column in schema.columns:

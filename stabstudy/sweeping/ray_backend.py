@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy import store, trace
+from stabstudy import live, store, trace
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError, cores
 from stabstudy.sweeping.board import Board
@@ -225,12 +225,12 @@ def kill_hung_trials(study: store.StudyFolder, running: Sequence[str], limit: fl
     """
     for trial_id in running:
         folder = study.trial(trial_id)
-        live = folder.live(trace.TRACE)
-        changed = [p.stat().st_mtime for p in (live, folder.state_file) if p.exists()]
+        record = folder.live(trace.TRACE)
+        changed = [p.stat().st_mtime for p in (record, folder.state_file) if p.exists()]
         if not store.is_locked(folder.path) or not changed or time.time() - max(changed) <= limit:
             continue
         with contextlib.suppress(OSError, store.StoreError, trace.DamagedRecord):  # it is ending just now
-            seconds = trace.read_jsonl(live, trace.TRACE)["seconds"]
+            seconds = live.read(record, trace.TRACE)["seconds"]
             attempt = folder.read_state().attempts[-1]
             silent = time.time() - max(changed)
             if silent > 20 * np.median(seconds) and attempt.host == socket.gethostname():

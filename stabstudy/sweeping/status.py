@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import store, trace
+from stabstudy import live, store, trace
 from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
-
-TAIL = 64 * 1024
-"""Bytes at the end of a live trace in which its last whole line lies."""
 
 UNKNOWN = "?"
 
@@ -52,8 +47,8 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     verdicts = Counter(words.judged(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
-    live = "a launch is running" if store.is_locked(study.path) else "no launch is running"
-    return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {live}"
+    launch = "a launch is running" if store.is_locked(study.path) else "no launch is running"
+    return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
 
 
 def _axes(study: store.StudyFolder) -> list[str]:
@@ -109,14 +104,8 @@ def _text(value: Any) -> str:
 
 
 def _live_steps(trial: TrialFolder) -> int:
-    """Steps in the live trace, from its last whole line; 0 where there is none."""
+    """Steps in the live trace, from its last whole row; 0 where there is none or it cannot be read."""
     try:
-        with trial.live(trace.TRACE).open("rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - TAIL))
-            lines = f.read().split(b"\n")
-        last: Any = json.loads(lines[-2]) if len(lines) > 1 else {}
-    except (OSError, ValueError):
+        return live.last_step(trial.live(trace.TRACE)) + 1
+    except (OSError, trace.DamagedRecord):
         return 0
-    step = last.get("step") if isinstance(last, dict) else None
-    return step + 1 if type(step) is int else 0
