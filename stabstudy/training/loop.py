@@ -68,9 +68,9 @@ class Loop:
             done = step + 1
             if self._due(done):
                 recorder.drain()
-                if recorder.monitor.code is None:
+                if recorder.code is None:
                     self.measure(done)
-            if recorder.monitor.code is not None:
+            if recorder.code is not None:
                 return "diverged"
             stop = self.heartbeat(self.progress(done))
             if done < config.train.steps and (stop or done % config.train.checkpoint_every == 0):
@@ -89,7 +89,7 @@ class Loop:
         weights = row["param_norm"]
         self.probes.append(row, urgent=not math.isfinite(weights))
         if not math.isfinite(weights):
-            self.recorder.monitor.weights_not_finite(max(0, done - 1))
+            self.recorder.monitor.weights_not_finite(0, max(0, done - 1))
 
     def progress(self, done: int) -> Progress:
         recorder = self.recorder
@@ -98,7 +98,7 @@ class Loop:
             self.config.train.steps,
             recorder.loss,
             recorder.grad_norm,
-            recorder.spikes.spike_events,
+            int(recorder.spikes.spike_events[0]),
             recorder.tokens_per_second,
         )
 
@@ -110,7 +110,7 @@ class Loop:
     def _save(self, done: int) -> None:
         """The records become durable before the checkpoint that implies them."""
         self.recorder.drain()
-        if self.recorder.monitor.code is None:
+        if self.recorder.code is None:
             self.recorder.writer.flush(sync=True)
             self.probes.flush(sync=True)
             self.checkpoint(done)

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
+from stabstudy.stability.block import Block
+from stabstudy.stability.monitor import DivergenceMonitor
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import Rows, RowWriter
+from stabstudy.trace import SKIPS, Rows, RowWriter
 from stabstudy.training import step as st
 
 RING = 32
@@ -52,21 +53,24 @@ class Recorder:
         self.monitor, self.spikes = monitor, spikes
         self.ring = RING if on_device else 1
         self.pending: list[Pending] = []
-        self._unjudged: list[tuple[float | None, float | None, str | None]] = []
+        self._unjudged: list[Block] = []
         self.rows = 0
         self.loss = self.grad_norm = math.nan
         self.tokens_per_second = 0.0
         self._clock = time.perf_counter()
 
+    @property
+    def code(self) -> str | None:
+        """The divergence code that has fired."""
+        return self.monitor.code[0]
+
     def replay(self, rows: Rows) -> None:
         """Bring the live detectors to where an uninterrupted trial would have them."""
-        unmeasured = rows.is_null("loss").tolist()
-        for step, (loss, norm, skip) in enumerate(zip(rows["loss"], rows["grad_norm"], rows["skip"], strict=True)):
-            if unmeasured[step]:
-                self._watch(step, None, None, skip)
-            else:
-                self._watch(step, float(loss), float(norm), skip)
-        self._judge_spikes()
+        if len(rows):
+            block = Block.of(rows)
+            self.monitor.update(block)
+            self.spikes.update(block)
+            self.loss, self.grad_norm = float(block.loss[0, -1]), float(block.norm[0, -1])
 
     def start_clock(self) -> None:
         """Begin timing a step: what lay between (a probe, a checkpoint) is not part of it."""
@@ -88,29 +92,36 @@ class Recorder:
         seconds = (time.perf_counter() - self._clock) / len(self.pending)
         for pending in self.pending:
             row = self._row(pending, None if pending.vector is None else next(values), seconds)
-            alarm = self._watch(pending.step, row["loss"], row["grad_norm"], row["skip"])
+            alarm = self._watch(row["loss"], row["grad_norm"], row["skip"])
             self.writer.append(row, urgent=alarm)
             self.rows += 1
-            if self.monitor.code == "nonfinite":
+            if self.code == "nonfinite":
                 break
         self.pending = []
         self.tokens_per_second = self.config.tokens_per_step / max(seconds, 1e-9)
         self._clock = time.perf_counter()
 
-    def _watch(self, step: int, loss: float | None, norm: float | None, skip: str | None) -> bool:
+    def _watch(self, loss: float | None, norm: float | None, skip: str | None) -> bool:
         """Feed the live detectors; True where something happened that must reach the disk at once."""
         self.loss = math.nan if loss is None else loss
         self.grad_norm = math.nan if norm is None else norm
-        before = self.monitor.code
-        code = self.monitor.update(step, loss, norm, skip)
-        self._unjudged.append((norm, loss, skip))
+        block = Block(
+            np.array([[self.loss]]),
+            np.array([[self.grad_norm]]),
+            np.array([[0 if skip is None else 1 + SKIPS.index(skip)]], np.uint8),
+            loss_null=np.array([[loss is None]]),
+            norm_null=np.array([[norm is None]]),
+        )
+        fired = self.monitor.update(block)[0] >= 0
+        self._unjudged.append(block)
         spiked = len(self._unjudged) >= BLOCK and self._judge_spikes()
-        return spiked or skip is not None or code != before or not math.isfinite(self.grad_norm + self.loss)
+        return bool(spiked or skip is not None or fired or not math.isfinite(self.grad_norm + self.loss))
 
     def _judge_spikes(self) -> bool:
         """Let the detector take the rows since its last block; True where it flags one."""
-        rows, self._unjudged = self._unjudged, []
-        return self.spikes.update(rows)
+        blocks, self._unjudged = self._unjudged, []
+        loss, norm, skip = (np.hstack([getattr(b, name) for b in blocks]) for name in ("loss", "norm", "skip"))
+        return bool(self.spikes.update(Block(loss, norm, skip))[0])
 
     def _row(self, pending: Pending, values: NDArray[np.float64] | None, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -24,9 +24,9 @@ from stabstudy import finished, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
+from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.training import checkpoint, hf
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
@@ -197,7 +197,7 @@ def _recorder(
 ) -> Recorder:
     warmup, steps = config.warmup_steps, config.train.steps
     assert state.init_loss is not None
-    monitor = DivergenceMonitor(rules, steps, warmup, state.init_loss, state.unigram_entropy)
+    monitor = DivergenceMonitor(rules, [MonitorFacts(steps, warmup, state.init_loss, state.unigram_entropy)])
     recorder = Recorder(
         config,
         stepper.layer_index,
