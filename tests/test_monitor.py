@@ -1,4 +1,4 @@
-"""The monitor of blocks and packs against one that takes a step of a trial at a time; the detector of packs likewise."""
+"""The monitor of packs and blocks against one that takes a step of a trial at a time; the detector likewise."""
 
 from __future__ import annotations
 

@@ -68,4 +68,5 @@ def proven(skip: NDArray[np.uint8]) -> Bools:
     A spike is one whether or not a policy left its update out, as it is whether or not it was clipped. Steps skipped
     for other reasons had no value that is finite, or none at all.
     """
-    return (skip == 0) | (skip == SPIKE)
+    counted: Bools = (skip == 0) | (skip == SPIKE)
+    return counted

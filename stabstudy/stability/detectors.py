@@ -170,6 +170,9 @@ def _y(x: Floats, series: Series) -> Floats:
 def _median(windows: Floats) -> Floats:
     """Median over the last axis of the values that are not NaN; NaN where there is none."""
     ranked = np.sort(windows, axis=-1)  # NaN last
+    size = ranked.shape[-1]
+    if size and not np.isnan(ranked[..., -1]).any():
+        return np.asarray(0.5 * ranked[..., (size - 1) // 2] + 0.5 * ranked[..., size // 2], dtype=np.float64)
     n = windows.shape[-1] - np.isnan(ranked).sum(axis=-1, keepdims=True)
     low, high = (np.take_along_axis(ranked, np.maximum(i, 0), axis=-1)[..., 0] for i in ((n - 1) // 2, n // 2))
     return np.asarray(0.5 * low + 0.5 * high, dtype=np.float64)

@@ -88,18 +88,23 @@ class DivergenceMonitor:
         n = block.loss.shape[1]
         if not n:
             return np.full(len(self.code), -1)
-        live, skipped = block.live, bool(block.skip.any())
+        live, lengths, skipped = block.live, block.lengths, bool(block.skip.any())
         with np.errstate(over="ignore", invalid="ignore"):  # losses at the end of the floats
             finite = np.isfinite(block.loss)
-            lost = _first(self._is_lost(block, finite, live, skipped))
+            lost = self._is_lost(block, finite, live, skipped)
             usable = finite & proven(block.skip) if skipped else finite
             usable = usable if live is None else usable & live
             whole = bool(usable.all())
             above = self._mean.update(block.loss, None if whole else usable, self.steps)
             rise = self._find_rise(block.loss, usable, whole)
-        self._tail.append((block.loss if whole else np.where(usable, block.loss, np.nan))[None], block.lengths)
-        fired = self._keep_first(np.stack([lost, above, rise]), n)
-        self.steps = self.steps + block.lengths
+        self._tail.append((block.loss if whole else np.where(usable, block.loss, np.nan))[None], lengths)
+        calm = not (lost.any() or above.any() or (rise < n).any())
+        fired = (
+            -np.ones(len(rise), np.int64)
+            if calm
+            else self._keep_first(np.stack([_first(lost), _first(above), rise]), n)
+        )
+        self.steps = self.steps + lengths
         return fired
 
     def weights_not_finite(self, member: int, step: int) -> None:
@@ -139,9 +144,11 @@ class DivergenceMonitor:
             sound |= ~live
         if skipped:
             return ~sound | self._too_many_skips(block.skip, live)
-        updated = block.lengths > 0
-        self._skips = np.where(updated, 0, self._skips)
-        self._updated = self._updated | updated
+        if live is None:
+            self._skips[:], self._updated[:] = 0, True
+        else:
+            updated = live.any(axis=1)
+            self._skips[updated], self._updated[updated] = 0, True
         return ~sound
 
     def _too_many_skips(self, skip: NDArray[np.uint8], live: Bools | None) -> Bools:
@@ -156,7 +163,7 @@ class DivergenceMonitor:
         at_update = np.maximum.accumulate(np.where(update, total, -self._skips[:, None]), axis=1)
         in_a_row = total - at_update
         updated = self._updated[:, None] | np.logical_or.accumulate(update, axis=1)
-        self._skips, self._updated = in_a_row[:, -1], updated[:, -1]
+        self._skips, self._updated = in_a_row[:, -1].copy(), updated[:, -1].copy()
         allowed = np.where(updated, self._rules.max_skips, self._rules.max_first_skips)
         return (in_a_row >= allowed) & alive
 
@@ -231,9 +238,11 @@ def divergence(
 
 def _first(holds: Bools) -> Ints:
     """Index of the first column that holds in each row; the number of columns where none does."""
-    if not holds.any():
-        return np.full(len(holds), holds.shape[1])
-    return np.where(holds.any(axis=1), holds.argmax(axis=1), holds.shape[1])
+    first = np.full(len(holds), holds.shape[1])
+    if holds.any():
+        rows = holds.any(axis=1)
+        first[rows] = holds[rows].argmax(axis=1)
+    return first
 
 
 def _tail_steps(steps: int, rules: Rules) -> int:

@@ -37,10 +37,10 @@ class MovingMean:
         self._has_mean, self._has_best = np.zeros((2, trials), np.bool_)
         self._judged_from = np.maximum(np.array(warmup_steps, np.int64), rules.ema_steps)[:, None]
 
-    def update(self, loss: Floats, usable: Bools | None, steps: Ints) -> Ints:
+    def update(self, loss: Floats, usable: Bools | None, steps: Ints) -> Bools:
         """Take the losses [K, n] that are usable (None: all); row 0 is step steps[k] of its trial.
 
-        Answers with the index of the first row at which the mean is above the untrained model's, or n.
+        Answers where the mean is clearly above the loss of the untrained model, shape [K, n].
         """
         n = loss.shape[1]
         self._begin(loss, usable)
@@ -49,10 +49,7 @@ class MovingMean:
         step = steps[:, None] + np.arange(n)
         self._keep_best(mean, _both(step >= self._rules.ema_steps, usable))
         above = _both(mean > self._highest[:, None], usable)
-        if not above.any():
-            return np.full(len(loss), n)
-        above &= step >= self._judged_from
-        return np.where(above.any(axis=1), above.argmax(axis=1), n)
+        return above & (step >= self._judged_from) if above.any() else above
 
     def best(self, member: int) -> float | None:
         """Smallest mean from step `ema_steps` on, nat/token; None: there was none."""
@@ -100,10 +97,9 @@ class MovingMean:
         if not self._has_best.all():
             for k in np.flatnonzero(~self._has_best & late.any(axis=1)).tolist():
                 self._best[k], self._has_best[k] = mean[k, late[k].argmax()], True
-        lowest = np.where(late, mean, np.inf).min(axis=1)
         # of losses at the end of the floats the mean may be NaN, which is never lower, and stays if it was the first
-        lower = np.fmin.reduce(np.where(late, mean, np.inf), axis=1) if np.isnan(lowest).any() else lowest
-        self._best = np.where(lower < self._best, lower, self._best)
+        lowest = np.fmin.reduce(np.where(late, mean, np.inf), axis=1)
+        self._best = np.where(lowest < self._best, lowest, self._best)
 
 
 def _both(holds: Bools, usable: Bools | None) -> Bools:

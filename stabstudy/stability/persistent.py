@@ -22,6 +22,7 @@ from stabstudy.stability.rules import Rules
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 BITS = 40  # behind the point
 HIGHEST = 1e9  # losses above count as this in the reference
@@ -86,6 +87,7 @@ class PersistentRise:
         self._size = np.array(sizes, np.int64)
         trials = len(sizes)
         self._count = np.zeros(trials, np.int64)  # losses so far
+        self._one = np.ones(trials, np.int64)
         self._sums = Recent(2, trials, max(sizes) + 1, np.int64)  # of the first 0, 1, 2 ... losses: high, low
         self._ongoing = np.zeros(trials, np.int64)  # losses in the stretch that has not ended
         self._frozen = np.zeros(trials)  # its reference
@@ -98,11 +100,16 @@ class PersistentRise:
         """
         n = loss.shape[1]
         reference = self._references(loss, counts)
-        at = np.arange(n)
-        ready = (at >= (self._size - self._count)[:, None]) & (at < counts[:, None]) & self._watched[:, None]
-        high = self._stands_out(loss, reference) & ready
+        high = self._stands_out(loss, reference)
+        if high.any():
+            at = np.arange(n)
+            ready = (at >= (self._size - self._count)[:, None]) & (at < counts[:, None])
+            high &= ready & self._watched[:, None]
         self._count = self._count + counts
-        complete = np.full(len(loss), n)
+        complete = np.empty(len(loss), np.int64)
+        complete.fill(n)
+        if not (high.any() or self._ongoing.any()):
+            return complete
         for k in np.flatnonzero(high.any(axis=1) | (self._ongoing > 0)).tolist():
             if self._watched[k]:
                 complete[k] = self._follow(k, loss[k, : counts[k]], reference[k], high[k], n)
@@ -112,7 +119,7 @@ class PersistentRise:
         """Mean of the losses before each one, over the window; shape [K, n]."""
         n = loss.shape[1]
         sums = np.empty((2, len(loss), n + 1), np.int64)
-        sums[:, :, :1] = self._sums.back(np.ones_like(counts), 1)
+        sums[:, :, :1] = self._sums.back(self._one, 1)
         sums[:, :, 1:] = _whole_parts(loss)
         np.cumsum(sums, axis=2, out=sums)
         self._sums.append(sums[:, :, 1:], counts)
@@ -122,10 +129,11 @@ class PersistentRise:
         total = window[0] + (low >> BITS) + (low & (2**BITS - 1)) * 2.0**-BITS  # one rounding, of the exact sum
         return np.asarray(total / self._size[:, None], np.float64)
 
-    def _stands_out(self, loss: Floats, reference: Any) -> NDArray[np.bool_]:
-        return (loss >= self._ratio * reference) & (loss >= reference + self._rise)
+    def _stands_out(self, loss: Floats, reference: Floats | np.float64) -> Bools:
+        high: Bools = (loss >= self._ratio * reference) & (loss >= reference + self._rise)
+        return high
 
-    def _follow(self, k: int, loss: Floats, reference: Floats, high: NDArray[np.bool_], none: int) -> int:
+    def _follow(self, k: int, loss: Floats, reference: Floats, high: Bools, none: int) -> int:
         """Go from stretch to stretch of one trial's block."""
         at, starts = 0, np.flatnonzero(high)
         while True:
@@ -151,6 +159,8 @@ class PersistentRise:
 def _whole_parts(loss: Floats) -> Ints:
     """High and low part of the losses in units of 2^-40, cut towards 0; shape [2, K, n], low in [0, 2^40)."""
     unit = 2.0**BITS
-    whole = np.trunc(np.clip(loss, -HIGHEST, HIGHEST) * unit)
+    whole = np.trunc(np.maximum(np.minimum(loss, HIGHEST), -HIGHEST) * unit)
+    parts = np.empty((2, *loss.shape), np.int64)
     high = np.floor(whole / unit)
-    return np.stack([high, whole - high * unit]).astype(np.int64)
+    parts[0], parts[1] = high, whole - high * unit
+    return parts

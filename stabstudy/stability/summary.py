@@ -89,7 +89,7 @@ class LiveSpikes:
         lost, self._tails["loss"] = jump_block(loss, self._tails["loss"], self._rules, "loss")
         self._count(grad.flagged)
         self._steps = self._steps + block.lengths
-        return grad.flagged.any(axis=1) | lost.flagged.any(axis=1)
+        return np.asarray((grad.flagged | lost.flagged).any(axis=1))
 
     def _count(self, flagged: NDArray[np.bool_]) -> None:
         for k, i in zip(*(at.tolist() for at in np.nonzero(flagged)), strict=True):
