@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.trace import TRACE, RowWriter
 from stabstudy.training import clip
 from stabstudy.training.model import Decoder, initialise
@@ -102,7 +102,7 @@ def ours(shape: Shape, device: torch.device, mode: str, record: bool) -> Step:
         shape.config,
         stepper.layer_index,
         RowWriter(folder / "trace.jsonl", TRACE),
-        DivergenceMonitor(rules, 10**6, 0, 12.0),
+        DivergenceMonitor(rules, [MonitorFacts(10**6, 0, 12.0)]),
         LiveSpikes(rules),
         ring=1 if device.type == "cpu" else RING,
     )

@@ -37,9 +37,9 @@ import torch
 import torch.nn.functional as F
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
 from stabstudy.trace import PROBES, TRACE, RowWriter
 from stabstudy.training import clip
 from stabstudy.training.allocation import keep_freed_memory
@@ -149,7 +149,7 @@ def ours(shape: Shape, compiled: bool = False) -> Segment:
         config,
         stepper.layer_index,
         RowWriter(folder / "trace.jsonl", TRACE),
-        DivergenceMonitor(rules, 10**6, 0, 6.0),
+        DivergenceMonitor(rules, [MonitorFacts(10**6, 0, 6.0)]),
         LiveSpikes(rules),
         ring=1,
     )

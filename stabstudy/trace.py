@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 
 Kind = Literal["int", "float", "text", "floats"]
 
+SKIPS = ("amp", "nonfinite", "spike", "no_targets")
+"""The policies that skip an update. Where a skip is a number, 0 is none, and policy i is i + 1."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -67,14 +70,7 @@ TRACE = Schema(
         Column("logit_absmax", "float", "nat", "largest absolute output logit on valid targets", True),
         Column("logz_mean", "float", "nat", "mean logsumexp of the output logits on valid targets", True),
         Column("loss_scale", "float", "1", "fp16 scaler value used at this step; null: no scaler", True),
-        Column(
-            "skip",
-            "text",
-            "",
-            "policy that skipped the update: amp | nonfinite | spike | no_targets; null: none",
-            True,
-            ("amp", "nonfinite", "spike", "no_targets"),
-        ),
+        Column("skip", "text", "", f"policy that skipped the update: {' | '.join(SKIPS)}; null: none", True, SKIPS),
     ),
     contiguous=True,
 )

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from series import Floats, lognormal, ones
 
+from stabstudy.stability.block import Block
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.events import SPIKE_COLUMNS, Spike, couple, find_spikes
 from stabstudy.stability.rules import Rules
@@ -281,23 +282,28 @@ def test_live_counts_are_the_offline_counts_after_every_block(
 ) -> None:
     norms = np.roll(losses, turn)
     mask = np.array(skipped[: len(norms)], dtype=bool)
-    rows = [
-        (g, x, "amp" if m else None) for g, x, m in zip(norms.tolist(), losses.tolist(), mask.tolist(), strict=True)
-    ]
     grad, loss = (np.where(mask, np.nan, v) for v in (norms, losses))
     flagged = jump(grad, SMALL, "grad").flagged | jump(loss, SMALL, "loss").flagged
     live, begin = LiveSpikes(SMALL), 0
     for length in (*lengths, 80):
-        assert live.update(rows[begin : begin + length]) == flagged[begin : begin + length].any()
-        begin = min(begin + length, len(rows))
-        assert live.spike_events == len(grad_spikes(grad[:begin], rules=SMALL))
+        part = slice(begin, begin + length)
+        block = Block(losses[None, part], norms[None, part], mask[None, part].astype(np.uint8))
+        assert live.update(block)[0] == flagged[part].any()
+        begin = min(begin + length, len(norms))
+        assert live.spike_events[0] == len(grad_spikes(grad[:begin], rules=SMALL))
 
 
 def test_live_takes_null_as_not_measured() -> None:
-    live = LiveSpikes(SMALL)
-    assert not live.update([(None, None, "no_targets")] * 50)
-    assert not live.update([(1.0, None, None)] * 5)
-    assert live.update([(9.0, None, None)]) and live.spike_events == 1
+    live, nan = LiveSpikes(SMALL), math.nan
+
+    def flagged(norm: float, loss: float, skip: int = 0, n: int = 1) -> bool:
+        return bool(
+            live.update(Block(np.full((1, n), loss), np.full((1, n), norm), np.full((1, n), skip, np.uint8)))[0]
+        )
+
+    assert not flagged(nan, nan, 4, 50)
+    assert not flagged(1.0, nan, 0, 5)
+    assert flagged(9.0, nan) and live.spike_events[0] == 1
 
 
 @pytest.mark.parametrize("on_device", [False, True])
@@ -307,7 +313,7 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     import torch
 
     from stabstudy import config as cfg
-    from stabstudy.stability.verdict import DivergenceMonitor
+    from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
     from stabstudy.trace import TRACE, RowWriter, read_jsonl
     from stabstudy.training import step as st
     from stabstudy.training.record import BLOCK, Recorder
@@ -318,7 +324,7 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     loss[[70, 190]] += 2
 
     def recorder(writer: RowWriter) -> Recorder:
-        monitor = DivergenceMonitor(RULES, 192, 20, 5.0)
+        monitor = DivergenceMonitor(RULES, [MonitorFacts(192, 20, 5.0)])
         return Recorder(config, np.array([0, 1, 2, 3]), writer, monitor, LiveSpikes(RULES), on_device)
 
     def feed(into: Recorder, steps: Sequence[int]) -> None:
@@ -336,7 +342,7 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     feed(resumed, range(cut, 192))
     writer.close()
     judged = cut + (192 - cut) // BLOCK * BLOCK
-    assert resumed.spikes.spike_events == len(grad_spikes(norm[:judged])) > 3
+    assert resumed.spikes.spike_events[0] == len(grad_spikes(norm[:judged])) > 3
     assert (resumed.loss, resumed.grad_norm) == (loss[-1], norm[-1])
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
+from stabstudy.stability.block import Block
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.events import SPIKE_COLUMNS
 from stabstudy.stability.rules import Rules
@@ -368,9 +369,10 @@ def test_the_live_count_is_the_recorded_count() -> None:
     norm, loss = lognormal(0.3, 400, 5), learning(400, 5)
     norm[[90, 95, 200, 380]] *= 30
     live = LiveSpikes(RULES)
-    alarms = [live.update([(g, x, None)]) for g, x in zip(norm.tolist(), loss.tolist(), strict=True)]
+    block = Block.of(trace_rows(loss, norm))
+    alarms = [live.update(Block(*(x[:, i : i + 1] for x in (block.loss, block.norm, block.skip)))) for i in range(400)]
     row = columns(norm, loss)
-    assert live.spike_events == row["spike_events"] == 3
+    assert live.spike_events.tolist() == [row["spike_events"]] == [3]
     assert sum(alarms) >= int(row["spike_steps"] or 0) > 0
 
 

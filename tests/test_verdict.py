@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference_monitor import ReferenceMonitor
 from scipy.stats import chi2
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
+from stabstudy.stability.block import Block
 from stabstudy.stability.detectors import Flags
 from stabstudy.stability.events import Spike
+from stabstudy.stability.monitor import Divergence, DivergenceMonitor, MonitorFacts, divergence
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import TrialFacts, summarise
 from stabstudy.stability.verdict import (
     VERDICTS,
-    DivergenceMonitor,
     Verdict,
-    divergence,
     is_rough,
     judge,
     lowest_rate,
@@ -31,6 +32,28 @@ from stabstudy.stability.verdict import (
 RULES = Rules()
 T = 1000
 Loss = Sequence[float | None] | Floats
+
+
+class Watched:
+    """The monitor of one trial."""
+
+    def __init__(self, monitor: DivergenceMonitor):
+        self.monitor = monitor
+
+    @property
+    def now(self) -> Divergence:
+        return self.monitor.of(0)
+
+    @property
+    def code(self) -> str | None:
+        return self.now.code
+
+    @property
+    def step(self) -> int | None:
+        return self.now.step
+
+    def finish(self, final_loss: float | None = None) -> str:
+        return self.monitor.finish(0, final_loss)
 
 
 def watch(
@@ -42,17 +65,15 @@ def watch(
     planned: int = T,
     unigram: float | None = None,
     every_step: bool = True,
-) -> DivergenceMonitor:
+) -> Watched:
     """A monitor that has seen these rows, not finished."""
-    monitor = DivergenceMonitor(RULES, planned, warmup, init, unigram, every_step)
-    norms = [1.0] * len(loss) if norm is None else norm
-    for step, (x, g) in enumerate(zip(loss, norms, strict=True)):
-        monitor.update(step, x, g, (skip or {}).get(step))
-    return monitor
+    monitor = DivergenceMonitor(RULES, [MonitorFacts(planned, warmup, init, unigram, every_step)])
+    monitor.update(Block.of(trace_rows(loss, [1.0] * len(loss) if norm is None else norm, skip)))
+    return Watched(monitor)
 
 
-def fired(monitor: DivergenceMonitor) -> tuple[str | None, int | None]:
-    return monitor.code, monitor.step
+def fired(watched: Watched | Divergence) -> tuple[str | None, int | None]:
+    return watched.code, watched.step
 
 
 def planted(at: int, value: float, n: int = T) -> Floats:
@@ -109,7 +130,7 @@ def test_skipped_spikes_are_no_divergence_but_their_losses_are_the_models() -> N
 
 def test_weights_that_are_not_finite() -> None:
     monitor = watch([2.0] * 10)
-    monitor.weights_not_finite(9)
+    monitor.monitor.weights_not_finite(0, 9)
     assert fired(monitor) == ("nonfinite", 9) and monitor.finish() == "nonfinite"
 
 
@@ -276,7 +297,7 @@ def test_noise_about_the_unigram_entropy_is_no_loss_of_what_was_learned() -> Non
         loss = 3.0 + 0.1 * np.random.default_rng(seed).standard_normal(150)
         monitor = watch(loss, init=5.0, planned=150, unigram=3.0)
         codes.append(monitor.finish(3.06))
-        assert monitor.best_loss is not None and monitor.best_loss < 3.0 and not monitor.untrained
+        assert monitor.now.best_loss is not None and monitor.now.best_loss < 3.0 and not monitor.now.untrained
     assert codes == ["ok"] * 20
 
 
@@ -299,7 +320,7 @@ def test_untrained_is_a_moving_mean_never_below_the_unigram_entropy(
     loss: Loss, unigram: float | None, untrained: bool
 ) -> None:
     """The mean counts from step 20 on; one batch far below pulls it under H1: by hand, to 3.1 - 2.6 * 2 / 21."""
-    assert watch(loss, unigram=unigram).untrained is untrained
+    assert watch(loss, unigram=unigram).now.untrained is untrained
 
 
 # --- against the definitions ---
@@ -366,23 +387,34 @@ def test_codes_are_the_definitions(
     assert (monitor.finish(final), monitor.step) == answer
 
 
+FACTS = MonitorFacts(T, 20, 6.5)
+
+
 def test_the_recorded_trial_gives_the_live_answer() -> None:
     loss: list[float | None] = planted(500, 7.5).tolist()
     norm: list[float | None] = lognormal(0.2, T, 0).tolist()
     loss[40] = norm[40] = norm[90] = None
     skip = {40: "no_targets", 60: "amp"}
-    live = watch(loss, norm, skip)
-    offline = DivergenceMonitor(RULES, T, 20, 6.5)
-    assert divergence(trace_rows(loss, norm, skip), None, offline, 3.0) == live.finish(3.0)
-    assert (fired(offline), offline.best_loss) == (fired(live), live.best_loss)
+    live = ReferenceMonitor(RULES, T, 20, 6.5)
+    for step, (x, g) in enumerate(zip(loss, norm, strict=True)):
+        live.update(step, x, g, skip.get(step))
+    recorded = divergence(trace_rows(loss, norm, skip), None, FACTS, RULES, 3.0)
+    assert recorded.code == live.finish(3.0) == "above_init"
+    assert (recorded.step, recorded.steps, recorded.best_loss) == (live.step, live.steps, live.best_loss)
 
 
 def test_probed_weights_count_after_the_update_they_show() -> None:
     for steps, expected in (([0, 10, 20], 19), ([0, 10, 100], 99)):
         probes = probe_rows(steps, param_norm=[None, 1.0, math.nan])
-        monitor = DivergenceMonitor(RULES, T, 20, 6.5)
-        assert divergence(trace_rows([2.0] * 100, [1.0] * 100), probes, monitor, 2.0) == "nonfinite"
-        assert monitor.step == expected
+        found = divergence(trace_rows([2.0] * 100, [1.0] * 100), probes, FACTS, RULES, 2.0)
+        assert fired(found) == ("nonfinite", expected)
+
+
+def test_weights_lost_before_the_row_that_fires_come_first() -> None:
+    """A whole series is one block, and its rows are judged before its probes."""
+    for probed, expected in ((517, ("nonfinite", 516)), (518, ("above_init", 517)), (900, ("above_init", 517))):
+        probes = probe_rows([probed], param_norm=[math.inf])
+        assert fired(divergence(trace_rows(planted(500, 7.5), [1.0] * T), probes, FACTS, RULES, 2.0)) == expected
 
 
 # --- the verdict, rule by rule ---
@@ -425,7 +457,7 @@ def verdict(
     *spikes: Spike,
     absolute: Sequence[int] = (),
     evaluable: int = 900,
-    monitor: DivergenceMonitor | None = None,
+    monitor: Watched | None = None,
     status: str = "done",
     stop_reason: str | None = "complete",
     norm: Floats | None = None,
@@ -434,7 +466,7 @@ def verdict(
     monitor = monitor or watch([2.0] * T)
     flags = readings(absolute, evaluable)
     norm = np.ones(evaluable) if norm is None else norm
-    return judge(monitor, norm, flags, grad, loss, RULES, status, stop_reason)
+    return judge(monitor.now, norm, flags, grad, loss, RULES, status, stop_reason)
 
 
 STABLE = Verdict("stable", None, None, False, "ok", None)

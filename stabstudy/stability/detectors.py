@@ -26,6 +26,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from stabstudy.stability.block import proven, skip_codes
 from stabstudy.stability.rules import Rules, Series
 from stabstudy.trace import Rows
 
@@ -120,18 +121,9 @@ def usual(values: Floats, step: int, rules: Rules, series: Series) -> tuple[floa
 
 
 def measured(rows: Rows, name: str) -> Floats:
-    """A column with NaN at the steps that prove nothing (see `counts`): those belong in no window and no spike."""
-    proven = rows.is_null("skip") | (rows["skip"] == "spike")
-    return np.where(proven if rows[name].ndim == 1 else proven[:, None], rows[name], np.nan)
-
-
-def counts(skip: str | None) -> bool:
-    """Whether a step's loss and norm count: it made an update, or would have but for `train.skip_spikes`.
-
-    A spike is one whether or not a policy left its update out, as it is whether or not it was clipped. Steps skipped
-    for other reasons had no value that is finite, or none at all.
-    """
-    return skip is None or skip == "spike"
+    """A column with NaN at the steps that prove nothing (see `proven`): those belong in no window and no spike."""
+    counted = proven(skip_codes(rows))
+    return np.where(counted if rows[name].ndim == 1 else counted[:, None], rows[name], np.nan)
 
 
 def stretches(flags: Bools, gap: int) -> list[tuple[int, int]]:
@@ -178,6 +170,9 @@ def _y(x: Floats, series: Series) -> Floats:
 def _median(windows: Floats) -> Floats:
     """Median over the last axis of the values that are not NaN; NaN where there is none."""
     ranked = np.sort(windows, axis=-1)  # NaN last
+    size = ranked.shape[-1]
+    if size and not np.isnan(ranked[..., -1]).any():
+        return np.asarray(0.5 * ranked[..., (size - 1) // 2] + 0.5 * ranked[..., size // 2], dtype=np.float64)
     n = windows.shape[-1] - np.isnan(ranked).sum(axis=-1, keepdims=True)
     low, high = (np.take_along_axis(ranked, np.maximum(i, 0), axis=-1)[..., 0] for i in ((n - 1) // 2, n // 2))
     return np.asarray(0.5 * low + 0.5 * high, dtype=np.float64)

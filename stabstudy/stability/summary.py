@@ -6,21 +6,22 @@ measured and was not finite. "Settled" are the finite steps from max(warmup_step
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stabstudy.stability import record_columns, spike_columns
 from stabstudy.stability.attribution import attribute
+from stabstudy.stability.block import Block, proven
 from stabstudy.stability.columns import COLUMNS, Definition, Value
-from stabstudy.stability.detectors import Tail, counts, jump, jump_block, measured
+from stabstudy.stability.detectors import Tail, jump, jump_block, measured
 from stabstudy.stability.events import couple, find_spikes
+from stabstudy.stability.monitor import MonitorFacts, divergence
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.strided import source_columns, source_spike
-from stabstudy.stability.verdict import DivergenceMonitor, divergence, judge
+from stabstudy.stability.verdict import judge
 from stabstudy.trace import Rows
 
 __all__ = ["COLUMNS", "Definition", "LiveSpikes", "Summary", "TrialFacts", "Value", "summarise"]
@@ -67,30 +68,35 @@ class Summary:
 
 
 class LiveSpikes:
-    """The detector on a running trial. Give it every row of the trace, in order, in blocks of any length."""
+    """The detector on K running trials. Give it every row of their traces, in order, in blocks of any length."""
 
-    def __init__(self, rules: Rules):
+    def __init__(self, rules: Rules, trials: int = 1):
         self._rules = rules
-        self._tails = {"grad": Tail.empty(1, rules), "loss": Tail.empty(1, rules)}
-        self._steps = 0
-        self._last_flag: int | None = None
-        self.spike_events = 0  # spikes of the gradient norm so far
+        self._tails = {"grad": Tail.empty(trials, rules), "loss": Tail.empty(trials, rules)}
+        self._steps = np.zeros(trials, np.int64)
+        self._last_flag = np.full(trials, -rules.merge_gap - 1)
+        self.spike_events = np.zeros(trials, np.int64)  # spikes of the gradient norm so far
 
-    def update(self, rows: Sequence[tuple[float | None, float | None, str | None]]) -> bool:
-        """Take the next rows (grad_norm, loss, skip); True where a step of either series is flagged.
+    def update(self, block: Block) -> NDArray[np.bool_]:
+        """Take the next rows; True, shape [K], for a trial of which a step of either series is flagged.
 
-        None, or a step that does not count: not measured.
+        Null, or a step that does not count: not measured.
         """
-        norm = [math.nan if norm is None or not counts(skip) else norm for norm, _, skip in rows]
-        loss = [math.nan if loss is None or not counts(skip) else loss for _, loss, skip in rows]
-        grad, self._tails["grad"] = jump_block(np.array([norm]), self._tails["grad"], self._rules, "grad")
-        lost, self._tails["loss"] = jump_block(np.array([loss]), self._tails["loss"], self._rules, "loss")
-        for step in (self._steps + np.flatnonzero(grad.flagged[0])).tolist():
-            if self._last_flag is None or step - self._last_flag > self._rules.merge_gap:
-                self.spike_events += 1
-            self._last_flag = step
-        self._steps += len(rows)
-        return bool(grad.flagged.any() or lost.flagged.any())
+        counted = None if not block.skip.any() else proven(block.skip)
+        counted = block.live if counted is None else counted if block.live is None else counted & block.live
+        norm, loss = (x if counted is None else np.where(counted, x, np.nan) for x in (block.norm, block.loss))
+        grad, self._tails["grad"] = jump_block(norm, self._tails["grad"], self._rules, "grad")
+        lost, self._tails["loss"] = jump_block(loss, self._tails["loss"], self._rules, "loss")
+        self._count(grad.flagged)
+        self._steps = self._steps + block.lengths
+        return np.asarray((grad.flagged | lost.flagged).any(axis=1))
+
+    def _count(self, flagged: NDArray[np.bool_]) -> None:
+        for k, i in zip(*(at.tolist() for at in np.nonzero(flagged)), strict=True):
+            step = int(self._steps[k]) + i
+            if step - self._last_flag[k] > self._rules.merge_gap:
+                self.spike_events[k] += 1
+            self._last_flag[k] = step
 
 
 def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules) -> Summary:
@@ -113,9 +119,9 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         rules,
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
-    monitor = DivergenceMonitor(rules, planned, warmup, facts.init_loss, facts.unigram_entropy, every_step)
-    divergence(trace, probes, monitor, facts.final_loss)
-    verdict = judge(monitor, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
+    watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, every_step)
+    diverged = divergence(trace, probes, watched, rules, facts.final_loss)
+    verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     columns: dict[str, Value] = {
         "steps_done": len(trace),
         "steps_planned": facts.steps_planned,
@@ -142,7 +148,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
         **record_columns.losses(
-            facts.status, facts.init_loss, facts.final_loss, monitor.best_loss, facts.unigram_entropy
+            facts.status, facts.init_loss, facts.final_loss, diverged.best_loss, facts.unigram_entropy
         ),
         **record_columns.scale(
             _tokens(trace), facts.train_tokens, facts.parameters, facts.timescale, facts.steps_planned

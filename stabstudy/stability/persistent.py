@@ -1,0 +1,166 @@
+"""The test for a persistent rise: losses in a row that stand far above the mean of those before them.
+
+A loss stands out where it is at `persistent_ratio` times the reference, and `persistent_rise` above it. The reference
+is the mean of the last max(reference_low, reference_share * T) losses before the stretch; it is frozen while the
+stretch lasts, which is until a loss does not stand out. The stretch then becomes part of the next reference.
+
+So the reference of a loss depends only on those before it, whatever stretches there were, and all of a block are found
+at once. Sums are of whole numbers in units of 2^-40 nat, in two int64: 2^40 * high + low. They are exact, so that a
+huge loss leaves no rounding error behind when it leaves the window, and any cut into blocks gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stabstudy.stability.rules import Rules
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+BITS = 40  # behind the point
+HIGHEST = 1e9  # losses above count as this in the reference
+ROOM = 256  # columns at least from one move of a table to the next
+
+
+class Recent:
+    """The newest columns of a table that grows to the right, each row at its own pace; before the first there are 0s.
+
+    Shape [parts, K, columns]. Columns are moved only when the table is full: appending costs what is appended.
+    """
+
+    def __init__(self, parts: int, trials: int, keep: int, dtype: type):
+        self.keep = keep  # columns that can be read back
+        self._table: NDArray[Any] = np.zeros((parts, trials, 2 * keep + ROOM), dtype)
+        self._end = np.full(trials, keep)
+        self._even = True  # all rows have one length
+        self._row = np.arange(trials)[:, None]
+
+    def append(self, columns: NDArray[Any], counts: Ints) -> None:
+        """Take the first counts[k] of the columns [parts, K, n] for row k."""
+        n = columns.shape[2]
+        self._make_room(n)
+        if self._even:
+            end = int(self._end[0])
+            self._table[:, :, end : end + n] = columns
+        else:
+            self._table[:, self._row, self._end[:, None] + np.arange(n)] = columns
+        self._end = self._end + counts
+        self._even = len(counts) == 1 or bool((self._end == self._end[0]).all())
+
+    def back(self, ago: Ints, n: int) -> NDArray[Any]:
+        """The n columns from ago[k] columns before the end of row k on; shape [parts, K, n]."""
+        if self._even and len(ago) == 1:
+            begin = int(self._end[0] - ago[0])
+            return self._table[:, :, begin : begin + n]
+        return self._table[:, self._row, (self._end - ago)[:, None] + np.arange(n)]
+
+    def last(self, row: int, n: int) -> NDArray[Any]:
+        """The last n columns of one row, shape [parts, n]."""
+        end = int(self._end[row])
+        return self._table[:, row, end - n : end]
+
+    def _make_room(self, n: int) -> None:
+        parts, trials, size = self._table.shape
+        if int(self._end.max()) + n <= size:
+            return
+        kept = self.back(np.full(trials, self.keep), self.keep)
+        if self.keep + n > size:
+            self._table = np.zeros((parts, trials, self.keep + n), self._table.dtype)
+        self._table[:, :, : self.keep] = kept
+        self._end, self._even = np.full(trials, self.keep), True
+
+
+class PersistentRise:
+    """Where a rise has lasted `limit` losses, for K trials at once. Give it all losses that count, in any blocks."""
+
+    def __init__(self, rules: Rules, steps_planned: Sequence[int], every_step: Sequence[bool]):
+        self._ratio, self._rise = rules.persistent_ratio, rules.persistent_rise
+        self._limit = [rules.limit(steps) for steps in steps_planned]
+        sizes = [max(rules.reference_low, math.ceil(rules.reference_share * steps)) for steps in steps_planned]
+        self._size = np.array(sizes, np.int64)
+        trials = len(sizes)
+        self._count = np.zeros(trials, np.int64)  # losses so far
+        self._one = np.ones(trials, np.int64)
+        self._sums = Recent(2, trials, max(sizes) + 1, np.int64)  # of the first 0, 1, 2 ... losses: high, low
+        self._ongoing = np.zeros(trials, np.int64)  # losses in the stretch that has not ended
+        self._frozen = np.zeros(trials)  # its reference
+        self._watched = np.array(every_step, np.bool_)  # of a log that leaves steps out nothing can be `persistent`
+
+    def update(self, loss: Floats, counts: Ints) -> Ints:
+        """Take the first counts[k] of the losses [K, n]; answers with the index of that which completes a rise, or n.
+
+        Once a rise is complete its trial is not watched any more.
+        """
+        n = loss.shape[1]
+        reference = self._references(loss, counts)
+        high = self._stands_out(loss, reference)
+        if high.any():
+            at = np.arange(n)
+            ready = (at >= (self._size - self._count)[:, None]) & (at < counts[:, None])
+            high &= ready & self._watched[:, None]
+        self._count = self._count + counts
+        complete = np.empty(len(loss), np.int64)
+        complete.fill(n)
+        if not (high.any() or self._ongoing.any()):
+            return complete
+        for k in np.flatnonzero(high.any(axis=1) | (self._ongoing > 0)).tolist():
+            if self._watched[k]:
+                complete[k] = self._follow(k, loss[k, : counts[k]], reference[k], high[k], n)
+        return complete
+
+    def _references(self, loss: Floats, counts: Ints) -> Floats:
+        """Mean of the losses before each one, over the window; shape [K, n]."""
+        n = loss.shape[1]
+        sums = np.empty((2, len(loss), n + 1), np.int64)
+        sums[:, :, :1] = self._sums.back(self._one, 1)
+        sums[:, :, 1:] = _whole_parts(loss)
+        np.cumsum(sums, axis=2, out=sums)
+        self._sums.append(sums[:, :, 1:], counts)
+        # the end of the table is now behind the block
+        window = sums[:, :, :-1] - self._sums.back(self._size + 1 + counts, n)
+        low = window[1]
+        total = window[0] + (low >> BITS) + (low & (2**BITS - 1)) * 2.0**-BITS  # one rounding, of the exact sum
+        return np.asarray(total / self._size[:, None], np.float64)
+
+    def _stands_out(self, loss: Floats, reference: Floats | np.float64) -> Bools:
+        high: Bools = (loss >= self._ratio * reference) & (loss >= reference + self._rise)
+        return high
+
+    def _follow(self, k: int, loss: Floats, reference: Floats, high: Bools, none: int) -> int:
+        """Go from stretch to stretch of one trial's block."""
+        at, starts = 0, np.flatnonzero(high)
+        while True:
+            if not self._ongoing[k]:
+                starts = starts[np.searchsorted(starts, at) :]
+                if not len(starts):
+                    return none
+                at = int(starts[0])
+                self._frozen[k] = reference[at]
+            missing = self._limit[k] - int(self._ongoing[k])
+            ended = ~self._stands_out(loss[at : at + missing], self._frozen[k])
+            lasted = int(ended.argmax()) if ended.any() else len(ended)
+            self._ongoing[k] += lasted
+            at += lasted
+            if lasted == missing:
+                self._watched[k] = False
+                return at - 1
+            if at == len(loss):
+                return none
+            self._ongoing[k] = 0
+
+
+def _whole_parts(loss: Floats) -> Ints:
+    """High and low part of the losses in units of 2^-40, cut towards 0; shape [2, K, n], low in [0, 2^40)."""
+    unit = 2.0**BITS
+    whole = np.trunc(np.maximum(np.minimum(loss, HIGHEST), -HIGHEST) * unit)
+    parts = np.empty((2, *loss.shape), np.int64)
+    high = np.floor(whole / unit)
+    parts[0], parts[1] = high, whole - high * unit
+    return parts
