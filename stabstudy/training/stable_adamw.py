@@ -9,35 +9,50 @@ The decay is held back with the update. The trace's `lr` is lr_t, the scheduled 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stabstudy.config import OptimConfig
+from stabstudy.config import TrialConfig
+from stabstudy.training.decay import decay_of
+from stabstudy.training.members import beside, rates, replace, vector
+from stabstudy.training.moments import Moments
 
-TINY = torch.finfo(torch.float32).tiny  # the square of a small eps is 0 in float32, and 0 / 0 would be NaN
 
+class StableAdamW:
+    """The optimizer of a pack; see `optimizers.Optimizer`."""
 
-@torch.no_grad()
-def stable_update(
-    parameter: nn.Parameter,
-    step: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    config: OptimConfig,
-    weight_decay: float,
-    lr: float,
-    found_inf: Tensor,
-) -> None:
-    """One update of one tensor and its moments, in place; none of either where `found_inf` (0-dim float32) is 1."""
-    assert parameter.grad is not None
-    keep = 1 - found_inf
-    grad = torch.where(found_inf > 0, 0.0, parameter.grad)  # 0 * NaN would be NaN
-    exp_avg.lerp_(grad, (1 - config.beta1) * keep)
-    exp_avg_sq.lerp_(grad.square(), (1 - config.beta2) * keep)
-    now = (step + 1).double()
-    v_hat = exp_avg_sq / (1 - config.beta2**now)
-    rms = (grad.square() / v_hat.clamp(min=max(config.eps**2, TINY))).mean().sqrt()
-    eta = keep * lr / rms.clamp(min=1)
-    update = exp_avg / (1 - config.beta1**now) / (v_hat.sqrt() + config.eps)
-    parameter.mul_(1 - eta * weight_decay).sub_(eta * update)
-    step.add_(keep)
+    def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
+        self.parameters = [p.detach() for _, p in named]
+        self.device = self.parameters[0].device
+        self.decay_K = [vector([decay_of(c, n, p.ndim - 1) for c in configs], self.device) for n, p in named]
+        self.moments = Moments(configs, named)
+        self.state = self.moments.state
+
+    @torch.no_grad()
+    def step(self, grads: Sequence[Tensor], lr: Sequence[float] | Tensor, left_out: Tensor) -> None:
+        """See `optimizers.Optimizer.step`."""
+        of, lr_K = self.moments, rates(lr, self.device)
+        corrections = of.corrections(of.step_K + 1)
+        for i, grad in enumerate(grads):
+            replace(of.first[i], of.first[i].lerp(grad, beside(1 - of.beta1_K, grad)), left_out)
+            replace(of.second[i], of.second[i].lerp(grad.square(), beside(1 - of.beta2_K, grad)), left_out)
+            self._move(i, grad, lr_K, corrections, left_out)
+        of.step_K.add_(1 - left_out)
+
+    def _move(
+        self, i: int, grad: Tensor, lr_K: Tensor, corrections: tuple[Tensor, Tensor], left_out_K: Tensor
+    ) -> None:
+        """The update of one tensor from its new moments, in place."""
+        weight, of = self.parameters[i], self.moments
+        v_hat = of.second[i] / beside(corrections[1], weight)
+        eta_K = lr_K / of.lag(grad, v_hat).clamp(min=1)
+        update = of.first[i] / beside(corrections[0], weight)
+        update.div_(v_hat.sqrt_().add_(beside(of.eps_K, weight))).mul_(beside(eta_K, weight))
+        shrunk = weight * beside(1 - eta_K * self.decay_K[i], weight)
+        replace(weight, shrunk.sub_(update), left_out_K)
+
+    def update_sizes(self, grads: Sequence[Tensor]) -> dict[str, Tensor] | None:
+        """See `Moments.update_sizes`."""
+        return self.moments.update_sizes(grads)

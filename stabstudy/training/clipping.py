@@ -1,0 +1,220 @@
+"""Gradient norms of a pack, and the clipping rules of `optim.clip_kind`. Each scales the gradients in place.
+
+    norm    g <- g * min(1, clip / (|g| + 1e-6)), |g| the global norm (torch's form)
+    zclip   as `norm`, and from the 25th step on lower where a moving mean and variance of |g| say so (arXiv 2504.02507)
+    adagc   the first 100 steps as `norm`; then each tensor has its own moving threshold (arXiv 2502.11034)
+    agc     each output unit u is held to |g_u| <= 0.01 * max(|w_u|, 1e-3) (arXiv 2102.06171); `clip` has no part in it
+
+`optim.clip` is the threshold of `norm`, the cap of `zclip` and the threshold of the first steps of `adagc`; null is no
+clipping, whatever the kind: a threshold of infinity. The other numbers of `zclip` and `adagc` are those published. What
+is applied is recorded as `clip_scale`: norm after / norm before, 1 where nothing was clipped.
+
+Norms are measured once per step, before anything touches the gradients, by member: `norms_NK` has a row per tensor.
+torch's `clip_grad_norm_` multiplies by c/norm even when the norm is Inf or NaN, and one bad entry then turns every
+gradient into 0 or NaN without an error. Here the norm is measured, recorded, tested, and only then used.
+
+A norm that is not finite enters no memory, so it blinds no rule (in the published ZClip one NaN lets every later spike
+pass). The step that had it is left out or ends the trial, so what its gradients become does not matter; its
+`clip_scale` is that of `norm`, or NaN. Memory lives on the device in float64 and nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stabstudy.config import TrialConfig
+from stabstudy.training.members import beside, vector
+
+CLIP_EPS = 1e-6
+"""torch adds it to the norm (`clip_grads_with_norm_`); kept so that clip_scale equals torch's."""
+
+Z_FIRST, Z_LIMIT, Z_KEEP, Z_EPS = 25, 2.5, 0.97, 1e-6
+ADAGC_FIRST, ADAGC_ROOM, ADAGC_KEEP = 100, 1.05, 0.98
+AGC_SHARE, AGC_FLOOR = 0.01, 1e-3
+
+
+def tensor_norms(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm of each gradient [K, *shape] of each member: float32, [len(grads), K]."""
+    return torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float32) for g in grads])
+
+
+def global_norm(norms_NK: Tensor) -> Tensor:
+    """The norm of all gradients of each member, [K], from those of its tensors.
+
+    Summed along contiguous rows, so that a member's norm does not depend on how many members there are.
+    """
+    norm_K: Tensor = torch.linalg.vector_norm(norms_NK.T.contiguous(), dim=1)
+    return norm_K
+
+
+def clip_scale(norm_K: Tensor, threshold_K: Tensor) -> Tensor:
+    """min(1, threshold / (norm + 1e-6)), the factor torch uses; exactly 1 where the threshold is infinite."""
+    factor_K = (threshold_K / (norm_K + CLIP_EPS)).clamp(max=1.0)
+    return torch.where(torch.isinf(threshold_K), 1.0, factor_K)
+
+
+def scale_(grads: Sequence[Tensor], factor_K: Tensor) -> None:
+    """Multiply every gradient of each member in place by its factor."""
+    for grad in grads:
+        grad.mul_(beside(factor_K, grad))
+
+
+class ClipRule(Protocol):
+    """A rule with its memory: `state` has [K, ...] tensors, written in place, by their keys in a checkpoint."""
+
+    state: dict[str, Tensor]
+
+    def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
+        """Scale `grads` in place; returns norm after / norm before, [K].
+
+        `norms`: of each tensor, [len(grads), K]; `norm`: the global norms, [K]; both float32 and before any clipping.
+        """
+
+
+class NormClip:
+    """By the global norm, at a fixed threshold. Remembers nothing."""
+
+    def __init__(self, threshold_K: Tensor):
+        self.threshold_K = threshold_K.float()
+        self.state: dict[str, Tensor] = {}
+
+    def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
+        """See `ClipRule.apply`."""
+        return _scale_all(grads, clip_scale(norm, self.threshold_K))
+
+
+class ZClip:
+    """By the global norm, where it stands out: z = (|g| - mean) / (sd + 1e-6) > 2.5.
+
+    Such a norm is allowed mean + 2.5 * sd / (z / 2.5), and the moving mean and variance (factor .97, the variance about
+    the new mean) see that value instead. As published, the rule is not monotone: the larger the spike, the smaller the
+    norm it is allowed, down to the mean.
+
+    No norm is ever allowed more than `cap`, which the mean and variance do not see: what its authors' code does by
+    default, with a cap (`max_grad_norm`) of 1. A cap far above every norm leaves the rule alone, as their None does.
+    """
+
+    def __init__(self, cap_K: Tensor):
+        self.cap_K = cap_K.float()
+        self.state = {f"clip/{name}": torch.zeros_like(cap_K) for name in ("seen", "mean", "var")}
+
+    def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
+        """See `ClipRule.apply`."""
+        seen, mean, var = self.state.values()
+        x, sd = norm.double(), var.sqrt()
+        z = (x - mean) / (sd + Z_EPS)
+        early = seen < Z_FIRST
+        outlier = ~early & (z > Z_LIMIT)
+        allowed = torch.where(outlier, mean + Z_LIMIT * sd / (z / Z_LIMIT), x)
+        factor = clip_scale(norm, self.cap_K)
+        adaptive = (allowed / (x + CLIP_EPS)).float()
+        factor = torch.where(outlier & torch.isfinite(norm), torch.minimum(factor, adaptive), factor)
+        self._remember(allowed, torch.isfinite(norm), early)
+        return _scale_all(grads, factor)
+
+    def _remember(self, x: Tensor, admitted: Tensor, early: Tensor) -> None:
+        """Mean and population variance of the first 25 norms, then moving ones."""
+        seen, mean, var = self.state.values()
+        share = torch.where(early, 1 / (seen + 1), 1 - Z_KEEP)
+        new_mean = mean + share * (x - mean)
+        square = torch.where(early, (x - mean) * (x - new_mean), (x - new_mean).square())
+        var.copy_(torch.where(admitted, var + share * (square - var), var))
+        mean.copy_(torch.where(admitted, new_mean, mean))
+        seen.add_(admitted)
+
+
+class AdaGC:
+    """Each tensor by its own norm: h = min(1, 1.05 * gamma / |g|), then gamma <- .98 gamma + .02 |h g|.
+
+    In the first 100 steps the global norm is clipped and gamma is the smallest |g| so far, of the gradients BEFORE that
+    clipping: so does the authors' code, PaddlePaddle's `ClipGradByAdaptiveNorm` (whose 1.03 or 1.04 and .98 or .99 vary
+    by version); the paper's formula, as quoted second-hand, has the norms after it, which are smaller. A norm of 0 is
+    left out of that minimum, and a tensor whose gradients were all 0 until then takes its first norm as gamma: a gamma
+    of 0 would never let it learn.
+    """
+
+    def __init__(self, first_threshold_K: Tensor, tensors: int):
+        self.first_threshold_K = first_threshold_K.float()
+        infinite_KN = first_threshold_K.new_full((len(first_threshold_K), tensors), torch.inf)
+        self.state = {"clip/seen": torch.zeros_like(first_threshold_K), "clip/gamma": infinite_KN}
+
+    def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
+        """See `ClipRule.apply`."""
+        seen, gamma_KN = self.state.values()
+        norms_KN = norms.T.contiguous()
+        early_K1, finite_K1 = (seen < ADAGC_FIRST)[:, None], torch.isfinite(norm)[:, None]
+        x = norms_KN.double()
+        own = torch.where(x > 0, (ADAGC_ROOM * gamma_KN / x).clamp(max=1.0), 1.0)
+        plain = clip_scale(norm, self.first_threshold_K)
+        factors_KN = torch.where(early_K1, plain[:, None], own.float())
+        smallest = torch.where(x > 0, torch.minimum(gamma_KN, x), gamma_KN)
+        unset = torch.where(x > 0, x, gamma_KN)
+        moved = torch.where(torch.isinf(gamma_KN), unset, ADAGC_KEEP * gamma_KN + (1 - ADAGC_KEEP) * own * x)
+        gamma_KN.copy_(torch.where(finite_K1, torch.where(early_K1, smallest, moved), gamma_KN))
+        seen.add_(finite_K1[:, 0])
+        for grad, factor_K in zip(grads, factors_KN.unbind(1), strict=True):
+            grad.mul_(beside(factor_K, grad))
+        return torch.where((early_K1 | ~finite_K1)[:, 0], plain, _ratio(factors_KN * norms_KN, norms_KN))
+
+
+class UnitClip:
+    """Each output unit by the norm of its weights: a row of a matrix, or a whole vector. Remembers nothing."""
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.parameters = [p.detach() for p in parameters]
+        self.state: dict[str, Tensor] = {}
+
+    def apply(self, grads: Sequence[Tensor], norms: Tensor, norm: Tensor) -> Tensor:
+        """See `ClipRule.apply`."""
+        before, after = [], []
+        for weight, grad in zip(self.parameters, grads, strict=True):
+            unit = _unit_norms(grad)
+            factor = (AGC_SHARE * _unit_norms(weight).clamp(min=AGC_FLOOR) / unit).clamp(max=1.0)
+            grad.mul_(factor)
+            before.append(unit.flatten(1))
+            after.append((factor * unit).flatten(1))
+        return _ratio(torch.cat(after, 1), torch.cat(before, 1))
+
+
+def clip_rule(configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]) -> ClipRule:
+    """The rule of these members, with an empty memory; `named`: the stacked parameters.
+
+    Raises ValueError where the members cannot share one; clip null goes with `norm`.
+    """
+    kinds = {"norm" if c.optim.clip is None else c.optim.clip_kind for c in configs}
+    if len(kinds) > 1:
+        raise ValueError(f"optim.clip_kind must be equal within a pack, got {', '.join(sorted(kinds))}")
+    thresholds = [torch.inf if c.optim.clip is None else c.optim.clip for c in configs]
+    threshold_K = vector(thresholds, named[0][1].device)
+    match kinds.pop():
+        case "zclip":
+            return ZClip(threshold_K)
+        case "adagc":
+            return AdaGC(threshold_K, len(named))
+        case "agc":
+            return UnitClip([p for _, p in named])
+    return NormClip(threshold_K)
+
+
+def _scale_all(grads: Sequence[Tensor], factor_K: Tensor) -> Tensor:
+    # on a CPU reading a factor is free, and x * 1 need not be computed
+    if factor_K.device.type != "cpu" or (factor_K < 1).any():
+        scale_(grads, factor_K)
+    return factor_K
+
+
+def _unit_norms(stack: Tensor) -> Tensor:
+    """L2 norm of each output unit of each member, in the stack's number of dimensions."""
+    dim = tuple(range(2, stack.ndim)) if stack.ndim > 2 else 1
+    norms: Tensor = torch.linalg.vector_norm(stack, dim=dim, keepdim=True, dtype=torch.float32)
+    return norms
+
+
+def _ratio(after_KN: Tensor, before_KN: Tensor) -> Tensor:
+    """The norm of the one over that of the other, summed alike so that it is exactly 1 where nothing changed."""
+    whole = torch.linalg.vector_norm(before_KN, dim=1)
+    return torch.where(whole == 0, 1.0, torch.linalg.vector_norm(after_KN, dim=1) / whole)
