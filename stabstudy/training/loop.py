@@ -29,6 +29,7 @@ class Progress:
     grad_norm: float
     spike_events: int
     tokens_per_second: float
+    trial_id: str = ""
 
 
 Heartbeat = Callable[[Progress], bool]

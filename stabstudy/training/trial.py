@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from stabstudy.training import checkpoint, hf
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.growth import growth
-from stabstudy.training.loop import Heartbeat, Loop
+from stabstudy.training.loop import Heartbeat, Loop, Progress
 from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper
 
@@ -69,6 +69,24 @@ def run_trial(folder: store.TrialFolder, engine: Engine, rules: Rules, heartbeat
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             return ended
+
+
+def run_pack(
+    folders: Sequence[store.TrialFolder],
+    engine: Engine,
+    rules: Rules,
+    heartbeat: Callable[[Sequence[Progress]], bool],
+) -> list[store.State]:
+    """Run one member after another; returns their states as on disk. A member that is locked elsewhere is skipped."""
+    for folder in folders:
+
+        def beat(progress: Progress, trial_id: str = folder.trial_id) -> bool:
+            return heartbeat([replace(progress, trial_id=trial_id)])
+
+        with contextlib.suppress(store.LockHeldError):
+            if run_trial(folder, engine, rules, beat).status == "interrupted":
+                break
+    return [folder.read_state() for folder in folders]
 
 
 def _attempt(
