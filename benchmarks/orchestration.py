@@ -55,7 +55,7 @@ def train_bare(study: str, ids: list[str], cache: str) -> None:
     """What a hand-written script would do: one trial after another in one process."""
     engine = {"cache_dir": cache, "device": "cpu", "threads": 1, "keep_checkpoints": False}
     for trial_id in ids:
-        train_pack(trial_id, {"study": study, "engine": engine, "rules": Rules().to_json()})
+        train_pack([trial_id], {"study": study, "engine": engine, "rules": Rules().to_json()})
 
 
 def bare_seconds(planned: Plan, cache: Path) -> float:

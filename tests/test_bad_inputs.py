@@ -183,8 +183,14 @@ OVERRIDES = [
     (27, "results_dir=", "results_dir: must name a folder, got ''"),
     (27, "results_dir='~nobody-here/x'", "results_dir: names the home of an unknown user"),
     (54, "force=maybe", "force: must be true or false, got 'maybe'"),
-    (55, "compute.gpus_per_trial=-1", "compute.gpus_per_trial: must be a finite number in [0, 1024], got -1.0"),
-    (55, "compute.gpus_per_trial=1.5", "compute.gpus_per_trial: must be a share below 1 or a whole number, got 1.5"),
+    (55, "compute.gpus_per_pack=-1", "compute.gpus_per_pack: must be a finite number in [0, 1], got -1.0"),
+    (55, "compute.gpus_per_pack=2", "compute.gpus_per_pack: must be a finite number in [0, 1], got 2.0"),
+    (55, "compute.gpus_per_trial=1", "compute.gpus_per_trial: is now called compute.gpus_per_pack"),
+    (55, "compute.cpus_per_trial=1", "compute.cpus_per_trial: is now called compute.cpus_per_pack"),
+    (56, "compute.pack=0", "compute.pack: must be auto or a whole number in [1, 128], got 0"),
+    (56, "compute.pack=129", "compute.pack: must be auto or a whole number in [1, 128], got 129"),
+    (56, "compute.pack=many", "compute.pack: must be auto or a whole number in [1, 128], got 'many'"),
+    (56, "compute.pack=1,2", "compute.pack: takes one value"),
     (56, "compute.max_concurrent=0", "compute.max_concurrent: must be a whole number in [1, 1e+06] or null, got 0"),
     (56, "compute.retries=-1", "compute.retries: must be a whole number in [0, 100], got -1"),
     (56, "compute.hang_timeout=0", "compute.hang_timeout: must be a finite number in (0, 86400], got 0.0"),
@@ -435,13 +441,13 @@ def test_a_full_disk(capsys, monkeypatch):
 def test_no_gpu(capsys, monkeypatch):
     """Row 55: Ray would leave every trial pending for ever."""
     monkeypatch.setattr(machine, "gpu_memory", lambda: ())
-    line = refused(capsys, *ONE, "compute.gpus_per_trial=0.5", code=4)[0]
-    assert line == "error: machine: compute.gpus_per_trial=0.5: this machine has no GPU; compute=cpu runs on its cores"
+    line = refused(capsys, *ONE, "compute.gpus_per_pack=0.5", code=4)[0]
+    assert line == "error: machine: compute.gpus_per_pack=0.5: this machine has no GPU; compute=cpu runs on its cores"
 
 
 def test_too_few_cores(capsys):
-    line = refused(capsys, *ONE, "compute.cpus_per_trial=1000", code=4)[0]
-    assert line.startswith("error: machine: compute.cpus_per_trial=1000: this machine has ")
+    line = refused(capsys, *ONE, "compute.cpus_per_pack=1000", code=4)[0]
+    assert line.startswith("error: machine: compute.cpus_per_pack=1000: this machine has ")
 
 
 def test_versions(monkeypatch):

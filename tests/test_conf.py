@@ -53,7 +53,7 @@ def test_without_a_word_it_is_the_default_trial():
     values = composed().values
     where = values.pop("compute")
     assert cfg.from_dict(values) == TrialConfig()
-    assert compute.read(where, []) == dataclasses.replace(Compute(), gpus_per_trial=where["gpus_per_trial"] or 0.0)
+    assert compute.read(where, []) == dataclasses.replace(Compute(), gpus_per_pack=where["gpus_per_pack"] or 0.0)
 
 
 def test_every_setting_stands_in_conf_and_nothing_else_does():
@@ -149,7 +149,7 @@ def test_quickstart_reaches_from_tame_to_rough_on_the_embedded_text():
     plan = plan_of("quickstart")
     assert {a.name for a in plan.axes} == {"model.depth", "optim.lr", "optim.clip"}
     assert len({t.config.seed for t in plan.trials}) >= 2
-    assert {t.config.data.source for t in plan.trials} == {"pysrc"} and plan.compute.gpus_per_trial == 0
+    assert {t.config.data.source for t in plan.trials} == {"pysrc"} and plan.compute.gpus_per_pack == 0
     lr = {t.config.optim.lr for t in plan.trials}
     assert min(lr) <= 3e-3 and max(lr) >= 1e-1, "tame below 1e-2, rough from 1e-1 on, as measured"
     assert None in {t.config.optim.clip for t in plan.trials}

@@ -22,7 +22,7 @@ from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.launch import Outcome, label, launch
-from stabstudy.sweeping.ray_backend import kill_hung_trials
+from stabstudy.sweeping.ray_backend import kill_hung_packs
 
 SWEEP = """\
 # @package _global_
@@ -306,9 +306,9 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
             then = time.time() - silent
             os.utime(trial.live(trace.TRACE), (then, then))
             os.utime(trial.state_file, (then, then))
-            kill_hung_trials(study, [trial.trial_id], limit=120)
+            kill_hung_packs(study, [(trial.trial_id,)], limit=120)
             assert killed == ([process.pid] if silent == 700 else [])
-    kill_hung_trials(study, [trial.trial_id], limit=120)
+    kill_hung_packs(study, [(trial.trial_id,)], limit=120)
     assert process.wait(timeout=10) == -signal.SIGKILL
     assert trial.read_state().status == "lost"
 

@@ -322,13 +322,13 @@ def test_seeds(ask, said, seeds):
 def test_launch_keys(ask, tmp_path):
     plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0", "-m")
     assert (plan.study, plan.folder, plan.launcher) == ("2024", tmp_path / "out put" / "2024", "local")
-    assert (plan.compute.retries, plan.compute.gpus_per_trial, plan.compute.threads) == (0, 1.0, 4)
+    assert (plan.compute.retries, plan.compute.gpus_per_pack, plan.compute.threads) == (0, 1.0, 4)
     assert {t.trial_id for t in plan.trials} == {t.trial_id for t in ask(SWEEP).trials}, "no part of a trial"
 
 
 def test_auto_takes_a_gpu_where_there_is_one(ask, monkeypatch):
     monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: (80 * 10**9,))
-    assert ask(SWEEP).compute.gpus_per_trial == 1.0
+    assert ask(SWEEP).compute.gpus_per_pack == 1.0
     monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: ())
     assert ask(SWEEP).compute == Compute()
 
@@ -643,16 +643,16 @@ def test_arithmetic_agrees_with_a_count_by_hand():
 
 def test_cost_adds_up():
     config = TrialConfig()
-    one, many = (estimate.cost([config] * n, Compute(), "local", None) for n in (1, 8))
+    one, many = (estimate.cost([[config]] * n, Compute(), "local", None) for n in (1, 8))
     assert (many.tokens, many.flops) == (8 * one.tokens, 8 * one.flops)
     assert many.seconds == many.wall_seconds == pytest.approx(8 * one.seconds)
-    assert not one.measured and estimate.cost([config], Compute(), "local", 1e9).measured
-    slow, fast = (estimate.cost([config], Compute(), "local", rate).seconds for rate in (1e9, 1e10))
+    assert not one.measured and estimate.cost([[config]], Compute(), "local", 1e9).measured
+    slow, fast = (estimate.cost([[config]], Compute(), "local", rate).seconds for rate in (1e9, 1e10))
     assert slow - estimate.START_SECONDS == pytest.approx(10 * (fast - estimate.START_SECONDS))
 
 
 def test_a_cluster_of_unknown_size_has_no_wall_time():
-    assert estimate.cost([TrialConfig()], Compute(address="auto"), "ray", None).wall_seconds is None
+    assert estimate.cost([[TrialConfig()]], Compute(address="auto"), "ray", None).wall_seconds is None
 
 
 def test_memory_of_the_published_models_is_of_the_right_size():
@@ -705,20 +705,20 @@ def test_gpus_are_asked_of_the_driver(monkeypatch, visible, found):
 def test_a_trial_may_fill_its_share_of_a_gpu(monkeypatch):
     monkeypatch.setattr(machine, "gpu_memory", lambda: (80 * 10**9,))
     big = cfg.from_dict({"model": {"dim": 2048, "depth": 25, "n_heads": 16, "multiple_of": 256}})  # 1.3 billion: 28 GB
-    assert estimate.too_large([big], Compute(gpus_per_trial=1.0)) == []
-    (problem,) = estimate.too_large([TrialConfig(), big], Compute(gpus_per_trial=0.25))
+    assert estimate.too_large([big], Compute(gpus_per_pack=1.0)) == []
+    (problem,) = estimate.too_large([TrialConfig(), big], Compute(gpus_per_pack=0.25))
     assert "must fit into the 20 GB there are" in problem.rule
-    assert estimate.too_large([big], Compute(gpus_per_trial=0.25, address="auto")) == [], "a cluster's is not known"
+    assert estimate.too_large([big], Compute(gpus_per_pack=0.25, address="auto")) == [], "a cluster's is not known"
 
 
 def test_trials_that_fit_only_one_by_one_are_warned_about(monkeypatch):
     monkeypatch.setattr(machine, "memory", lambda: 2 * 10**9)
     monkeypatch.setattr(machine, "cores", lambda: 8)
-    warning = estimate.crowded([TrialConfig()] * 8, Compute(), "ray")
-    assert warning is not None and warning.endswith("; 2 fit")
-    assert estimate.crowded([TrialConfig()] * 2, Compute(), "ray") is None
-    assert estimate.crowded([TrialConfig()] * 8, Compute(max_concurrent=2), "ray") is None
-    assert estimate.crowded([TrialConfig()] * 8, Compute(), "local") is None
+    (warning,) = estimate.crowded([[TrialConfig()]] * 8, Compute(), "ray")
+    assert warning.endswith("; 2 fit")
+    assert estimate.crowded([[TrialConfig()]] * 2, Compute(), "ray") == []
+    assert estimate.crowded([[TrialConfig()]] * 8, Compute(max_concurrent=2), "ray") == []
+    assert estimate.crowded([[TrialConfig()]] * 8, Compute(), "local") == []
 
 
 def test_settings_without_effect_are_warned_about(ask):
@@ -726,7 +726,7 @@ def test_settings_without_effect_are_warned_about(ask):
     assert plan.warnings == (
         "compute.address: has no effect with launcher=local",
         "compute.max_concurrent: has no effect with launcher=local",
-        "compute.threads: 4 threads of a trial share 1 core",
+        "compute.threads: 4 threads of a pack share 1 core",
     )
 
 

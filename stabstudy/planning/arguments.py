@@ -136,7 +136,7 @@ def _read_one(
         found.take([_unreadable(argument)], origin)
         return
     name = override.key_or_group
-    rule = _refusal(override) or scalars.problem(argument.partition("=")[2])
+    rule = _refusal(override) or scalars.problem(argument.partition("=")[2]) or compute.renamed(name)
     if rule:
         found.refuse(name, rule, origin=origin)
     elif not _is_known(name):

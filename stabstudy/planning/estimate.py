@@ -2,8 +2,9 @@
 
 Arithmetic is that of the decoder in `training/model.py`. Time comes from finished trials of the same study where there
 are any, else from a rule of thumb that fits two measurements on one core (Zen 4, fp32, one thread): 7.2 ms a step for
-2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64 and 512 tokens. Bytes are those of the trace's
-format at the widths measured (208 bytes a row at 14 layer groups).
+2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64 and 512 tokens; and fourteen on a GPU (H200, loss
+compiled, the step one graph), of packs of 1 to 128 trials, 4 to 8 layers of width 64 to 512. Bytes are those of the
+trace's format at the widths measured (208 bytes a row at 14 layer groups).
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ ASSUMED_VOCABULARY = 65_536
 """Rows of the embedding where only loading the tokenizer would tell."""
 
 CORE_FLOPS = 44e9  # a CPU core on small matrices, fp32
-GPU_FLOPS = 1e14  # one recent GPU, bf16; an order of magnitude, not a measurement
-STEP_SECONDS = {"cpu": 0.006, "gpu": 0.01}  # what a step costs beside its arithmetic
+GPU_FLOPS_PER_WIDTH = 6e11  # of one recent GPU on matrices of that width ...
+GPU_FLOPS = 4.5e14  # ... and at most
+STEP_SECONDS = 0.006  # what a step on a core costs beside its arithmetic
+LAYER_SECONDS = 0.00017  # the same of a pack's step on a GPU, for each layer
 START_SECONDS = 3.0  # of a trial: its model, its data, its files
+PACK_START_SECONDS = 25.0  # of a pack on a GPU: compiling, measuring the first weights, capturing the step
 BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments of AdamW, one temporary
 ACTIVATION_BYTES = 84  # per token, layer and unit of width
 SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
@@ -34,7 +38,7 @@ PROCESS_BYTES = 0.7e9  # a process with torch in it
 
 @dataclass(frozen=True)
 class Cost:
-    """Of trials: tokens, floating-point operations, seconds one after another and on the slots there are, bytes."""
+    """Of packs: tokens, floating-point operations, seconds one after another and on the slots there are, bytes."""
 
     tokens: int
     flops: float
@@ -80,15 +84,13 @@ def checkpoint_bytes(config: TrialConfig) -> float:
     return 12.0 * config.model.parameters(vocabulary(config))
 
 
-def cost(configs: Sequence[TrialConfig], compute: Compute, launcher: str, rate: float | None) -> Cost:
-    """Of training these. `rate`: operations per second measured in this study, or None."""
-    seconds = sum(_seconds(config, compute, rate) for config in configs)
-    count = slots(compute, launcher)
-    wall = None
-    if count is not None and configs:
-        longest = max(_seconds(config, compute, rate) for config in configs)
-        wall = max(longest, seconds / min(count, len(configs)))
-    running = sorted((checkpoint_bytes(c) for c in configs), reverse=True)[: count or 1]
+def cost(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str, rate: float | None) -> Cost:
+    """Of training these packs. `rate`: operations per second measured in this study, or None."""
+    configs = [config for pack in packs for config in pack]
+    each = [_seconds(pack, compute, rate) for pack in packs]
+    seconds, count = sum(each), slots(compute, launcher)
+    wall = max(max(each), seconds / min(count, len(packs))) if count is not None and packs else None
+    running = sorted((sum(map(checkpoint_bytes, pack)) for pack in packs), reverse=True)[: count or 1]
     return Cost(
         tokens=sum(config.tokens for config in configs),
         flops=sum(flops(config) for config in configs),
@@ -101,14 +103,14 @@ def cost(configs: Sequence[TrialConfig], compute: Compute, launcher: str, rate: 
 
 
 def slots(compute: Compute, launcher: str) -> int | None:
-    """Trials that run at once on this machine; None on a cluster."""
+    """Packs that run at once on this machine; None on a cluster."""
     if launcher == "local":
         return 1
     if compute.address is not None:
         return compute.max_concurrent
-    fit = machine.cores() // compute.cpus_per_trial
-    if compute.gpus_per_trial:
-        fit = min(fit, math.floor(len(machine.gpu_memory()) / compute.gpus_per_trial))
+    fit = machine.cores() // compute.cpus_per_pack
+    if compute.gpus_per_pack:
+        fit = min(fit, math.floor(len(machine.gpu_memory()) / compute.gpus_per_pack + 1e-9))
     return max(1, min(fit, compute.max_concurrent or fit))
 
 
@@ -122,17 +124,23 @@ def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
         except (store.StoreError, trace.DamagedRecord, ConfigError, KeyError, OSError):
             continue
         if rows is not None and len(rows):
-            spent += float(rows["seconds"].sum())
+            spent += float(rows["seconds"].sum()) / _packed(folder)
             operations += flops(config) * len(rows) / config.train.steps
     return operations / spent if spent > 0 else None
 
 
+def _packed(folder: store.TrialFolder) -> int:
+    """Trials that shared the steps of the trial's last attempt, as its engine tells."""
+    attempts = folder.read_state().attempts
+    return int(attempts[-1].engine.get("pack", 1)) if attempts else 1
+
+
 def room(compute: Compute) -> float | None:
-    """Bytes that one trial may fill: its share of a GPU, else all of this machine; None where it is not known here."""
+    """Bytes that one pack may fill: its share of a GPU, else all of this machine; None where it is not known here."""
     if compute.address is not None:
         return None
-    if compute.gpus_per_trial:
-        return max(machine.gpu_memory(), default=0) * min(1.0, compute.gpus_per_trial) or None
+    if compute.gpus_per_pack:
+        return max(machine.gpu_memory(), default=0) * compute.gpus_per_pack or None
     return machine.memory() - PROCESS_BYTES
 
 
@@ -148,26 +156,35 @@ def too_large(configs: Sequence[TrialConfig], compute: Compute) -> list[Problem]
     return [Problem("model.depth, model.dim, train.batch_size", rule, got)]
 
 
-def crowded(configs: Sequence[TrialConfig], compute: Compute, launcher: str) -> str | None:
-    """A warning where trials fit one by one, but not as many as would run at once on this machine's cores."""
-    at_once = slots(compute, launcher)
-    if at_once is None or compute.gpus_per_trial:
-        return None
-    each = max(memory(config) for config in configs) + PROCESS_BYTES
-    fit = int(machine.memory() / each)
-    if min(at_once, len(configs)) <= max(fit, 1):
-        return None
-    return f"compute.max_concurrent: {at_once} trials at once need {at_once * each / 1e9:.0f} GB; {max(fit, 1)} fit"
+def crowded(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str) -> list[str]:
+    """Warnings where a pack fills more than its GPU, or packs fit one by one but not as many as would run at once."""
+    largest, there = max(sum(map(memory, pack)) for pack in packs), room(compute)
+    if compute.gpus_per_pack:
+        if there is None or largest <= there:
+            return []
+        got = f"{largest / 1e9:.0f} GB are needed, {there / 1e9:.0f} GB are there"
+        return [f"compute.pack: {got}; packs are halved until they fit (auto counts what fits)"]
+    at_once, each = slots(compute, launcher), largest + PROCESS_BYTES
+    fit = max(1, int(machine.memory() / each))
+    if at_once is None or min(at_once, len(packs)) <= fit:
+        return []
+    return [f"compute.max_concurrent: {at_once} packs at once need {at_once * each / 1e9:.0f} GB; {fit} fit"]
 
 
-def _seconds(config: TrialConfig, compute: Compute, rate: float | None) -> float:
-    """Of one trial. The evaluations cost a third of a training step per token."""
+def _seconds(pack: Sequence[TrialConfig], compute: Compute, rate: float | None) -> float:
+    """Of one pack, whose members share what a step costs beside its arithmetic on a GPU, and nothing on a core."""
+    arithmetic = sum(_steps(c) * flops(c) / c.train.steps for c in pack)
+    if rate:
+        return START_SECONDS * len(pack) + arithmetic / rate
+    if compute.gpus_per_pack:
+        speed = min(GPU_FLOPS, GPU_FLOPS_PER_WIDTH * pack[0].model.dim) * compute.gpus_per_pack
+        return PACK_START_SECONDS + max(map(_steps, pack)) * LAYER_SECONDS * pack[0].model.depth + arithmetic / speed
+    shared = STEP_SECONDS * sum(map(_steps, pack))
+    return START_SECONDS * len(pack) + shared + arithmetic / (CORE_FLOPS * compute.threads)
+
+
+def _steps(config: TrialConfig) -> float:
+    """Training steps that a trial takes as long as. The evaluations cost a third of a training step per token."""
     t = config.train
     sequences = (2 + t.steps // t.eval_every) * t.eval_sequences + 2 * config.final_eval_sequences
-    steps = t.steps + sequences / t.batch_size / 3
-    per_step = flops(config) / t.steps
-    if rate:
-        return START_SECONDS + steps * per_step / rate
-    if compute.gpus_per_trial:
-        return START_SECONDS + steps * (STEP_SECONDS["gpu"] + per_step / (GPU_FLOPS * compute.gpus_per_trial))
-    return START_SECONDS + steps * (STEP_SECONDS["cpu"] + per_step / (CORE_FLOPS * compute.threads))
+    return t.steps + sequences / t.batch_size / 3

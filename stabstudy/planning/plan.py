@@ -16,7 +16,7 @@ from stabstudy import config as cfg
 from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
 from stabstudy.data.supply import supply
-from stabstudy.planning import arguments, caveats, cells, compose, compute, estimate, machine, record, sweepfile
+from stabstudy.planning import arguments, caveats, cells, compose, compute, estimate, machine, packs, record, sweepfile
 from stabstudy.planning.arguments import Request
 from stabstudy.planning.axes import Alternatives
 from stabstudy.planning.complete import Composed, Composer
@@ -95,7 +95,7 @@ def _plan(given: list[str], cwd: Path, found: Findings) -> Plan:
     _check_engines([t.config for t in trials], found)
     found.stop()
     configs = [t.config for t in trials]
-    _check_room(configs, resources, request, found)
+    _check_room(trials, resources, request, found)
     varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
     supplies = {data: supply(data, fingerprint, cache) for data, fingerprint in known.items()}
     for caveat in caveats.caveats(configs, [axis.name for axis in varying], supplies):
@@ -143,14 +143,16 @@ def study_folder(request: Request, cwd: Path) -> Path:
     return cwd / Path(request.launch.results_dir).expanduser() / request.study
 
 
-def _check_room(configs: list[TrialConfig], resources: Compute, request: Request, found: Findings) -> None:
-    """Memory, by estimate: refuse what cannot fit unless forced, warn about what fits only one by one."""
+def _check_room(trials: Sequence[PlannedTrial], resources: Compute, request: Request, found: Findings) -> None:
+    """Memory, by estimate: refuse what cannot fit unless forced, warn about what fits only in smaller numbers."""
+    launcher = request.launch.launcher
     if not request.launch.force:
-        found.take(estimate.too_large(configs, resources))
+        found.take(estimate.too_large([t.config for t in trials], resources))
         found.stop()
-    if crowd := estimate.crowded(configs, resources, request.launch.launcher):
+    packed = [[t.config for t in pack] for pack in packs.packs(trials, resources, launcher)]
+    for crowd in estimate.crowded(packed, resources, launcher):
         found.warn(crowd)
-    for idle in compute.idle(resources, request.launch.launcher):
+    for idle in compute.idle(resources, launcher):
         found.warn(idle)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from stabstudy import store
-from stabstudy.planning import caveats, estimate, machine, words
+from stabstudy.config import TrialConfig
+from stabstudy.planning import caveats, estimate, machine, packs, words
 from stabstudy.planning.plan import Plan
 
 SHOWN = 40
@@ -23,12 +26,19 @@ def show(plan: Plan) -> None:
     whole = f"{words.count(len(plan.trials), 'trial')} of {words.count(cells, 'cell')}"
     print(f"{whole}: {len(done)} done, {len(todo)} to do in {plan.folder}")
     if todo:
+        packed = packs.packs(todo, plan.compute, plan.launcher)
+        if plan.compute.gpus_per_pack or len(packed) < len(todo):
+            print(packs.in_words(packed))
         rate = estimate.measured_rate(study)
-        print(_cost(estimate.cost([t.config for t in todo], plan.compute, plan.launcher, rate)))
+        print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate)))
     if timescales := caveats.timescales([t.config for t in plan.trials]):
         print(timescales)
     for reason in why_not_here(plan):
         print(f"this machine cannot start it: {reason}")
+
+
+def _configs(packed: Sequence[packs.Pack]) -> list[list[TrialConfig]]:
+    return [[trial.config for trial in pack] for pack in packed]
 
 
 def _cells(plan: Plan, done: set[str]) -> None:
@@ -65,14 +75,15 @@ def check_machine(plan: Plan) -> None:
 
 def why_not_here(plan: Plan) -> list[str]:
     """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
-    needed = estimate.cost([t.config for t in plan.trials], plan.compute, plan.launcher, None).disk
+    packed = packs.packs(plan.trials, plan.compute, plan.launcher)
+    needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
     reasons = machine.why_not_versions(plan.launcher)
     reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed))])
-    gpus, cpus = plan.compute.gpus_per_trial, plan.compute.cpus_per_trial
+    gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
     if plan.compute.address is None and gpus and not machine.gpu_memory():
-        reasons.append(f"compute.gpus_per_trial={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")
+        reasons.append(f"compute.gpus_per_pack={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")
     if plan.compute.address is None and cpus > machine.cores():
-        reasons.append(f"compute.cpus_per_trial={cpus}: this machine has {machine.cores()} cores")
+        reasons.append(f"compute.cpus_per_pack={cpus}: this machine has {machine.cores()} cores")
     if plan.compute.address is None and any(t.config.train.compile == "on" for t in plan.trials):
         missing = machine.why_not_compile()
         reasons += [f"train.compile=on: {missing}; train.compile=off trains uncompiled"] if missing else []

@@ -19,7 +19,7 @@ from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.supply import Supply
-from stabstudy.planning import machine
+from stabstudy.planning import machine, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
@@ -27,8 +27,9 @@ from stabstudy.stability.rules import Rules
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.provenance import provenance
+from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
-from stabstudy.sweeping.worker import TrialFailed, train_pack
+from stabstudy.sweeping.worker import PackFailed, train_pack
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache
     labels = {t.trial_id: label(t, plan) for t in todo}
     with stop_on_signals(study) as stop, Board(f"{plan.study}: {plan.question}", labels, done_before) as board:
         try:
-            _run(plan, study, list(labels), cache_dir, board, stop)
+            _run(plan, study, todo, cache_dir, board, stop)
         finally:
             _settle(study, labels)
     states = [study.trial(t.trial_id).read_state().status for t in plan.trials]
@@ -104,14 +105,15 @@ def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache
 
 
 def _run(
-    plan: Plan, study: store.StudyFolder, ids: list[str], cache_dir: Path, board: Board, stop: StopRequest
+    plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest
 ) -> None:
-    gpus = plan.compute.gpus_per_trial
+    packed = [tuple(t.trial_id for t in pack) for pack in packs.packs(todo, plan.compute, plan.launcher)]
+    rounds = Rounds(study, packed, plan.compute.retries, board)
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
         "engine": {
             "cache_dir": str(cache_dir.resolve()),
-            "device": "cuda" if gpus else "cpu",
+            "device": "cuda" if plan.compute.gpus_per_pack else "cpu",
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
             "compiler": machine.why_not_compile() is None,
@@ -119,36 +121,16 @@ def _run(
         "rules": Rules().to_json(),
     }
     if plan.launcher == "local":
-        _run_local(study, ids, shared, plan.compute.retries, board, stop)
+        one_after_another(rounds, lambda pack: _train_here(pack, rounds, shared), lambda: stop.number is not None)
         return
     from stabstudy.sweeping import ray_backend
 
-    ray_backend.run(ids, study, shared, plan.compute, board, lambda: stop.number is not None)
+    ray_backend.run(rounds, study, shared, plan.compute, lambda: stop.number is not None)
 
 
-def _run_local(
-    study: store.StudyFolder,
-    ids: list[str],
-    shared: Mapping[str, Any],
-    retries: int,
-    board: Board,
-    stop: StopRequest,
-) -> None:
-    """One trial after another in this process."""
-    for trial_id in ids:
-        for attempt in range(retries + 1):
-            if stop.number is not None:
-                return
-            board.start(trial_id)
-            with contextlib.suppress(TrialFailed):
-                train_pack(trial_id, shared, lambda report, t=trial_id: board.progress(t, report))  # type: ignore[misc]
-            state = study.trial(trial_id).read_state()
-            if state.status == "interrupted":
-                return
-            if state.status in ("done", "oom") or attempt == retries:
-                board.finish(trial_id, state)
-                break
-            board.forget(trial_id)
+def _train_here(pack: Pack, rounds: Rounds, shared: Mapping[str, Any]) -> None:
+    with contextlib.suppress(PackFailed):
+        train_pack(pack, shared, lambda report: rounds.progress(pack, report))
 
 
 def write_study(study: store.StudyFolder, plan: Plan) -> None:

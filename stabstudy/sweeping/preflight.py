@@ -56,7 +56,7 @@ def _measured(configs: Sequence[TrialConfig], compute: Compute, cache_dir: Path)
     """Of each config the relative differences of loss and gradient norm."""
     asked = {
         "cache_dir": str(cache_dir.resolve()),
-        "device": "cuda" if compute.gpus_per_trial and compute.address is None else "cpu",
+        "device": "cuda" if compute.gpus_per_pack and compute.address is None else "cpu",
         "threads": compute.threads,
         "configs": [cfg.to_dict(config) for config in configs],
     }

@@ -1,4 +1,4 @@
-"""The Ray Tune backend: a fresh Tuner over what is left to do, quiet, fenced by a token, removed afterwards.
+"""The Ray Tune backend: a fresh Tuner over each round of packs, quiet, fenced by a token, removed afterwards.
 
 Ray is a scheduler here and nothing else. Its state is thrown away with its folder; `Tuner.restore` is never used (it
 ignores an edited grid and unpickles what it finds). Facts behind the settings were measured on Ray 2.60.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -23,22 +24,22 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy import live, store, trace
+from stabstudy import store, trace
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError, cores
-from stabstudy.sweeping.board import Board
-from stabstudy.sweeping.worker import tune_trial
+from stabstudy.sweeping.rounds import Pack, Rounds
+from stabstudy.sweeping.worker import tune_pack
 
 START_TRIES = 3
 
 LOOK_SECONDS = 5.0
-"""Between two looks for trials that hang."""
+"""Between two looks for packs that hang."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # telemetry is on by default
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON, TensorBoard copies
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that ends before its first heartbeat is no error
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a pack that ends before its first heartbeat is no error
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: trials checkpoint first
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 silences the boxes
@@ -49,18 +50,13 @@ ENVIRONMENT = {
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: it ends Tune's loop after a stop request
-    """Every running trial has ended after a stop request."""
+    """Every running pack has ended after a stop request."""
 
 
 def run(
-    trial_ids: Sequence[str],
-    study: store.StudyFolder,
-    shared: Mapping[str, Any],
-    compute: Compute,
-    board: Board,
-    stopping: Callable[[], bool],
+    rounds: Rounds, study: store.StudyFolder, shared: Mapping[str, Any], compute: Compute, stopping: Callable[[], bool]
 ) -> None:
-    """Train the trials through Ray Tune. Returns when none is left, or all running ones ended after a stop.
+    """Train the rounds through Ray Tune. Returns when none is left, or all running packs ended after a stop.
 
     Raises NotReadyError. A trial's own failure is no exception: it stands in the trial's state.
     """
@@ -68,32 +64,44 @@ def run(
         from ray import tune
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the board, from our files
-        callback = _watch(tune, study, board, stopping, compute)
-        gpus = compute.gpus_per_trial
-        tuner = tune.Tuner(
-            tune.with_resources(tune_trial, {"cpu": compute.cpus_per_trial, "gpu": gpus}),
-            param_space={"pack": tune.grid_search(list(trial_ids)), "shared": dict(shared)},
-            tune_config=tune.TuneConfig(
-                reuse_actors=gpus == 0,  # saves seconds a trial; on a GPU state would leak from trial to trial
-                max_concurrent_trials=compute.max_concurrent or min(len(trial_ids), slots),
-                trial_name_creator=lambda trial: str(trial.config["pack"]),
-                trial_dirname_creator=lambda trial: str(trial.config["pack"]),
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(storage),
-                verbose=0,
-                callbacks=[callback],
-                failure_config=tune.FailureConfig(max_failures=compute.retries),
-            ),
-        )
-        with contextlib.suppress(Stopped):
-            tuner.fit()
+        while not stopping() and (packs := rounds.take()):
+            tuner = _tuner(tune, packs, shared, compute, slots, storage, _watch(tune, study, rounds, stopping, compute))
+            with contextlib.suppress(Stopped):
+                tuner.fit()
+
+
+def _tuner(
+    tune: Any, packs: Sequence[Pack], shared: Mapping[str, Any], compute: Compute, slots: int, storage: Path, watch: Any
+) -> Any:
+    """A Tuner of one round: a trial of its own for each pack, tried once."""
+    return tune.Tuner(
+        tune.with_resources(tune_pack, {"cpu": compute.cpus_per_pack, "gpu": compute.gpus_per_pack}),
+        param_space={"pack": tune.grid_search([list(pack) for pack in packs]), "shared": dict(shared)},
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,  # imports, contexts and compiled code are kept from pack to pack
+            max_concurrent_trials=compute.max_concurrent or min(len(packs), slots),
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(storage),
+            verbose=0,
+            callbacks=[watch],
+            failure_config=tune.FailureConfig(max_failures=0),  # a pack is tried again as halves, by the next round
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    """A pack's name: no other pack of its round has its first member."""
+    pack = trial.config["pack"]
+    return f"{pack[0]}x{len(pack)}"
 
 
 @contextlib.contextmanager
 def _ray(compute: Compute, study: store.StudyFolder) -> Iterator[tuple[int, Path]]:
-    """A Ray of our own, or the cluster at compute.address. Yields (trials that fit at once, Tune's folder)."""
+    """A Ray of our own, or the cluster at compute.address. Yields (packs that fit at once, Tune's folder)."""
     os.environ.update(ENVIRONMENT)
     os.environ["OMP_NUM_THREADS"] = str(compute.threads)
     scratch = Path(tempfile.mkdtemp(prefix="stabstudy-"))  # short: a socket path must stay below 107 characters
@@ -159,26 +167,27 @@ def _check_reachable(address: str) -> None:
 
 
 def _slots(compute: Compute) -> int:
-    """Trials that fit at once. Asking for what is not there would leave every trial pending for ever, silently."""
+    """Packs that fit at once. Asking for what is not there would leave every pack pending for ever, silently."""
     import ray
 
     there = ray.cluster_resources()
-    gpus = compute.gpus_per_trial
+    gpus = compute.gpus_per_pack
     cpus, cards = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    if cpus < compute.cpus_per_trial:
-        raise NotReadyError(f"compute.cpus_per_trial={compute.cpus_per_trial}: Ray has {cpus:g} cores")
+    if cpus < compute.cpus_per_pack:
+        raise NotReadyError(f"compute.cpus_per_pack={compute.cpus_per_pack}: Ray has {cpus:g} cores")
     if cards < gpus:
-        hint = "run on the CPU with compute.gpus_per_trial=0"
-        raise NotReadyError(f"compute.gpus_per_trial={gpus:g}: Ray has {cards:g} GPUs; {hint}")
-    fits = int(cpus // compute.cpus_per_trial)
+        hint = "run on the CPU with compute.gpus_per_pack=0"
+        raise NotReadyError(f"compute.gpus_per_pack={gpus:g}: Ray has {cards:g} GPUs; {hint}")
+    fits = int(cpus // compute.cpus_per_pack)
     return min(fits, int(cards / gpus + 1e-9)) if gpus else fits
 
 
-def _watch(tune: Any, study: store.StudyFolder, board: Board, stopping: Callable[[], bool], compute: Compute) -> Any:
-    """Tune's callback that feeds the board, ends the loop after a stop, and kills a trial that hangs."""
+def _watch(tune: Any, study: store.StudyFolder, rounds: Rounds, stopping: Callable[[], bool], compute: Compute) -> Any:
+    """Tune's callback that feeds the board, ends the loop after a stop, and kills a pack that hangs."""
 
     class Watch(tune.Callback):  # type: ignore[misc]  # its base exists only once ray is imported
         looked = 0.0
+        running: dict[str, Pack] = {}
 
         def __reduce__(self) -> Any:
             return dict, ()  # Tune pickles its set-up for a restore that never happens; the board cannot be pickled
@@ -187,10 +196,11 @@ def _watch(tune: Any, study: store.StudyFolder, board: Board, stopping: Callable
             return self
 
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            board.start(trial.config["pack"])
+            self.running = self.running | {trial.trial_id: tuple(trial.config["pack"])}
+            rounds.start(self.running[trial.trial_id])
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            board.progress(trial.config["pack"], result)
+            rounds.progress(tuple(trial.config["pack"]), result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             self._ended(trial)
@@ -199,42 +209,54 @@ def _watch(tune: Any, study: store.StudyFolder, board: Board, stopping: Callable
             self._ended(trial)
 
         def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+            packs = list(self.running.values())
             if stopping():
-                if not any(store.is_locked(study.trial(t).path) for t in list(board.running)):
+                if not any(store.is_locked(study.trial(t).path) for pack in packs for t in pack):
                     raise Stopped
                 return
             if time.monotonic() - self.looked > LOOK_SECONDS:
                 self.looked = time.monotonic()
-                kill_hung_trials(study, list(board.running), compute.hang_timeout)
+                kill_hung_packs(study, packs, compute.hang_timeout)
 
         def _ended(self, trial: Any) -> None:
-            folder = study.trial(trial.config["pack"])
-            state = folder.read_state()
-            if state.status != "interrupted" and state.attempts:
-                board.finish(folder.trial_id, state)
-            else:
-                board.forget(folder.trial_id)
+            self.running = {name: pack for name, pack in self.running.items() if name != trial.trial_id}
+            rounds.ended(tuple(trial.config["pack"]))
 
     return Watch()
 
 
-def kill_hung_trials(study: store.StudyFolder, running: Sequence[str], limit: float) -> None:
-    """SIGKILL trials of this host whose files have not changed for max(limit, 20 median steps) seconds.
+def kill_hung_packs(study: store.StudyFolder, packs: Sequence[Pack], limit: float) -> None:
+    """SIGKILL a process of this host that trains members of a pack of which none has written for too long.
 
-    Tune then sees a dead actor and starts the trial again, from its checkpoint.
+    Too long is max(limit, 20 median steps) seconds. A process that has not recorded a step yet is left alone: it may
+    be compiling. The next round tries its members again, from their checkpoints.
     """
-    for trial_id in running:
-        folder = study.trial(trial_id)
-        record = folder.live(trace.TRACE)
-        changed = [p.stat().st_mtime for p in (record, folder.state_file) if p.exists()]
-        if not store.is_locked(folder.path) or not changed or time.time() - max(changed) <= limit:
-            continue
+    for pack in packs:
         with contextlib.suppress(OSError, store.StoreError, trace.DamagedRecord):  # it is ending just now
-            seconds = live.read(record, trace.TRACE)["seconds"]
-            attempt = folder.read_state().attempts[-1]
-            silent = time.time() - max(changed)
-            if silent > 20 * np.median(seconds) and attempt.host == socket.gethostname():
-                os.kill(attempt.pid, signal.SIGKILL)
+            for pid, folders in _processes(study, pack).items():
+                files = [path for f in folders for path in (f.live(trace.TRACE), f.state_file) if path.exists()]
+                silent = time.time() - max(path.stat().st_mtime for path in files)
+                if silent > limit and silent > 20 * _median_step(folders):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _processes(study: store.StudyFolder, pack: Pack) -> dict[int, list[store.TrialFolder]]:
+    """The running members of the pack by the process of this host that trains them: one, but for foreign locks."""
+    found: dict[int, list[store.TrialFolder]] = {}
+    for folder in map(study.trial, pack):
+        state = folder.read_state() if store.is_locked(folder.path) else None
+        if state and state.status == "running" and state.attempts[-1].host == socket.gethostname():
+            found.setdefault(state.attempts[-1].pid, []).append(folder)
+    return found
+
+
+def _median_step(folders: Sequence[store.TrialFolder]) -> float:
+    """Seconds of a step, from the first of the trials that has recorded one; infinite where none has."""
+    for folder in folders:
+        rows = folder.rows(trace.TRACE)
+        if rows is not None and len(rows):
+            return float(np.median(rows["seconds"]))
+    return math.inf
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,15 +1,14 @@
-"""The worker in a trial's process: it trains one pack (one trial), reports a heartbeat, watches the stop file.
+"""The worker in a pack's process: it trains the pack, reports a heartbeat, watches the stop file.
 
-Everything that matters is written by the trial itself into its folder; what is reported to Ray Tune only feeds the
-live table.
+Everything that matters is written by the trials themselves into their folders; what is reported to Ray Tune only feeds
+the live table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +21,49 @@ STOP_FILE = ".stop"
 HEARTBEAT_SECONDS = 1.0
 
 
-class TrialFailed(Exception):
-    """An attempt ended in a status that a further attempt may mend."""
+class PackFailed(Exception):
+    """Some members ended in a status that a further attempt may mend, and the process had better not be used again."""
 
 
 def train_pack(
-    trial_id: str, shared: Mapping[str, Any], report: Callable[[dict[str, Any]], None] | None = None
-) -> store.State:
-    """Train the trial in `shared["study"]`. `shared` holds study, engine (Engine's fields) and rules (JSON) as text.
+    trial_ids: Sequence[str], shared: Mapping[str, Any], report: Callable[[dict[str, Any]], None] | None = None
+) -> list[store.State]:
+    """Train the trials in `shared["study"]` as one pack; returns their states.
 
-    Raises TrialFailed for a failed attempt, so that the scheduler may start another. A trial without memory is not
-    tried again in the same launch: it would only fail again.
+    `shared` holds study, engine (Engine's fields) and rules (JSON) as text. `report` gets {"members": [the fields of
+    training.loop.Progress, ...]} at most once a second. Raises PackFailed, after all members have ended, where one has
+    failed: what a failure leaves in a process, a broken CUDA context for one, must not reach the next pack.
     """
-    from stabstudy.training.trial import Engine, run_trial  # torch: only inside a trial
+    from stabstudy.training.pack import run_pack  # torch: only inside a trial
+    from stabstudy.training.trial import Engine
 
     study = store.StudyFolder(Path(shared["study"]))
-    folder = study.trial(trial_id)
+    folders = [study.trial(trial_id) for trial_id in trial_ids]
     stop = study.path / STOP_FILE
     if stop.exists():
-        return folder.read_state()
+        return [folder.read_state() for folder in folders]
     engine = Engine(**{**shared["engine"], "cache_dir": Path(shared["engine"]["cache_dir"])})
     last = [0.0]
 
-    def heartbeat(progress: Any) -> bool:
+    def heartbeat(members: Sequence[Any]) -> bool:
         now = time.monotonic()
         if now - last[0] < HEARTBEAT_SECONDS:
             return False
         last[0] = now
         if report is not None:
-            report({**dataclasses.asdict(progress), "pid": os.getpid()})
+            report({"members": [dataclasses.asdict(member) for member in members]})
         return stop.exists()
 
-    state = run_trial(folder, engine, Rules.from_json(shared["rules"]), heartbeat)
-    if state.status in ("failed", "disk_full"):
-        raise TrialFailed(f"{trial_id}: {state.error['message'] if state.error else state.status}")
-    return state
+    states = run_pack(folders, engine, Rules.from_json(shared["rules"]), heartbeat)
+    if failed := [state for state in states if state.status in ("failed", "disk_full")]:
+        first = failed[0]
+        reason = first.error["message"] if first.error else first.status
+        raise PackFailed(f"{len(failed)} of {len(states)} trials failed, {first.trial_id}: {reason}")
+    return states
 
 
-def tune_trial(config: dict[str, Any]) -> None:
-    """The function that Ray Tune runs: `config` is {"pack": trial id, "shared": ...}."""
+def tune_pack(config: dict[str, Any]) -> None:
+    """The function that Ray Tune runs: `config` is {"pack": trial ids, "shared": ...}."""
     from ray import tune
 
     train_pack(config["pack"], config["shared"], tune.report)

@@ -1,0 +1,101 @@
+"""Rounds of packs: which members of a pack that has ended are trained again, with whom, and how often."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from stabstudy import store
+from stabstudy.sweeping.board import Board
+
+Pack = tuple[str, ...]
+"""Trial ids."""
+
+FREE_SECONDS = 2.0
+"""How long the locks of a process that has just died are waited for."""
+
+
+class Rounds:
+    """What is left to train after each round, from the states on disk, and the board that shows it.
+
+    What a pack of several leaves behind is tried again as halves, down to one member: a member that takes its process
+    with it is found alone, and the others end. Its own failures count (alone in its process, or the only one left of a
+    pack, or where the disk is full, which halving cannot mend): of these it may have `retries` and one more.
+    """
+
+    def __init__(self, study: store.StudyFolder, packs: Sequence[Pack], retries: int, board: Board):
+        self.study, self.retries, self.board = study, retries, board
+        self.waiting: list[Pack] = list(packs)
+        self.attempts = {t: len(study.trial(t).read_state().attempts) for pack in packs for t in pack}
+        self.own_failures: Counter[str] = Counter()
+
+    def take(self) -> list[Pack]:
+        """The packs of the next round; [] where nothing is left."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    def start(self, pack: Pack) -> None:
+        """A process takes the pack up."""
+        for trial_id in pack:
+            self.board.start(trial_id)
+
+    def progress(self, pack: Pack, report: Mapping[str, Any]) -> None:
+        """Show a heartbeat of the pack (see worker.train_pack); a member that it leaves out may have ended."""
+        told = {member["trial_id"]: member for member in report.get("members", ())}
+        for trial_id in pack:
+            if trial_id in self.board.finished:
+                continue
+            if trial_id in told:
+                self.board.progress(trial_id, told[trial_id])
+            elif (state := self.study.trial(trial_id).read_state()).status == "done":
+                self.board.finish(trial_id, state)
+
+    def ended(self, pack: Pack) -> None:
+        """The pack's process has ended it, or itself: show how its members did, put those left into the next round."""
+        left = [(t, state) for t, state in self._states(pack) if self._is_left(t, state)]
+        for trial_id, state in left:
+            if len(left) == 1 or state.status == "disk_full":
+                self.own_failures[trial_id] += 1
+        again = [t for t, _ in left if self.own_failures[t] <= self.retries]
+        for trial_id, state in left:
+            if trial_id in again or not self._begun(state):
+                self.board.forget(trial_id)
+            else:
+                self.board.finish(trial_id, state)
+        half = -(-len(again) // 2)
+        self.waiting += [part for part in (tuple(again[:half]), tuple(again[half:])) if part]
+
+    def _states(self, pack: Pack) -> list[tuple[str, store.State]]:
+        limit = time.monotonic() + FREE_SECONDS
+        while any(store.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
+            time.sleep(0.05)
+        return [(t, self.study.trial(t).read_state()) for t in pack]
+
+    def _is_left(self, trial_id: str, state: store.State) -> bool:
+        """Whether the member is to be tried again if it may; one that is not is shown as it ended."""
+        begun = self._begun(state)
+        if store.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
+            self.board.forget(trial_id)
+            return False
+        if state.status == "done" or (begun and state.status == "oom"):
+            if trial_id not in self.board.finished:
+                self.board.finish(trial_id, state)
+            return False
+        return True
+
+    def _begun(self, state: store.State) -> bool:
+        """Whether an attempt has begun in this launch; the status of an older one tells nothing of it."""
+        return len(state.attempts) > self.attempts[state.trial_id]
+
+
+def one_after_another(rounds: Rounds, train: Callable[[Pack], None], stopping: Callable[[], bool]) -> None:
+    """Train every pack in this process, round after round, until none is left or a stop is requested."""
+    while packs := rounds.take():
+        for pack in packs:
+            if stopping():
+                return
+            rounds.start(pack)
+            train(pack)
+            rounds.ended(pack)
