@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 FOLDER = "compiled"

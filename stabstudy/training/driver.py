@@ -162,7 +162,7 @@ class Replay:
 
 def _capture(function: Callable[[], None]) -> Callable[[], None]:
     """The function as a graph. It runs a few times first, on a stream of its own: libraries set themselves up there."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_RUNS):

@@ -34,7 +34,7 @@ def growth(stepper: Stepper, windows_KBT: Tensor) -> list[tuple[float | None, fl
     if model.depth < 2:
         return [(None, None)] * stepper.K
     sums = torch.zeros(4, stepper.K, model.dim, dtype=torch.float64, device=stepper.device)  # v_1, v_L, u_1, u_L
-    for part in windows_KBT[:, :SEQUENCES].split(stepper.micro_batch, dim=1):
+    for part in torch.split(windows_KBT[:, :SEQUENCES], stepper.micro_batch, dim=1):
         sums += torch.stack(_sums(stepper, part))
     v_1, v_L, u_1, u_L = torch.linalg.vector_norm(sums, dim=2)
     exponents = torch.stack([v_L / v_1, u_L / u_1], dim=1).log() / model.depth

@@ -7,7 +7,7 @@ valid targets of the whole step. `minimised` is the sum whose gradient trains; t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -63,7 +63,9 @@ class NextToken:
         return target_sums(model(inputs_BT), targets_BT, masked, self.cap, *settings)
 
 
-OBJECTIVES: Mapping[str, Callable[[Sequence[TrialConfig], torch.device], Objective]] = {"lm": NextToken}
+Maker = Callable[[Sequence[TrialConfig], torch.device], Objective]
+
+OBJECTIVES: dict[str, Maker] = {"lm": NextToken}
 
 
 def objective(configs: Sequence[TrialConfig], device: torch.device) -> Objective:

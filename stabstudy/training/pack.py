@@ -155,7 +155,9 @@ class PackRun:
         self._probe_start([k for k, start in enumerate(starts) if start == 0])
         for member, start in zip(self.members, starts, strict=True):
             where = f"on {self.device}" + (f", one of {len(self.members)}" if len(self.members) > 1 else "")
-            member.say(f"attempt {len(member.state.attempts)}: from step {start} of {member.config.train.steps} {where}")
+            member.say(
+                f"attempt {len(member.state.attempts)}: from step {start} of {member.config.train.steps} {where}"
+            )
         while True:
             loop = self._loop(time.monotonic() - began)
             ended = loop.run()
@@ -301,7 +303,7 @@ class PackRun:
 
 
 class Saver:
-    """Writes checkpoints, one after another, in a thread where that is asked for; a failure is raised at the next call."""
+    """Writes checkpoints one after another, in a thread if asked to; a failure is raised at the next call."""
 
     def __init__(self, in_background: bool):
         self._thread = ThreadPoolExecutor(max_workers=1) if in_background else None

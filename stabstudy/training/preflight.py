@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy.data.batches import open_batches
-from stabstudy.training import clip, hf
-from stabstudy.training.step import IGNORE, Stepper
+from stabstudy.data.batches import Batches, open_batches
+from stabstudy.training import clipping, families
+from stabstudy.training.objective import IGNORE
+from stabstudy.training.step import Stepper
 
 SEQUENCES = 8
 """Of the trial's first batch, at most; more would take longer and show nothing else."""
@@ -37,9 +38,8 @@ def differences(config: cfg.TrialConfig, cache_dir: Path, device: torch.device) 
     whole = replace(config, train=train)
     split = replace(config, train=replace(train, micro_batch_size=1))
     batches = open_batches(whole, cache_dir)
-    model = hf.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed).to(device)
-    windows = unequal(batches.batch(0))
-    (loss, norm), (split_loss, split_norm) = (_measured(c, model, windows, device) for c in (whole, split))
+    masked = unequal(batches.batch(0))
+    (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
     return abs(split_loss / loss - 1), abs(split_norm / norm - 1)
 
 
@@ -53,13 +53,14 @@ def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _measured(
-    config: cfg.TrialConfig, model: hf.Model, windows: NDArray[np.int64], device: torch.device
+    config: cfg.TrialConfig, batches: Batches, windows: NDArray[np.int64], device: torch.device
 ) -> tuple[float, float]:
-    """Loss and gradient norm of the batch in the micro-batches of the config."""
-    stepper = Stepper(config, model, device)
-    loss, _, _ = stepper.accumulate(windows, int((windows[:, 1:] != IGNORE).sum()))
-    norm = torch.linalg.vector_norm(clip.tensor_norms(clip.gradients(stepper.parameters)))
-    return loss.item(), norm.item()
+    """Loss and gradient norm of the batch in the micro-batches of the config, at the initial weights."""
+    model = families.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
+    stepper = Stepper([config], [model], device)
+    of_pack = torch.from_numpy(windows)[None].to(device)
+    scalars = stepper.accumulate(of_pack, (of_pack[..., 1:] != IGNORE).sum((1, 2)).float(), masked=True)
+    return scalars["loss"].item(), clipping.global_norm(clipping.tensor_norms(stepper.grads)).item()
 
 
 def main() -> None:

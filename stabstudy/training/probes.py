@@ -21,7 +21,7 @@ PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
 
 SCALARS = ("val_loss", "update_rms", "adam_rms_max", "param_norm", "noise_g2", "noise_s", "sized")
-"""Of a probe, NaN where not measured; `sized` is 0 where there was no update, or not Adam's, whose size it could tell."""
+"""Of a probe, NaN where not measured; `sized`: 0 where there was no update whose size could be told, see Optimizer."""
 
 OF_LAYERS = ("attn_logit_max", "attn_entropy", "resid_rms")
 """Depth numbers each, behind the scalars."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,9 @@ class _Block:
 class Recorder:
     """Records K members. `rows` [K] counts each one's; `loss` and `grad_norm` [K] are the last."""
 
-    def __init__(self, members: Sequence[Recorded], columns: Sequence[str], layer_index: NDArray[np.int64], rules: Rules):
+    def __init__(
+        self, members: Sequence[Recorded], columns: Sequence[str], layer_index: NDArray[np.int64], rules: Rules
+    ):
         self.members = tuple(members)
         self.columns = {name: i for i, name in enumerate(columns)}
         self.groups = np.flatnonzero(np.diff(layer_index, prepend=-1))  # the first tensor of each layer group
@@ -214,15 +217,15 @@ def _with_rows(block: Block, rows: Ints) -> Block:
 def _padded(blocks: Sequence[Block], n: int) -> Block:
     """Blocks of one member each as one of all."""
 
-    def joined(arrays: list[NDArray[np.generic]]) -> NDArray[np.generic]:
+    def joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([np.pad(a, ((0, 0), (0, n - a.shape[1]))) for a in arrays])
 
     nulls = [
-        joined([np.zeros(b.loss.shape, np.bool_) if of(b) is None else of(b) for b in blocks])
-        for of in (lambda b: b.loss_null, lambda b: b.norm_null)
+        joined([np.zeros(b.loss.shape, np.bool_) if null is None else null for b, null in zip(blocks, of, strict=True)])
+        for of in ([b.loss_null for b in blocks], [b.norm_null for b in blocks])
     ]
-    arrays = (joined([getattr(b, name) for b in blocks]) for name in ("loss", "norm", "skip"))
-    return Block(*arrays, np.array([b.loss.shape[1] for b in blocks]), *nulls)  # type: ignore[arg-type]
+    loss, norm, skip = (joined([getattr(b, name) for b in blocks]) for name in ("loss", "norm", "skip"))
+    return Block(loss, norm, skip, np.array([b.loss.shape[1] for b in blocks]), *nulls)
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

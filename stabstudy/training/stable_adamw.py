@@ -41,9 +41,7 @@ class StableAdamW:
             self._move(i, grad, lr_K, corrections, left_out)
         of.step_K.add_(1 - left_out)
 
-    def _move(
-        self, i: int, grad: Tensor, lr_K: Tensor, corrections: tuple[Tensor, Tensor], left_out_K: Tensor
-    ) -> None:
+    def _move(self, i: int, grad: Tensor, lr_K: Tensor, corrections: tuple[Tensor, Tensor], left_out_K: Tensor) -> None:
         """The update of one tensor from its new moments, in place."""
         weight, of = self.parameters[i], self.moments
         v_hat = of.second[i] / beside(corrections[1], weight)

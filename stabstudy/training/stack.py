@@ -72,7 +72,7 @@ class Stack:
             if self.K == 1:
                 return {name: x[None] for name, x in of_one(weights, *(x[0] for x in inputs)).items()}
             with warnings.catch_warnings():
-                # attention on a CPU has no batching rule and becomes a loop over the members: a little slower, and right
+                # attention on a CPU has no batching rule and becomes a loop over the members: slower, and right
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 stacked: Scalars = vmap(of_one)(weights, *inputs)
             return stacked

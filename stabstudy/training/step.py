@@ -124,8 +124,8 @@ class Stepper:
             for name, value in terms.items():
                 largest = name in self.objective.largest
                 value = value if largest else value / targets
-                totals[name] = value if name not in totals else (torch.maximum if largest else torch.add)(
-                    totals[name], value
+                totals[name] = (
+                    value if name not in totals else (torch.maximum if largest else torch.add)(totals[name], value)
                 )
         if watched is not None:
             self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
@@ -159,13 +159,13 @@ class Stepper:
         return self.stack.run(partial(self.objective, masked=masked), inputs, targets, *self.objective.settings)
 
     def _micro_batches(self, windows_KBT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in windows_KBT.split(self.micro_batch, dim=1):
+        for part in torch.split(windows_KBT, self.micro_batch, dim=1):
             # an ignored position is a target only; as an input it may be any token
             yield part[..., :-1].clamp(min=0), part[..., 1:]
 
     def _watched(self, windows_KBT: Tensor) -> MicroBatches | None:
         """What measures the noise of a step, where there is more than one micro-batch to compare."""
-        parts = windows_KBT[..., 1:].split(self.micro_batch, dim=1)
+        parts = torch.split(windows_KBT[..., 1:], self.micro_batch, dim=1)
         return MicroBatches(torch.stack([(p != IGNORE).sum((1, 2)) for p in parts])) if len(parts) > 1 else None
 
     def _update(

@@ -111,7 +111,7 @@ class Trial:
         for schema in RECORDS:
             live.upgrade(self.folder.live(schema), schema, self._widths(schema))
         recorded = self.folder.live(trace.TRACE)
-        rows = len(live.read(recorded, trace.TRACE)) if live.find(recorded) else 0
+        rows = len(self._recorded(trace.TRACE))
         start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
         for note in notes:
             self.say(note)
@@ -124,16 +124,17 @@ class Trial:
 
     def open_records(self) -> tuple[Recorded, trace.Rows]:
         """What the recorder needs, and the rows that are there."""
-        rows, probed = (live.read(self.folder.live(s), s) if live.find(self.folder.live(s)) else trace.no_rows(s) for s in RECORDS)
+        rows, probed = (self._recorded(schema) for schema in RECORDS)
         noise = NoiseMeans()
         noise.replay(probed["noise_g2"], probed["noise_s"])
-        writers = [live.Writer(self.folder.live(s), s, self._widths(s)) for s in RECORDS]
-        for writer in writers:
-            self.open_files.callback(writer.close)
+        writers = []
+        for schema in RECORDS:
+            writers.append(live.Writer(self.folder.live(schema), schema, self._widths(schema)))
+            self.open_files.callback(writers[-1].close)
         facts = MonitorFacts(
             self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
         )
-        return Recorded(self.config, *writers, facts, noise, len(rows)), rows
+        return Recorded(self.config, writers[0], writers[1], facts, noise, len(rows)), rows
 
     def save(self, tensors: Mapping[str, Tensor], next_step: int) -> None:
         """Write a checkpoint; the records are durable."""
@@ -181,9 +182,9 @@ class Trial:
         """The attempt raised."""
         with contextlib.suppress(OSError):  # the disk may be what failed
             self.open_files.close()
-        step, recorded = self.state.step, self.folder.live(trace.TRACE)
+        step = self.state.step
         with contextlib.suppress(trace.DamagedRecord, OSError):
-            step = len(live.read(recorded, trace.TRACE)) if live.find(recorded) else 0
+            step = len(self._recorded(trace.TRACE))
         message = (str(error) or type(error).__name__).splitlines()[0][:500]
         described = {"kind": type(error).__name__, "message": message, "step": step}
         self.state = replace(self.state, status=status_of(error), step=step, error=described)
@@ -195,6 +196,10 @@ class Trial:
         """A line in the trial's log."""
         with self.folder.log_file.open("a", encoding="utf-8") as f:
             f.write(f"{store.now()} {line}\n")
+
+    def _recorded(self, schema: trace.Schema) -> trace.Rows:
+        path = self.folder.live(schema)
+        return live.read(path, schema) if live.find(path) else trace.no_rows(schema)
 
     def _widths(self, schema: trace.Schema) -> dict[str, int]:
         depth = self.config.model.depth
