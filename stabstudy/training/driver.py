@@ -101,7 +101,8 @@ class Captured:
         self.stepper, self.feed, self.evaluation = stepper, feed, evaluation_KBT
         device, K = stepper.device, stepper.K
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._lr = torch.zeros(ring, K, device=device)
+        # the fused kernel of CUDA takes a float32 rate, that of a CPU the same double as a number would be
+        self._lr = torch.zeros(ring, K, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
         self._live = torch.zeros(ring, K, device=device)
         columns = len(stepper.columns) + len(stepper.stack.names)
         self._steps = torch.zeros(ring, K, columns, device=device)
@@ -115,7 +116,7 @@ class Captured:
 
     def run(self, ticks: Sequence[Tick]) -> None:
         self._ticks, n = ticks, len(ticks)
-        self._lr[:n].copy_(torch.tensor([t.lr for t in ticks]))
+        self._lr[:n].copy_(torch.tensor([t.lr for t in ticks], dtype=self._lr.dtype))
         self._live[:n].copy_(torch.tensor([t.live for t in ticks], dtype=torch.float32))
         self.feed.fill(ticks[0].tick, n)
         self._slot.zero_()
