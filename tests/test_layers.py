@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"settings", "groups", "combinations", "config", "trace", "finished", "store", "external"}
+FACTS = {"settings", "groups", "combinations", "config", "shape", "trace", "finished", "store", "external"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ MAY = {
     "groups": May({"settings"}),
     "combinations": May({"groups", "settings", "config"}),  # config for its type alone
     "config": May({"combinations", "groups", "settings"}),
+    "shape": May({"config"}),
     "trace": May(set(), {"numpy"}),
     "finished": May({"trace"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "store": May({"config", "trace", "finished"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -719,6 +720,18 @@ def test_trials_that_fit_only_one_by_one_are_warned_about(monkeypatch):
     assert estimate.crowded([[TrialConfig()]] * 2, Compute(), "ray") == []
     assert estimate.crowded([[TrialConfig()]] * 8, Compute(max_concurrent=2), "ray") == []
     assert estimate.crowded([[TrialConfig()]] * 8, Compute(), "local") == []
+
+
+def test_a_study_written_before_packs_goes_on(ask):
+    """Its sweep.yaml holds the settings' old names, which a command line may no longer use."""
+    plan = ask(SWEEP)
+    plan.folder.mkdir(parents=True)
+    old = re.sub(r"  pack: .*\n", "", plan.sweep_text).replace("us_per_pack", "us_per_trial")
+    assert "gpus_per_trial" in old and "cpus_per_trial" in old and "pack" not in old
+    (plan.folder / "sweep.yaml").write_text(old)
+    assert ask(SWEEP) == plan
+    with pytest.raises(ConfigError, match=r"compute\.gpus_per_trial: is now called compute\.gpus_per_pack"):
+        ask(SWEEP + "compute: {gpus_per_trial: 1}\n")
 
 
 def test_settings_without_effect_are_warned_about(ask):
