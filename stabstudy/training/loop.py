@@ -28,6 +28,10 @@ from stabstudy.training.schedule import schedule
 from stabstudy.training.step import Stepper
 
 
+RING_SECONDS = 1.0
+"""That a ring lasts at most, unless a step takes longer."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """The content of a heartbeat, of one trial: updates recorded, the last loss and norm, grad spikes so far, speed."""
@@ -183,6 +187,8 @@ class Loop:
     def _ticks(self) -> list[Tick]:
         """The next ring."""
         n = min(self.plan.ring, *(self._left(k) for k in self.live))
+        if self.recorder.seconds > 0:  # rows are on disk, and a stop is obeyed, within a second or a step
+            n = min(n, max(1, int(RING_SECONDS / self.recorder.seconds)))
         if self._may_save():
             n = min(n, *(self._every(k) - self._at(k) % self._every(k) for k in self.live))
         live = tuple(k in self.live for k in self.plan.places)

@@ -44,8 +44,9 @@ class Muon:
     `compute_dtype` is that of Newton-Schulz. Momentum's factor and the adjustment of lr are equal within a pack.
     """
 
+    compute_dtype = torch.bfloat16  # of the Newton-Schulz steps
+
     def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
-        self.compute_dtype = torch.bfloat16
         self.optim = configs[0].optim
         if len({(c.optim.muon_momentum, c.optim.muon_adjust_lr) for c in configs}) > 1:
             raise ValueError("optim.muon_momentum and optim.muon_adjust_lr must be equal within a pack")
