@@ -92,7 +92,7 @@ def test_the_argument_is_left_as_it_is(dtype: torch.dtype) -> None:
 def test_a_fused_matrix_made_orthogonal_as_one_is_another_optimizer() -> None:
     """Negative control of the test below."""
     fused = stack(1, 64, 32)
-    apart = torch.cat([orthogonal(part) for part in fused.split([32, 16, 16], dim=1)], 1)
+    apart = torch.cat([orthogonal(part) for part in torch.split(fused, [32, 16, 16], dim=1)], 1)
     assert (orthogonal(fused) - apart).abs().max() > 0.05
 
 
@@ -113,7 +113,7 @@ def test_weights_are_those_of_torchs_muon_on_the_unfused_matrices(adjust: str, m
         pack.step(parts.gradients(t), [0.01] * K, torch.zeros(K))
     start = parts.weights()
     for k, peak in enumerate(p or 0.01 for p in peaks):
-        shadow = {i: [torch.nn.Parameter(w) for w in start[i][1][k].split(cut[i])] for i in matrices}
+        shadow = {i: [torch.nn.Parameter(w) for w in torch.split(start[i][1][k], cut[i])] for i in matrices}
         every = [p for ps in shadow.values() for p in ps]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -121,9 +121,9 @@ def test_weights_are_those_of_torchs_muon_on_the_unfused_matrices(adjust: str, m
             other = torch.optim.Muon(every, lr=peak, weight_decay=decay, momentum=0.95, adjust_lr_fn=adjust)
         for t in range(3):
             for i, ps in shadow.items():
-                for p, g in zip(ps, parts.gradients(t)[i][k].split(cut[i]), strict=True):
+                for p, g in zip(ps, torch.split(parts.gradients(t)[i][k], cut[i]), strict=True):
                     p.grad = g.clone()
-            other.step()
+            other.step()  # type: ignore[no-untyped-call]
         for i, ps in shadow.items():
             most = 3 * peak * ULP * max(0.2 * max(p.shape) ** 0.5 if adjust[0] == "m" else 2**0.5 for p in ps)
             assert (named[i][1][k] - torch.cat([p.detach() for p in ps])).abs().max() <= most

@@ -46,7 +46,7 @@ def by_hand(kind: str, k: int, seen: list[list[Tensor]]) -> list[Tensor]:
                 continue
             if muons:
                 m = 0.95 * m + 0.05 * g
-                update = orthogonal_by_hand((0.05 * g + 0.95 * m).split(PARTS.get(name, [len(g)])))
+                update = orthogonal_by_hand(torch.split(0.05 * g + 0.95 * m, PARTS.get(name, [len(g)])))
                 w = w * (1 - lr * wd) - lr * update
                 continue
             m, v = o.beta1 * m + (1 - o.beta1) * g, o.beta2 * v + (1 - o.beta2) * g**2
@@ -188,8 +188,8 @@ def test_learning_rates_in_a_tensor_are_the_same_update(kind: str) -> None:
     exact = [2.0**-9, 2.0**-7, 2.0**-10, 2.0**-6, 2.0**-8]
     packs = [Pack(kind), Pack(kind)]
     for t in range(4):
-        for pack, lr in zip(packs, (exact, torch.tensor(exact)), strict=True):
-            pack.optimizer.step(parts.gradients(t), lr, torch.zeros(K))
+        packs[0].optimizer.step(parts.gradients(t), exact, torch.zeros(K))
+        packs[1].optimizer.step(parts.gradients(t), torch.tensor(exact), torch.zeros(K))
     assert not differing(packs[0].tensors(), packs[1].tensors(), list(range(K)))
 
 
