@@ -14,8 +14,10 @@ from stabstudy import groups
 from stabstudy.config import OptimConfig, TrialConfig
 from stabstudy.training import members
 from stabstudy.training.adamw import AdamW
+from stabstudy.training.clipping import clip_rule, global_norm, tensor_norms
 from stabstudy.training.muon import Muon
 from stabstudy.training.optimizers import OPTIMIZERS, optimizer
+from stabstudy.training.spike_skip import SpikeSkip
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_rule = pytest.mark.parametrize("rule", RULES)
@@ -270,3 +272,23 @@ def test_members_of_unlike_optimizers_are_refused() -> None:
     pair = [TrialConfig(optim=OptimConfig(kind="muon", muon_momentum=m)) for m in (0.9, 0.95)]
     with pytest.raises(ValueError, match="optim.muon_momentum and optim.muon_adjust_lr must be equal"):
         optimizer(pair, parts.weights())
+
+
+@each_kind
+@each_rule
+def test_a_step_reads_nothing_from_the_device(kind: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values: reading one raises. The fused kernel, which knows no such tensors, is left out."""
+    calls: list[dict[str, Tensor]] = []
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *lists, **settings: calls.append(settings))
+    chosen = parts.configs(kind, rule)
+    named = [(name, w.to("meta")) for name, w in parts.weights()]
+    grads = [g.to("meta") for g in parts.gradients(0)]
+    pack, clipping = optimizer(chosen, named), clip_rule(chosen, named)
+    norms = tensor_norms(grads)
+    clipping.apply(grads, norms, global_norm(norms))
+    pack.step(grads, torch.zeros(K, device="meta"), torch.zeros(K, device="meta"))
+    pack.update_sizes(grads)
+    assert all(call["lr"].shape == call["found_inf"].shape == () for call in calls)
+    SpikeSkip(K, torch.device("meta")).judge(norms[0], norms[1])
+    with pytest.raises(RuntimeError):
+        norms.tolist()
