@@ -663,6 +663,13 @@ def test_memory_of_the_published_models_is_of_the_right_size():
     assert estimate.memory(TrialConfig()) < 200e6
 
 
+def test_memory_and_checkpoints_count_what_the_optimizer_remembers():
+    adamw, lion = (cfg.from_dict({"optim": {"kind": kind}}) for kind in ("adamw", "lion"))
+    parameters = adamw.model.parameters(estimate.vocabulary(adamw))
+    assert estimate.checkpoint_bytes(adamw) == 12 * parameters and estimate.checkpoint_bytes(lion) == 8 * parameters
+    assert estimate.memory(adamw) - estimate.memory(lion) == pytest.approx(4 * parameters)
+
+
 def test_capped_attention_keeps_its_scores_in_memory():
     """8 sequences of 4096, 4 layers, 4 heads: 4096 scores for each position and head, 16 bytes each."""
     long = {"data": {"seq_len": 4096}}

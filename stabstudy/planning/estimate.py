@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from stabstudy import store, trace
 from stabstudy.config import TrialConfig, stored
+from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import ConfigError, Problem
@@ -30,7 +31,7 @@ STEP_SECONDS = 0.006  # what a step on a core costs beside its arithmetic
 LAYER_SECONDS = 0.00017  # the same of a pack's step on a GPU, for each layer
 START_SECONDS = 3.0  # of a trial: its model, its data, its files
 PACK_START_SECONDS = 25.0  # of a pack on a GPU: compiling, measuring the first weights, capturing the step
-BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments of AdamW, one temporary
+BYTES_PER_PARAMETER = 12  # fp32 weight, gradient, one temporary; what the optimizer remembers comes on top
 ACTIVATION_BYTES = 84  # per token, layer and unit of width
 SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
 PROCESS_BYTES = 0.7e9  # a process with torch in it
@@ -68,7 +69,8 @@ def memory(config: TrialConfig) -> float:
     activations = tokens * m.dim * m.depth * ACTIVATION_BYTES
     if m.attn_softcap is not None:  # explicit scores, some of them kept for the backward pass
         activations += tokens * config.data.seq_len * m.n_heads * m.depth * SCORE_BYTES
-    return m.parameters(vocabulary(config)) * BYTES_PER_PARAMETER + activations + 12.0 * tokens * vocabulary(config)
+    each = BYTES_PER_PARAMETER + 4 * OPTIMIZERS[config.optim.kind]
+    return m.parameters(vocabulary(config)) * each + activations + 12.0 * tokens * vocabulary(config)
 
 
 def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
@@ -80,8 +82,8 @@ def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
 
 
 def checkpoint_bytes(config: TrialConfig) -> float:
-    """Weights and both moments in fp32."""
-    return 12.0 * config.model.parameters(vocabulary(config))
+    """Weights and what the optimizer remembers of each, in fp32."""
+    return 4.0 * (1 + OPTIMIZERS[config.optim.kind]) * config.model.parameters(vocabulary(config))
 
 
 def cost(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str, rate: float | None) -> Cost:

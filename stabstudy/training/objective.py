@@ -87,7 +87,7 @@ def target_sums(
         logits_NV = soft_cap(logits_NV, cap)
     ce_N = F.cross_entropy(logits_NV, targets_N, reduction="none", ignore_index=IGNORE)
     with torch.set_grad_enabled(z_loss is not None and torch.is_grad_enabled()):
-        own_N = logits_NV.gather(1, (targets_N.clamp(min=0) if masked else targets_N)[:, None]).squeeze(1)
+        own_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None]).squeeze(1)
         logz_N = ce_N + own_N
         if masked:
             valid_N = targets_N != IGNORE

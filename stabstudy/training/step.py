@@ -131,13 +131,12 @@ class Stepper:
             self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
         return totals
 
-    def loss_on(self, windows_KBT: Tensor, masked: bool = False) -> Tensor:
-        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient. Waits for nothing."""
+    def loss_on(self, windows_KBT: Tensor) -> Tensor:
+        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient; targets may be IGNORE."""
         total = torch.zeros(self.K, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for inputs, targets in self._micro_batches(windows_KBT):
-                terms = partial(self.objective, masked=masked)
-                total += self.stack.run(terms, inputs, targets, *self.objective.settings)["loss"].double()
+                total += self.stack.run(self.objective, inputs, targets, *self.objective.settings)["loss"].double()
         return total / (windows_KBT[..., 1:] != IGNORE).sum((1, 2))
 
     def state(self) -> dict[str, Tensor]:
