@@ -41,7 +41,10 @@ EQUAL = frozenset(
         "model.residual_scale",
         *(f"optim.{name}" for name in ("kind", "muon_momentum", "muon_adjust_lr")),
         *(f"data.{name}" for name in ("seq_len", "tokenizer")),
-        *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "precision", "skip_spikes", "compile", "eval_sequences")),
+        *(
+            f"train.{name}"
+            for name in ("batch_size", "micro_batch_size", "precision", "skip_spikes", "compile", "eval_sequences")
+        ),
     }
 )
 """Settings that must be equal."""

@@ -61,6 +61,6 @@ class Moments:
             count += update[0].numel()
             lags.append(self.lag(grad.square(), v_hat))
         return {
-            "update_rms": (torch.stack(squares).sum(0) / count).sqrt(),
+            "update_rms": (torch.stack(squares, dim=1).sum(1) / count).sqrt(),
             "adam_rms_max": torch.stack(lags).amax(0),
         }
