@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.live import Writer
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import TRACE, RowWriter
+from stabstudy.trace import TRACE, widths
 from stabstudy.training import clip
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.record import Recorder
@@ -101,7 +102,7 @@ def ours(shape: Shape, device: torch.device, mode: str, record: bool) -> Step:
     recorder = Recorder(
         shape.config,
         stepper.layer_index,
-        RowWriter(folder / "trace.jsonl", TRACE),
+        Writer(folder / "trace.live", TRACE, widths(shape.config.model.depth)),
         DivergenceMonitor(rules, 10**6, 0, 12.0),
         LiveSpikes(rules),
         on_device=device.type != "cpu",

@@ -307,8 +307,9 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     import torch
 
     from stabstudy import config as cfg
+    from stabstudy import live
     from stabstudy.stability.verdict import DivergenceMonitor
-    from stabstudy.trace import TRACE, RowWriter, read_jsonl
+    from stabstudy.trace import TRACE, widths
     from stabstudy.training import step as st
     from stabstudy.training.record import BLOCK, Recorder
 
@@ -317,7 +318,7 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
     norm[[20, 49, 50, 63, 64, 130, 160, 174, 191]] *= 20
     loss[[70, 190]] += 2
 
-    def recorder(writer: RowWriter) -> Recorder:
+    def recorder(writer: live.Writer) -> Recorder:
         monitor = DivergenceMonitor(RULES, 192, 20, 5.0)
         return Recorder(config, np.array([0, 1, 2, 3]), writer, monitor, LiveSpikes(RULES), on_device)
 
@@ -328,11 +329,11 @@ def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_de
             into.add(step, 1e-3, vector)
         into.drain()
 
-    first = RowWriter(tmp_path / "a.jsonl", TRACE)
+    first = live.Writer(tmp_path / "a.live", TRACE, widths(2))
     feed(recorder(first), range(cut))
     first.close()
-    resumed = recorder(writer := RowWriter(tmp_path / "b.jsonl", TRACE))
-    resumed.replay(read_jsonl(tmp_path / "a.jsonl", TRACE) if cut else read_jsonl(writer.path, TRACE))
+    resumed = recorder(writer := live.Writer(tmp_path / "b.live", TRACE, widths(2)))
+    resumed.replay(live.read(tmp_path / "a.live" if cut else writer.path, TRACE))
     feed(resumed, range(cut, 192))
     writer.close()
     judged = cut + (192 - cut) // BLOCK * BLOCK

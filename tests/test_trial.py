@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from stabstudy import config as cfg
-from stabstudy import store, trace
+from stabstudy import live, store, trace
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
@@ -582,6 +582,6 @@ def test_restore_needs_the_rows_it_implies(make: Make, run: Run) -> None:
     """After power loss the trace may be shorter than the checkpoint: an older one is taken."""
     folder = make(BASE)
     run(folder, crash_at(9))
-    trace.cut(folder.live(trace.TRACE), trace.TRACE, 6)
+    live.cut(folder.live(trace.TRACE), trace.TRACE, 6)
     state = run(folder)
     assert state.status == "done" and state.attempts[-1].from_step == 4
