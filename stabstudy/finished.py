@@ -38,7 +38,8 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
 
     schema = rows.schema
     table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
-    floats = [c.name for c in schema.columns if c.kind == "float"]
+    leaves = {"float": "{}", "floats": "{}.list.element"}
+    floats = [leaves[c.kind].format(c.name) for c in schema.columns if c.kind in leaves]
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
