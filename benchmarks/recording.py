@@ -4,7 +4,8 @@
 
 `encode`: columns of a block of steps of all members become records. `write`: append, checksum, one write per flush.
 `compact`: the trace becomes Parquet; `compact_probes` likewise, for the steps of the trial (a probe every 10 steps).
-`sync`: the fsyncs of both in wall time, which is the disk's and not the core's; they are not part of `compact`. One JSON line.
+`sync`: the fsyncs of both in wall time, which is the disk's and not the core's; they are not part of `compact`. Prints
+one JSON line.
 """
 
 from __future__ import annotations
