@@ -585,3 +585,22 @@ def test_restore_needs_the_rows_it_implies(make: Make, run: Run) -> None:
     live.cut(folder.live(trace.TRACE), trace.TRACE, 6)
     state = run(folder)
     assert state.status == "done" and state.attempts[-1].from_step == 4
+
+
+def test_a_trial_that_an_older_version_began_goes_on(make: Make, run: Run) -> None:
+    """Its records are JSON lines; the resumed trial is that which was never interrupted."""
+    whole, older = make(BASE, "whole"), make(BASE, "older")
+    run(whole)
+    run(older, crash_at(9))
+    for schema in (trace.TRACE, trace.PROBES):
+        rows, path = live.read(older.live(schema), schema), older.live(schema)
+        nulls = {n: rows.is_null(n).tolist() for n in rows.columns}
+        cells = {n: [None if x else v for v, x in zip(rows[n].tolist(), nulls[n], strict=True)] for n in nulls}
+        lines = [dict(zip(cells, values, strict=True)) for values in zip(*cells.values(), strict=True)]
+        path.unlink()
+        path.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step":')
+    state = run(older)
+    assert state.status == "done" and state.attempts[-1].cut_bytes > 0
+    assert not list(older.path.glob("*.jsonl")) and not list(older.path.glob("*.live"))
+    for a, b in zip(records(whole), records(older), strict=True):
+        assert_same(a, b)
