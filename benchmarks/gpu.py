@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
+from stabstudy.live import Writer
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.trace import TRACE, RowWriter
+from stabstudy.stability.verdict import DivergenceMonitor
+from stabstudy.trace import TRACE, widths
 from stabstudy.training import clip
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.record import RING, Recorder
+from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper
 
 LR, CLIP = 1e-3, 1.0
@@ -101,10 +102,10 @@ def ours(shape: Shape, device: torch.device, mode: str, record: bool) -> Step:
     recorder = Recorder(
         shape.config,
         stepper.layer_index,
-        RowWriter(folder / "trace.jsonl", TRACE),
-        DivergenceMonitor(rules, [MonitorFacts(10**6, 0, 12.0)]),
+        Writer(folder / "trace.live", TRACE, widths(shape.config.model.depth)),
+        DivergenceMonitor(rules, 10**6, 0, 12.0),
         LiveSpikes(rules),
-        ring=1 if device.type == "cpu" else RING,
+        on_device=device.type != "cpu",
     )
 
     def step(i: int) -> None:

@@ -37,10 +37,11 @@ import torch
 import torch.nn.functional as F
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
+from stabstudy.live import Writer
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.trace import PROBES, TRACE, RowWriter
+from stabstudy.stability.verdict import DivergenceMonitor
+from stabstudy.trace import PROBES, TRACE, widths
 from stabstudy.training import clip
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
@@ -148,12 +149,12 @@ def ours(shape: Shape, compiled: bool = False) -> Segment:
     recorder = Recorder(
         config,
         stepper.layer_index,
-        RowWriter(folder / "trace.jsonl", TRACE),
-        DivergenceMonitor(rules, [MonitorFacts(10**6, 0, 6.0)]),
+        Writer(folder / "trace.live", TRACE, widths(config.model.depth)),
+        DivergenceMonitor(rules, 10**6, 0, 6.0),
         LiveSpikes(rules),
-        ring=1,
+        on_device=False,
     )
-    probes = RowWriter(folder / "probes.jsonl", PROBES)
+    probes = Writer(folder / "probes.live", PROBES, widths(config.model.depth))
 
     def segment() -> Taken:
         marks = Marks(shape)

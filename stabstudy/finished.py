@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, file_sha256, sync_file, sync_folder
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, file_sha256, replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,24 +33,25 @@ def compact(live_path: Path, parquet: Path, schema: Schema, metadata: Mapping[st
 
 def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
     """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = rows.schema
     table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
-    tmp = parquet.with_name(parquet.name + ".tmp")
-    floats = [c.name for c in schema.columns if c.kind == "float"]
+    leaves = {"float": "{}", "floats": "{}.list.element"}
+    floats = [leaves[c.kind].format(c.name) for c in schema.columns if c.kind in leaves]
+    sink = pa.BufferOutputStream()
     pq.write_table(
         table,
-        tmp,
+        sink,
         compression="zstd",
         use_dictionary=["skip"] if "skip" in schema.names else False,
         column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
         write_page_checksum=True,
     )
-    sha = sync_file(tmp)
-    tmp.replace(parquet)
-    sync_folder(parquet.parent)
-    return sha
+    data = memoryview(sink.getvalue())
+    replace_file(parquet, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:

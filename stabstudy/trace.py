@@ -197,6 +197,17 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None) -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder."""
+    beside = path.with_name(tmp or f"{path.name}.tmp")
+    with beside.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:
     """Rows given as one mapping each; a column that a row lacks is null. Raises DamagedRecord, see `as_array`."""
     columns: dict[str, NDArray[Any]] = {}

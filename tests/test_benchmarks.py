@@ -35,6 +35,15 @@ def test_the_instrument_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(us > 0 for us in found.values()) and {"read", "summarise"} < set(found)
 
 
+def test_recording_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import recording  # type: ignore[import-not-found]
+
+    figures = recording.encode_and_write(K=3, steps=70, depth=2)
+    assert list(figures) == ["encode", "write", "compact", "compact_probes", "sync"]
+    assert all(us >= 0 for us in figures.values()) and figures["compact"] > 0
+
+
 def test_the_rule_in_pandas_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import instrument

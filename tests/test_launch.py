@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import live_rows
 import numpy as np
 import pytest
 from rich.console import Console
 
-from stabstudy import store, trace
+from stabstudy import live, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.board import Board
@@ -187,8 +188,7 @@ def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command:
 
 
 def _rows(study: store.StudyFolder, state: store.State) -> int:
-    live = study.trial(state.trial_id).live(trace.TRACE)
-    return live.read_bytes().count(b"\n") if live.exists() else 0
+    return live.last_step(study.trial(state.trial_id).live(trace.TRACE)) + 1
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ with contextlib.ExitStack() as locks:
 """
 
 
-def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not(
+def test_a_trial_without_a_new_row_for_too_long_is_killed_and_a_slow_one_is_not(
     folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = store.StudyFolder(folder / "results" / "hung")
@@ -298,8 +298,7 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
     trial.path.mkdir(parents=True)
     process = started([sys.executable, "-c", HANGING, str(trial.path)])
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}
-    trial.live(trace.TRACE).write_text(json.dumps(row) + "\n")
+    live_rows.write(trial.live(trace.TRACE), [{"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}])
     killed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", lambda pid, number: killed.append(pid))

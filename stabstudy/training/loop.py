@@ -27,7 +27,6 @@ from stabstudy.training.record import Recorder
 from stabstudy.training.schedule import schedule
 from stabstudy.training.step import Stepper
 
-
 RING_SECONDS = 1.0
 """That a ring lasts at most, unless a step takes longer."""
 

@@ -21,7 +21,7 @@ from stabstudy.stability.block import NO_TARGETS, SPIKE, Block
 from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.trace import PROBES, SKIPS, TRACE, Rows
+from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
 from stabstudy.training.driver import Taken, Tick
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import OF_LAYERS, SCALARS
@@ -82,7 +82,7 @@ class Recorder:
         skips = [p == "amp" or c.train.skip_nonfinite for p, c in zip(policies, configs, strict=True)]
         self._policy = np.array([1 + SKIPS.index(p) if s else 0 for p, s in zip(policies, skips, strict=True)])[:, None]
         self._tokens = np.array([c.tokens_per_step for c in configs])[:, None]
-        self._widths = {"layer_grad_norm": configs[0].model.depth + 2}
+        self._widths = widths(configs[0].model.depth)
         self._waiting: list[_Block] = []
         self._unjudged: list[Block] = []
 
@@ -150,8 +150,7 @@ class Recorder:
         columns = {name: np.array([math.nan if x is None else x]) for name, x in row.items()}
         nulls = {name: np.array([x is None]) for name, x in row.items()}
         columns |= {name: of[None] for name, of in zip(OF_LAYERS, layers, strict=True)}
-        widths = dict.fromkeys(OF_LAYERS, depth)
-        table = live.records(PROBES, widths, columns, nulls)
+        table = live.records(PROBES, self._widths, columns, nulls)
         self.members[k].probes.append(table, urgent=not math.isfinite(values["param_norm"]))
 
     def _probes(

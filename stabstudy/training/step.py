@@ -141,12 +141,12 @@ class Stepper:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, [K, ...], by its name in a checkpoint; written in place."""
-        owners = {"clip": self.clip_rule, "spike_skip": self.spike_skip}
         return {
             "scaler/loss_scale": self.loss_scale,
             "scaler/good_steps": self.good_steps,
             "halted": self.halted,
-            **{f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()},
+            **self.clip_rule.state,
+            **(self.spike_skip.state if self.spike_skip else {}),
             **{f"model/{name}": x for name, x in zip(self.stack.names, self.stack.tensors, strict=True)},
             **self.optimizer.state,
         }

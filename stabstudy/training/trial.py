@@ -29,7 +29,6 @@ from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint
 from stabstudy.training.noise_scale import NoiseMeans
-from stabstudy.training.probes import OF_LAYERS
 from stabstudy.training.record import Recorded
 
 RECORDS = (trace.TRACE, trace.PROBES)
@@ -108,8 +107,6 @@ class Trial:
         if self.state.unigram_entropy is None:  # here: a trial that an older version began has its first loss already
             entropy, tokens = self.batches.unigram_entropy, self.batches.training_tokens
             self._write(unigram_entropy=entropy, train_tokens=tokens)
-        for schema in RECORDS:
-            live.upgrade(self.folder.live(schema), schema, self._widths(schema))
         recorded = self.folder.live(trace.TRACE)
         rows = len(self._recorded(trace.TRACE))
         start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
@@ -118,6 +115,8 @@ class Trial:
         dropped, cut_bytes = live.cut(recorded, trace.TRACE, start)
         # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
         live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+        for schema in RECORDS:  # of a study that an older version began
+            live.upgrade(self.folder.live(schema), schema, self._widths)
         self._write(step=start)
         self._replace_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
         return tensors
@@ -129,7 +128,7 @@ class Trial:
         noise.replay(probed["noise_g2"], probed["noise_s"])
         writers = []
         for schema in RECORDS:
-            writers.append(live.Writer(self.folder.live(schema), schema, self._widths(schema)))
+            writers.append(live.Writer(self.folder.live(schema), schema, self._widths))
             self.open_files.callback(writers[-1].close)
         facts = MonitorFacts(
             self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
@@ -147,17 +146,16 @@ class Trial:
         """
         self.open_files.close()
         state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
-        records: dict[str, Any] = {}
+        recorded, records = {}, {}
         for schema in RECORDS:
-            meta = {"trial_id": state.trial_id}
-            count, sha = finished.compact(self.folder.live(schema), self.folder.finished(schema), schema, meta)
-            records[schema.name] = {"rows": count, "sha256": sha}
-        if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
-            raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
-        rows, probes = (finished.read_parquet(self.folder.finished(s), s) for s in RECORDS)
+            rows = recorded[schema.name] = self._whole(schema)
+            sha = finished.write(rows, self.folder.finished(schema), {"trial_id": state.trial_id})
+            records[schema.name] = {"rows": len(rows), "sha256": sha}
+        if stop_reason == "complete" and len(recorded["trace"]) != self.config.train.steps:
+            raise RuntimeError(f"{len(recorded['trace'])} rows of {self.config.train.steps} steps were recorded")
         state = replace(state, status="done", error=None, records=records)
         source = Source(self.config, state)
-        summary = judge_trial(rows, probes, source, self.rules)
+        summary = judge_trial(recorded["trace"], recorded["probes"], source, self.rules)
         write_summary(self.folder, summary, source, self.rules)
         found = summary.columns
         verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
@@ -197,13 +195,20 @@ class Trial:
         with self.folder.log_file.open("a", encoding="utf-8") as f:
             f.write(f"{store.now()} {line}\n")
 
+    def _whole(self, schema: trace.Schema) -> trace.Rows:
+        """The rows of a record that has been closed."""
+        rows = self._recorded(schema)
+        if rows.note:
+            raise trace.DamagedRecord(f"{self.folder.live(schema)}: {rows.note}")
+        return rows
+
     def _recorded(self, schema: trace.Schema) -> trace.Rows:
         path = self.folder.live(schema)
         return live.read(path, schema) if live.find(path) else trace.no_rows(schema)
 
-    def _widths(self, schema: trace.Schema) -> dict[str, int]:
-        depth = self.config.model.depth
-        return {"layer_grad_norm": depth + 2} if schema.name == "trace" else dict.fromkeys(OF_LAYERS, depth)
+    @property
+    def _widths(self) -> dict[str, int]:
+        return trace.widths(self.config.model.depth)
 
     def _end(self) -> None:
         if self.state.attempts:
