@@ -25,11 +25,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stabstudy.finished import compact, read_parquet
+from stabstudy.finished import read_parquet, write
 from stabstudy.stability.detectors import Tail, jump, jump_block
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import TrialFacts, summarise
-from stabstudy.trace import TRACE, RowWriter
+from stabstudy.trace import TRACE, Rows
 
 Floats = NDArray[np.float64]
 RULES = Rules()
@@ -115,15 +115,13 @@ def plant(folder: Path, seed: int, steps: int) -> Path:
     if seed % 2:
         norm[rng.integers(steps // 4, steps, 3)] *= 20
     loss = 2.5 + 4 * np.exp(-np.arange(steps) / 300) + 0.05 * rng.standard_normal(steps)
-    writer = RowWriter(folder / f"{seed}.jsonl", TRACE)
-    plain: dict[str, Any] = dict.fromkeys(TRACE.names)
-    for step, (g, x) in enumerate(zip(norm.tolist(), loss.tolist(), strict=True)):
-        known = {"step": step, "tokens": 256 * (step + 1), "seconds": 0.1, "lr": 1e-3, "loss": x, "grad_norm": g}
-        known |= {"clip_scale": min(1.0, 1 / g), "layer_grad_norm": [g / 2] * 4, "logit_absmax": 6.0, "logz_mean": 5.0}
-        writer.append(plain | known)
-    writer.close()
-    compact(writer.path, folder / f"{seed}.parquet", TRACE, {})
-    writer.path.unlink()
+    plain = {"seconds": np.full(steps, 0.1), "lr": np.full(steps, 1e-3), "logit_absmax": np.full(steps, 6.0)}
+    columns: dict[str, Any] = {"step": np.arange(steps), "tokens": 256 * np.arange(1, steps + 1), **plain}
+    columns |= {"loss": loss, "grad_norm": norm, "clip_scale": np.minimum(1, 1 / norm)}
+    columns |= {"logz_mean": np.full(steps, 5.0), "layer_grad_norm": np.repeat(norm[:, None] / 2, 4, axis=1)}
+    absent = {"loss_scale": np.full(steps, np.nan), "skip": np.full(steps, None, object)}
+    nulls = {n: np.full(steps, n in absent) for n in TRACE.names}
+    write(Rows(TRACE, columns | absent, nulls), folder / f"{seed}.parquet", {})
     return folder / f"{seed}.parquet"
 
 
