@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stabstudy import live
 from stabstudy.config import TrialConfig
@@ -40,7 +41,7 @@ class NoCrew:
 def random_batches(config: TrialConfig, vocab: int, windows: int = 1024) -> Batches:
     """The batches of a trial from so many windows of random tokens."""
     count = windows * config.data.seq_len + 1
-    tokens = np.random.default_rng(0).integers(0, vocab, count).astype(np.uint16 if vocab <= 2**16 else np.uint32)
+    tokens = np.random.default_rng(0).integers(0, vocab, count, np.uint32)
     corpus = Corpus(tokens, np.array([count], np.uint64), vocab, f"random {vocab} {count}", Path())
     sizes = config.train.batch_size, config.seed, config.data.validation_share, config.train.eval_sequences
     return Batches(corpus, config.data.seq_len, *sizes, config.final_eval_sequences)
@@ -52,13 +53,15 @@ def stepper_of(configs: Sequence[TrialConfig], vocab: int, device: torch.device,
     return Stepper(configs, models, device, compiled)
 
 
-def recorder_of(configs: Sequence[TrialConfig], folder: Path, columns: Sequence[str], layers: np.ndarray) -> Recorder:  # type: ignore[type-arg]
-    """A recorder that writes two live files for each member into `folder`/<member>."""
+def recorder_of(
+    configs: Sequence[TrialConfig], folders: Sequence[Path], columns: Sequence[str], layers: NDArray[np.int64]
+) -> Recorder:
+    """A recorder that writes two live files into each member's folder, which it makes."""
     members = []
-    for k, config in enumerate(configs):
-        place, entries = folder / str(k), widths(config.model.depth)
-        place.mkdir(parents=True)
-        writers = [live.Writer(place / f"{schema.name}.live", schema, entries) for schema in (TRACE, PROBES)]
+    for folder, config in zip(folders, configs, strict=True):
+        folder.mkdir(parents=True)
+        entries = widths(config.model.depth)
+        writers = [live.Writer(folder / f"{schema.name}.live", schema, entries) for schema in (TRACE, PROBES)]
         facts = MonitorFacts(config.train.steps, config.warmup_steps, START_LOSS)
         members.append(Recorded(config, writers[0], writers[1], facts, NoiseMeans(), 0))
     return Recorder(members, columns, layers, Rules())
@@ -87,7 +90,7 @@ def loop_of(
     driver: Driver = Eager(stepper, windows, evaluation)
     if cuda:
         driver = Captured(stepper, windows, evaluation, ring, tuple(Due))
-    recorder = recorder_of(configs, folder, stepper.columns, stepper.layer_index)
     names = tuple(str(k) for k in range(len(configs)))
+    recorder = recorder_of(configs, [folder / name for name in names], stepper.columns, stepper.layer_index)
     plan = Plan(tuple(range(len(configs))), tuple(configs), names, ring, 1e9, 0.0)
     return Loop(plan, stepper, driver, recorder, evaluation, final, NoCrew(), heartbeat)
