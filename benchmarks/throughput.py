@@ -1,6 +1,6 @@
 """Tokens per second of this trainer, everything recorded, against what people would use instead, in one run.
 
-    python benchmarks/throughput.py [--threads 1 2] [--shapes h d64 d256] [--rounds 5] [--lingua PATH]
+    python benchmarks/throughput.py [--tiny] [--threads 1 2] [--shapes h d64 d256] [--rounds 5] [--lingua PATH]
 
 Rivals: `lingua` (its own Transformer in a plain loop, from a checkout at PATH; three of its imports that a CPU lacks
 are empty stubs here), `hf_trainer` (transformers.Trainer on LlamaForCausalLM, logging every step), `hf_loop` (a plain
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -35,23 +35,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import trainer
+from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.live import Writer
-from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import PROBES, TRACE, widths
-from stabstudy.training import clip
+from stabstudy.training import clipping
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
-from stabstudy.training.loop import Loop, Progress
-from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.record import Recorder
+from stabstudy.training.families import Model
+from stabstudy.training.loop import Progress
 from stabstudy.training.schedule import schedule
-from stabstudy.training.step import Stepper
 
-VOCAB = 256
+VOCAB, CPU = 256, torch.device("cpu")
 WARM = 1
 """Steps of a segment that are not timed."""
 
@@ -82,6 +77,9 @@ class Shape:
 
 
 SHAPES = {"h": Shape(4, 128, 4, 256, 8, 10), "d64": Shape(6, 64, 4, 128, 8, 20), "d256": Shape(8, 256, 4, 256, 8, 4)}
+TINY = {"tiny": Shape(2, 32, 2, 16, 2, 3)}
+TINY_RIVALS = ("ours", "bare", "hf_loop")
+"""No compiler, and nothing that takes seconds to set itself up."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,10 @@ class Marks:
         self.at: list[tuple[float, float]] = []
         self.losses: list[float] = []
 
+    def clear(self) -> None:
+        """Begin the next segment."""
+        self.at, self.losses = [], []
+
     def mark(self) -> None:
         self.at.append((time.perf_counter(), time.process_time()))
 
@@ -116,55 +118,31 @@ class Marks:
 Segment = Callable[[], Taken]
 
 
-class RandomBatches:
-    """The interface of data.batches.Batches over fixed random tokens."""
-
-    def __init__(self, shape: Shape):
-        self.windows = np.random.default_rng(0).integers(0, VOCAB, (64, shape.batch, shape.seq + 1))
-
-    def batch(self, step: int) -> Any:
-        return self.windows[step % len(self.windows)]
-
-    def evaluation(self) -> Any:
-        return self.windows[0]
-
-
 def trial(shape: Shape) -> TrialConfig:
     train = TrainConfig(steps=10**6, batch_size=shape.batch, eval_every=10**8, checkpoint_every=10**8)
     return TrialConfig(model=shape.model, optim=OptimConfig(lr=1e-3), data=DataConfig(seq_len=shape.seq), train=train)
 
 
-def stepper_of(config: TrialConfig, compiled: bool = False) -> Stepper:
-    """As training/trial.py builds it."""
-    keep_freed_memory()
-    model = Decoder(config.model, VOCAB, config.data.seq_len)
-    initialise(model, config.model, 0)
-    return Stepper(config, model, torch.device("cpu"), compiled)
+def random_windows(shape: Shape) -> Any:
+    """A supply of batches, [64, batch, seq + 1], for those that do not read ours."""
+    return np.random.default_rng(0).integers(0, VOCAB, (64, shape.batch, shape.seq + 1))
 
 
 def ours(shape: Shape, compiled: bool = False) -> Segment:
-    config = trial(shape)
-    stepper = stepper_of(config, compiled)
-    folder, rules = Path(tempfile.mkdtemp()), Rules()
-    recorder = Recorder(
-        config,
-        stepper.layer_index,
-        Writer(folder / "trace.live", TRACE, widths(config.model.depth)),
-        DivergenceMonitor(rules, 10**6, 0, 6.0),
-        LiveSpikes(rules),
-        on_device=False,
-    )
-    probes = Writer(folder / "probes.live", PROBES, widths(config.model.depth))
+    """A pack of one trial, as the product runs it on a CPU."""
+    keep_freed_memory()
+    marks = Marks(shape)
+
+    def heartbeat(progress: Sequence[Progress]) -> bool:
+        marks.losses.append(progress[0].loss)
+        marks.mark()
+        return marks.full
+
+    loop = trainer.loop_of([trial(shape)], VOCAB, CPU, Path(tempfile.mkdtemp()), heartbeat, compiled)
 
     def segment() -> Taken:
-        marks = Marks(shape)
-
-        def heartbeat(progress: Progress) -> bool:
-            marks.losses.append(progress.loss)
-            marks.mark()
-            return marks.full
-
-        Loop(config, stepper, RandomBatches(shape), recorder, probes, lambda step: None, heartbeat).run(recorder.rows)  # type: ignore[arg-type]
+        marks.clear()
+        loop.run()
         return marks.taken()
 
     return segment
@@ -172,22 +150,25 @@ def ours(shape: Shape, compiled: bool = False) -> Segment:
 
 def bare(shape: Shape) -> Segment:
     """The same model, clip and optimizer, and the loss of each step; no other number is computed or kept."""
-    config = trial(shape)
-    stepper, batches, factor = stepper_of(config), RandomBatches(shape), schedule(config.optim, config.train.steps)
-    step, never = 0, torch.zeros(())
+    keep_freed_memory()
+    config, marks = trial(shape), Marks(shape)
+    stepper, batches = trainer.stepper_of([config], VOCAB, CPU), trainer.random_batches(config, VOCAB)
+    factor, never, step = schedule(config.optim, config.train.steps), torch.zeros(1), 0
+
+    def mean_loss(model: Model, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+        return {"loss": losses.sum() / shape.tokens}
 
     def segment() -> Taken:
         nonlocal step
-        marks = Marks(shape)
+        marks.clear()
         while not marks.full:
-            windows = torch.from_numpy(batches.batch(step))
-            stepper.optimizer.zero_grad()
-            logits = stepper.model(windows[:, :-1]).flatten(0, 1)
-            loss = F.cross_entropy(logits, windows[:, 1:].flatten(), reduction="none").sum() / shape.tokens
-            loss.backward()
-            grads = clip.gradients(stepper.parameters)
-            clip.scale_(grads, clip.clip_scale(torch.linalg.vector_norm(clip.tensor_norms(grads)), 1.0))
-            stepper.optimizer.step(config.peak_lr * factor(step), never)
+            windows = torch.from_numpy(batches.batch(step)[None])
+            loss = stepper.stack.run(mean_loss, windows[..., :-1], windows[..., 1:])["loss"]
+            grads = stepper.stack.gradients(loss.sum())
+            norms = clipping.tensor_norms(grads)
+            stepper.clip_rule.apply(grads, norms, clipping.global_norm(norms))
+            stepper.optimizer.step(grads, [config.peak_lr * factor(step)], never)
             marks.losses.append(loss.item())
             marks.mark()
             step += 1
@@ -199,12 +180,12 @@ def bare(shape: Shape) -> Segment:
 def plain_loop(shape: Shape, model: torch.nn.Module, loss_of: Callable[[Any, Any], Any]) -> Segment:
     """zero_grad, forward, backward, clip, step: the least that anybody writes; the norm is computed and dropped."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = RandomBatches(shape)
+    batches = random_windows(shape)
 
     def segment() -> Taken:
         marks = Marks(shape)
         for step in range(marks.count):
-            windows = torch.from_numpy(batches.batch(step))
+            windows = torch.from_numpy(batches[step % len(batches)])
             optimizer.zero_grad()
             loss_of(windows[:, :-1], windows[:, 1:]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -243,7 +224,7 @@ def hf_trainer(shape: Shape) -> Segment:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    windows = RandomBatches(shape).windows.reshape(-1, shape.seq + 1)[:, :-1]
+    windows = random_windows(shape).reshape(-1, shape.seq + 1)[:, :-1]
     rows = [{"input_ids": w.tolist(), "labels": w.tolist()} for w in windows]
     model = llama(shape)
 
@@ -295,7 +276,7 @@ def sgemm_ceiling(threads: int) -> float:
     return best / 1e9
 
 
-def rivals(checkout: Path | None) -> dict[str, Callable[[Shape], Segment]]:
+def known_rivals(checkout: Path | None) -> dict[str, Callable[[Shape], Segment]]:
     found: dict[str, Callable[[Shape], Segment]] = {"ours": ours, "ours_compiled": lambda shape: ours(shape, True)}
     found |= {"bare": bare, "hf_trainer": hf_trainer, "hf_loop": hf_loop}
     return found | ({"lingua": lambda shape: lingua(shape, checkout)} if checkout is not None else {})
@@ -305,18 +286,20 @@ def rival_process(name: str, shape: Shape, threads: int, checkout: Path | None, 
     """One segment for each True that comes through the pipe, after a first one that is answered with its seconds."""
     torch.set_num_threads(threads)
     keep_compiled(cache)
-    segment = rivals(checkout)[name](shape)
+    segment = known_rivals(checkout)[name](shape)
     began = time.perf_counter()
     pipe.send((segment(), time.perf_counter() - began))
     while pipe.recv():
         pipe.send((segment(), 0.0))
 
 
-def take_turns(shape: Shape, threads: int, rounds: int, checkout: Path | None, cache: Path) -> Any:
+def take_turns(
+    shape: Shape, rivals: Sequence[str], threads: int, rounds: int, checkout: Path | None, cache: Path
+) -> Any:
     """(segments of each rival, seconds of its first segment, the machine's sgemm ceiling in GFLOP/s)."""
     torch.set_num_threads(threads)
     pipes, taken, first, ceiling = {}, {}, {}, 0.0
-    for name in rivals(checkout):  # one after another, so that first_s means something
+    for name in rivals:  # one after another, so that first_s means something
         pipes[name], theirs = get_context("spawn").Pipe()
         arguments = (name, shape, threads, checkout, cache, theirs)
         get_context("spawn").Process(target=rival_process, args=arguments, daemon=True).start()
@@ -334,9 +317,12 @@ def take_turns(shape: Shape, threads: int, rounds: int, checkout: Path | None, c
     return {name: segments[1:] for name, segments in taken.items()}, first, ceiling
 
 
-def measure(name: str, threads: int, rounds: int, checkout: Path | None, cache: Path) -> dict[str, Any]:
-    shape = SHAPES[name]
-    taken, first, ceiling = take_turns(shape, threads, rounds, checkout, cache)
+def measure(
+    name: str, rivals: Sequence[str], threads: int, rounds: int, checkout: Path | None, cache: Path
+) -> dict[str, Any]:
+    """The line of one shape; `rivals` must hold `ours` and `bare`."""
+    shape = (SHAPES | TINY)[name]
+    taken, first, ceiling = take_turns(shape, rivals, threads, rounds, checkout, cache)
     found: dict[str, Any] = {}
     tokens = shape.steps * shape.tokens
     for rival, segments in taken.items():
@@ -365,7 +351,7 @@ def measure(name: str, threads: int, rounds: int, checkout: Path | None, cache: 
 
 def ratios(found: dict[str, Any], of: str) -> dict[str, dict[str, float]]:
     """How many times as good ours is as each other one, eager and compiled: more is better for us in both figures."""
-    mine = ("ours", "ours_compiled")
+    mine = [me for me in ("ours", "ours_compiled") if me in found]
 
     def ratio(me: str, rival: str) -> float:
         one, other = found[me][of], found[rival][of]
@@ -374,15 +360,24 @@ def ratios(found: dict[str, Any], of: str) -> dict[str, dict[str, float]]:
     return {me: {r: ratio(me, r) for r in found if r not in mine} for me in mine}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lingua", type=Path, default=None, help="a checkout of facebookresearch/lingua")
     parser.add_argument("--cache", type=Path, default=None, help="folder of compiled kernels; default: a new one")
+    parser.add_argument("--tiny", action="store_true", help="a few rivals at the smallest shape: shows that it runs")
     chosen = parser.parse_args()
     kernels = chosen.cache or Path(tempfile.mkdtemp())
-    for shape_name in chosen.shapes:
-        for count in chosen.threads:
-            print(json.dumps(measure(shape_name, count, chosen.rounds, chosen.lingua, kernels)), flush=True)
+    if chosen.tiny:
+        print(json.dumps(measure("tiny", TINY_RIVALS, 1, 2, None, kernels)), flush=True)
+        return
+    for shape in chosen.shapes:
+        for threads in chosen.threads:
+            rivals = list(known_rivals(chosen.lingua))
+            print(json.dumps(measure(shape, rivals, threads, chosen.rounds, chosen.lingua, kernels)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

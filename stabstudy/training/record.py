@@ -133,25 +133,42 @@ class Recorder:
             urgent |= ~np.isfinite(block.judged.loss + block.judged.norm).all(1) | (block.counts < block.lr.shape[1])
             for k in np.flatnonzero(block.counts).tolist():
                 self.members[k].trace.append(table[k, : block.counts[k]], urgent=bool(urgent[k]))
-            for k, done, evaluated, vector in block.probes:
-                self.add_probe(k, done, vector, evaluated)
+            self._write_probes(block.probes)
 
     def add_probe(self, k: int, done: int, vector: Floats, evaluated: bool) -> None:
         """Append the probes row of a member's state after `done` updates."""
-        self.probed[k] = done
-        depth = self.members[k].config.model.depth
-        values = dict(zip(SCALARS, vector.tolist(), strict=False))
-        noise = self.members[k].noise.row(values.pop("noise_g2"), values.pop("noise_s"))
-        row: dict[str, float | None] = {"step": done, **values, **noise}
-        if not row.pop("sized"):
-            row |= {"update_rms": None, "adam_rms_max": None}
-        row["val_loss"] = row["val_loss"] if evaluated else None
-        layers = vector[len(SCALARS) :].reshape(len(OF_LAYERS), depth)
-        columns = {name: np.array([math.nan if x is None else x]) for name, x in row.items()}
-        nulls = {name: np.array([x is None]) for name, x in row.items()}
-        columns |= {name: of[None] for name, of in zip(OF_LAYERS, layers, strict=True)}
-        table = live.records(PROBES, self._widths, columns, nulls)
-        self.members[k].probes.append(table, urgent=not math.isfinite(values["param_norm"]))
+        self._write_probes([(k, done, evaluated, vector)])
+
+    def _write_probes(self, probes: Sequence[tuple[int, int, bool, Floats]]) -> None:
+        """Rows of many members at once; each member's in the order given."""
+        if not probes:
+            return
+        ordered = sorted(probes, key=lambda probe: probe[0])
+        table = self._probes_table(ordered)
+        of = [k for k, *_ in ordered]
+        lost = ~np.isfinite(table["param_norm"])
+        ends = [i for i in range(1, len(of) + 1) if i == len(of) or of[i] != of[i - 1]]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            k, done = of[begin], ordered[end - 1][1]
+            self.probed[k] = done
+            self.members[k].probes.append(table[begin:end], urgent=bool(lost[begin:end].any()))
+
+    def _probes_table(self, probes: Sequence[tuple[int, int, bool, Floats]]) -> NDArray[np.void]:
+        """The rows [n] of the probes."""
+        vectors = np.stack([vector for *_, vector in probes])
+        columns: dict[str, Any] = dict(zip(SCALARS, vectors.T, strict=False))
+        unsized = columns.pop("sized") == 0
+        pairs = zip(columns["noise_g2"].tolist(), columns["noise_s"].tolist(), strict=True)
+        noise = [self.members[k].noise.row(*pair) for (k, *_), pair in zip(probes, pairs, strict=True)]
+        nulls = {"update_rms": unsized, "adam_rms_max": unsized, "val_loss": np.array([not e for _, _, e, _ in probes])}
+        for name in ("noise_g2", "noise_s", "noise_scale"):
+            values = [row[name] for row in noise]
+            nulls[name] = np.array([x is None for x in values])
+            columns[name] = np.array([math.nan if x is None else x for x in values])
+        layers = vectors[:, len(SCALARS) :].reshape(len(probes), len(OF_LAYERS), -1)
+        columns |= {name: layers[:, i] for i, name in enumerate(OF_LAYERS)}
+        columns["step"] = np.array([done for _, done, _, _ in probes])
+        return live.records(PROBES, self._widths, columns, nulls)
 
     def _probes(
         self, places: Sequence[int], taken: Taken, counts: Ints, ends: dict[int, int]
