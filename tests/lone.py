@@ -146,6 +146,8 @@ def unlike(config: TrialConfig, place: int) -> TrialConfig:
         optim,
         lr=2 * optim.lr if place else optim.lr / 3,
         weight_decay=0.07,
+        decay_mode="independent" if optim.decay_mode == "coupled" else "coupled",
+        decay_params="matrices" if optim.decay_params == "all" else "all",
         beta2=0.9,
         clip=None if optim.clip is None else 0.3 * optim.clip,
     )
