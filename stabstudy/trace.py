@@ -59,7 +59,7 @@ TRACE = Schema(
     (
         Column("step", "int", "", "0-based optimizer step"),
         Column("tokens", "int", "token", "targets seen, this step included"),
-        Column("seconds", "float", "s", "wall time of this step"),
+        Column("seconds", "float", "s", "wall time of this step; members of a pack have it in common"),
         Column("lr", "float", "", "scheduled learning rate used by this update"),
         Column("loss", "float", "nat/token", "cross-entropy summed over all micro-batches / valid targets", True),
         Column("grad_norm", "float", "gradient", "global L2 norm BEFORE clipping, unscaled", True),
