@@ -147,14 +147,13 @@ class Trial:
         """
         self.open_files.close()
         state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
+        rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in RECORDS)
         records: dict[str, Any] = {}
-        for schema in RECORDS:
-            meta = {"trial_id": state.trial_id}
-            count, sha = finished.compact(self.folder.live(schema), self.folder.finished(schema), schema, meta)
-            records[schema.name] = {"rows": count, "sha256": sha}
+        for table in (rows, probes):
+            sha = finished.write(table, self.folder.finished(table.schema), {"trial_id": state.trial_id})
+            records[table.schema.name] = {"rows": len(table), "sha256": sha}
         if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
             raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
-        rows, probes = (finished.read_parquet(self.folder.finished(s), s) for s in RECORDS)
         state = replace(state, status="done", error=None, records=records)
         source = Source(self.config, state)
         summary = judge_trial(rows, probes, source, self.rules)
