@@ -150,10 +150,8 @@ def finish(recorder: Recorder, k: int, folder: Any, clock: Clock) -> None:
             records[table.schema.name] = {"rows": len(table), "sha256": sha}
     assert records["trace"]["rows"] == recorder.members[k].config.train.steps
     with clock.of("verdict"):
-        done = State(folder.trial_id, "done", steps, stop_reason="complete", final_loss=2.5, records=records)
-        source = Source(
-            recorder.members[k].config, State(folder.trial_id, "done", steps, stop_reason="complete", **found)
-        )
+        done = State(folder.trial_id, "done", steps, stop_reason="complete", init_loss=6.5, records=records)
+        source = Source(recorder.members[k].config, done)
         write_summary(folder, judge_trial(rows, probes, source, RULES), source, RULES)
 
 
