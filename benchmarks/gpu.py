@@ -110,7 +110,6 @@ TINY = Size(
     ("tiny",),
     {
         "one_trial": (Shape(2, 32, 2, 16, 2, 64, multiple_of=32), True, 1),
-        "one_trial_25": (Shape(1, 32, 2, 16, 2, 64), False, 1),
     },
     4,
     1,
@@ -227,7 +226,7 @@ def processes(bench: Bench) -> None:
         folders = StudyFolder(bench.folder / study).trials()
         steps = sum(float(read_parquet(f.finished(TRACE), TRACE)["seconds"].sum()) for f in folders)
         whole = seconds + 9 * steps / size.processes
-        facts = {"of_a_tenth_s": round(seconds, 1), "ms_per_trial_step": _per_step(size, whole)}
+        facts: dict[str, Any] = {"of_a_tenth_s": round(seconds, 1), "ms_per_trial_step": _per_step(size, whole)}
         bench.say(f"processes {name}", whole, "s", peak, **facts)
         if packed := bench.value(f"packs {name}"):
             bench.say(f"trials per hour over processes {name}", whole / packed, "x", peak)
@@ -255,6 +254,8 @@ def recording(bench: Bench) -> None:
 
 
 def one_trial(bench: Bench, name: str) -> None:
+    if name not in bench.size.large:  # tiny: a shape more would show nothing more
+        return
     shape, together, rings = bench.size.large[name]
     place = Place(bench.size.device, bench.folder / name, bench.size.compiled, rings, bench.size.ring)
     makes = gpu_parts.one_trial(shape, place, bench.lingua, bench.size.compiled)

@@ -237,7 +237,7 @@ def rival(kind: str, shape: Shape, place: Place, compiled: bool, checkout: Path 
             optimizer.zero_grad()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=shape.precision == "bf16"):
                 loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
 
