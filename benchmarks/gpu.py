@@ -1,292 +1,353 @@
-"""Tokens per second on one CUDA device at Lingua's shapes, in bf16 autocast: ours in three modes, and the rivals.
+"""What the product does on one GPU, end to end and beside others, unattended within a budget of minutes.
 
-    python benchmarks/gpu.py [--shapes 1024x8 1024x10 2048x25] [--steps 20] [--rounds 5] [--lingua PATH]
+    python benchmarks/gpu.py [--minutes 10] [--only NAME ...] [--lingua CHECKOUT] [--tiny]
 
-Ours runs Stepper and Recorder (a ring of steps, one copy to the host for 32) in the modes `eager`, `compile` (the loss
-function) and `graph`: the whole step, norms, clip and AdamW included, captured once and replayed. `bare` drops each
-step's vector on the device instead of recording it. Rivals: `hf_loop` and `lingua`, plain loops as in throughput.py.
-Segments take turns; figures are medians; MFU is against the best bf16 product measured in the same run.
+It needs this package with its dependencies, one CUDA device, a C++ compiler (for torch.compile), some GB in the
+temporary folder, and no network: the data are the source text of Python's library and random tokens. One JSON line for
+each figure, with the card and the most memory held, and a table at the end. The figures:
 
-On a CPU (`--device cpu --shapes tiny`) it runs without the graph: that shows only that it works.
+    quickstart    seconds of `python -m stabstudy.sweep`: through Ray, its start and the report included
+    packs         seconds of 128 trials x 1,000 steps at .25, 1.3 and 4.9 M parameters by the same command, pack=auto
+    one_trial     tokens/s at 1024 x 8 layers, 2,048 x 4 tokens, bf16, all recorded, over Lingua and HF, compiled or not
+    recording     a pack of 128 with all recorded over the same with a recorder that does nothing, and without probes
+    processes     the trials of `packs` as 16 processes for a tenth of the steps, and trials per hour of the two
+    loose         `packs` with kernels that are not deterministic; the two parts above have theirs beside
+    one_trial_25  as `one_trial` at 2048 x 25 layers
+
+Kernels are deterministic, as the product's are, where a line does not say otherwise. A figure for which there is no
+time left is named and left out. `processes` train eagerly (compiling in 16 processes at once would take minutes that
+they do not earn back), `packs` compiled. The whole steps of the processes follow from a tenth of them: wall time plus
+nine times the recorded seconds of all steps over 16. Memory of what runs in other processes is the device's, polled.
+
+`--tiny` runs all of it on a CPU at tiny shapes: that shows only that it works.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import statistics
+import os
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-import types
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import gpu_parts
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from gpu_parts import Measured, Place, Shape
 
-from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.live import Writer
-from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes
-from stabstudy.stability.verdict import DivergenceMonitor
-from stabstudy.trace import TRACE, widths
-from stabstudy.training import clip
-from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.record import Recorder
-from stabstudy.training.step import Stepper
+from stabstudy.finished import read_parquet
+from stabstudy.store import StudyFolder
+from stabstudy.trace import TRACE
 
-LR, CLIP = 1e-3, 1.0
-GRAPH_WARM = 3
-"""Steps on a side stream before the capture, as torch asks for: libraries set themselves up in them."""
+LOOSE = """
+import sys
+from stabstudy.training import pack
+pack.choose_deterministic_kernels = lambda: None
+from stabstudy.sweep import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command with kernels that are not deterministic; it must train in its own process (launcher=local)."""
+
+STOP_SECONDS = 20.0
+"""For a sweep to stop by itself once it is asked to."""
+
+GOALS = {"quickstart": "<= 40 s", "packs 1.3 M": "<= 90 s", "recording 1.3 M": "<= .02", "recording .25 M": "<= .02"}
+GOALS |= {f"trials per hour over processes {n}": f">= {x}" for n, x in ((".25 M", 30), ("1.3 M", 10), ("4.9 M", 5))}
+GOALS |= {f"{name}: ours over lingua compiled": ">= 1.1" for name in ("one_trial", "one_trial_25")}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Model, sequence length, sequences per step, vocabulary."""
+class Size:
+    """All that the figures run, on a device or tiny."""
 
-    depth: int
-    dim: int
-    heads: int
-    seq: int = 2048
-    batch: int = 4
-    vocab: int = 32_000
+    device: str
+    quickstart: tuple[str, ...]  # further words of the command
+    packs: dict[str, Shape]
+    members: int
+    steps: int
+    processes: int
+    recorded: tuple[str, ...]  # the shapes of `packs` at which recording is measured
+    large: dict[str, tuple[Shape, bool, int]]  # and whether all rivals fit into memory at once, and rings of a segment
+    ring: int
+    rounds: int
+    compiled: bool
 
-    @property
-    def config(self) -> TrialConfig:
-        return TrialConfig(
-            model=ModelConfig(depth=self.depth, dim=self.dim, n_heads=self.heads, multiple_of=256),
-            optim=OptimConfig(lr=LR, clip=CLIP),
-            data=DataConfig(seq_len=self.seq),
-            train=TrainConfig(steps=10**6, batch_size=self.batch, precision="bf16"),
+
+CUDA = Size(
+    "cuda",
+    (),
+    {".25 M": Shape(4, 64, 4, 32, 8), "1.3 M": Shape(6, 128, 4, 256, 8), "4.9 M": Shape(6, 256, 8, 256, 16)},
+    128,
+    1000,
+    16,
+    (".25 M", "1.3 M"),
+    {
+        "one_trial": (Shape(8, 1024, 8, 2048, 4, 32_000, "bf16", 256), True, 1),
+        "one_trial_25": (Shape(25, 2048, 16, 2048, 4, 32_000, "bf16", 256), False, 1),
+    },
+    32,
+    5,
+    True,
+)
+TINY = Size(
+    "cpu",
+    ("train.steps=4", "model.depth=2", "optim.lr=3e-3", "optim.clip=1.0", "seeds=1"),
+    {"tiny": Shape(2, 32, 2, 16, 2)},
+    4,
+    20,
+    2,
+    ("tiny",),
+    {
+        "one_trial": (Shape(2, 32, 2, 16, 2, 64, multiple_of=32), True, 1),
+    },
+    4,
+    1,
+    False,
+)
+
+
+@dataclass
+class Bench:
+    """One run: its size, its end, and the lines printed so far."""
+
+    size: Size
+    folder: Path
+    deadline: float  # time.monotonic
+    lingua: Path | None = None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def say(
+        self, figure: str, value: float, unit: str, peak_gb: float, deterministic: bool = True, **facts: Any
+    ) -> None:
+        card = torch.cuda.get_device_name() if self.size.device == "cuda" else "cpu"
+        line: dict[str, Any] = {"benchmark": "gpu", "figure": figure, "value": float(f"{value:.4g}"), "unit": unit}
+        line |= {"deterministic": deterministic, "peak_gb": round(peak_gb, 2), "device": card, **facts}
+        self.lines.append(line)
+        print(json.dumps(line), flush=True)
+
+    def value(self, figure: str) -> float | None:
+        return next((line["value"] for line in self.lines if line["figure"] == figure), None)
+
+    def sweep(self, words: Sequence[str], name: str, loose: bool = False) -> tuple[float, float]:
+        """(seconds, peak GB) of the command; raises TimeoutError, RuntimeError where it fails."""
+        head = ["-c", LOOSE] if loose else ["-m", "stabstudy.sweep"]
+        command = [sys.executable, *head, *words, f"study={name}", f"results_dir={self.folder}"]
+        log = self.folder / f"{name}.log"
+        with log.open("w") as out, _device_memory() as peak:
+            began = time.perf_counter()
+            code = _run(command, out, max(1.0, self.deadline - time.monotonic()))
+            took = time.perf_counter() - began
+        if code:
+            raise RuntimeError(f"{' '.join(words)}: exit code {code}\n{log.read_text()[-2000:]}")
+        return took, peak[0]
+
+
+def _run(command: Sequence[str], out: TextIO, seconds: float) -> int:
+    """The exit code of a command; behind its time it is asked to stop, then killed with all that it started."""
+    with subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise TimeoutError from None
+
+
+@contextmanager
+def _device_memory() -> Iterator[list[float]]:
+    """[GB] of the device that are used at most while this lasts, by all processes; [0] without a device."""
+    peak, done = [0.0], threading.Event()
+
+    def poll() -> None:
+        while not done.wait(0.25):
+            free, total = torch.cuda.mem_get_info()
+            peak[0] = max(peak[0], (total - free) / 1e9)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    if torch.cuda.is_available():
+        thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def quickstart(bench: Bench) -> None:
+    seconds, peak = bench.sweep(
+        ["sweep=quickstart", *_device_words(bench, "auto"), *bench.size.quickstart], "quickstart"
+    )
+    bench.say("quickstart", seconds, "s", peak)
+
+
+def packs(bench: Bench, loose: bool = False) -> None:
+    size = bench.size
+    for name, shape in size.packs.items():
+        local = _local(size) or (["launcher=local"] if loose else [])
+        pack = "auto" if size.device == "cuda" else str(size.members)
+        words = [*_trials(size, shape, size.steps, size.compiled), *_device_words(bench, pack), *local]
+        figure = f"packs {name}" + (", kernels not deterministic" if loose else "")
+        seconds, peak = bench.sweep(words, f"packs{'-loose' if loose else ''}-{name.replace(' ', '')}", loose)
+        hour = size.members * 3600 / seconds
+        bench.say(
+            figure,
+            seconds,
+            "s",
+            peak,
+            not loose,
+            trials_per_hour=round(hour),
+            ms_per_trial_step=_per_step(size, seconds),
         )
 
-    def flops(self) -> float:
-        """Of a step: 6 for each parameter of a matrix and token, 12 * depth * dim * seq for attention."""
-        matrices = self.config.model.parameters(self.vocab) - self.vocab * self.dim
-        return self.batch * self.seq * (6.0 * matrices + 12 * self.depth * self.dim * self.seq)
+
+def processes(bench: Bench) -> None:
+    size = bench.size
+    for name, shape in size.packs.items():
+        words = _trials(size, shape, size.steps // 10, compiled=False)
+        words += [*_device_words(bench, "1", 1 / size.processes), *_local(size)]
+        study = f"processes-{name.replace(' ', '')}"
+        seconds, peak = bench.sweep(words, study)
+        folders = StudyFolder(bench.folder / study).trials()
+        steps = sum(float(read_parquet(f.finished(TRACE), TRACE)["seconds"].sum()) for f in folders)
+        whole = seconds + 9 * steps / size.processes
+        facts: dict[str, Any] = {"of_a_tenth_s": round(seconds, 1), "ms_per_trial_step": _per_step(size, whole)}
+        bench.say(f"processes {name}", whole, "s", peak, **facts)
+        if packed := bench.value(f"packs {name}"):
+            bench.say(f"trials per hour over processes {name}", whole / packed, "x", peak)
 
 
-SHAPES = {
-    "1024x8": Shape(8, 1024, 8),
-    "1024x10": Shape(10, 1024, 8),
-    "2048x25": Shape(25, 2048, 16),
-    "tiny": Shape(2, 32, 2, seq=16, batch=2, vocab=64),
+def recording(bench: Bench) -> None:
+    size = bench.size
+    for name in size.recorded:
+        place = Place(size.device, bench.folder / f"recording-{name.replace(' ', '')}", size.compiled, 4, size.ring)
+        makes = [partial(gpu_parts.recording, size.packs[name], size.members, place, d) for d in (True, False)]
+        found = gpu_parts.in_turns(makes, size.rounds, False, bench.deadline)
+        for suffix in ("", ", kernels not deterministic"):
+            on, off, no_probes = (found[f"{part}{suffix}"] for part in ("on", "off", "no probes"))
+            facts = {
+                "on_s": round(on.seconds, 4),
+                "off_s": round(off.seconds, 4),
+                "steps": place.steps,
+                "members": size.members,
+            }
+            bench.say(
+                f"recording {name}{suffix}", on.seconds / off.seconds - 1, "share", on.peak_gb, not suffix, **facts
+            )
+            share = on.seconds / no_probes.seconds - 1
+            bench.say(f"probes {name}{suffix}", share, "share", on.peak_gb, not suffix)
+
+
+def one_trial(bench: Bench, name: str) -> None:
+    if name not in bench.size.large:  # tiny: a shape more would show nothing more
+        return
+    shape, together, rings = bench.size.large[name]
+    place = Place(bench.size.device, bench.folder / name, bench.size.compiled, rings, bench.size.ring)
+    makes = gpu_parts.one_trial(shape, place, bench.lingua, bench.size.compiled)
+    found: dict[str, Measured] = gpu_parts.in_turns(makes, bench.size.rounds, together, bench.deadline)
+    for part, measured in found.items():
+        speed = place.steps * shape.tokens / measured.seconds
+        bench.say(f"{name}: {part}", speed, "tokens/s", measured.peak_gb, part == "ours", in_turns=together)
+    for mine in ("ours", "ours, kernels not deterministic"):
+        for part in (part for part in found if not part.startswith("ours")):
+            ratio = found[part].seconds / found[mine].seconds
+            bench.say(f"{name}: {mine} over {part}", ratio, "x", found[mine].peak_gb, mine == "ours")
+
+
+def _trials(size: Size, shape: Shape, steps: int, compiled: bool) -> list[str]:
+    """Words of a study of `members` trials of a shape: 16 rates, or half as many as there are trials."""
+    rates = min(16, size.members // 2)
+    words = [f"model.depth={shape.depth}", f"model.dim={shape.dim}", f"model.n_heads={shape.heads}"]
+    words += [f"data.seq_len={shape.seq}", f"train.batch_size={shape.batch}", f"train.steps={steps}"]
+    words += [f"optim.lr={{log:[1e-4,3e-3],num:{rates}}}", f"seeds={size.members // rates}"]
+    words += ["optim.warmup_steps=null", "optim.warmup_share=0.05"]
+    return [*words, f"train.compile={'on' if compiled else 'off'}"]
+
+
+def _device_words(bench: Bench, pack: str, share: float = 1.0) -> list[str]:
+    if bench.size.device == "cpu":
+        return [f"compute.pack={'1' if pack == 'auto' else pack}", "compute.gpus_per_pack=0"]
+    return [f"compute.pack={pack}", f"compute.gpus_per_pack={share:g}", "compute.cpus_per_pack=1", "compute.threads=1"]
+
+
+def _local(size: Size) -> list[str]:
+    """A tiny run starts Ray once only, for the quickstart."""
+    return ["launcher=local"] if size.device == "cpu" else []
+
+
+def _per_step(size: Size, seconds: float) -> float:
+    return float(f"{1000 * seconds / size.members / size.steps:.3g}")
+
+
+FIGURES: dict[str, Callable[[Bench], None]] = {
+    "quickstart": quickstart,
+    "packs": packs,
+    "one_trial": partial(one_trial, name="one_trial"),
+    "recording": recording,
+    "processes": processes,
+    "loose": partial(packs, loose=True),
+    "one_trial_25": partial(one_trial, name="one_trial_25"),
 }
-
-Step = Callable[[int], None]
-"""One optimizer step on batch i; waits for nothing."""
+"""In the order in which they are measured: what may be skipped comes last."""
 
 
-def windows(shape: Shape) -> Any:
-    """Eight batches of random tokens, [8, batch, seq + 1]."""
-    return np.random.default_rng(0).integers(0, shape.vocab, (8, shape.batch, shape.seq + 1))
+def measure(size: Size, minutes: float, only: Sequence[str], lingua: Path | None) -> Bench:
+    """Measure all figures, or those named, until the time is over; each is printed as soon as it is known."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        bench = Bench(size, Path(folder), time.monotonic() + 60 * minutes, lingua)
+        os.environ.setdefault("STABSTUDY_CACHE", str(Path(folder) / "tokens"))
+        for name in only or FIGURES:
+            try:
+                if time.monotonic() >= bench.deadline:
+                    raise TimeoutError
+                FIGURES[name](bench)
+            except TimeoutError:
+                bench.skipped.append(name)
+            except RuntimeError as error:  # the others are still worth having
+                bench.skipped.append(f"{name} (failed)")
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return bench
 
 
-def stepper_of(shape: Shape, device: torch.device, compiled: bool) -> Stepper:
-    model = Decoder(shape.config.model, shape.vocab, shape.seq)
-    initialise(model, shape.config.model, 0)
-    return Stepper(shape.config, model.to(device), device, compiled)
+def table(bench: Bench) -> str:
+    """The lines as a table of Markdown."""
+    rows = [
+        f"| {x['figure']} | {x['value']} {x['unit']} | {GOALS.get(x['figure'], '')} | {x['peak_gb']} |"
+        for x in bench.lines
+    ]
+    head = f"| on {bench.lines[0]['device'] if bench.lines else '-'} | | goal | peak GB |\n|---|---:|---:|---:|"
+    return "\n".join([head, *rows, f"\nleft out: {', '.join(bench.skipped) or 'nothing'}"])
 
 
-def ours(shape: Shape, device: torch.device, mode: str, record: bool) -> Step:
-    """Ours in a mode; `record` False: the vector of a step is dropped on the device."""
-    stepper, batches = stepper_of(shape, device, mode == "compile"), windows(shape)
-    vector_of = captured(stepper, shape) if mode == "graph" else lambda batch: stepper.step(batch, LR)
-    rules, folder = Rules(), Path(tempfile.mkdtemp())
-    recorder = Recorder(
-        shape.config,
-        stepper.layer_index,
-        Writer(folder / "trace.live", TRACE, widths(shape.config.model.depth)),
-        DivergenceMonitor(rules, 10**6, 0, 12.0),
-        LiveSpikes(rules),
-        on_device=device.type != "cpu",
-    )
-
-    def step(i: int) -> None:
-        vector = vector_of(batches[i % len(batches)])
-        if record:
-            recorder.add(recorder.rows + len(recorder.pending), LR, vector)
-
-    return step
-
-
-def captured(stepper: Stepper, shape: Shape) -> Callable[[Any], Tensor]:
-    """The whole step as one CUDA graph: batch and lr are read from fixed places on the device, nothing waits."""
-    if stepper.device.type != "cuda":
-        raise SystemExit("mode graph needs a CUDA device")
-    batch = torch.zeros((shape.batch, shape.seq + 1), dtype=torch.int64, device=stepper.device)
-    # float32, which the fused kernel takes as it takes a float; lr.fill_() follows a schedule
-    lr: Any = torch.tensor(LR, device=stepper.device)
-    scale = torch.ones((), device=stepper.device)
-
-    def whole() -> Tensor:
-        stepper.model.zero_grad()
-        sums = stepper._sums(batch[:, :-1], batch[:, 1:], False)
-        valid = shape.batch * shape.seq
-        loss = sums.cross_entropy / valid
-        loss.backward()  # type: ignore[no-untyped-call]
-        grads = clip.gradients(stepper.parameters)
-        norms = clip.tensor_norms(grads)
-        norm = torch.linalg.vector_norm(norms)
-        assert stepper.clip_rule is not None
-        factor = stepper.clip_rule.apply(grads, norms, norm)
-        bad = (~(torch.isfinite(norm) & torch.isfinite(loss.detach()))).float()
-        stepper.optimizer.step(lr, bad)
-        head = [loss.detach(), sums.logit_absmax, sums.logz / valid, norm, factor, scale, bad * 0]
-        return torch.cat([torch.stack(head), norms])
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(GRAPH_WARM):
-            whole()
-    torch.cuda.current_stream().wait_stream(side)
-    stepper.model.zero_grad()  # gradients are born in the graph's own memory
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        vector = whole()
-
-    def step(tokens: Any) -> Tensor:
-        batch.copy_(torch.from_numpy(tokens).pin_memory(), non_blocking=True)
-        graph.replay()
-        return vector.clone()  # the next replay writes to the same place
-
-    return step
-
-
-def plain(
-    shape: Shape, device: torch.device, model: torch.nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]
-) -> Step:
-    """zero_grad, forward, backward, clip, step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches = windows(shape)
-
-    def step(i: int) -> None:
-        tokens = torch.from_numpy(batches[i % len(batches)]).to(device, non_blocking=True)
-        optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-
-    return step
-
-
-def hf_loop(shape: Shape, device: torch.device) -> Step:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    m = shape.config.model
-    config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=m.dim, intermediate_size=m.ffn_dim, num_hidden_layers=m.depth,
-        num_attention_heads=m.n_heads, num_key_value_heads=m.kv_heads, max_position_embeddings=shape.seq,
-        tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(device)
-
-    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(inputs).logits.flatten(0, 1).float(), targets.flatten())
-
-    return plain(shape, device, model, loss)
-
-
-def lingua(shape: Shape, device: torch.device, checkout: Path) -> Step:
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    sys.modules["xformers.ops"].fmha = sys.modules["xformers.ops.fmha"]  # type: ignore[attr-defined]
-    sys.modules["xformers.ops"].AttentionBias = object  # type: ignore[attr-defined]
-    sys.path.insert(0, str(checkout))
-    from apps.main.transformer import LMTransformer, LMTransformerArgs  # type: ignore[import-not-found]
-
-    arguments = LMTransformerArgs(
-        dim=shape.dim, n_layers=shape.depth, n_heads=shape.heads, vocab_size=shape.vocab, max_seqlen=shape.seq
-    )
-    model = LMTransformer(arguments)
-    model.init_weights()
-    return plain(shape, device, model.to(device), lambda inputs, targets: model(inputs, targets))
-
-
-def finished(device: torch.device) -> float:
-    """The clock once the device has done everything asked of it so far."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ceiling(device: torch.device, size: int) -> float:
-    """Best FLOP/s of a size^3 bf16 product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    best = 0.0
-    for _ in range(10):
-        began = finished(device)
-        a @ b
-        best = max(best, 2 * size**3 / (finished(device) - began))
-    return best
-
-
-def measure(name: str, device: torch.device, steps: int, rounds: int, checkout: Path | None) -> dict[str, Any]:
-    """One shape. Each rival is built, timed and thrown away in each round: two large models may not fit together."""
-    shape, cuda = SHAPES[name], device.type == "cuda"
-    makers: dict[str, Callable[[], Step]] = {
-        mode: lambda mode=mode: ours(shape, device, mode, True)  # type: ignore[misc]
-        for mode in ("eager", "compile", *(["graph"] if cuda else []))
-    }
-    makers |= {"eager_bare": lambda: ours(shape, device, "eager", False), "hf_loop": lambda: hf_loop(shape, device)}
-    if checkout is not None:
-        makers["lingua"] = lambda: lingua(shape, device, checkout)
-    seconds: dict[str, list[float]] = {rival: [] for rival in makers}
-    memory = dict.fromkeys(makers, 0)
-    limit = ceiling(device, 8192 if cuda else 256)
-    for _ in range(rounds):
-        for rival, make in makers.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            step = make()
-            for i in range(3):
-                step(i)
-            began = finished(device)
-            for i in range(steps):
-                step(i)
-            seconds[rival].append((finished(device) - began) / steps)
-            memory[rival] = torch.cuda.max_memory_allocated() if cuda else 0
-            del step
-            gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
-    found = {
-        rival: {
-            "tokens_per_s": round(shape.batch * shape.seq / statistics.median(taken)),
-            "mfu": round(shape.flops() / statistics.median(taken) / limit, 3),
-            "peak_gb": round(memory[rival] / 1e9, 2),
-        }
-        for rival, taken in seconds.items()
-    }
-    return {
-        "benchmark": "gpu",
-        "shape": name,
-        **asdict(shape),
-        "rounds": rounds,
-        "bf16_tflops": round(limit / 1e12, 2),
-        "rivals": found,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-    }
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=[])
+    parser.add_argument("--lingua", type=Path, default=None, help="a checkout of facebookresearch/lingua")
+    parser.add_argument("--tiny", action="store_true", help="all of it at tiny shapes, on a CPU")
+    given = parser.parse_args()
+    if not given.tiny and not torch.cuda.is_available():
+        print("this benchmark needs a CUDA device (--tiny runs on a CPU)", file=sys.stderr)
+        return 4
+    bench = measure(TINY if given.tiny else CUDA, given.minutes, given.only, given.lingua)
+    print(table(bench))
+    return 1 if any("failed" in name for name in bench.skipped) else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[s for s in SHAPES if s != "tiny"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lingua", type=Path, default=None, help="a checkout of facebookresearch/lingua")
-    chosen = parser.parse_args()
-    for shape_name in chosen.shapes:
-        line = measure(shape_name, torch.device(chosen.device), chosen.steps, chosen.rounds, chosen.lingua)
-        print(json.dumps(line), flush=True)
+    sys.exit(main())

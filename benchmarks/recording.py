@@ -6,8 +6,8 @@ divergence) of K trials go through the recorder in rings of 32 steps, a probe ev
 
     judge     the divergence monitor and the ends of trials (`Recorder.judge`)
     write     spikes, rows, the live files and their fsync (`Recorder.write`, `Writer.close`)
-    compact   both records into Parquet, and their checksums (`finished.compact`)
-    verdict   reading them back, all statistics, `summary.json` (`judge_trial`, `write_summary`)
+    compact   reading both records, Parquet and its checksum (`finished.read_whole`, `write`)
+    verdict   all statistics, and `summary.json` (`judge_trial`, `write_summary`)
 
 CPU seconds of the process, the median of the rounds; wall seconds are beside. One JSON line for each part and for the
 sum, whose goal is 5 us at K 128, 1,000 steps and depth 6.
@@ -52,7 +52,7 @@ from stabstudy.training.step import OF_STEP
 RING = 32
 COLUMNS = ("loss", "logz_mean", "logit_absmax", *OF_STEP)
 TENSORS_OF_LAYER = 6
-SCHEMAS = (TRACE, PROBES)
+RULES = Rules()
 GOAL_US = 5.0
 
 
@@ -143,17 +143,16 @@ def finish(recorder: Recorder, k: int, folder: Any, clock: Clock) -> None:
     """What Trial.finish does with the records of a member."""
     steps = int(recorder.rows[k])
     with clock.of("compact"):
+        rows, probes = (finished.read_whole(folder.live(schema), schema) for schema in (TRACE, PROBES))
         records: dict[str, Any] = {}
-        for schema in SCHEMAS:
-            meta = {"trial_id": folder.trial_id}
-            count, sha = finished.compact(folder.live(schema), folder.finished(schema), schema, meta)
-            records[schema.name] = {"rows": count, "sha256": sha}
+        for table in (rows, probes):
+            sha = finished.write(table, folder.finished(table.schema), {"trial_id": folder.trial_id})
+            records[table.schema.name] = {"rows": len(table), "sha256": sha}
     assert records["trace"]["rows"] == recorder.members[k].config.train.steps
     with clock.of("verdict"):
-        rows, probes = (finished.read_parquet(folder.finished(s), s) for s in SCHEMAS)
-        state = State(folder.trial_id, "done", steps, stop_reason="complete", init_loss=6.5, final_loss=2.5)
-        source = Source(recorder.members[k].config, state)
-        write_summary(folder, judge_trial(rows, probes, source, Rules()), source, Rules())
+        done = State(folder.trial_id, "done", steps, stop_reason="complete", init_loss=6.5, records=records)
+        source = Source(recorder.members[k].config, done)
+        write_summary(folder, judge_trial(rows, probes, source, RULES), source, RULES)
 
 
 def config(seed: int, steps: int, depth: int) -> TrialConfig:

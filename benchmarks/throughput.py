@@ -354,7 +354,7 @@ def ratios(found: dict[str, Any], of: str) -> dict[str, dict[str, float]]:
     mine = [me for me in ("ours", "ours_compiled") if me in found]
 
     def ratio(me: str, rival: str) -> float:
-        one, other = found[me][of], found[rival][of]
+        one, other = float(found[me][of]), float(found[rival][of])
         return round(one / other if of == "tokens_per_s" else other / one, 3)
 
     return {me: {r: ratio(me, r) for r in found if r not in mine} for me in mine}

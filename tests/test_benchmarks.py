@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 
+from stabstudy import live
+from stabstudy.binary import Table
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.rules import Rules
+from stabstudy.trace import PROBES, TRACE
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def benchmark_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the scripts is where they import one another from."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu  # type: ignore[import-not-found]
-
-    return gpu
 
 
-def test_the_instrument_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_instrument_is_measured(benchmark_scripts: None, capsys: pytest.CaptureFixture[str]) -> None:
     import instrument  # type: ignore[import-not-found]
 
     found = instrument.measure(traces=2, steps=160)
@@ -35,17 +32,7 @@ def test_the_instrument_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert all(us > 0 for us in found.values()) and {"read", "summarise"} < set(found)
 
 
-def test_recording_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import recording  # type: ignore[import-not-found]
-
-    figures = recording.encode_and_write(K=3, steps=70, depth=2)
-    assert list(figures) == ["encode", "write", "compact", "compact_probes", "sync"]
-    assert all(us >= 0 for us in figures.values()) and figures["compact"] > 0
-
-
-def test_the_rule_in_pandas_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_the_rule_in_pandas_is_the_rule(benchmark_scripts: None) -> None:
     import instrument
 
     rng = np.random.default_rng(0)
@@ -57,13 +44,87 @@ def test_the_rule_in_pandas_is_the_rule(monkeypatch: pytest.MonkeyPatch) -> None
         assert answer.tolist() == right[12:].tolist() and answer.any()
 
 
-def test_every_rival_is_measured_on_a_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)  # the compiler has a test of its own
-    line = gpu.measure("tiny", CPU, steps=2, rounds=1, checkout=None)
-    assert set(line["rivals"]) == {"eager", "compile", "eager_bare", "hf_loop"}
-    assert all(found["tokens_per_s"] > 0 for found in line["rivals"].values())
+def test_recording_is_measured(benchmark_scripts: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import recording  # type: ignore[import-not-found]
+
+    found = recording.measure(trials=3, steps=70, depth=2, rounds=1)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["part"] for line in lines] == ["judge", "write", "compact", "verdict", "sum"] == list(found)
+    assert found["sum"] == pytest.approx(sum(us for part, us in found.items() if part != "sum"))
 
 
-def test_graph_mode_needs_a_device(gpu: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="needs a CUDA device"):
-        gpu.ours(gpu.SHAPES["tiny"], CPU, "graph", True)
+def test_what_recording_plants_is_recorded(benchmark_scripts: None, tmp_path: Path) -> None:
+    import recording
+    import trainer  # type: ignore[import-not-found]
+
+    configs = [recording.config(seed, 70, 2) for seed in range(3)]
+    layers = np.repeat(np.arange(4), [1, 6, 6, 2])
+    recorder = trainer.recorder_of(configs, [tmp_path / str(k) for k in range(3)], recording.COLUMNS, layers)
+    norms = []
+    for ticks, taken in recording.planted(configs):
+        recorder.judge(range(3), ticks, taken, 0.1)
+        recorder.write()
+        norms.append(taken.steps[..., recording.COLUMNS.index("grad_norm")])
+    for member in recorder.members:
+        member.trace.close()
+        member.probes.close()
+    for k in range(3):
+        rows = live.read(tmp_path / str(k) / "trace.live", TRACE)
+        assert rows["grad_norm"].tolist() == np.concatenate(norms)[:, k].tolist()
+        assert live.read(tmp_path / str(k) / "probes.live", PROBES)["step"].tolist() == list(range(10, 70, 10))
+
+
+def test_recording_changes_no_bit_of_the_training(benchmark_scripts: None) -> None:
+    import throughput  # type: ignore[import-not-found]
+
+    shape = throughput.TINY["tiny"]
+    ours, bare = throughput.ours(shape), throughput.bare(shape)
+    for _ in range(2):
+        recorded, plain = ours().losses, bare().losses
+        assert recorded == plain and len(set(recorded)) == throughput.WARM + shape.steps
+
+
+def test_a_recorder_that_does_nothing_leaves_the_training_alone(
+    benchmark_scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu  # type: ignore[import-not-found]
+    import gpu_parts  # type: ignore[import-not-found]
+
+    blocks: dict[str, list[Table]] = {"on": [], "whole": []}
+    append = live.Writer.append
+
+    def kept(writer: live.Writer, block: Table, urgent: bool = False) -> None:
+        if writer.path.match("0/trace.live"):
+            blocks["whole" if "whole" in writer.path.parts else "on"].append(block.copy())
+        append(writer, block, urgent)
+
+    monkeypatch.setattr(live.Writer, "append", kept)
+    place, shape = gpu_parts.Place("cpu", tmp_path, compiled=False, rings=2, ring=4), gpu.TINY.packs["tiny"]
+    segments = gpu_parts.recording(shape, 2, place, deterministic=False)
+    _, whole = gpu_parts.own_loop(shape, 2, place, deterministic=False, name="whole")
+    assert [name.split(",")[0] for name in segments] == ["on", "off", "no probes"]
+    for segment in segments.values():
+        segment()
+        whole()
+    on, all_rows = (np.concatenate(blocks[name]) for name in ("on", "whole"))
+    assert on["step"].tolist() == [*range(8), *range(16, 24)]
+    assert on["loss"].tolist() == all_rows["loss"][on["step"]].tolist()
+
+
+def test_a_large_trial_is_measured_beside_a_rival(benchmark_scripts: None, tmp_path: Path) -> None:
+    import gpu
+    import gpu_parts
+
+    shape, _, rings = gpu.TINY.large["one_trial"]
+    place = gpu_parts.Place("cpu", tmp_path, compiled=False, rings=rings, ring=2)
+    for segments in (gpu_parts.ours(shape, place, False), gpu_parts.rival("hf", shape, place, False, None)):
+        for segment in segments.values():
+            segment()
+
+
+def test_figures_without_time_are_named(benchmark_scripts: None) -> None:
+    import gpu
+
+    bench = gpu.measure(gpu.TINY, 0.0, [], None)
+    assert bench.skipped == list(gpu.FIGURES) and not bench.lines
+    assert gpu.table(bench).endswith(f"left out: {', '.join(gpu.FIGURES)}")

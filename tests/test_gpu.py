@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trials import BASE, Make, assert_same, records, vary
 
 from stabstudy import store
 from stabstudy.config import TrialConfig
@@ -17,7 +18,6 @@ from stabstudy.stability.rules import Rules
 from stabstudy.training.driver import Replay
 from stabstudy.training.pack import run_pack
 from stabstudy.training.trial import Engine
-from trials import BASE, Make, assert_same, records, vary
 
 pytestmark = [
     pytest.mark.gpu,

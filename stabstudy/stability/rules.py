@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 Series = Literal["grad", "loss"]
@@ -127,7 +128,7 @@ class Rules:
     def __post_init__(self) -> None:
         _check_positive(self)
 
-    @property
+    @cached_property
     def detector_id(self) -> str:
         """Short name and the first 8 hex digits of the sha256 of all parameters, such as `jump-0123abcd`."""
         return f"jump-{hashlib.sha256(self.to_json().encode()).hexdigest()[:8]}"

@@ -210,10 +210,8 @@ class PackRun:
         torch.set_num_threads(self.engine.threads)
         keep_freed_memory()
         if self.device.type == "cuda":
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-            torch.backends.cudnn.benchmark = False
             torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has no batching rule
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            choose_deterministic_kernels()
         if self.compiled:
             keep_compiled(self.engine.cache_dir)
 
@@ -300,6 +298,13 @@ class PackRun:
         self.stepper = self._build()
         for name, x in self.stepper.state().items():
             x.copy_(kept[name])
+
+
+def choose_deterministic_kernels() -> None:
+    """Kernels on CUDA that give equal numbers for equal inputs; what they cost is in benchmarks/README.md."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class Saver:

@@ -146,16 +146,16 @@ class Trial:
         """
         self.open_files.close()
         state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
-        recorded, records = {}, {}
-        for schema in RECORDS:
-            rows = recorded[schema.name] = self._whole(schema)
-            sha = finished.write(rows, self.folder.finished(schema), {"trial_id": state.trial_id})
-            records[schema.name] = {"rows": len(rows), "sha256": sha}
-        if stop_reason == "complete" and len(recorded["trace"]) != self.config.train.steps:
-            raise RuntimeError(f"{len(recorded['trace'])} rows of {self.config.train.steps} steps were recorded")
+        rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in RECORDS)
+        records: dict[str, Any] = {}
+        for table in (rows, probes):
+            sha = finished.write(table, self.folder.finished(table.schema), {"trial_id": state.trial_id})
+            records[table.schema.name] = {"rows": len(table), "sha256": sha}
+        if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
+            raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
         state = replace(state, status="done", error=None, records=records)
         source = Source(self.config, state)
-        summary = judge_trial(recorded["trace"], recorded["probes"], source, self.rules)
+        summary = judge_trial(rows, probes, source, self.rules)
         write_summary(self.folder, summary, source, self.rules)
         found = summary.columns
         verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
@@ -194,13 +194,6 @@ class Trial:
         """A line in the trial's log."""
         with self.folder.log_file.open("a", encoding="utf-8") as f:
             f.write(f"{store.now()} {line}\n")
-
-    def _whole(self, schema: trace.Schema) -> trace.Rows:
-        """The rows of a record that has been closed."""
-        rows = self._recorded(schema)
-        if rows.note:
-            raise trace.DamagedRecord(f"{self.folder.live(schema)}: {rows.note}")
-        return rows
 
     def _recorded(self, schema: trace.Schema) -> trace.Rows:
         path = self.folder.live(schema)
