@@ -20,15 +20,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def compact(live_path: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Turn the live record into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
-
-    The live file stays: the caller removes it once the sha256 stands in the trial's state.
-    """
-    rows = read_whole(live_path, schema)
-    return len(rows), write(rows, parquet, metadata)
-
-
 def read_whole(live_path: Path, schema: Schema) -> Rows:
     """A live record that grows no more. Raises DamagedRecord where its end is torn."""
     rows = live.read(live_path, schema)

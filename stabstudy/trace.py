@@ -2,7 +2,7 @@
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are blocks of binary records (`live`; of an
-older study JSON lines, `json_lines`). When it ends, `finished.compact` turns them into one Parquet file.
+older study JSON lines, `json_lines`). When it ends, `finished.write` makes one Parquet file of them.
 
 Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". Every
 form keeps them apart (`Rows.is_null`).

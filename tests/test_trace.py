@@ -24,6 +24,12 @@ TINY = Schema("tiny", (Column("step", "int", "", ""), Column("x", "float", "", "
 ODD = [0.1, -0.0, 5e-324, 1.7976931348623157e308, 1 / 3, math.nan, math.inf, -math.inf, None]
 
 
+def compact(path: Path, parquet: Path, schema: Schema, metadata: dict[str, str]) -> tuple[int, str]:
+    """What a trial does at its end: (rows, sha256)."""
+    rows = finished.read_whole(path, schema)
+    return len(rows), finished.write(rows, parquet, metadata)
+
+
 def row(step: int, **changes: Any) -> dict[str, Any]:
     plain = {"step": step, "tokens": 256 * (step + 1), "seconds": 0.01, "lr": 1e-3, "loss": 2.0, "grad_norm": 1.5}
     return {**dict.fromkeys(TRACE.names), **plain, "layer_grad_norm": [1.0, 0.5, 0.25], **changes}
@@ -47,7 +53,7 @@ def test_probes_of_an_older_version_read_with_the_later_columns_null(tmp_path):
     path = write(tmp_path / "p.live", [{"step": s, "param_norm": 3.0} for s in (0, 10)], old)
     read = live.read(path, PROBES)
     assert read["param_norm"].tolist() == [3.0, 3.0] and not read.has("noise_scale") and not read.has("noise_g2")
-    finished.compact(path, tmp_path / "p.parquet", old, {})
+    compact(path, tmp_path / "p.parquet", old, {})
     assert cells(finished.read_parquet(tmp_path / "p.parquet", PROBES)) == cells(read)
 
 
@@ -58,7 +64,7 @@ def test_null_nan_and_infinity_are_four_answers_in_both_forms(tmp_path: Path) ->
     assert read.is_null("loss").tolist() == [False] * 8 + [True]
     assert math.isnan(read["loss"][-1]) and math.isnan(read["loss"][5])
     assert read["skip"].tolist() == [None] * 8 + ["amp"] and read["step"].dtype == np.int64
-    n, sha = finished.compact(tmp_path / "trace.live", tmp_path / "trace.parquet", TRACE, {})
+    n, sha = compact(tmp_path / "trace.live", tmp_path / "trace.parquet", TRACE, {})
     done = finished.read_parquet(tmp_path / "trace.parquet", TRACE, sha)
     assert n == len(rows) and cells(done) == cells(read)
 
@@ -77,7 +83,7 @@ def test_every_float_survives_both_forms(tmp_path: Path, values: list[float | No
             assert (
                 read["loss"][i].hex() == v.hex() and [x.hex() for x in read["layer_grad_norm"][i]] == [v.hex()] * width
             )
-    _, sha = finished.compact(tmp_path / "t.live", tmp_path / "t.parquet", TRACE, {})
+    _, sha = compact(tmp_path / "t.live", tmp_path / "t.parquet", TRACE, {})
     assert cells(finished.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == cells(read)
 
 
@@ -87,14 +93,14 @@ def test_probes_may_have_gaps(tmp_path: Path) -> None:
     read = live.read(write(tmp_path / "p.live", rows, PROBES), PROBES)
     assert read["step"].tolist() == [0, 10, 25] and read["attn_logit_max"].shape == (3, 2)
     assert read.has("attn_logit_max") and not read.has("param_norm")
-    finished.compact(tmp_path / "p.live", tmp_path / "p.parquet", PROBES, {})
+    compact(tmp_path / "p.live", tmp_path / "p.parquet", PROBES, {})
     assert cells(finished.read_parquet(tmp_path / "p.parquet", PROBES)) == cells(read)
 
 
 def test_no_rows(tmp_path: Path) -> None:
     read = live.read(write(tmp_path / "t.live", []), TRACE)
     assert len(read) == 0 and not read.note and not read.has("loss")
-    assert finished.compact(tmp_path / "t.live", tmp_path / "t.parquet", TRACE, {})[0] == 0
+    assert compact(tmp_path / "t.live", tmp_path / "t.parquet", TRACE, {})[0] == 0
     assert len(finished.read_parquet(tmp_path / "t.parquet", TRACE)) == 0
 
 
@@ -105,7 +111,7 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_no_flipped_bit_goes_unseen_in_a_finished_record(tmp_path: Path, flips: int) -> None:
     """The state's sha256 sees every flip; without it nothing foreign is raised."""
     path = write(tmp_path / "t.live", [row(i, loss=2.0 + i) for i in range(40)])
-    _, sha = finished.compact(path, tmp_path / "t.parquet", TRACE, {})
+    _, sha = compact(path, tmp_path / "t.parquet", TRACE, {})
     whole, hurt, rng = (tmp_path / "t.parquet").read_bytes(), tmp_path / "hurt", random.Random(7)
     for _ in range(flips):
         changed = bytearray(whole)
@@ -118,7 +124,7 @@ def test_no_flipped_bit_goes_unseen_in_a_finished_record(tmp_path: Path, flips: 
 
 
 def test_a_parquet_cut_at_any_byte_is_damage(tmp_path: Path) -> None:
-    finished.compact(write(tmp_path / "t.live", [row(0)], TRACE), tmp_path / "t.parquet", TRACE, {})
+    compact(write(tmp_path / "t.live", [row(0)], TRACE), tmp_path / "t.parquet", TRACE, {})
     whole = (tmp_path / "t.parquet").read_bytes()
     for size in range(0, len(whole), 7):
         (tmp_path / "cut.parquet").write_bytes(whole[:size])
@@ -132,7 +138,7 @@ OTHER = Schema("trace", tuple(c for c in TRACE.columns if c.name != "lr"), True)
 
 def test_a_record_of_an_older_version_lacks_columns_that_may_be_null(tmp_path: Path) -> None:
     path = write(tmp_path / "t.live", [row(0), row(1)], OLDER)
-    finished.compact(path, tmp_path / "t.parquet", OLDER, {})
+    compact(path, tmp_path / "t.parquet", OLDER, {})
     for read in (live.read(path, TRACE), finished.read_parquet(tmp_path / "t.parquet", TRACE)):
         assert read.is_null("logz_mean").all() and read.is_null("layer_grad_norm").all()
         assert read["loss"].tolist() == [2.0, 2.0] and read["layer_grad_norm"].shape == (2, 0)
@@ -140,7 +146,7 @@ def test_a_record_of_an_older_version_lacks_columns_that_may_be_null(tmp_path: P
 
 def test_a_record_without_a_required_column_is_damage(tmp_path: Path) -> None:
     path = write(tmp_path / "t.live", [row(0), row(1)], OTHER)
-    finished.compact(path, tmp_path / "t.parquet", OTHER, {})
+    compact(path, tmp_path / "t.parquet", OTHER, {})
     with pytest.raises(DamagedRecord, match="lr"):
         live.read(path, TRACE)
     with pytest.raises(DamagedRecord, match="lr"):
@@ -152,13 +158,13 @@ def test_a_record_with_a_column_of_another_type_or_a_null_is_damage(tmp_path: Pa
     """A flipped bit in the footer can change a type, and no page checksum covers the footer."""
     schema = Schema("trace", tuple(changed if c.name == changed.name else c for c in TRACE.columns), True)
     path = write(tmp_path / "t.live", [{**row(0), changed.name: None}], schema)
-    finished.compact(path, tmp_path / "t.parquet", schema, {})
+    compact(path, tmp_path / "t.parquet", schema, {})
     with pytest.raises(DamagedRecord, match=changed.name):
         finished.read_parquet(tmp_path / "t.parquet", TRACE)
 
 
 def test_columns_may_be_chosen(tmp_path: Path) -> None:
-    finished.compact(write(tmp_path / "t.live", [row(0)]), tmp_path / "t.parquet", TRACE, {})
+    compact(write(tmp_path / "t.live", [row(0)]), tmp_path / "t.parquet", TRACE, {})
     read = finished.read_parquet(tmp_path / "t.parquet", TRACE, columns=["loss"])
     assert set(read.columns) == {"step", "loss"} and read["loss"].tolist() == [2.0]
 
@@ -177,7 +183,7 @@ def test_a_resumed_record_compacts_to_the_same_bytes(tmp_path: Path) -> None:
     assert dropped == 13 and broken.stat().st_size == size - cut_bytes
     write(broken, rows[20:], widths=widths)
     assert cells(live.read(broken, TRACE)) == cells(live.read(whole, TRACE))
-    shas = {finished.compact(p, p.with_suffix(".parquet"), TRACE, {"trial_id": "x"})[1] for p in (whole, broken)}
+    shas = {compact(p, p.with_suffix(".parquet"), TRACE, {"trial_id": "x"})[1] for p in (whole, broken)}
     assert len(shas) == 1 and whole.exists()
 
 
@@ -185,7 +191,7 @@ def test_a_torn_record_is_not_compacted(tmp_path: Path) -> None:
     path = write(tmp_path / "t.live", [row(0)])
     path.write_bytes(path.read_bytes() + b"BLK")
     with pytest.raises(DamagedRecord, match="torn"):
-        finished.compact(path, tmp_path / "t.parquet", TRACE, {})
+        compact(path, tmp_path / "t.parquet", TRACE, {})
     assert [p.name for p in tmp_path.iterdir()] == ["t.live"]
 
 
@@ -193,7 +199,7 @@ def test_a_compaction_that_was_killed_is_done_again(tmp_path: Path) -> None:
     path = write(tmp_path / "t.live", [row(0)])
     (tmp_path / "t.parquet.tmp").write_bytes(b"half")
     (tmp_path / "t.parquet").write_bytes(b"of another attempt")
-    _, sha = finished.compact(path, tmp_path / "t.parquet", TRACE, {})
+    _, sha = compact(path, tmp_path / "t.parquet", TRACE, {})
     assert len(finished.read_parquet(tmp_path / "t.parquet", TRACE, sha)) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.live", "t.parquet"]
 
@@ -213,7 +219,7 @@ def test_the_file_is_durable_before_it_gets_its_name(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(Path, "replace", note_rename)
-    finished.compact(path, tmp_path / "t.parquet", TRACE, {})
+    compact(path, tmp_path / "t.parquet", TRACE, {})
     assert done == ["sync t.parquet.tmp", "rename t.parquet.tmp", f"sync {tmp_path.name}"]
 
 
@@ -221,12 +227,12 @@ def test_metadata_is_kept_and_a_newer_format_refused(tmp_path: Path, monkeypatch
     import pyarrow.parquet as pq
 
     path = write(tmp_path / "t.live", [row(0)])
-    finished.compact(path, tmp_path / "t.parquet", TRACE, {"trial_id": "0123456789"})
+    compact(path, tmp_path / "t.parquet", TRACE, {"trial_id": "0123456789"})
     assert pq.read_schema(tmp_path / "t.parquet").metadata[b"trial_id"] == b"0123456789"
     with pytest.raises(DamagedRecord, match="holds trace, not probes"):
         finished.read_parquet(tmp_path / "t.parquet", PROBES)
     monkeypatch.setattr(finished, "FORMAT", 2)
-    finished.compact(path, tmp_path / "newer.parquet", TRACE, {})
+    compact(path, tmp_path / "newer.parquet", TRACE, {})
     monkeypatch.undo()
     with pytest.raises(DamagedRecord, match="format 2, this version reads up to 1"):
         finished.read_parquet(tmp_path / "newer.parquet", TRACE)
