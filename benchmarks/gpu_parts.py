@@ -6,7 +6,6 @@ one does not reach the next. Segments of the parts take turns; a part's seconds 
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -189,7 +188,7 @@ def own_loop(shape: Shape, members: int, place: Place, deterministic: bool, name
 
     def segment() -> None:
         # rings of one length, so that a segment is so many steps; the product cuts them where a step is slow
-        with mock.patch.multiple(loops, RING_SECONDS=math.inf, SLOW_STEP=math.inf):
+        with mock.patch.multiple(loops, RING_SECONDS=1e9, SLOW_STEP=1e9):
             loop.run()
 
     return loop, segment

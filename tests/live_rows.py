@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabstudy import live
+from stabstudy import finished, live
 from stabstudy.binary import Table
 from stabstudy.trace import TRACE, Schema, from_dicts
 
@@ -45,3 +45,9 @@ def write_json_lines(path: Path, rows: Sequence[Row]) -> Path:
     """What older versions wrote."""
     path.write_text("".join(json.dumps(dict(r), separators=(",", ":")) + "\n" for r in rows))
     return path
+
+
+def compact(path: Path, parquet: Path, schema: Schema, metadata: dict[str, str]) -> tuple[int, str]:
+    """What a trial does at its end: (rows, sha256)."""
+    rows = finished.read_whole(path, schema)
+    return len(rows), finished.write(rows, parquet, metadata)

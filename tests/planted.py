@@ -18,7 +18,6 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy.config import TrialConfig
-from stabstudy.finished import compact
 from stabstudy.store import Attempt, State, StudyFolder, TrialFolder
 from stabstudy.trace import PROBES, TRACE
 

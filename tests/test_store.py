@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, finished, store, trace
+from stabstudy import config, store, trace
 from stabstudy.store import Attempt, LockHeldError, State, StoreError, StudyFolder, TrialFolder
 
 LIMIT = 30.0  # seconds that a process may take to start on a loaded machine
@@ -385,7 +385,7 @@ def live_record(folder: TrialFolder, rows: int) -> None:
 
 
 def compacted(folder: TrialFolder) -> State:
-    rows, sha = finished.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
+    rows, sha = live_rows.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
     return replace(FULL, records={"trace": {"rows": rows, "sha256": sha}})
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy import store, sweep, trace
-from stabstudy.finished import compact
 from stabstudy.planning import words
 from stabstudy.planning.plan import make_plan
 

@@ -15,19 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_rows import write
+from live_rows import compact, write
 
 from stabstudy import binary, finished, live
 from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Rows, Schema
 
 TINY = Schema("tiny", (Column("step", "int", "", ""), Column("x", "float", "", "", True)), contiguous=True)
 ODD = [0.1, -0.0, 5e-324, 1.7976931348623157e308, 1 / 3, math.nan, math.inf, -math.inf, None]
-
-
-def compact(path: Path, parquet: Path, schema: Schema, metadata: dict[str, str]) -> tuple[int, str]:
-    """What a trial does at its end: (rows, sha256)."""
-    rows = finished.read_whole(path, schema)
-    return len(rows), finished.write(rows, parquet, metadata)
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
