@@ -129,7 +129,7 @@ def finished(plan, trial_id: str, seconds: float) -> None:
     )
     plain = {"tokens": 512, "seconds": seconds, "lr": 0.1, "layer_grad_norm": [1.0] * (trial.config.model.depth + 2)}
     live_rows.write(folder.live(trace.TRACE), [plain | {"step": step} for step in range(trial.config.train.steps)])
-    rows, sha = compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
+    rows, sha = live_rows.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
     state = store.State(trial_id, status="done", step=rows, verdict="stable", spike_events=3)
     folder.write_state(dataclasses.replace(state, records={"trace": {"rows": rows, "sha256": sha}}))
 
