@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lone import AMONG, Lone
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
@@ -18,12 +20,12 @@ from stabstudy.planning import machine, preview
 from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
-from stabstudy.training import step as st
-from stabstudy.training import trial
-from stabstudy.training.compiling import compiled_sums
-from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.step import IGNORE, Stepper
-from stabstudy.training.trial import Engine, run_trial
+from stabstudy.training import families
+from stabstudy.training.compiling import compiled
+from stabstudy.training.objective import IGNORE
+from stabstudy.training.pack import run_pack
+from stabstudy.training.stack import Stack
+from stabstudy.training.trial import Engine, Trial
 
 SMALL = TrialConfig(
     model=ModelConfig(depth=2, dim=16, n_heads=2, qk_norm=True),
@@ -96,15 +98,21 @@ def test_auto_refuses_to_mix_engines(tmp_path: Path) -> None:
         make_plan([*PLANNED, "train.compile=auto", f"train.steps=100,{COMPILE_FROM}"], tmp_path)
 
 
-def test_the_first_attempt_decides_for_all() -> None:
-    def after(*choices: bool) -> store.State:
+def test_the_first_attempt_decides_for_all(tmp_path: Path) -> None:
+    def compiles(config: TrialConfig, engine: Engine, *choices: bool) -> bool:
+        """Of the attempt after those, whose own entry is there already."""
         attempts = tuple(store.Attempt("h", 1, "t", engine={"compiled": c}) for c in choices)
-        return store.State("t", attempts=attempts)
+        folder = store.StudyFolder(tmp_path / "study").trial("t")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_state(store.State("t", attempts=(*attempts, store.Attempt("h", 2, "t"))))
+        member = Trial(folder, engine, Rules())
+        member.config = config
+        return member.compiles()
 
-    long, without = said("auto", COMPILE_FROM), Engine(Path(), compiler=False)
-    assert trial._compiled(long, after(), Engine(Path())) and not trial._compiled(long, after(), without)
-    assert trial._compiled(long, after(True), without) and not trial._compiled(long, after(False), Engine(Path()))
-    assert not trial._compiled(said("auto", 10), after(), Engine(Path()))
+    long, here, without = said("auto", COMPILE_FROM), Engine(Path()), Engine(Path(), compiler=False)
+    assert compiles(long, here) and not compiles(long, without)
+    assert compiles(long, without, True) and not compiles(long, here, False)
+    assert not compiles(said("auto", 10), here)
 
 
 # compiled training (a C++ compiler runs: tens of seconds)
@@ -126,36 +134,64 @@ def compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
 
 
-def stepper(config: TrialConfig, compiled: bool) -> Stepper:
-    model = Decoder(config.model, 61, 16)
-    initialise(model, config.model, 0)
-    return Stepper(config, model, torch.device("cpu"), compiled)
+def stepper(config: TrialConfig, is_compiled: bool, neighbours: int = 0) -> Lone:
+    model: Any = families.build(config.model, 61, 16, 0)
+    return Lone(config, model, neighbours, is_compiled)
 
 
 @pytest.mark.slow
 @needs_compiler
 @quiet
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_stream"])
-def test_compiled_agrees_with_eager(precision: str) -> None:
-    train = dataclasses.replace(SMALL.train, micro_batch_size=2, precision=precision, z_loss=1e-4)
+@pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
+@pytest.mark.parametrize(
+    ("precision", "z_loss"), [("fp32", 0.0), ("fp32", 1e-4), ("bf16", 1e-4), ("bf16_stream", 1e-4)]
+)
+def test_compiled_agrees_with_eager(precision: str, z_loss: float, neighbours: int) -> None:
+    """A member alone, and one whose model runs for three under vmap inside the compiler."""
+    train = dataclasses.replace(SMALL.train, micro_batch_size=2, precision=precision, z_loss=z_loss)
     config = dataclasses.replace(SMALL, train=train)
-    one, other = stepper(config, True), stepper(config, False)
+    one, other = stepper(config, True, neighbours), stepper(config, False, neighbours)
     far = 1e-5 if precision == "fp32" else 2e-2  # bf16: 8 bits, rounded at other places
     generator = np.random.default_rng(0)
     for _ in range(6):
         windows = generator.integers(0, 61, (4, 17))
         a, b = one.step(windows, 3e-3), other.step(windows, 3e-3)
-        assert a is not None and b is not None
-        for column in (st.LOSS, st.GRAD_NORM, st.LOGIT_ABSMAX, st.LOGZ_MEAN):
-            assert a[column].item() == pytest.approx(b[column].item(), rel=far)
+        for column in ("loss", "grad_norm", "logit_absmax", "logz_mean"):
+            assert a[column] == pytest.approx(b[column], rel=far)
 
 
 @pytest.mark.slow
 @needs_compiler
 @quiet
 @pytest.mark.usefixtures("compiler")
-def test_one_trial_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_compiled_stack_is_the_stack(count: int) -> None:
+    """Logits and gradients of every weight, K = 1 and K = 2."""
+    models: list[Any] = [families.build(SMALL.model, 61, 16, seed) for seed in range(count)]
+    stack = Stack(models, count, "fp32", torch.device("cpu"))
+    tokens = torch.randint(61, (count, 3, 16), generator=torch.Generator().manual_seed(0))
+
+    def function(model: Any, tokens_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = model(tokens_BT).float()
+        return {"logits": logits, "sum": logits.square().mean()}
+
+    def of(leaves: list[torch.Tensor], tokens_KBT: torch.Tensor) -> dict[str, torch.Tensor]:
+        return stack.call(function, leaves, tokens_KBT)
+
+    eager, fast = of(stack.leaves, tokens), compiled(of)(stack.leaves, tokens)
+    assert fast["logits"].shape == (count, 3, 16, 61)
+    assert (fast["logits"] - eager["logits"]).abs().max() <= 1e-5 * eager["logits"].abs().max()
+    for a, b in zip(stack.gradients(fast["sum"].sum()), stack.gradients(eager["sum"].sum()), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.slow
+@needs_compiler
+@quiet
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
+def test_one_pack_compiles_once(monkeypatch: pytest.MonkeyPatch, neighbours: int) -> None:
     """Evaluation batches whose last part is smaller, and padded ones, go past the compiler."""
     count = 0
 
@@ -165,7 +201,8 @@ def test_one_trial_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(counting, dynamic=dynamic)(f))
-    made = stepper(dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, micro_batch_size=2)), True)
+    config = dataclasses.replace(SMALL, train=dataclasses.replace(SMALL.train, micro_batch_size=2))
+    made = stepper(config, True, neighbours)
     windows = np.random.default_rng(0).integers(0, 61, (5, 17))
     for step in range(3):
         made.step(windows[:4], 1e-3 / (step + 1))
@@ -175,8 +212,38 @@ def test_one_trial_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made.step(padded, 1e-3)
     made.step(windows[:4], 1e-3)
     assert count == 1
-    compiled_sums(made._micro)(torch.zeros((3, 16), dtype=torch.long), torch.zeros((3, 16), dtype=torch.long), False)
+    other = torch.zeros((made.stepper.K, 3, 16), dtype=torch.long)
+    made.stepper._terms(other, other, False)
     assert count == 2  # the count can rise
+
+
+@quiet
+def test_one_compilation_too_many_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the compiler would run the function eagerly from there on, without a word."""
+    runs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        runs.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: torch._dynamo.optimize(counting, dynamic=dynamic)(f))
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    limit = torch._dynamo.config.recompile_limit
+    fast = compiled(doubled)
+    for length in range(2, limit + 2):
+        fast(torch.zeros(length))
+    assert len(runs) == limit
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        fast(torch.zeros(limit + 2))
+    fast = compiled(doubled)  # a pack of another shape begins anew
+    assert fast(torch.ones(limit + 2)).tolist() == [2.0] * (limit + 2) and len(runs) == limit + 1
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    for length in range(2, limit + 10):  # negative control: without the setting it goes on in silence
+        fast(torch.zeros(length))
+    assert len(runs) == 2 * limit
 
 
 @pytest.mark.slow
@@ -194,9 +261,10 @@ def test_compiled_trial_repeats_and_resumes_bitwise(tmp_path: Path, cache: Path)
         store.write_json(folder.config_file, body)
         for stop in stops:
             torch.compiler.reset()  # a new process has nothing compiled, but the kernels on disk
-            assert run_trial(folder, Engine(cache), Rules(), lambda p, s=stop: p.step == s).status == "interrupted"
+            (state,) = run_pack([folder], Engine(cache), Rules(), lambda progress, s=stop: progress[0].step == s)
+            assert state.status == "interrupted"
         torch.compiler.reset()
-        state = run_trial(folder, Engine(cache), Rules(), lambda p: False)
+        (state,) = run_pack([folder], Engine(cache), Rules(), lambda progress: False)
         assert state.status == "done" and all(a.engine["compiled"] for a in state.attempts)
         rows = folder.rows(trace.TRACE)
         assert rows is not None

@@ -51,14 +51,14 @@ class NextToken:
     The loss and logsumexp are those of the capped logits where there is a soft cap; `logit_absmax` is before it.
     """
 
-    scalars = ("loss", "logz_mean", "logit_absmax")
-    largest = ("logit_absmax",)
+    scalars: tuple[str, ...] = ("loss", "logz_mean", "logit_absmax")
+    largest: tuple[str, ...] = ("logit_absmax",)
 
     def __init__(self, configs: Sequence[TrialConfig], device: torch.device):
         self.cap = configs[0].model.logit_softcap
         weights = [c.train.z_loss for c in configs]
         # all members of a pack have a z-loss, or none has: 0 times what is not finite would be NaN
-        self.settings = (torch.tensor(weights, device=device),) if weights[0] else ()
+        self.settings: tuple[Tensor, ...] = (torch.tensor(weights, device=device),) if weights[0] else ()
 
     def __call__(
         self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
@@ -101,7 +101,7 @@ def target_sums(
     low, high = raw_NV.amin(), raw_NV.amax()
     return {
         MINIMISED: minimised,
-        "loss": loss.detach(),
+        "loss": loss.detach().clone(),  # where it is minimised too, the compiler cannot return views of one tensor
         "logz_mean": logz_N.detach().sum(),
         "logit_absmax": torch.maximum(-low, high),
     }
