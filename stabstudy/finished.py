@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, sync_folder
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, sync_file, sync_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,15 +54,13 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
         column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
         write_page_checksum=True,
     )
-    data = sink.getvalue().to_pybytes()
     tmp = parquet.with_name(parquet.name + ".tmp")
     with tmp.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+        f.write(sink.getvalue())
+    sha = sync_file(tmp)
     tmp.replace(parquet)
     sync_folder(parquet.parent)
-    return hashlib.sha256(data).hexdigest()
+    return sha
 
 
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:
