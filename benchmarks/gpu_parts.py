@@ -27,6 +27,7 @@ import trainer
 from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.training import loop as loops
 from stabstudy.training import pack
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.compiling import keep_compiled
@@ -186,7 +187,9 @@ def own_loop(shape: Shape, members: int, place: Place, deterministic: bool, name
     )
 
     def segment() -> None:
-        loop.run()
+        # rings of one length, so that a segment is so many steps; the product cuts them where a step is slow
+        with mock.patch.multiple(loops, RING_SECONDS=1e9, SLOW_STEP=1e9):
+            loop.run()
 
     return loop, segment
 

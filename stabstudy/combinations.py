@@ -98,6 +98,8 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
     for name in ("muon_lr", "muon_momentum", "muon_adjust_lr"):
         if o.kind != "muon" and getattr(o, name) != getattr(OptimConfig, name):
             yield Problem(f"optim.{name}", "has an effect with kind muon only", f"kind {o.kind}")
+    if o.kind == "lion" and o.eps != OptimConfig.eps:
+        yield Problem("optim.eps", "has no effect with kind lion", f"{o.eps:g}")
     if o.schedule != "wsd" and o.decay_share != OptimConfig.decay_share:
         yield Problem("optim.decay_share", "has an effect with schedule wsd only", f"schedule {o.schedule}")
     if o.schedule != "wsd" and o.decay_shape != OptimConfig.decay_shape:

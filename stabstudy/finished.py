@@ -12,21 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, sync_file, sync_folder
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = 1
-
-
-def compact(live_path: Path, parquet: Path, schema: Schema, metadata: Mapping[str, str]) -> tuple[int, str]:
-    """Turn the live record into one Parquet file (zstd, page checksums), atomically. Returns (rows, sha256).
-
-    The live file stays: the caller removes it once the sha256 stands in the trial's state.
-    """
-    rows = read_whole(live_path, schema)
-    return len(rows), write(rows, parquet, metadata)
 
 
 def read_whole(live_path: Path, schema: Schema) -> Rows:
@@ -44,8 +35,9 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
 
     schema = rows.schema
     table = _to_arrow(rows).replace_schema_metadata({"format": str(FORMAT), "record": schema.name, **metadata})
-    sink = pa.BufferOutputStream()  # in memory first: through a file it would take twice as long
-    floats = [c.name for c in schema.columns if c.kind == "float"]
+    leaves = {"float": "{}", "floats": "{}.list.element"}
+    floats = [leaves[c.kind].format(c.name) for c in schema.columns if c.kind in leaves]
+    sink = pa.BufferOutputStream()
     pq.write_table(
         table,
         sink,
@@ -54,13 +46,9 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
         column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
         write_page_checksum=True,
     )
-    tmp = parquet.with_name(parquet.name + ".tmp")
-    with tmp.open("wb") as f:
-        f.write(sink.getvalue())
-    sha = sync_file(tmp)
-    tmp.replace(parquet)
-    sync_folder(parquet.parent)
-    return sha
+    data = memoryview(sink.getvalue())
+    replace_file(parquet, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:

@@ -22,7 +22,8 @@ PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
 RESIDUAL_SCALES = ("none", "inverse_depth", "deepnorm")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
-OPTIMIZERS = ("adamw", "stable_adamw", "muon")
+OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}
+"""The optimizers, and how many numbers each remembers of a parameter (at most: Muon one of its matrices)."""
 MUON_ADJUSTMENTS = ("match_rms_adamw", "original")
 DECAY_PARAMS = ("matrices", "matrices_no_embed", "all")
 LR_RULES = ("none", "sqrt_batch", "linear_batch")
@@ -93,10 +94,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and the clip."""
+    """The optimizer, its schedule and the clip."""
 
-    # stable_adamw: a tensor's update is divided by max(1, RMS_t); muon: for the layers' matrices, AdamW for the rest
-    kind: str = setting("adamw", choices=OPTIMIZERS)
+    # stable_adamw: a tensor's update is divided by max(1, RMS_t); muon: for the layers' matrices, AdamW for the rest;
+    # lion: the sign of a momentum, which wants a smaller lr and a larger weight_decay
+    kind: str = setting("adamw", choices=tuple(OPTIMIZERS))
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
     lr_rule: str = setting("none", choices=LR_RULES)  # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
     base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)

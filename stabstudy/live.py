@@ -20,7 +20,7 @@ import numpy as np
 
 from stabstudy import binary, json_lines
 from stabstudy.binary import Layout, Table, from_rows, record_type, records, to_rows
-from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows, sync_folder
+from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows, replace_file, sync_folder
 
 __all__ = ["Writer", "cut", "find", "from_rows", "last_step", "read", "record_type", "records", "to_rows", "upgrade"]
 
@@ -338,11 +338,5 @@ def _replace(path: Path, layout: Layout, table: Table) -> int:
     step = max(1, (MAX_WRITE - binary.BLOCK.size) // layout.dtype.itemsize)
     parts = [table[i : i + step] for i in range(0, len(table), step)]
     data = layout.header + b"".join(binary.framed(part.tobytes(), len(part)) for part in parts)
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.replace(path)
-    sync_folder(path.parent)
+    replace_file(path, data)
     return len(data)

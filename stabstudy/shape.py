@@ -23,7 +23,7 @@ OWN = frozenset(
         *(f"data.synth_{name}" for name in ("zipf_milli", "order", "branching", "copy_permille", "nesting")),
         *(f"data.synth_{name}" for name in ("flip_ppm", "burst_permille", "duplicate_permille")),
         *(f"data.synth_{name}" for name in ("alphabet_permille", "tail_milli")),
-        *(f"train.{name}" for name in ("skip_nonfinite", "eval_every", "eval_sequences", "final_eval_tokens")),
+        *(f"train.{name}" for name in ("skip_nonfinite", "eval_every", "final_eval_tokens")),
         *(f"train.{name}" for name in ("probe_every", "checkpoint_every")),
         "seed",
     }
@@ -41,7 +41,10 @@ EQUAL = frozenset(
         "model.residual_scale",
         *(f"optim.{name}" for name in ("kind", "muon_momentum", "muon_adjust_lr")),
         *(f"data.{name}" for name in ("seq_len", "tokenizer")),
-        *(f"train.{name}" for name in ("batch_size", "micro_batch_size", "precision", "skip_spikes", "compile")),
+        *(
+            f"train.{name}"
+            for name in ("batch_size", "micro_batch_size", "precision", "skip_spikes", "compile", "eval_sequences")
+        ),
     }
 )
 """Settings that must be equal."""

@@ -243,13 +243,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tmp.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.replace(path)
-    trace.sync_folder(path.parent)
+    trace.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp")
 
 
 def sweep_leftovers(folder: Path) -> list[str]:

@@ -41,7 +41,7 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
   study=NAME           folder of the results below results_dir (default: the sweep's name, or adhoc-...)
   results_dir=DIR      default results
   seeds=5              or seeds=[0,7]
-  launcher=ray|local   local: in this process, one trial after another
+  launcher=ray|local   local: in this process, one pack after another
   max_trials=10000     larger products are refused
   force=true           launch although the memory estimate refuses it
 """

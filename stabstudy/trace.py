@@ -2,7 +2,7 @@
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are blocks of binary records (`live`; of an
-older study JSON lines, `json_lines`). When it ends, `finished.compact` turns them into one Parquet file.
+older study JSON lines, `json_lines`). When it ends, `finished.write` makes one Parquet file of them.
 
 Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". Every
 form keeps them apart (`Rows.is_null`).
@@ -59,7 +59,7 @@ TRACE = Schema(
     (
         Column("step", "int", "", "0-based optimizer step"),
         Column("tokens", "int", "token", "targets seen, this step included"),
-        Column("seconds", "float", "s", "wall time of this step"),
+        Column("seconds", "float", "s", "wall time of this step; members of a pack have it in common"),
         Column("lr", "float", "", "scheduled learning rate used by this update"),
         Column("loss", "float", "nat/token", "cross-entropy summed over all micro-batches / valid targets", True),
         Column("grad_norm", "float", "gradient", "global L2 norm BEFORE clipping, unscaled", True),
@@ -195,6 +195,17 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None) -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder."""
+    beside = path.with_name(tmp or f"{path.name}.tmp")
+    with beside.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:

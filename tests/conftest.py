@@ -12,6 +12,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process per core already
 
+from trials import cache, make  # noqa: E402, F401  # fixtures; they import torch, which reads the environment
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import live_rows
 import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy.config import TrialConfig
-from stabstudy.finished import compact
 from stabstudy.store import Attempt, State, StudyFolder, TrialFolder
-from stabstudy.trace import PROBES, TRACE, RowWriter
+from stabstudy.trace import PROBES, TRACE
 
 FINGERPRINT = "f" * 16
 EVAL_HASH = "e" * 16
@@ -128,10 +128,7 @@ def write_records(
     probe_rows = [_probe_row(config, step, logit) for step in probe_steps]
     records: dict[str, Any] = {}
     for schema, rows in ((TRACE, trace_rows), (PROBES, probe_rows)):
-        writer = RowWriter(folder.live(schema), schema)
-        for row in rows:
-            writer.append(row)
-        writer.close()
+        live_rows.write(folder.live(schema), rows, schema, per_block=10)
         if finish:
             count, sha = compact(folder.live(schema), folder.finished(schema), schema, {"trial_id": folder.trial_id})
             records[schema.name] = {"rows": count, "sha256": sha}

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from lone import AMONG, Lone
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
@@ -24,19 +25,17 @@ from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
 from stabstudy.config import FFNS, PLACEMENTS, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.probes import probe
-from stabstudy.training.step import Stepper
 
 V, T, B = 61, 16, 4
 BASE = ModelConfig(depth=2, dim=32, n_heads=4, n_kv_heads=2)
 WINDOWS = np.random.default_rng(0).integers(0, V, (B, T + 1))
+among = pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
 
 
-def make(config: ModelConfig, gain: float = 1.0) -> Stepper:
-    """A Stepper whose weights are `gain` times larger than initialised, so that caps and norms have work to do."""
-    trial = TrialConfig(
-        model=config, optim=OptimConfig(clip=None), data=DataConfig(seq_len=T), train=TrainConfig(batch_size=B)
-    )
+def make(config: ModelConfig, gain: float = 1.0, neighbours: int = 0, precision: str = "fp32") -> Lone:
+    """A member whose weights are `gain` times larger than initialised, so that caps and norms have work to do."""
+    train = TrainConfig(batch_size=B, precision=precision)
+    trial = TrialConfig(model=config, optim=OptimConfig(clip=None), data=DataConfig(seq_len=T), train=train)
     decoder = Decoder(config, V, T)
     initialise(decoder, config, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -46,7 +45,7 @@ def make(config: ModelConfig, gain: float = 1.0) -> Stepper:
                 parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
             else:
                 parameter.mul_(gain)
-    return Stepper(trial, decoder, torch.device("cpu"))
+    return Lone(trial, decoder, neighbours)
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
@@ -108,17 +107,17 @@ def loss_of(reference: PreTrainedModel, windows: NDArray[np.int64]) -> tuple[Ten
     return loss, logits.logsumexp(-1).mean()
 
 
-def largest_difference(stepper: Stepper, reference: PreTrainedModel, named: dict[str, str]) -> float:
+def largest_difference(stepper: Lone, reference: PreTrainedModel, named: dict[str, str]) -> float:
     """Over loss, logsumexp and every gradient; `named`: the layer norms that both have. The step's own code path."""
     config = stepper.config.model
-    loss, logz, _ = stepper.accumulate(WINDOWS, B * T)
+    measured = stepper.accumulate(WINDOWS)
     expected, expected_logz = loss_of(reference, WINDOWS)
     expected.backward()
-    ours = to_hf({n: p.grad for n, p in stepper.model.named_parameters() if p.grad is not None}, config, named)
+    ours = to_hf(stepper.grads, config, named)
     theirs = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     assert set(ours) == set(theirs)
     apart = [(ours[name] - grad).abs().max().item() for name, grad in theirs.items()]
-    return max(abs((loss - expected).item()), abs((logz - expected_logz).item()), *apart)
+    return max(abs(measured["loss"] - expected.item()), abs(measured["logz_mean"] - expected_logz.item()), *apart)
 
 
 PRE = {"attention_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
@@ -126,7 +125,7 @@ PRE = {"attention_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layerno
 SANDWICH = PRE | {"attention_post_norm": "post_attention_layernorm", "ffn_post_norm": "post_feedforward_layernorm"}
 
 
-def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
+def gemma(stepper: Lone) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
     """Gemma 2 with full attention, gated by silu too: soft caps, scaled embedding, a norm before and after each branch.
 
     Its norms multiply by 1 + weight, its embedding by a scale: ours. Where no norm comes after: an identity.
@@ -144,13 +143,14 @@ def gemma(stepper: Stepper) -> tuple[Gemma2ForCausalLM, dict[str, str]]:
     norms = SANDWICH if config.norm_placement == "sandwich" else PRE
     for layer in reference.model.layers if norms is PRE else ():
         layer.post_attention_layernorm = layer.post_feedforward_layernorm = nn.Identity()
-    weights = to_hf(dict(stepper.model.named_parameters()), config, norms)
+    weights = to_hf(stepper.weights, config, norms)
     reference.load_state_dict({n: w - 1 if w.ndim == 1 else w for n, w in weights.items()})
     return reference, norms
 
 
-def test_capped_logits_equal_gemma() -> None:
-    stepper = make(dataclasses.replace(BASE, logit_softcap=1.5), gain=2.0)
+@among
+def test_capped_logits_equal_gemma(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, logit_softcap=1.5), gain=2.0, neighbours=neighbours)
     assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
 
 
@@ -162,10 +162,13 @@ def test_another_cap_is_not_gemmas() -> None:
     assert largest_difference(higher, *gemma(capped)) > 1e-2
 
 
-def test_capped_attention_equals_gemma() -> None:
-    stepper = make(dataclasses.replace(BASE, attn_softcap=0.7), gain=2.0)
+@among
+def test_capped_attention_equals_gemma(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, attn_softcap=0.7), gain=2.0, neighbours=neighbours)
     assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
-    grouped_by_one = make(dataclasses.replace(BASE, n_kv_heads=1, attn_softcap=0.7, logit_softcap=2.0), gain=2.0)
+    grouped_by_one = make(
+        dataclasses.replace(BASE, n_kv_heads=1, attn_softcap=0.7, logit_softcap=2.0), gain=2.0, neighbours=neighbours
+    )
     assert largest_difference(grouped_by_one, *gemma(grouped_by_one)) <= 1e-5
 
 
@@ -175,9 +178,12 @@ def test_uncapped_attention_is_not_gemmas() -> None:
     assert largest_difference(uncapped, *gemma(capped)) > 1e-3
 
 
-def test_the_probe_sees_scores_before_the_cap_and_weights_after_it() -> None:
-    capped, uncapped = (make(dataclasses.replace(BASE, depth=1, attn_softcap=c), gain=3.0) for c in (0.5, None))
-    row, plain = (probe(s, WINDOWS, 0) for s in (capped, uncapped))
+@among
+def test_the_probe_sees_scores_before_the_cap_and_weights_after_it(neighbours: int) -> None:
+    capped, uncapped = (
+        make(dataclasses.replace(BASE, depth=1, attn_softcap=c), gain=3.0, neighbours=neighbours) for c in (0.5, None)
+    )
+    row, plain = (s.probe(WINDOWS) for s in (capped, uncapped))
     assert row["attn_logit_max"] == plain["attn_logit_max"] and row["attn_logit_max"][0] > 3 * 0.5
     ((q, k, _),) = capped.model.walk(torch.from_numpy(WINDOWS[:, :-1]))
     scores = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / np.sqrt(8)).detach()
@@ -189,8 +195,9 @@ def test_the_probe_sees_scores_before_the_cap_and_weights_after_it() -> None:
     assert row["attn_entropy"][0] > plain["attn_entropy"][0] + 0.01
 
 
-def test_scaled_embeddings_equal_gemma() -> None:
-    stepper = make(dataclasses.replace(BASE, embed_scale=BASE.dim**0.5))
+@among
+def test_scaled_embeddings_equal_gemma(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, embed_scale=BASE.dim**0.5), neighbours=neighbours)
     assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
 
 
@@ -200,18 +207,19 @@ def test_unscaled_embeddings_are_not_gemmas() -> None:
     assert largest_difference(plain, *gemma(scaled)) > 1e-2
 
 
-def test_the_probe_sees_scaled_embeddings() -> None:
+@among
+def test_the_probe_sees_scaled_embeddings(neighbours: int) -> None:
     """A tiny scale leaves the residual stream to the branches; a huge one drowns them."""
-    huge = make(dataclasses.replace(BASE, embed_scale=1e4))
+    huge = make(dataclasses.replace(BASE, embed_scale=1e4), neighbours=neighbours)
     embedded = huge.model.embed(torch.from_numpy(WINDOWS[:, :-1])) * 1e4
-    row = probe(huge, WINDOWS, 0)
+    row = huge.probe(WINDOWS)
     assert row["resid_rms"] == pytest.approx([embedded.square().mean().sqrt().item()] * 2, rel=1e-2)
 
 
 LLAMA = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
-def qwen(stepper: Stepper, activation: str = "") -> tuple[Qwen3ForCausalLM, dict[str, str]]:
+def qwen(stepper: Lone, activation: str = "") -> tuple[Qwen3ForCausalLM, dict[str, str]]:
     """Qwen 3: Llama with an RMSNorm over each head's queries and keys, before RoPE. `activation`: Nemotron's FFN."""
     config = stepper.config.model
     reference = Qwen3ForCausalLM(Qwen3Config(**shape_of(config)))
@@ -219,13 +227,14 @@ def qwen(stepper: Stepper, activation: str = "") -> tuple[Qwen3ForCausalLM, dict
         layer.mlp = NemotronMLP(
             NemotronConfig(hidden_size=config.dim, intermediate_size=config.ffn_dim, hidden_act=activation)
         )
-    reference.load_state_dict(to_hf(dict(stepper.model.named_parameters()), stepper.config.model, LLAMA))
+    reference.load_state_dict(to_hf(stepper.weights, stepper.config.model, LLAMA))
     return reference, LLAMA
 
 
+@among
 @pytest.mark.parametrize("kv_heads", [None, 2, 1])
-def test_qk_norm_equals_qwen(kv_heads: int | None) -> None:
-    stepper = make(dataclasses.replace(BASE, qk_norm=True, n_kv_heads=kv_heads))
+def test_qk_norm_equals_qwen(kv_heads: int | None, neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, qk_norm=True, n_kv_heads=kv_heads), neighbours=neighbours)
     assert largest_difference(stepper, *qwen(stepper)) <= 1e-5
     tokens = torch.from_numpy(WINDOWS[:, :-1])
     apart = stepper.model(tokens) - qwen(stepper)[0](tokens, use_cache=False).logits
@@ -236,31 +245,35 @@ def test_queries_and_keys_swapped_are_not_qwens() -> None:
     """Negative control: the weights of the two norms change places."""
     stepper = make(dataclasses.replace(BASE, qk_norm=True))
     reference, norms = qwen(stepper)
-    for layer in stepper.model.layers:
-        layer.attention.q_norm, layer.attention.k_norm = layer.attention.k_norm, layer.attention.q_norm
+    for i in range(BASE.depth):
+        q, k = (stepper.weights[f"layers.{i}.attention.{name}"] for name in ("q_norm", "k_norm"))
+        kept = q.clone()
+        q.copy_(k), k.copy_(kept)
     assert largest_difference(stepper, reference, norms) > 1e-4
 
 
-def test_sandwich_equals_gemma_with_all_its_parts() -> None:
+@among
+def test_sandwich_equals_gemma_with_all_its_parts(neighbours: int) -> None:
     config = dataclasses.replace(BASE, norm_placement="sandwich", logit_softcap=3.0, attn_softcap=1.0, embed_scale=5.0)
-    stepper = make(config, gain=2.0)
+    stepper = make(config, gain=2.0, neighbours=neighbours)
     assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
 
 
 REORDERED = {"attention_norm": "post_attention_layernorm", "ffn_norm": "post_feedforward_layernorm"}
 
 
-def olmo(stepper: Stepper) -> tuple[Olmo2ForCausalLM, dict[str, str]]:
+def olmo(stepper: Lone) -> tuple[Olmo2ForCausalLM, dict[str, str]]:
     """OLMo 2 without its norms of queries and keys (they span all heads)."""
     reference = Olmo2ForCausalLM(Olmo2Config(**shape_of(stepper.config.model)))
     for layer in reference.model.layers:
         layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
-    reference.load_state_dict(to_hf(dict(stepper.model.named_parameters()), stepper.config.model, REORDERED))
+    reference.load_state_dict(to_hf(stepper.weights, stepper.config.model, REORDERED))
     return reference, REORDERED
 
 
-def test_reordered_equals_olmo() -> None:
-    stepper = make(dataclasses.replace(BASE, norm_placement="reordered"))
+@among
+def test_reordered_equals_olmo(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, norm_placement="reordered"), neighbours=neighbours)
     assert largest_difference(stepper, *olmo(stepper)) <= 1e-5
 
 
@@ -293,11 +306,12 @@ def test_the_walk_ends_where_the_forward_does(placement: str) -> None:
     tokens = torch.from_numpy(WINDOWS[:, :-1])
     *_, (_, _, last) = stepper.model.walk(tokens)
     assert torch.equal(stepper.model.head(stepper.model.norm(last)), stepper.model(tokens))
-    assert sum(p.numel() for p in stepper.parameters) == stepper.config.model.parameters(V)
+    assert sum(p.numel() for p in stepper.weights.values()) == stepper.config.model.parameters(V)
 
 
-def test_geglu_equals_gemmas() -> None:
-    stepper = make(dataclasses.replace(BASE, ffn="geglu"), gain=2.0)
+@among
+def test_geglu_equals_gemmas(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, ffn="geglu"), gain=2.0, neighbours=neighbours)
     assert largest_difference(stepper, *gemma(stepper)) <= 1e-5
 
 
@@ -307,9 +321,10 @@ def test_swiglu_is_not_gemmas() -> None:
     assert largest_difference(swiglu, *gemma(geglu)) > 1e-3
 
 
+@among
 @pytest.mark.parametrize(("ffn", "activation"), [("squared_relu", "relu2"), ("gelu", "gelu")])
-def test_an_ungated_feed_forward_equals_nemotrons(ffn: str, activation: str) -> None:
-    stepper = make(dataclasses.replace(BASE, qk_norm=True, ffn=ffn))
+def test_an_ungated_feed_forward_equals_nemotrons(ffn: str, activation: str, neighbours: int) -> None:
+    stepper = make(dataclasses.replace(BASE, qk_norm=True, ffn=ffn), neighbours=neighbours)
     assert largest_difference(stepper, *qwen(stepper, activation)) <= 1e-5
 
 
@@ -325,7 +340,7 @@ def test_every_feed_forward_has_about_as_many_parameters(ffn: str) -> None:
     config = dataclasses.replace(BASE, dim=96, multiple_of=1, ffn=ffn)
     stepper = make(config)
     assert config.ffn_dim == {"swiglu": 256, "geglu": 256, "squared_relu": 384, "gelu": 384}[ffn]
-    assert sum(p.numel() for p in stepper.parameters) == config.parameters(V) == BASE_96
+    assert sum(p.numel() for p in stepper.weights.values()) == config.parameters(V) == BASE_96
 
 
 BASE_96 = 2 * (2 * 96**2 + 2 * 96 * 48 + 3 * 96 * 256 + 2 * 96) + 96 + 2 * V * 96
@@ -380,23 +395,22 @@ def test_the_largest_logit_is_recorded_before_the_cap() -> None:
     with torch.no_grad():
         largest = capped.model(torch.from_numpy(WINDOWS[:, :-1])).abs().max()
     for stepper in (capped, uncapped):
-        assert torch.equal(stepper.accumulate(WINDOWS, B * T)[2], largest)
+        assert stepper.accumulate(WINDOWS)["logit_absmax"] == largest.item()
     assert largest > 2 * 1.5
 
 
-def test_a_cap_far_above_changes_next_to_nothing() -> None:
-    capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c)) for c in (1e4, None))
+@among
+def test_a_cap_far_above_changes_next_to_nothing(neighbours: int) -> None:
+    capped, uncapped = (make(dataclasses.replace(BASE, logit_softcap=c), neighbours=neighbours) for c in (1e4, None))
     for stepper in (capped, uncapped):
-        stepper.accumulate(WINDOWS, B * T)
-    for p, q in zip(capped.parameters, uncapped.parameters, strict=True):
-        assert p.grad is not None and q.grad is not None
-        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+        stepper.accumulate(WINDOWS)
+    for p, q in zip(capped.grads.values(), uncapped.grads.values(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
 
 
+@among
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_capped_loss_is_bounded(precision: str) -> None:
+def test_a_capped_loss_is_bounded(precision: str, neighbours: int) -> None:
     """Logits within +-c: the loss is at most 2 c + ln V, however large the weights."""
-    stepper = make(dataclasses.replace(BASE, logit_softcap=2.0), gain=50.0)
-    train = dataclasses.replace(stepper.config.train, precision=precision)
-    stepper.config = dataclasses.replace(stepper.config, train=train)
+    stepper = make(dataclasses.replace(BASE, logit_softcap=2.0), gain=50.0, precision=precision, neighbours=neighbours)
     assert stepper.loss_on(WINDOWS) <= 4.0 + np.log(V)

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stabstudy.config import CLIP_KINDS, OptimConfig
-from stabstudy.training import clip
-from stabstudy.training.clip_rules import ZClip, clip_rule
+from stabstudy.config import CLIP_KINDS, OptimConfig, TrialConfig
+from stabstudy.training.clipping import ClipRule, ZClip, clip_rule, global_norm, tensor_norms
 
 Arrays = list[NDArray[np.float64]]
 SHAPES = ((5, 3), (4,), (2, 6))
@@ -37,16 +36,31 @@ def gradients(steps: int, seed: int = 0) -> list[list[Tensor]]:
     ]
 
 
-def run(kind: str, steps: list[list[Tensor]], threshold: float = 0.5) -> tuple[list[Arrays], list[float]]:
+def run(kind: str, steps: list[list[Tensor]], threshold: float | None = 0.5) -> tuple[list[Arrays], list[float]]:
     """What the rule makes of the gradients of each step, and the scale it reports."""
-    rule = clip_rule(OptimConfig(clip=threshold, clip_kind=kind), weights())
-    assert rule is not None
-    after, scales = [], []
-    for grads in steps:
-        mine = [g.clone() for g in grads]
-        norms = clip.tensor_norms(mine)
-        scales.append(rule.apply(mine, norms, torch.linalg.vector_norm(norms)).item())
-        after.append([g.double().numpy() for g in mine])
+    after, scales = run_pack(kind, [steps], [threshold])
+    return after[0], scales[0]
+
+
+def pack_rule(kind: str, thresholds: list[float | None]) -> ClipRule:
+    configs = [TrialConfig(optim=OptimConfig(clip=c, clip_kind="norm" if c is None else kind)) for c in thresholds]
+    return clip_rule(configs, [(f"w{i}", torch.stack([w.detach()] * len(configs))) for i, w in enumerate(weights())])
+
+
+def run_pack(
+    kind: str, members: list[list[list[Tensor]]], thresholds: list[float | None]
+) -> tuple[list[list[Arrays]], list[list[float]]]:
+    """`run` of members that share one pack, for each of them."""
+    rule = pack_rule(kind, thresholds)
+    after: list[list[Arrays]] = [[] for _ in members]
+    scales: list[list[float]] = [[] for _ in members]
+    for each in zip(*members, strict=True):
+        stacks = [torch.stack(tensors) for tensors in zip(*each, strict=True)]
+        norms = tensor_norms(stacks)
+        factor_K = rule.apply(stacks, norms, global_norm(norms))
+        for k in range(len(members)):
+            scales[k].append(factor_K[k].item())
+            after[k].append([g[k].double().numpy() for g in stacks])
     return after, scales
 
 
@@ -176,14 +190,14 @@ def test_a_nonfinite_step_leaves_no_mark_and_a_later_spike_is_clipped(kind: str,
 
 def after_zclip(norms: list[float], cap: float, mean: float | None = None, var: float = 0.0) -> list[float]:
     """The norm that is left of each, one after another; with `mean` the first 25 steps are over."""
-    rule = ZClip(cap, torch.device("cpu"))
+    rule = ZClip(torch.tensor([cap], dtype=torch.float64))
     if mean is not None:
         for key, value in (("seen", 25.0), ("mean", mean), ("var", var)):
-            rule.state[key].fill_(value)
+            rule.state[f"clip/{key}"].fill_(value)
     left = []
     for norm in norms:
-        grads = [torch.tensor([norm])]
-        rule.apply(grads, torch.tensor([norm]), torch.tensor(norm))
+        grads = [torch.tensor([[norm]])]
+        rule.apply(grads, torch.tensor([[norm]]), torch.tensor([norm]))
         left.append(grads[0].item())
     return left
 
@@ -238,5 +252,63 @@ def test_a_tensor_without_gradients_learns_once_it_has_some() -> None:
     assert np.array_equal(after[110][1], steps[110][1].double().numpy())
 
 
-def test_no_rule_without_a_threshold() -> None:
-    assert clip_rule(OptimConfig(clip=None), weights()) is None
+def test_null_is_exactly_no_clipping() -> None:
+    """A norm that overflows included: the factor is 1, not inf / inf."""
+    steps = gradients(20)
+    steps[7][0][0] = INF
+    after, scales = run("norm", steps, None)
+    assert scales == [1.0] * 20
+    for grads, got in zip(steps, after, strict=True):
+        assert all(np.array_equal(g.double().numpy(), a) for g, a in zip(grads, got, strict=True))
+
+
+@pytest.mark.parametrize("kind", CLIP_KINDS)
+def test_members_of_a_pack_are_clipped_each_by_itself(kind: str) -> None:
+    """Other gradients, thresholds (one null), a NaN in one: bit for bit what each is alone."""
+    members = [gradients(160, seed) for seed in range(5)]
+    members[2][120][1][0] = members[2][5][2][0, 0] = NAN
+    null = None if kind == "norm" else 2.0
+    thresholds: list[float | None] = [1.0] * 5 if kind == "agc" else [0.3, null, 0.5, 0.1, 1.0]
+    after, scales = run_pack(kind, members, thresholds)
+    assert kind != "norm" or scales[1] == [1.0] * 160
+    for k, steps in enumerate(members):
+        alone, own = run(kind, steps, thresholds[k])
+        assert np.array_equal(scales[k], own, equal_nan=True)
+        for grads, expected in zip(after[k], alone, strict=True):
+            assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(grads, expected, strict=True))
+
+
+def test_norms_are_torchs_and_do_not_depend_on_the_neighbours() -> None:
+    stacks = [torch.stack(tensors) for tensors in zip(*gradients(30), strict=True)]
+    norms_NK = tensor_norms(stacks)
+    assert norms_NK.shape == (3, 30) and global_norm(norms_NK).shape == (30,)
+    for k in range(30):
+        rows = [g[k] for g in stacks]
+        torchs = torch.stack(torch._foreach_norm(rows))
+        assert torch.equal(norms_NK[:, k], torchs) and torch.equal(tensor_norms([r[None] for r in rows])[:, 0], torchs)
+        whole_norm = nn.utils.get_total_norm(rows)
+        assert torch.equal(global_norm(norms_NK)[k], whole_norm)
+        assert torch.equal(global_norm(norms_NK[:, k : k + 1])[0], whole_norm)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("norm", {}),
+        ("zclip", {"seen": (), "mean": (), "var": ()}),
+        ("adagc", {"seen": (), "gamma": (3,)}),
+        ("agc", {}),
+    ],
+)
+def test_a_members_memory_has_the_keys_and_shapes_of_its_checkpoint(
+    kind: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    state = pack_rule(kind, [1.0] * 4).state
+    assert {key: tuple(x.shape[1:]) for key, x in state.items()} == {f"clip/{name}": s for name, s in shapes.items()}
+    assert all(x.dtype == torch.float64 and len(x) == 4 for x in state.values())
+
+
+def test_members_of_unlike_rules_are_refused() -> None:
+    configs = [TrialConfig(optim=OptimConfig(clip=c, clip_kind=k)) for c, k in ((None, "norm"), (1.0, "zclip"))]
+    with pytest.raises(ValueError, match="optim.clip_kind must be equal within a pack, got norm, zclip"):
+        clip_rule(configs, [("w", torch.zeros(2, 3))])

@@ -215,6 +215,7 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
             {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
             "optim.muon_adjust_lr: has an effect with kind muon only, got kind stable_adamw",
         ),
+        ({"optim": {"kind": "lion", "eps": 1e-6}}, "optim.eps: has no effect with kind lion, got 1e-06"),
         (
             {"optim": {"base_batch": 8}},
             "optim.base_batch: has an effect with optim.lr_rule only, got 8 and lr_rule none",

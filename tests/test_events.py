@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -306,44 +305,52 @@ def test_live_takes_null_as_not_measured() -> None:
     assert flagged(9.0, nan) and live.spike_events[0] == 1
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("ring", [1, 32])
 @pytest.mark.parametrize("cut", [0, 50, 64, 131])
-def test_the_recorder_of_a_trial_counts_as_the_report_will(tmp_path: Path, on_device: bool, cut: int) -> None:
-    """Waiting for the device, blocks of the detector and the replay of a resumed trial cut the series in their ways."""
-    import torch
-
+def test_the_recorder_of_a_pack_counts_as_the_report_will(tmp_path: Path, ring: int, cut: int) -> None:
+    """Rings, blocks of the detector and the replay of a resumed member cut the series in their ways; two members."""
     from stabstudy import config as cfg
-    from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
-    from stabstudy.trace import TRACE, RowWriter, read_jsonl
-    from stabstudy.training import step as st
-    from stabstudy.training.record import BLOCK, Recorder
+    from stabstudy import live
+    from stabstudy.stability.monitor import MonitorFacts
+    from stabstudy.trace import PROBES, TRACE, no_rows, widths
+    from stabstudy.training.driver import Taken, Tick
+    from stabstudy.training.noise_scale import NoiseMeans
+    from stabstudy.training.record import JUDGED_AT_ONCE, Recorded, Recorder
 
     config = cfg.from_dict({"train": {"steps": 192}, "model": {"depth": 2}})
     norm, loss = lognormal(0.2, 192, 0), 3 + 0.02 * lognormal(0.5, 192, 1)
     norm[[20, 49, 50, 63, 64, 130, 160, 174, 191]] *= 20
     loss[[70, 190]] += 2
+    columns = ("loss", "logz_mean", "logit_absmax", "grad_norm", "clip_scale", "loss_scale", "spike", "targets")
 
-    def recorder(writer: RowWriter) -> Recorder:
-        monitor = DivergenceMonitor(RULES, [MonitorFacts(192, 20, 5.0)])
-        return Recorder(config, np.array([0, 1, 2, 3]), writer, monitor, LiveSpikes(RULES), on_device)
+    def recorder(rows: int) -> Recorder:
+        writers = [[live.Writer(tmp_path / f"{k}.{s.name}", s, widths(2)) for s in (TRACE, PROBES)] for k in "01"]
+        facts = MonitorFacts(192, 20, 5.0)
+        members = [Recorded(config, one, other, facts, NoiseMeans(), rows) for one, other in writers]
+        return Recorder(members, columns, np.array([0, 1, 2, 3]), RULES)
 
-    def feed(into: Recorder, steps: Sequence[int]) -> None:
-        for step in steps:
-            vector = torch.ones(st.TENSOR_NORMS + 4, dtype=torch.float64)
-            vector[st.LOSS], vector[st.GRAD_NORM], vector[st.SPIKE] = loss[step], norm[step], 0
-            into.add(step, 1e-3, vector)
-        into.drain()
+    def feed(into: Recorder, first: int, last: int) -> None:
+        for start in range(first, last, ring):
+            steps = range(start, min(start + ring, last))
+            values = np.ones((len(steps), 2, len(columns) + 4))
+            values[:, 1, 0], values[:, 1, 3], values[..., 6] = loss[steps], norm[steps], 0
+            ticks = [Tick(step - first, (1e-3, 1e-3), (True, True)) for step in steps]
+            assert into.judge((0, 1), ticks, Taken(values, {}), 0.01) == {}
+            into.write()
+        for member in into.members:
+            member.trace.close(), member.probes.close()
 
-    first = RowWriter(tmp_path / "a.jsonl", TRACE)
-    feed(recorder(first), range(cut))
-    first.close()
-    resumed = recorder(writer := RowWriter(tmp_path / "b.jsonl", TRACE))
-    resumed.replay(read_jsonl(tmp_path / "a.jsonl", TRACE) if cut else read_jsonl(writer.path, TRACE))
-    feed(resumed, range(cut, 192))
-    writer.close()
-    judged = cut + (192 - cut) // BLOCK * BLOCK
-    assert resumed.spikes.spike_events[0] == len(grad_spikes(norm[:judged])) > 3
-    assert (resumed.loss, resumed.grad_norm) == (loss[-1], norm[-1])
+    feed(recorder(0), 0, cut)
+    before = [live.read(tmp_path / f"{k}.trace", TRACE) if cut else no_rows(TRACE) for k in "01"]
+    resumed = recorder(cut)
+    resumed.replay(before)
+    feed(resumed, cut, 192)
+    judged = cut + (192 - cut) // JUDGED_AT_ONCE * JUDGED_AT_ONCE
+    assert resumed.spikes.spike_events.tolist() == [0, len(grad_spikes(norm[:judged]))]
+    assert resumed.spikes.spike_events[1] > 3
+    assert (resumed.loss[1], resumed.grad_norm[1]) == (loss[-1], norm[-1])
+    rows = live.read(tmp_path / "1.trace", TRACE)
+    assert rows["grad_norm"].tolist() == norm.tolist() and rows["layer_grad_norm"].tolist() == [[1.0] * 4] * len(rows)
 
 
 # --- coupling ---

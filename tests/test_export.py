@@ -88,7 +88,11 @@ CASES = {
     "model.norm_placement": [Case("reordered"), Case("sandwich"), Case("post")],
     "model.ffn": [Case("squared_relu"), Case("gelu"), Case("geglu")],
     "model.residual_scale": [Case("inverse_depth"), Case("deepnorm", beside={"model.norm_placement": "post"})],
-    "optim.kind": [Case("stable_adamw", trainer={"optim": "stable_adamw"}), Case("muon")],
+    "optim.kind": [
+        Case("stable_adamw", trainer={"optim": "stable_adamw"}),
+        Case("muon"),
+        Case("lion", trainer={"optim": "lion_32bit"}),
+    ],
     "optim.lr": [Case(1e-3, {"optim.lr": 1e-3}, {"learning_rate": 1e-3})],
     "optim.lr_rule": [
         Case("sqrt_batch", {"optim.lr": 0.006}, {"learning_rate": 0.006}, {"optim.base_batch": 2}),

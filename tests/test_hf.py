@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from lone import AMONG, Lone
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stabstudy.config import INITS, OF_FAMILY, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.training import hf
+from stabstudy.training import families, hf
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.probes import PROBE_SEQUENCES, probe
-from stabstudy.training.step import LOGIT_ABSMAX, LOSS, Stepper
+from stabstudy.training.probes import PROBE_SEQUENCES
 
 V, T, B = 61, 16, 6
+among = pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
 WINDOWS = np.random.default_rng(0).integers(0, V, (B, T + 1))
 TOKENS = torch.from_numpy(WINDOWS)[:, :-1]
 SHAPE = ModelConfig(depth=2, dim=32, n_heads=4, n_kv_heads=2)
@@ -27,15 +28,15 @@ FAMILIES = {family: dataclasses.replace(SHAPE, family=family, **fixed) for famil
 each_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
-def make(config: ModelConfig, precision: str = "fp32") -> Stepper:
-    """A Stepper whose norms differ from each other, and whose queries and keys are large enough to matter."""
+def make(config: ModelConfig, precision: str = "fp32", neighbours: int = 0) -> Lone:
+    """A member whose norms differ from each other, and whose queries and keys are large enough to matter."""
     trial = TrialConfig(
         model=config,
         optim=OptimConfig(clip=None),
         data=DataConfig(seq_len=T),
         train=TrainConfig(batch_size=B, precision=precision),
     )
-    model = hf.build(config, V, T, seed=1)
+    model = families.build(config, V, T, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,7 +44,7 @@ def make(config: ModelConfig, precision: str = "fp32") -> Stepper:
                 parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
             elif name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter.mul_(2)
-    return Stepper(trial, model, torch.device("cpu"))
+    return Lone(trial, model, neighbours)
 
 
 def theirs(name: str) -> str:
@@ -55,7 +56,7 @@ def theirs(name: str) -> str:
     )
 
 
-def reference(stepper: Stepper, attention: str, **other: Any) -> PreTrainedModel:
+def reference(stepper: Lone, attention: str, **other: Any) -> PreTrainedModel:
     """The family's own ForCausalLM with the same weights, its config written here a second time."""
     m = stepper.config.model
     kind = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[m.family]
@@ -73,9 +74,7 @@ def reference(stepper: Stepper, attention: str, **other: Any) -> PreTrainedModel
     else:
         config = getattr(transformers, f"{kind}Config")(**shape | other)
     made: PreTrainedModel = getattr(transformers, f"{kind}ForCausalLM")(config)
-    missing, unexpected = made.load_state_dict(
-        {theirs(n): p for n, p in stepper.model.named_parameters()}, strict=False
-    )
+    missing, unexpected = made.load_state_dict({theirs(n): p for n, p in stepper.weights.items()}, strict=False)
     assert missing == (["lm_head.weight"] if m.tied else []) and unexpected == []
     return made
 
@@ -88,21 +87,21 @@ VARIANTS = {
 }
 
 
+@among
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_loss_and_gradients_are_those_of_transformers_own_labels_loss(config: ModelConfig) -> None:
-    stepper = make(config)
+def test_loss_and_gradients_are_those_of_transformers_own_labels_loss(config: ModelConfig, neighbours: int) -> None:
+    stepper = make(config, neighbours=neighbours)
     other = reference(stepper, "eager")
-    loss, _, _ = stepper.accumulate(WINDOWS, B * T)
+    loss = stepper.accumulate(WINDOWS)["loss"]
     tokens = torch.from_numpy(WINDOWS)
     expected = other(input_ids=tokens, labels=tokens, use_cache=False).loss
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
     grads = {n: p.grad for n, p in other.named_parameters()}
-    assert len(grads) == len(stepper.parameters)
-    for name, parameter in stepper.model.named_parameters():
+    assert len(grads) == len(stepper.names)
+    for name, ours in stepper.grads.items():
         grad = grads[theirs(name)]
-        assert parameter.grad is not None and grad is not None
-        assert (parameter.grad - grad).abs().max() <= 2e-6, name
+        assert grad is not None and (ours - grad).abs().max() <= 2e-6, name
 
 
 @each_family
@@ -114,18 +113,20 @@ def test_logits_are_bit_for_bit_those_of_the_whole_model(config: ModelConfig) ->
         assert torch.equal(stepper.model(tokens), other(tokens, use_cache=False).logits)
 
 
+@among
 @each_family
-def test_bf16_stream_is_the_whole_model_with_bf16_weights(config: ModelConfig) -> None:
+def test_bf16_stream_is_the_whole_model_with_bf16_weights(config: ModelConfig, neighbours: int) -> None:
     """As transformers trains it under FSDP with param_dtype bf16; its table of RoPE's frequencies stays in fp32."""
-    stepper = make(dataclasses.replace(config, dim=64), "bf16_stream")  # Gemma's factor sqrt(dim) is exact in bf16
+    stepper = make(
+        dataclasses.replace(config, dim=64), "bf16_stream", neighbours=neighbours
+    )  # Gemma's factor sqrt(dim) is exact in bf16
     other = reference(stepper, "sdpa")
     plain = other(TOKENS, use_cache=False).logits
     for parameter in other.parameters():
         parameter.data = parameter.data.bfloat16()
     theirs = other(TOKENS, use_cache=False).logits
-    assert torch.equal(stepper.forward.run(lambda model: model(TOKENS)), theirs) and not torch.equal(
-        theirs.float(), plain
-    )
+    ours = stepper.run(lambda model, tokens: model(tokens), TOKENS)
+    assert torch.equal(ours, theirs) and not torch.equal(theirs.float(), plain)
 
 
 @each_family
@@ -144,26 +145,26 @@ def test_attention_is_the_causal_kernel_without_a_mask(config: ModelConfig, monk
     assert calls == [(None, True, config.head_dim**-0.5)] * config.depth
 
 
-def test_a_cap_on_the_logits_is_gemmas_own_and_the_record_sees_them_before_it() -> None:
-    stepper = make(dataclasses.replace(FAMILIES["gemma3"], logit_softcap=0.7))
+@among
+def test_a_cap_on_the_logits_is_gemmas_own_and_the_record_sees_them_before_it(neighbours: int) -> None:
+    stepper = make(dataclasses.replace(FAMILIES["gemma3"], logit_softcap=0.7), neighbours=neighbours)
     tokens = torch.from_numpy(WINDOWS)
     capped = reference(stepper, "eager", final_logit_softcapping=0.7)
     plain = reference(stepper, "eager")(TOKENS, use_cache=False).logits
     vector = stepper.step(WINDOWS, lr=0.0)
-    assert vector is not None
     loss = capped(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
-    assert vector[LOSS].item() == pytest.approx(loss, rel=1e-6)
-    assert vector[LOGIT_ABSMAX].item() == pytest.approx(plain.abs().max().item(), rel=1e-5)
-    assert vector[LOGIT_ABSMAX] > 0.7
+    assert vector["loss"] == pytest.approx(loss, rel=1e-6)
+    assert vector["logit_absmax"] == pytest.approx(plain.abs().max().item(), rel=1e-5)
+    assert vector["logit_absmax"] > 0.7
 
 
+@among
 @each_family
-def test_every_token_learns(config: ModelConfig) -> None:
+def test_every_token_learns(config: ModelConfig, neighbours: int) -> None:
     """Gemma's default pads with token 0, whose embedding would never get a gradient."""
-    stepper = make(config)
-    stepper.accumulate(np.zeros((B, T + 1), np.int64), B * T)
-    grad = stepper.model.embed.weight.grad
-    assert grad is not None and grad[0].abs().max() > 0
+    stepper = make(config, neighbours=neighbours)
+    stepper.accumulate(np.zeros((B, T + 1), np.int64))
+    assert stepper.grads["embed.weight"][0].abs().max() > 0
 
 
 # initial weights
@@ -177,7 +178,7 @@ def twin(config: ModelConfig) -> ModelConfig:
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_a_family_starts_as_the_very_function_that_our_decoder_is(config: ModelConfig) -> None:
-    model, ours = (hf.build(c, V, T, seed=3) for c in (config, twin(config)))
+    model, ours = (families.build(c, V, T, seed=3) for c in (config, twin(config)))
     assert isinstance(model, hf.HfDecoder) and isinstance(ours, Decoder)
     assert (model(TOKENS) - ours(TOKENS)).abs().max() <= 1e-5
     counts = {sum(p.numel() for p in m.parameters()) for m in (model, ours)}
@@ -187,10 +188,10 @@ def test_a_family_starts_as_the_very_function_that_our_decoder_is(config: ModelC
 @pytest.mark.parametrize("wrong", ["rows of q and k as they are", "another seed"])
 def test_another_start_would_be_seen(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FAMILIES["qwen3"]
-    ours = hf.build(twin(config), V, T, seed=3)
+    ours = families.build(twin(config), V, T, seed=3)
     if wrong.startswith("rows"):
         monkeypatch.setattr(hf, "halves", lambda weight, head_dim: weight)
-    model = hf.build(config, V, T, seed=3 if wrong.startswith("rows") else 4)
+    model = families.build(config, V, T, seed=3 if wrong.startswith("rows") else 4)
     assert (model(TOKENS) - ours(TOKENS)).abs().max() > 1e-2
 
 
@@ -198,7 +199,7 @@ def test_another_start_would_be_seen(wrong: str, monkeypatch: pytest.MonkeyPatch
 @each_family
 def test_every_init_has_our_decoders_numbers(config: ModelConfig, init: str) -> None:
     config = dataclasses.replace(config, init=init)
-    model, ours = hf.build(config, V, T, seed=5), Decoder(twin(config), V, T)
+    model, ours = families.build(config, V, T, seed=5), Decoder(twin(config), V, T)
     initialise(ours, twin(config), seed=5)
     kv = config.kv_heads * config.head_dim
     for layer, block in zip(model.layers, ours.layers, strict=True):
@@ -219,7 +220,7 @@ def test_every_init_has_our_decoders_numbers(config: ModelConfig, init: str) -> 
 
 @each_family
 def test_norms_start_as_identities(config: ModelConfig) -> None:
-    model = hf.build(config, V, T, seed=0)
+    model = families.build(config, V, T, seed=0)
     x = torch.randn(3, config.dim, generator=torch.Generator().manual_seed(0))
     x /= x.square().mean(-1, keepdim=True).sqrt()
     norms = [m for layer in model.layers for n, m in layer.named_children() if n.endswith("norm")]
@@ -231,11 +232,14 @@ def test_norms_start_as_identities(config: ModelConfig) -> None:
 # probes
 
 
+@among
 @each_family
-def test_probes_are_what_eager_attention_shows(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_are_what_eager_attention_shows(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, neighbours: int
+) -> None:
     """Scores as they enter transformers' own softmax, its weights, and each layer's output."""
-    stepper = make(config)
-    row = probe(stepper, WINDOWS, 0)
+    stepper = make(config, neighbours=neighbours)
+    row = stepper.probe(WINDOWS)
     scores, weights, residuals = [], [], []
     softmax = nn.functional.softmax
 
@@ -266,31 +270,33 @@ def test_the_walk_ends_where_the_forward_does(config: ModelConfig) -> None:
     assert torch.equal(model.head(model.norm(residual)), model(TOKENS))
 
 
+@among
 @each_family
-def test_a_probe_changes_nothing(config: ModelConfig) -> None:
-    probed, left = make(config), make(config)
+def test_a_probe_changes_nothing(config: ModelConfig, neighbours: int) -> None:
+    probed, left = make(config, neighbours=neighbours), make(config, neighbours=neighbours)
     for t in range(3):
         for stepper in (probed, left):
             stepper.step(np.roll(WINDOWS, t, axis=1), 0.01)
         random_state = torch.get_rng_state()
-        probe(probed, WINDOWS, t)
+        probed.probe(WINDOWS)
         assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(a, b) for a, b in zip(probed.parameters, left.parameters, strict=True))
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(probed.parameters, left.parameters, strict=True))
+    a, b = probed.stepper.state(), left.stepper.state()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(x, y) for x, y in zip(probed.stepper.grads, left.stepper.grads, strict=True))
 
 
 # training
 
 
+@among
 @pytest.mark.parametrize("precision", ["bf16", "bf16_stream", "fp16"])
 @each_family
-def test_low_precision_stays_near_fp32(config: ModelConfig, precision: str) -> None:
-    exact = make(config)
-    rough = make(config, precision)
+def test_low_precision_stays_near_fp32(config: ModelConfig, precision: str, neighbours: int) -> None:
+    exact = make(config, neighbours=neighbours)
+    rough = make(config, precision, neighbours=neighbours)
     a, b = exact.step(WINDOWS, 0.0), rough.step(WINDOWS, 0.0)
-    assert a is not None and b is not None and a[LOSS] != b[LOSS]
-    assert b[LOSS].item() == pytest.approx(a[LOSS].item(), rel=5e-3)
-    assert {p.dtype for p in rough.parameters} == {torch.float32}
+    assert a["loss"] != b["loss"] and b["loss"] == pytest.approx(a["loss"], rel=5e-3)
+    assert {p.dtype for p in rough.weights.values()} == {torch.float32}
 
 
 @each_family

@@ -219,10 +219,10 @@ def test_the_facts_are_those_of_settings_and_state(kept: Kept) -> None:
 
 
 def test_parameters_are_those_of_the_model_without_embeddings() -> None:
-    from stabstudy.training import hf
+    from stabstudy.training import families
 
     config = settings(depth=3)
-    model = hf.build(config.model, 300, config.data.seq_len, 0)
+    model = families.build(config.model, 300, config.data.seq_len, 0)
     embedding = sum(p.numel() for name, p in model.named_parameters() if 300 in p.shape)
     facts = Source(config, State("a")).facts
     assert facts.parameters == sum(p.numel() for p in model.parameters()) - embedding
@@ -234,7 +234,8 @@ def test_parameters_are_those_of_the_model_without_embeddings() -> None:
 def test_a_trial_judges_itself_as_its_files_would(tmp_path: Path) -> None:
     from stabstudy.data import sources
     from stabstudy.store import StudyFolder, write_json
-    from stabstudy.training.trial import Engine, run_trial
+    from stabstudy.training.pack import run_pack
+    from stabstudy.training.trial import Engine
 
     config = cfg.from_dict(
         {
@@ -249,7 +250,7 @@ def test_a_trial_judges_itself_as_its_files_would(tmp_path: Path) -> None:
     folder.path.mkdir(parents=True)
     body = {"trial_id": folder.trial_id, "config": cfg.to_dict(config), "data_fingerprint": fingerprint}
     write_json(folder.config_file, body)
-    state = run_trial(folder, Engine(tmp_path / "cache"), RULES, lambda progress: False)
+    (state,) = run_pack([folder], Engine(tmp_path / "cache"), RULES, lambda progress: False)
     assert state.status == "done" and state == folder.read_state()
 
     trace, source = folder.rows(TRACE), Source(config, state)

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import live_rows
 import numpy as np
 import pytest
 from rich.console import Console
 
-from stabstudy import store, trace
+from stabstudy import live, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.board import Board
@@ -187,8 +188,7 @@ def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command:
 
 
 def _rows(study: store.StudyFolder, state: store.State) -> int:
-    live = study.trial(state.trial_id).live(trace.TRACE)
-    return live.read_bytes().count(b"\n") if live.exists() else 0
+    return live.last_step(study.trial(state.trial_id).live(trace.TRACE)) + 1
 
 
 @pytest.mark.slow
@@ -277,19 +277,20 @@ def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
 
 
 HANGING = """
-import os, socket, sys, time
+import contextlib, os, socket, sys, time
 from pathlib import Path
 from stabstudy import store
-folder = store.TrialFolder(Path(sys.argv[1]))
-with store.lock(folder.path):
-    attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
-    folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
+with contextlib.ExitStack() as locks:
+    for folder in map(store.TrialFolder, map(Path, sys.argv[1:])):
+        locks.enter_context(store.lock(folder.path))
+        attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
+        folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
-def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not(
+def test_a_trial_without_a_new_row_for_too_long_is_killed_and_a_slow_one_is_not(
     folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = store.StudyFolder(folder / "results" / "hung")
@@ -297,8 +298,7 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
     trial.path.mkdir(parents=True)
     process = started([sys.executable, "-c", HANGING, str(trial.path)])
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}
-    trial.live(trace.TRACE).write_text(json.dumps(row) + "\n")
+    live_rows.write(trial.live(trace.TRACE), [{"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}])
     killed: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", lambda pid, number: killed.append(pid))
@@ -311,6 +311,35 @@ def test_a_trial_without_a_new_line_for_too_long_is_killed_and_a_slow_one_is_not
     kill_hung_packs(study, [(trial.trial_id,)], limit=120)
     assert process.wait(timeout=10) == -signal.SIGKILL
     assert trial.read_state().status == "lost"
+
+
+def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
+    folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = store.StudyFolder(folder / "results" / "hung")
+    pack = ("0123456789", "123456789a", "23456789ab")
+    members = [study.trial(trial_id) for trial_id in pack]
+    for member in members:
+        member.path.mkdir(parents=True)
+    process = started([sys.executable, "-c", HANGING, *(str(m.path) for m in members)])
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    members[2].write_state(store.State(pack[2], status="done"))  # its lock is held until the pack ends
+    row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 1.0}
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+
+    def silent_for(*seconds: int) -> list[int]:
+        for member, ago in zip(members, seconds, strict=True):
+            for path in (p for p in (member.live(trace.TRACE), member.state_file) if p.exists()):
+                os.utime(path, (time.time() - ago, time.time() - ago))
+        killed.clear()
+        kill_hung_packs(study, [pack], limit=120)
+        return list(killed)
+
+    assert silent_for(500, 500, 0) == [], "no step recorded yet: it may be compiling"
+    members[0].live(trace.TRACE).write_text(json.dumps(row) + "\n")
+    assert silent_for(500, 10, 500) == [] and silent_for(10, 500, 500) == [], "one member writes"
+    assert silent_for(500, 500, 0) == [process.pid], "the done member says nothing"
 
 
 def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
@@ -343,3 +372,64 @@ def test_only_changed_code_makes_a_checkout_dirty(tmp_path: Path, monkeypatch: p
     (tmp_path / "stabstudy" / "module.py").write_text("2\n")
     changed = provenance._git()
     assert changed is not None and len(changed["dirty_patch"]) == 12 and changed["commit"] == clean["commit"]
+
+
+def losses(folder: Path, study: str) -> dict[str, np.ndarray]:
+    trials = store.StudyFolder(folder / "results" / study).trials()
+    found = {t.trial_id: t.rows(trace.TRACE) for t in trials}
+    return {trial_id: rows["loss"] for trial_id, rows in found.items() if rows is not None}
+
+
+def test_packs_in_this_process_train_what_lone_trials_train(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(plan(folder, "launcher=local", "study=lone"))
+    assert launch(plan(folder, "launcher=local", "study=packed", "compute.pack=4")) == Outcome(0)
+    assert "[4/4]" in capsys.readouterr().out
+    lone, packed = losses(folder, "lone"), losses(folder, "packed")
+    assert lone.keys() == packed.keys() and len(packed) == 4
+    for trial_id, expected in lone.items():
+        np.testing.assert_allclose(packed[trial_id][:12], expected[:12], rtol=1e-4)
+
+
+def test_a_member_that_fails_in_a_pack_stops_no_other(folder: Path) -> None:
+    made = plan(folder, "launcher=local", "compute.pack=4")
+    victim = store.StudyFolder(made.folder).trial(made.trials[1].trial_id)
+    plant_foreign_checkpoint(victim)
+    assert launch(made) == Outcome(3)
+    found = {s.trial_id: s for s in states(folder)}
+    assert [t for t, s in found.items() if s.status != "done"] == [victim.trial_id]
+    assert found[victim.trial_id].status == "failed" and len(found[victim.trial_id].attempts) == 2
+
+
+DEADLY = """
+import os, sys
+from stabstudy import store
+
+written = store.TrialFolder.write_state
+
+def write_state(self, state):
+    written(self, state)
+    if self.trial_id == os.environ["DEADLY"] and state.status == "running":
+        os._exit(7)
+
+store.TrialFolder.write_state = write_state
+"""
+
+
+@pytest.mark.ray
+def test_a_member_that_kills_its_process_under_ray_is_found_and_the_others_end(
+    folder: Path, command: Command, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("study=deadly", "compute.pack=4", "compute.retries=0")
+    victim = plan(folder, *words).trials[1].trial_id
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(DEADLY)
+    root = Path(store.__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "site"), str(root)]))
+    monkeypatch.setenv("DEADLY", victim)
+    process = started(command(*words))
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 3, err
+    ended = {s.trial_id: s for s in states(folder, "deadly")}
+    assert [t for t, s in ended.items() if s.status != "done"] == [victim]
+    assert len(ended[victim].attempts) == 3, "in packs of 4, 2 and 1"
+    assert "[4/4]" in out and "Traceback" not in out + err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"settings", "groups", "combinations", "config", "trace", "finished", "store", "external"}
+FACTS = {"settings", "groups", "combinations", "config", "shape", "trace", "live", "finished", "store", "external"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,13 @@ MAY = {
     "groups": May({"settings"}),
     "combinations": May({"groups", "settings", "config"}),  # config for its type alone
     "config": May({"combinations", "groups", "settings"}),
+    "shape": May({"config"}),
     "trace": May(set(), {"numpy"}),
-    "finished": May({"trace"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "store": May({"config", "trace", "finished"}),
+    "binary": May({"trace"}, {"numpy"}),
+    "json_lines": May({"trace"}, {"numpy"}),
+    "live": May({"trace", "binary", "json_lines"}, {"numpy"}),
+    "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
+    "store": May({"config", "trace", "finished", "live"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),

@@ -201,6 +201,14 @@ def test_a_reference_that_is_rounded_is_found_out(bits_kept: int, monkeypatch: p
     assert same is (bits_kept == FIXED_POINT)
 
 
+@pytest.mark.parametrize("cuts", [[], range(11), [7], [8]])
+def test_the_loss_that_ends_a_stretch_may_begin_the_next(cuts: Sequence[int]) -> None:
+    """7 is below twice 5.83, and above twice 2.83, the mean when 30 has left the window and 12 has entered it."""
+    trial = planted([30.0, 1.0, 1.0, 1.0, 1.0, 1.0, 12.0, 7.0, 8.0, 8.0], planned=10)
+    ((answer, _),) = by_blocks([trial], cuts, SMALL)
+    assert answer == by_reference(trial, SMALL)[0] and answer[:2] == ("persistent", 9)
+
+
 def test_the_reference_is_exact_beside_losses_of_any_size() -> None:
     rng = np.random.default_rng(0)
     loss = np.exp(rng.standard_normal(5000) * 8) * rng.choice([1, -1], 5000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -662,6 +663,13 @@ def test_memory_of_the_published_models_is_of_the_right_size():
     assert estimate.memory(TrialConfig()) < 200e6
 
 
+def test_memory_and_checkpoints_count_what_the_optimizer_remembers():
+    adamw, lion = (cfg.from_dict({"optim": {"kind": kind}}) for kind in ("adamw", "lion"))
+    parameters = adamw.model.parameters(estimate.vocabulary(adamw))
+    assert estimate.checkpoint_bytes(adamw) == 12 * parameters and estimate.checkpoint_bytes(lion) == 8 * parameters
+    assert estimate.memory(adamw) - estimate.memory(lion) == pytest.approx(4 * parameters)
+
+
 def test_capped_attention_keeps_its_scores_in_memory():
     """8 sequences of 4096, 4 layers, 4 heads: 4096 scores for each position and head, 16 bytes each."""
     long = {"data": {"seq_len": 4096}}
@@ -719,6 +727,18 @@ def test_trials_that_fit_only_one_by_one_are_warned_about(monkeypatch):
     assert estimate.crowded([[TrialConfig()]] * 2, Compute(), "ray") == []
     assert estimate.crowded([[TrialConfig()]] * 8, Compute(max_concurrent=2), "ray") == []
     assert estimate.crowded([[TrialConfig()]] * 8, Compute(), "local") == []
+
+
+def test_a_study_written_before_packs_goes_on(ask):
+    """Its sweep.yaml holds the settings' old names, which a command line may no longer use."""
+    plan = ask(SWEEP)
+    plan.folder.mkdir(parents=True)
+    old = re.sub(r"  pack: .*\n", "", plan.sweep_text).replace("us_per_pack", "us_per_trial")
+    assert "gpus_per_trial" in old and "cpus_per_trial" in old and "pack" not in old
+    (plan.folder / "sweep.yaml").write_text(old)
+    assert ask(SWEEP) == plan
+    with pytest.raises(ConfigError, match=r"compute\.gpus_per_trial: is now called compute\.gpus_per_pack"):
+        ask(SWEEP + "compute: {gpus_per_trial: 1}\n")
 
 
 def test_settings_without_effect_are_warned_about(ask):

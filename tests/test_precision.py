@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lone import AMONG, Lone
 from torch import Tensor, nn
 
 from stabstudy.config import OF_FAMILY, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.groups import PRECISIONS
-from stabstudy.training import hf, precision
-from stabstudy.training.probes import probe
-from stabstudy.training.step import IGNORE, Stepper
+from stabstudy.training import families, stack
+from stabstudy.training.objective import IGNORE
 
 V, T, B = 61, 16, 4
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+among = pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
 WINDOWS = np.random.default_rng(0).integers(0, V, (B, T + 1))
 TOKENS = torch.from_numpy(WINDOWS)[:, :-1]
 SHAPE = ModelConfig(depth=2, dim=64, n_heads=4, n_kv_heads=2)  # gemma's sqrt(dim) is 8, and exact in bf16
@@ -34,28 +35,30 @@ THEIRS = {f: dataclasses.replace(SHAPE, family=f, **fixed) for f, fixed in OF_FA
 THEIRS["llama tied"] = dataclasses.replace(THEIRS["llama"], tied=True)
 
 
-def make(model: ModelConfig, number_format: str, micro: int | None = None, batch: int = B, **optim: Any) -> Stepper:
+def make(
+    model: ModelConfig, number_format: str, micro: int | None = None, batch: int = B, neighbours: int = 0, **optim: Any
+) -> Lone:
     """Norms differ from each other and from 1, so that casting their weights shows."""
     config = TrialConfig(
         model=model,
         optim=OptimConfig(clip=None, **optim),
         train=TrainConfig(batch_size=batch, micro_batch_size=micro, precision=number_format),
     )
-    built = hf.build(model, V, T, seed=0)
+    built = families.build(model, V, T, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in built.parameters():
             if p.ndim == 1:
                 p.add_(0.3 * torch.rand(p.shape, generator=generator))
-    return Stepper(config, built, torch.device("cpu"))
+    return Lone(config, built, neighbours)
 
 
-def logits(stepper: Stepper) -> Tensor:
+def logits(stepper: Lone) -> Tensor:
     with torch.no_grad():
-        return stepper.forward.run(lambda model: model(TOKENS))
+        return stepper.run(lambda model, tokens: model(tokens), TOKENS)
 
 
-def dtypes(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
+def dtypes(stepper: Lone, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
     """What one training step computes in, part by part."""
     seen: dict[str, set[torch.dtype]] = {}
 
@@ -70,7 +73,7 @@ def dtypes(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[t
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    model = stepper.model
+    model = stepper.inside
     model.layers[0].register_forward_pre_hook(lambda _, args: note("embedding", args[0]))
     for layer in model.layers:
         layer.register_forward_hook(lambda _, args, out: note("stream", out))
@@ -78,20 +81,18 @@ def dtypes(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[t
         if name.split(".")[-1].endswith("norm"):
             module.register_forward_hook(lambda _, args, out: note("norms", out))
     model.head.register_forward_hook(lambda _, args, out: note("logits", out))
-    micro = stepper._micro
+    terms = stepper.stepper._terms
 
-    def sums(*args: Any) -> Any:
-        result = micro(*args)
-        note("loss", *vars(result).values())
+    def noted(*args: Any) -> Any:
+        result = terms(*args)
+        note("loss", *result.values())
         return result
 
-    monkeypatch.setattr(stepper, "_sums", sums)
+    monkeypatch.setattr(stepper.stepper, "_terms", noted)
     stepper.step(WINDOWS, 1e-3)
-    note("weights", *stepper.parameters)
-    note("gradients", *(p.grad for p in stepper.parameters if p.grad is not None))
-    note("state", *(t for m in stepper.optimizer.state.values() for t in (m.exp_avg, m.exp_avg_sq)))
-    if stepper.muon is not None:
-        note("state", *stepper.muon.state.values())
+    note("weights", *stepper.weights.values())
+    note("gradients", *stepper.grads.values())
+    note("state", *stepper.stepper.optimizer.state.values())
     return seen
 
 
@@ -111,33 +112,40 @@ EXPECTED = {
 }
 
 
+@among
 @pytest.mark.parametrize("number_format", PRECISIONS)
-def test_every_dtype_of_a_step(number_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dtypes(make(SHAPE, number_format), monkeypatch) == EXPECTED[number_format]
+def test_every_dtype_of_a_step(number_format: str, monkeypatch: pytest.MonkeyPatch, neighbours: int) -> None:
+    assert dtypes(make(SHAPE, number_format, neighbours=neighbours), monkeypatch) == EXPECTED[number_format]
 
 
+@among
 @pytest.mark.parametrize("kind", ["adamw", "stable_adamw", "muon"])
 @pytest.mark.parametrize("model", [*OURS.values(), *THEIRS.values()], ids=[*OURS, *THEIRS])
-def test_every_dtype_of_bf16_stream(model: ModelConfig, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = dtypes(make(model, "bf16_stream", kind=kind), monkeypatch)
+def test_every_dtype_of_bf16_stream(
+    model: ModelConfig, kind: str, monkeypatch: pytest.MonkeyPatch, neighbours: int
+) -> None:
+    seen = dtypes(make(model, "bf16_stream", kind=kind, neighbours=neighbours), monkeypatch)
     capped = model.attn_softcap is not None  # explicit attention: nothing for the spy to see
     assert seen == {k: v for k, v in EXPECTED["bf16_stream"].items() if not (capped and k == "qkv")}
 
 
+@among
 @pytest.mark.parametrize("model", [SHAPE, THEIRS["qwen3"]], ids=["lingua", "qwen3"])
-def test_probes_see_the_stream_as_it_trains(model: ModelConfig) -> None:
-    stepper = make(model, "bf16_stream")
+def test_probes_see_the_stream_as_it_trains(model: ModelConfig, neighbours: int) -> None:
+    stepper, full = (make(model, f, neighbours=neighbours) for f in ("bf16_stream", "fp32"))
+    shapes = []
     with torch.no_grad():
-        walked = stepper.forward.run(lambda m: [t for triple in m.walk(TOKENS) for t in triple])
-        full = make(model, "fp32").forward.run(lambda m: [t for triple in m.walk(TOKENS) for t in triple])
-    assert {t.dtype for t in walked} == {BF16}
-    row, exact = probe(stepper, WINDOWS, 0), probe(make(model, "fp32"), WINDOWS, 0)
+        for of in (stepper, full):
+            parts = [[of.run(lambda m, x, i=i, j=j: [*m.walk(x)][i][j], TOKENS) for j in range(3)] for i in range(2)]
+            assert {t.dtype for triple in parts for t in triple} == {BF16 if of is stepper else F32}
+            shapes.append([t.shape for triple in parts for t in triple])
+    assert shapes[0] == shapes[1]
+    row, exact = stepper.probe(WINDOWS), full.probe(WINDOWS)
     for name in ("attn_logit_max", "attn_entropy", "resid_rms"):
         assert row[name] == pytest.approx(exact[name], rel=0.02) and row[name] != exact[name]
-    assert [t.shape for t in walked] == [t.shape for t in full]
 
 
-def whole_in_bf16(stepper: Stepper) -> nn.Module:
+def whole_in_bf16(stepper: Lone) -> nn.Module:
     """A copy of our decoder with weights in bf16 and tables of RoPE in fp32: no cast anywhere but what torch does."""
     model = copy.deepcopy(stepper.model)
     for p in model.parameters():
@@ -145,74 +153,83 @@ def whole_in_bf16(stepper: Stepper) -> nn.Module:
     return model
 
 
+@among
 @pytest.mark.parametrize("model", OURS.values(), ids=OURS)
-def test_it_is_the_model_with_bf16_weights(model: ModelConfig) -> None:
+def test_it_is_the_model_with_bf16_weights(model: ModelConfig, neighbours: int) -> None:
     """Logits bit for bit, gradients too; the embedding's is summed in bf16 there, in fp32 here."""
-    stepper = make(model, "bf16_stream")
+    stepper = make(model, "bf16_stream", neighbours=neighbours)
     other = whole_in_bf16(stepper)
     assert torch.equal(logits(stepper), other(TOKENS))
-    loss, _, _ = stepper.accumulate(WINDOWS, B * T)
+    loss = stepper.accumulate(WINDOWS)["loss"]
     theirs = other(TOKENS).float().flatten(0, 1)
     if model.logit_softcap is not None:
         theirs = model.logit_softcap * torch.tanh(theirs / model.logit_softcap)
     theirs_loss = F.cross_entropy(theirs, torch.from_numpy(WINDOWS)[:, 1:].flatten())
     theirs_loss.backward()
-    assert loss.item() == pytest.approx(theirs_loss.item(), rel=1e-6)
-    for (name, p), q in zip(stepper.model.named_parameters(), other.parameters(), strict=True):
-        assert p.grad is not None and q.grad is not None
+    assert loss == pytest.approx(theirs_loss.item(), rel=1e-6)
+    for (name, grad), q in zip(stepper.grads.items(), other.parameters(), strict=True):
+        assert q.grad is not None
         if name == "embed.weight":
-            assert (p.grad - q.grad).norm() < 0.01 * p.grad.norm()
+            assert (grad - q.grad).norm() < 0.01 * grad.norm()
         else:
-            apart = (p.grad - q.grad.float()).norm() / p.grad.norm()  # the two sum the loss in another order
-            assert apart < 2e-3 and torch.equal(p.grad, p.grad.bfloat16().float()), name
+            apart = (grad - q.grad.float()).norm() / grad.norm()  # the two sum the loss in another order
+            assert apart < 2e-3 and torch.equal(grad, grad.bfloat16().float()), name
 
 
-def test_autocast_would_fail_that_test(monkeypatch: pytest.MonkeyPatch) -> None:
+@among
+def test_autocast_would_fail_that_test(monkeypatch: pytest.MonkeyPatch, neighbours: int) -> None:
     """Negative control: with the stream in fp32 the logits are others."""
-    monkeypatch.setitem(precision.AUTOCAST, "bf16_stream", BF16)
-    monkeypatch.setattr(precision, "functional_call", lambda module, cast, args, tie_weights: module(*args))
-    stepper = make(SHAPE, "bf16_stream")
+    monkeypatch.setitem(stack.AUTOCAST, "bf16_stream", BF16)
+    monkeypatch.setattr(stack.Stack, "_cast", lambda self, name, weight: weight)
+    stepper = make(SHAPE, "bf16_stream", neighbours=neighbours)
     assert not torch.equal(logits(stepper), whole_in_bf16(stepper)(TOKENS))
 
 
-def test_a_token_seen_thousands_of_times_learns_at_full_strength() -> None:
+@among
+def test_a_token_seen_thousands_of_times_learns_at_full_strength(neighbours: int) -> None:
     """In bf16 a sum of equal terms ends at 256 times one of them, which is what a CPU makes of such an embedding."""
     weight = torch.zeros(2, 1, dtype=BF16, requires_grad=True)
     F.embedding(torch.zeros(5000, dtype=torch.long), weight).float().sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None and weight.grad[0].item() == 256
     windows = np.zeros((320, T + 1), np.int64)
-    exact, stream = (make(SHAPE, f, batch=320) for f in ("fp32", "bf16_stream"))
+    exact, stream = (make(SHAPE, f, batch=320, neighbours=neighbours) for f in ("fp32", "bf16_stream"))
     for stepper in (exact, stream):
-        stepper.accumulate(windows, 320 * T)
-    (a, b) = (s.model.embed.weight.grad for s in (exact, stream))
-    assert a is not None and b is not None and (a - b).norm() < 0.03 * a.norm()
+        stepper.accumulate(windows)
+    (a, b) = (s.grads["embed.weight"] for s in (exact, stream))
+    assert (a - b).norm() < 0.03 * a.norm()
 
 
+@among
 @pytest.mark.parametrize("model", [SHAPE, OURS["reordered, tied"], THEIRS["gemma3"]], ids=["pre", "tied", "gemma3"])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_accumulation_agrees_with_the_whole_batch(model: ModelConfig, micro: int) -> None:
+def test_accumulation_agrees_with_the_whole_batch(model: ModelConfig, micro: int, neighbours: int) -> None:
     windows = WINDOWS.copy()
     for row in range(B):
         windows[row, 2 + 4 * row :] = IGNORE
-    whole, split = make(model, "bf16_stream"), make(model, "bf16_stream", micro)
-    valid = int((windows[:, 1:] != IGNORE).sum())
-    (a, _, _), (b, _, _) = whole.accumulate(windows, valid), split.accumulate(windows, valid)
-    assert b.item() == pytest.approx(a.item(), rel=1e-4)
-    for p, q in zip(whole.parameters, split.parameters, strict=True):
-        assert p.grad is not None and q.grad is not None and (p.grad - q.grad).norm() <= 0.02 * p.grad.norm()
+    whole, split = (
+        make(model, "bf16_stream", neighbours=neighbours),
+        make(model, "bf16_stream", micro, neighbours=neighbours),
+    )
+    a, b = whole.accumulate(windows), split.accumulate(windows)
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    for p, q in zip(whole.grads.values(), split.grads.values(), strict=True):
+        assert (p - q).norm() <= 0.02 * p.norm()
 
 
-def test_it_leaves_the_weights_as_they_were() -> None:
-    stepper = make(OURS["reordered, tied"], "bf16_stream")
-    before = {n: (p, p.detach().clone()) for n, p in stepper.model.named_parameters()}
+@among
+def test_it_leaves_the_weights_as_they_were(neighbours: int) -> None:
+    stepper = make(OURS["reordered, tied"], "bf16_stream", neighbours=neighbours)
+    before = {n: t.clone() for n, t in stepper.stepper.state().items()}
+    inside = {n: (p, p.detach().clone()) for n, p in stepper.inside.named_parameters()}
     logits(stepper)
     with pytest.raises(ZeroDivisionError):
-        stepper.forward.run(lambda model: 1 // 0)
-    after = dict(stepper.model.named_parameters())
-    assert after.keys() == before.keys() and stepper.model.head.weight is stepper.model.embed.weight
-    assert all(after[n] is p and torch.equal(p, copied) for n, (p, copied) in before.items())
+        stepper.run(lambda model: 1 // 0)
+    assert all(torch.equal(t, before[n]) for n, t in stepper.stepper.state().items())
+    after = dict(stepper.inside.named_parameters())
+    assert after.keys() == inside.keys() and stepper.inside.head.weight is stepper.inside.embed.weight
+    assert all(after[n] is p and torch.equal(p, copied) for n, (p, copied) in inside.items())
 
 
 def test_there_is_one_place_that_chooses_number_formats() -> None:
-    folder = Path(precision.__file__).parent
-    assert [p.name for p in folder.glob("*.py") if "autocast(" in p.read_text()] == ["precision.py"]
+    folder = Path(stack.__file__).parent
+    assert [p.name for p in folder.glob("*.py") if "autocast(" in p.read_text()] == ["stack.py"]

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import preflight as before
-from stabstudy.training import hf, preflight
-from stabstudy.training import step as st
-from stabstudy.training.step import IGNORE
+from stabstudy.training import hf, objective, preflight
+from stabstudy.training.objective import IGNORE, MINIMISED
 
 CPU = torch.device("cpu")
 DATA = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16)
@@ -61,28 +61,27 @@ def test_what_is_left_of_the_targets_is_very_unequal() -> None:
     assert (short[:, 1:] != IGNORE).sum(axis=1).tolist() == [1, 1, 1, 1, 1, 1, 1, 2]
 
 
+def wrong_by(monkeypatch: pytest.MonkeyPatch, factor: Callable[[Tensor], float]) -> None:
+    """From here on loss and what is minimised are multiplied by a factor of the micro-batch's targets."""
+    sums = objective.target_sums
+
+    def wrong(logits: Tensor, targets: Tensor, *rest: Any) -> dict[str, Tensor]:
+        right = sums(logits, targets, *rest)
+        return right | {name: right[name] * factor(targets) for name in (MINIMISED, "loss")}
+
+    monkeypatch.setattr(objective, "target_sums", wrong)
+
+
 def test_a_mean_of_means_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss is nearly right; its norm is not."""
-    sums = st.target_sums
-
-    def mean_of_means(logits: Tensor, targets: Tensor, *rest: Any) -> st.Sums:
-        own, total = int((targets != IGNORE).sum()), sum(16 * (row + 1) // 4 for row in range(4))
-        right = sums(logits, targets, *rest)
-        return dataclasses.replace(right, cross_entropy=right.cross_entropy * total / own * len(targets) / 4)
-
-    monkeypatch.setattr(st, "target_sums", mean_of_means)
+    total = sum(16 * (row + 1) // 4 for row in range(4))
+    wrong_by(monkeypatch, lambda targets: total / int((targets != IGNORE).sum()) * len(targets) / 4)
     loss, norm = preflight.differences(config("llama"), cache, CPU)
     assert loss < 0.05 and norm > 0.05
 
 
 def test_no_division_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sums = st.target_sums
-
-    def undivided(logits: Tensor, targets: Tensor, *rest: Any) -> st.Sums:
-        right = sums(logits, targets, *rest)
-        return dataclasses.replace(right, cross_entropy=right.cross_entropy * 4 / len(targets))
-
-    monkeypatch.setattr(st, "target_sums", undivided)
+    wrong_by(monkeypatch, lambda targets: 4 / len(targets))
     assert preflight.differences(config("llama"), cache, CPU) == pytest.approx((3, 3), rel=1e-3)
 
 
@@ -179,8 +178,8 @@ import sys
 if sys.argv[0] == "-m":  # the program to be run with -m is not known yet: both, the command and its child
     from stabstudy.training.step import Stepper
     right = Stepper.accumulate
-    def wrong(stepper, windows, valid):
-        return right(stepper, windows, valid * stepper.config.train.micro_batch)
+    def wrong(stepper, windows, targets, masked, measure_noise=False):
+        return right(stepper, windows, targets * stepper.micro_batch, masked, measure_noise)
     Stepper.accumulate = wrong
 """
 

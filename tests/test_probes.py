@@ -7,18 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from lone import AMONG, Lone
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.training import probes
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.optim import update_sizes
-from stabstudy.training.probes import attention_statistics, probe
-from stabstudy.training.step import IGNORE, Stepper
+from stabstudy.training.objective import IGNORE
+from stabstudy.training.probes import attention_statistics
 
 V, T = 53, 12
+among = pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
 WINDOWS = np.random.default_rng(0).integers(0, V, (6, T + 1))
 
 
-def make(model: ModelConfig | None = None, **train: object) -> Stepper:
+def make(model: ModelConfig | None = None, neighbours: int = 0, **train: object) -> Lone:
     config = TrialConfig(
         model=model or ModelConfig(depth=3, dim=32, n_heads=4, n_kv_heads=2),
         optim=OptimConfig(clip=0.5, weight_decay=0.3),
@@ -27,7 +29,7 @@ def make(model: ModelConfig | None = None, **train: object) -> Stepper:
     )
     decoder = Decoder(config.model, V, T)
     initialise(decoder, config.model, seed=0)
-    return Stepper(config, decoder, torch.device("cpu"))
+    return Lone(config, decoder, neighbours)
 
 
 def test_attention_statistics_by_loops() -> None:
@@ -59,76 +61,92 @@ def test_the_probe_sees_the_scores_that_attention_uses() -> None:
     """softmax(probe's q k^T / sqrt K) v, put through wo, is what the layer computes."""
     stepper = make(ModelConfig(depth=1, dim=32, n_heads=4, n_kv_heads=2, qk_norm=True))
     tokens = torch.from_numpy(WINDOWS[:, :-1])
-    attention = stepper.model.layers[0].attention
-    x = stepper.model.layers[0].attention_norm(stepper.model.embed(tokens))
-    q, k, v = attention.qkv(x, stepper.model.rotation_TK)
-    ((walked_q, walked_k, _),) = stepper.model.walk(tokens)
+    model = stepper.model
+    attention = model.layers[0].attention
+    x = model.layers[0].attention_norm(model.embed(tokens))
+    q, k, v = attention.qkv(x, model.rotation_TK)
+    ((walked_q, walked_k, _),) = model.walk(tokens)
     assert torch.equal(q, walked_q) and torch.equal(k, walked_k)
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
     mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(6, T, 32)
-    assert torch.allclose(attention.wo(mixed), attention(x, stepper.model.rotation_TK), atol=1e-6)
+    assert torch.allclose(attention.wo(mixed), attention(x, model.rotation_TK), atol=1e-6)
 
 
-def test_update_sizes_are_those_of_the_real_update() -> None:
+@among
+def test_update_sizes_are_those_of_the_real_update(neighbours: int) -> None:
     """update_rms from the optimizer's state equals RMS((w_before - w_after) / lr) with the decay taken out."""
-    stepper = make()
+    stepper = make(neighbours=neighbours)
     for t in range(4):
-        before = [p.detach().double().clone() for p in stepper.parameters]
+        before = [p.double() for p in stepper.weights.values()]
         lr = 0.01 * (t + 1)
         stepper.step(np.roll(WINDOWS, t, axis=1), lr)
     moved = [
-        (b * (1 - lr * (0.3 if p.ndim >= 2 else 0.0)) - p.detach().double()) / lr
-        for b, p in zip(before, stepper.parameters, strict=True)
+        (b * (1 - lr * (0.3 if p.ndim >= 2 else 0.0)) - p.double()) / lr
+        for b, p in zip(before, stepper.weights.values(), strict=True)
     ]
     rms = math.sqrt(sum((m**2).sum().item() for m in moved) / sum(m.numel() for m in moved))
-    got, ratio = update_sizes(stepper.optimizer)
-    assert got.item() == pytest.approx(rms, rel=1e-4)
+    row = stepper.probe(WINDOWS)
+    assert row["update_rms"] == pytest.approx(rms, rel=1e-4)
     ratios = []
-    for p in stepper.parameters:
-        state = stepper.optimizer.state[p]
-        v_hat = state.exp_avg_sq / (1 - 0.95**4)
-        assert p.grad is not None
-        ratios.append(math.sqrt((p.grad**2 / v_hat.clamp(min=1e-16)).mean().item()))
-    assert ratio.item() == pytest.approx(max(ratios), rel=1e-5)
+    for name, grad in stepper.grads.items():
+        v_hat = stepper.memory[f"adam/exp_avg_sq/{name}"] / (1 - 0.95**4)
+        ratios.append(math.sqrt((grad**2 / v_hat.clamp(min=1e-16)).mean().item()))
+    assert row["adam_rms_max"] == pytest.approx(max(ratios), rel=1e-5)
 
 
-def test_a_probe_row_reads_the_right_things_and_changes_none() -> None:
-    stepper = make()
+@among
+def test_a_probe_row_reads_the_right_things_and_changes_none(neighbours: int) -> None:
+    stepper = make(neighbours=neighbours)
     stepper.step(WINDOWS, 0.01)
-    weights = [p.detach().clone() for p in stepper.parameters]
-    grads = [p.grad.clone() for p in stepper.parameters if p.grad is not None]
+    memory = {n: t.clone() for n, t in stepper.stepper.state().items()}
+    grads = [g.clone() for g in stepper.stepper.grads]
     random_state = torch.get_rng_state()
-    row = probe(stepper, WINDOWS, 1)
+    row = stepper.probe(WINDOWS, evaluate=True)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(a, b) for a, b in zip(weights, stepper.parameters, strict=True))
-    assert all(p.grad is not None and torch.equal(a, p.grad) for a, p in zip(grads, stepper.parameters, strict=True))
+    assert all(torch.equal(memory[n], t) for n, t in stepper.stepper.state().items())
+    assert all(torch.equal(a, b) for a, b in zip(grads, stepper.stepper.grads, strict=True))
+    weights = stepper.weights.values()
     assert row["param_norm"] == pytest.approx(math.sqrt(sum((w.double() ** 2).sum().item() for w in weights)), rel=1e-6)
     assert [len(row[name]) for name in ("attn_logit_max", "attn_entropy", "resid_rms")] == [3, 3, 3]
+    tokens = torch.from_numpy(WINDOWS)
     with torch.no_grad():
-        *_, (_, _, residual) = stepper.model.walk(torch.from_numpy(WINDOWS[:4, :-1]))
+        model = stepper.model
+        *_, (_, _, residual) = model.walk(tokens[:4, :-1])
+        logits = model(tokens[:, :-1]).flatten(0, 1)
     assert row["resid_rms"][-1] == pytest.approx(residual.square().mean().sqrt().item(), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).item()
+    assert row["val_loss"] == pytest.approx(expected, rel=1e-6)
+    plain = stepper.probe(WINDOWS)
+    assert math.isnan(plain.pop("val_loss")) and math.isnan(plain.pop("noise_g2")) and math.isnan(plain.pop("noise_s"))
+    assert plain == {name: row[name] for name in plain}
 
 
-def test_no_update_no_size() -> None:
+def test_its_width_is_known_before() -> None:
+    stepper = make(neighbours=2).stepper
+    windows = torch.from_numpy(WINDOWS).expand(3, -1, -1)
+    assert probes.probe(stepper, windows).shape == (3, probes.width(stepper))
+
+
+@among
+def test_no_update_no_size(neighbours: int) -> None:
     """Before the first step, and after a step without a target or one that was skipped: null, never NaN."""
-    stepper = make(skip_nonfinite=True)
+    stepper = make(skip_nonfinite=True, neighbours=neighbours)
 
     def measured() -> bool:
-        sizes = [probe(stepper, WINDOWS, 0)[name] for name in ("update_rms", "adam_rms_max")]
+        row = stepper.probe(WINDOWS)
+        sizes = [row[name] for name in ("update_rms", "adam_rms_max")]
         assert all(s is None for s in sizes) or all(s is not None and math.isfinite(s) for s in sizes)
         return sizes[0] is not None
 
     assert not measured()
-    handle = stepper.parameters[3].register_hook(lambda g: g * math.nan)
-    stepper.step(WINDOWS, 0.01)
+    with stepper.changed_gradient(3, lambda g: g * math.nan):
+        stepper.step(WINDOWS, 0.01)
     assert not measured()  # the very first is skipped: 0 / 0 in the moments' correction
-    handle.remove()
     stepper.step(WINDOWS, 0.01)
     assert measured()
-    handle = stepper.parameters[3].register_hook(lambda g: g * math.inf)
-    stepper.step(WINDOWS, 0.01)
-    handle.remove()
+    with stepper.changed_gradient(3, lambda g: g * math.inf):
+        stepper.step(WINDOWS, 0.01)
     assert not measured()
     stepper.step(WINDOWS, 0.01)
     assert measured()
@@ -136,15 +154,19 @@ def test_no_update_no_size() -> None:
     assert not measured()
 
 
-def test_a_spike_left_out_and_an_overflow_are_no_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    stepper = make(skip_spikes=True)
+@among
+def test_a_spike_left_out_and_an_overflow_are_no_updates(monkeypatch: pytest.MonkeyPatch, neighbours: int) -> None:
+    stepper = make(skip_spikes=True, neighbours=neighbours)
     stepper.step(WINDOWS, 0.01)
-    assert stepper.spike_skip is not None
-    monkeypatch.setattr(stepper.spike_skip, "judge", lambda loss, norm: torch.ones(()))
+    policy = stepper.stepper.spike_skip
+    assert policy is not None and stepper.probe(WINDOWS)["adam_rms_max"] is not None
+    only = torch.tensor([float(k == stepper.row) for k in range(stepper.stepper.K)])
+    monkeypatch.setattr(policy, "judge", lambda loss, norm: only)
     stepper.step(WINDOWS, 0.01)
-    assert probe(stepper, WINDOWS, 2)["adam_rms_max"] is None
-    scaled = make(precision="fp16")
-    scaled.loss_scale = torch.tensor(2.0**40)
+    assert stepper.probe(WINDOWS)["adam_rms_max"] is None
+    assert stepper.stepper.left_out.tolist() == only.tolist()
+    scaled = make(precision="fp16", neighbours=neighbours)
+    scaled.memory["scaler/loss_scale"].fill_(2.0**40)
     scaled.step(WINDOWS, 0.01)  # the first step of fp16, skipped by its scaler
-    row = probe(scaled, WINDOWS, 1)
+    row = scaled.probe(WINDOWS)
     assert row["update_rms"] is None and row["adam_rms_max"] is None and math.isfinite(row["param_norm"])

@@ -17,9 +17,15 @@ Floats = NDArray[np.float64]
 
 
 def skipped(loss: Floats, norm: Floats) -> list[int]:
-    policy = SpikeSkip(torch.device("cpu"))
-    pairs = zip(loss, norm, strict=True)
-    return [i for i, (x, g) in enumerate(pairs) if policy.judge(torch.tensor(x), torch.tensor(g)).item()]
+    return skipped_of([(loss, norm)])[0]
+
+
+def skipped_of(members: list[tuple[Floats, Floats]]) -> list[list[int]]:
+    """Of members of one pack, the steps that each had skipped."""
+    policy = SpikeSkip(len(members), torch.device("cpu"))
+    losses, norms = (np.stack(both) for both in zip(*members, strict=True))
+    judged = [policy.judge(torch.tensor(x), torch.tensor(g)).tolist() for x, g in zip(losses.T, norms.T, strict=True)]
+    return [[i for i, spikes in enumerate(judged) if spikes[k]] for k in range(len(members))]
 
 
 def by_hand(loss: Floats, norm: Floats) -> list[int]:
@@ -84,3 +90,34 @@ def test_a_drop_is_not_skipped() -> None:
     loss, norm = series()
     norm[200], loss[210] = 0.0, -50.0
     assert skipped(loss, norm) == by_hand(loss, norm) == []
+
+
+def test_members_of_a_pack_are_judged_each_by_itself() -> None:
+    """Spikes of one, a NaN of another, a third that is always NaN, a constant one: as each alone, and by hand."""
+    members = [series(400, seed) for seed in range(4)] + [(np.full(400, 2.0), np.full(400, 1.0))]
+    members[0][1][[100, 200]] *= 20
+    members[1][0][150] += 3
+    members[1][1][90:95] = NAN
+    members[2][0][:] = NAN
+    members[3][1][[70, 71, 300]] = INF, 1e9, 1e9
+    assert skipped_of(members) == [skipped(*m) for m in members] == [by_hand(*m) for m in members]
+    assert {100, 200} <= set(skipped_of(members)[0]) and skipped_of(members)[2] == []
+
+
+def test_a_row_moved_to_another_pack_goes_on_alike() -> None:
+    five = SpikeSkip(5, torch.device("cpu"))
+    values = torch.tensor(np.random.default_rng(0).normal(3, 0.1, (200, 2, 5)))
+    values[180, 1, 3] = 50
+    for loss, norm in values[:150]:
+        five.judge(loss, norm)
+    alone = SpikeSkip(1, torch.device("cpu"))
+    for key, tensor in alone.state.items():
+        tensor.copy_(five.state[key][3:4])
+    after = [
+        (five.judge(loss, norm)[3].item(), alone.judge(loss[3:4], norm[3:4]).item()) for loss, norm in values[150:]
+    ]
+    assert [i for i, pair in enumerate(after) if pair == (1, 1)] == [30] and all(a == b for a, b in after)
+    assert {key: tuple(x.shape[1:]) for key, x in five.state.items()} == {
+        "spike_skip/seen": (),
+        "spike_skip/window": (2, 128),
+    }

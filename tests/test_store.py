@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import live_rows
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, finished, store, trace
+from stabstudy import config, store, trace
 from stabstudy.store import Attempt, LockHeldError, State, StoreError, StudyFolder, TrialFolder
 
 LIMIT = 30.0  # seconds that a process may take to start on a loaded machine
@@ -379,15 +380,12 @@ def test_a_lock_can_be_seen_without_the_right_to_write(tmp_path: Path, monkeypat
 
 
 def live_record(folder: TrialFolder, rows: int) -> None:
-    writer = trace.RowWriter(folder.live(trace.TRACE), trace.TRACE)
     known = {"tokens": 1, "seconds": 0.1, "lr": 1e-3}
-    for step in range(rows):
-        writer.append({**dict.fromkeys(trace.TRACE.names), **known, "step": step})
-    writer.close()
+    live_rows.write(folder.live(trace.TRACE), [{**known, "step": step} for step in range(rows)])
 
 
 def compacted(folder: TrialFolder) -> State:
-    rows, sha = finished.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
+    rows, sha = live_rows.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
     return replace(FULL, records={"trace": {"rows": rows, "sha256": sha}})
 
 
@@ -404,6 +402,13 @@ def test_the_record_is_live_until_the_state_knows_the_finished_one(folder: Trial
     folder.live(trace.TRACE).unlink()
     read = folder.rows(trace.TRACE)
     assert read is not None and len(read) == 3
+
+
+def test_the_record_of_an_older_version_is_read_where_it_lies(folder: TrialFolder) -> None:
+    rows = [{"tokens": 1, "seconds": 0.1, "lr": 1e-3, "step": step} for step in range(3)]
+    live_rows.write_json_lines(folder.path / "trace.jsonl", rows)
+    read = folder.rows(trace.TRACE)
+    assert read is not None and read["step"].tolist() == [0, 1, 2]
 
 
 def test_a_finished_record_with_another_checksum_is_damaged(folder: TrialFolder) -> None:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import live_rows
 import numpy as np
 import pandas as pd
 import planted
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stabstudy import binary
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, export, levels, recipe
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
@@ -28,7 +30,7 @@ from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder
-from stabstudy.trace import PROBES, TRACE, DamagedRecord, RowWriter
+from stabstudy.trace import PROBES, TRACE, DamagedRecord
 
 
 @pytest.fixture(scope="module")
@@ -294,11 +296,11 @@ def test_a_running_study_shows_whole_rows_only(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,))
     live = planted.plant_trial(path, planted.settings(lr=0.5), status="running", steps_done=70)
     with live.live(TRACE).open("ab") as f:
-        f.write(b'{"step":70,"tokens":7')  # a write that has not ended
+        f.write(binary.MARKER + b"\1\0")  # a write that has not ended
     study = Study.load(path)
     row = study.row(live.trial_id)
     assert row["steps_done"] == 70 and row["verdict"] is None and row["final_loss"] is None
-    assert "torn last line" in row["note"]
+    assert "torn last block" in row["note"]
     assert row["state"] == "lost"  # it says running, and nobody holds its lock
     assert len(study.trace(live.trial_id)) == 70 and not study.damaged
 
@@ -319,10 +321,8 @@ def test_a_growing_record_gives_a_prefix(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     trial = planted.plant_trial(tmp_path / "s", planted.settings(), status="running", steps_done=30)
     before = Study.load(tmp_path / "s").trace(trial.trial_id)
-    writer = RowWriter(trial.live(TRACE), TRACE)
-    writer.append(planted._trace_row(planted.settings(), 30, 0.5), urgent=True)
+    live_rows.write(trial.live(TRACE), [planted._trace_row(planted.settings(), 30, 0.5)])
     after = Study.load(tmp_path / "s").trace(trial.trial_id)
-    writer.close()
     assert len(after) == 31 and np.array_equal(after["grad_norm"][:30], before["grad_norm"])
 
 
@@ -377,12 +377,14 @@ def test_a_missing_record_excludes_the_trial(tmp_path: Path, schema: Any, cached
     assert "missing" in study.damaged[0].reason
 
 
-def _cut_middle(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:5], lines[5][:20] + b"\n", *lines[6:]]
+def _cut_middle(parts: list[bytes]) -> list[bytes]:
+    header, first, second, third = parts
+    return [header, first, second[:20], third]
 
 
-def _repeat(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:6], lines[5], *lines[6:]]
+def _repeat(parts: list[bytes]) -> list[bytes]:
+    header, first, second, third = parts
+    return [header, first, second, second, third]
 
 
 @pytest.mark.parametrize("spoil", [_cut_middle, _repeat])
@@ -390,7 +392,7 @@ def test_a_live_record_that_cannot_be_trusted_excludes_the_trial(tmp_path: Path,
     planted.plant_frame(tmp_path / "s")
     trial = planted.plant_trial(tmp_path / "s", planted.settings(), status="interrupted", steps_done=30)
     live = trial.live(TRACE)
-    live.write_bytes(b"".join(spoil(live.read_bytes().splitlines(keepends=True))))
+    live.write_bytes(binary.MARKER.join(spoil(live.read_bytes().split(binary.MARKER))))
     study = Study.load(tmp_path / "s")
     assert [d.trial_id for d in study.damaged] == [trial.trial_id] and not len(study.trials)
 

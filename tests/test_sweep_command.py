@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import live_rows
 import pytest
 
 from stabstudy import config as cfg
 from stabstudy import store, sweep, trace
-from stabstudy.finished import compact
 from stabstudy.planning import words
 from stabstudy.planning.plan import make_plan
 
@@ -127,11 +127,8 @@ def finished(plan, trial_id: str, seconds: float) -> None:
     store.write_json(
         folder.config_file, {"cell_id": trial.cell_id, "config": cfg.to_dict(trial.config), "choices": trial.choices}
     )
-    writer = trace.RowWriter(folder.live(trace.TRACE), trace.TRACE)
-    for step in range(trial.config.train.steps):
-        row = dict.fromkeys(trace.TRACE.names) | {"step": step, "tokens": 512, "seconds": seconds, "lr": 0.1}
-        writer.append(row | {"layer_grad_norm": [1.0] * (trial.config.model.depth + 2)})
-    writer.close()
+    plain = {"tokens": 512, "seconds": seconds, "lr": 0.1, "layer_grad_norm": [1.0] * (trial.config.model.depth + 2)}
+    live_rows.write(folder.live(trace.TRACE), [plain | {"step": step} for step in range(trial.config.train.steps)])
     rows, sha = compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
     state = store.State(trial_id, status="done", step=rows, verdict="stable", spike_events=3)
     folder.write_state(dataclasses.replace(state, records={"trace": {"rows": rows, "sha256": sha}}))
@@ -157,12 +154,15 @@ def test_status_reads_files_alone(capsys, tmp_path, known):
     store.write_json(plan.folder / "provenance.json", {"axes": {a.name: list(a.values) for a in plan.axes}})
     study = store.StudyFolder(plan.folder)
     finished(plan, plan.trials[0].trial_id, 0.1)
+    rows = [{"step": step, "tokens": 512, "seconds": 1.0, "lr": 0.1} for step in range(42)]
     for trial, status in zip(plan.trials[1:5], ("pending", "running", "failed", "lost"), strict=True):
         folder = study.trial(trial.trial_id)
         folder.path.mkdir()
         store.write_json(folder.config_file, {"config": cfg.to_dict(trial.config), "choices": trial.choices})
-        if status in ("running", "lost"):
-            folder.live(trace.TRACE).write_text('{"step": 0}\n{"step": 41}\n{"step": 4')
+        if status == "running":
+            live_rows.write(folder.live(trace.TRACE), rows)
+        if status == "lost":  # of an older version
+            (folder.path / "trace.jsonl").write_text('{"step": 0}\n{"step": 41}\n{"step": 4')
         if status != "pending":
             error = {"kind": "X", "message": "it \x1b[31mbroke", "step": 7} if status == "failed" else None
             folder.write_state(store.State(trial.trial_id, "failed" if error else "running", step=7, error=error))

@@ -26,7 +26,8 @@ from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.tokens import Corpus, prepare
 from stabstudy.stability.rules import Rules
-from stabstudy.training.trial import Engine, run_trial
+from stabstudy.training.pack import run_pack
+from stabstudy.training.trial import Engine
 
 
 def corpus(ids: Any, folder: Path, vocab: int = 50) -> Corpus:
@@ -224,7 +225,7 @@ def begun(folder: Path) -> store.TrialFolder:
 
 def test_a_trial_knows_what_its_loss_must_fall_below(tmp_path: Path) -> None:
     trial = begun(tmp_path)
-    state = run_trial(trial, Engine(tmp_path / "cache"), Rules(), lambda p: False)
+    (state,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: False)
     b = open_batches(
         dataclasses.replace(TRIAL, train=dataclasses.replace(TRIAL.train, batch_size=1)), tmp_path / "cache"
     )
@@ -236,14 +237,14 @@ def test_a_trial_knows_what_its_loss_must_fall_below(tmp_path: Path) -> None:
 
 def test_a_trial_that_an_older_version_began_learns_it_when_it_goes_on(tmp_path: Path) -> None:
     trial = begun(tmp_path)
-    state = run_trial(trial, Engine(tmp_path / "cache"), Rules(), lambda p: p.step >= 6)
+    (state,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: progress[0].step >= 6)
     assert state.status == "interrupted" and state.unigram_entropy is not None
     body = store.read_json(trial.state_file)
     for name in ("unigram_entropy", "train_tokens"):
         del body[name]
     store.write_json(trial.state_file, body)
     assert trial.read_state() == dataclasses.replace(state, unigram_entropy=None, train_tokens=None)
-    ended = run_trial(trial, Engine(tmp_path / "cache"), Rules(), lambda p: False)
+    (ended,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: False)
     assert (ended.unigram_entropy, ended.train_tokens) == (state.unigram_entropy, state.train_tokens)
     assert ended.init_loss == state.init_loss, "measured once"
 
@@ -252,7 +253,7 @@ def test_a_trial_on_other_data_builds_nothing_from_them(tmp_path: Path, monkeypa
     trial = begun(tmp_path)
     body = store.read_json(trial.config_file)
     store.write_json(trial.config_file, body | {"data_fingerprint": "0" * 16})
-    state = run_trial(trial, Engine(tmp_path / "cache"), Rules(), lambda p: False)
+    (state,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: False)
     assert state.status == "failed" and state.error is not None
     assert f"must still be what the study began with (fingerprint {'0' * 16}), got " in state.error["message"]
     assert not (tmp_path / "cache").exists()

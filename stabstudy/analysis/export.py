@@ -101,6 +101,10 @@ DECAY_TYPES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "1-sqrt
 """optim.decay_shape -> decay_type of warmup_stable_decay."""
 
 
+TRAINER_OPTIMIZERS = {"stable_adamw": "stable_adamw", "lion": "lion_32bit"}
+"""optim.kind -> optim, where it is not AdamW; for one that Trainer does not have the keys are AdamW's."""
+
+
 def hugging_face(settings: Settings) -> Export:
     """Keys of transformers' TrainingArguments and of LLaMA-Factory on one device, and notes on what they leave out."""
     s = settings
@@ -108,7 +112,7 @@ def hugging_face(settings: Settings) -> Export:
         "max_steps": s["train.steps"],
         "per_device_train_batch_size": s["train.micro_batch_size"],
         "gradient_accumulation_steps": s["train.batch_size"] // s["train.micro_batch_size"],
-        "optim": "stable_adamw" if s["optim.kind"] == "stable_adamw" else "adamw_torch_fused",
+        "optim": TRAINER_OPTIMIZERS.get(s["optim.kind"], "adamw_torch_fused"),
         "learning_rate": _peak(s),
         "weight_decay": _coupled(s),
         "adam_beta1": s["optim.beta1"],

@@ -71,6 +71,8 @@ def trainer(s: Settings) -> Iterator[str]:
     if s["optim.kind"] == "stable_adamw":
         apart = "; it holds q, k and v back one by one, ours as one matrix, as also w1 and w3"
         yield f"{_optimizer(s)}: needs torch-optimi{apart if s['model.family'] == 'lingua' else ''}"
+    elif s["optim.kind"] == "lion":
+        yield f"{_optimizer(s)}: needs bitsandbytes"
     elif s["optim.kind"] != "adamw":
         yield f"{_optimizer(s)}: Trainer has none; these keys are AdamW's"
     yield from _clip(s, "Trainer")

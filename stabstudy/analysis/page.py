@@ -175,6 +175,12 @@ def _engines(states: Mapping[str, State]) -> list[str]:
 
 
 def _mixed_engines(states: Mapping[str, State]) -> list[str]:
-    n = len(_engines(states))
-    text = f"Trained on {n} different engines (see Provenance): equal trials may differ in the last bits."
-    return [text] if n > 1 else []
+    engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
+    known = [e for e in engines if isinstance(e, dict) and e]
+    names = sorted({name for e in known for name in e if any(e[name] != other.get(name) for other in known)})
+    text = (
+        f"Trained on {len(_engines(states))} different engines, which differ in {', '.join(map(words.clean, names))} "
+        "(see Provenance): trials that are otherwise equal may differ in the last bits, and in "
+        "more after a few steps of unstable training."
+    )
+    return [text] if names else []

@@ -3,8 +3,8 @@
 Arithmetic is that of the decoder in `training/model.py`. Time comes from finished trials of the same study where there
 are any, else from a rule of thumb that fits two measurements on one core (Zen 4, fp32, one thread): 7.2 ms a step for
 2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64 and 512 tokens; and fourteen on a GPU (H200, loss
-compiled, the step one graph), of packs of 1 to 128 trials, 4 to 8 layers of width 64 to 512. Bytes are those of the
-trace's format at the widths measured (208 bytes a row at 14 layer groups).
+compiled, the step one graph), of packs of 1 to 128 trials, 4 to 8 layers of width 64 to 512, each met within a third.
+Bytes are those of the trace's format at the widths measured (208 bytes a row at 14 layer groups).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from stabstudy import store, trace
 from stabstudy.config import TrialConfig, stored
+from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import ConfigError, Problem
@@ -30,7 +31,7 @@ STEP_SECONDS = 0.006  # what a step on a core costs beside its arithmetic
 LAYER_SECONDS = 0.00017  # the same of a pack's step on a GPU, for each layer
 START_SECONDS = 3.0  # of a trial: its model, its data, its files
 PACK_START_SECONDS = 25.0  # of a pack on a GPU: compiling, measuring the first weights, capturing the step
-BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments of AdamW, one temporary
+BYTES_PER_PARAMETER = 12  # fp32 weight, gradient, one temporary; what the optimizer remembers comes on top
 ACTIVATION_BYTES = 84  # per token, layer and unit of width
 SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
 PROCESS_BYTES = 0.7e9  # a process with torch in it
@@ -68,7 +69,8 @@ def memory(config: TrialConfig) -> float:
     activations = tokens * m.dim * m.depth * ACTIVATION_BYTES
     if m.attn_softcap is not None:  # explicit scores, some of them kept for the backward pass
         activations += tokens * config.data.seq_len * m.n_heads * m.depth * SCORE_BYTES
-    return m.parameters(vocabulary(config)) * BYTES_PER_PARAMETER + activations + 12.0 * tokens * vocabulary(config)
+    each = BYTES_PER_PARAMETER + 4 * OPTIMIZERS[config.optim.kind]
+    return m.parameters(vocabulary(config)) * each + activations + 12.0 * tokens * vocabulary(config)
 
 
 def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
@@ -80,8 +82,8 @@ def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
 
 
 def checkpoint_bytes(config: TrialConfig) -> float:
-    """Weights and both moments in fp32."""
-    return 12.0 * config.model.parameters(vocabulary(config))
+    """Weights and what the optimizer remembers of each, in fp32."""
+    return 4.0 * (1 + OPTIMIZERS[config.optim.kind]) * config.model.parameters(vocabulary(config))
 
 
 def cost(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str, rate: float | None) -> Cost:
@@ -160,7 +162,7 @@ def crowded(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: 
     """Warnings where a pack fills more than its GPU, or packs fit one by one but not as many as would run at once."""
     largest, there = max(sum(map(memory, pack)) for pack in packs), room(compute)
     if compute.gpus_per_pack:
-        if there is None or largest <= there:
+        if there is None or largest + PROCESS_BYTES <= there:
             return []
         got = f"{largest / 1e9:.0f} GB are needed, {there / 1e9:.0f} GB are there"
         return [f"compute.pack: {got}; packs are halved until they fit (auto counts what fits)"]
@@ -173,14 +175,14 @@ def crowded(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: 
 
 def _seconds(pack: Sequence[TrialConfig], compute: Compute, rate: float | None) -> float:
     """Of one pack, whose members share what a step costs beside its arithmetic on a GPU, and nothing on a core."""
+    start = PACK_START_SECONDS if compute.gpus_per_pack else START_SECONDS * len(pack)
     arithmetic = sum(_steps(c) * flops(c) / c.train.steps for c in pack)
     if rate:
-        return START_SECONDS * len(pack) + arithmetic / rate
+        return start + arithmetic / rate
     if compute.gpus_per_pack:
         speed = min(GPU_FLOPS, GPU_FLOPS_PER_WIDTH * pack[0].model.dim) * compute.gpus_per_pack
-        return PACK_START_SECONDS + max(map(_steps, pack)) * LAYER_SECONDS * pack[0].model.depth + arithmetic / speed
-    shared = STEP_SECONDS * sum(map(_steps, pack))
-    return START_SECONDS * len(pack) + shared + arithmetic / (CORE_FLOPS * compute.threads)
+        return start + max(map(_steps, pack)) * LAYER_SECONDS * pack[0].model.depth + arithmetic / speed
+    return start + STEP_SECONDS * sum(map(_steps, pack)) + arithmetic / (CORE_FLOPS * compute.threads)
 
 
 def _steps(config: TrialConfig) -> float:

@@ -49,7 +49,8 @@ def most(config: TrialConfig, compute: Compute) -> int:
     if not compute.gpus_per_pack:
         return 1
     there = estimate.room(compute) or ASSUMED_GPU_BYTES * compute.gpus_per_pack
-    return max(1, min(MOST, int((there - estimate.PROCESS_BYTES) / estimate.memory(config))))
+    each = estimate.memory(config) + estimate.checkpoint_bytes(config)  # the copy from which a ring can be run again
+    return max(1, min(MOST, int((there - estimate.PROCESS_BYTES) / each)))
 
 
 def in_words(packed: Sequence[Pack]) -> str:

@@ -27,10 +27,11 @@ def show(plan: Plan) -> None:
     print(f"{whole}: {len(done)} done, {len(todo)} to do in {plan.folder}")
     if todo:
         packed = packs.packs(todo, plan.compute, plan.launcher)
-        if plan.compute.gpus_per_pack or len(packed) < len(todo):
+        shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
+        if shown:
             print(packs.in_words(packed))
         rate = estimate.measured_rate(study)
-        print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate)))
+        print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate), shown))
     if timescales := caveats.timescales([t.config for t in plan.trials]):
         print(timescales)
     for reason in why_not_here(plan):
@@ -57,8 +58,9 @@ def _cells(plan: Plan, done: set[str]) -> None:
         print(f"... and {len(rows) - SHOWN} more cells")
 
 
-def _cost(cost: estimate.Cost) -> str:
-    where = f"{cost.slots} at a time" if cost.slots else "on a cluster"
+def _cost(cost: estimate.Cost, packs_shown: bool) -> str:
+    at_once = words.count(cost.slots or 0, "pack") if packs_shown else str(cost.slots)
+    where = f"{at_once} at a time" if cost.slots else "on a cluster"
     time = words.duration(cost.seconds if cost.wall_seconds is None else cost.wall_seconds)
     basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"
     return (

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import Flags, Tail, jump_block, usual
+from stabstudy.stability.detectors import Flags, Tail, jump_block, usual_level
 from stabstudy.stability.events import Spike
 from stabstudy.stability.rules import Rules
 
@@ -57,7 +57,7 @@ def _first(spike: Spike, flags: Flags, rules: Rules) -> str | None:
 
 def _peak(spike: Spike, groups: Floats, rules: Rules) -> tuple[str | None, float | None]:
     """The group with the largest energy above its baseline at the peak, and its share of all that is above."""
-    center = np.array([usual(column, spike.start, rules, "grad")[0] for column in groups.T])
+    center = np.array([usual_level(column, spike.start, rules, "grad") for column in groups.T])
     with np.errstate(over="ignore", invalid="ignore"):
         excess = groups[spike.peak_step] ** 2 - np.exp(2 * center)
     above = np.where(np.isfinite(excess) & (excess > 0), excess, 0.0)

@@ -91,9 +91,11 @@ def jump_block(values: Floats, before: Tail, rules: Rules, series: Series) -> tu
         series: Which of the two it is.
     """
     usable = np.isfinite(values) & ((values > 0) | (series == "loss"))
-    flags = _unjudged(values.shape)
-    y, count = before.y.copy(), before.count + usable.sum(axis=1)
-    whole = usable.all(axis=1)
+    count, whole = before.count + usable.sum(axis=1), usable.all(axis=1)
+    if values.size and whole.all():
+        flags, y = _judge(np.ascontiguousarray(values, np.float64), before.y, before.count, rules, series)
+        return flags, Tail(y.copy(), count)  # a copy: else the tail would hold on to the whole block
+    flags, y = _unjudged(values.shape), before.y.copy()
     # trials without a gap at once, the others one by one: their values lie at steps of their own
     for rows in (np.flatnonzero(whole), *np.flatnonzero(~whole)[:, None]):
         steps = np.flatnonzero(usable[rows[0]]) if len(rows) else rows
@@ -110,14 +112,28 @@ def usual(values: Floats, step: int, rules: Rules, series: Series) -> tuple[floa
 
     In the unit of y: the logarithm of grad_norm, or the loss. NaN where no value came before.
     """
-    past = np.asarray(values[:step], np.float64)
-    past = past[np.isfinite(past) & ((past > 0) | (series == "loss"))]
-    y = _y(past, series)[-rules.window :]
+    y = _before(values, step, rules, series)
     if not len(y):
         return np.nan, np.nan
     center = _median(y[None])
     with np.errstate(over="ignore"):
         return float(center[0]), float(_median(np.abs(y - center)[None])[0]) / rules.mad_per_sd
+
+
+def usual_level(values: Floats, step: int, rules: Rules, series: Series) -> float:
+    """The median m64 of `usual` alone, at half the cost."""
+    y = _before(values, step, rules, series)
+    return float(_median(y[None])[0]) if len(y) else np.nan
+
+
+def _before(values: Floats, step: int, rules: Rules, series: Series) -> Floats:
+    """The (up to) 64 values of y before a step: mostly the last 64 steps, and from the first on only after gaps."""
+    for begin in (max(0, step - rules.window), 0):
+        past = np.asarray(values[begin:step], np.float64)
+        past = past[np.isfinite(past) & ((past > 0) | (series == "loss"))]
+        if len(past) == rules.window:
+            break
+    return _y(past[-rules.window :], series)
 
 
 def measured(rows: Rows, name: str) -> Floats:
@@ -170,12 +186,15 @@ def _y(x: Floats, series: Series) -> Floats:
 def _median(windows: Floats) -> Floats:
     """Median over the last axis of the values that are not NaN; NaN where there is none."""
     ranked = np.sort(windows, axis=-1)  # NaN last
-    size = ranked.shape[-1]
-    if size and not np.isnan(ranked[..., -1]).any():
-        return np.asarray(0.5 * ranked[..., (size - 1) // 2] + 0.5 * ranked[..., size // 2], dtype=np.float64)
-    n = windows.shape[-1] - np.isnan(ranked).sum(axis=-1, keepdims=True)
-    low, high = (np.take_along_axis(ranked, np.maximum(i, 0), axis=-1)[..., 0] for i in ((n - 1) // 2, n // 2))
-    return np.asarray(0.5 * low + 0.5 * high, dtype=np.float64)
+    size = windows.shape[-1]
+    median = np.asarray(0.5 * ranked[..., (size - 1) // 2] + 0.5 * ranked[..., size // 2], dtype=np.float64)
+    short = np.isnan(ranked[..., -1])
+    if short.any():
+        some = ranked[short]
+        n = size - np.isnan(some).sum(axis=-1, keepdims=True)
+        low, high = (np.take_along_axis(some, np.maximum(i, 0), axis=-1)[..., 0] for i in ((n - 1) // 2, n // 2))
+        median[short] = 0.5 * low + 0.5 * high
+    return median
 
 
 def _unjudged(shape: tuple[int, ...]) -> Flags:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,7 +46,7 @@ class Spike:
 
     def row(self) -> dict[str, Any]:
         """The spike as a row of a table with the columns `SPIKE_COLUMNS`."""
-        return dict(zip(SPIKE_COLUMNS, asdict(self).values(), strict=True))
+        return {column: getattr(self, f.name) for column, f in zip(SPIKE_COLUMNS, fields(self), strict=True)}
 
 
 # `class` is a reserved word here, not in a table

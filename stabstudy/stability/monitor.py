@@ -96,7 +96,7 @@ class DivergenceMonitor:
             usable = usable if live is None else usable & live
             whole = bool(usable.all())
             above = self._mean.update(block.loss, None if whole else usable, self.steps)
-            rise = self._find_rise(block.loss, usable, whole)
+            rise = self._rise.update(block.loss, lengths) if whole else self._find_rise(block.loss, usable)
         self._tail.append((block.loss if whole else np.where(usable, block.loss, np.nan))[None], lengths)
         calm = not (lost.any() or above.any() or (rise < n).any())
         fired = (
@@ -167,11 +167,9 @@ class DivergenceMonitor:
         allowed = np.where(updated, self._rules.max_skips, self._rules.max_first_skips)
         return (in_a_row >= allowed) & alive
 
-    def _find_rise(self, loss: Floats, usable: Bools, whole: bool) -> Ints:
+    def _find_rise(self, loss: Floats, usable: Bools) -> Ints:
         """Row at which a persistent rise is complete, or n: its test knows only losses that count."""
-        trials, n = loss.shape
-        if whole:
-            return self._rise.update(loss, np.full(trials, n))
+        n = loss.shape[1]
         order = np.argsort(~usable, axis=1, kind="stable")
         packed = np.take_along_axis(np.where(usable, loss, 0.0), order, axis=1)
         at = self._rise.update(packed, usable.sum(axis=1))

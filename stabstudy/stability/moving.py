@@ -46,7 +46,7 @@ class MovingMean:
         self._begin(loss, usable)
         mean = self._means(loss, usable)
         self._mean = mean[:, -1].copy()
-        step = steps[:, None] + np.arange(n)
+        step = steps[:, None] + (np.arange(n) if n > 1 else 0)
         self._keep_best(mean, _both(step >= self._rules.ema_steps, usable))
         above = _both(mean > self._highest[:, None], usable)
         return above & (step >= self._judged_from) if above.any() else above

@@ -68,7 +68,7 @@ class Recent:
 
     def _make_room(self, n: int) -> None:
         parts, trials, size = self._table.shape
-        if int(self._end.max()) + n <= size:
+        if (int(self._end[0]) if self._even else int(self._end.max())) + n <= size:
             return
         kept = self.back(np.full(trials, self.keep), self.keep)
         if self.keep + n > size:

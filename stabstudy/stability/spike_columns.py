@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stabstudy.stability import published
 from stabstudy.stability.columns import Value
-from stabstudy.stability.detectors import Flags, usual
+from stabstudy.stability.detectors import Flags, usual_level
 from stabstudy.stability.events import Spike
 from stabstudy.stability.published import Marks
 from stabstudy.stability.rules import Rules
@@ -42,7 +42,7 @@ def severity(norm: Floats, flags: Flags, rules: Rules) -> float:
 
 
 def _octaves(norm: Floats, flags: Flags, step: int, rules: Rules) -> float:
-    m64, _ = usual(norm, step, rules, "grad")
+    m64 = usual_level(norm, step, rules, "grad")
     return float(np.log2(norm[step]) - max(np.log2(flags.level[step]), m64 / np.log(2)))
 
 

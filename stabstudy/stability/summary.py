@@ -122,12 +122,13 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, every_step)
     diverged = divergence(trace, probes, watched, rules, facts.final_loss)
     verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
+    detector_id = rules.detector_id
     columns: dict[str, Value] = {
         "steps_done": len(trace),
         "steps_planned": facts.steps_planned,
         "stop_reason": (facts.stop_reason or "complete") if facts.status == "done" else facts.status,
         "n_evaluable": grad_flags.n_evaluable,
-        "detector_id": rules.detector_id,
+        "detector_id": detector_id,
         "approximate": facts.approximate or not every_step,
         **record_columns.norms(norm, warmup),
         **record_columns.clipping(norm, trace, warmup, facts.clip, facts.clip_kind),
@@ -156,7 +157,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "growth_act": facts.growth_act,
         "growth_grad": facts.growth_grad,
     }
-    rows = [{**spike.row(), "detector_id": rules.detector_id} for spike in (*grad, *lost)]
+    rows = [{**spike.row(), "detector_id": detector_id} for spike in (*grad, *lost)]
     if (facts.stride, facts.first_step) != (1, 0):
         columns = source_columns(columns, facts.stride, facts.first_step)
         rows = [source_spike(row, facts.stride, facts.first_step) for row in rows]

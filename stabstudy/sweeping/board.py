@@ -134,6 +134,8 @@ class Board:
                 str(row.spike_events),
                 f"{row.tokens_per_second:,.0f}",
             )
+        if len(self.running) > ROWS:
+            table.add_row("...", f"and {len(self.running) - ROWS} more")
         return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
 
     def _speak_now_and_then(self) -> None:

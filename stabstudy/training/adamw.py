@@ -35,7 +35,7 @@ class Group:
 
 
 class AdamW:
-    """The optimizer of a pack; see `optimizers.Optimizer`. The parameters are written in place and keep their storage."""
+    """The optimizer of a pack; see `optimizers.Optimizer`. The parameters must keep their storage."""
 
     def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
         self.settings = [c.optim for c in configs]
@@ -59,7 +59,7 @@ class AdamW:
                 group.second,
                 [],
                 group.steps,
-                lr=rates[group.member],  # type: ignore[arg-type]  # two overloads: a float or a 0-dim tensor
+                lr=rates[group.member],  # a float or a 0-dim tensor
                 beta1=optim.beta1,
                 beta2=optim.beta2,
                 weight_decay=group.weight_decay,
@@ -85,6 +85,6 @@ def _groups(configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]],
         decayed = [decays(config.optim, name, p.ndim - 1) for name, p in named]
         for rate, which in ((decay_rate(config.optim, config.peak_lr), True), (0.0, False)):
             places = [i for i, yes in enumerate(decayed) if yes is which]
-            views = ([tensors[i][k] for i in places] for tensors in (weights, first, second))
-            groups.append(Group(k, places, *views, steps=[steps[k]] * len(places), weight_decay=rate))
+            w, m, v = ([tensors[i][k] for i in places] for tensors in (weights, first, second))
+            groups.append(Group(k, places, w, m, v, [steps[k]] * len(places), rate))
     return [group for group in groups if group.places]

@@ -39,6 +39,8 @@ AGC_SHARE, AGC_FLOOR = 0.01, 1e-3
 
 def tensor_norms(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm of each gradient [K, *shape] of each member: float32, [len(grads), K]."""
+    if len(grads[0]) == 1:  # the same sums, in a few launches for all tensors
+        return torch.stack(torch._foreach_norm(list(grads), 2, dtype=torch.float32))[:, None]
     return torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float32) for g in grads])
 
 
@@ -59,6 +61,9 @@ def clip_scale(norm_K: Tensor, threshold_K: Tensor) -> Tensor:
 
 def scale_(grads: Sequence[Tensor], factor_K: Tensor) -> None:
     """Multiply every gradient of each member in place by its factor."""
+    if len(factor_K) == 1:  # the same products, in a few launches for all tensors
+        torch._foreach_mul_(list(grads), factor_K[0])
+        return
     for grad in grads:
         grad.mul_(beside(factor_K, grad))
 
@@ -202,7 +207,7 @@ def clip_rule(configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]
 
 def _scale_all(grads: Sequence[Tensor], factor_K: Tensor) -> Tensor:
     # on a CPU reading a factor is free, and x * 1 need not be computed
-    if factor_K.device.type != "cpu" or (factor_K < 1).any():
+    if factor_K.device.type != "cpu" or (factor_K != 1).any():
         scale_(grads, factor_K)
     return factor_K
 

@@ -101,21 +101,25 @@ class Captured:
         self.stepper, self.feed, self.evaluation = stepper, feed, evaluation_KBT
         device, K = stepper.device, stepper.K
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._lr = torch.zeros(ring, K, device=device)
+        # the fused kernel of CUDA takes a float32 rate, that of a CPU the same double as a number would be
+        self._lr = torch.zeros(ring, K, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
         self._live = torch.zeros(ring, K, device=device)
         columns = len(stepper.columns) + len(stepper.stack.names)
         self._steps = torch.zeros(ring, K, columns, device=device)
         self._probes = torch.zeros(ring, K, probes.width(stepper), dtype=torch.float64, device=device)
         self._ticks: Sequence[Tick] = ()
+        self._places = torch.arange(ring, device=device)
         feed.fill(0, ring)
         before = {name: x.clone() for name, x in stepper.state().items()}
-        self._replays = {kind: Replay(lambda kind=kind: self._step(kind), stepper) for kind in kinds}  # type: ignore[misc]
-        for name, x in stepper.state().items():
-            x.copy_(before[name])
+        try:
+            self._replays = {kind: Replay(lambda kind=kind: self._step(kind), stepper) for kind in kinds}  # type: ignore[misc]
+        finally:  # eager steps may follow
+            for name, x in stepper.state().items():
+                x.copy_(before[name])
 
     def run(self, ticks: Sequence[Tick]) -> None:
         self._ticks, n = ticks, len(ticks)
-        self._lr[:n].copy_(torch.tensor([t.lr for t in ticks]))
+        self._lr[:n].copy_(torch.tensor([t.lr for t in ticks], dtype=self._lr.dtype))
         self._live[:n].copy_(torch.tensor([t.live for t in ticks], dtype=torch.float32))
         self.feed.fill(ticks[0].tick, n)
         self._slot.zero_()
@@ -139,10 +143,12 @@ class Captured:
         """One tick; reads and writes tables of the device only."""
         lr, live = (table.index_select(0, self._slot)[0] for table in (self._lr, self._live))
         vector = self.stepper.step(self.feed.at(self._slot), lr, live, measure_noise=kind >= Due.NOISE)
-        self._steps.index_copy_(0, self._slot, vector[None])
+        # chosen, not indexed: with deterministic kernels index_copy looks at its index on the host
+        here = (self._places == self._slot)[:, None, None]
+        torch.where(here, vector, self._steps, out=self._steps)
         if kind >= Due.PROBE:
             measured = probes.probe(self.stepper, self.evaluation, kind == Due.EVALUATION)
-            self._probes.index_copy_(0, self._slot, measured[None])
+            torch.where(here, measured, self._probes, out=self._probes)
         self._slot.add_(1)
 
 

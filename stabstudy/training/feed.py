@@ -29,7 +29,7 @@ class Feed(Protocol):
         """Those of one tick, and whether any target in them is IGNORE."""
 
     def fill(self, tick: int, count: int) -> None:
-        """Have those of so many ticks at hand, from `tick` on."""
+        """Have those of so many ticks at hand, from `tick` on. Raises RuntimeError for padded ones."""
 
     def at(self, slot: Tensor) -> Tensor:
         """Those of tick number `slot` (int64 [1], on the device) of the last `fill`; what a captured step reads."""
@@ -66,6 +66,8 @@ class HostFeed:
 
     def _pinned(self, tick: int, count: int) -> Tensor:
         values = torch.from_numpy(np.stack([self._cut(tick + i) for i in range(count)]))
+        if bool((values == IGNORE).any()):
+            raise RuntimeError("padded batches are not captured")
         return values.pin_memory() if self.device.type == "cuda" else values
 
 

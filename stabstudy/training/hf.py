@@ -41,6 +41,9 @@ OURS = {
 }
 """A layer's matrices in transformers -> the weight of ours that each one is a part of, and which part."""
 
+ATTENTION = "stabstudy_sdpa"
+"""The name under which transformers finds `_attention`."""
+
 
 class HfDecoder(nn.Module):
     """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise_hf`."""
@@ -128,10 +131,26 @@ def _our_name(name: str) -> tuple[str, int]:
     return f"layers.{layer}.{ours}.weight", part
 
 
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    """transformers' own call of torch's kernel, with q and k in the dtype of v.
+
+    RoPE in fp32 makes q and k fp32 under autocast, which casts them at the kernel; under `vmap` the kernel looks at its
+    arguments first and refuses them.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    q, k = query.to(value.dtype), key.to(value.dtype)
+    out: tuple[Tensor, None] = sdpa_attention_forward(module, q, k, value, attention_mask, **settings)
+    return out
+
+
 def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:
     """The family's ForCausalLM; everything that a default would decide, and should not, is given."""
     import transformers
 
+    transformers.AttentionInterface.register(ATTENTION, _attention)
     of = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[config.family]
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     own: dict[str, Any] = {}
@@ -155,7 +174,7 @@ def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:
         attention_dropout=0.0,
         pad_token_id=None,  # else that token's row is zeroed and gets no gradient
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation=ATTENTION,
         **own,
     )
     return getattr(transformers, f"{of}ForCausalLM")(settings)

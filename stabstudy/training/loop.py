@@ -27,6 +27,9 @@ from stabstudy.training.record import Recorder
 from stabstudy.training.schedule import schedule
 from stabstudy.training.step import Stepper
 
+RING_SECONDS, SLOW_STEP = 1.0, 0.05
+"""That a ring lasts at most; of a step, from which on each is a ring of its own."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -183,6 +186,10 @@ class Loop:
     def _ticks(self) -> list[Tick]:
         """The next ring."""
         n = min(self.plan.ring, *(self._left(k) for k in self.live))
+        if self.recorder.seconds > SLOW_STEP:  # waiting for each costs nothing, and the copy of a ring's start would
+            n = 1
+        elif self.recorder.seconds > 0:  # rows are on disk, and a stop is obeyed, within a second
+            n = min(n, max(1, int(RING_SECONDS / self.recorder.seconds)))
         if self._may_save():
             n = min(n, *(self._every(k) - self._at(k) % self._every(k) for k in self.live))
         live = tuple(k in self.live for k in self.plan.places)

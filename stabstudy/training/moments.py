@@ -36,13 +36,13 @@ class Moments:
         """1 - beta^step of both moments, float64 [K]."""
         return 1 - self.beta1_K**step_K, 1 - self.beta2_K**step_K
 
-    def lag(self, grad: Tensor, v_hat: Tensor) -> Tensor:
-        """sqrt(mean(g^2 / max(v_hat, eps^2))) of one tensor, [K] (arXiv 2304.13013's RMS_t).
+    def lag(self, squares: Tensor, v_hat: Tensor) -> Tensor:
+        """sqrt(mean(g^2 / max(v_hat, eps^2))) of one tensor, [K], from its g^2 (arXiv 2304.13013's RMS_t).
 
         About 1 when steady; large when the second moment has not caught up with the gradient.
         """
         floor = beside(self.eps_K.square().clamp(min=TINY), v_hat)
-        return (grad.square() / torch.maximum(v_hat, floor)).flatten(1).mean(1).sqrt()
+        return (squares / torch.maximum(v_hat, floor)).flatten(1).mean(1).sqrt()
 
     @torch.no_grad()
     def update_sizes(self, grads: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -59,8 +59,8 @@ class Moments:
             update = m / beside(first_K, m) / (v_hat.sqrt() + beside(self.eps_K, v))
             squares.append(update.square().flatten(1).sum(1, dtype=torch.float64))
             count += update[0].numel()
-            lags.append(self.lag(grad, v_hat))
+            lags.append(self.lag(grad.square(), v_hat))
         return {
-            "update_rms": (torch.stack(squares).sum(0) / count).sqrt(),
+            "update_rms": (torch.stack(squares, dim=1).sum(1) / count).sqrt(),
             "adam_rms_max": torch.stack(lags).amax(0),
         }

@@ -35,7 +35,7 @@ from stabstudy.training.members import beside, rates, replace, vector
 from stabstudy.training.model import fused_rows
 
 NS_A, NS_B, NS_C, NS_STEPS, NS_EPS = 3.4445, -4.775, 2.0315, 5, 1e-7
-"""Keller Jordan's quintic and its defaults (github.com/KellerJordan/Muon, `muon.py`), which torch.optim.Muon has too."""
+"""Keller Jordan's quintic and steps (github.com/KellerJordan/Muon, `muon.py`), and torch.optim.Muon's defaults."""
 
 
 class Muon:
@@ -44,8 +44,9 @@ class Muon:
     `compute_dtype` is that of Newton-Schulz. Momentum's factor and the adjustment of lr are equal within a pack.
     """
 
+    compute_dtype = torch.bfloat16  # of the Newton-Schulz steps
+
     def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
-        self.compute_dtype = torch.bfloat16
         self.optim = configs[0].optim
         if len({(c.optim.muon_momentum, c.optim.muon_adjust_lr) for c in configs}) > 1:
             raise ValueError("optim.muon_momentum and optim.muon_adjust_lr must be equal within a pack")
@@ -71,8 +72,8 @@ class Muon:
             momentum, grad = self.momentum[name], grads[i]
             replace(momentum, momentum.lerp(grad, 1 - mu), left_out)
             new = weight * beside(1 - lr_K * self.decay_K, weight)
-            parts = zip(*(x.split(self.rows[name], dim=1) for x in (new, grad.lerp(momentum, mu))), strict=True)
-            for part, update in parts:
+            parts = (torch.split(x, self.rows[name], dim=1) for x in (new, grad.lerp(momentum, mu)))
+            for part, update in zip(*parts, strict=True):
                 size_K = lr_K * self._adjusted(*part.shape[1:])
                 part.sub_(orthogonal(update, self.compute_dtype).mul_(beside(size_K, part)))
             replace(weight, new, left_out)

@@ -27,14 +27,17 @@ MINIMISED = "minimised"
 class Objective(Protocol):
     """What the members of a pack minimise. The pack calls it for all of them at once (`Stack.run`)."""
 
-    scalars: tuple[str, ...]
-    """What a step records of it, beside MINIMISED; `loss` is one of them."""
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """What a step records of it, beside MINIMISED; `loss` is one of them."""
 
-    largest: tuple[str, ...]
-    """Those of `scalars` that are a maximum over targets, and no sum."""
+    @property
+    def largest(self) -> tuple[str, ...]:
+        """Those of `scalars` that are a maximum over targets, and no sum."""
 
-    settings: tuple[Tensor, ...]
-    """Numbers that differ between the members, [K] each; a call gets one member's."""
+    @property
+    def settings(self) -> tuple[Tensor, ...]:
+        """Numbers that differ between the members, [K] each; a call gets one member's."""
 
     def __call__(
         self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
@@ -87,7 +90,7 @@ def target_sums(
         logits_NV = soft_cap(logits_NV, cap)
     ce_N = F.cross_entropy(logits_NV, targets_N, reduction="none", ignore_index=IGNORE)
     with torch.set_grad_enabled(z_loss is not None and torch.is_grad_enabled()):
-        own_N = logits_NV.gather(1, (targets_N.clamp(min=0) if masked else targets_N)[:, None]).squeeze(1)
+        own_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None]).squeeze(1)
         logz_N = ce_N + own_N
         if masked:
             valid_N = targets_N != IGNORE

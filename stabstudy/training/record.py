@@ -21,7 +21,7 @@ from stabstudy.stability.block import NO_TARGETS, SPIKE, Block
 from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
-from stabstudy.trace import PROBES, SKIPS, TRACE, Rows
+from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
 from stabstudy.training.driver import Taken, Tick
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import OF_LAYERS, SCALARS
@@ -82,7 +82,7 @@ class Recorder:
         skips = [p == "amp" or c.train.skip_nonfinite for p, c in zip(policies, configs, strict=True)]
         self._policy = np.array([1 + SKIPS.index(p) if s else 0 for p, s in zip(policies, skips, strict=True)])[:, None]
         self._tokens = np.array([c.tokens_per_step for c in configs])[:, None]
-        self._widths = {"layer_grad_norm": configs[0].model.depth + 2}
+        self._widths = widths(configs[0].model.depth)
         self._waiting: list[_Block] = []
         self._unjudged: list[Block] = []
 
@@ -168,7 +168,7 @@ class Recorder:
         layers = vectors[:, len(SCALARS) :].reshape(len(probes), len(OF_LAYERS), -1)
         columns |= {name: layers[:, i] for i, name in enumerate(OF_LAYERS)}
         columns["step"] = np.array([done for _, done, _, _ in probes])
-        return live.records(PROBES, dict.fromkeys(OF_LAYERS, layers.shape[2]), columns, nulls)
+        return live.records(PROBES, self._widths, columns, nulls)
 
     def _probes(
         self, places: Sequence[int], taken: Taken, counts: Ints, ends: dict[int, int]

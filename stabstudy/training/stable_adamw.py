@@ -37,15 +37,18 @@ class StableAdamW:
         corrections = of.corrections(of.step_K + 1)
         for i, grad in enumerate(grads):
             replace(of.first[i], of.first[i].lerp(grad, beside(1 - of.beta1_K, grad)), left_out)
-            replace(of.second[i], of.second[i].lerp(grad.square(), beside(1 - of.beta2_K, grad)), left_out)
-            self._move(i, grad, lr_K, corrections, left_out)
+            squares = grad.square()
+            replace(of.second[i], of.second[i].lerp(squares, beside(1 - of.beta2_K, grad)), left_out)
+            self._move(i, squares, lr_K, corrections, left_out)
         of.step_K.add_(1 - left_out)
 
-    def _move(self, i: int, grad: Tensor, lr_K: Tensor, corrections: tuple[Tensor, Tensor], left_out_K: Tensor) -> None:
+    def _move(
+        self, i: int, squares: Tensor, lr_K: Tensor, corrections: tuple[Tensor, Tensor], left_out_K: Tensor
+    ) -> None:
         """The update of one tensor from its new moments, in place."""
         weight, of = self.parameters[i], self.moments
         v_hat = of.second[i] / beside(corrections[1], weight)
-        eta_K = lr_K / of.lag(grad, v_hat).clamp(min=1)
+        eta_K = lr_K / of.lag(squares, v_hat).clamp(min=1)
         update = of.first[i] / beside(corrections[0], weight)
         update.div_(v_hat.sqrt_().add_(beside(of.eps_K, weight))).mul_(beside(eta_K, weight))
         shrunk = weight * beside(1 - eta_K * self.decay_K[i], weight)

@@ -131,23 +131,22 @@ class Stepper:
             self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
         return totals
 
-    def loss_on(self, windows_KBT: Tensor, masked: bool = False) -> Tensor:
-        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient. Waits for nothing."""
+    def loss_on(self, windows_KBT: Tensor) -> Tensor:
+        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient; targets may be IGNORE."""
         total = torch.zeros(self.K, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for inputs, targets in self._micro_batches(windows_KBT):
-                terms = partial(self.objective, masked=masked)
-                total += self.stack.run(terms, inputs, targets, *self.objective.settings)["loss"].double()
+                total += self.stack.run(self.objective, inputs, targets, *self.objective.settings)["loss"].double()
         return total / (windows_KBT[..., 1:] != IGNORE).sum((1, 2))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, [K, ...], by its name in a checkpoint; written in place."""
-        owners = {"clip": self.clip_rule, "spike_skip": self.spike_skip}
         return {
             "scaler/loss_scale": self.loss_scale,
             "scaler/good_steps": self.good_steps,
             "halted": self.halted,
-            **{f"{name}/{key}": x for name, owner in owners.items() if owner for key, x in owner.state.items()},
+            **self.clip_rule.state,
+            **(self.spike_skip.state if self.spike_skip else {}),
             **{f"model/{name}": x for name, x in zip(self.stack.names, self.stack.tensors, strict=True)},
             **self.optimizer.state,
         }

@@ -29,7 +29,6 @@ from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint
 from stabstudy.training.noise_scale import NoiseMeans
-from stabstudy.training.probes import OF_LAYERS
 from stabstudy.training.record import Recorded
 
 RECORDS = (trace.TRACE, trace.PROBES)
@@ -108,8 +107,6 @@ class Trial:
         if self.state.unigram_entropy is None:  # here: a trial that an older version began has its first loss already
             entropy, tokens = self.batches.unigram_entropy, self.batches.training_tokens
             self._write(unigram_entropy=entropy, train_tokens=tokens)
-        for schema in RECORDS:
-            live.upgrade(self.folder.live(schema), schema, self._widths(schema))
         recorded = self.folder.live(trace.TRACE)
         rows = len(self._recorded(trace.TRACE))
         start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
@@ -118,6 +115,8 @@ class Trial:
         dropped, cut_bytes = live.cut(recorded, trace.TRACE, start)
         # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
         live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+        for schema in RECORDS:  # of a study that an older version began
+            live.upgrade(self.folder.live(schema), schema, self._widths)
         self._write(step=start)
         self._replace_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
         return tensors
@@ -129,7 +128,7 @@ class Trial:
         noise.replay(probed["noise_g2"], probed["noise_s"])
         writers = []
         for schema in RECORDS:
-            writers.append(live.Writer(self.folder.live(schema), schema, self._widths(schema)))
+            writers.append(live.Writer(self.folder.live(schema), schema, self._widths))
             self.open_files.callback(writers[-1].close)
         facts = MonitorFacts(
             self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
@@ -200,9 +199,9 @@ class Trial:
         path = self.folder.live(schema)
         return live.read(path, schema) if live.find(path) else trace.no_rows(schema)
 
-    def _widths(self, schema: trace.Schema) -> dict[str, int]:
-        depth = self.config.model.depth
-        return {"layer_grad_norm": depth + 2} if schema.name == "trace" else dict.fromkeys(OF_LAYERS, depth)
+    @property
+    def _widths(self) -> dict[str, int]:
+        return trace.widths(self.config.model.depth)
 
     def _end(self) -> None:
         if self.state.attempts:

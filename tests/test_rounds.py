@@ -1,0 +1,155 @@
+"""Rounds of packs: a bad member is found by halving and the others end, whatever it does to its process."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stabstudy import store
+from stabstudy.sweeping.board import Board
+from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
+
+IDS = tuple(f"{i:010x}" for i in range(8))
+
+
+class Work:
+    """A study of eight trials and a stand-in for training, which records who was trained with whom."""
+
+    def __init__(self, folder: Path):
+        self.study = store.StudyFolder(folder)
+        for trial_id in IDS:
+            self.study.trial(trial_id).path.mkdir(parents=True)
+        self.text = io.StringIO()
+        self.board = Board("study", dict.fromkeys(IDS, ""), 0, Console(file=self.text, width=200))
+        self.trained: list[Pack] = []
+
+    def rounds(self, packs: Sequence[Pack], retries: int = 1) -> Rounds:
+        return Rounds(self.study, packs, retries, self.board)
+
+    def write(self, trial_id: str, status: str, begin: bool = True) -> None:
+        folder = self.study.trial(trial_id)
+        state = folder.read_state()
+        attempt = store.Attempt("here", 1, store.now(), status=status)
+        attempts = (*state.attempts, attempt) if begin else state.attempts
+        folder.write_state(dataclasses.replace(state, status=status, attempts=attempts))
+
+    def status(self, trial_id: str) -> str:
+        return self.study.trial(trial_id).read_state().status
+
+    def statuses(self) -> dict[str, str]:
+        return {t: self.status(t) for t in IDS}
+
+    def trainer(self, ends: dict[str, str], dies: str | None = None) -> Callable[[Pack], None]:
+        """Members end as told, else done. With `dies` in it, the whole process is gone: `running`, and no lock."""
+
+        def train(pack: Pack) -> None:
+            self.trained.append(pack)
+            for trial_id in pack:
+                if self.status(trial_id) != "done":
+                    self.write(trial_id, "running" if dies in pack else ends.get(trial_id, "done"))
+
+        return train
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    return Work(tmp_path)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("bad", range(8))
+def test_a_member_that_takes_its_process_with_it_is_found_alone(work: Work, bad: int) -> None:
+    one_after_another(work.rounds([IDS]), work.trainer({}, dies=IDS[bad]), never)
+    assert work.statuses() == {t: "lost" if t == IDS[bad] else "done" for t in IDS}
+    with_bad = [len(pack) for pack in work.trained if IDS[bad] in pack]
+    assert with_bad == [8, 4, 2, 1, 1], "halved down to one, which has one retry"
+    assert len(work.board.finished) == 8 and not work.board.running
+
+
+def test_control_without_halves_the_bad_member_takes_the_others(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again_as_it_was(self: Rounds, pack: Pack) -> None:
+        if len(work.trained) < 20:
+            self.waiting.append(pack)
+
+    monkeypatch.setattr(Rounds, "ended", again_as_it_was)
+    one_after_another(work.rounds([IDS]), work.trainer({}, dies=IDS[3]), never)
+    assert set(work.statuses().values()) == {"lost"}
+
+
+def test_two_bad_members(work: Work) -> None:
+    def both(pack: Pack) -> None:
+        (work.trainer({}, dies=IDS[0]) if IDS[0] in pack else work.trainer({}, dies=IDS[7]))(pack)
+
+    one_after_another(work.rounds([IDS], retries=0), both, never)
+    assert [t for t, s in work.statuses().items() if s != "done"] == [IDS[0], IDS[7]]
+    assert [len(p) for p in work.trained if IDS[7] in p] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (3, 4)])
+def test_a_member_that_fails_alone_is_tried_as_often_as_told(work: Work, retries: int, attempts: int) -> None:
+    one_after_another(work.rounds([IDS], retries), work.trainer({IDS[2]: "failed"}), never)
+    assert work.trained == [IDS, *[(IDS[2],)] * (attempts - 1)]
+    assert len(work.study.trial(IDS[2]).read_state().attempts) == attempts
+
+
+def test_memory_that_did_not_suffice_is_not_tried_again(work: Work) -> None:
+    one_after_another(work.rounds([IDS]), work.trainer({IDS[2]: "oom"}), never)
+    assert work.trained == [IDS] and work.board.finished[IDS[2]] == "oom"
+
+
+def test_an_older_state_says_nothing_of_this_launch(work: Work) -> None:
+    """A process that dies before its members have begun leaves the `oom` and `interrupted` of a launch before."""
+    for trial_id, status in zip(IDS, ("oom", "interrupted"), strict=False):
+        work.write(trial_id, status)
+    packs: list[Pack] = []
+
+    def train(pack: Pack) -> None:
+        packs.append(pack)
+        if len(packs) > 1:
+            work.trainer({})(pack)
+
+    one_after_another(work.rounds([IDS]), train, never)
+    assert packs == [IDS, IDS[:4], IDS[4:]] and set(work.statuses().values()) == {"done"}
+
+
+def test_a_full_disk_is_not_halved_for_ever(work: Work) -> None:
+    one_after_another(work.rounds([IDS]), work.trainer(dict.fromkeys(IDS, "disk_full")), never)
+    assert [len(p) for p in work.trained] == [8, 4, 4]
+
+
+def test_done_and_locked_members_are_left_alone(work: Work) -> None:
+    with store.lock(work.study.trial(IDS[1]).path):
+        one_after_another(work.rounds([IDS[:2]]), lambda pack: work.trainer({})(pack[:1]), never)
+        assert work.board.finished == {IDS[0]: "not judged"} and not work.board.running
+        assert work.trained == [IDS[:1]]
+
+
+def test_a_stop_ends_between_packs(work: Work) -> None:
+    stopping = iter([False, True])
+    one_after_another(work.rounds([IDS[:4], IDS[4:]]), work.trainer({}), lambda: next(stopping))
+    assert work.trained == [IDS[:4]]
+
+
+def test_interrupted_members_wait_for_the_next_launch(work: Work) -> None:
+    one_after_another(work.rounds([IDS]), work.trainer(dict.fromkeys(IDS, "interrupted")), never)
+    assert work.trained == [IDS] and not work.board.finished and not work.board.running
+
+
+def test_the_board_shows_members_and_their_end_at_once(work: Work) -> None:
+    rounds = work.rounds([IDS[:3]])
+    rounds.start(IDS[:3])
+    assert list(work.board.running) == list(IDS[:3])
+    work.write(IDS[0], "done")
+    told = {"step": 5, "steps": 10, "loss": 1.0, "grad_norm": 0.5, "spike_events": 0, "tokens_per_second": 7.0}
+    rounds.progress(IDS[:3], {"members": [told | {"trial_id": t} for t in IDS[1:3]]})
+    assert list(work.board.running) == list(IDS[1:3]) and work.board.running[IDS[1]].step == 5
+    rounds.ended(IDS[:1])
+    assert work.text.getvalue().count(IDS[0]) == 1, "told once"
