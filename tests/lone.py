@@ -93,7 +93,7 @@ class Lone:
     def loss_on(self, windows: Windows) -> float:
         """Mean cross-entropy."""
         tokens = self.all_windows(windows)
-        return self.stepper.loss_on(tokens, bool((tokens == IGNORE).any()))[self.row].item()
+        return self.stepper.loss_on(tokens)[self.row].item()
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(model, *inputs) in the number format of the training; every member gets the same inputs."""

@@ -130,7 +130,9 @@ def write_records(
     for schema, rows in ((TRACE, trace_rows), (PROBES, probe_rows)):
         live_rows.write(folder.live(schema), rows, schema, per_block=10)
         if finish:
-            count, sha = live_rows.compact(folder.live(schema), folder.finished(schema), schema, {"trial_id": folder.trial_id})
+            count, sha = live_rows.compact(
+                folder.live(schema), folder.finished(schema), schema, {"trial_id": folder.trial_id}
+            )
             records[schema.name] = {"rows": count, "sha256": sha}
             folder.live(schema).unlink()
     return records
