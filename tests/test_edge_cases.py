@@ -45,7 +45,7 @@ CASES = {
         "test_trial::test_stopped_and_resumed_equals_uninterrupted",
         "test_detectors::test_any_cut_into_blocks_of_any_trials_gives_the_same_bits",
         "test_events::test_live_counts_are_the_offline_counts_after_every_block",
-        "test_events::test_the_recorder_of_a_trial_counts_as_the_report_will",
+        "test_events::test_the_recorder_of_a_pack_counts_as_the_report_will",
         "test_judgement::test_a_trial_judges_itself_as_its_files_would",
     ],
     "7. a log at stride 10": ["test_strided::test_every_tenth_step", "test_strided::test_it_is_never_called_stable"],

@@ -325,6 +325,7 @@ def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     members[2].write_state(store.State(pack[2], status="done"))  # its lock is held until the pack ends
     row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 1.0}
+    row |= {"layer_grad_norm": [1.0] * 4}
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
 
@@ -337,7 +338,7 @@ def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
         return list(killed)
 
     assert silent_for(500, 500, 0) == [], "no step recorded yet: it may be compiling"
-    members[0].live(trace.TRACE).write_text(json.dumps(row) + "\n")
+    live_rows.write(members[0].live(trace.TRACE), [row])
     assert silent_for(500, 10, 500) == [] and silent_for(10, 500, 500) == [], "one member writes"
     assert silent_for(500, 500, 0) == [process.pid], "the done member says nothing"
 

@@ -277,6 +277,18 @@ def test_a_member_that_fails_alone_leaves_the_others(make: Make, train: Train) -
     assert [s.status for s in train([bad, good])] == ["failed", "done"]
 
 
+def test_a_member_whose_files_are_another_s_leaves_the_others(make: Make, train: Train) -> None:
+    """Found only once the stacked model is there: it is made anew without that member."""
+    folders = [make(c) for c in members(BASE, 3)]
+    train(folders, lambda m: m[0].step >= 6)
+    newest = max(folders[1].checkpoints.iterdir()) / "state.json"
+    store.write_json(newest, store.read_json(newest) | {"trial_id": "0123456789"})
+    states = train(folders)
+    assert [s.status for s in states] == ["done", "failed", "done"]
+    assert states[1].error is not None and "belongs to trial" in states[1].error["message"]
+    assert [len(s.attempts) for s in states] == [2, 2, 2] and states[0].attempts[-1].from_step == 6
+
+
 def test_members_that_are_done_or_locked_are_left_alone(make: Make, train: Train) -> None:
     done, locked, free = (make(dataclasses.replace(BASE, seed=s)) for s in range(3))
     before = train([done])[0]

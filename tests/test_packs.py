@@ -39,7 +39,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     """Make this machine one of that many GPUs, each with room for so many default trials in one process."""
 
     def have(count: int, members: float) -> None:
-        room = members * estimate.memory(cfg.TrialConfig()) + estimate.PROCESS_BYTES
+        config = cfg.TrialConfig()
+        each = estimate.memory(config) + estimate.checkpoint_bytes(config)
+        room = members * each + estimate.PROCESS_BYTES + 1
         monkeypatch.setattr(machine, "gpu_memory", lambda: (int(room),) * count)
         monkeypatch.setattr(machine, "cores", lambda: 64)
 
@@ -131,7 +133,11 @@ def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.
     monkeypatch.setattr(machine, "gpu_memory", lambda: ())
     big = cfg.from_dict({"model": {"dim": 1024, "depth": 8, "n_heads": 16}, "data": {"seq_len": 256}})
     compute = Compute(gpus_per_pack=1.0, address="auto")
-    assert packs.most(big, compute) == int((16e9 - estimate.PROCESS_BYTES) / estimate.memory(big)) > 1
+    assert (
+        packs.most(big, compute)
+        == int((16e9 - estimate.PROCESS_BYTES) / (estimate.memory(big) + estimate.checkpoint_bytes(big)))
+        > 1
+    )
 
 
 def test_in_words() -> None:

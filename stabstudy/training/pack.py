@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,9 @@ def _train(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartb
     try:
         run = PackRun(members, engine, rules, heartbeat, compiled)
         with run.files():
-            run.train()
+            whole = run.train()
+        if not whole and (going := [member for member in members if not member.ended]):
+            _train(going, engine, rules, heartbeat, compiled)
     except BaseException as error:
         going = [member for member in members if not member.ended]
         if status_of(error) == "oom" and len(members) > 1:
@@ -136,8 +139,8 @@ class PackRun:
             for member in self.members:
                 member.open_files.close()
 
-    def train(self) -> None:
-        """All of it."""
+    def train(self) -> bool:
+        """All of it; False, before the first step, where a member's files keep it from going on and the others wait."""
         self._check_shapes()
         began = time.monotonic()
         self._prepare_process()
@@ -146,7 +149,10 @@ class PackRun:
         for member in self.members:
             member.note_engine(self._described())
         self._measure_start()
-        starts = self._resume()
+        self._resume()
+        if any(member.ended for member in self.members):
+            return False
+        starts = [member.state.step for member in self.members]
         opened = [member.open_records() for member in self.members]
         self.recorder = Recorder(
             [recorded for recorded, _ in opened], self.stepper.columns, self.stepper.layer_index, self.rules
@@ -166,7 +172,7 @@ class PackRun:
                 for k in sorted(loop.live):
                     self.members[k].interrupt(int(self.recorder.rows[k]))
             if ended != "few":
-                return
+                return True
             began = time.monotonic()
             self._shrink(sorted(loop.live))
 
@@ -244,14 +250,17 @@ class PackRun:
             if not member.knows_its_start:
                 member.measure_start(loss, act, grad)
 
-    def _resume(self) -> list[int]:
-        """Load each member's newest checkpoint; the steps at which they go on."""
+    def _resume(self) -> None:
+        """Load each member's newest checkpoint, and cut its records to it."""
         state = self.stepper.state()
         shapes = {name: x.shape[1:] for name, x in state.items()}
-        for k, member in enumerate(self.members):
+
+        def load(k: int, member: Trial) -> None:
             for name, tensor in member.resume(shapes).items():
                 state[name][k].copy_(tensor)
-        return [member.state.step for member in self.members]
+
+        for k, member in enumerate(self.members):
+            _each(member, partial(load, k, member))
 
     def _probe_start(self, fresh: Sequence[int]) -> None:
         if fresh:
