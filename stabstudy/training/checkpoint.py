@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
@@ -77,6 +78,28 @@ def restore(
         _check(tensors, shapes, path.name)
         return next_step, tensors, notes
     return 0, {}, notes
+
+
+class Saver:
+    """Writes checkpoints one after another, in a thread if asked to; a failure is raised at the next call."""
+
+    def __init__(self, in_background: bool):
+        self._thread = ThreadPoolExecutor(max_workers=1) if in_background else None
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write, once what was submitted before is written."""
+        self.wait()
+        if self._thread is None:
+            write()
+        else:
+            self._last = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Until nothing is left to be written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _newest_first(folder: Path) -> list[Path]:

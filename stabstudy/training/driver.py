@@ -14,7 +14,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -112,7 +113,8 @@ class Captured:
         feed.fill(0, ring)
         before = {name: x.clone() for name, x in stepper.state().items()}
         try:
-            self._replays = {kind: Replay(lambda kind=kind: self._step(kind), stepper) for kind in kinds}  # type: ignore[misc]
+            pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # what one frees serves the next
+            self._replays = {kind: Replay(partial(self._step, kind), stepper, pool) for kind in kinds}
         finally:  # eager steps may follow
             for name, x in stepper.state().items():
                 x.copy_(before[name])
@@ -155,9 +157,9 @@ class Captured:
 class Replay:
     """A captured function of a stepper. After a call, `grads` and `noise` of the stepper are those of this function."""
 
-    def __init__(self, function: Callable[[], None], stepper: Stepper):
+    def __init__(self, function: Callable[[], None], stepper: Stepper, pool: Any):
         self._stepper = stepper
-        self._play = function if stepper.device.type != "cuda" else _capture(function)
+        self._play = function if stepper.device.type != "cuda" else _capture(function, pool)
         self._grads, self._noise = stepper.grads, stepper.noise
 
     def __call__(self) -> None:
@@ -166,7 +168,7 @@ class Replay:
             self._stepper.grads, self._stepper.noise = self._grads, self._noise
 
 
-def _capture(function: Callable[[], None]) -> Callable[[], None]:
+def _capture(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     """The function as a graph. It runs a few times first, on a stream of its own: libraries set themselves up there."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -175,7 +177,7 @@ def _capture(function: Callable[[], None]) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         function()
     replay: Callable[[], None] = graph.replay
     return replay

@@ -79,6 +79,26 @@ class Plan:
     setup_seconds: float  # that another stepper, with fewer members, would take
 
 
+class Rates:
+    """The learning rates of one member, some thousand steps of it at hand."""
+
+    AHEAD = 4096
+
+    def __init__(self, config: TrialConfig):
+        self._peak, self._steps = config.peak_lr, config.train.steps
+        self._factor = schedule(config.optim, config.train.steps)
+        self._first, self._held = 0, list[float]()
+
+    def of(self, step: int, n: int) -> list[float]:
+        """Those of n steps; behind the last step of the trial that of the last one."""
+        if not self._first <= step <= step + n <= self._first + len(self._held):
+            last = self._steps - 1
+            until = max(step + n, min(step + self.AHEAD, self._steps))
+            self._first = step
+            self._held = [self._peak * self._factor(min(i, last)) for i in range(step, until)]
+        return self._held[step - self._first : step - self._first + n]
+
+
 class Loop:
     """One attempt at some trials, until all have ended, are stopped, or too few are left for this stepper."""
 
@@ -97,7 +117,7 @@ class Loop:
         self.evaluation, self.final, self.crew, self.heartbeat = evaluation_KBT, final_KBT, crew, heartbeat
         self.live = set(plan.places)
         self.tick = 0
-        self._lr = [(c.peak_lr, schedule(c.optim, c.train.steps)) for c in plan.configs]
+        self._rates = [Rates(config) for config in plan.configs]
         self._saved = time.monotonic()
 
     def run(self) -> str:
@@ -193,27 +213,22 @@ class Loop:
         if self._may_save():
             n = min(n, *(self._every(k) - self._at(k) % self._every(k) for k in self.live))
         live = tuple(k in self.live for k in self.plan.places)
-        return [Tick(self.tick + i, self._rates(i), live, self._due(i)) for i in range(n)]
+        rates = zip(*(self._rates[k].of(self._at(k), n) for k in self.plan.places), strict=True)
+        due = self._due(n)
+        return [Tick(self.tick + i, lr, live, due[i]) for i, lr in enumerate(rates)]
 
-    def _rates(self, ahead: int) -> tuple[float, ...]:
-        return tuple(
-            peak * factor(min(self._at(k) + ahead, self.plan.configs[k].train.steps - 1))
-            for k in self.plan.places
-            for peak, factor in [self._lr[k]]
-        )
-
-    def _due(self, ahead: int) -> Due:
-        """What the members that go on want measured. The last state is measured at the end anyway."""
-        due = Due.NOTHING
+    def _due(self, n: int) -> list[Due]:
+        """What the members that go on want measured after the next n steps. The last state is measured at the end."""
+        found = [Due.NOTHING] * n
         for k in self.live:
-            train, done = self.plan.configs[k].train, self._at(k) + ahead + 1
-            if done == train.steps:
-                due = max(due, Due.NOISE)
-            elif done % train.eval_every == 0:
-                due = max(due, Due.EVALUATION)
-            elif done % train.probe_every == 0:
-                due = max(due, Due.PROBE)
-        return due
+            train, at = self.plan.configs[k].train, self._at(k)
+            for every, due in ((train.probe_every, Due.PROBE), (train.eval_every, Due.EVALUATION)):
+                for i in range(every - 1 - at % every, n, every):
+                    if at + i + 1 < train.steps:
+                        found[i] = max(found[i], due)
+            if self._left(k) == n:
+                found[-1] = max(found[-1], Due.NOISE)
+        return found
 
     def _at(self, k: int) -> int:
         """The next step of a member that goes on."""

@@ -12,8 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
 from stabstudy.training import families, probes
 from stabstudy.training.allocation import keep_freed_memory
+from stabstudy.training.checkpoint import Saver
 from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.driver import Captured, Driver, Due, Eager
 from stabstudy.training.feed import feed
@@ -225,7 +225,8 @@ class PackRun:
         """The stepper of the members in `places`, with their initial weights."""
         vocab = self.members[0].batches.corpus.vocab_size
         configs = [member.config for member in self._running]
-        models = (families.build(c.model, vocab, c.data.seq_len, c.seed) for c in configs)
+        build = lru_cache(maxsize=8)(families.build)  # members of one seed begin with the same weights
+        models = (build(c.model, vocab, c.data.seq_len, c.seed) for c in configs)
         return Stepper(configs, models, self.device, self.compiled)
 
     def _described(self) -> dict[str, Any]:
@@ -314,25 +315,3 @@ def choose_deterministic_kernels() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-class Saver:
-    """Writes checkpoints one after another, in a thread if asked to; a failure is raised at the next call."""
-
-    def __init__(self, in_background: bool):
-        self._thread = ThreadPoolExecutor(max_workers=1) if in_background else None
-        self._last: Future[None] | None = None
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Write, once what was submitted before is written."""
-        self.wait()
-        if self._thread is None:
-            write()
-        else:
-            self._last = self._thread.submit(write)
-
-    def wait(self) -> None:
-        """Until nothing is left to be written."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()

@@ -84,8 +84,8 @@ class Trial:
         self.batches = open_batches(self.config, self.engine.cache_dir, expected=self._fingerprint)
 
     def note_engine(self, engine: Mapping[str, Any]) -> None:
-        """Record what this attempt runs on."""
-        self._replace_attempt(engine=dict(engine))
+        """Record what this attempt runs on; it reaches the disk with the next change."""
+        self.state = self._with_attempt(engine=dict(engine))
 
     @property
     def knows_its_start(self) -> bool:
@@ -104,9 +104,6 @@ class Trial:
 
     def resume(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """The tensors of the newest usable checkpoint ({}: none). Both records are cut to it: each step stands once."""
-        if self.state.unigram_entropy is None:  # here: a trial that an older version began has its first loss already
-            entropy, tokens = self.batches.unigram_entropy, self.batches.training_tokens
-            self._write(unigram_entropy=entropy, train_tokens=tokens)
         recorded = self.folder.live(trace.TRACE)
         rows = len(self._recorded(trace.TRACE))
         start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
@@ -117,8 +114,10 @@ class Trial:
         live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
         for schema in RECORDS:  # of a study that an older version began
             live.upgrade(self.folder.live(schema), schema, self._widths)
-        self._write(step=start)
-        self._replace_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
+        self.state = self._with_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
+        # asked for here: a trial that an older version began has its first loss, and not these
+        entropy, tokens = self.batches.unigram_entropy, self.batches.training_tokens
+        self._write(step=start, unigram_entropy=entropy, train_tokens=tokens)
         return tensors
 
     def open_records(self) -> tuple[Recorded, trace.Rows]:
@@ -205,11 +204,12 @@ class Trial:
 
     def _end(self) -> None:
         if self.state.attempts:
-            self._replace_attempt(ended=store.now(), status=self.state.status, error=self.state.error)
+            self.state = self._with_attempt(ended=store.now(), status=self.state.status, error=self.state.error)
+            self._write()
 
-    def _replace_attempt(self, **changes: Any) -> None:
+    def _with_attempt(self, **changes: Any) -> store.State:
         attempt = replace(self.state.attempts[-1], **changes)
-        self._write(attempts=(*self.state.attempts[:-1], attempt))
+        return replace(self.state, attempts=(*self.state.attempts[:-1], attempt))
 
     def _write(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
