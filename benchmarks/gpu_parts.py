@@ -218,7 +218,7 @@ def recording(shape: Shape, members: int, place: Place, deterministic: bool) -> 
             segment()
 
     def without_probes() -> None:
-        with mock.patch.object(loop, "_due", lambda ahead: Due.NOTHING):
+        with mock.patch.object(loop, "_due", lambda n: [Due.NOTHING] * n):
             segment()
 
     return {f"on{suffix}": segment, f"off{suffix}": without_record, f"no probes{suffix}": without_probes}
