@@ -82,34 +82,40 @@ def _each(member: Trial, action: Callable[[], None]) -> bool:
 
 
 def _train(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool) -> None:
+    """Train as one pack; without those whose files keep them from going on, and in parts where memory does not do."""
+    outcome = _attempt(members, engine, rules, heartbeat, compiled)
+    going = [member for member in members if not member.ended]
+    if not going or outcome == "over":
+        return
+    parts = [going]
+    if outcome == "too large":  # only now: while an exception is handled, its frames hold what did not fit
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = (len(going) + 1) // 2
+        parts = [going[:half], going[half:]]
+        for member in going:
+            part = parts[0] if member in parts[0] else parts[1]
+            member.say(f"a pack of {len(members)} did not fit into memory: going on with {len(part)}")
+    for part in parts:
+        if part:
+            _train(part, engine, rules, heartbeat, compiled)
+
+
+def _attempt(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool) -> str:
+    """One attempt at these: "over", "fewer" (some cannot go on, and the others have not begun) or "too large"."""
+    run = PackRun(members, engine, rules, heartbeat, compiled)
     try:
-        run = PackRun(members, engine, rules, heartbeat, compiled)
         with run.files():
-            whole = run.train()
-        if not whole and (going := [member for member in members if not member.ended]):
-            _train(going, engine, rules, heartbeat, compiled)
+            return "over" if run.train() else "fewer"
     except BaseException as error:
         going = [member for member in members if not member.ended]
-        if status_of(error) == "oom" and len(members) > 1:
-            del error  # its frames hold the tensors that did not fit
-            _halves(going, engine, rules, heartbeat, compiled)
-            return
+        if status_of(error) == "oom" and len(going) > 1:
+            return "too large"
         for member in going:
             member.fail(error)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-
-
-def _halves(members: list[Trial], engine: Engine, rules: Rules, heartbeat: Heartbeat, compiled: bool) -> None:
-    """Go on with half of the members, then with the others."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = (len(members) + 1) // 2
-    for part in (members[:half], members[half:]):
-        for member in part:
-            member.say(f"a pack of {len(members)} did not fit into memory: going on with {len(part)}")
-        if part:
-            _train(part, engine, rules, heartbeat, compiled)
+        return "over"
 
 
 class PackRun:
