@@ -44,16 +44,16 @@ class Stack:
         for k, model in enumerate(models):
             named = dict(model.named_parameters())
             if k == 0:
-                self._host = _Host(model).to(device)
                 self.names = list(named)
+                place = {id(p): i for i, p in enumerate(named.values())}
+                every = model.named_parameters(remove_duplicate=False)  # a tied matrix under both of its names
+                self._places = [(f"model.{name}", place[id(p)]) for name, p in every]
+                self._host = _Host(model).to(device)
                 self.tensors = [torch.empty((count, *p.shape), device=device) for p in named.values()]
             for row, p in zip(self.tensors, named.values(), strict=True):
                 row[k].copy_(p.detach())
         # gradients are taken of these; the optimizer writes the same memory through `tensors`
         self.leaves = [t[0].requires_grad_() if count == 1 else t.detach().requires_grad_() for t in self.tensors]
-        own = list(self._host.model.named_parameters(remove_duplicate=False))
-        place = {id(p): i for i, (_, p) in enumerate(self._host.model.named_parameters())}
-        self._places = [(f"model.{name}", place[id(p)]) for name, p in own]  # a tied matrix under both of its names
 
     def run(self, function: Callable[..., Scalars], *inputs: Tensor) -> Scalars:
         """function(model, *inputs) of every member; inputs and results are [K, ...]."""
