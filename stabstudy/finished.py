@@ -45,6 +45,7 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
         use_dictionary=["skip"] if "skip" in schema.names else False,
         column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
         write_page_checksum=True,
+        write_statistics=False,  # one row group, always read whole
     )
     data = memoryview(sink.getvalue())
     replace_file(parquet, data)
@@ -91,7 +92,8 @@ def _to_arrow(rows: Rows) -> pa.Table:
             arrays[column.name] = _lists(values, null)
         else:
             # from_pandas=False: a NaN stays NaN, only the mask makes a null
-            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
+            mask = null if null.any() else None
+            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=mask, from_pandas=False)
     return pa.table(arrays)
 
 
@@ -99,6 +101,9 @@ def _lists(values: NDArray[Any], null: NDArray[np.bool_]) -> pa.Array:
     """Shape [rows, entries] as a column of lists; a null row has no entries."""
     import pyarrow as pa
 
+    if not null.any():
+        ends = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.ravel(), from_pandas=False))
     ends = np.concatenate(([0], np.cumsum(np.where(null, 0, values.shape[1])))).astype(np.int32)
     entries = pa.array(values[~null].ravel(), type=pa.float64(), from_pandas=False)
     return pa.ListArray.from_arrays(pa.array(ends), entries, mask=pa.array(null))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from stabstudy import config as cfg
@@ -70,8 +70,7 @@ class Source:
 
 def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
     """Names settings, state and, of an ingested run, what its log is; 16 hex digits."""
-    body = asdict(state)
-    text = json.dumps([{k: body[k] for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
+    text = json.dumps([{k: getattr(state, k) for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
