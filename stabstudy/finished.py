@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, replace_file
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, Synced, as_array, replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +28,11 @@ def read_whole(live_path: Path, schema: Schema) -> Rows:
     return rows
 
 
-def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
-    """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state."""
+def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: Synced = "folder") -> str:
+    """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state.
+
+    `synced`: see `trace.replace_file`; the folder must be when the state is written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -48,7 +51,7 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
         write_statistics=False,  # one row group, always read whole
     )
     data = memoryview(sink.getvalue())
-    replace_file(parquet, data)
+    replace_file(parquet, data, synced=synced)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -198,11 +198,13 @@ def zclip(values: Floats, p: Published) -> Marks:
     variance = sum((y - mean) * (y - mean) for y in x[:fill]) / fill
     flagged = [False] * fill
     for y in x[fill:]:  # each answer depends on the last one
-        sd = root(variance)
-        z = (y - mean) / (sd + eps)
-        flagged.append(z > top)
-        if z > top:
-            y = mean + top * sd / (z / top)
+        high = False
+        if y > mean:  # else z is not above 0
+            sd = root(variance)
+            z = (y - mean) / (sd + eps)
+            if z > top:
+                high, y = True, mean + top * sd / (z / top)
+        flagged.append(high)
         mean = keep * mean + new * y
         away = y - mean
         variance = keep * variance + new * (away * away)
