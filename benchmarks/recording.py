@@ -146,7 +146,8 @@ def finish(recorder: Recorder, k: int, folder: Any, clock: Clock) -> None:
         rows, probes = (finished.read_whole(folder.live(schema), schema) for schema in (TRACE, PROBES))
         records: dict[str, Any] = {}
         for table in (rows, probes):
-            sha = finished.write(table, folder.finished(table.schema), {"trial_id": folder.trial_id})
+            path, note = folder.finished(table.schema), {"trial_id": folder.trial_id}
+            sha = finished.write(table, path, note, synced="folder" if table is probes else "file")
             records[table.schema.name] = {"rows": len(table), "sha256": sha}
     assert records["trace"]["rows"] == recorder.members[k].config.train.steps
     with clock.of("verdict"):

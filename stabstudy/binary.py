@@ -134,12 +134,17 @@ def to_rows(table: Table, layout: Layout, schema: Schema, note: str = "") -> Row
     fields = {f.name: (bit, f) for bit, f in enumerate(layout.fields)}
     columns: dict[str, NDArray[Any]] = {}
     nulls: dict[str, NDArray[np.bool_]] = {}
+    with_nulls = int(np.bitwise_or.reduce(table[MASK]))
     for column in schema.columns:
         bit, field = fields.get(column.name, (None, Field(column.name, column.kind, 0, ())))
         if field.kind != column.kind:
             raise DamagedRecord(f"{schema.name}: {column.name} is {field.kind}, not {column.kind}")
-        null = np.ones(len(table), bool) if bit is None else (table[MASK] >> np.uint32(bit) & np.uint32(1)).astype(bool)
-        if not column.nullable and (bit is None or null.any()):
+        some = bit is None or bool(with_nulls >> bit & 1)
+        if bit is not None and some:
+            null = (table[MASK] & np.uint32(1 << bit)).astype(bool)
+        else:
+            null = np.full(len(table), some)
+        if some and not column.nullable:
             raise DamagedRecord(f"{schema.name}: {column.name} is null or not there")
         columns[column.name] = _values(table, field, null, bit is not None)
         nulls[column.name] = null

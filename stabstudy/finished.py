@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, replace_file
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, Synced, as_array, replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +28,11 @@ def read_whole(live_path: Path, schema: Schema) -> Rows:
     return rows
 
 
-def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
-    """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state."""
+def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: Synced = "folder") -> str:
+    """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state.
+
+    `synced`: see `trace.replace_file`; the folder must be when the state is written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -45,9 +48,10 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str]) -> str:
         use_dictionary=["skip"] if "skip" in schema.names else False,
         column_encoding={name: "BYTE_STREAM_SPLIT" for name in floats},
         write_page_checksum=True,
+        write_statistics=False,  # one row group, always read whole
     )
     data = memoryview(sink.getvalue())
-    replace_file(parquet, data)
+    replace_file(parquet, data, synced=synced)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -91,7 +95,8 @@ def _to_arrow(rows: Rows) -> pa.Table:
             arrays[column.name] = _lists(values, null)
         else:
             # from_pandas=False: a NaN stays NaN, only the mask makes a null
-            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=null, from_pandas=False)
+            mask = null if null.any() else None
+            arrays[column.name] = pa.array(values, type=_arrow_type(column), mask=mask, from_pandas=False)
     return pa.table(arrays)
 
 
@@ -99,6 +104,9 @@ def _lists(values: NDArray[Any], null: NDArray[np.bool_]) -> pa.Array:
     """Shape [rows, entries] as a column of lists; a null row has no entries."""
     import pyarrow as pa
 
+    if not null.any():
+        ends = np.arange(len(values) + 1, dtype=np.int32) * np.int32(values.shape[1])
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.ravel(), from_pandas=False))
     ends = np.concatenate(([0], np.cumsum(np.where(null, 0, values.shape[1])))).astype(np.int32)
     entries = pa.array(values[~null].ravel(), type=pa.float64(), from_pandas=False)
     return pa.ListArray.from_arrays(pa.array(ends), entries, mask=pa.array(null))

@@ -241,9 +241,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`."""
-    trace.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp")
+def write_bytes(path: Path, data: bytes, synced: trace.Synced = "folder") -> None:
+    """As `write_text`; `synced`: see `trace.replace_file`."""
+    trace.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
 
 
 def sweep_leftovers(folder: Path) -> list[str]:

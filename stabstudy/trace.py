@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["int", "float", "text", "floats"]
+Synced = Literal["folder", "file", "nothing"]
+"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
 
 SKIPS = ("amp", "nonfinite", "spike", "no_targets")
 """The policies that skip an update. Where a skip is a number, 0 is none, and policy i is i + 1."""
@@ -197,15 +199,20 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None) -> None:
-    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder."""
+def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
+
+    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged.
+    """
     beside = path.with_name(tmp or f"{path.name}.tmp")
     with beside.open("wb") as f:
         f.write(data)
         f.flush()
-        os.fsync(f.fileno())
+        if synced != "nothing":
+            os.fsync(f.fileno())
     beside.replace(path)
-    sync_folder(path.parent)
+    if synced == "folder":
+        sync_folder(path.parent)
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:

@@ -30,11 +30,13 @@ def attribute(spikes: list[Spike], groups: Floats, rules: Rules) -> list[Spike]:
     """
     if not spikes or not groups.size:
         return spikes
-    flags, _ = jump_block(groups.T, Tail.empty(groups.shape[1], rules), rules, "grad")
+    begin = _begin(spikes[0], groups, rules)
+    near = groups[begin : spikes[-1].start + 1]
+    flags, _ = jump_block(near.T, Tail.empty(groups.shape[1], rules), rules, "grad")
     attributed = []
     for spike in spikes:
         peak, share = _peak(spike, groups, rules)
-        first = _first(spike, flags, rules)
+        first = _first(spike.start - begin, flags, rules)
         attributed.append(replace(spike, attrib_first=first, attrib_peak=peak, attrib_peak_share=share))
     return attributed
 
@@ -44,10 +46,21 @@ def group_name(index: int, count: int) -> str:
     return {0: "embed", count - 1: "head"}.get(index, f"layer {index - 1}")
 
 
-def _first(spike: Spike, flags: Flags, rules: Rules) -> str | None:
+def _begin(spike: Spike, groups: Floats, rules: Rules) -> int:
+    """The step from which on the flags before a spike are those that a detector from step 0 on would give.
+
+    It needs the values of both windows, and as many as it takes to begin; where there are gaps among them, all steps.
+    """
+    first = max(0, spike.start - rules.attrib_before)
+    begin = max(0, first - max(rules.window + rules.level, rules.fill))
+    before = groups[begin:first]
+    return begin if (np.isfinite(before) & (before > 0)).all() else 0
+
+
+def _first(start: int, flags: Flags, rules: Rules) -> str | None:
     """The group flagged earliest in the steps up to the start; of several in one step that with the largest z."""
-    begin = max(0, spike.start - rules.attrib_before)
-    near = flags.flagged[:, begin : spike.start + 1]
+    begin = max(0, start - rules.attrib_before)
+    near = flags.flagged[:, begin : start + 1]
     if not near.any():
         return None
     step = begin + int(np.argmax(near.any(axis=0)))

@@ -1,6 +1,6 @@
 """The judgement of a trial of our own, made once at its end and kept in its folder as `summary.json`.
 
-    summary.json    {format, detector_id, source_sha256, columns: its statistics, spikes: a row each}
+    summary.json    {format, detector_id, source_sha256, columns: its statistics, spikes: a row each}, in one line
 
 A report reads it. Only where it is missing (older studies), was made by other rules, or belongs to another state of the
 trial is the trial judged anew, by the same function.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from stabstudy import config as cfg
@@ -20,7 +20,7 @@ from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.events import SPIKE_COLUMNS
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
-from stabstudy.store import State, StoreError, TrialFolder, encode_float, read_json, write_json
+from stabstudy.store import State, StoreError, TrialFolder, encode_float, read_json, write_bytes
 from stabstudy.trace import Rows
 
 FORMAT = 3
@@ -70,8 +70,7 @@ class Source:
 
 def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
     """Names settings, state and, of an ingested run, what its log is; 16 hex digits."""
-    body = asdict(state)
-    text = json.dumps([{k: body[k] for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
+    text = json.dumps([{k: getattr(state, k) for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -81,7 +80,10 @@ def judge_trial(trace: Rows, probes: Rows | None, source: Source, rules: Rules) 
 
 
 def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: Rules) -> None:
-    """Keep a judgement, atomically."""
+    """Keep a judgement, whole or not at all.
+
+    It is not made durable: a trial whose summary a power cut took or damaged is judged anew.
+    """
     body = {
         "format": FORMAT,
         "detector_id": rules.detector_id,
@@ -89,7 +91,7 @@ def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: 
         "columns": _encoded(summary.columns),
         "spikes": [_encoded(spike) for spike in summary.spikes],
     }
-    write_json(folder.summary_file, body)
+    write_bytes(folder.summary_file, json.dumps(body, allow_nan=False).encode() + b"\n", synced="nothing")
 
 
 def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:

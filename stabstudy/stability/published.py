@@ -20,6 +20,7 @@ what they entered flags nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,17 +113,51 @@ def llmc(k: float = 3.0) -> SigmaRule:
     return SigmaRule(k, 64, 64, inclusive=True)
 
 
-@np.errstate(over="ignore", invalid="ignore")
+class Moments(NamedTuple):
+    """Of a stretch of values before each step: how many, their mean, their sum of squared deviations from it."""
+
+    n: Floats  # [steps]
+    mean: Floats  # [..., steps]
+    squares: Floats  # likewise
+
+
+@dataclass(frozen=True)
+class Known:
+    """The finite values of a series, and the moments of the windows before each of them."""
+
+    finite: Bools  # [steps]
+    x: Floats  # [finite steps]
+    windows: Mapping[int, Moments]  # by their sizes
+
+    @staticmethod
+    @np.errstate(over="ignore", invalid="ignore")
+    def of(several: Sequence[Floats], sizes: Collection[int], inclusive: bool = False) -> list[Known]:
+        """Of series [steps]; of those that lack the same steps all at once, which is cheaper."""
+        finite = np.isfinite(several[0])
+        if any(np.any(np.isfinite(values) != finite) for values in several[1:]):
+            return [known for values in several for known in Known.of([values], sizes, inclusive)]
+        x = np.stack([values[finite] for values in several])
+        windows = _moments(x, sizes, inclusive)
+        return [
+            Known(finite, row, {size: Moments(w.n, w.mean[i], w.squares[i]) for size, w in windows.items()})
+            for i, row in enumerate(x)
+        ]
+
+
 def sigma(values: Floats, rule: SigmaRule) -> Marks:
     """Steps that stand out by `rule`; never where x is the mean itself."""
-    finite = np.isfinite(values)
-    x = values[finite]
-    n, mean, squares = _moments(x, rule.window, rule.inclusive)
+    return outliers(Known.of([values], [rule.window], rule.inclusive)[0], rule)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def outliers(known: Known, rule: SigmaRule) -> Marks:
+    """As `sigma`, of a series whose windows of this size, with x in them or not, are known."""
+    x, (n, mean, squares) = known.x, known.windows[rule.window]
     deviation = np.sqrt(squares / np.maximum(n - rule.sample, 1))
     distance, judged = x - mean, n >= rule.fill
     far = np.abs(distance) >= rule.k * deviation if rule.two_sided else distance > rule.k * deviation
     proven = (distance != 0) & (deviation >= rule.flat) & (deviation < np.inf)
-    return _marks(judged & far & proven, judged, finite)
+    return _marks(judged & far & proven, judged, known.finite)
 
 
 @np.errstate(over="ignore")
@@ -136,13 +171,13 @@ def ratio3(values: Floats, p: Published) -> Marks:
     n = np.minimum(np.arange(len(x)), p.ratio3_window)
     before = np.append(np.full(p.ratio3_window, np.inf), x[:-1])  # in order of size, what is not there yet comes last
     middle = np.stack([np.maximum(n - 1, 0) // 2, n // 2], axis=1)
-    windows, median = sliding_window_view(before, p.ratio3_window), np.empty(len(x))
-    for begin in range(0, len(x), BLOCK):
-        part = slice(begin, begin + BLOCK)
-        ordered = np.sort(windows[part], axis=1)
-        median[part] = np.take_along_axis(ordered, middle[part], axis=1).mean(axis=1)
-    judged = n >= p.ratio3_fill
-    return _marks(judged & (x >= p.ratio3 * median), judged, known)
+    windows, flagged, judged = sliding_window_view(before, p.ratio3_window), np.zeros(len(x), bool), n >= p.ratio3_fill
+    high = np.flatnonzero(judged & (x >= p.ratio3 * x.min(initial=np.inf)))  # no median is below the least value
+    for begin in range(0, len(high), BLOCK):
+        part = high[begin : begin + BLOCK]
+        median = np.take_along_axis(np.sort(windows[part], axis=1), middle[part], axis=1).mean(axis=1)
+        flagged[part] = x[part] >= p.ratio3 * median
+    return _marks(flagged, judged, known)
 
 
 def zclip(values: Floats, p: Published) -> Marks:
@@ -163,11 +198,13 @@ def zclip(values: Floats, p: Published) -> Marks:
     variance = sum((y - mean) * (y - mean) for y in x[:fill]) / fill
     flagged = [False] * fill
     for y in x[fill:]:  # each answer depends on the last one
-        sd = root(variance)
-        z = (y - mean) / (sd + eps)
-        flagged.append(z > top)
-        if z > top:
-            y = mean + top * sd / (z / top)
+        high = False
+        if y > mean:  # else z is not above 0
+            sd = root(variance)
+            z = (y - mean) / (sd + eps)
+            if z > top:
+                high, y = True, mean + top * sd / (z / top)
+        flagged.append(high)
         mean = keep * mean + new * y
         away = y - mean
         variance = keep * variance + new * (away * away)
@@ -189,7 +226,6 @@ def gss_ratio(values: Floats) -> Floats:
     return ratio
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def foundry_kill(loss: Floats, p: Published, steps_planned: int) -> Marks:
     """llm-foundry's KillLossSpike, over the loss: twice the mean of the window five times in a row; or high losses.
 
@@ -198,13 +234,18 @@ def foundry_kill(loss: Floats, p: Published, steps_planned: int) -> Marks:
     the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite ends the
     row, published and here: `verdict` calls that divergence.
     """
-    finite, size = np.isfinite(loss), p.foundry_window(steps_planned)
-    x = loss[finite]
+    size = p.foundry_window(steps_planned)
+    return stops(Known.of([loss], [size])[0], p, size)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def stops(loss: Known, p: Published, size: int) -> Marks:
+    """As `foundry_kill`, of a loss whose windows of its size are known."""
+    finite, x, (n, mean, _) = loss.finite, loss.x, loss.windows[size]
     at = np.arange(len(x))
-    n, mean, _ = _moments(x, size)
     judged = n == size
     outlier = _marks(judged & (x >= p.foundry_ratio * mean), judged, finite).flagged
-    step = np.arange(len(loss))
+    step = np.arange(len(finite))
     row = step - np.maximum.accumulate(np.where(outlier, -1, step))  # outliers in a row up to here
     seen = np.append(0, np.cumsum(x > min(p.foundry_cap, x[:size].max(initial=-np.inf))))
     high = seen[at] - seen[np.maximum(at - size, 0)]
@@ -213,30 +254,22 @@ def foundry_kill(loss: Floats, p: Published, steps_planned: int) -> Marks:
     return Marks(marks.flagged | (row >= p.foundry_row), marks.evaluable)
 
 
-class Moments(NamedTuple):
-    """Of a stretch of values before each step: how many, their mean, their sum of squared deviations from it."""
-
-    n: Floats
-    mean: Floats
-    squares: Floats
-
-
-def _moments(x: Floats, size: int, inclusive: bool = False) -> Moments:
+def _moments(x: Floats, sizes: Collection[int], inclusive: bool) -> dict[int, Moments]:
     """Of the last `size` values before each one (`inclusive`: it is the last of them), or of all where there are fewer.
 
-    Stretches of 1, 2, 4, 8 ... values are merged from their halves, and windows of any size from those: log2(size)
-    passes. Nothing is ever taken from a sum, so what is not in the window cannot show; equal values have that very mean
-    and no deviation.
+    Of series [..., steps]. Stretches of 1, 2, 4, 8 ... values are merged from their halves, and windows of any size
+    from those: log2(size) passes. Nothing is ever taken from a sum, so what is not in the window cannot show; equal
+    values have that very mean and no deviation.
     """
-    none = np.zeros(len(x))
-    window, stretch = Moments(none, none, none), Moments(none + 1, x, none)
-    reach, width = 0 if inclusive else 1, 1  # steps back where the window's next part ends; values in a stretch
+    none, zeros = np.zeros(x.shape[-1]), np.zeros(x.shape)
+    windows, stretch = {size: Moments(none, zeros, zeros) for size in sizes}, Moments(none + 1, x, zeros)
+    width = 1  # values in a stretch
     while True:
-        if size & width:
-            window = _merged(window, stretch, reach)
-            reach += width
-        if 2 * width > size:
-            return window
+        for size in windows:
+            if size & width:  # its next part ends so many steps back
+                windows[size] = _merged(windows[size], stretch, size % width + (0 if inclusive else 1))
+        if 2 * width > max(sizes):
+            return windows
         stretch = _merged(stretch, stretch, width)
         width *= 2
 
@@ -244,11 +277,11 @@ def _moments(x: Floats, size: int, inclusive: bool = False) -> Moments:
 def _merged(late: Moments, early: Moments, lag: int) -> Moments:
     """Both stretches as one, the early one `lag` steps ago (Chan, Golub and LeVeque 1979)."""
     n, mean, squares = (v.copy() for v in late)
-    m, other, spread = (v[: max(len(v) - lag, 0)] for v in early)
+    m, other, spread = (v[..., : max(v.shape[-1] - lag, 0)] for v in early)
     both = n[lag:] + m
-    away = other - mean[lag:]
-    squares[lag:] += spread + away * away * (n[lag:] * m / both)
-    mean[lag:] += away * (m / both)
+    away = other - mean[..., lag:]
+    squares[..., lag:] += spread + away * away * (n[lag:] * m / both)
+    mean[..., lag:] += away * (m / both)
     n[lag:] = both
     return Moments(n, mean, squares)
 

@@ -14,7 +14,7 @@ from stabstudy.stability import published
 from stabstudy.stability.columns import Value
 from stabstudy.stability.detectors import Flags, usual_level
 from stabstudy.stability.events import Spike
-from stabstudy.stability.published import Marks
+from stabstudy.stability.published import Known, Marks
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import lowest_rate
 
@@ -87,12 +87,13 @@ def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Ru
     """Counts by the rules of others: `ratio3`, `olmo7`, `olmo_core`, `zclip`, `gss`, `foundry_kill`."""
     p = rules.published
     ratio3 = published.ratio3(norm, p)
-    rule = published.olmo7(p, steps_planned)
-    olmo_grad, olmo_loss = (published.sigma(series, rule).share for series in (norm, loss))
-    core = [published.sigma(series, published.olmo_core(p)) for series in (norm, loss)]
+    rule, core_rule, size = published.olmo7(p, steps_planned), published.olmo_core(p), p.foundry_window(steps_planned)
+    known = Known.of([norm, loss], {rule.window, core_rule.window, size})
+    olmo_grad, olmo_loss = (published.outliers(series, rule).share for series in known)
+    core = [published.outliers(series, core_rule) for series in known]
     ratio = published.gss_ratio(norm)
-    known = ratio[~np.isnan(ratio)]
-    stops = np.flatnonzero(published.foundry_kill(loss, p, steps_planned).flagged)
+    above = ratio[~np.isnan(ratio)]
+    stops = np.flatnonzero(published.stops(known[1], p, size).flagged)
     return {
         "spike_ratio3_steps": ratio3.n_flagged if ratio3.n_evaluable else None,
         "spike_ratio3_rate": ratio3.share,
@@ -101,8 +102,8 @@ def by_published_rules(norm: Floats, loss: Floats, steps_planned: int, rules: Ru
         "olmo7_window": rule.window if (olmo_grad, olmo_loss) != (None, None) else None,
         "spike_olmocore": _either(*core).share,
         "spike_zclip": published.zclip(norm, p).share,
-        "spike_gss_max": float(known.max()) if len(known) else None,
-        "spike_gss50_steps": int((known > p.gss_ratio).sum()) if len(known) else None,
+        "spike_gss_max": float(above.max()) if len(above) else None,
+        "spike_gss50_steps": int((above > p.gss_ratio).sum()) if len(above) else None,
         "spike_foundry_step": int(stops[0]) if len(stops) else None,
     }
 

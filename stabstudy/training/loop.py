@@ -165,7 +165,7 @@ class Loop:
         diverged = self.recorder.judge(self.plan.places, ticks, taken, seconds)
         self.tick += len(ticks)
         complete = [k for k in self.live if k not in diverged and self._left(k) == 0]
-        if diverged or complete or self.stepper.device.type == "cpu":
+        if diverged or complete or (self.recorder.due and self.stepper.device.type == "cpu"):
             self.recorder.write()
         last = len(ticks) - 1
         if any(i < last for i in diverged.values()):

@@ -1,14 +1,15 @@
 """The recorder of a pack: step vectors from the device become rows of each member's trace, spikes and divergence.
 
 It takes blocks of steps of all members at once, so that no Python is spent on a single row. `judge` says where trials
-end and must come before anything that depends on it; `write` makes the rows, and may wait until the device has its next
-steps to do. Rows behind the step that ended a trial are dropped.
+end and must come before anything that depends on it; `write` makes rows of all that waits, and may come later: while
+the device does its next steps, or when it is `due`. Rows behind the step that ended a trial are dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,8 @@ class _Block:
     lr: Floats  # [K, n]
     values: Floats  # [K, n, columns + tensors]
     judged: Block
-    seconds: float
+    seconds: Floats  # [n], of each step
+    urgent: NDArray[np.bool_]  # [K], whether a member ended, or skipped a step
     probes: list[tuple[int, int, bool, Floats]]  # member, state after so many updates, whether evaluated, vector
 
 
@@ -64,13 +66,19 @@ class Recorder:
     """Records K members. `rows` [K] counts each one's; `loss` and `grad_norm` [K] are the last."""
 
     def __init__(
-        self, members: Sequence[Recorded], columns: Sequence[str], layer_index: NDArray[np.int64], rules: Rules
+        self,
+        members: Sequence[Recorded],
+        columns: Sequence[str],
+        layer_index: NDArray[np.int64],
+        rules: Rules,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.members = tuple(members)
         self.columns = {name: i for i, name in enumerate(columns)}
         self.groups = np.flatnonzero(np.diff(layer_index, prepend=-1))  # the first tensor of each layer group
         self.monitor = DivergenceMonitor(rules, [m.facts for m in members])
         self.spikes = LiveSpikes(rules, len(self.members))
+        self._places = tuple(range(len(self.members)))
         self.rows = np.array([m.rows for m in members], np.int64)
         self.loss, self.grad_norm = (np.full(len(self.members), math.nan) for _ in range(2))
         self.seconds = math.nan  # of the last step
@@ -85,6 +93,18 @@ class Recorder:
         self._widths = widths(configs[0].model.depth)
         self._waiting: list[_Block] = []
         self._unjudged: list[Block] = []
+        self._new_steps = 0  # that the spike detector has not seen
+        self._anomaly = False  # among the steps that wait
+        self._clock, self._flushed_at = clock, clock()
+
+    @property
+    def due(self) -> bool:
+        """Whether rows should wait no longer: one holds an anomaly, or may hold a spike, or a second has passed."""
+        return self._anomaly or self._new_steps >= JUDGED_AT_ONCE or self._late
+
+    @property
+    def _late(self) -> bool:
+        return self._clock() - self._flushed_at >= live.FLUSH_SECONDS
 
     def replay(self, traces: Sequence[Rows]) -> None:
         """Bring the live detectors to where an uninterrupted pack would have them."""
@@ -103,37 +123,39 @@ class Recorder:
             taken: Of the ticks.
             seconds: Of each step.
         """
-        n, K = len(ticks), len(self.members)
-        counts = np.zeros(K, np.int64)
-        counts[[p for p, live_now in zip(places, ticks[0].live, strict=True) if live_now]] = n
-        values = np.full((K, n, taken.steps.shape[2]), math.nan)
-        values[list(places)] = taken.steps.swapaxes(0, 1)
-        lr = np.zeros((K, n))
-        lr[list(places)] = np.array([tick.lr for tick in ticks]).T
+        values, lr, counts = self._placed(places, ticks, taken.steps)
         judged = self._judged(values, counts)
         fired = self.monitor.update(judged)
         ends = {k: int(i) for k, i in enumerate(fired.tolist()) if i >= 0 and counts[k]}
-        probes = self._probes(places, taken, counts, ends)
+        probes = self._probes(places, taken, counts, ends) if taken.probes else []
+        # a value that is not finite either skips its step or ends its trial
+        urgent = np.asarray(judged.skip.any(axis=1))
         for k, i in ends.items():
-            counts[k] = i + 1
-        self._waiting.append(_Block(self.rows.copy(), counts, lr, values, judged, seconds, probes))
-        self.rows += counts
-        last, of = np.maximum(counts - 1, 0), np.flatnonzero(counts)
-        self.loss[of], self.grad_norm[of] = judged.loss[of, last[of]], judged.norm[of, last[of]]
+            counts[k], urgent[k] = i + 1, True
+        self._anomaly = self._anomaly or bool(urgent.any())
+        step_seconds = np.full(len(ticks), seconds)
+        self._waiting.append(_Block(self.rows, counts, lr, values, judged, step_seconds, urgent, probes))
+        self.rows = self.rows + counts
+        self._new_steps += len(ticks)
+        self._keep_last(judged, counts)
         self.seconds = seconds
         return ends
 
     def write(self) -> None:
-        """Make rows of all that is judged; anomalies reach the disk at once."""
-        waiting, self._waiting = self._waiting, []
-        for block in waiting:
-            spiked = self._find_spikes(_with_rows(block.judged, block.counts))
-            table = self._table(block)
-            urgent = spiked | (block.judged.skip != 0).any(1)
-            urgent |= ~np.isfinite(block.judged.loss + block.judged.norm).all(1) | (block.counts < block.lr.shape[1])
-            for k in np.flatnonzero(block.counts).tolist():
-                self.members[k].trace.append(table[k, : block.counts[k]], urgent=bool(urgent[k]))
-            self._write_probes(block.probes)
+        """Make rows of all that is judged. Anomalies reach the disk at once, and so does all, once in a second."""
+        if not self._waiting:
+            return
+        block, late = _together(self._waiting), self._late
+        self._waiting, self._anomaly = [], False
+        urgent = late | block.urgent | self._find_spikes(_with_rows(block.judged, block.counts))
+        table = self._table(block)
+        for k in np.flatnonzero(block.counts).tolist():
+            self.members[k].trace.append(table[k, : block.counts[k]], urgent=bool(urgent[k]))
+        self._write_probes(block.probes)
+        if late:
+            for member in self.members:
+                member.probes.flush()
+            self._flushed_at = self._clock()
 
     def add_probe(self, k: int, done: int, vector: Floats, evaluated: bool) -> None:
         """Append the probes row of a member's state after `done` updates."""
@@ -181,26 +203,52 @@ class Recorder:
                 due, evaluated = done % train.probe_every == 0, done % train.eval_every == 0
                 if i >= min(counts[k], ends.get(k, counts[k])) or done >= train.steps or not (due or evaluated):
                     continue
-                rows.append((k, done, evaluated, vectors[place]))
+                rows.append((k, done, evaluated, vectors[place].copy()))  # the driver may use its table again
                 if not math.isfinite(vectors[place][SCALARS.index("param_norm")]):
                     self.monitor.weights_not_finite(k, done - 1)
                     ends[k] = i
         return rows
 
+    def _placed(
+        self, places: Sequence[int], ticks: Sequence[Tick], steps: NDArray[np.float64]
+    ) -> tuple[Floats, Floats, Ints]:
+        """What the ticks measured, their rates, and their number, of every member: [K, n, ...], [K, n] and [K]."""
+        n, K = len(ticks), len(self.members)
+        values, lr = steps.swapaxes(0, 1), np.array([tick.lr for tick in ticks]).T
+        if all(ticks[0].live) and tuple(places) == self._places:
+            return values, lr, np.full(K, n)
+        counts, all_values, all_lr = np.zeros(K, np.int64), np.full((K, *values.shape[1:]), math.nan), np.zeros((K, n))
+        counts[[p for p, live_now in zip(places, ticks[0].live, strict=True) if live_now]] = n
+        all_values[list(places)], all_lr[list(places)] = values, lr
+        return all_values, all_lr, counts
+
     def _judged(self, values: Floats, counts: Ints) -> Block:
         loss, norm, spike, targets = (self._column(values, c) for c in ("loss", "grad_norm", "spike", "targets"))
-        empty = targets == 0
-        finite = np.isfinite(loss) & np.isfinite(norm)
-        skip = np.where(empty, NO_TARGETS, np.where(finite, SPIKE * (spike > 0), self._policy)).astype(np.uint8)
+        empty, finite = targets == 0, np.isfinite(loss) & np.isfinite(norm)
         null = empty if empty.any() else None
-        return Block(loss, norm, skip, counts.copy(), null, null)
+        if null is None and finite.all() and not spike.any():
+            skip = np.zeros(loss.shape, np.uint8)
+        else:
+            skip = np.where(empty, NO_TARGETS, np.where(finite, SPIKE * (spike > 0), self._policy)).astype(np.uint8)
+            skip[counts == 0] = 0
+        return _with_rows(Block(loss, norm, skip, None, null, null), counts)
+
+    def _keep_last(self, judged: Block, counts: Ints) -> None:
+        """Loss and norm of each member's last row."""
+        if (counts == judged.loss.shape[1]).all():
+            self.loss, self.grad_norm = judged.loss[:, -1].copy(), judged.norm[:, -1].copy()
+            return
+        of = np.flatnonzero(counts)
+        last = counts[of] - 1
+        self.loss[of], self.grad_norm[of] = judged.loss[of, last], judged.norm[of, last]
 
     def _find_spikes(self, block: Block) -> NDArray[np.bool_]:
         """Let the detector take the steps once there are enough; True for members where it flags one."""
         self._unjudged.append(block)
-        if sum(b.loss.shape[1] for b in self._unjudged) < JUDGED_AT_ONCE:
+        self._new_steps = sum(b.loss.shape[1] for b in self._unjudged)
+        if self._new_steps < JUDGED_AT_ONCE:
             return np.zeros(len(self.members), np.bool_)
-        blocks, self._unjudged = self._unjudged, []
+        blocks, self._unjudged, self._new_steps = self._unjudged, [], 0
         return self.spikes.update(_joined(blocks))
 
     def _table(self, block: _Block) -> NDArray[np.void]:
@@ -227,7 +275,8 @@ class Recorder:
 
 
 def _with_rows(block: Block, rows: Ints) -> Block:
-    return Block(block.loss, block.norm, block.skip, rows, block.loss_null, block.norm_null)
+    counts = None if (rows == block.loss.shape[1]).all() else rows.copy()
+    return Block(block.loss, block.norm, block.skip, counts, block.loss_null, block.norm_null)
 
 
 def _padded(blocks: Sequence[Block], n: int) -> Block:
@@ -244,8 +293,19 @@ def _padded(blocks: Sequence[Block], n: int) -> Block:
     return Block(loss, norm, skip, np.array([b.loss.shape[1] for b in blocks]), *nulls)
 
 
+def _together(blocks: Sequence[_Block]) -> _Block:
+    """Blocks of steps in a row as one. A member's rows stay in a row: who ended in one has none in the next."""
+    if len(blocks) == 1:
+        return blocks[0]
+    lr, values = (np.concatenate(parts, 1) for parts in ([b.lr for b in blocks], [b.values for b in blocks]))
+    seconds, judged = np.concatenate([b.seconds for b in blocks]), _joined([b.judged for b in blocks])
+    counts, urgent = np.sum([b.counts for b in blocks], axis=0), np.any([b.urgent for b in blocks], axis=0)
+    probes = [probe for b in blocks for probe in b.probes]
+    return _Block(blocks[0].at, counts, lr, values, judged, seconds, urgent, probes)
+
+
 def _joined(blocks: Sequence[Block]) -> Block:
-    """Blocks behind one another. A member's rows stay in a row: who ended in one has none in the next."""
+    """Likewise; which values are null is left out."""
     if len(blocks) == 1:
         return blocks[0]
     loss, norm, skip = (np.concatenate([getattr(b, name) for b in blocks], 1) for name in ("loss", "norm", "skip"))

@@ -148,7 +148,9 @@ class Trial:
         rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in RECORDS)
         records: dict[str, Any] = {}
         for table in (rows, probes):
-            sha = finished.write(table, self.folder.finished(table.schema), {"trial_id": state.trial_id})
+            path, note = self.folder.finished(table.schema), {"trial_id": state.trial_id}
+            # the folder once, with both names in it
+            sha = finished.write(table, path, note, synced="folder" if table is probes else "file")
             records[table.schema.name] = {"rows": len(table), "sha256": sha}
         if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
             raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
