@@ -16,7 +16,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -31,6 +31,8 @@ PREFIX = struct.Struct("<8sII")
 BLOCK = struct.Struct("<4sIII")
 MASK = "null"
 MOST_COLUMNS = 32
+KEPT = 64
+"""Layouts that are not made anew for every file: the members of a pack have one in common."""
 
 Table = NDArray[Any]
 """A structured array of rows."""
@@ -75,8 +77,13 @@ def layout(schema: Schema, widths: Mapping[str, int]) -> Layout:
         raise ValueError(f"{schema.name}: no number of entries for {', '.join(missing)}")
     if len(schema.columns) > MOST_COLUMNS:
         raise ValueError(f"{schema.name}: {len(schema.columns)} columns, a mask of nulls has {MOST_COLUMNS} bits")
-    entries = {c.name: widths[c.name] if c.kind == "floats" else 1 for c in schema.columns}
-    return Layout(schema.name, tuple(Field(c.name, c.kind, entries[c.name], c.codes) for c in schema.columns))
+    return _layout(schema, tuple(widths[c.name] if c.kind == "floats" else 1 for c in schema.columns))
+
+
+@lru_cache(maxsize=KEPT)
+def _layout(schema: Schema, entries: tuple[int, ...]) -> Layout:
+    fields = (Field(c.name, c.kind, n, c.codes) for c, n in zip(schema.columns, entries, strict=True))
+    return Layout(schema.name, tuple(fields))
 
 
 def record_type(schema: Schema, widths: Mapping[str, int]) -> np.dtype[Any]:
@@ -169,6 +176,12 @@ def parse_header(data: bytes) -> tuple[Layout, int] | None:
     text = data[PREFIX.size : PREFIX.size + length]
     if magic != MAGIC or len(text) < length or crc != _header_crc(length, text):
         return None
+    return _described(text), PREFIX.size + length
+
+
+@lru_cache(maxsize=KEPT)
+def _described(text: bytes) -> Layout:
+    """The layout that the text of a header describes. Raises DamagedRecord."""
     try:
         body = json.loads(text)
         if body["format"] != FORMAT:
@@ -178,7 +191,7 @@ def parse_header(data: bytes) -> tuple[Layout, int] | None:
         assert found.dtype.itemsize
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"its header describes no record ({type(error).__name__})") from error
-    return found, PREFIX.size + length
+    return found
 
 
 def rows_of_block(data: bytes, at: int) -> int | None:

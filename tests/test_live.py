@@ -191,6 +191,7 @@ def test_a_newer_format_another_record_and_another_type_are_refused(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(binary, "FORMAT", 2)
+        patch.setattr(binary, "_layout", binary._layout.__wrapped__)  # not one of format 1 that is kept
         path = write(tmp_path / "t.live", ROWS[:3])
     acts = (lambda: live.read(path, TRACE), lambda: live.cut(path, TRACE, 1), lambda: live.last_step(path))
     for act in (*acts, lambda: Writer(path, TRACE, entries(ROWS))):
