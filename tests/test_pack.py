@@ -323,6 +323,21 @@ def test_checkpoints_come_by_time_where_that_is_asked_for(make: Make, train: Tra
     assert [len(list(f.checkpoints.iterdir())) for f in often] == [2, 2]
 
 
+def test_steps_that_cannot_be_captured_run_eagerly_and_say_so(
+    make: Make, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    eager, refused = make(BASE, "eager"), make(BASE, "refused")
+    train([eager])
+    monkeypatch.setattr(pack, "Captured", refuse)
+    assert train([refused], captured=True)[0].status == "done"
+    assert "not captured, they run eagerly: operation not permitted" in refused.log_file.read_text()
+    for x, y in zip(records(eager), records(refused), strict=True):
+        assert_same(x, y)
+
+
 def test_the_engine_is_recorded(make: Make, train: Train) -> None:
     states = train([make(c) for c in members(BASE, 2)])
     assert {s.attempts[-1].engine["pack"] for s in states} == {2}

@@ -1,4 +1,4 @@
-"""The `compute` group: where trials run. It is not part of a trial, so it never changes a trial's id."""
+"""Compute settings: the resources of a pack, which are no part of a trial and never change a trial's id."""
 
 from __future__ import annotations
 

@@ -94,11 +94,15 @@ class Eager:
         return self._live[live]
 
 
+KINDS = (Due.NOTHING, Due.PROBE, Due.EVALUATION)
+"""Of captured steps, see `Captured._kind`."""
+
+
 class Captured:
     """Replays captured steps, at most `ring` of them between two `take`s."""
 
-    def __init__(self, stepper: Stepper, feed: Feed, evaluation_KBT: Tensor, ring: int, kinds: Sequence[Due]):
-        """`kinds`: of the steps to come. Raises RuntimeError where the device cannot capture one of them."""
+    def __init__(self, stepper: Stepper, feed: Feed, evaluation_KBT: Tensor, ring: int):
+        """Raises RuntimeError where the device cannot capture a step."""
         self.stepper, self.feed, self.evaluation = stepper, feed, evaluation_KBT
         device, K = stepper.device, stepper.K
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
@@ -114,7 +118,7 @@ class Captured:
         before = {name: x.clone() for name, x in stepper.state().items()}
         try:
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # what one frees serves the next
-            self._replays = {kind: Replay(partial(self._step, kind), stepper, pool) for kind in kinds}
+            self._replays = {kind: Replay(partial(self._step, kind), stepper, pool) for kind in KINDS}
         finally:  # eager steps may follow
             for name, x in stepper.state().items():
                 x.copy_(before[name])
@@ -138,7 +142,7 @@ class Captured:
     def _kind(self, due: Due) -> Due:
         """The kind of step that is captured for this: one for the noise alone would serve a single step."""
         if due == Due.NOISE:
-            return Due.PROBE if self.stepper.micro_batches > 1 and Due.PROBE in self._replays else Due.NOTHING
+            return Due.PROBE if self.stepper.micro_batches > 1 else Due.NOTHING
         return due
 
     def _step(self, kind: Due) -> None:

@@ -27,7 +27,7 @@ from stabstudy.training import families, probes
 from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.checkpoint import Saver
 from stabstudy.training.compiling import keep_compiled
-from stabstudy.training.driver import Captured, Driver, Due, Eager
+from stabstudy.training.driver import Captured, Driver, Eager
 from stabstudy.training.feed import feed
 from stabstudy.training.growth import growth
 from stabstudy.training.loop import End, Heartbeat, Loop, Plan
@@ -179,8 +179,9 @@ class PackRun:
                     self.members[k].interrupt(int(self.recorder.rows[k]))
             if ended != "few":
                 return True
-            began = time.monotonic()
-            self._shrink(sorted(loop.live))
+            began, left = time.monotonic(), sorted(loop.live)
+            del loop  # which holds the stepper and its graphs
+            self._shrink(left)
 
     def save(self, next_steps: dict[int, int]) -> None:
         """Checkpoints of these members: their state now; what is written may be written later."""
@@ -286,11 +287,13 @@ class PackRun:
         driver: Driver = Eager(self.stepper, windows, evaluation)
         if self.captured:
             try:
-                driver = Captured(self.stepper, windows, evaluation, self.ring, tuple(Due))
+                driver = Captured(self.stepper, windows, evaluation, self.ring)
             except RuntimeError as error:
                 if status_of(error) == "oom":
                     raise
+                self.captured = False
                 for member in running:
+                    member.note_engine(self._described())
                     member.say(f"steps are not captured, they run eagerly: {str(error).splitlines()[0]}")
         plan = Plan(
             self.places,
