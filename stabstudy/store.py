@@ -202,6 +202,14 @@ class StudyFolder:
         return [TrialFolder(p.parent) for p in sorted((self.path / "trials").glob("*/config.json"))]
 
 
+def close_attempt(state: State, status: str, error: dict[str, Any] | None = None) -> State:
+    """The state with its last attempt ended now, in this status."""
+    attempts = state.attempts
+    if attempts:
+        attempts = (*attempts[:-1], replace(attempts[-1], ended=now(), status=status, error=error))
+    return replace(state, status=status, error=error, attempts=attempts)
+
+
 def open_study(path: Path) -> StudyFolder:
     """The study in this folder. Raises StoreError where there is none."""
     if not (path / "sweep.yaml").is_file() and not (path / "trials").is_dir():

@@ -103,11 +103,8 @@ def _train(made: Plan, overrides: list[str]) -> int:
     from stabstudy.report import write_report
     from stabstudy.sweeping import launch
 
-    outcome = launch.launch(made)
-    if outcome.signal is not None:
-        command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
-        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
-    else:
+    outcome = launch.launch(made, command=shlex.join(["python", "-m", "stabstudy.sweep", *overrides]))
+    if not outcome.early:
         write_report(made.folder, print)
     return outcome.code
 

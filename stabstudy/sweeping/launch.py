@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.supply import Supply
-from stabstudy.planning import machine, packs
+from stabstudy.planning import machine, packs, words
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import ConfigError, Problem
@@ -31,17 +33,20 @@ from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
 from stabstudy.sweeping.worker import PackFailed, train_pack
 
+SETTLE_SECONDS = 3.0
+"""How long a launch that ends waits for the processes of its trials to be gone."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended: the exit code so far, and whether a signal ended it (its number)."""
+    """How a launch ended: the exit code, and whether it ended before every trial had been tried."""
 
     code: int
-    signal: int | None = None
+    early: bool = False
 
 
-def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
-    """Train every trial of the plan that is not done.
+def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
+    """Train every trial of the plan that is not done. `command` is the one that resumes it.
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, before
     anything is created; store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the
@@ -58,7 +63,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")
             return Outcome(0)
-        return _train(plan, study, todo, cache_dir)
+        return _train(plan, study, todo, cache_dir, command)
 
 
 def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
@@ -90,25 +95,33 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
             say(f"warning: {caveat}")
 
 
-def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path) -> Outcome:
+def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, command: str) -> Outcome:
     done_before = len(plan.trials) - len(todo)
     labels = {t.trial_id: label(t, plan) for t in todo}
+
     with stop_on_signals(study) as stop, Board(f"{plan.study}: {plan.question}", labels, done_before) as board:
-        try:
-            _run(plan, study, todo, cache_dir, board, stop)
-        finally:
-            _settle(study, labels)
-    states = [study.trial(t.trial_id).read_state().status for t in plan.trials]
-    if stop.number is not None:
-        return Outcome(128 + stop.number, stop.number)
-    return Outcome(0 if all(s == "done" for s in states) else 4 if "disk_full" in states else 3)
+        _run(plan, study, todo, cache_dir, board, stop)
+    return _ended(study, plan, stop, command)
+
+
+def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str) -> Outcome:
+    """Settle the states, and say how the same study goes on where the launch ended early."""
+    ids = [trial.trial_id for trial in plan.trials]
+    _settle(study, ids)
+    if stop.reason is not None:
+        print(f"error: machine: {words.safe(stop.reason)}", file=sys.stderr)
+    if stop.requested:
+        print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
+        return Outcome(4 if stop.number is None else 128 + stop.number, early=True)
+    done = all(study.trial(trial_id).read_state().status == "done" for trial_id in ids)
+    return Outcome(0 if done else 3)
 
 
 def _run(
     plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest
 ) -> None:
     packed = [tuple(t.trial_id for t in pack) for pack in packs.packs(todo, plan.compute, plan.launcher)]
-    rounds = Rounds(study, packed, plan.compute.retries, board)
+    rounds = Rounds(study, packed, plan.compute.retries, board, stop)
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
         "engine": {
@@ -121,11 +134,11 @@ def _run(
         "rules": Rules().to_json(),
     }
     if plan.launcher == "local":
-        one_after_another(rounds, lambda pack: _train_here(pack, rounds, shared), lambda: stop.number is not None)
+        one_after_another(rounds, lambda pack: _train_here(pack, rounds, shared))
         return
     from stabstudy.sweeping import ray_backend
 
-    ray_backend.run(rounds, study, shared, plan.compute, lambda: stop.number is not None)
+    ray_backend.run(rounds, study, shared, plan.compute, stop)
 
 
 def _train_here(pack: Pack, rounds: Rounds, shared: Mapping[str, Any]) -> None:
@@ -153,14 +166,18 @@ def write_study(study: store.StudyFolder, plan: Plan) -> None:
             store.write_json(folder.config_file, body)
 
 
-def _settle(study: store.StudyFolder, ids: Mapping[str, str]) -> None:
+def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
     """A trial whose process has vanished is `interrupted`, so that status and report name it rightly."""
-    for trial_id in ids:
-        folder = study.trial(trial_id)
-        state = folder.read_state()
-        if state.status == "lost":
-            with contextlib.suppress(store.LockHeldError), store.lock(folder.path):
-                folder.write_state(dataclasses.replace(state, status="interrupted"))
+    folders = [study.trial(trial_id) for trial_id in ids]
+    limit = time.monotonic() + SETTLE_SECONDS
+    while any(store.is_locked(folder.path) for folder in folders) and time.monotonic() < limit:
+        time.sleep(0.05)
+    for folder in folders:
+        with contextlib.suppress(store.LockHeldError, OSError):  # on a full disk it stays `running`, so `lost`
+            state = folder.read_state()
+            if state.status == "lost":
+                with store.lock(folder.path):
+                    folder.write_state(store.close_attempt(state, "interrupted"))
 
 
 def label(trial: PlannedTrial, plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from stabstudy import store
 from stabstudy.sweeping.board import Board
+from stabstudy.sweeping.stopping import StopRequest
 
 Pack = tuple[str, ...]
 """Trial ids."""
@@ -22,12 +24,14 @@ class Rounds:
 
     What a pack of several leaves behind is tried again as halves, down to one member: a member that takes its process
     with it is found alone, and the others end. Its own failures count (alone in its process, or the only one left of a
-    pack, or where the disk is full, which halving cannot mend): of these it may have `retries` and one more.
+    pack): of these it may have `retries` and one more. A full disk ends the launch: it would fill for every other too.
     """
 
-    def __init__(self, study: store.StudyFolder, packs: Sequence[Pack], retries: int, board: Board):
-        self.study, self.retries, self.board = study, retries, board
+    def __init__(self, study: store.StudyFolder, packs: Sequence[Pack], retries: int, board: Board, stop: StopRequest):
+        self.study, self.retries, self.board, self.stop = study, retries, board, stop
         self.waiting: list[Pack] = list(packs)
+        self.running: tuple[Pack, ...] = ()
+        self._hung: dict[str, str] = {}
         self.attempts = {t: len(study.trial(t).read_state().attempts) for pack in packs for t in pack}
         self.own_failures: Counter[str] = Counter()
 
@@ -38,6 +42,7 @@ class Rounds:
 
     def start(self, pack: Pack) -> None:
         """A process takes the pack up."""
+        self.running = (*self.running, pack)
         for trial_id in pack:
             self.board.start(trial_id)
 
@@ -52,16 +57,25 @@ class Rounds:
             elif (state := self.study.trial(trial_id).read_state()).status == "done":
                 self.board.finish(trial_id, state)
 
+    def hung(self, reasons: Mapping[str, str]) -> None:
+        """The process of these trials is about to be ended, for these reasons. From any thread."""
+        self._hung = self._hung | dict(reasons)
+
     def ended(self, pack: Pack) -> None:
         """The pack's process has ended it, or itself: show how its members did, put those left into the next round."""
+        self.running = tuple(other for other in self.running if other != pack)
         left = [(t, state) for t, state in self._states(pack) if self._is_left(t, state)]
         for trial_id, state in left:
-            if len(left) == 1 or state.status == "disk_full":
+            if state.status == "disk_full" and self._begun(state):
+                self.stop.end((state.error or {}).get("message", "the disk is full"))
+            elif len(left) == 1:
                 self.own_failures[trial_id] += 1
-        again = [t for t, _ in left if self.own_failures[t] <= self.retries]
+        again = [t for t, s in left if self.own_failures[t] <= self.retries and s.status != "disk_full"]
         for trial_id, state in left:
             if trial_id in again or not self._begun(state):
                 self.board.forget(trial_id)
+                if trial_id in again and state.status == "timeout" and state.error:
+                    self.board.say(f"{trial_id} hung: {state.error['message']}; it goes on from its last checkpoint")
             else:
                 self.board.finish(trial_id, state)
         half = -(-len(again) // 2)
@@ -71,7 +85,17 @@ class Rounds:
         limit = time.monotonic() + FREE_SECONDS
         while any(store.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
             time.sleep(0.05)
-        return [(t, self.study.trial(t).read_state()) for t in pack]
+        return [(t, self._settled(self.study.trial(t))) for t in pack]
+
+    def _settled(self, folder: store.TrialFolder) -> store.State:
+        """The state; that of a trial whose process was ended because it hung becomes `timeout`."""
+        state, reason = folder.read_state(), self._hung.pop(folder.trial_id, None)
+        if reason is None or state.status != "lost":
+            return state
+        error = {"kind": "Timeout", "message": reason, "step": state.step}
+        with contextlib.suppress(store.LockHeldError), store.lock(folder.path):
+            folder.write_state(store.close_attempt(state, "timeout", error))
+        return folder.read_state()
 
     def _is_left(self, trial_id: str, state: store.State) -> bool:
         """Whether the member is to be tried again if it may; one that is not is shown as it ended."""
@@ -90,11 +114,11 @@ class Rounds:
         return len(state.attempts) > self.attempts[state.trial_id]
 
 
-def one_after_another(rounds: Rounds, train: Callable[[Pack], None], stopping: Callable[[], bool]) -> None:
+def one_after_another(rounds: Rounds, train: Callable[[Pack], None]) -> None:
     """Train every pack in this process, round after round, until none is left or a stop is requested."""
     while packs := rounds.take():
         for pack in packs:
-            if stopping():
+            if rounds.stop.requested:
                 return
             rounds.start(pack)
             train(pack)

@@ -50,9 +50,11 @@ def train_pack(
         if now - last[0] < HEARTBEAT_SECONDS:
             return False
         last[0] = now
+        if stop.exists():  # first: a report waits for a driver that may no longer be there
+            return True
         if report is not None:
             report({"members": [dataclasses.asdict(member) for member in members]})
-        return stop.exists()
+        return False
 
     states = run_pack(folders, engine, Rules.from_json(shared["rules"]), heartbeat)
     if failed := [state for state in states if state.status in ("failed", "disk_full")]:

@@ -206,7 +206,7 @@ class Trial:
 
     def _end(self) -> None:
         if self.state.attempts:
-            self.state = self._with_attempt(ended=store.now(), status=self.state.status, error=self.state.error)
+            self.state = store.close_attempt(self.state, self.state.status, self.state.error)
             self._write()
 
     def _with_attempt(self, **changes: Any) -> store.State:
