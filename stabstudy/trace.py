@@ -20,6 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy import failpoints
+
 Kind = Literal["int", "float", "text", "floats"]
 Synced = Literal["folder", "file", "nothing"]
 """What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
@@ -208,11 +210,15 @@ def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, s
     with beside.open("wb") as f:
         f.write(data)
         f.flush()
+        failpoints.of_file(path, "written")
         if synced != "nothing":
             os.fsync(f.fileno())
+            failpoints.of_file(path, "synced")
     beside.replace(path)
+    failpoints.of_file(path, "renamed")
     if synced == "folder":
         sync_folder(path.parent)
+        failpoints.of_file(path, "folder_synced")
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:

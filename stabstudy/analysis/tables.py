@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy import trace
+from stabstudy import failpoints, trace
 from stabstudy.analysis import ingested
 from stabstudy.analysis.batches import Ratios, mark
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
@@ -288,6 +288,8 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     table = pa.table(arrays, names=list(kinds)).replace_schema_metadata(metadata)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     pq.write_table(table, tmp, compression="zstd", write_page_checksum=True)
+    failpoints.hit("table.written")
     trace.sync_file(tmp)
     tmp.replace(path)
+    failpoints.hit("table.renamed")
     trace.sync_folder(path.parent)

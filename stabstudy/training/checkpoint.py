@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stabstudy import store
+from stabstudy import failpoints, store
 from stabstudy.trace import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
@@ -39,15 +39,21 @@ def save(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: 
     for leftover in (tmp, target):  # a rename onto a folder with files in it fails
         shutil.rmtree(leftover, ignore_errors=True)
     tmp.mkdir()
+    failpoints.hit("checkpoint.begun")
     apart = {name: x.contiguous().clone() for name, x in tensors.items()}  # safetensors takes no shared memory
     safetensors.torch.save_file(apart, tmp / "tensors.safetensors")
+    failpoints.hit("checkpoint.tensors_written")
     sha = sync_file(tmp / "tensors.safetensors")
+    failpoints.hit("checkpoint.tensors_synced")
     body = {"format": FORMAT, "trial_id": trial_id, "next_step": next_step, "sha256": sha}
     store.write_json(tmp / "state.json", body)
     os.rename(tmp, target)
+    failpoints.hit("checkpoint.named")
     sync_folder(folder)
+    failpoints.hit("checkpoint.durable")
     for old in _newest_first(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
+        failpoints.hit("checkpoint.removed")
 
 
 def restore(
