@@ -4,7 +4,7 @@
 
 Each part is POINT:ACTION, with @N for the N-th time that the point is reached (default 1), or @N+ for that and every
 later time. Actions: kill (SIGKILL of this process), raise (FailpointError), enospc, eio (OSError), sleep or
-sleep=SECONDS (default 60). The variable is read once, when the process starts. Unset, a point costs one look at an empty dict.
+sleep=SECONDS (default 60). The variable is read once, when the process starts. Unset, a point costs a look at a dict.
 """
 
 from __future__ import annotations
