@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"failpoints", "settings", "groups", "combinations", "config", "shape", "trace", "live", "finished", "store", "external"}
+FACTS = {
+    *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
+    *("trace", "live", "finished", "store", "external"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ MAY = {
     "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "store": May({"config", "trace", "finished", "live"}),
+    "leftovers": May({"live", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),

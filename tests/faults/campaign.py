@@ -37,13 +37,19 @@ class Part:
     seed: int
     rows: Path | None = None
     n: int = 0
+    tried: int = 0
     violations: list[str] = field(default_factory=list)
+    violated: set[int] = field(default_factory=set)
 
     def injections(self) -> Iterator[random.Random]:
         """A generator for each injection; what it draws depends on the seed and the injection's number alone."""
-        while self.n < self.wanted:
-            yield random.Random(f"{self.seed}:{self.n}")
-            self.n += 1
+        while self.n < self.wanted and self.tried < 4 * self.wanted:
+            yield random.Random(f"{self.seed}:{self.tried}")
+            self.n, self.tried = self.n + 1, self.tried + 1
+
+    def count(self, struck: bool) -> None:
+        """Whether this injection struck: a process that ended before it was to be killed does not count."""
+        self.n -= not struck
 
     def check(self, holds: object, violation: str) -> None:
         """Count a violation unless this holds."""
@@ -51,7 +57,9 @@ class Part:
             self.add([violation])
 
     def add(self, violations: list[str]) -> None:
-        self.violations += [f"injection {self.n}: {violation}" for violation in violations]
+        self.violations += [f"injection {self.tried}: {violation}" for violation in violations]
+        if violations:
+            self.violated.add(self.tried)
 
     def __enter__(self) -> Part:
         self._began = time.monotonic()
@@ -66,14 +74,14 @@ class Part:
         body = {
             "injection": self.injection,
             "n": self.n,
-            "violations": len(self.violations),
+            "violations": len(self.violated),
             "date": datetime.now(UTC).date().isoformat(),
             "commit": commit(),
             "seconds": round(time.monotonic() - self._began),
             "seed": self.seed,
             "first": [v[:200] for v in self.violations[:3]],
         }
-        print(f"{self.injection}: {self.n} injections, {len(self.violations)} violations")
+        print(f"{self.injection}: {self.n} injections, {len(self.violated)} violations")
         if self.rows is not None:
             with self.rows.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(body) + "\n")

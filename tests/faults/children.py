@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,18 @@ def acknowledge_rows(acknowledge: Acknowledge) -> None:
     live.Writer._write = acknowledged  # type: ignore[method-assign]
 
 
-def sweep(acknowledge: Acknowledge, words: Sequence[str], log: Path) -> None:
-    """The command `python -m stabstudy.sweep`, with its output in a file; exits with its code."""
+def sweep(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | None = None) -> None:
+    """The command `python -m stabstudy.sweep`, with its output in a file; exits with its code.
+
+    `go`: a file that is waited for, so that many launches begin at once.
+    """
     from stabstudy.sweep import main
 
     acknowledge_rows(acknowledge)
+    if go is not None:
+        acknowledge("ready")
+        while not go.exists():
+            time.sleep(0.001)
     with log.open("a", buffering=1) as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         code = main(list(words))
     acknowledge(f"exit {code}")

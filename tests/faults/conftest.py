@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from faults import studies
 from faults.campaign import Part
 from faults.counts import COUNTS
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The token cache of all studies here."""
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The study of 24 trials, never interrupted, one trial at a time."""
+    return studies.trained(tmp_path_factory.mktemp("reference") / "study", cache, pack=1)
 
 
 @pytest.fixture

@@ -76,6 +76,11 @@ class Child:
         return self._read.decode().splitlines() if self._read.endswith(b"\n") else self._read.decode().splitlines()[:-1]
 
     @property
+    def was_killed(self) -> bool:
+        """By a signal; else it had ended before."""
+        return self.process.exitcode is not None and self.process.exitcode < 0
+
+    @property
     def code(self) -> int | None:
         """The exit code; negative: the signal that ended it."""
         return self.process.exitcode
@@ -101,9 +106,16 @@ def _begin(
     work(lambda text: os.write(descriptor, f"{text}\n".encode()), *arguments)
 
 
-def killed(work: Callable[..., None], *arguments: Any, rng: random.Random, seconds: float, point: str = "") -> Child:
+def killed(
+    work: Callable[..., None],
+    *arguments: Any,
+    rng: random.Random,
+    seconds: float,
+    point: str = "",
+    cwd: Path | None = None,
+) -> Child:
     """A child that was killed: at a random moment, or, given a point, when that is reached, if it is in time."""
-    child = Child(work, *arguments, failpoint=point)
+    child = Child(work, *arguments, failpoint=point, cwd=cwd)
     if not child.wait(30 if point else rng.uniform(0, seconds)):
         child.process.kill()
     return child

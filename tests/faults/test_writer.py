@@ -57,6 +57,7 @@ def test_no_acknowledged_row_is_lost(part: Begin, tmp_path: Path) -> None:
             path = tmp_path / f"{number}.live"
             child = killed(children.write_rows, path, str(rng.random()), MOST, rng=rng, seconds=0.1, point=point(rng))
             acks = child.end()
+            running.count(child.was_killed)
             committed = int(acks[-1]) if acks else kept
             running.add(of_record(path, committed))
             if not path.exists():
@@ -96,7 +97,9 @@ def test_a_state_is_the_old_or_the_new_one(part: Begin, tmp_path: Path) -> None:
         for rng in running.injections():
             step = rng.choice(["written", "synced", "renamed", "folder_synced"])
             at = f"state.{step}:kill@{rng.randint(1, 20)}" if rng.random() < 0.5 else ""
-            acks = killed(children.write_states, trial.path, rng=rng, seconds=0.05, point=at).end()
+            child = killed(children.write_states, trial.path, rng=rng, seconds=0.05, point=at)
+            acks = child.end()
+            running.count(child.was_killed)
             committed = int(acks[-1]) if acks else last
             state = trial.read_state()
             running.check(committed <= state.step <= committed + 1, f"I1 step {state.step}, {committed} acknowledged")
