@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, store, trace
+from stabstudy import config, failpoints, store, trace
 from stabstudy.store import Attempt, LockHeldError, State, StoreError, StudyFolder, TrialFolder
 
 LIMIT = 30.0  # seconds that a process may take to start on a loaded machine
@@ -448,3 +448,16 @@ def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
 
 def test_now_is_utc() -> None:
     assert store.now().endswith("+00:00")
+
+
+def test_what_could_not_be_written_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    store.write_json(path, {"step": 1})
+    for point in ("state.written", "state.synced"):
+        failpoints.arm(f"{point}:enospc")
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                store.write_json(path, {"step": 2})
+        finally:
+            failpoints.arm("")
+        assert [p.name for p in tmp_path.iterdir()] == ["state.json"] and store.read_json(path) == {"step": 1}

@@ -37,7 +37,8 @@ def write_study(path: Path, wanted: list[TrialConfig]) -> store.StudyFolder:
         fingerprint = sources.fingerprint(config.data)
         trial = study.trial(cfg.trial_id(config, fingerprint))
         trial.path.mkdir(parents=True)
-        body = {"format": cfg.FORMAT_VERSION, "trial_id": trial.trial_id, "cell_id": trial.trial_id}
+        cell_id = cfg.trial_id(dataclasses.replace(config, seed=0), fingerprint)
+        body = {"format": cfg.FORMAT_VERSION, "trial_id": trial.trial_id, "cell_id": cell_id}
         body |= {"config": cfg.to_dict(config), "choices": {}, "data_fingerprint": fingerprint}
         store.write_json(trial.config_file, body)
     store.write_text(study.sweep_file, "# @package _global_\n# What survives?\n")
