@@ -93,11 +93,13 @@ def of_interrupted_trial(trial: TrialFolder, acknowledged: int = 0) -> list[str]
     count = 0 if rows is None else len(rows)
     broken = [f"I1 {label}: {count} rows, {acknowledged} acknowledged"] if count < acknowledged else []
     broken += [f"I2 {label}: {path.name} cannot be read" for path in trial.path.glob("*.json") if not _is_json(path)]
-    checkpoints = sorted(p for p in trial.checkpoints.glob("step-*") if p.suffix != ".tmp")
-    intact = [int(p.name[5:]) for p in checkpoints if _is_intact(p)]
-    broken += [f"I2 {label}: {p.name} is damaged" for p in checkpoints if not _is_intact(p)]
-    if intact and state.status != "done" and max(intact) > count:
-        broken.append(f"I1 {label}: {count} rows beside a checkpoint of {max(intact)}")
+    if state.status != "done":  # whose checkpoints are being removed
+        steps = {int(p.name[5:]): _is_intact(p) for p in trial.checkpoints.glob("step-*") if p.suffix != ".tmp"}
+        newest = max((step for step, intact in steps.items() if intact), default=0)
+        # one that is older may be half removed
+        broken += [f"I2 {label}: checkpoint {step} is damaged" for step in steps if step > newest]
+        if newest > count:
+            broken.append(f"I1 {label}: {count} rows beside a checkpoint of {newest}")
     return broken
 
 
@@ -163,5 +165,7 @@ def _is_json(path: Path) -> bool:
 
 def _is_intact(path: Path) -> bool:
     """Whether a checkpoint's tensors are those that it names; read without the product."""
+    if not (path / "tensors.safetensors").exists() or not (path / "state.json").exists():
+        return False
     match = re.search(r'"sha256": "([0-9a-f]{64})"', (path / "state.json").read_text())
     return match is not None and match[1] == hashlib.sha256((path / "tensors.safetensors").read_bytes()).hexdigest()

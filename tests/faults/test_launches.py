@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_a_report(part: Begin, tmp_path: Path, whole: Path) -> None:
         for rng in running.injections():
             target = children.copied(study, tmp_path / "check")
             if rng.random() < 0.5:
-                children.shutil.rmtree(target / "report")
+                shutil.rmtree(target / "report")
                 (target / "trials.parquet").unlink()
             before = children.files(target)
             point = f"{rng.choice(OF_REPORTS)}:kill@{rng.randint(1, 9)}" if rng.random() < 0.6 else ""

@@ -14,6 +14,7 @@ from faults.campaign import Part
 from faults.invariants import assert_invariants, of_interrupted_trial, tree_hash, violations
 from faults.killer import Child, killed
 from stabstudy import failpoints, store
+from stabstudy.leftovers import tidy_done_trial
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 Begin = Callable[[str], Part]
@@ -47,12 +48,20 @@ def campaign(running: Part, folder: Path, reference: Path, cache: Path, pack: in
         for trial in study.trials():
             running.add(of_interrupted_trial(trial, committed.get(trial.trial_id, 0)))
         if all(trial.read_state().status == "done" for trial in study.trials()):
+            tidy(study)
             running.add(violations(study.path, reference, {reference: other}))
             shutil.rmtree(study.path)
             study = None
     if study is not None:
         Child(children.train, studies.trial_paths(study), pack, cache).end(600)
+        tidy(study)
         running.add(violations(study.path, reference, {reference: other}))
+
+
+def tidy(study: store.StudyFolder) -> None:
+    """As a launch does before it trains what is left."""
+    for trial in study.trials():
+        tidy_done_trial(trial, keep_checkpoints=False)
 
 
 def test_trials_one_at_a_time(part: Begin, tmp_path: Path, reference: Path, cache: Path) -> None:
