@@ -6,9 +6,13 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from stabstudy import live, store, trace
+
+SCHEDULER = ".ray"
+"""What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
 
 _TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp")
 
@@ -26,6 +30,14 @@ def sweep_abandoned(folder: Path) -> list[str]:
         with contextlib.suppress(OSError):
             path.unlink()
     return [path.name for path in abandoned]
+
+
+def sweep_study(study: store.StudyFolder, trial_ids: Iterable[str], keep_checkpoints: bool) -> None:
+    """What a launch does, under the study's lock, before it trains: remove what launches that were killed left there."""
+    sweep_abandoned(study.path)
+    shutil.rmtree(study.path / SCHEDULER, ignore_errors=True)
+    for trial_id in trial_ids:
+        tidy_done_trial(study.trial(trial_id), keep_checkpoints)
 
 
 def tidy_done_trial(folder: store.TrialFolder, keep_checkpoints: bool) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from trials import BASE, Make
 
 from stabstudy import failpoints, store, trace
-from stabstudy.leftovers import sweep_abandoned, tidy_done_trial
+from stabstudy.leftovers import sweep_abandoned, sweep_study, tidy_done_trial
 from stabstudy.stability.rules import Rules
 from stabstudy.training.pack import run_pack
 from stabstudy.training.trial import Engine, Trial
@@ -79,3 +79,13 @@ def test_a_trial_that_is_not_done_is_left_alone(point: str, left: Callable[[str]
     folder = left(point)
     before = {p.name for p in folder.path.iterdir()}
     assert tidy_done_trial(folder, False) == [] and {p.name for p in folder.path.iterdir()} == before
+
+
+def test_a_launch_sweeps_its_study(left: Callable[[str], store.TrialFolder]) -> None:
+    trial = left("finish.done")
+    study = store.StudyFolder(trial.path.parent.parent)
+    (study.path / ".ray" / "tune").mkdir(parents=True)
+    (study.path / "sweep.yaml.999999999.tmp").touch()
+    sweep_study(study, [trial.trial_id], keep_checkpoints=False)
+    assert [p.name for p in study.path.iterdir()] == ["trials"]
+    assert not trial.live(trace.TRACE).exists() and not trial.checkpoints.exists()

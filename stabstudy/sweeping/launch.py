@@ -54,8 +54,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         write_study(study, plan)
-        for trial in plan.trials:
-            leftovers.tidy_done_trial(study.trial(trial.trial_id), plan.compute.keep_checkpoints)
+        leftovers.sweep_study(study, [t.trial_id for t in plan.trials], plan.compute.keep_checkpoints)
         todo = _waiting(plan, study)
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")

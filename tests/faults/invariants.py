@@ -61,7 +61,9 @@ def of_ended_trial(trial: TrialFolder, reference: TrialFolder) -> list[str]:
         records = [(trial.rows(schema), reference.rows(schema)) for schema in (trace.TRACE, trace.PROBES)]
     except (StoreError, DamagedRecord) as error:
         return [f"I2 {label}: {error}"]
-    broken = [f"I3 {label}: {state.status}"] if state.status != "done" else []
+    if state.status != "done":
+        return [f"I3 {label}: {state.status}"]
+    broken = []
     if [a.status for a in state.attempts].count("done") != 1 or state.attempts[-1].status != "done":
         broken.append(f"I4 {label}: attempts {[a.status for a in state.attempts]}")
     for rows, other in records:

@@ -41,8 +41,12 @@ class Launch:
         return store.StudyFolder(launches.study(self.folder))
 
     def rows(self) -> dict[str, int]:
-        """Rows on disk by trial."""
-        return {t.trial_id: live.last_step(t.live(trace.TRACE)) + 1 for t in self.study.trials()}
+        """Rows on disk by trial, growing or finished."""
+        found = {}
+        for trial in self.study.trials():
+            finished = trial.read_state().records.get("trace", {}).get("rows", 0)
+            found[trial.trial_id] = finished or live.last_step(trial.live(trace.TRACE)) + 1
+        return found
 
     @property
     def words(self) -> str:
