@@ -33,7 +33,7 @@ def sweep_abandoned(folder: Path) -> list[str]:
 
 
 def sweep_study(study: store.StudyFolder, trial_ids: Iterable[str], keep_checkpoints: bool) -> None:
-    """What a launch does, under the study's lock, before it trains: remove what launches that were killed left there."""
+    """Remove what killed launches left in a study, before a launch trains. Only under the study's lock."""
     sweep_abandoned(study.path)
     shutil.rmtree(study.path / SCHEDULER, ignore_errors=True)
     for trial_id in trial_ids:

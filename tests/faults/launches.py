@@ -19,7 +19,7 @@ sweep:
     optim.clip: [1.0, null]
 """
 TINY = ["sweep=check", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
-        "model.depth=2", "train.batch_size=4", "optim.warmup_steps=3", "train.checkpoint_every=10",
+        "model.depth=2", "train.batch_size=4", "optim.warmup_steps=3",
         "train.eval_sequences=8", "study=check"]  # fmt: skip
 
 
@@ -35,12 +35,15 @@ def study(folder: Path) -> Path:
 
 
 def words(cache: Path, steps: int = 40, launcher: str = "local") -> list[str]:
-    return [*TINY, f"compute.cache_dir={cache}", f"train.steps={steps}", f"launcher={launcher}"]
+    """What is typed; there are four checkpoints, or one every 100 steps."""
+    every = min(100, steps // 4)
+    where = [f"compute.cache_dir={cache}", f"launcher={launcher}"]
+    return [*TINY, *where, f"train.steps={steps}", f"train.checkpoint_every={every}"]
 
 
-def local(folder: Path, cache: Path, *more: str) -> Child:
+def local(folder: Path, cache: Path, steps: int = 40) -> Child:
     """A launch in one process."""
-    return Child(children.sweep, [*words(cache), *more], folder / "log.txt", cwd=folder)
+    return Child(children.sweep, words(cache, steps), folder / "log.txt", cwd=folder)
 
 
 def log(folder: Path) -> str:

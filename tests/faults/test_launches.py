@@ -68,7 +68,7 @@ def test_one_launch_of_many_wins(part: Begin, tmp_path: Path, cache: Path) -> No
         for rng in running.injections():
             folder = launches.folder(tmp_path / f"{running.tried}")
             go = folder / "go"
-            words = [*launches.words(cache), "train.steps=1000000", f"seeds=[{rng.randrange(1000)}]"]
+            words = [*launches.words(cache, steps=1_000_000), f"seeds=[{rng.randrange(1000)}]"]
             racers = [Child(children.sweep, words, folder / f"log{i}.txt", go, cwd=folder) for i in range(at_once)]
             for racer in racers:
                 racer.wait_for_acks(1)

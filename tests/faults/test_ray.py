@@ -57,7 +57,7 @@ class Launch:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = launches.folder(tmp_path_factory.mktemp("whole"))
-    child = launches.local(folder, cache, f"train.steps={STEPS}")
+    child = launches.local(folder, cache, STEPS)
     child.end(300)
     assert child.code == 0, launches.log(folder)
     return launches.study(folder)
@@ -97,7 +97,7 @@ def resumed(launch: Launch, whole: Path, cache: Path) -> list[str]:
     broken = []
     for trial in launch.study.trials():
         broken += of_interrupted_trial(trial)
-    child = launches.local(launch.folder, cache, f"train.steps={STEPS}")
+    child = launches.local(launch.folder, cache, STEPS)
     child.end(300)
     broken += [f"exit {child.code} when resumed: {launches.log(launch.folder)[-200:]}"] if child.code else []
     return broken + violations(launch.study.path, whole) + of_tables(launch.study.path, whole)
