@@ -28,7 +28,7 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 class Part:
     """One part of a campaign: its injections, each with a random generator of its own, and the violations so far.
 
-    As a context manager it appends its row to `rows` when it ends, and raises AssertionError where something was
+    It begins no further injection after `minutes`. As a context manager it appends its row to `rows` when it ends, and raises AssertionError where something was
     violated.
     """
 
@@ -36,6 +36,7 @@ class Part:
     wanted: int
     seed: int
     rows: Path | None = None
+    minutes: float = 25.0
     n: int = 0
     tried: int = 0
     violations: list[str] = field(default_factory=list)
@@ -43,7 +44,8 @@ class Part:
 
     def injections(self) -> Iterator[random.Random]:
         """A generator for each injection; what it draws depends on the seed and the injection's number alone."""
-        while self.n < self.wanted and self.tried < 4 * self.wanted:
+        limit = time.monotonic() + 60 * self.minutes
+        while self.n < self.wanted and self.tried < 4 * self.wanted and time.monotonic() < limit:
             yield random.Random(f"{self.seed}:{self.tried}")
             self.n, self.tried = self.n + 1, self.tried + 1
 

@@ -154,6 +154,12 @@ def sweep(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | 
     sys.exit(code)
 
 
+def sweep_without_a_lock(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | None = None) -> None:
+    """For a negative control."""
+    store.lock = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
+    sweep(acknowledge, words, log, go)
+
+
 def report(acknowledge: Acknowledge, study: Path) -> None:
     """The report of a study, from its trials' files alone."""
     from stabstudy.report import write_report

@@ -94,6 +94,17 @@ def test_one_launch_of_many_wins(part: Begin, tmp_path: Path, cache: Path) -> No
         print(f"the last of {at_once - 1} losers ended within {longest:.1f} s")
 
 
+def test_without_the_lock_more_would_win(tmp_path: Path, cache: Path) -> None:
+    """Negative control."""
+    folder = launches.folder(tmp_path)
+    words = launches.words(cache, steps=1_000_000)
+    racers = [Child(children.sweep_without_a_lock, words, folder / f"log{i}", cwd=folder) for i in range(3)]
+    losers = launches.ended(racers, 2, seconds=6)
+    for racer in racers:
+        racer.kill() if racer not in losers else None
+    assert len(losers) < 2
+
+
 def test_a_report(part: Begin, tmp_path: Path, whole: Path) -> None:
     """Killed while it is written: each file is the old or the new one, and the next report is as if nothing was."""
     study = launches.study(whole)
