@@ -25,6 +25,7 @@ settings.register_profile("full", max_examples=10_000, deadline=None)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole campaign of faults; 10,000 examples of properties")
     parser.addoption("--rows", type=Path, help="append what each part of the campaign of faults found to this file")
+    parser.addoption("--minutes", type=float, default=25, help="after which a part of it begins no further injection")
     parser.addoption("--fault-seed", type=int, help="repeat injections of faults: the seed that they printed")
 
 

@@ -28,8 +28,8 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 class Part:
     """One part of a campaign: its injections, each with a random generator of its own, and the violations so far.
 
-    It begins no further injection after `minutes`. As a context manager it appends its row to `rows` when it ends, and raises AssertionError where something was
-    violated.
+    It begins no further injection after `minutes`. As a context manager it appends its row to `rows` when it ends, and
+    raises AssertionError where something was violated.
     """
 
     injection: str

@@ -35,8 +35,8 @@ def part(request: pytest.FixtureRequest) -> Callable[[str], Part]:
         if not wanted:
             pytest.skip("only under --full")
         seed = request.config.getoption("--fault-seed")
-        return Part(
-            name, wanted, secrets.randbelow(10**9) if seed is None else seed, request.config.getoption("--rows")
-        )
+        seed = secrets.randbelow(10**9) if seed is None else seed
+        rows, minutes = (request.config.getoption(option) for option in ("--rows", "--minutes"))
+        return Part(name, wanted, seed, rows, minutes)
 
     return begin
