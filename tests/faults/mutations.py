@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import random
+import resource
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -30,6 +32,18 @@ def at_most(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def little_memory(gigabytes: int = 3) -> Iterator[None]:
+    """What takes more than so much beside what is there gets a MemoryError, and not the machine."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + gigabytes * 2**30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def mutated(data: bytes, rng: random.Random) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ import pytest
 
 from faults.campaign import Part
 from faults.children import files
-from faults.mutations import at_most, mutated
+from faults.mutations import at_most, little_memory, mutated
 from stabstudy import config as cfg
 from stabstudy import sweep
 from stabstudy.data import sources
@@ -93,7 +93,7 @@ def of_planning(words: list[str], before: dict[str, bytes]) -> list[str]:
     """What is wrong with the answer to a launch that starts nothing."""
     out, err = io.StringIO(), io.StringIO()
     try:
-        with at_most(30), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with at_most(30), little_memory(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = sweep.main([*words, "--dry-run"])
     except BaseException as error:
         return [f"{type(error).__name__}: {error}"[:300]]

@@ -17,7 +17,7 @@ from faults import children, studies
 from faults.campaign import Part
 from faults.invariants import differences
 from faults.killer import Child
-from faults.mutations import at_most, edited, mutated
+from faults.mutations import at_most, edited, little_memory, mutated
 from stabstudy import finished, ingest, live, store, trace
 from stabstudy.analysis.tables import Tables, read_tables
 from stabstudy.trace import DamagedRecord, Rows
@@ -88,7 +88,8 @@ def of_reading(file: Path, whole: Rows, sha: str) -> list[str]:
     broken = []
     for reading in readings:
         try:
-            rows = reading()
+            with little_memory():
+                rows = reading()
         except DamagedRecord:
             continue
         if rows is None or len(rows) > len(whole):
@@ -132,7 +133,7 @@ def test_states_and_configs(part: Begin, small: Path, tmp_path: Path) -> None:
             label, changed = (edited if rng.random() < 0.7 else mutated)(data, rng)
             file.write_bytes(changed)
             try:
-                with at_most(20):
+                with at_most(20), little_memory():
                     tables = read_tables(study)
             except Exception as error:
                 running.add([f"{name}: {label}: {type(error).__name__}: {error}"])
@@ -196,7 +197,7 @@ def of_ingesting(file: Path, results: Path, rng: random.Random) -> list[str]:
     out = io.StringIO()
     path = rng.choice([file, file.parent])
     try:
-        with at_most(20), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with at_most(20), little_memory(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             code = ingest.main([str(path), "--study", "mutated", "--results-dir", str(results)])
     except BaseException as error:
         return [f"{type(error).__name__}: {error}"]
