@@ -66,9 +66,8 @@ def _fill(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step:
     except SafetensorError as error:
         if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        raise OSError(
-            int(code[1]), os.strerror(int(code[1])), str(file)
-        ) from error  # which is how a full disk is known
+        number = int(code[1])  # by which a full disk is known
+        raise OSError(number, os.strerror(number), str(file)) from error
     failpoints.hit("checkpoint.tensors_written")
     sha = sync_file(file)
     failpoints.hit("checkpoint.tensors_synced")
