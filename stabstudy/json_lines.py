@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stabstudy import failpoints
 from stabstudy.trace import DamagedRecord, Rows, Schema, from_dicts
 
 TAIL = 64 * 1024
@@ -44,6 +45,7 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
             keep += len(line)
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
+        failpoints.hit("cut.truncate")
         os.ftruncate(fd, keep)
         os.fsync(fd)
     finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stabstudy import binary, json_lines
+from stabstudy import binary, failpoints, json_lines
 from stabstudy.binary import Layout, Table, from_rows, record_type, records, to_rows
 from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows, replace_file, sync_folder
 
@@ -88,6 +88,7 @@ class Writer:
         with self._closing:
             if self._fd >= 0:
                 os.fsync(self._fd)
+                failpoints.hit("live.synced")
 
     def close(self) -> None:
         """Flush, fsync and close. Safe to call twice."""
@@ -109,15 +110,19 @@ class Writer:
         block = binary.framed(rows, len(rows) // self.dtype.itemsize)
         if not self._size:
             block = self._layout.header + block
+        failpoints.hit("live.write")
         try:
+            failpoints.hit("live.short_write", lambda: os.write(self._fd, block[: len(block) // 2]))
             written = os.write(self._fd, block)
             if written != len(block):
                 raise OSError(f"short write to {self.path}: {written} of {len(block)} bytes")
         except OSError:
+            failpoints.hit("live.truncate")
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)
             raise
         self._size += len(block)
+        failpoints.hit("live.written")
 
 
 def find(path: Path) -> Path | None:
@@ -327,6 +332,7 @@ def _agrees(path: Path, layout: Layout) -> bool:
 def _truncate(path: Path, size: int) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
+        failpoints.hit("cut.truncate")
         os.ftruncate(fd, size)
         os.fsync(fd)
     finally:

@@ -10,6 +10,7 @@ form keeps them apart (`Rows.is_null`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stabstudy import failpoints
 
 Kind = Literal["int", "float", "text", "floats"]
 Synced = Literal["folder", "file", "nothing"]
@@ -202,17 +205,27 @@ def sync_folder(path: Path) -> None:
 def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
     """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
 
-    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged.
+    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged. Where
+    writing fails, the temporary file is removed.
     """
     beside = path.with_name(tmp or f"{path.name}.tmp")
-    with beside.open("wb") as f:
-        f.write(data)
-        f.flush()
-        if synced != "nothing":
-            os.fsync(f.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as f:
+            f.write(data)
+            f.flush()
+            failpoints.of_file(path, "written")
+            if synced != "nothing":
+                os.fsync(f.fileno())
+                failpoints.of_file(path, "synced")
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # on a full disk it would take what is left
+            beside.unlink(missing_ok=True)
+        raise
+    failpoints.of_file(path, "renamed")
     if synced == "folder":
         sync_folder(path.parent)
+        failpoints.of_file(path, "folder_synced")
 
 
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; a hub call must fail at once, not hang
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -15,6 +16,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process per cor
 from trials import cache, make  # noqa: E402, F401  # fixtures; they import torch, which reads the environment
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# a loaded machine is no failure
+settings.register_profile("sample", max_examples=100, deadline=None)
+settings.register_profile("full", max_examples=10_000, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the whole campaign of faults; 10,000 examples of properties")
+    parser.addoption("--rows", type=Path, help="append what each part of the campaign of faults found to this file")
+    parser.addoption("--minutes", type=float, default=25, help="after which a part of it begins no further injection")
+    parser.addoption("--fault-seed", type=int, help="repeat injections of faults: the seed that they printed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("full" if config.getoption("--full") else "sample")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """10,000 examples take longer than a test may."""
+    if config.getoption("--full"):
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="session")

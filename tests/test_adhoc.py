@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
@@ -162,7 +162,6 @@ def spelled(request: dict[str, int], backwards: bool) -> list[str]:
     return words[::-1] if backwards else words
 
 
-@settings(max_examples=60, deadline=None)
 @given(REQUESTS, REQUESTS)
 def test_names_are_equal_where_requests_are(one: dict[str, int], other: dict[str, int]) -> None:
     def meaning(request: dict[str, int]) -> set[tuple[str, frozenset[str]]]:

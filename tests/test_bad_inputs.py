@@ -508,7 +508,8 @@ TYPED = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(TYPED)
 def test_fuzzed_launches(given_arguments):
     assert sweep.main([*given_arguments, "--dry-run"]) in (0, 2)
@@ -517,7 +518,6 @@ def test_fuzzed_launches(given_arguments):
 def test_fuzzed_arguments():
     with compose.conf() as loader:
 
-        @settings(max_examples=400, deadline=None)
         @given(TYPED)
         def reads(given_arguments):
             found = Findings()
@@ -544,7 +544,7 @@ TREES = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES_IN_FILES, TREES, max_size=4))
 def test_fuzzed_sweeps(tree):
     """Any shape of any known key: JSON is YAML."""
@@ -552,7 +552,7 @@ def test_fuzzed_sweeps(tree):
     assert sweep.main(["sweep=own", "--dry-run"]) in (0, 2)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=60), st.text("abc: -[]{}&*!|>'\"%@`#,?\n\t019.", max_size=60).map(str.encode)))
 def test_fuzzed_files(tmp_path, raw):
     path = tmp_path / "x.yaml"

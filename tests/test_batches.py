@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy.config import DataConfig, TrainConfig, TrialConfig
@@ -45,7 +45,6 @@ def epoch(b: Batches, steps: int) -> list[int]:
 # --- the permutation
 
 
-@settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_a_permutation_has_every_number_once(size: int, key: int) -> None:
     image = permuted(np.arange(size, dtype=np.uint64), size, np.full(size, key, np.uint64))
@@ -130,7 +129,6 @@ def test_windows_name_the_documents_they_touch() -> None:
 # --- the evaluation
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     tokens=st.integers(300, 5000),
     seq_len=st.integers(1, 12),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -128,3 +129,25 @@ def test_figures_without_time_are_named(benchmark_scripts: None) -> None:
     bench = gpu.measure(gpu.TINY, 0.0, [], None)
     assert bench.skipped == list(gpu.FIGURES) and not bench.lines
     assert gpu.table(bench).endswith(f"left out: {', '.join(gpu.FIGURES)}")
+
+
+@pytest.mark.slow
+def test_a_soak_looks_at_the_launch_and_what_it_leaves(
+    benchmark_scripts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import soak  # type: ignore[import-not-found]
+
+    last = soak.measure(trials=8, launcher="local", every=0.1)
+    looks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert last["trials"] == 8 and last["left_files"] == last["left_processes"] == 0
+    assert len(looks) > 2 and looks[-1]["driver_mb"] > 50 and looks[-1]["driver_handles"] > 2
+    assert {f"{name}_per_1000" for name in soak.GROWING} < set(last)
+
+
+def test_growth_is_per_thousand_trials(benchmark_scripts: None) -> None:
+    import soak
+
+    flat = soak.Look(0, 0, 300, 9, 2, 400, 20, 5, 50, 1)
+    looks = [dataclasses.replace(flat, done=10 * i, driver_mb=300 + 0.5 * i, workers=2) for i in range(100)]
+    grown = soak.growth(looks)
+    assert grown["driver_mb_per_1000"] == pytest.approx(50) and grown["workers_per_1000"] == 0

@@ -13,7 +13,7 @@ import planted
 import pytest
 import statsmodels.formula.api as smf
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.anova import anova_lm
@@ -136,7 +136,6 @@ def test_the_moderated_error_by_hand() -> None:
         assert (row["statistic"], row["p"]) == pytest.approx((f, stats.f.sf(f, 1, df)))
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.floats(-5, 5), st.floats(0.1, 10), st.integers(0, 99))
 def test_only_differences_and_ratios_count(shift: float, factor: float, rng: int) -> None:
     table = grid(rng=rng)
@@ -356,7 +355,6 @@ def test_no_axis_and_no_trial_are_no_error() -> None:
     assert not len(effects.interactions(grid(), [DEPTH], ["final_loss"]))
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.15, 1.0), st.integers(1, 4))
 def test_any_grid_with_holes_has_an_answer(rng: int, keep: float, seeds: int) -> None:
     table = grid(seeds, keep, rng)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from series import Floats, learning, lognormal, probe_rows, trace_rows
@@ -173,7 +173,6 @@ def test_a_log_that_leaves_steps_out_proves_no_stability() -> None:
     assert told(norm, facts=strided)[1].endswith("(not every step was logged: how long it lasted is not known).")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(0, 1e6) | st.just(math.nan) | st.just(math.inf), max_size=150),
     st.sampled_from(["done", "failed"]),

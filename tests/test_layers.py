@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"settings", "groups", "combinations", "config", "shape", "trace", "live", "finished", "store", "external"}
+FACTS = {
+    *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
+    *("trace", "live", "finished", "store", "external"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,19 @@ class May:
 # Data flows one way: facts | stability, data | training, analysis, planning | sweeping, report, ingest | sweep.
 MAY = {
     "__init__": May(set()),
+    "failpoints": May(set()),
     "settings": May(set()),
     "groups": May({"settings"}),
     "combinations": May({"groups", "settings", "config"}),  # config for its type alone
     "config": May({"combinations", "groups", "settings"}),
     "shape": May({"config"}),
-    "trace": May(set(), {"numpy"}),
+    "trace": May({"failpoints"}, {"numpy"}),
     "binary": May({"trace"}, {"numpy"}),
-    "json_lines": May({"trace"}, {"numpy"}),
-    "live": May({"trace", "binary", "json_lines"}, {"numpy"}),
+    "json_lines": May({"trace", "failpoints"}, {"numpy"}),
+    "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "store": May({"config", "trace", "finished", "live"}),
+    "leftovers": May({"live", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),

@@ -149,7 +149,6 @@ packs = st.lists(trials(), min_size=1, max_size=4)
 cut_points = st.lists(st.integers(0, 240), max_size=8)
 
 
-@settings(deadline=None, max_examples=150)
 @given(packs, cut_points, st.sampled_from([SMALL, RULES]), st.sampled_from([math.nan, 1.0, 1e300]))
 def test_any_pack_in_any_blocks_is_each_trial_step_by_step(
     pack: list[Series], cuts: list[int], rules: Rules, garbage: float
@@ -157,14 +156,12 @@ def test_any_pack_in_any_blocks_is_each_trial_step_by_step(
     check(pack, cuts, rules, garbage)
 
 
-@settings(deadline=None, max_examples=60)
 @given(packs, cut_points)
 def test_many_trials_take_the_loop_over_steps(pack: list[Series], cuts: list[int]) -> None:
     many = [pack[k % len(pack)] for k in range(moving.MANY)]
     check(many, cuts, SMALL, math.nan)
 
 
-@settings(deadline=None, max_examples=40)
 @given(trials())
 def test_one_step_at_a_time(trial: Series) -> None:
     check([trial], range(len(trial.rows)), SMALL, math.nan)
@@ -228,7 +225,6 @@ def test_the_reference_is_exact_beside_losses_of_any_size() -> None:
 # --- the detector of packs ---
 
 
-@settings(deadline=None, max_examples=40)
 @given(packs, cut_points)
 def test_live_spikes_of_a_pack_are_those_of_each_trial_alone(pack: list[Series], cuts: list[int]) -> None:
     together = LiveSpikes(RULES, len(pack))

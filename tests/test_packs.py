@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
@@ -51,7 +51,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
 GPU = Compute(gpus_per_pack=1.0)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     depths=st.lists(st.integers(1, 6), min_size=1, max_size=4, unique=True),
     rates=st.integers(1, 7),

@@ -14,7 +14,7 @@ import planted
 import pytest
 import statsmodels.formula.api as smf
 import tabled
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
@@ -263,7 +263,7 @@ def test_a_named_case_is_a_candidate_like_others() -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([0.0, 0.05, 0.3]))
 def test_whatever_the_losses_the_choice_is_a_stable_cell_near_the_best(rng: int, seeds: int, spread: float) -> None:
     draw = np.random.default_rng(rng)

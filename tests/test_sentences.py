@@ -333,7 +333,7 @@ def test_a_named_case_is_no_evidence_of_an_axis() -> None:
     assert len(changed) == 1 and changed[0].startswith("Learning rate 0.01 to 0.1: no effect found")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)  # an example takes a second
 @given(st.integers(0, 10**6), st.floats(0.3, 1.0), st.integers(1, 3))
 def test_every_axis_is_answered_whatever_is_missing(rng: int, keep: float, seeds: int) -> None:
     draw = np.random.default_rng(rng)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
@@ -74,7 +74,6 @@ def test_what_cannot_be_measured_is_null_and_not_zero_or_nan(norm: list[float | 
     assert all(row[name] is not None for name in NEVER_NULL)
 
 
-@settings(deadline=None, max_examples=100)
 @given(
     st.lists(
         st.sampled_from([1.0, 1.1, 0.9, 8.0, 0.0, -1.0, 5e-324, 1e-300, 1e300, math.nan, math.inf, None]), max_size=90

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_batches import corpus
 from test_tokens import small_bpe
@@ -95,7 +95,6 @@ def test_the_cache_knows_exactly(seq_len: int, share: float, tmp_path: Path) -> 
     assert supply(config, name, None) == before
 
 
-@settings(max_examples=100, deadline=None)
 @given(tokens=st.integers(0, 5000), seq_len=st.integers(1, 40), share=st.floats(0.01, 0.95))
 def test_windows_are_those_of_the_batches(tokens: int, seq_len: int, share: float) -> None:
     try:

@@ -63,7 +63,7 @@ def test_null_nan_and_infinity_are_four_answers_in_both_forms(tmp_path: Path) ->
     assert n == len(rows) and cells(done) == cells(read)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.none() | st.floats(), max_size=20), width=st.integers(1, 4))
 def test_every_float_survives_both_forms(tmp_path: Path, values: list[float | None], width: int) -> None:
     for old in tmp_path.iterdir():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from trials import BASE, Crash, Make, assert_same, at_step, poison, records, vary
 
 from stabstudy import config as cfg
-from stabstudy import live, store, trace
+from stabstudy import failpoints, live, store, trace
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
@@ -549,6 +551,34 @@ def test_memory_and_disk_have_states_of_their_own(make: Make, run: Run) -> None:
     folder = make(BASE)
     assert run(folder, raising(torch.OutOfMemoryError("CUDA out of memory"))).status == "oom"
     assert run(folder, raising(OSError(28, "No space left on device"))).status == "disk_full"
+
+
+@pytest.mark.parametrize("point", ["checkpoint.tensors_written", "checkpoint.written"])
+def test_a_checkpoint_that_finds_no_room_leaves_none_taken(point: str, make: Make, run: Run) -> None:
+    folder = make(BASE)
+    failpoints.arm(f"{point}:enospc@2")
+    try:
+        state = run(folder)
+    finally:
+        failpoints.arm("")
+    assert state.status == "disk_full" and [p.name for p in folder.checkpoints.iterdir()] == ["step-00000004"]
+    assert run(folder).status == "done"
+
+
+def test_the_disk_that_safetensors_finds_full_is_a_full_disk(make: Make, run: Run) -> None:
+    """It raises an exception of its own, and says so in words."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    folder = make(BASE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))  # the records are smaller, the tensors larger
+    try:
+        state = run(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert state.status == "disk_full" and state.error is not None
+    assert "File too large" in state.error["message"] and "tensors.safetensors" in state.error["message"]
+    assert run(folder).status == "done"
     assert run(folder).status == "done"
 
 

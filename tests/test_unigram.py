@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
@@ -55,7 +55,6 @@ def test_it_is_the_entropy_of_what_is_trained_on(text: Corpus) -> None:
     assert b.unigram_entropy != pytest.approx(whole, rel=1e-6), "the validation part is not in it"
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     ids=st.lists(st.integers(0, 49), min_size=30, max_size=400),
     seq_len=st.integers(1, 9),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reference_monitor import ReferenceMonitor
 from scipy.stats import chi2
@@ -363,7 +363,6 @@ def by_definition(
     return "ok", None
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.3, 1.0, 1.1, 2.0, 2.3, 3.1, 4.5, 7.0])), max_size=12),
     st.integers(0, 2**32 - 1),

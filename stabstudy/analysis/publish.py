@@ -14,6 +14,7 @@ from stabstudy.analysis.links import TRIALS
 from stabstudy.analysis.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.workers import spread
+from stabstudy.leftovers import sweep_abandoned
 from stabstudy.store import write_bytes, write_text
 
 DRAWN = "4"
@@ -35,6 +36,8 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     pages = _trials(study, report, folder / TRIALS) if report.trials else []
     _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
     _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
+    for part in (folder, folder / "figures", folder / TRIALS):
+        sweep_abandoned(part)
     write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
     write_text(folder / "cells.csv", csv_files.of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))

@@ -21,12 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy import trace
+from stabstudy import failpoints, trace
 from stabstudy.analysis import ingested
 from stabstudy.analysis.batches import Ratios, mark
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
+from stabstudy.leftovers import sweep_abandoned
 from stabstudy.settings import ConfigError
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
@@ -123,6 +124,7 @@ def write_tables(folder: StudyFolder, tables: Tables) -> None:
     """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes."""
     _write(folder.trials_table, tables.trials, trial_kinds(tables.groups, tables.external), tables)
     _write(folder.spikes_table, tables.spikes, spike_kinds(), tables)
+    sweep_abandoned(folder.path)
 
 
 def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
@@ -288,6 +290,8 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     table = pa.table(arrays, names=list(kinds)).replace_schema_metadata(metadata)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     pq.write_table(table, tmp, compression="zstd", write_page_checksum=True)
+    failpoints.hit("table.written")
     trace.sync_file(tmp)
     tmp.replace(path)
+    failpoints.hit("table.renamed")
     trace.sync_folder(path.parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import leftovers, store
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
@@ -59,6 +59,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         write_study(study, plan)
+        leftovers.sweep_study(study, [t.trial_id for t in plan.trials], plan.compute.keep_checkpoints)
         todo = _waiting(plan, study)
         if not todo:
             say(f"nothing to train: all {len(plan.trials)} trials are done")

@@ -10,6 +10,7 @@ pack it was trained in, so it may go on in any other.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stabstudy import store
+from stabstudy import failpoints, store
 from stabstudy.trace import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
@@ -32,22 +33,46 @@ class CheckpointError(Exception):
 
 
 def save(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: int) -> None:
-    """Write the state after `next_step` updates, atomically, then drop all but the last two checkpoints."""
+    """Write the state after `next_step` updates, atomically, then drop all but the last two checkpoints.
+
+    Raises OSError where the disk refuses, and leaves nothing half written on it.
+    """
     target = folder / f"step-{next_step:08d}"
     tmp = folder / f"{target.name}.tmp"
     folder.mkdir(exist_ok=True)
     for leftover in (tmp, target):  # a rename onto a folder with files in it fails
         shutil.rmtree(leftover, ignore_errors=True)
     tmp.mkdir()
-    apart = {name: x.contiguous().clone() for name, x in tensors.items()}  # safetensors takes no shared memory
-    safetensors.torch.save_file(apart, tmp / "tensors.safetensors")
-    sha = sync_file(tmp / "tensors.safetensors")
-    body = {"format": FORMAT, "trial_id": trial_id, "next_step": next_step, "sha256": sha}
-    store.write_json(tmp / "state.json", body)
-    os.rename(tmp, target)
+    try:
+        _fill(tmp, trial_id, tensors, next_step)
+        os.rename(tmp, target)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    failpoints.hit("checkpoint.named")
     sync_folder(folder)
+    failpoints.hit("checkpoint.durable")
     for old in _newest_first(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
+        failpoints.hit("checkpoint.removed")
+
+
+def _fill(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: int) -> None:
+    failpoints.hit("checkpoint.begun")
+    apart = {name: x.contiguous().clone() for name, x in tensors.items()}  # safetensors takes no shared memory
+    file = folder / "tensors.safetensors"
+    try:
+        safetensors.torch.save_file(apart, file)
+    except SafetensorError as error:
+        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(code[1])  # by which a full disk is known
+        raise OSError(number, os.strerror(number), str(file)) from error
+    failpoints.hit("checkpoint.tensors_written")
+    sha = sync_file(file)
+    failpoints.hit("checkpoint.tensors_synced")
+    body = {"format": FORMAT, "trial_id": trial_id, "next_step": next_step, "sha256": sha}
+    store.write_json(folder / "state.json", body)
 
 
 def restore(

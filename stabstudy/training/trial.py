@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stabstudy import config as cfg
-from stabstudy import finished, live, store, trace
+from stabstudy import failpoints, finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
@@ -67,6 +67,7 @@ class Trial:
     def begin(self) -> None:
         """Read the settings, and open a new attempt."""
         store.sweep_leftovers(self.folder.path)
+        failpoints.hit("resume.swept")
         attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         described = self.folder.read_config()
@@ -109,9 +110,12 @@ class Trial:
         start, tensors, notes = checkpoint.restore(self.folder.checkpoints, self.state.trial_id, shapes, rows)
         for note in notes:
             self.say(note)
+        failpoints.hit("resume.chosen")
         dropped, cut_bytes = live.cut(recorded, trace.TRACE, start)
+        failpoints.hit("resume.cut")
         # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
         live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
+        failpoints.hit("resume.ready")
         for schema in RECORDS:  # of a study that an older version began
             live.upgrade(self.folder.live(schema), schema, self._widths)
         self.state = self._with_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
@@ -132,6 +136,7 @@ class Trial:
         facts = MonitorFacts(
             self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
         )
+        failpoints.hit("resume.append")
         return Recorded(self.config, writers[0], writers[1], facts, noise, len(rows)), rows
 
     def save(self, tensors: Mapping[str, Tensor], next_step: int) -> None:
@@ -144,6 +149,7 @@ class Trial:
         Raises RuntimeError where a complete trial lacks rows.
         """
         self.open_files.close()
+        failpoints.hit("finish.begun")
         state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
         rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in RECORDS)
         records: dict[str, Any] = {}
@@ -165,8 +171,11 @@ class Trial:
         state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
         self.state = replace(state, outcome=outcome(found, self.rules))
         self._end()
+        failpoints.hit("finish.done")
         for schema in RECORDS:
             self.folder.live(schema).unlink(missing_ok=True)
+            failpoints.hit("finish.unlinked")
+        failpoints.hit("finish.checkpoints")
         if not self.engine.keep_checkpoints:
             shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
         self.say(f"done: {self.state.stop_reason} after {self.state.step} steps. {self.state.outcome}")
