@@ -9,6 +9,7 @@ appended. Functions take the path of the `.live` file and find the other form be
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -115,8 +116,9 @@ class Writer:
             failpoints.hit("live.short_write", lambda: os.write(self._fd, block[: len(block) // 2]))
             written = os.write(self._fd, block)
             if written != len(block):
-                raise OSError(f"short write to {self.path}: {written} of {len(block)} bytes")
-        except OSError:
+                raise OSError(errno.ENOSPC, f"short write, {written} of {len(block)} bytes")
+        except OSError as error:
+            error.filename = str(self.path)
             failpoints.hit("live.truncate")
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stabstudy import disk
+from stabstudy.outlet import outlets
 from stabstudy.store import StoreError, StudyFolder, open_study
 
 if TYPE_CHECKING:
@@ -34,7 +36,11 @@ def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. 0: written; 2: no such study; 3: written, but nothing is done or a trial is damaged; 4: disk."""
-    args = _parser().parse_args(argv)
+    with outlets():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         folders = [open_study(path) for path in args.study]
         names = [path.resolve().name for path in args.study]  # "." has no name of its own
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
             _compare(folders, pages, together)
     except OSError as error:
-        print(f"error: report: {error}", file=sys.stderr)
+        print(f"error: report: {disk.describe(error)}", file=sys.stderr)
         return ENVIRONMENT
     return code
 
@@ -107,11 +113,7 @@ def _nothing(line: str) -> None:
 
 
 def _print(line: str) -> None:
-    """Print; where the reader has closed the pipe (`| head`) the report is written silently."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import finished, live, trace
+from stabstudy import disk, finished, live, trace
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -148,7 +148,25 @@ class TrialFolder:
         body = asdict(state)
         for key in NUMBERS:
             body[key] = encode_float(body[key])
-        write_json(self.state_file, body)
+        try:
+            write_json(self.state_file, body)
+        except OSError as error:
+            if not (disk.is_full(error) and self._reserve_file.exists()):
+                raise
+            self.release()  # how the trial ended must be told even where the disk is full
+            write_json(self.state_file, body)
+
+    @property
+    def _reserve_file(self) -> Path:
+        return self.path / "state.reserve.tmp"  # swept with what a killed process leaves
+
+    def reserve(self) -> None:
+        """Keep room on the disk for the state at the end of an attempt."""
+        write_bytes(self._reserve_file, bytes(disk.LEAST_BYTES), synced="file")
+
+    def release(self) -> None:
+        """Give the room back."""
+        self._reserve_file.unlink(missing_ok=True)
 
     def rows(self, schema: trace.Schema, state: State | None = None, verify: bool = True) -> trace.Rows | None:
         """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord."""

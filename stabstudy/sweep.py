@@ -49,7 +49,7 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command with these arguments (default: the command line's). Returns the exit code."""
-    from stabstudy.sweeping.outlet import outlets
+    from stabstudy.outlet import outlets
 
     given = sys.argv[1:] if arguments is None else arguments
     flags = [a for a in given if a.startswith("-") and a not in ("-m", "--multirun")]
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if "--debug" in flags:
                 traceback.print_exc()
-            return _explain(error)
+            return _explain(error, shlex.join(["python", "-m", "stabstudy.sweep", *given]))
 
 
 def _run(flags: list[str], overrides: list[str]) -> int:
@@ -146,8 +146,9 @@ def _no_flags(unknown: list[str]) -> Exception:
     return ConfigError([Problem(flag, f"is not a flag{nearest(flag, list(FLAGS))}") for flag in unknown])
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: Exception, command: str) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
+    from stabstudy import disk
     from stabstudy.data.errors import DataError
     from stabstudy.planning import words
     from stabstudy.planning.machine import NotReadyError
@@ -160,14 +161,16 @@ def _explain(error: Exception) -> int:
         lines, code = [f"{'data' if isinstance(error, DataError) else 'study'}: {error}"], 2
     elif isinstance(error, NotReadyError | LockHeldError):
         lines, code = [f"machine: {line}" for line in str(error).splitlines()], 4
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        lines, code = [f"machine: {error}"], 4
+    elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
+        lines, code = [f"machine: {disk.describe(error)}"], 4
     else:
         lines, code = [f"internal: {type(error).__name__}: {error} (a bug; --debug shows where)"], 1
     for line in lines[:MAX_ERRORS]:
         print(f"error: {words.safe(line)}", file=sys.stderr)
     if len(lines) > MAX_ERRORS:
         print(f"error: and {len(lines) - MAX_ERRORS} more", file=sys.stderr)
+    if disk.is_full(error):
+        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
     return code
 
 

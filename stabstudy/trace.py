@@ -218,9 +218,11 @@ def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, s
                 os.fsync(f.fileno())
                 failpoints.of_file(path, "synced")
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # on a full disk it would take what is left
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # that of a write has none
+            error.filename = str(path)
         raise
     failpoints.of_file(path, "renamed")
     if synced == "folder":

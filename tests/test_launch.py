@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import live_rows
 import numpy as np
 import pytest
 from rich.console import Console
@@ -23,7 +22,6 @@ from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.launch import Outcome, label, launch
-from stabstudy.sweeping.ray_backend import kill_hung_packs
 
 SWEEP = """\
 # @package _global_
@@ -219,17 +217,6 @@ def test_ctrl_c_checkpoints_and_the_same_command_goes_on(folder: Path, command: 
 
 
 @pytest.mark.ray
-def test_sigterm_stops_at_once(folder: Path, command: Command, started: Started) -> None:
-    process = started(command("study=term", "train.steps=100000", "launcher=local"))
-    study = store.StudyFolder(folder / "results" / "term")
-    until(lambda: any(_rows(study, s) > 5 for s in states(folder, "term")))
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert process.returncode == 143
-    assert [s.status for s in states(folder, "term")].count("interrupted") == 1
-
-
-@pytest.mark.ray
 def test_asking_for_what_is_not_there_is_an_answer_not_a_hang(command: Command, started: Started) -> None:
     process = started(command("compute.address=127.0.0.1:1"))
     _, err = process.communicate(timeout=120)
@@ -274,73 +261,6 @@ def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
     process = started([sys.executable, "-c", TWICE, *TINY, "optim.lr=1e-3", "optim.clip=1.0"])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-
-
-HANGING = """
-import contextlib, os, socket, sys, time
-from pathlib import Path
-from stabstudy import store
-with contextlib.ExitStack() as locks:
-    for folder in map(store.TrialFolder, map(Path, sys.argv[1:])):
-        locks.enter_context(store.lock(folder.path))
-        attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
-        folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
-    print("ready", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_trial_without_a_new_row_for_too_long_is_killed_and_a_slow_one_is_not(
-    folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = store.StudyFolder(folder / "results" / "hung")
-    trial = study.trial("0123456789")
-    trial.path.mkdir(parents=True)
-    process = started([sys.executable, "-c", HANGING, str(trial.path)])
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    live_rows.write(trial.live(trace.TRACE), [{"step": 0, "tokens": 1, "lr": 0.1, "seconds": 30.0}])
-    killed: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "kill", lambda pid, number: killed.append(pid))
-        for silent in (100, 500, 700):  # 20 median steps are 600 s
-            then = time.time() - silent
-            os.utime(trial.live(trace.TRACE), (then, then))
-            os.utime(trial.state_file, (then, then))
-            kill_hung_packs(study, [(trial.trial_id,)], limit=120)
-            assert killed == ([process.pid] if silent == 700 else [])
-    kill_hung_packs(study, [(trial.trial_id,)], limit=120)
-    assert process.wait(timeout=10) == -signal.SIGKILL
-    assert trial.read_state().status == "lost"
-
-
-def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
-    folder: Path, started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = store.StudyFolder(folder / "results" / "hung")
-    pack = ("0123456789", "123456789a", "23456789ab")
-    members = [study.trial(trial_id) for trial_id in pack]
-    for member in members:
-        member.path.mkdir(parents=True)
-    process = started([sys.executable, "-c", HANGING, *(str(m.path) for m in members)])
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    members[2].write_state(store.State(pack[2], status="done"))  # its lock is held until the pack ends
-    row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 1.0}
-    row |= {"layer_grad_norm": [1.0] * 4}
-    killed: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
-
-    def silent_for(*seconds: int) -> list[int]:
-        for member, ago in zip(members, seconds, strict=True):
-            for path in (p for p in (member.live(trace.TRACE), member.state_file) if p.exists()):
-                os.utime(path, (time.time() - ago, time.time() - ago))
-        killed.clear()
-        kill_hung_packs(study, [pack], limit=120)
-        return list(killed)
-
-    assert silent_for(500, 500, 0) == [], "no step recorded yet: it may be compiling"
-    live_rows.write(members[0].live(trace.TRACE), [row])
-    assert silent_for(500, 10, 500) == [] and silent_for(10, 500, 500) == [], "one member writes"
-    assert silent_for(500, 500, 0) == [process.pid], "the done member says nothing"
 
 
 def test_the_live_table_ends_with_the_last_trial_in_words() -> None:

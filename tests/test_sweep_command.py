@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -255,11 +256,30 @@ def test_a_bug_of_ours_is_exit_code_1_and_debug_shows_where(capsys, monkeypatch)
 def test_a_stopped_launch_says_how_to_go_on(capsys, monkeypatch, small):
     from stabstudy.sweeping import launch
 
-    monkeypatch.setattr(launch, "launch", lambda plan: launch.Outcome(130, 2))
+    commands = []
+
+    def stopped(plan, command):
+        commands.append(command)
+        return launch.Outcome(130, early=True)
+
+    monkeypatch.setattr(launch, "launch", stopped)
     assert sweep.main(small) == 130
-    last = capsys.readouterr().err.splitlines()[-1]
+    assert commands[0].startswith("python -m stabstudy.sweep model.depth=1 ") and commands[0].endswith(small[-1])
+    assert "report" not in capsys.readouterr().out
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(capsys, monkeypatch, small):
+    from stabstudy.sweeping import launch
+
+    def full(plan, command):
+        raise OSError(errno.ENOSPC, "No space left on device", "/results/x/sweep.yaml")
+
+    monkeypatch.setattr(launch, "launch", full)
+    assert sweep.main(small) == 4
+    first, last = capsys.readouterr().err.splitlines()[-2:]
+    assert first.startswith("error: machine: No space left on device: /results/x/sweep.yaml (")
+    assert first.endswith(" bytes free there)")
     assert last.startswith("stopped; the same command resumes: python -m stabstudy.sweep model.depth=1 ")
-    assert last.endswith(small[-1])
 
 
 # as a process of its own

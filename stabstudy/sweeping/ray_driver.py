@@ -21,6 +21,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -48,6 +49,15 @@ ENVIRONMENT = {
 }
 
 
+ORDERLY_SECONDS = 5.0
+"""After the end of input: where a round is at work, its launch was killed, and the round ends with it."""
+
+
+def end_all() -> None:
+    """SIGKILL this process and all of Ray that it has started: they are one process group."""
+    os.killpg(0, signal.SIGKILL)
+
+
 class Events:
     """Messages to the launch. A launch that is gone ends this process."""
 
@@ -62,7 +72,7 @@ class Events:
                 self._stream.write(json.dumps(message) + "\n")
                 self._stream.flush()
             except BrokenPipeError:
-                os._exit(1)
+                end_all()
 
 
 def main() -> None:
@@ -86,7 +96,7 @@ def _orders(stream: TextIO) -> queue.Queue[Any]:
         for line in stream:
             orders.put(json.loads(line))
         orders.put(None)
-        threading.Timer(5.0, lambda: os._exit(1)).start()  # where a round is at work
+        threading.Timer(ORDERLY_SECONDS, end_all).start()
 
     threading.Thread(target=read, daemon=True).start()
     return orders

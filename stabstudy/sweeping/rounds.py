@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stabstudy import store
+from stabstudy import disk, store
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.stopping import StopRequest
 
@@ -66,11 +66,11 @@ class Rounds:
         self.running = tuple(other for other in self.running if other != pack)
         left = [(t, state) for t, state in self._states(pack) if self._is_left(t, state)]
         for trial_id, state in left:
-            if state.status == "disk_full" and self._begun(state):
-                self.stop.end((state.error or {}).get("message", "the disk is full"))
+            if reason := self._disk_full(state):
+                self.stop.end(reason)
             elif len(left) == 1:
                 self.own_failures[trial_id] += 1
-        again = [t for t, s in left if self.own_failures[t] <= self.retries and s.status != "disk_full"]
+        again = [t for t, _ in left if self.own_failures[t] <= self.retries] if not self.stop.requested else []
         for trial_id, state in left:
             if trial_id in again or not self._begun(state):
                 self.board.forget(trial_id)
@@ -108,6 +108,14 @@ class Rounds:
                 self.board.finish(trial_id, state)
             return False
         return True
+
+    def _disk_full(self, state: store.State) -> str | None:
+        """Why no trial can be trained here: that of this one, or, where it could not tell, what is free."""
+        if state.status == "disk_full" and self._begun(state) and state.error:
+            return str(state.error["message"])
+        if disk.is_disk_full(self.study.path):
+            return f"no space left on device: {self.study.path} ({disk.free_bytes(self.study.path)} bytes free there)"
+        return None
 
     def _begun(self, state: store.State) -> bool:
         """Whether an attempt has begun in this launch; the status of an older one tells nothing of it."""

@@ -7,7 +7,6 @@ interruption is a status, and the next attempt continues from the last checkpoin
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import socket
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabstudy import config as cfg
-from stabstudy import failpoints, finished, live, store, trace
+from stabstudy import disk, failpoints, finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
@@ -55,6 +54,7 @@ class Trial:
         self.folder, self.engine, self.rules = folder, engine, rules
         self.state = folder.read_state()
         self.open_files = contextlib.ExitStack()
+        self._has_begun = False
         self.config: cfg.TrialConfig
         self.batches: Batches
         self._probes: live.Writer
@@ -68,8 +68,10 @@ class Trial:
         """Read the settings, and open a new attempt."""
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
+        self.folder.reserve()
         attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
+        self._has_begun = True
         described = self.folder.read_config()
         self.config = cfg.from_dict(described["config"])
         self._fingerprint = described["data_fingerprint"]
@@ -193,10 +195,12 @@ class Trial:
         step = self.state.step
         with contextlib.suppress(trace.DamagedRecord, OSError):
             step = len(self._recorded(trace.TRACE))
-        message = (str(error) or type(error).__name__).splitlines()[0][:500]
+        message = disk.describe(error) if isinstance(error, OSError) else str(error)
+        message = (message or type(error).__name__).splitlines()[0][:500]
         described = {"kind": type(error).__name__, "message": message, "step": step}
         self.state = replace(self.state, status=status_of(error), step=step, error=described)
-        self._end()
+        with contextlib.suppress(OSError):  # then it stays `running` on the disk, without a lock: `lost`
+            self._end()
         with contextlib.suppress(OSError):
             self.say(f"{self.state.status}: {error}\n{''.join(traceback.format_exception(error))}")
 
@@ -214,9 +218,10 @@ class Trial:
         return trace.widths(self.config.model.depth)
 
     def _end(self) -> None:
-        if self.state.attempts:
+        if self._has_begun:
             self.state = store.close_attempt(self.state, self.state.status, self.state.error)
             self._write()
+            self.folder.release()
 
     def _with_attempt(self, **changes: Any) -> store.State:
         attempt = replace(self.state.attempts[-1], **changes)
@@ -231,7 +236,7 @@ def status_of(error: BaseException) -> str:
     """The status of a trial whose attempt raised this."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "oom"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if disk.is_full(error):
         return "disk_full"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
