@@ -29,7 +29,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
 from stabstudy.ingesting import beside, points, trainer
 from stabstudy.ingesting.points import Grid, LogError, Point, Raw, on_grid, settle
-from stabstudy.store import StoreError
+from stabstudy.store import StoreError, write_sealed
 
 Out = pytest.CaptureFixture[str]
 
@@ -732,11 +732,13 @@ def test_a_block_that_we_did_not_write_is_damage(tmp_path: Path) -> None:
         ("stride", 0), ("stride", "10"), ("format", "x"), ("settings", []), ("first_step", -1), ("others", {"a": []}),
         ("settings", {"optim.lr": "fast"}), ("settings", {"optim.lrr": 1.0}), ("steps_planned", 10**30),
     ):  # fmt: skip
-        config.write_text(json.dumps(good | {"external": good["external"] | {key: value}}))
+        write_sealed(config, good | {"external": good["external"] | {key: value}})
         (damaged,) = Study.load(study.folder.path).damaged
         assert "external" in damaged.reason
-    config.write_text(json.dumps(good | {"external": {}}))
+    write_sealed(config, good | {"external": {}})
     assert Study.load(study.folder.path).damaged
+    config.write_text(json.dumps(good | {"external": good["external"] | {"run": "another"}}))
+    assert "was changed since" in Study.load(study.folder.path).damaged[0].reason
     with pytest.raises(StoreError):
         Study.load(tmp_path / "nowhere")
 

@@ -323,7 +323,8 @@ def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
         member.path.mkdir(parents=True)
     process = started([sys.executable, "-c", HANGING, *(str(m.path) for m in members)])
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    members[2].write_state(store.State(pack[2], status="done"))  # its lock is held until the pack ends
+    records = {"trace": {"rows": 1, "sha256": "0" * 64}}
+    members[2].write_state(store.State(pack[2], status="done", records=records))  # its lock is held until the pack ends
     row = dict.fromkeys(trace.TRACE.names) | {"step": 0, "tokens": 1, "lr": 0.1, "seconds": 1.0}
     row |= {"layer_grad_norm": [1.0] * 4}
     killed: list[int] = []

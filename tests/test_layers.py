@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FACTS = {"settings", "groups", "combinations", "config", "shape", "trace", "live", "finished", "store", "external"}
+FACTS = {
+    *("settings", "groups", "combinations", "config", "shape", "trace", "live", "finished", "entries", "store"),
+    "external",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ MAY = {
     "json_lines": May({"trace"}, {"numpy"}),
     "live": May({"trace", "binary", "json_lines"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "store": May({"config", "trace", "finished", "live"}),
+    "seals": May(set()),
+    "entries": May(set()),
+    "state_fields": May(set()),
+    "store": May({"config", "settings", "entries", "seals", "state_fields", "trace", "finished", "live"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
         {"config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},

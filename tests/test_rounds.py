@@ -36,7 +36,8 @@ class Work:
         state = folder.read_state()
         attempt = store.Attempt("here", 1, store.now(), status=status)
         attempts = (*state.attempts, attempt) if begin else state.attempts
-        folder.write_state(dataclasses.replace(state, status=status, attempts=attempts))
+        records = {"trace": {"rows": 1, "sha256": "0" * 64}} if status == "done" else {}
+        folder.write_state(dataclasses.replace(state, status=status, attempts=attempts, records=records))
 
     def status(self, trial_id: str) -> str:
         return self.study.trial(trial_id).read_state().status

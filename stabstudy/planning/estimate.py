@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabstudy import store, trace
-from stabstudy.config import TrialConfig, stored
+from stabstudy.config import TrialConfig
 from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import Problem
 
 BYTE_VOCABULARY = 258
 ASSUMED_VOCABULARY = 65_536
@@ -122,11 +122,12 @@ def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     for folder in [f for f in study.trials() if f.finished(trace.TRACE).exists()][:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
-            config = stored(folder.read_config()["config"])
-        except (store.StoreError, trace.DamagedRecord, ConfigError, KeyError, OSError):
+            config, _ = folder.read_own()
+            packed = _packed(folder)
+        except (store.StoreError, trace.DamagedRecord, OSError):
             continue
         if rows is not None and len(rows):
-            spent += float(rows["seconds"].sum()) / _packed(folder)
+            spent += float(rows["seconds"].sum()) / packed
             operations += flops(config) * len(rows) / config.train.steps
     return operations / spent if spent > 0 else None
 

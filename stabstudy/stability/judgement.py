@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stabstudy import config as cfg
+from stabstudy import seals
 from stabstudy.config import TrialConfig
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.events import SPIKE_COLUMNS
@@ -91,14 +92,15 @@ def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: 
         "columns": _encoded(summary.columns),
         "spikes": [_encoded(spike) for spike in summary.spikes],
     }
-    write_bytes(folder.summary_file, json.dumps(body, allow_nan=False).encode() + b"\n", synced="nothing")
+    text = json.dumps(seals.sealed(body), allow_nan=False) + "\n"
+    write_bytes(folder.summary_file, text.encode(), synced="nothing")
 
 
 def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:
     """The judgement kept in the folder; None where there is none, or it is not of this source and these rules."""
     wanted = {"format": FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
     try:
-        body = read_json(folder.summary_file)
+        body = seals.opened(read_json(folder.summary_file))
         return _summary(body) if all(body.get(k) == v for k, v in wanted.items()) else None
     except (StoreError, KeyError, TypeError, ValueError):  # whatever damage there is, the trial can be judged anew
         return None

@@ -22,6 +22,7 @@ from stabstudy.data.supply import Supply
 from stabstudy.planning import machine, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
+from stabstudy.planning.standing import intact, waiting
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping.board import Board
@@ -30,6 +31,9 @@ from stabstudy.sweeping.provenance import provenance
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
 from stabstudy.sweeping.worker import PackFailed, train_pack
+
+DAMAGED = 3
+"""Exit code where a trial was left alone because its files cannot be trusted."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,32 @@ class Outcome:
 def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     """Train every trial of the plan that is not done.
 
-    Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, before
-    anything is created; store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the
-    pre-flight does not start.
+    Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
+    store.NewerFormatError for a study that a newer version wrote to, before anything is created;
+    store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
+    start.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
-    prepare_data(plan, cache_dir, say)
     study = store.StudyFolder(plan.folder)
-    preflight([t.config for t in _waiting(plan, study)], plan.compute, cache_dir, say)
+    whole, _ = intact(plan, study)
+    prepare_data(plan, cache_dir, say)
+    preflight([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
-        write_study(study, plan)
-        todo = _waiting(plan, study)
-        if not todo:
-            say(f"nothing to train: all {len(plan.trials)} trials are done")
-            return Outcome(0)
-        return _train(plan, study, todo, cache_dir)
+        whole, left_alone = intact(plan, study)
+        for line in left_alone:
+            say(f"damaged, left alone (remove its folder to train it again): {line}")
+        write_study(study, whole, say)
+        outcome = _trained(whole, study, cache_dir, say)
+    return dataclasses.replace(outcome, code=outcome.code or DAMAGED) if left_alone else outcome
 
 
-def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
-    """The trials that are not done; all of them while there is no study yet."""
-    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+def _trained(plan: Plan, study: store.StudyFolder, cache_dir: Path, say: Callable[[str], None]) -> Outcome:
+    todo = waiting(plan, study)
+    if not todo:
+        say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
+        return Outcome(0)
+    return _train(plan, study, todo, cache_dir)
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
@@ -133,10 +142,10 @@ def _train_here(pack: Pack, rounds: Rounds, shared: Mapping[str, Any]) -> None:
         train_pack(pack, shared, lambda report: rounds.progress(pack, report))
 
 
-def write_study(study: store.StudyFolder, plan: Plan) -> None:
+def write_study(study: store.StudyFolder, plan: Plan, say: Callable[[str], None] = print) -> None:
     """sweep.yaml, provenance.json and each trial's config.json; a file with the same content stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
-    store.write_json(study.provenance_file, provenance(plan))
+    store.write_sealed(study.provenance_file, provenance(plan))
     for trial in plan.trials:
         folder = study.trial(trial.trial_id)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -149,8 +158,12 @@ def write_study(study: store.StudyFolder, plan: Plan) -> None:
             "case": trial.case,
             "data_fingerprint": trial.data_fingerprint,
         }
-        if not folder.config_file.exists() or store.read_json(folder.config_file) != body:
-            store.write_json(folder.config_file, body)
+        try:
+            if not folder.config_file.exists() or folder.read_own()[1] != body:
+                store.write_sealed(folder.config_file, body)
+        except store.StoreError as error:
+            say(f"written anew: {error}")
+            store.write_sealed(folder.config_file, body)
 
 
 def _settle(study: store.StudyFolder, ids: Mapping[str, str]) -> None:

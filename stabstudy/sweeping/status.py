@@ -54,7 +54,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
 def _axes(study: store.StudyFolder) -> list[str]:
     """The names of the axes of the last launch."""
     try:
-        axes = store.read_json(study.provenance_file).get("axes")
+        axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
     return list(axes) if isinstance(axes, dict) else []

@@ -69,8 +69,8 @@ class Trial:
         store.sweep_leftovers(self.folder.path)
         attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
-        described = self.folder.read_config()
-        self.config = cfg.from_dict(described["config"])
+        stored, described = self.folder.read_own()
+        self.config = cfg.from_dict(cfg.to_dict(stored))  # which holds it to the rules between settings too
         self._fingerprint = described["data_fingerprint"]
 
     def compiles(self) -> bool:
