@@ -11,6 +11,7 @@ from typing import Any
 
 MOST = 2**63 - 1
 RECORDS = {"trace", "probes"}
+VALUES = "values_sha256"
 STOP_REASONS = ("complete", "diverged", "scheduler", "log_ended")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -45,9 +46,13 @@ def _records(value: Any) -> bool:
     if not isinstance(value, dict) or not set(value) <= RECORDS:
         return False
     return all(
-        isinstance(r, dict) and _count(r.get("rows")) and _text(r.get("sha256")) and _SHA256.fullmatch(r["sha256"])
+        isinstance(r, dict) and _count(r.get("rows")) and _sha256(r.get("sha256")) and _null_or(_sha256)(r.get(VALUES))
         for r in value.values()
     )
+
+
+def _sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 _ATTEMPT: dict[str, Check] = {

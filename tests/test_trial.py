@@ -18,6 +18,7 @@ from trials import BASE, Crash, Make, assert_same, at_step, poison, records, var
 
 from stabstudy import config as cfg
 from stabstudy import live, store, trace
+from stabstudy.analysis.study import update_tables
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
@@ -324,6 +325,22 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
     assert state.attempts[-1].from_step == 4
     assert "step-00000008 not used" in broken.log_file.read_text()
     assert_same(records(whole)[0], records(broken)[0])
+
+
+def test_the_tables_of_a_killed_and_resumed_trial_are_the_same_bytes(make: Make, run: Run) -> None:
+    """But for `seconds`, which no column of them is made from, the name of their source included."""
+    whole, folder = make(BASE, "whole"), make(BASE, "resumed")
+    run(whole)
+    run(folder, crash_at(6))
+    run(folder)
+    tables = []
+    for trial in (whole, folder):
+        study = store.StudyFolder(trial.path.parent.parent)
+        assert not update_tables(study).damaged
+        tables.append((study.trials_table.read_bytes(), study.spikes_table.read_bytes()))
+    assert tables[0] == tables[1]
+    shas = [trial.read_state().records["trace"]["sha256"] for trial in (whole, folder)]
+    assert shas[0] != shas[1], "the clock stood still: nothing was tested"
 
 
 def rewritten(at: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> None:

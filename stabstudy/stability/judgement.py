@@ -70,9 +70,19 @@ class Source:
 
 
 def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
-    """Names settings, state and, of an ingested run, what its log is; 16 hex digits."""
-    text = json.dumps([{k: getattr(state, k) for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
+    """Names settings, state and, of an ingested run, what its log is; 16 hex digits.
+
+    The records of a state stand in it by their values without wall time, where the state has the sha256 of these.
+    """
+    fields = {k: getattr(state, k) for k in _OF_STATE}
+    fields["records"] = {name: _record(record) for name, record in state.records.items()}
+    text = json.dumps([fields, dict(settings), log], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    values = record.get("values_sha256")
+    return {"rows": record["rows"], "values_sha256": values} if values else record
 
 
 def judge_trial(trace: Rows, probes: Rows | None, source: Source, rules: Rules) -> Summary:
