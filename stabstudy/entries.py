@@ -35,9 +35,9 @@ def of_trial(folder: Path, links: bool = False) -> str | None:
     return next(_wrong(folder, TRIAL_FILES, TRIAL_FOLDERS, links), None)
 
 
-def check_report(folder: Path, own: bool) -> None:
-    """Raises EntryError for a link where a report writes into a folder; `own`: that of a study, not one asked for."""
-    if own and folder.is_symlink():
+def check_report(folder: Path) -> None:
+    """Raises EntryError for a link where a report writes: its folder, and those in it."""
+    if folder.is_symlink():
         raise EntryError(f"{folder}: is a symbolic link")
     if wrong := next(_wrong(folder, (), REPORT_FOLDERS, links=False), None):
         raise EntryError(wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import urllib.parse
@@ -10,12 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stabstudy.store import StoreError, StudyFolder, open_study
+from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
 
 OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
+
+ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
 
 LARGE = 100
 """Trials from which on a report prints its progress."""
@@ -26,8 +29,9 @@ Say = Callable[[str], None]
 def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
     """Bring the study's tables up to date and write its report; returns the path of the page.
 
-    `say` gets one line at a time. `out` takes the place of the study's own report/. Raises StoreError
-    where there is no study, OSError where nothing can be written.
+    `say` gets one line at a time. `out` takes the place of the study's own report/, and of the study for its tables:
+    then nothing is written into the study. Raises StoreError where there is no study, OSError where nothing can be
+    written.
     """
     return _write(open_study(folder), say, out)[1]
 
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. 0: written; 2: no such study; 3: written, but nothing is done or a trial is damaged; 4: disk."""
     args = _parser().parse_args(argv)
     try:
-        folders = [open_study(path) for path in args.study]
+        folders = [_opened(path) for path in args.study]
         names = [path.resolve().name for path in args.study]  # "." has no name of its own
         if len(set(names)) < len(names):
             raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
@@ -47,16 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
+            _check_writable(folder, out)
             study, page = _write(folder, _print, out)
             pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
             together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
             _compare(folders, pages, together)
-    except OSError as error:
+    except StoreError as error:
         print(f"error: report: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        print(f"error: report: {error}{'; ' + ELSEWHERE if refused else ''}", file=sys.stderr)
         return ENVIRONMENT
     return code
+
+
+def _opened(path: Path) -> StudyFolder:
+    """The study. Raises StoreError where there is none, or a newer version wrote it."""
+    folder = open_study(path)
+    try:
+        read_sealed(folder.provenance_file)
+    except NewerFormatError:
+        raise
+    except StoreError:
+        return folder
+    return folder
+
+
+def _check_writable(folder: StudyFolder, out: Path | None) -> None:
+    """Raises OSError, before anything is read, where the report would go into a study that cannot be written."""
+    if out is None and not os.access(folder.path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder.path))
 
 
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
@@ -69,7 +96,7 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
 
     progress = say if (n := len(folder.trials())) >= LARGE else _nothing
     progress(f"reading {n} trials")
-    study = update_tables(folder)
+    study = update_tables(folder, out)
     progress("building the page")
     made = report(study)
     progress("writing the page, and one for each trial")
@@ -81,6 +108,8 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
             say(f"{number:6} {outcome}")
     for damaged in study.damaged:
         say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
+    if not study.provenance and folder.provenance_file.exists():
+        say("not shown, damaged: provenance.json")
     say(f"report: {page}")
     return study, page
 
@@ -121,7 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(
-        "--out", type=Path, help="write here, not into the study's report/ (several studies: theirs into DIR/<study>)"
+        "--out",
+        type=Path,
+        help="write report and tables here, and nothing into the study, which may be read-only "
+        "(several studies: theirs into DIR/<study>)",
     )
     return parser
 

@@ -387,10 +387,10 @@ class Study:
             raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
 
 
-def update_tables(folder: StudyFolder) -> Study:
-    """Read every trial, write trials.parquet and spikes.parquet, and answer with the study. Unchanged rows are kept."""
+def update_tables(folder: StudyFolder, into: Path | None = None) -> Study:
+    """Read every trial, write trials.parquet and spikes.parquet into the study or `into`; answers with the study."""
     study = Study(folder)
-    write_tables(folder, study.tables)
+    write_tables(folder if into is None else StudyFolder(into), study.tables)
     return study
 
 

@@ -31,7 +31,7 @@ from stabstudy.stability.detectors import measured
 from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, summarise
-from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
+from stabstudy.store import NewerFormatError, State, StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]
@@ -119,9 +119,27 @@ def read_tables(folder: StudyFolder) -> Tables:
 
 
 def write_tables(folder: StudyFolder, tables: Tables) -> None:
-    """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes."""
+    """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes.
+
+    Raises NewerFormatError for tables that a newer version wrote.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for path in (folder.trials_table, folder.spikes_table):
+        _refuse_newer(path)
     _write(folder.trials_table, tables.trials, trial_kinds(tables.groups, tables.external), tables)
     _write(folder.spikes_table, tables.spikes, spike_kinds(), tables)
+
+
+def _refuse_newer(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        written = int((pq.read_schema(path).metadata or {})[b"format"])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return  # none, or one that cannot be read: it is made anew
+    if written > FORMAT:
+        raise NewerFormatError(f"{path}: format {written}, this version writes {FORMAT}; --out DIR writes elsewhere")
 
 
 def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
