@@ -25,6 +25,7 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.standing import intact, waiting
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.stability.rules import Rules
+from stabstudy.sweeping import cluster
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.provenance import provenance
@@ -50,11 +51,13 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
     store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
-    start.
+    start, or no cluster at compute.address takes us.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
     study = store.StudyFolder(plan.folder)
     whole, _ = intact(plan, study)
+    if plan.launcher == "ray" and plan.compute.address is not None:
+        cluster.check(plan.compute.address)
     prepare_data(plan, cache_dir, say)
     preflight([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)

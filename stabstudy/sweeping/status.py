@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import live, store, trace
+from stabstudy import entries, live, store, trace
 from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
 
@@ -63,6 +63,8 @@ def _axes(study: store.StudyFolder) -> list[str]:
 def _found(folder: TrialFolder) -> Listed:
     """The trial; one whose state cannot be read counts as failed, with the reason."""
     try:
+        if wrong := entries.of_trial(folder.path, links=True):
+            raise store.StoreError(wrong)
         state = folder.read_state()
     except store.StoreError as error:
         state = State(folder.trial_id, status="failed", error={"kind": "StoreError", "message": str(error)})
