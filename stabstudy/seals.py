@@ -1,4 +1,4 @@
-"""Checksums of JSON files inside themselves: whether the content is still the one that the program wrote."""
+"""Strict JSON: numbers that are not finite as text, and files with a checksum of their own content in them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def opened(body: Mapping[str, Any]) -> dict[str, Any]:
     if KEY in body and body[KEY] != _digest(content):  # NaN, which the reader takes, raises ValueError too
         raise ValueError("was changed since it was written (its checksum is another one)")
     return content
+
+
+def encode_float(value: float | None) -> float | str | None:
+    """NaN and infinities as text, as strict JSON needs."""
+    if value is None or (value == value and abs(value) != float("inf")):
+        return value
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ class Problem:
     got: str = ""
 
     def __str__(self) -> str:
-        return f"{self.setting}: {self.rule}" + (f", got {self.got}" if self.got else "")
+        return f"{short(self.setting)}: {self.rule}" + (f", got {self.got}" if self.got else "")
 
 
 class ConfigError(ValueError):
@@ -153,8 +153,12 @@ def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
 
 def show(value: Any) -> str:
     """The value as code would spell it, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(repr(value), 60)
+
+
+def short(text: str, most: int = 200) -> str:
+    """The text, or its first characters and dots."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def check_annotations(cls: type) -> None:

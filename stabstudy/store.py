@@ -140,8 +140,8 @@ class TrialFolder:
     def read_config(self) -> dict[str, Any]:
         """The content of config.json. Raises StoreError, see `read_sealed`, and for that of another trial."""
         body = read_sealed(self.config_file)
-        if body.get("trial_id") != self.trial_id:
-            raise StoreError(f"{self.config_file}: belongs to trial {body.get('trial_id')}")
+        if body.get("trial_id", self.trial_id) != self.trial_id:
+            raise StoreError(f"{self.config_file}: belongs to trial {body['trial_id']}")
         return body
 
     def read_own(self) -> tuple[cfg.TrialConfig, dict[str, Any]]:
@@ -181,7 +181,7 @@ class TrialFolder:
     def write_state(self, state: State) -> None:
         body = asdict(state)
         for key in NUMBERS:
-            body[key] = encode_float(body[key])
+            body[key] = seals.encode_float(body[key])
         write_sealed(self.state_file, body)
 
     def rows(self, schema: trace.Schema, state: State | None = None, verify: bool = True) -> trace.Rows | None:
@@ -321,16 +321,29 @@ def lock(folder: Path) -> Iterator[None]:
 
     The lock file is never removed: unlinking it would let two processes lock two different files.
     """
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         if not _acquired(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
-            raise LockHeldError(f"{folder}: locked by {holder}")
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+def check_free(folder: Path) -> None:
+    """Raises LockHeldError where a process holds the folder's lock now. Needs no right to write, and makes nothing."""
+    if is_locked(folder):
+        fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
+        finally:
+            os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
 
 
 def _acquired(fd: int) -> bool:
@@ -362,13 +375,6 @@ def is_locked(folder: Path) -> bool:
 def now() -> str:
     """UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def encode_float(value: float | None) -> float | str | None:
-    """NaN and infinities as text, as strict JSON needs."""
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
 
 
 def _state_from(body: dict[str, Any], path: Path) -> State:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,3 +130,80 @@ def test_a_newer_format_is_refused_and_never_written_over(study: store.StudyFold
             assert NEWER in capsys.readouterr().err
     before.pop(".lock"), (now := files(study.path)).pop(".lock")
     assert now == before
+
+
+def test_a_study_that_is_being_worked_on_is_refused_before_anything_is_composed_or_read(
+    folder: Path,  # noqa: F811
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ten launches at once: nine of them have nothing to do, and their Pythons share the cores with the tenth."""
+    made = folder / "results" / "check"
+    made.mkdir(parents=True)
+    monkeypatch.setattr("stabstudy.planning.compose.base", None)
+    monkeypatch.setattr("stabstudy.data.sources.fingerprint", None)
+    with store.lock(made):
+        assert sweep.main(COMMAND) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: machine: {made}: locked by pid {os.getpid()} on \S+ since 20\S+", line)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    with store.lock(made):
+        assert sweep.main([*COMMAND, "optim.lrr=1"]) == 2, "what is wrong with the command comes first"
+
+
+def test_a_launch_that_loses_loads_neither_torch_nor_what_trains(folder: Path) -> None:  # noqa: F811
+    made = folder / "results" / "check"
+    made.mkdir(parents=True)
+    code = (
+        "import sys; from stabstudy import sweep; code = sweep.main(sys.argv[1:])\n"
+        "heavy = {'torch', 'ray', 'pandas', 'matplotlib', 'stabstudy.sweeping.launch'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nsys.exit(code)"
+    )
+    with store.lock(made):
+        command = [sys.executable, "-c", code, *COMMAND]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and "locked by pid" in done.stderr, done.stderr
+
+
+# links
+
+
+@pytest.mark.parametrize("entry", ["trials", "report", "sweep.yaml", "provenance.json", ".lock", "state.json.7.tmp"])
+def test_a_link_in_a_studys_folder_is_refused_and_not_followed(
+    study: store.StudyFolder, entry: str, capsys: Capture, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    if (study.path / entry).exists():
+        (study.path / entry).rename(outside)
+    else:
+        outside.write_text("mine")
+    (study.path / entry).symlink_to(outside)
+    before = files(tmp_path) | files(outside)
+    assert sweep.main([*COMMAND, "optim.lr=1e-3,2e-3"]) == 4
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line == f"error: machine: {study.path / entry}: is a symbolic link"
+    assert files(tmp_path) | files(outside) == before
+
+
+@pytest.mark.parametrize(
+    "entry", ["", "checkpoint", "state.json", "log.txt", "trace.live", "trace.parquet.tmp", ".lock"]
+)
+def test_a_link_in_a_trials_folder_leaves_the_trial_alone(
+    study: store.StudyFolder, entry: str, capsys: Capture, tmp_path: Path
+) -> None:
+    bad, other = study.trials()
+    for trial in (bad, other):
+        trial.state_file.unlink()
+    outside, link = tmp_path / "outside", bad.path / entry
+    if link.exists():
+        link.rename(outside)
+    else:
+        outside.mkdir() if entry == "checkpoint" else outside.write_text("mine")
+    link.symlink_to(outside)
+    before = files(outside) or outside.lstat().st_mtime_ns
+    assert sweep.main(COMMAND) == 3
+    out = capsys.readouterr()
+    assert f"{link}: is a symbolic link" in out.out and "internal" not in out.err
+    assert (files(outside) or outside.lstat().st_mtime_ns) == before and link.is_symlink()
+    assert other.read_state().status == "done"

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabstudy import store, trace
+from stabstudy import entries, store, trace
 from stabstudy.config import TrialConfig
 from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
@@ -119,7 +119,8 @@ def slots(compute: Compute, launcher: str) -> int | None:
 def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
     operations = spent = 0.0
-    for folder in [f for f in study.trials() if f.finished(trace.TRACE).exists()][:limit]:
+    finished = [f for f in study.trials() if f.finished(trace.TRACE).exists() and not entries.of_trial(f.path, True)]
+    for folder in finished[:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
             config, _ = folder.read_own()

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 from stabstudy.store import State
 
+LONGEST = 2000
+"""Characters of a message."""
+
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -40,6 +43,12 @@ def duration(seconds: float) -> str:
 def safe(text: str) -> str:
     """The text on one line, control characters spelled out: a file's name or value must not steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def line(text: str) -> str:
+    """The text as one line of a message: safe, and at most 2,000 characters, of its two ends where there are more."""
+    whole = safe(text)
+    return whole if len(whole) <= LONGEST else f"{whole[: LONGEST // 2]} ... {whole[-LONGEST // 2 :]}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -21,7 +21,7 @@ from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.events import SPIKE_COLUMNS
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
-from stabstudy.store import State, StoreError, TrialFolder, encode_float, read_json, write_bytes
+from stabstudy.store import State, StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
 
 FORMAT = 3
@@ -127,7 +127,7 @@ def _summary(body: Mapping[str, Any]) -> Summary:
 
 
 def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
+    return {k: seals.encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _decoded(spike: Mapping[str, Any]) -> dict[str, Any]:
