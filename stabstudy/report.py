@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stabstudy import settings
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [path.resolve().name for path in args.study]  # "." has no name of its own
         if len(set(names)) < len(names):
             raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
+        if "\0" in str(args.out):
+            raise StoreError(f"--out {args.out}: must not contain a NUL")
     except StoreError as error:
-        print(f"error: report: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error), BAD_INPUT)
     code, pages = OK, []
     try:
         for folder, name in zip(folders, names, strict=True):
@@ -59,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
             _compare(folders, pages, together)
     except StoreError as error:
-        print(f"error: report: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error), BAD_INPUT)
     except OSError as error:
         refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        print(f"error: report: {error}{'; ' + ELSEWHERE if refused else ''}", file=sys.stderr)
-        return ENVIRONMENT
+        return _fail(f"{error}{'; ' + ELSEWHERE if refused else ''}", ENVIRONMENT)
     return code
 
 
@@ -135,10 +135,15 @@ def _nothing(line: str) -> None:
     """No progress lines: a small report is done in a moment."""
 
 
+def _fail(message: str, code: int) -> int:
+    print(f"error: report: {settings.line(message)}", file=sys.stderr)
+    return code
+
+
 def _print(line: str) -> None:
     """Print; where the reader has closed the pipe (`| head`) the report is written silently."""
     try:
-        print(line, flush=True)
+        print(settings.line(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LONGEST = 2000
+"""Characters of a message."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -159,6 +162,17 @@ def show(value: Any) -> str:
 def short(text: str, most: int = 200) -> str:
     """The text, or its first characters and dots."""
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def safe(text: str) -> str:
+    """The text on one line, control characters spelled out: a file's name or value must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def line(text: str) -> str:
+    """The text as one line of a message: safe, and at most 2,000 characters, of its two ends where there are more."""
+    whole, half = safe(text), LONGEST // 2
+    return whole if len(whole) <= LONGEST else f"{whole[:half]} ... {whole[-half:]}"
 
 
 def check_annotations(cls: type) -> None:

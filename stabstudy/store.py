@@ -241,9 +241,12 @@ class StudyFolder:
 
 def open_study(path: Path) -> StudyFolder:
     """The study in this folder. Raises StoreError where there is none."""
-    if not (path / "sweep.yaml").is_file() and not (path / "trials").is_dir():
-        raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
-    return StudyFolder(path)
+    try:
+        if (path / "sweep.yaml").is_file() or (path / "trials").is_dir():
+            return StudyFolder(path)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
 
 
 def check_name(name: str) -> str | None:

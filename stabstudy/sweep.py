@@ -85,13 +85,14 @@ def _run(flags: list[str], overrides: list[str]) -> int:
 
 
 def _sweep(overrides: list[str], dry_run: bool) -> int:
-    from stabstudy.planning import plan, preview, words
+    from stabstudy import settings
+    from stabstudy.planning import plan, preview
 
     made = plan.make_plan(overrides, Path.cwd(), not dry_run)
     if made.start:
         print(f"{made.study} {made.start}")
     for warning in made.warnings:
-        print(f"warning: {words.line(warning)}", file=sys.stderr)
+        print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
         preview.show(made)
         return 0
@@ -151,9 +152,9 @@ def _no_flags(unknown: list[str]) -> Exception:
 
 def _explain(error: Exception) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
+    from stabstudy import settings
     from stabstudy.data.errors import DataError
     from stabstudy.entries import EntryError
-    from stabstudy.planning import words
     from stabstudy.planning.machine import NotReadyError
     from stabstudy.settings import ConfigError
     from stabstudy.store import LockHeldError, StoreError
@@ -169,7 +170,7 @@ def _explain(error: Exception) -> int:
     else:
         lines, code = [f"internal: {type(error).__name__}: {error} (a bug; --debug shows where)"], 1
     for line in lines[:MAX_ERRORS]:
-        print(f"error: {words.line(line)}", file=sys.stderr)
+        print(f"error: {settings.line(line)}", file=sys.stderr)
     if len(lines) > MAX_ERRORS:
         print(f"error: and {len(lines) - MAX_ERRORS} more", file=sys.stderr)
     return code

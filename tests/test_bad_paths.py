@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import planted
 import pytest
 from test_bad_inputs import ONE, compose_once, empty_folder, refused, sweep_file  # noqa: F401  # two are fixtures
 
-from stabstudy import sweep
-from stabstudy.planning import words
+from stabstudy import ingest, report, settings, sweep
 from stabstudy.planning.arguments import LONGEST_PATH
 
 Capture = pytest.CaptureFixture[str]
@@ -26,7 +26,7 @@ def no_hang() -> Iterator[None]:
     """A test that waits for a pipe fails after 20 s."""
 
     def fail(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError("waits")
+        raise AssertionError("waits")  # and not TimeoutError, which is an OSError
 
     before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(20)
@@ -136,9 +136,48 @@ def test_a_message_about_a_long_file_is_short(capsys: Capture, text: str) -> Non
 
 
 def test_a_long_line_keeps_its_ends() -> None:
-    line = words.line("begin" + "x" * 5000 + "\nend")
+    line = settings.line("begin" + "x" * 5000 + "\nend")
     assert line.startswith("begin") and line.endswith("\\nend") and len(line) < LONGEST_LINE
-    assert words.line("short") == "short"
+    assert settings.line("short") == "short"
+
+
+# the other commands
+
+
+@pytest.mark.parametrize(
+    "path", ["pipe", "a\0b", "x" * 300, "x" * 5000, "/dev/zero", "", "loop", "\udcff", "a\x1b[31m"]
+)
+def test_a_study_to_report_that_is_none(capsys: Capture, path: str) -> None:
+    os.mkfifo("pipe"), Path("loop").symlink_to("loop")
+    assert report.main([path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: report: ") and line.isprintable() and len(line) < LONGEST_LINE
+
+
+@pytest.mark.parametrize(("out", "code"), [("pipe", 4), ("a\0b", 2), ("x" * 300, 4), ("x" * 5000, 4), ("/dev/null", 4)])
+def test_a_folder_for_a_report_that_cannot_be_one(capsys: Capture, out: str, code: int) -> None:
+    os.mkfifo("pipe")
+    study = planted.plant_study(Path("s"), depths=(2,), lrs=(1e-3,), seeds=(0,))
+    assert report.main([str(study), "--out", out]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: report: ") and len(line) < LONGEST_LINE
+
+
+def test_what_a_damaged_file_says_does_not_steer_a_terminal(capsys: Capture) -> None:
+    study = planted.plant_study(Path("s"), depths=(2,), lrs=(1e-3,), seeds=(0,))
+    (config,) = study.glob("trials/*/config.json")
+    config.write_text('{"format": 1, "trial_id": "\\u001b[31mred\\u0007"}')
+    assert report.main([str(study)]) == 3
+    out = capsys.readouterr().out
+    assert "belongs to trial \\x1b[31mred\\x07" in out and "\x1b" not in out
+
+
+def test_a_folder_of_logs_with_a_pipe_in_it_is_not_waited_for(capsys: Capture) -> None:
+    Path("logs").mkdir()
+    os.mkfifo("logs/log.jsonl")
+    assert ingest.main(["logs", "--study", "i"]) == 2
+    assert ingest.main(["x" * 5000, "--study", "i"]) == 2
+    assert all(len(line) < LONGEST_LINE for line in capsys.readouterr().err.splitlines())
 
 
 # whatever is typed
