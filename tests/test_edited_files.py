@@ -227,3 +227,29 @@ def test_a_mutated_record_of_the_question_never_stops_a_report(study: store.Stud
             assert shown in (provenance, {}) and len(loaded.trials) == 1
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("mutations", [byte_mutations, value_mutations])
+def test_no_mutation_of_a_checkpoint_resumes_elsewhere(
+    tmp_path: Path, mutations: Callable[[bytes, random.Random], Iterator[bytes]]
+) -> None:
+    """Its tensors at their own step, or the older checkpoint with a note, or a refusal by name."""
+    torch = pytest.importorskip("torch")
+    from stabstudy.training import checkpoint
+
+    tensors = {step: {"model/w": torch.full((2,), float(step))} for step in (4, 8)}
+    for step, state in tensors.items():
+        checkpoint.save(tmp_path, "0123456789", state, step)
+    path, shapes, rng = tmp_path / "step-00000008" / "state.json", {"model/w": torch.Size([2])}, random.Random(0)
+    passed_over = 0
+    for data in mutations(path.read_bytes(), rng):
+        path.write_bytes(data)
+        try:
+            step, found, notes = checkpoint.restore(tmp_path, "0123456789", shapes, most=20)
+        except checkpoint.CheckpointError as error:
+            assert "format" in str(error)
+            continue
+        assert step in (4, 8) and torch.equal(found["model/w"], tensors[step]["model/w"])
+        assert len(notes) == (step == 4)
+        passed_over += step == 4
+    assert passed_over > 20
