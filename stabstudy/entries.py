@@ -35,6 +35,12 @@ def of_trial(folder: Path, links: bool = False) -> str | None:
     return next(_wrong(folder, TRIAL_FILES, TRIAL_FOLDERS, links), None)
 
 
+def check_ingested(study: Path, trials: Collection[Path]) -> None:
+    """Raises EntryError where `ingest` would write through a link, or into what is no file."""
+    if wrong := of_study(study) or next(filter(None, map(of_trial, trials)), None):
+        raise EntryError(wrong)
+
+
 def check_report(folder: Path) -> None:
     """Raises EntryError for a link where a report writes: its folder, and those in it."""
     if folder.is_symlink():

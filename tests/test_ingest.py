@@ -743,6 +743,23 @@ def test_a_block_that_we_did_not_write_is_damage(tmp_path: Path) -> None:
         Study.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("link", ["trials", "provenance.json", "trial", "state.json"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str) -> None:
+    log = logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60)))
+    study = take(tmp_path, log)
+    (trial,) = study.folder.trials()
+    trial.state_file.write_text("{}")
+    path = {"trial": trial.path, "state.json": trial.state_file}.get(link, study.folder.path / link)
+    outside = path.rename(tmp_path / "outside")
+    path.symlink_to(outside)
+    before = {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()}
+    capsys.readouterr()
+    arguments = [str(log), "--study", study.folder.name, "--results-dir", str(study.folder.path.parent)]
+    assert ingest.main(arguments) == 4
+    assert capsys.readouterr().err == f"error: ingest: {path}: is a symbolic link\n"
+    assert {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()} == before
+
+
 # the report
 
 

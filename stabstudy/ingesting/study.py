@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import entries, store
 from stabstudy.ingesting import runs
 from stabstudy.ingesting.runs import Run
 
@@ -39,6 +39,7 @@ def open_for(path: Path, name: str) -> store.StudyFolder:
 
 def write(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
     """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
+    entries.check_ingested(study.path, [study.trial(run.trial_id).path for run in found])
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
