@@ -56,6 +56,7 @@ __all__ = [
     "cell_id",
     "flat",
     "from_dict",
+    "known_ids",
     "setting_names",
     "stored",
     "to_dict",
@@ -209,6 +210,15 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
 def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
     """First 10 hex digits of sha256 over `canonical`."""
     return hashlib.sha256(canonical(config, data_fingerprint).encode()).hexdigest()[:10]
+
+
+def known_ids(config: TrialConfig, data_fingerprint: str) -> set[str]:
+    """The ids under which versions of this format have stored a trial of these settings and data.
+
+    Two with `clip_kind` zclip, which at first was not held to `optim.clip`, and had an id of its own.
+    """
+    first = canonical(config, data_fingerprint).replace('"zclip, capped"', '"zclip"')
+    return {trial_id(config, data_fingerprint), hashlib.sha256(first.encode()).hexdigest()[:10]}
 
 
 def cell_id(config: TrialConfig, data_fingerprint: str) -> str:

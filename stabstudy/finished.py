@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = 1
+CLOCK = ("seconds",)
+"""The columns that are wall time: two equal trainings differ in them."""
 
 
 def read_whole(live_path: Path, schema: Schema) -> Rows:
@@ -53,6 +56,19 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: Synced
     data = memoryview(sink.getvalue())
     replace_file(parquet, data, synced=synced)
     return hashlib.sha256(data).hexdigest()
+
+
+def values_sha256(rows: Rows) -> str:
+    """Hex sha256 of all values but those of CLOCK: equal for equal trainings, also one that was killed and resumed."""
+    digest = hashlib.sha256(f"{rows.schema.name} {len(rows)}".encode())
+    for column in rows.schema.columns:
+        if column.name in CLOCK:
+            continue
+        values, null = rows[column.name].copy(), rows.is_null(column.name)
+        values[null] = "" if column.kind == "text" else 0
+        digest.update(column.name.encode() + null.tobytes())
+        digest.update(json.dumps(values.tolist()).encode() if column.kind == "text" else values.tobytes())
+    return digest.hexdigest()
 
 
 def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns: Sequence[str] | None = None) -> Rows:

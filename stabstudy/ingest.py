@@ -153,7 +153,9 @@ def _reason(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: ingest: {_safe(message)}", file=sys.stderr)
+    from stabstudy.settings import line
+
+    print(f"error: ingest: {line(message)}", file=sys.stderr)
     return code
 
 

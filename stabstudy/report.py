@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import urllib.parse
@@ -10,14 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stabstudy import disk
+from stabstudy import disk, settings
 from stabstudy.outlet import outlets
-from stabstudy.store import StoreError, StudyFolder, open_study
+from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
 
 OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
+
+ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
 
 LARGE = 100
 """Trials from which on a report prints its progress."""
@@ -28,8 +31,9 @@ Say = Callable[[str], None]
 def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
     """Bring the study's tables up to date and write its report; returns the path of the page.
 
-    `say` gets one line at a time. `out` takes the place of the study's own report/. Raises StoreError
-    where there is no study, OSError where nothing can be written.
+    `say` gets one line at a time. `out` takes the place of the study's own report/, and of the study for its tables:
+    then nothing is written into the study. Raises StoreError where there is no study, OSError where nothing can be
+    written.
     """
     return _write(open_study(folder), say, out)[1]
 
@@ -42,27 +46,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        folders = [open_study(path) for path in args.study]
+        folders = [_opened(path) for path in args.study]
         names = [path.resolve().name for path in args.study]  # "." has no name of its own
         if len(set(names)) < len(names):
             raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
+        if "\0" in str(args.out):
+            raise StoreError(f"--out {args.out}: must not contain a NUL")
     except StoreError as error:
-        print(f"error: report: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error), BAD_INPUT)
     code, pages = OK, []
     try:
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
+            _check_writable(folder, out)
             study, page = _write(folder, _print, out)
             pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
             together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
             _compare(folders, pages, together)
+    except StoreError as error:
+        return _fail(str(error), BAD_INPUT)
     except OSError as error:
-        print(f"error: report: {disk.describe(error)}", file=sys.stderr)
-        return ENVIRONMENT
+        refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        return _fail(f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}", ENVIRONMENT)
     return code
+
+
+def _opened(path: Path) -> StudyFolder:
+    """The study. Raises StoreError where there is none, or a newer version wrote it."""
+    folder = open_study(path)
+    try:
+        read_sealed(folder.provenance_file)
+    except NewerFormatError:
+        raise
+    except StoreError:
+        return folder
+    return folder
+
+
+def _check_writable(folder: StudyFolder, out: Path | None) -> None:
+    """Raises OSError, before anything is read, where the report would go into a study that cannot be written."""
+    if out is None and not os.access(folder.path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder.path))
 
 
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
@@ -75,7 +101,7 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
 
     progress = say if (n := len(folder.trials())) >= LARGE else _nothing
     progress(f"reading {n} trials")
-    study = update_tables(folder)
+    study = update_tables(folder, out)
     progress("building the page")
     made = report(study)
     progress("writing the page, and one for each trial")
@@ -87,6 +113,8 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
             say(f"{number:6} {outcome}")
     for damaged in study.damaged:
         say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
+    if not study.provenance and folder.provenance_file.exists():
+        say("not shown, damaged: provenance.json")
     say(f"report: {page}")
     return study, page
 
@@ -112,8 +140,13 @@ def _nothing(line: str) -> None:
     """No progress lines: a small report is done in a moment."""
 
 
+def _fail(message: str, code: int) -> int:
+    print(f"error: report: {settings.line(message)}", file=sys.stderr)
+    return code
+
+
 def _print(line: str) -> None:
-    print(line, flush=True)
+    print(settings.line(line), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(
-        "--out", type=Path, help="write here, not into the study's report/ (several studies: theirs into DIR/<study>)"
+        "--out",
+        type=Path,
+        help="write report and tables here, and nothing into the study, which may be read-only "
+        "(several studies: theirs into DIR/<study>)",
     )
     return parser
 

@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LONGEST = 2000
+"""Characters of a message."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -28,7 +31,7 @@ class Problem:
     got: str = ""
 
     def __str__(self) -> str:
-        return f"{self.setting}: {self.rule}" + (f", got {self.got}" if self.got else "")
+        return f"{short(self.setting)}: {self.rule}" + (f", got {self.got}" if self.got else "")
 
 
 class ConfigError(ValueError):
@@ -153,8 +156,23 @@ def _expected(kind: str, kinds: list[str], rules: Mapping[str, Any]) -> str:
 
 def show(value: Any) -> str:
     """The value as code would spell it, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return short(repr(value), 60)
+
+
+def short(text: str, most: int = 200) -> str:
+    """The text, or its first characters and dots."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def safe(text: str) -> str:
+    """The text on one line, control characters spelled out: a file's name or value must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def line(text: str) -> str:
+    """The text as one line of a message: safe, and at most 2,000 characters, of its two ends where there are more."""
+    whole, half = safe(text), LONGEST // 2
+    return whole if len(whole) <= LONGEST else f"{whole[:half]} ... {whole[-half:]}"
 
 
 def check_annotations(cls: type) -> None:

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import disk, finished, live, trace
+from stabstudy import disk, entries, finished, live, seals, state_fields, trace
+from stabstudy.settings import ConfigError
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -42,6 +43,10 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for
 
 class StoreError(Exception):
     """A folder that is not a study, a file of a newer version, a state that cannot be read. One line."""
+
+
+class NewerFormatError(StoreError):
+    """A file that a newer version wrote: nothing of it is read, and it is never written over."""
 
 
 class LockHeldError(Exception):
@@ -133,13 +138,42 @@ class TrialFolder:
         return self.path / f"{schema.name}.parquet"
 
     def read_config(self) -> dict[str, Any]:
-        return read_json(self.config_file)
+        """The content of config.json. Raises StoreError, see `read_sealed`, and for that of another trial."""
+        body = read_sealed(self.config_file)
+        if body.get("trial_id", self.trial_id) != self.trial_id:
+            raise StoreError(f"{self.config_file}: belongs to trial {body['trial_id']}")
+        return body
+
+    def read_own(self) -> tuple[cfg.TrialConfig, dict[str, Any]]:
+        """The settings of a trial of our own, and the content of config.json.
+
+        Raises StoreError where the settings and the data are not those that the trial is named by.
+        """
+        body = self.read_config()
+        config, data = body.get("config"), body.get("data_fingerprint")
+        if not isinstance(config, dict) or not isinstance(data, str):
+            raise StoreError(f"{self.config_file}: holds no {'data_fingerprint' if config else 'config'}")
+        try:
+            settings = cfg.stored(config)
+        except ConfigError as error:
+            raise StoreError(f"{self.config_file}: {error.problems[0]}") from error
+        if self.trial_id not in cfg.known_ids(settings, data):
+            made = cfg.trial_id(settings, data)
+            raise StoreError(f"{self.config_file}: was changed: its settings and data make trial {made}")
+        if "cell_id" in body and body["cell_id"] not in cfg.known_ids(replace(settings, seed=0), data):
+            raise StoreError(f"{self.config_file}: was changed: belongs to cell {body['cell_id']}")
+        return settings, body
 
     def read_state(self) -> State:
-        """The state; a trial never started is pending. `running` while no process holds the trial's lock is `lost`."""
-        if not self.state_file.exists():
+        """The state; a trial never started is pending. `running` while no process holds the trial's lock is `lost`.
+
+        Raises StoreError for a file that is not as this or an earlier version wrote it.
+        """
+        if not os.path.lexists(self.state_file):
             return State(self.trial_id)
-        state = _state_from(read_json(self.state_file), self.state_file)
+        state = _state_from(read_sealed(self.state_file), self.state_file)
+        if state.trial_id != self.trial_id:
+            raise StoreError(f"{self.state_file}: belongs to trial {state.trial_id}")
         if state.status == "running" and not is_locked(self.path):
             return replace(state, status="lost")
         return state
@@ -147,14 +181,14 @@ class TrialFolder:
     def write_state(self, state: State) -> None:
         body = asdict(state)
         for key in NUMBERS:
-            body[key] = encode_float(body[key])
+            body[key] = seals.encode_float(body[key])
         try:
-            write_json(self.state_file, body)
+            write_sealed(self.state_file, body)
         except OSError as error:
             if not (disk.is_full(error) and self._reserve_file.exists()):
                 raise
             self.release()  # how the trial ended must be told even where the disk is full
-            write_json(self.state_file, body)
+            write_sealed(self.state_file, body)
 
     @property
     def _reserve_file(self) -> Path:
@@ -174,7 +208,10 @@ class TrialFolder:
         known = state.records.get(schema.name)
         parquet, growing = self.finished(schema), self.live(schema)
         if known and parquet.exists():
-            return finished.read_parquet(parquet, schema, known["sha256"] if verify else None)
+            rows = finished.read_parquet(parquet, schema, known["sha256"] if verify else None)
+            if len(rows) != known["rows"]:
+                raise trace.DamagedRecord(f"{parquet}: {len(rows)} rows, in state.json {known['rows']}")
+            return rows
         if live.find(growing) is not None:
             return live.read(growing, schema)
         if known:
@@ -230,9 +267,12 @@ def close_attempt(state: State, status: str, error: dict[str, Any] | None = None
 
 def open_study(path: Path) -> StudyFolder:
     """The study in this folder. Raises StoreError where there is none."""
-    if not (path / "sweep.yaml").is_file() and not (path / "trials").is_dir():
-        raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
-    return StudyFolder(path)
+    try:
+        if (path / "sweep.yaml").is_file() or (path / "trials").is_dir():
+            return StudyFolder(path)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
 
 
 def check_name(name: str) -> str | None:
@@ -248,13 +288,37 @@ def check_name(name: str) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises StoreError naming the file when it is missing or broken."""
+    if kind := entries.not_a_file(path):  # a pipe would be waited for
+        raise StoreError(f"{path}: is {kind}, not a file")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path}: cannot be read ({type(error).__name__})") from error
     if not isinstance(body, dict):
         raise StoreError(f"{path}: must hold a JSON object")
     return body
+
+
+def read_sealed(path: Path, newest: int = cfg.FORMAT_VERSION) -> dict[str, Any]:
+    """The content of a file of `write_sealed`, or of an earlier version, which wrote no checksum.
+
+    Raises NewerFormatError, and StoreError for a file that is broken or was changed since it was written.
+    """
+    body = read_json(path)
+    version = body.get("format", 1)
+    if type(version) is not int or version < 1:
+        raise StoreError(f"{path}: format {version!r}, this version reads up to {newest}")
+    if version > newest:
+        raise NewerFormatError(f"{path}: format {version}, this version reads up to {newest}")
+    try:
+        return seals.opened(body)
+    except ValueError as error:
+        raise StoreError(f"{path}: {error}") from error
+
+
+def write_sealed(path: Path, body: dict[str, Any]) -> None:
+    """As `write_json`, with a checksum of the content."""
+    write_json(path, seals.sealed(body))
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:
@@ -286,16 +350,29 @@ def lock(folder: Path) -> Iterator[None]:
 
     The lock file is never removed: unlinking it would let two processes lock two different files.
     """
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         if not _acquired(fd):
-            holder = os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
-            raise LockHeldError(f"{folder}: locked by {holder}")
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
         yield
     finally:
         os.close(fd)
+
+
+def check_free(folder: Path) -> None:
+    """Raises LockHeldError where a process holds the folder's lock now. Needs no right to write, and makes nothing."""
+    if is_locked(folder):
+        fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
+        finally:
+            os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
 
 
 def _acquired(fd: int) -> bool:
@@ -329,16 +406,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def encode_float(value: float | None) -> float | str | None:
-    """NaN and infinities as text, as strict JSON needs."""
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
-
-
 def _state_from(body: dict[str, Any], path: Path) -> State:
-    if not isinstance(body.get("format"), int) or body["format"] > cfg.FORMAT_VERSION:
-        raise StoreError(f"{path}: format {body.get('format')}, this version reads up to {cfg.FORMAT_VERSION}")
+    if problem := state_fields.problem(body, STATUSES):
+        raise StoreError(f"{path}: is not a trial's state: {problem}")
     known = {f.name for f in fields(State)}
     attempt_keys = {f.name for f in fields(Attempt)}
     try:
@@ -348,9 +418,6 @@ def _state_from(body: dict[str, Any], path: Path) -> State:
         )
         for key in NUMBERS:
             values[key] = None if values.get(key) is None else float(values[key])
-        state = State(**values)
-    except (TypeError, ValueError, AttributeError) as error:
+        return State(**values)
+    except (TypeError, OverflowError) as error:  # a field without a default is missing; a whole number of 400 digits
         raise StoreError(f"{path}: is not a trial's state ({error})") from error
-    if state.status not in STATUSES:
-        raise StoreError(f"{path}: unknown status {state.status!r}")
-    return state

@@ -85,13 +85,14 @@ def _run(flags: list[str], overrides: list[str]) -> int:
 
 
 def _sweep(overrides: list[str], dry_run: bool) -> int:
+    from stabstudy import settings
     from stabstudy.planning import plan, preview
 
-    made = plan.make_plan(overrides, Path.cwd())
+    made = plan.make_plan(overrides, Path.cwd(), not dry_run)
     if made.start:
         print(f"{made.study} {made.start}")
     for warning in made.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
         preview.show(made)
         return 0
@@ -148,9 +149,9 @@ def _no_flags(unknown: list[str]) -> Exception:
 
 def _explain(error: Exception, command: str) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
-    from stabstudy import disk
+    from stabstudy import disk, settings
     from stabstudy.data.errors import DataError
-    from stabstudy.planning import words
+    from stabstudy.entries import EntryError
     from stabstudy.planning.machine import NotReadyError
     from stabstudy.settings import ConfigError
     from stabstudy.store import LockHeldError, StoreError
@@ -159,14 +160,14 @@ def _explain(error: Exception, command: str) -> int:
         lines, code = [f"conf: {problem}" for problem in error.problems], 2
     elif isinstance(error, DataError | StoreError):
         lines, code = [f"{'data' if isinstance(error, DataError) else 'study'}: {error}"], 2
-    elif isinstance(error, NotReadyError | LockHeldError):
+    elif isinstance(error, NotReadyError | LockHeldError | EntryError):
         lines, code = [f"machine: {line}" for line in str(error).splitlines()], 4
     elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
         lines, code = [f"machine: {disk.describe(error)}"], 4
     else:
         lines, code = [f"internal: {type(error).__name__}: {error} (a bug; --debug shows where)"], 1
     for line in lines[:MAX_ERRORS]:
-        print(f"error: {words.safe(line)}", file=sys.stderr)
+        print(f"error: {settings.line(line)}", file=sys.stderr)
     if len(lines) > MAX_ERRORS:
         print(f"error: and {len(lines) - MAX_ERRORS} more", file=sys.stderr)
     if disk.is_full(error):

@@ -29,7 +29,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
 from stabstudy.ingesting import beside, points, trainer
 from stabstudy.ingesting.points import Grid, LogError, Point, Raw, on_grid, settle
-from stabstudy.store import StoreError
+from stabstudy.store import StoreError, write_sealed
 
 Out = pytest.CaptureFixture[str]
 
@@ -732,13 +732,32 @@ def test_a_block_that_we_did_not_write_is_damage(tmp_path: Path) -> None:
         ("stride", 0), ("stride", "10"), ("format", "x"), ("settings", []), ("first_step", -1), ("others", {"a": []}),
         ("settings", {"optim.lr": "fast"}), ("settings", {"optim.lrr": 1.0}), ("steps_planned", 10**30),
     ):  # fmt: skip
-        config.write_text(json.dumps(good | {"external": good["external"] | {key: value}}))
+        write_sealed(config, good | {"external": good["external"] | {key: value}})
         (damaged,) = Study.load(study.folder.path).damaged
         assert "external" in damaged.reason
-    config.write_text(json.dumps(good | {"external": {}}))
+    write_sealed(config, good | {"external": {}})
     assert Study.load(study.folder.path).damaged
+    config.write_text(json.dumps(good | {"external": good["external"] | {"run": "another"}}))
+    assert "was changed since" in Study.load(study.folder.path).damaged[0].reason
     with pytest.raises(StoreError):
         Study.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("link", ["trials", "provenance.json", "trial", "state.json"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str) -> None:
+    log = logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60)))
+    study = take(tmp_path, log)
+    (trial,) = study.folder.trials()
+    trial.state_file.write_text("{}")
+    path = {"trial": trial.path, "state.json": trial.state_file}.get(link, study.folder.path / link)
+    outside = path.rename(tmp_path / "outside")
+    path.symlink_to(outside)
+    before = {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()}
+    capsys.readouterr()
+    arguments = [str(log), "--study", study.folder.name, "--results-dir", str(study.folder.path.parent)]
+    assert ingest.main(arguments) == 4
+    assert capsys.readouterr().err == f"error: ingest: {path}: is a symbolic link\n"
+    assert {p: p.read_bytes() for p in (outside, *outside.rglob("*")) if p.is_file()} == before
 
 
 # the report

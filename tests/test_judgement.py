@@ -15,6 +15,7 @@ from planted import INIT_LOSS, plant_trial, settings
 from series import learning, lognormal, trace_rows
 
 from stabstudy import config as cfg
+from stabstudy.finished import values_sha256
 from stabstudy.stability import judgement
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import outcome
@@ -22,7 +23,7 @@ from stabstudy.stability.judgement import Source, judge_trial, read_summary, sou
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, summarise
 from stabstudy.store import Attempt, State, TrialFolder
-from stabstudy.trace import PROBES, TRACE
+from stabstudy.trace import PROBES, TRACE, from_dicts
 
 RULES = Rules()
 CONFIG = settings(steps=120)
@@ -131,6 +132,33 @@ def test_the_name_of_a_source_knows_its_log() -> None:
     names = {str(log): source_sha256({"seed": 0}, state, log) for log in (None, {"stride": 1}, {"stride": 10})}
     assert len({*names.values(), source_sha256({"seed": 1}, state)}) == 4
     assert all(len(name) == 16 for name in names.values())
+
+
+def test_the_name_of_a_source_knows_records_by_their_values_where_it_can() -> None:
+    def name(**record: object) -> str:
+        return source_sha256({"seed": 0}, State("a", records={"trace": {"rows": 3, **record}}))
+
+    assert name(sha256="a" * 64, values_sha256="v" * 64) == name(sha256="b" * 64, values_sha256="v" * 64)
+    assert name(sha256="a" * 64, values_sha256="v" * 64) != name(sha256="a" * 64, values_sha256="w" * 64)
+    assert name(sha256="a" * 64) != name(sha256="b" * 64), "of an older trial"
+
+
+def test_the_values_of_a_record_are_named_without_its_clock() -> None:
+    rows = {name: [1.0, 2.0, 3.0] for name in TRACE.names} | {"step": [0, 1, 2], "skip": [None, "amp", None]}
+    rows |= {"layer_grad_norm": [[1.0, 2.0]] * 3, "tokens": [1, 2, 3]}
+
+    def sha(**changes: list[Any]) -> str:
+        table = [dict(zip(rows, values, strict=True)) for values in zip(*(rows | changes).values(), strict=True)]
+        return values_sha256(from_dicts(table, TRACE))
+
+    assert sha(seconds=[9.0, 9.0, 9.0]) == sha()
+    others = [sha(loss=[1.0, 2.0, 3.5]), sha(loss=[1.0, 2.0, None]), sha(loss=[1.0, 2.0, math.nan])]
+    others += [
+        sha(skip=[None, None, "amp"]),
+        sha(layer_grad_norm=[[1.0, 2.0], [1.0, 2.0], None]),
+        sha(tokens=[1, 2, 4]),
+    ]
+    assert len({sha(), *others}) == 7
 
 
 def rewritten(folder: TrialFolder, change: Callable[[dict[str, Any]], object]) -> None:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
-    *("trace", "live", "finished", "store", "external"),
+    *("trace", "live", "finished", "entries", "disk", "outlet", "store", "external"),
 }
 
 
@@ -44,11 +44,16 @@ MAY = {
     "json_lines": May({"trace", "failpoints"}, {"numpy"}),
     "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "store": May({"config", "trace", "finished", "live"}),
+    "seals": May(set()),
+    "entries": May(set()),
+    "state_fields": May(set()),
+    "disk": May(set()),
+    "outlet": May(set()),
+    "store": May({"config", "settings", "disk", "entries", "seals", "state_fields", "trace", "finished", "live"}),
     "leftovers": May({"live", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
         {"config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},

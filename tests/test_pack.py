@@ -282,7 +282,7 @@ def test_a_member_whose_files_are_another_s_leaves_the_others(make: Make, train:
     folders = [make(c) for c in members(BASE, 3)]
     train(folders, lambda m: m[0].step >= 6)
     newest = max(folders[1].checkpoints.iterdir()) / "state.json"
-    store.write_json(newest, store.read_json(newest) | {"trial_id": "0123456789"})
+    store.write_sealed(newest, store.read_json(newest) | {"trial_id": "0123456789"})
     states = train(folders)
     assert [s.status for s in states] == ["done", "failed", "done"]
     assert states[1].error is not None and "belongs to trial" in states[1].error["message"]

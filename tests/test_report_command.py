@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import planted
+import pyarrow.parquet as pq
 import pytest
 
 from stabstudy.report import main, write_report
@@ -102,6 +106,108 @@ def test_a_folder_that_cannot_be_written_is_the_environment(tmp_path: Path, caps
     (tmp_path / "out").write_text("a file where the folder should be")
     assert main([str(study), "--out", str(tmp_path / "out")]) == 4
     assert capsys.readouterr().err.startswith("error: report: ")
+
+
+def contents(path: Path) -> dict[str, tuple[int, bytes]]:
+    """Every entry below the folder, with the time it was changed."""
+    return {
+        str(p.relative_to(path)): (p.lstat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
+        for p in sorted(path.rglob("*"))
+    }
+
+
+@pytest.fixture
+def colleagues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two studies below a folder that cannot be written, also by root, to whom modes mean nothing."""
+    there = tmp_path / "colleague"
+    paths = [small(there / "a"), small(there / "b")]
+    opened, access = open, os.access
+
+    def refuse(path: object, flags: object, *more: Any, **named: Any) -> Any:
+        if str(path).startswith(f"{there}{os.sep}") and any(c in str(flags) for c in "wxa+"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *more, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "open", refuse)  # what pathlib opens with
+    writing = os.W_OK
+    monkeypatch.setattr(os, "access", lambda p, m: not (m & writing and str(p).startswith(str(there))) and access(p, m))
+    return paths
+
+
+def test_a_study_that_cannot_be_written_is_reported_elsewhere(
+    colleagues: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(tmp_path / "colleague")
+    assert main([str(colleagues[0])]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: report: ") and str(colleagues[0]) in line and "; --out DIR writes" in line
+    out = tmp_path / "mine" / "deep"
+    assert main([str(colleagues[0]), "--out", str(out)]) == 0
+    assert {"index.html", "report.md", "trials.parquet", "spikes.parquet", "trials.csv"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert main([*map(str, colleagues), "--out", str(tmp_path / "both")]) == 0
+    assert (tmp_path / "both" / "index.html").is_file()
+    assert all((tmp_path / "both" / n / "trials.parquet").is_file() for n in ("a", "b"))
+    assert contents(tmp_path / "colleague") == before
+
+
+def test_out_gets_the_tables_that_the_study_would_get(tmp_path: Path) -> None:
+    study = small(tmp_path / "s")
+    before = contents(study)
+    assert main([str(study), "--out", str(tmp_path / "out")]) == 0
+    assert contents(study) == before
+    assert main([str(study)]) == 0
+    for name in ("trials.parquet", "spikes.parquet"):
+        assert (study / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "trials.parquet", "spikes.parquet"])
+def test_what_a_newer_version_wrote_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    study = small(tmp_path / "s")
+    assert main([str(study)]) == 0
+    if name == "provenance.json":
+        (study / name).write_text('{"format": 99}')
+    else:
+        table = pq.read_table(study / name)
+        pq.write_table(table.replace_schema_metadata({"format": "99"}), study / name)
+    capsys.readouterr()
+    before = (study / name).read_bytes()
+    assert main([str(study)]) == 2
+    assert "format 99, this version " in capsys.readouterr().err and (study / name).read_bytes() == before
+
+
+def test_a_damaged_provenance_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = small(tmp_path / "s")
+    (study / "provenance.json").write_text('{"question": "Why?", "content_sha256": "0"}')
+    assert main([str(study)]) == 0
+    assert "not shown, damaged: provenance.json" in capsys.readouterr().out.splitlines()
+    assert "Why?" not in (study / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("link", ["report", "report/figures", "report/trials"])
+def test_a_report_is_never_written_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str
+) -> None:
+    study, outside = small(tmp_path / "s"), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "old.svg").write_text("mine")
+    (study / link).parent.mkdir(exist_ok=True)
+    (study / link).symlink_to(outside)
+    before = contents(outside)
+    assert main([str(study)]) == 4
+    assert capsys.readouterr().err == f"error: report: {study / link}: is a symbolic link\n"
+    assert contents(outside) == before
+
+
+def test_tables_replace_a_link_and_leave_what_it_led_to(tmp_path: Path) -> None:
+    study = small(tmp_path / "s")
+    (tmp_path / "mine").write_text("mine")
+    (study / "trials.parquet").symlink_to(tmp_path / "mine")
+    assert main([str(study)]) == 0
+    assert (tmp_path / "mine").read_text() == "mine" and not (study / "trials.parquet").is_symlink()
 
 
 @pytest.mark.slow

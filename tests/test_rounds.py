@@ -39,7 +39,9 @@ class Work:
         attempt = store.Attempt("here", 1, store.now(), status=status)
         attempts = (*state.attempts, attempt) if begin else state.attempts
         error = {"kind": "OSError", "message": "no space left: here", "step": 0} if status == "disk_full" else None
-        folder.write_state(dataclasses.replace(state, status=status, attempts=attempts, error=error))
+        records = {"trace": {"rows": 1, "sha256": "0" * 64}} if status == "done" else {}
+        changes = {"status": status, "attempts": attempts, "records": records, "error": error}
+        folder.write_state(dataclasses.replace(state, **changes))
 
     def status(self, trial_id: str) -> str:
         return self.study.trial(trial_id).read_state().status

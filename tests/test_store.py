@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, store, trace
+from stabstudy import config, seals, store, trace
 from stabstudy.store import Attempt, LockHeldError, State, StoreError, StudyFolder, TrialFolder
 
 LIMIT = 30.0  # seconds that a process may take to start on a loaded machine
@@ -227,7 +227,7 @@ def test_losses_that_are_not_finite_are_text(folder: TrialFolder, value: float |
 def edited(folder: TrialFolder, **changes: Any) -> TrialFolder:
     folder.write_state(FULL)
     body = json.loads(folder.state_file.read_text())
-    folder.state_file.write_text(json.dumps({**body, **changes}))
+    folder.state_file.write_text(json.dumps(seals.sealed({**body, **changes})))  # as a later version might write it
     return folder
 
 

@@ -29,7 +29,7 @@ from stabstudy.settings import ConfigError
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
-from stabstudy.store import StoreError, StudyFolder
+from stabstudy.store import StoreError, StudyFolder, write_sealed
 from stabstudy.trace import PROBES, TRACE, DamagedRecord
 
 
@@ -402,7 +402,7 @@ def test_a_live_record_that_cannot_be_trusted_excludes_the_trial(tmp_path: Path,
     [
         ({"trial_id": "0123456789"}, "belongs to trial 0123456789"),
         ({"config": None}, "holds no config"),
-        ({"cell_id": 7}, "cell_id must be text"),
+        ({"cell_id": 7}, "was changed: belongs to cell 7"),
         ({"case": 7}, "case must be text"),
         ({"config": {"optim": {"lr": "fast"}}}, "optim.lr: must be a finite number"),
     ],
@@ -421,8 +421,8 @@ def test_a_config_that_cannot_be_used_excludes_the_trial(tmp_path: Path, change:
 def test_a_state_that_cannot_be_used_excludes_the_trial(tmp_path: Path, change: dict[str, Any]) -> None:
     planted.plant_frame(tmp_path / "s")
     trial = planted.plant_trial(tmp_path / "s", planted.settings())
-    trial.state_file.write_text(json.dumps(json.loads(trial.state_file.read_text()) | change))
-    assert "state.json: is no trial state" in Study.load(tmp_path / "s").damaged[0].reason
+    write_sealed(trial.state_file, json.loads(trial.state_file.read_text()) | change)
+    assert "state.json: is not a trial's state: " in Study.load(tmp_path / "s").damaged[0].reason
 
 
 def test_a_message_may_hold_what_utf8_cannot(tmp_path: Path) -> None:

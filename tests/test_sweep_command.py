@@ -125,9 +125,8 @@ def finished(plan, trial_id: str, seconds: float) -> None:
     trial = next(t for t in plan.trials if t.trial_id == trial_id)
     folder = store.StudyFolder(plan.folder).trial(trial_id)
     folder.path.mkdir(parents=True)
-    store.write_json(
-        folder.config_file, {"cell_id": trial.cell_id, "config": cfg.to_dict(trial.config), "choices": trial.choices}
-    )
+    body = {"cell_id": trial.cell_id, "config": cfg.to_dict(trial.config), "choices": trial.choices}
+    store.write_json(folder.config_file, body | {"data_fingerprint": trial.data_fingerprint})
     plain = {"tokens": 512, "seconds": seconds, "lr": 0.1, "layer_grad_norm": [1.0] * (trial.config.model.depth + 2)}
     live_rows.write(folder.live(trace.TRACE), [plain | {"step": step} for step in range(trial.config.train.steps)])
     rows, sha = live_rows.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})

@@ -20,6 +20,7 @@ from trials import BASE, Crash, Make, assert_same, at_step, poison, records, var
 
 from stabstudy import config as cfg
 from stabstudy import failpoints, live, store, trace
+from stabstudy.analysis.study import update_tables
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
@@ -328,19 +329,98 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
     assert_same(records(whole)[0], records(broken)[0])
 
 
-def test_a_checkpoint_with_nan_weights_fails_the_trial(make: Make, run: Run) -> None:
+def test_the_tables_of_a_killed_and_resumed_trial_are_the_same_bytes(make: Make, run: Run) -> None:
+    """But for `seconds`, which no column of them is made from, the name of their source included."""
+    whole, folder = make(BASE, "whole"), make(BASE, "resumed")
+    run(whole)
+    run(folder, crash_at(6))
+    run(folder)
+    tables = []
+    for trial in (whole, folder):
+        study = store.StudyFolder(trial.path.parent.parent)
+        assert not update_tables(study).damaged
+        tables.append((study.trials_table.read_bytes(), study.spikes_table.read_bytes()))
+    assert tables[0] == tables[1]
+    shas = [trial.read_state().records["trace"]["sha256"] for trial in (whole, folder)]
+    assert shas[0] != shas[1], "the clock stood still: nothing was tested"
+
+
+def rewritten(at: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> None:
+    """The checkpoint with other content and right checksums."""
+    if tensors is not None:
+        safetensors.torch.save_file(tensors, at / "tensors.safetensors")
+        changes["sha256"] = trace.file_sha256(at / "tensors.safetensors")
+    store.write_sealed(at / "state.json", store.read_json(at / "state.json") | changes)
+
+
+@pytest.mark.parametrize("name", ["model/embed.weight", "adam/exp_avg/embed.weight", "adam/exp_avg_sq/embed.weight"])
+def test_a_checkpoint_with_nan_fails_the_trial(make: Make, run: Run, name: str) -> None:
     """Its bytes and checksum are right: resuming from it would train nothing but NaN."""
     folder = make(BASE)
     run(folder, crash_at(6))
     at = max(folder.checkpoints.iterdir())
     tensors = safetensors.torch.load_file(at / "tensors.safetensors")
-    tensors["model/embed.weight"][0, 0] = math.nan
-    safetensors.torch.save_file(tensors, at / "tensors.safetensors")
-    body = store.read_json(at / "state.json") | {"sha256": trace.file_sha256(at / "tensors.safetensors")}
-    store.write_json(at / "state.json", body)
+    tensors[name][0, 0] = math.nan
+    rewritten(at, tensors)
     state = run(folder)
     assert state.status == "failed" and state.error is not None
-    assert state.error["message"] == f"nonfinite checkpoint {at.name}"
+    assert state.error["message"] == f"nonfinite checkpoint {at.name}: {name}"
+
+
+def test_an_infinite_moment_is_no_damage(make: Make, run: Run) -> None:
+    """The square of a gradient of 1e20 is infinite in fp32, and its update is 0."""
+    folder = make(BASE)
+    run(folder, crash_at(6))
+    at = max(folder.checkpoints.iterdir())
+    tensors = safetensors.torch.load_file(at / "tensors.safetensors")
+    tensors["adam/exp_avg_sq/embed.weight"][0, 0] = math.inf
+    rewritten(at, tensors)
+    assert run(folder).status == "done"
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["with its checksum", "without"])
+@pytest.mark.parametrize("change", [{"next_step": 3}, {"next_step": 400}, {"next_step": "4"}, {"sha256": "0" * 64}])
+def test_an_edited_checkpoint_is_passed_over(make: Make, run: Run, change: dict[str, Any], sealed: bool) -> None:
+    """Resuming at another step than that of the weights gave other losses, and no word."""
+    whole, folder = make(BASE, "whole"), make(BASE)
+    run(whole)
+    run(folder, crash_at(6))
+    at = max(folder.checkpoints.iterdir())
+    body = store.read_json(at / "state.json") | change
+    (store.write_json if sealed else store.write_sealed)(at / "state.json", body)
+    state = run(folder)
+    assert state.status == "done" and state.attempts[-1].from_step < int(at.name.partition("-")[2])
+    assert f"checkpoint {at.name} not used: " in folder.log_file.read_text()
+    for mine, undisturbed in zip(records(folder), records(whole), strict=True):
+        assert_same(mine, undisturbed)
+
+
+def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_removed(make: Make, run: Run) -> None:
+    folder = make(BASE)
+    run(folder, crash_at(6))
+    at = max(folder.checkpoints.iterdir())
+    rewritten(at, format=99)
+    before = {p: p.read_bytes() for p in folder.checkpoints.rglob("*") if p.is_file()}
+    for _ in range(2):
+        state = run(folder)
+        assert state.status == "failed" and state.error is not None
+        assert "format 99, this version reads up to 1" in state.error["message"]
+    assert {p: p.read_bytes() for p in folder.checkpoints.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optim": {"lr": 1e-3}}, {"train": {"steps": 10}}, {"model": {"depth": 1}}, {"data": {"seq_len": 8}}, {"seed": 1}],
+)
+def test_edited_settings_are_not_trained(make: Make, run: Run, change: dict[str, Any]) -> None:
+    folder = make(BASE)
+    body = folder.read_config()
+    for group, values in change.items():
+        body["config"][group] = body["config"][group] | values if isinstance(values, dict) else values
+    store.write_json(folder.config_file, body)
+    state = run(folder)
+    assert state.status == "failed" and state.error is not None and state.step == 0
+    assert "config.json: was changed: its settings and data make trial " in state.error["message"]
 
 
 def test_a_checkpoint_of_another_trial_is_refused(make: Make, run: Run) -> None:
@@ -512,8 +592,10 @@ def test_paired_trials_share_initial_weights_and_data(make: Make, run: Run) -> N
 
 
 def test_changed_data_is_refused(make: Make, run: Run) -> None:
-    folder = make(BASE)
-    body = json.loads(folder.config_file.read_text()) | {"data_fingerprint": "0" * 16}
+    planned = make(BASE)
+    of_other_data = cfg.trial_id(BASE, "0" * 16)
+    folder = store.TrialFolder(planned.path.rename(planned.path.with_name(of_other_data)))
+    body = json.loads(folder.config_file.read_text()) | {"data_fingerprint": "0" * 16, "trial_id": of_other_data}
     store.write_json(folder.config_file, body)
     state = run(folder)
     assert state.status == "failed" and state.error is not None and "fingerprint" in state.error["message"]

@@ -241,7 +241,7 @@ def test_a_trial_that_an_older_version_began_learns_it_when_it_goes_on(tmp_path:
     body = store.read_json(trial.state_file)
     for name in ("unigram_entropy", "train_tokens"):
         del body[name]
-    store.write_json(trial.state_file, body)
+    store.write_sealed(trial.state_file, body)
     assert trial.read_state() == dataclasses.replace(state, unigram_entropy=None, train_tokens=None)
     (ended,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: False)
     assert (ended.unigram_entropy, ended.train_tokens) == (state.unigram_entropy, state.train_tokens)
@@ -249,9 +249,11 @@ def test_a_trial_that_an_older_version_began_learns_it_when_it_goes_on(tmp_path:
 
 
 def test_a_trial_on_other_data_builds_nothing_from_them(tmp_path: Path, monkeypatch: Any) -> None:
-    trial = begun(tmp_path)
-    body = store.read_json(trial.config_file)
-    store.write_json(trial.config_file, body | {"data_fingerprint": "0" * 16})
+    planned = begun(tmp_path)
+    config, body = planned.read_own()
+    trial_id = cfg.trial_id(config, "0" * 16)
+    trial = store.TrialFolder(planned.path.rename(planned.path.with_name(trial_id)))
+    store.write_json(trial.config_file, body | {"trial_id": trial_id, "data_fingerprint": "0" * 16})
     (state,) = run_pack([trial], Engine(tmp_path / "cache"), Rules(), lambda progress: False)
     assert state.status == "failed" and state.error is not None
     assert f"must still be what the study began with (fingerprint {'0' * 16}), got " in state.error["message"]

@@ -155,7 +155,9 @@ def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
     hang = hanging("0123456789", "123456789a", "23456789ab")
     for member in hang.members[:2]:
         record(member, 0, 0.1)
-    hang.members[2].write_state(store.State("23456789ab", status="done"))  # its lock is held until the pack ends
+    # a done member's lock is held until the pack ends
+    records = {"trace": {"rows": 1, "sha256": "0" * 64}}
+    hang.members[2].write_state(store.State("23456789ab", status="done", records=records))
     watching = hang.watch()
     for written in range(1, 6):
         pass_time(watching, clock, 100)

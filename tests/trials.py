@@ -41,7 +41,8 @@ def make(tmp_path: Path, cache: Path) -> Callable[..., store.TrialFolder]:
         trial_id = cfg.trial_id(config, fingerprint)
         made = store.StudyFolder(tmp_path / name).trial(trial_id)
         made.path.mkdir(parents=True)
-        body = {"trial_id": trial_id, "config": cfg.to_dict(config), "data_fingerprint": fingerprint}
+        body = {"format": cfg.FORMAT_VERSION, "trial_id": trial_id, "cell_id": cfg.cell_id(config, fingerprint)}
+        body |= {"config": cfg.to_dict(config), "choices": {}, "case": None, "data_fingerprint": fingerprint}
         store.write_json(made.config_file, body)
         return made
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
+from stabstudy import entries
 from stabstudy.analysis import csv_files, render, trial_page
 from stabstudy.analysis.blocks import Report
 from stabstudy.analysis.links import TRIALS
@@ -28,7 +29,11 @@ _HEAD = 4096
 
 
 def publish(study: Study, report: Report, folder: Path) -> Path:
-    """Write the report into `folder` and answer with the path of its page. What an older report left is removed."""
+    """Write the report into `folder` and answer with the path of its page. What an older report left is removed.
+
+    Raises EntryError where the folder leads elsewhere by a link.
+    """
+    entries.check_report(folder)
     files = dict(_figures(report))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():

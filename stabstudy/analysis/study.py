@@ -23,13 +23,12 @@ from stabstudy.analysis.columns import frame, spike_kinds, trial_kinds
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
-from stabstudy.config import stored
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
-from stabstudy.store import StoreError, StudyFolder, open_study, read_json
+from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
 
 DEPTH = "model.depth"
@@ -94,9 +93,9 @@ class Study:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What the launch wrote about itself; empty where it wrote nothing that can be read."""
+        """What the launch wrote about itself; empty where it wrote nothing, or what is there is not what it wrote."""
         try:
-            return read_json(self.folder.provenance_file)
+            return read_sealed(self.folder.provenance_file)
         except StoreError:
             return {}
 
@@ -174,8 +173,8 @@ class Study:
             return self._parts[name].batch(rest, step, cache_dir)
         if self.ingested:
             raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
-        body = self.folder.trial(trial_id).read_config()
-        config, cache = stored(body["config"]), None if cache_dir is None else Path(cache_dir)
+        config, body = self.folder.trial(trial_id).read_own()
+        cache = None if cache_dir is None else Path(cache_dir)
         sequences = text.of_step(config, int(step), body["data_fingerprint"], cache)
         rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in sequences]
         return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
@@ -388,10 +387,10 @@ class Study:
             raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
 
 
-def update_tables(folder: StudyFolder) -> Study:
-    """Read every trial, write trials.parquet and spikes.parquet, and answer with the study. Unchanged rows are kept."""
+def update_tables(folder: StudyFolder, into: Path | None = None) -> Study:
+    """Read every trial, write trials.parquet and spikes.parquet into the study or `into`; answers with the study."""
     study = Study(folder)
-    write_tables(folder, study.tables)
+    write_tables(folder if into is None else StudyFolder(into), study.tables)
     return study
 
 

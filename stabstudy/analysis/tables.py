@@ -21,19 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy import failpoints, trace
+from stabstudy import entries, failpoints, trace
 from stabstudy.analysis import ingested
 from stabstudy.analysis.batches import Ratios, mark
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.leftovers import sweep_abandoned
-from stabstudy.settings import ConfigError
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, summarise
-from stabstudy.store import State, StoreError, StudyFolder, TrialFolder
+from stabstudy.store import NewerFormatError, State, StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]
@@ -90,7 +89,7 @@ def read_tables(folder: StudyFolder) -> Tables:
     for trial in folder.trials():
         try:
             trials.append(_open(trial))
-        except (StoreError, ConfigError) as error:
+        except StoreError as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
     rules = Rules()
     found = [_kept(t, rules) for t in trials]
@@ -121,10 +120,28 @@ def read_tables(folder: StudyFolder) -> Tables:
 
 
 def write_tables(folder: StudyFolder, tables: Tables) -> None:
-    """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes."""
+    """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes.
+
+    Raises NewerFormatError for tables that a newer version wrote.
+    """
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for path in (folder.trials_table, folder.spikes_table):
+        _refuse_newer(path)
     _write(folder.trials_table, tables.trials, trial_kinds(tables.groups, tables.external), tables)
     _write(folder.spikes_table, tables.spikes, spike_kinds(), tables)
     sweep_abandoned(folder.path)
+
+
+def _refuse_newer(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        written = int((pq.read_schema(path).metadata or {})[b"format"])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return  # none, or one that cannot be read: it is made anew
+    if written > FORMAT:
+        raise NewerFormatError(f"{path}: format {written}, this version writes {FORMAT}; --out DIR writes elsewhere")
 
 
 def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
@@ -153,33 +170,20 @@ _Answer = tuple[Row, list[Row]] | DamagedRecord
 
 
 def _open(folder: TrialFolder) -> _Trial:
+    if wrong := entries.of_trial(folder.path, links=True):
+        raise StoreError(wrong)
     body = folder.read_config()
     log = read_external(body, folder.config_file)
-    config = body.get("config") if log is None else {}
-    if not isinstance(config, dict):
-        raise StoreError(f"{folder.config_file}: holds no config")
-    state = folder.read_state()
+    own = folder.read_own()[0] if log is None else None
     data = str if log is None else str | None
     for name, allowed in (("cell_id", str), ("data_fingerprint", data), ("case", str | None)):
         if not isinstance(body.get(name), allowed):
             raise StoreError(f"{folder.config_file}: {name} must be text, got {body.get(name)!r}")
-    if not _usable(state):
-        raise StoreError(f"{folder.state_file}: is no trial state")
-    for name, found in (("config.json", body.get("trial_id")), ("state.json", state.trial_id)):
-        if found != folder.trial_id:
-            raise StoreError(f"{folder.path / name}: belongs to trial {found}")
-    if log is not None:
+    state = folder.read_state()
+    if own is None:
+        assert log is not None
         return _Trial(folder, None, ingested.settings(log), body, state, log)
-    own = cfg.stored(config)
     return _Trial(folder, own, cfg.flat(own), body, state, None)
-
-
-def _usable(state: State) -> bool:
-    """Whether the fields that a row is made from have the types that the trainer writes."""
-    texts = all(isinstance(v, str | None) for v in (state.stop_reason, state.eval_hash))
-    records = state.records.values() if isinstance(state.records, dict) else [None]
-    named = all(isinstance(r, dict) and isinstance(r.get("sha256"), str) for r in records)
-    return texts and named and isinstance(state.error, dict | None)
 
 
 def _kept(t: _Trial, rules: Rules) -> _Answer | None:

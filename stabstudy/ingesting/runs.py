@@ -93,7 +93,7 @@ def write(study: store.StudyFolder, run: Run) -> str:
         "data_fingerprint": None,
     }
     there = folder.config_file.exists()
-    if there and store.read_json(folder.config_file) == json.loads(json.dumps(body)):
+    if there and _holds(folder, body):
         return "unchanged"
     folder.path.mkdir(parents=True, exist_ok=True)
     store.sweep_leftovers(folder.path)
@@ -108,11 +108,21 @@ def write(study: store.StudyFolder, run: Run) -> str:
             records={LOG.name: {"rows": len(run.grid.points), "sha256": sha}},
         )
     )
-    store.write_json(folder.config_file, body)  # last: a trial is there once its config is
+    store.write_sealed(folder.config_file, body)  # last: a trial is there once its config is
     outgrown = [] if there else [old for old in study.trials() if _continues(run, old)]
     for old in outgrown:
         shutil.rmtree(old.path)
     return "changed" if there else "grown" if outgrown else "new"
+
+
+def _holds(folder: store.TrialFolder, body: Mapping[str, Any]) -> bool:
+    """Whether the trial's files are what would be written. Raises NewerFormatError for those of a newer version."""
+    try:
+        return folder.read_state().status == "done" and folder.read_config() == json.loads(json.dumps(body))
+    except store.NewerFormatError:
+        raise
+    except store.StoreError:
+        return False
 
 
 def _continues(run: Run, old: store.TrialFolder) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from stabstudy import entries
 from stabstudy.ingesting import events, lines, lingua, names, tabular, trainer
 from stabstudy.ingesting.points import LogError, Raw
 
@@ -79,6 +80,7 @@ def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
     for at, folders, files in os.walk(top):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         folder = Path(at)
+        files = [f for f in files if not entries.not_a_file(folder / f)]  # a pipe would be waited for
         log = [folder / LOG] if LOG in files else []
         if trainer_files := (*log, *_state_of(folder)):
             folders.clear()

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import entries, store
 from stabstudy.ingesting import runs
 from stabstudy.ingesting.runs import Run
 
@@ -28,7 +28,7 @@ def open_for(path: Path, name: str) -> store.StudyFolder:
         return study
     if not path.is_dir():
         raise store.StoreError(f"{path}: is a file")
-    if study.provenance_file.exists() and store.read_json(study.provenance_file).get("kind") == KIND:
+    if study.provenance_file.exists() and store.read_sealed(study.provenance_file).get("kind") == KIND:
         return study
     if study.sweep_file.exists():
         raise store.StoreError(f"{path}: holds the study of a sweep: choose another name with --study NAME")
@@ -39,13 +39,14 @@ def open_for(path: Path, name: str) -> store.StudyFolder:
 
 def write(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
     """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
+    entries.check_ingested(study.path, [study.trial(run.trial_id).path for run in found])
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
-            store.write_json(study.provenance_file, _provenance(study, argv))
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
         outcomes = Counter(runs.write(study, run) for run in found)
         if outcomes.keys() - {"unchanged"}:
-            store.write_json(study.provenance_file, _provenance(study, argv))
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
     return outcomes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -40,6 +41,10 @@ class Launch:
     max_trials: int = setting(10_000, ge=1, le=10**6)
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
+
+LONGEST_NAME = 255
+LONGEST_PATH = 4095 - 265
+"""Of a path's parts and of the path, in bytes, less the longest path below it: of a file of a checkpoint."""
 
 LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
 
@@ -114,12 +119,29 @@ def _check_folder(launch: Launch, found: Findings) -> None:
     """Refuse a study or a results folder that cannot be a name."""
     if launch.study is not None and (rule := store.check_name(launch.study)):
         found.refuse("study", rule, repr(launch.study))
+    if rule := _no_folder(launch.results_dir):
+        found.refuse("results_dir", rule, repr(launch.results_dir))
+
+
+def _no_folder(text: str) -> str | None:
+    """Why the text cannot be the path of a results folder, or None. The longest path below it must be one too."""
+    if not text.strip():
+        return "must name a folder"
     try:
-        Path(launch.results_dir).expanduser()
+        path = Path(text).expanduser()
+        parts = [os.fsencode(part) for part in path.parts]
+        whole = os.fsencode(os.path.abspath(path))
     except RuntimeError:  # ~nobody
-        found.refuse("results_dir", "names the home of an unknown user", repr(launch.results_dir))
-    if not launch.results_dir.strip():
-        found.refuse("results_dir", "must name a folder", repr(launch.results_dir))
+        return "names the home of an unknown user"
+    except ValueError:  # half a surrogate pair
+        return "must be a path that this system can encode"
+    if "\0" in text:
+        return "must not contain a NUL"
+    if any(len(part) > LONGEST_NAME for part in parts):
+        return f"each folder's name must have at most {LONGEST_NAME} bytes"
+    if len(whole) > LONGEST_PATH:
+        return f"the whole path must have at most {LONGEST_PATH} bytes"
+    return None
 
 
 def _read_one(

@@ -9,13 +9,15 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import GROUPS, setting_names
+from stabstudy.config import GROUPS, TrialConfig, setting_names
 from stabstudy.planning import compose
 from stabstudy.planning.findings import Findings
 from stabstudy.settings import nearest
 
 MAX_VALUES = 10_000
 """Of one axis; a longer one is a typing error, and must not be enumerated to find out."""
+
+MAX_SEED = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed").metadata["le"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def seeds(written: Any, origin: str, found: Findings) -> tuple[int, ...]:
     if not isinstance(written, list) or not written or any(type(s) is not int or s < 0 for s in written):
         rule = f"must be a number of seeds from 1 to {MAX_VALUES}, or a list of seeds such as [0, 7]"
         found.refuse("seeds", rule, repr(written), origin)
+        return (0,)
+    if (largest := max(written)) > MAX_SEED:
+        found.refuse("seeds", f"each must be a whole number in [0, {MAX_SEED:,}]", repr(largest), origin)
         return (0,)
     return tuple(chosen.value for chosen in values("seed", written, origin, None, found))
 

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stabstudy import entries
 from stabstudy.planning import scalars
 from stabstudy.settings import ConfigError, Problem
 
@@ -58,6 +59,8 @@ def check(path: Path, name: str) -> tuple[str, dict[str, int]]:
 
 
 def _decoded(path: Path, name: str) -> str:
+    if kind := entries.not_a_file(path):  # a pipe would be waited for
+        raise ConfigError(Problem(name, f"is {kind}, not a file"))
     try:
         with path.open("rb") as f:
             raw = f.read(MAX_BYTES + 1)
@@ -133,6 +136,9 @@ def _walk_mapping(
         if not isinstance(key, yaml.ScalarNode):
             yield Problem(f"{name}:{line}", "a key must be text")
             continue
+        if not key.tag.endswith(":str") and scalars.ambiguous(key.value, key.tag) is None:
+            kind = key.tag.rpartition(":")[2]
+            yield Problem(f"{name}:{line}", f"a key must be text: {key.value} is of type {kind} in YAML; quote it")
         below = f"{path}.{key.value}" if path else key.value
         lines.setdefault(below, line)
         if key.value in first:

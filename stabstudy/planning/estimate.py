@@ -13,12 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabstudy import store, trace
-from stabstudy.config import TrialConfig, stored
+from stabstudy import entries, store, trace
+from stabstudy.config import TrialConfig
 from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import Problem
 
 BYTE_VOCABULARY = 258
 ASSUMED_VOCABULARY = 65_536
@@ -119,14 +119,16 @@ def slots(compute: Compute, launcher: str) -> int | None:
 def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
     operations = spent = 0.0
-    for folder in [f for f in study.trials() if f.finished(trace.TRACE).exists()][:limit]:
+    finished = [f for f in study.trials() if f.finished(trace.TRACE).exists() and not entries.of_trial(f.path, True)]
+    for folder in finished[:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
-            config = stored(folder.read_config()["config"])
-        except (store.StoreError, trace.DamagedRecord, ConfigError, KeyError, OSError):
+            config, _ = folder.read_own()
+            packed = _packed(folder)
+        except (store.StoreError, trace.DamagedRecord, OSError):
             continue
         if rows is not None and len(rows):
-            spent += float(rows["seconds"].sum()) / _packed(folder)
+            spent += float(rows["seconds"].sum()) / packed
             operations += flops(config) * len(rows) / config.train.steps
     return operations / spent if spent > 0 else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import ConfigError, Problem, short
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Findings:
 
 
 def at(problem: Problem, origin: str) -> Problem:
-    """The problem with the place of the value behind it."""
-    if not origin:
-        return problem
-    if problem.got:
-        return replace(problem, got=f"{problem.got} ({origin})")
-    return replace(problem, rule=f"{problem.rule} ({origin})")
+    """The problem with the place of the value behind it; both of a readable length, whatever was typed."""
+    got, where = short(problem.got), short(origin)
+    if not where:
+        return replace(problem, got=got)
+    if got:
+        return replace(problem, got=f"{got} ({where})")
+    return replace(problem, rule=f"{problem.rule} ({where})")

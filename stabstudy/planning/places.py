@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stabstudy
-from stabstudy import store
+from stabstudy import entries, store
 from stabstudy.settings import ConfigError, Problem, nearest
+
+HEAD = 64 * 1024
+"""Characters of a sweep file that are read for its question."""
 
 _PACKAGE = Path(stabstudy.__file__).resolve().parent
 
@@ -78,7 +81,11 @@ def _files(cwd: Path) -> dict[str, Path]:
 
 
 def _text(path: Path) -> str:
+    """The beginning of a sweep file, where its question stands; empty where it cannot be read."""
+    if entries.not_a_file(path):
+        return ""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as f:
+            return f.read(HEAD)
     except OSError:
         return ""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabstudy import store
+from stabstudy import entries, store
 from stabstudy.config import TrialConfig
 from stabstudy.planning import caveats, estimate, machine, packs, words
 from stabstudy.planning.plan import Plan
+from stabstudy.planning.standing import intact, waiting
 
 SHOWN = 40
 """Cells listed before the rest is counted."""
@@ -16,15 +17,20 @@ SHOWN = 40
 def show(plan: Plan) -> None:
     """Print the plan: its axes and cells, trials done and to do, tokens, arithmetic, time and disk."""
     study = store.StudyFolder(plan.folder)
-    done = {t.trial_id for t in plan.trials if study.trial(t.trial_id).read_state().status == "done"}
+    whole, damaged = intact(plan, study)
+    waits = {t.trial_id for t in waiting(whole, study)}
+    done = {t.trial_id for t in whole.trials if t.trial_id not in waits}
     print(f"{plan.study}: {plan.question}")
     for axis in plan.axes:
         print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
     _cells(plan, done)
-    todo = [t for t in plan.trials if t.trial_id not in done]
+    todo = [t for t in whole.trials if t.trial_id in waits]
     cells = len({t.cell_id for t in plan.trials})
-    whole = f"{words.count(len(plan.trials), 'trial')} of {words.count(cells, 'cell')}"
-    print(f"{whole}: {len(done)} done, {len(todo)} to do in {plan.folder}")
+    size = f"{words.count(len(plan.trials), 'trial')} of {words.count(cells, 'cell')}"
+    left = f", {len(damaged)} damaged" if damaged else ""
+    print(f"{size}: {len(done)} done, {len(todo)} to do{left} in {plan.folder}")
+    for line in damaged:
+        print(f"damaged: {words.safe(line)}")
     if todo:
         packed = packs.packs(todo, plan.compute, plan.launcher)
         shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
@@ -80,7 +86,7 @@ def why_not_here(plan: Plan) -> list[str]:
     packed = packs.packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
     reasons = machine.why_not_versions(plan.launcher)
-    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed))])
+    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed)), entries.of_study(plan.folder)])
     gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
     if plan.compute.address is None and gpus and not machine.gpu_memory():
         reasons.append(f"compute.gpus_per_pack={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")

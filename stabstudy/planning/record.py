@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import entries, store
 from stabstudy.config import DataConfig
 from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import PRIMARY
@@ -57,7 +57,9 @@ def text(body: Mapping[str, Any]) -> str:
 def read(folder: Path) -> dict[str, Any] | None:
     """The content of sweep.yaml in the folder, or None where there is none. Raises ConfigError when it is broken."""
     path = store.StudyFolder(folder).sweep_file
-    if not path.is_file():
+    if kind := entries.not_a_file(path):
+        raise ConfigError(Problem("study", f"{path}: is {kind}, not a file"))
+    if not path.exists():
         return None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -76,7 +78,7 @@ def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], fo
             found.refuse("study", f"{folder} is not a study of this program: it holds {', '.join(strangers[:3])}")
         return {}
     named, version = before.get("sweep"), before.get("format")
-    if not isinstance(version, int) or version > cfg.FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= cfg.FORMAT_VERSION:
         found.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
     elif named != sweep:
         same = "leave out sweep=" if named == PRIMARY else f"use sweep={named}"

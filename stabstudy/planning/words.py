@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from stabstudy.settings import safe as safe  # beside the other words for a terminal
 from stabstudy.store import State
 
 UNITS = ("", "k", "M", "G", "T", "P", "E")
@@ -35,11 +36,6 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.{1 if name == 'h' else 0}f} {name}"
     return f"{seconds / 86_400:.0f} days"
-
-
-def safe(text: str) -> str:
-    """The text on one line, control characters spelled out: a file's name or value must not steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

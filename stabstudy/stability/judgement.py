@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from stabstudy import config as cfg
+from stabstudy import seals
 from stabstudy.config import TrialConfig
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.events import SPIKE_COLUMNS
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
-from stabstudy.store import State, StoreError, TrialFolder, encode_float, read_json, write_bytes
+from stabstudy.store import State, StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
 
 FORMAT = 3
@@ -69,9 +70,19 @@ class Source:
 
 
 def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
-    """Names settings, state and, of an ingested run, what its log is; 16 hex digits."""
-    text = json.dumps([{k: getattr(state, k) for k in _OF_STATE}, dict(settings), log], sort_keys=True, default=str)
+    """Names settings, state and, of an ingested run, what its log is; 16 hex digits.
+
+    The records of a state stand in it by their values without wall time, where the state has the sha256 of these.
+    """
+    fields = {k: getattr(state, k) for k in _OF_STATE}
+    fields["records"] = {name: _record(record) for name, record in state.records.items()}
+    text = json.dumps([fields, dict(settings), log], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    values = record.get("values_sha256")
+    return {"rows": record["rows"], "values_sha256": values} if values else record
 
 
 def judge_trial(trace: Rows, probes: Rows | None, source: Source, rules: Rules) -> Summary:
@@ -91,14 +102,15 @@ def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: 
         "columns": _encoded(summary.columns),
         "spikes": [_encoded(spike) for spike in summary.spikes],
     }
-    write_bytes(folder.summary_file, json.dumps(body, allow_nan=False).encode() + b"\n", synced="nothing")
+    text = json.dumps(seals.sealed(body), allow_nan=False) + "\n"
+    write_bytes(folder.summary_file, text.encode(), synced="nothing")
 
 
 def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:
     """The judgement kept in the folder; None where there is none, or it is not of this source and these rules."""
     wanted = {"format": FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
     try:
-        body = read_json(folder.summary_file)
+        body = seals.opened(read_json(folder.summary_file))
         return _summary(body) if all(body.get(k) == v for k, v in wanted.items()) else None
     except (StoreError, KeyError, TypeError, ValueError):  # whatever damage there is, the trial can be judged anew
         return None
@@ -115,7 +127,7 @@ def _summary(body: Mapping[str, Any]) -> Summary:
 
 
 def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
+    return {k: seals.encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _decoded(spike: Mapping[str, Any]) -> dict[str, Any]:

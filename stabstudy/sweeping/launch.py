@@ -21,11 +21,13 @@ from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.supply import Supply
-from stabstudy.planning import machine, packs, words
+from stabstudy.planning import machine, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.planning.standing import intact, waiting
+from stabstudy.settings import ConfigError, Problem, line
 from stabstudy.stability.rules import Rules
+from stabstudy.sweeping import cluster
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.provenance import provenance
@@ -35,6 +37,8 @@ from stabstudy.sweeping.worker import PackFailed, train_pack
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""
+DAMAGED = 3
+"""Exit code where a trial was left alone because its files cannot be trusted."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +52,37 @@ class Outcome:
 def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
     """Train every trial of the plan that is not done. `command` is the one that resumes it.
 
-    Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, before
-    anything is created; store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the
-    pre-flight does not start.
+    Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
+    store.NewerFormatError for a study that a newer version wrote to, before anything is created;
+    store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
+    start, or no cluster at compute.address takes us.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
-    prepare_data(plan, cache_dir, say)
     study = store.StudyFolder(plan.folder)
-    preflight([t.config for t in _waiting(plan, study)], plan.compute, cache_dir, say)
+    whole, _ = intact(plan, study)
+    if plan.launcher == "ray" and plan.compute.address is not None:
+        cluster.check(plan.compute.address)
+    prepare_data(plan, cache_dir, say)
+    preflight([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
     with store.lock(study.path):
-        write_study(study, plan)
-        leftovers.sweep_study(study, [t.trial_id for t in plan.trials], plan.compute.keep_checkpoints)
-        todo = _waiting(plan, study)
-        if not todo:
-            say(f"nothing to train: all {len(plan.trials)} trials are done")
-            return Outcome(0)
-        return _train(plan, study, todo, cache_dir, command)
+        whole, left_alone = intact(plan, study)
+        for line in left_alone:
+            say(f"damaged, left alone (remove its folder to train it again): {line}")
+        write_study(study, whole, say)
+        leftovers.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
+        outcome = _trained(whole, study, cache_dir, say, command)
+    return dataclasses.replace(outcome, code=outcome.code or DAMAGED) if left_alone else outcome
 
 
-def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
-    """The trials that are not done; all of them while there is no study yet."""
-    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+def _trained(
+    plan: Plan, study: store.StudyFolder, cache_dir: Path, say: Callable[[str], None], command: str
+) -> Outcome:
+    todo = waiting(plan, study)
+    if not todo:
+        say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
+        return Outcome(0)
+    return _train(plan, study, todo, cache_dir, command)
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
@@ -110,7 +123,7 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
     ids = [trial.trial_id for trial in plan.trials]
     _settle(study, ids)
     if stop.reason is not None:
-        print(f"error: machine: {words.safe(stop.reason)}", file=sys.stderr)
+        print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
     if stop.requested:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
         return Outcome(4 if stop.number is None else 128 + stop.number, early=True)
@@ -147,10 +160,10 @@ def _train_here(pack: Pack, rounds: Rounds, shared: Mapping[str, Any]) -> None:
         train_pack(pack, shared, lambda report: rounds.progress(pack, report))
 
 
-def write_study(study: store.StudyFolder, plan: Plan) -> None:
+def write_study(study: store.StudyFolder, plan: Plan, say: Callable[[str], None] = print) -> None:
     """sweep.yaml, provenance.json and each trial's config.json; a file with the same content stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
-    store.write_json(study.provenance_file, provenance(plan))
+    store.write_sealed(study.provenance_file, provenance(plan))
     for trial in plan.trials:
         folder = study.trial(trial.trial_id)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -163,8 +176,12 @@ def write_study(study: store.StudyFolder, plan: Plan) -> None:
             "case": trial.case,
             "data_fingerprint": trial.data_fingerprint,
         }
-        if not folder.config_file.exists() or store.read_json(folder.config_file) != body:
-            store.write_json(folder.config_file, body)
+        try:
+            if not folder.config_file.exists() or folder.read_own()[1] != body:
+                store.write_sealed(folder.config_file, body)
+        except store.StoreError as error:
+            say(f"written anew: {error}")
+            store.write_sealed(folder.config_file, body)
 
 
 def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:

@@ -22,7 +22,6 @@ import os
 import queue
 import secrets
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,7 +194,6 @@ def _start(compute: Compute, temporary: str) -> None:
 
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     if compute.address is not None:
-        _check_reachable(compute.address)
         try:
             ray.init(address=compute.address, **settings)
         except Exception as error:
@@ -209,17 +207,6 @@ def _start(compute: Compute, temporary: str) -> None:
             ray.shutdown()
             if tried == START_TRIES:
                 raise NotReadyError(f"Ray did not start in {START_TRIES} tries: {_first_line(error)}") from error
-
-
-def _check_reachable(address: str) -> None:
-    """Fail in seconds where Ray would try for minutes. `auto` and other names are left to Ray."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise NotReadyError(f"compute.address={address}: no Ray cluster answers ({error})") from error
 
 
 def _services() -> list[tuple[str, str, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import live, store, trace
+from stabstudy import entries, live, store, trace
 from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
 
@@ -54,7 +54,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
 def _axes(study: store.StudyFolder) -> list[str]:
     """The names of the axes of the last launch."""
     try:
-        axes = store.read_json(study.provenance_file).get("axes")
+        axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
     return list(axes) if isinstance(axes, dict) else []
@@ -63,6 +63,8 @@ def _axes(study: store.StudyFolder) -> list[str]:
 def _found(folder: TrialFolder) -> Listed:
     """The trial; one whose state cannot be read counts as failed, with the reason."""
     try:
+        if wrong := entries.of_trial(folder.path, links=True):
+            raise store.StoreError(wrong)
         state = folder.read_state()
     except store.StoreError as error:
         state = State(folder.trial_id, status="failed", error={"kind": "StoreError", "message": str(error)})

@@ -1,6 +1,6 @@
 """Checkpoints that execute nothing when read: safetensors plus JSON, each checked by sha256, the last two kept.
 
-    checkpoint/step-00000500/  tensors.safetensors  state.json {format, trial_id, next_step, sha256}
+    checkpoint/step-00000500/  tensors.safetensors  state.json {format, trial_id, next_step, sha256, content_sha256}
 
 Order matters (RELIABILITY D3): the caller fsyncs the records first, so a checkpoint with next_step S implies that every
 row below S is durable. A folder appears whole, by rename, or not at all. The tensors are those of one trial, whatever
@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,6 +27,8 @@ from stabstudy.trace import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
 KEEP = 2
+MOMENTS = ("adam/", "lion/", "muon/")
+"""What the names of an optimizer's moments begin with."""
 
 
 class CheckpointError(Exception):
@@ -72,7 +75,7 @@ def _fill(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step:
     sha = sync_file(file)
     failpoints.hit("checkpoint.tensors_synced")
     body = {"format": FORMAT, "trial_id": trial_id, "next_step": next_step, "sha256": sha}
-    store.write_json(folder / "state.json", body)
+    store.write_sealed(folder / "state.json", body)
 
 
 def restore(
@@ -81,28 +84,37 @@ def restore(
     """The newest intact checkpoint with next_step <= `most` (the rows at hand).
 
     Returns (next_step, tensors, notes): next_step 0 and no tensors where none can be used, a note for each one that
-    was not used. Raises CheckpointError for a checkpoint of another trial, of other `shapes`, or with weights that are
-    not finite.
+    was not used. Raises CheckpointError for a checkpoint of a newer version, of another trial, of other `shapes`, or
+    with weights or moments that are no numbers.
     """
     notes: list[str] = []
     for path in _newest_first(folder):
         try:
-            body = store.read_json(path / "state.json")
-            if body.get("format") != FORMAT or file_sha256(path / "tensors.safetensors") != body.get("sha256"):
-                raise ValueError("wrong format or checksum")
-            next_step = int(body["next_step"])
+            next_step, owner = _described(path)
             tensors = safetensors.torch.load_file(path / "tensors.safetensors", device="cpu")
-        except (store.StoreError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except store.NewerFormatError as error:
+            raise CheckpointError(f"checkpoint {path.name}: {error}") from error  # a later save would remove it
+        except (store.StoreError, OSError, ValueError, SafetensorError) as error:
             notes.append(f"checkpoint {path.name} not used: {error}")
             continue
-        if body["trial_id"] != trial_id:
-            raise CheckpointError(f"checkpoint {path.name} belongs to trial {body['trial_id']}, not {trial_id}")
+        if owner != trial_id:
+            raise CheckpointError(f"checkpoint {path.name} belongs to trial {owner}, not {trial_id}")
         if next_step > most:
             notes.append(f"checkpoint {path.name} not used: only {most} rows are recorded")
             continue
         _check(tensors, shapes, path.name)
         return next_step, tensors, notes
     return 0, {}, notes
+
+
+def _described(path: Path) -> tuple[int, Any]:
+    """(next_step, trial_id) of a checkpoint whose tensors are those that were saved. Raises StoreError, ValueError."""
+    body = store.read_sealed(path / "state.json", FORMAT)
+    if file_sha256(path / "tensors.safetensors") != body.get("sha256"):
+        raise ValueError("wrong checksum")
+    if type(body.get("next_step")) is not int or f"step-{body['next_step']:08d}" != path.name:
+        raise ValueError(f"its folder's name is not that of next_step {body.get('next_step')}")
+    return body["next_step"], body.get("trial_id")
 
 
 class Saver:
@@ -136,5 +148,8 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], labe
     wrong += [name for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
     if wrong:
         raise CheckpointError(f"checkpoint {label} is of another model: {', '.join(wrong[:3])}")
-    if not all(bool(torch.isfinite(t).all()) for k, t in tensors.items() if k.startswith("model/")):
-        raise CheckpointError(f"nonfinite checkpoint {label}")
+    # the square of a huge gradient may be infinite, and training goes on; a moment that is NaN never recovers
+    bad = [k for k, t in tensors.items() if k.startswith("model/") and not bool(t.isfinite().all())]
+    bad += [k for k, t in tensors.items() if k.startswith(MOMENTS) and bool(t.isnan().any())]
+    if bad:
+        raise CheckpointError(f"nonfinite checkpoint {label}: {', '.join(bad[:3])}")

@@ -72,8 +72,8 @@ class Trial:
         attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
-        described = self.folder.read_config()
-        self.config = cfg.from_dict(described["config"])
+        stored, described = self.folder.read_own()
+        self.config = cfg.from_dict(cfg.to_dict(stored))  # which holds it to the rules between settings too
         self._fingerprint = described["data_fingerprint"]
 
     def compiles(self) -> bool:
@@ -159,7 +159,8 @@ class Trial:
             path, note = self.folder.finished(table.schema), {"trial_id": state.trial_id}
             # the folder once, with both names in it
             sha = finished.write(table, path, note, synced="folder" if table is probes else "file")
-            records[table.schema.name] = {"rows": len(table), "sha256": sha}
+            values = finished.values_sha256(table)
+            records[table.schema.name] = {"rows": len(table), "sha256": sha, "values_sha256": values}
         if stop_reason == "complete" and records["trace"]["rows"] != self.config.train.steps:
             raise RuntimeError(f"{records['trace']['rows']} rows of {self.config.train.steps} steps were recorded")
         state = replace(state, status="done", error=None, records=records)
