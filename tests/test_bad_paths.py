@@ -112,6 +112,21 @@ def test_a_key_that_is_no_text_has_its_line(capsys: Capture, text: str) -> None:
     assert line.startswith("error: conf: sweeps/own.yaml:2: a key must be text: ") and line.endswith("; quote it")
 
 
+TAGS = ["!!bool x", "!!timestamp x", "!!int x", "!!float x", "!!binary '#'", "!!set [a]", "!!omap {a: 1}", "!!pairs 3"]
+TAGS += ["2001-99-99", "!!null x", "!!merge x", "!!x y", "!y z", "0b2"]
+
+
+@pytest.mark.parametrize("value", TAGS)
+def test_a_tag_that_its_value_does_not_fit(capsys: Capture, value: str) -> None:
+    """In a sweep file, and in the sweep.yaml of a study: the readers of YAML raise errors of every kind."""
+    sweep_file(f"optim: {{lr: {value}}}")
+    assert refused(capsys, "sweep=own")[0].startswith("error: conf: ")
+    Path("results", "quickstart").mkdir(parents=True)
+    Path("results", "quickstart", "sweep.yaml").write_text(f"format: 1\nsweep: quickstart\nsettings: {{a: {value}}}\n")
+    assert sweep.main([*ONE, "--dry-run"]) in (0, 2)
+    assert "internal" not in capsys.readouterr().err
+
+
 LONG = "x" * 100_000
 
 
