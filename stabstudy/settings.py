@@ -31,7 +31,7 @@ class Problem:
     got: str = ""
 
     def __str__(self) -> str:
-        return f"{short(self.setting)}: {self.rule}" + (f", got {self.got}" if self.got else "")
+        return f"{short(self.setting)}: {self.rule}" + (f", got {short(self.got, 500)}" if self.got else "")
 
 
 class ConfigError(ValueError):

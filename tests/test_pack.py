@@ -16,6 +16,7 @@ from trials import BASE, Make, assert_same, poison, records, vary
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
+from stabstudy.analysis.tables import read_tables
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.stability.rules import Rules
 from stabstudy.training import muon, pack
@@ -287,6 +288,28 @@ def test_a_member_whose_files_are_another_s_leaves_the_others(make: Make, train:
     assert [s.status for s in states] == ["done", "failed", "done"]
     assert states[1].error is not None and "belongs to trial" in states[1].error["message"]
     assert [len(s.attempts) for s in states] == [2, 2, 2] and states[0].attempts[-1].from_step == 6
+
+
+def test_a_member_whose_files_were_edited_leaves_the_others(make: Make, train: Train) -> None:
+    """Its settings, its checkpoints: it fails, or starts from an older one; the rest of the pack is as without it."""
+    folders, whole = ([make(c, name) for c in members(BASE, 3)] for name in ("edited", "whole"))
+    train(whole)
+    train(folders, lambda m: m[0].step >= 6)
+    body = folders[0].read_config()
+    body["config"]["optim"]["lr"] *= 2
+    store.write_json(folders[0].config_file, body)
+    newest = max(folders[1].checkpoints.iterdir()) / "state.json"
+    store.write_json(newest, store.read_json(newest) | {"next_step": 5})
+    states = train(folders)
+    assert [s.status for s in states] == ["failed", "done", "done"]
+    assert states[0].error is not None and "was changed: its settings" in states[0].error["message"]
+    assert states[1].attempts[-1].from_step < 6 == states[2].attempts[-1].from_step
+    for folder, undisturbed in zip(folders[1:], whole[1:], strict=True):
+        for mine, reference in zip(records(folder), records(undisturbed), strict=True):
+            assert_same(mine, reference)
+    rows = [read_tables(store.StudyFolder(f[1].path.parent.parent)).trials for f in (folders, whole)]
+    sources = [{row["trial_id"]: row["source_sha256"] for row in table} for table in rows]
+    assert {f.trial_id for f in folders[1:]} == set(sources[0]) and sources[0].items() <= sources[1].items()
 
 
 def test_members_that_are_done_or_locked_are_left_alone(make: Make, train: Train) -> None:

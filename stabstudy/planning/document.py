@@ -15,6 +15,9 @@ from stabstudy import entries
 from stabstudy.planning import scalars
 from stabstudy.settings import ConfigError, Problem
 
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+"""What YAML readers raise: `!!bool x` is a KeyError in them, `!!timestamp x` an AttributeError."""
+
 MAX_BYTES = 2**20
 MAX_NODES = 10_000
 """With aliases written out: a file of one kilobyte can stand for a billion nodes."""
@@ -39,8 +42,8 @@ def read(path: Path, name: str) -> Document:
     text, lines = check(path, name)
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(Problem(name, _first_line(error))) from error
+    except UNREADABLE as error:
+        raise ConfigError(Problem(name, f"is not valid YAML: {_first_line(error)}")) from error
     assert isinstance(content, dict)  # the root was seen to be a mapping
     return Document(name, text, {str(k): v for k, v in content.items()}, lines)
 

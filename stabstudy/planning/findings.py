@@ -38,9 +38,9 @@ class Findings:
 
 def at(problem: Problem, origin: str) -> Problem:
     """The problem with the place of the value behind it; both of a readable length, whatever was typed."""
-    got, where = short(problem.got), short(origin)
-    if not where:
-        return replace(problem, got=got)
-    if got:
-        return replace(problem, got=f"{got} ({where})")
+    if not origin:
+        return problem
+    where = short(origin)
+    if problem.got:
+        return replace(problem, got=f"{short(problem.got)} ({where})")
     return replace(problem, rule=f"{problem.rule} ({where})")

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from stabstudy import config as cfg
 from stabstudy import entries, store
 from stabstudy.config import DataConfig
+from stabstudy.planning.document import UNREADABLE
 from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import PRIMARY
 from stabstudy.settings import ConfigError, Problem
@@ -63,7 +64,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise ConfigError(Problem("study", f"{path} cannot be read ({type(error).__name__})")) from error
     if not isinstance(content, dict):
         raise ConfigError(Problem("study", f"{path} must hold a mapping"))
