@@ -113,7 +113,7 @@ def trains(pid: int, driver: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
-    return pid != driver and command.startswith((b"ray::", b"ray_"))
+    return pid != driver and command.startswith(b"ray::") and b"Agent" not in command
 
 
 def look(began: float, driver: int, folder: Path, log: Path, temporary: Path) -> Look:

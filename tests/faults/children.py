@@ -74,7 +74,7 @@ def write_states(acknowledge: Acknowledge, folder: Path) -> None:
     trial = store.TrialFolder(folder)
     state = trial.read_state()
     while True:
-        state = dataclasses.replace(state, status="done", step=state.step + 1, outcome="x" * (state.step % 5000))
+        state = dataclasses.replace(state, status="interrupted", step=state.step + 1, outcome="x" * (state.step % 5000))
         trial.write_state(state)
         acknowledge(str(state.step))
 
