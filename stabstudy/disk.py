@@ -9,8 +9,11 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-LEAST_BYTES = 1 << 16
-"""With less free, a trial cannot even write its state."""
+STATE_BYTES = 1 << 13
+"""More than a trial's state takes, for a few attempts."""
+
+LEAST_BYTES = 8 * STATE_BYTES
+"""With less free, a trial cannot even begin: file systems take whole blocks."""
 
 
 def is_full(error: BaseException) -> bool:

@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(given)
     from stabstudy.ingesting import study
-    from stabstudy.store import LockHeldError, StoreError
+    from stabstudy.locks import LockHeldError
+    from stabstudy.store import StoreError
 
     folder = args.results_dir.expanduser() / args.study
     try:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from stabstudy import live, store, trace
+from stabstudy import live, locks, store, trace
 
 SCHEDULER = ".ray"
 """What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
@@ -50,7 +50,7 @@ def tidy_done_trial(folder: store.TrialFolder, keep_checkpoints: bool) -> list[s
     if not any(leftovers) and (keep_checkpoints or not folder.checkpoints.exists()):
         return []
     removed = []
-    with contextlib.suppress(store.StoreError, store.LockHeldError, trace.DamagedRecord), store.lock(folder.path):
+    with contextlib.suppress(store.StoreError, locks.LockHeldError, trace.DamagedRecord), locks.lock(folder.path):
         state = folder.read_state()
         if state.status == "done" and all(folder.finished(s).exists() for s in (trace.TRACE, trace.PROBES)):
             for schema in (trace.TRACE, trace.PROBES):

@@ -16,27 +16,20 @@ The files are the truth: no process memory, Ray or Optuna state is ever needed t
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import re
-import socket
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import disk, entries, finished, live, seals, state_fields, trace
+from stabstudy import disk, entries, finished, live, locks, seals, state_fields, trace
 from stabstudy.settings import ConfigError
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
 
-LOCK_TRIES = 20  # 10 ms apart
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 
@@ -47,10 +40,6 @@ class StoreError(Exception):
 
 class NewerFormatError(StoreError):
     """A file that a newer version wrote: nothing of it is read, and it is never written over."""
-
-
-class LockHeldError(Exception):
-    """Another process works in this folder; the message names it and since when."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ class TrialFolder:
         state = _state_from(read_sealed(self.state_file), self.state_file)
         if state.trial_id != self.trial_id:
             raise StoreError(f"{self.state_file}: belongs to trial {state.trial_id}")
-        if state.status == "running" and not is_locked(self.path):
+        if state.status == "running" and not locks.is_locked(self.path):
             return replace(state, status="lost")
         return state
 
@@ -196,7 +185,8 @@ class TrialFolder:
 
     def reserve(self) -> None:
         """Keep room on the disk for the state at the end of an attempt."""
-        write_bytes(self._reserve_file, bytes(disk.LEAST_BYTES), synced="file")
+        size = self.state_file.stat().st_size if self.state_file.exists() else 0
+        write_bytes(self._reserve_file, bytes(max(disk.STATE_BYTES, 2 * size)), synced="file")
 
     def release(self) -> None:
         """Give the room back."""
@@ -261,7 +251,7 @@ def close_attempt(state: State, status: str, error: dict[str, Any] | None = None
     """The state with its last attempt ended now, in this status."""
     attempts = state.attempts
     if attempts:
-        attempts = (*attempts[:-1], replace(attempts[-1], ended=now(), status=status, error=error))
+        attempts = (*attempts[:-1], replace(attempts[-1], ended=locks.now(), status=status, error=error))
     return replace(state, status=status, error=error, attempts=attempts)
 
 
@@ -342,68 +332,6 @@ def sweep_leftovers(folder: Path) -> list[str]:
     for p in found:
         p.unlink()
     return [p.name for p in found]
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's `.lock` (flock: free the instant its holder dies). Raises LockHeldError if it is taken.
-
-    The lock file is never removed: unlinking it would let two processes lock two different files.
-    """
-    fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        if not _acquired(fd):
-            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {now()}".encode(), 0)
-        yield
-    finally:
-        os.close(fd)
-
-
-def check_free(folder: Path) -> None:
-    """Raises LockHeldError where a process holds the folder's lock now. Needs no right to write, and makes nothing."""
-    if is_locked(folder):
-        fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
-        finally:
-            os.close(fd)
-
-
-def _holder(fd: int) -> str:
-    return os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
-
-
-def _acquired(fd: int) -> bool:
-    # `is_locked` of another process holds the lock for microseconds: that must not look like a launch at work
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.01)
-    return False
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether some process holds the folder's lock now. Needs no right to write."""
-    try:
-        fd = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def now() -> str:
-    """UTC, ISO 8601, whole seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _state_from(body: dict[str, Any], path: Path) -> State:

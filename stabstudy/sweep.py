@@ -152,9 +152,10 @@ def _explain(error: Exception, command: str) -> int:
     from stabstudy import disk, settings
     from stabstudy.data.errors import DataError
     from stabstudy.entries import EntryError
+    from stabstudy.locks import LockHeldError
     from stabstudy.planning.machine import NotReadyError
     from stabstudy.settings import ConfigError
-    from stabstudy.store import LockHeldError, StoreError
+    from stabstudy.store import StoreError
 
     if isinstance(error, ConfigError):
         lines, code = [f"conf: {problem}" for problem in error.problems], 2

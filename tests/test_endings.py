@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from stabstudy import store
+from stabstudy import locks, store
 from stabstudy.outlet import outlets
 from stabstudy.sweeping import scratch
 
@@ -201,7 +201,7 @@ def test_folders_in_use_and_foreign_ones_stay(tmp_path: Path) -> None:
     link.symlink_to(gone)
     for folder in (used, gone, foreign):
         os.utime(folder, (0, 0))
-    with store.lock(used):
+    with locks.lock(used):
         scratch.remove_abandoned(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"stabstudy-{n}" for n in ("foreign", "link", "used", "young")

@@ -24,7 +24,7 @@ from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stabstudy import ingest, report, sweep
+from stabstudy import ingest, locks, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
 from stabstudy.ingesting import beside, points, trainer
@@ -713,11 +713,10 @@ def test_a_folder_that_is_no_study_is_refused(kind: str, tmp_path: Path, capsys:
 
 
 def test_a_locked_study_and_a_folder_that_cannot_be_written(tmp_path: Path, capsys: Out) -> None:
-    from stabstudy import store
 
     path = logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60)))
     study = take(tmp_path, path)
-    with store.lock(study.folder.path):
+    with locks.lock(study.folder.path):
         assert ingest.main([str(path), "--study", "s", "--results-dir", str(tmp_path / "results")]) == 4
     assert "locked by" in capsys.readouterr().err
     plain(tmp_path / "no", "")

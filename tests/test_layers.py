@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
-    *("trace", "live", "finished", "entries", "disk", "outlet", "store", "external"),
+    *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
 }
 
 
@@ -49,8 +49,11 @@ MAY = {
     "state_fields": May(set()),
     "disk": May(set()),
     "outlet": May(set()),
-    "store": May({"config", "settings", "disk", "entries", "seals", "state_fields", "trace", "finished", "live"}),
-    "leftovers": May({"live", "store", "trace"}),
+    "locks": May(set()),
+    "store": May(
+        {"config", "settings", "disk", "locks", "entries", "seals", "state_fields", "trace", "finished", "live"}
+    ),
+    "leftovers": May({"live", "locks", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),

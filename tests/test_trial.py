@@ -19,7 +19,7 @@ import torch
 from trials import BASE, Crash, Make, assert_same, at_step, poison, records, vary
 
 from stabstudy import config as cfg
-from stabstudy import failpoints, live, store, trace
+from stabstudy import failpoints, live, locks, store, trace
 from stabstudy.analysis.study import update_tables
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
@@ -595,7 +595,8 @@ def test_changed_data_is_refused(make: Make, run: Run) -> None:
     planned = make(BASE)
     of_other_data = cfg.trial_id(BASE, "0" * 16)
     folder = store.TrialFolder(planned.path.rename(planned.path.with_name(of_other_data)))
-    body = json.loads(folder.config_file.read_text()) | {"data_fingerprint": "0" * 16, "trial_id": of_other_data}
+    ids = {"trial_id": of_other_data, "cell_id": cfg.trial_id(dataclasses.replace(BASE, seed=0), "0" * 16)}
+    body = json.loads(folder.config_file.read_text()) | {"data_fingerprint": "0" * 16} | ids
     store.write_json(folder.config_file, body)
     state = run(folder)
     assert state.status == "failed" and state.error is not None and "fingerprint" in state.error["message"]
@@ -606,7 +607,7 @@ def test_a_done_trial_is_left_alone_and_a_locked_one_too(make: Make, run: Run) -
     done = run(folder)
     assert run(folder, crash_at(1)) == done
     locked = make(BASE, "locked")
-    with store.lock(locked.path):
+    with locks.lock(locked.path):
         assert run(locked).status == "pending"
 
 

@@ -20,11 +20,11 @@ from stabstudy.sweeping.watch import LOOK_SECONDS, Service, Silences, Watch
 HANGING = """
 import contextlib, os, socket, sys, time
 from pathlib import Path
-from stabstudy import store
-with contextlib.ExitStack() as locks:
+from stabstudy import locks, store
+with contextlib.ExitStack() as held:
     for folder in map(store.TrialFolder, map(Path, sys.argv[1:])):
-        locks.enter_context(store.lock(folder.path))
-        attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now(), engine={"device": "cpu"})
+        held.enter_context(locks.lock(folder.path))
+        attempt = store.Attempt(socket.gethostname(), os.getpid(), locks.now(), engine={"device": "cpu"})
         folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
     print("ready", flush=True)
     time.sleep(600)

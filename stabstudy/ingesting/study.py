@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from stabstudy import config as cfg
-from stabstudy import entries, store
+from stabstudy import entries, locks, store
 from stabstudy.ingesting import runs
 from stabstudy.ingesting.runs import Run
 
@@ -41,7 +41,7 @@ def write(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -
     """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
     entries.check_ingested(study.path, [study.trial(run.trial_id).path for run in found])
     study.path.mkdir(parents=True, exist_ok=True)
-    with store.lock(study.path):
+    with locks.lock(study.path):
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
             store.write_sealed(study.provenance_file, _provenance(study, argv))
         outcomes = Counter(runs.write(study, run) for run in found)

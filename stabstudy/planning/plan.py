@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import locks
 from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
 from stabstudy.data.supply import supply
@@ -68,7 +68,7 @@ def make_plan(given: list[str], cwd: Path, to_launch: bool = False) -> Plan:
     """The plan of `python -m stabstudy.sweep GIVEN...` (flags taken out) typed in folder `cwd`.
 
     Raises ConfigError with every problem of the launch: its settings, and the data that they name. `to_launch`: raises
-    store.LockHeldError where the study is being worked on, before anything is composed or any data looked at.
+    locks.LockHeldError where the study is being worked on, before anything is composed or any data looked at.
     """
     found = Findings()
     try:
@@ -82,7 +82,7 @@ def _plan(given: list[str], cwd: Path, found: Findings, to_launch: bool) -> Plan
     with compose.conf() as loader:
         request = arguments.read(given, loader, found)
         if to_launch and not found.problems:
-            store.check_free(study_folder(request, cwd))
+            locks.check_free(study_folder(request, cwd))
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, found)
         product = cells.factors(sweep, request)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import leftovers, store
+from stabstudy import leftovers, locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
@@ -54,7 +54,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
-    store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
+    locks.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
     cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
@@ -65,7 +65,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     prepare_data(plan, cache_dir, say)
     preflight([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
-    with store.lock(study.path):
+    with locks.lock(study.path):
         whole, left_alone = intact(plan, study)
         for line in left_alone:
             say(f"damaged, left alone (remove its folder to train it again): {line}")
@@ -188,13 +188,13 @@ def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
     """A trial whose process has vanished is `interrupted`, so that status and report name it rightly."""
     folders = [study.trial(trial_id) for trial_id in ids]
     limit = time.monotonic() + SETTLE_SECONDS
-    while any(store.is_locked(folder.path) for folder in folders) and time.monotonic() < limit:
+    while any(locks.is_locked(folder.path) for folder in folders) and time.monotonic() < limit:
         time.sleep(0.05)
     for folder in folders:
-        with contextlib.suppress(store.LockHeldError, OSError):  # on a full disk it stays `running`, so `lost`
+        with contextlib.suppress(locks.LockHeldError, OSError):  # on a full disk it stays `running`, so `lost`
             state = folder.read_state()
             if state.status == "lost":
-                with store.lock(folder.path):
+                with locks.lock(folder.path):
                     folder.write_state(store.close_attempt(state, "interrupted"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import store
+from stabstudy import locks
 from stabstudy.planning import machine
 from stabstudy.planning.plan import Plan
 
@@ -27,7 +27,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "conditions": None if plan.conditions is None else list(plan.conditions),
         "argv": list(plan.argv),
         "launcher": plan.launcher,
-        "launched": store.now(),
+        "launched": locks.now(),
         "versions": {"python": platform.python_version(), **{p: machine.package_version(p) for p in PACKAGES}},
         "machine": {"platform": platform.platform(), "cores": machine.cores(), "processor": _processor()},
         "git": _git(),

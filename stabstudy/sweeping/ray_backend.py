@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stabstudy import store
+from stabstudy import locks, store
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError
 from stabstudy.sweeping.rounds import Rounds
@@ -154,7 +154,7 @@ def _round(driver: Driver, rounds: Rounds, study: store.StudyFolder, stop: StopR
         if reason := driver.why_ended() or watch.look():
             stop.end(reason)
             return
-        if stop.requested and not any(store.is_locked(study.trial(t).path) for pack in rounds.running for t in pack):
+        if stop.requested and not any(locks.is_locked(study.trial(t).path) for pack in rounds.running for t in pack):
             return
 
 

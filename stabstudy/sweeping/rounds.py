@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stabstudy import disk, store
+from stabstudy import disk, locks, store
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.stopping import StopRequest
 
@@ -83,7 +83,7 @@ class Rounds:
 
     def _states(self, pack: Pack) -> list[tuple[str, store.State]]:
         limit = time.monotonic() + FREE_SECONDS
-        while any(store.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
+        while any(locks.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
             time.sleep(0.05)
         return [(t, self._settled(self.study.trial(t))) for t in pack]
 
@@ -93,14 +93,14 @@ class Rounds:
         if reason is None or state.status != "lost":
             return state
         error = {"kind": "Timeout", "message": reason, "step": state.step}
-        with contextlib.suppress(store.LockHeldError), store.lock(folder.path):
+        with contextlib.suppress(locks.LockHeldError), locks.lock(folder.path):
             folder.write_state(store.close_attempt(state, "timeout", error))
         return folder.read_state()
 
     def _is_left(self, trial_id: str, state: store.State) -> bool:
         """Whether the member is to be tried again if it may; one that is not is shown as it ended."""
         begun = self._begun(state)
-        if store.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
+        if locks.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
             self.board.forget(trial_id)
             return False
         if state.status == "done" or (begun and state.status == "oom"):

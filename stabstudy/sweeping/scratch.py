@@ -13,7 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from stabstudy import store
+from stabstudy import locks
 
 PREFIX = "stabstudy-"  # short: the path of a socket below it must stay below 107 characters
 _numbers = itertools.count()
@@ -37,7 +37,7 @@ def scratch() -> Path:
     remove_abandoned(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     held = contextlib.ExitStack()
-    held.enter_context(store.lock(folder))
+    held.enter_context(locks.lock(folder))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(held.close)
     return folder
@@ -51,5 +51,5 @@ def remove_abandoned(parent: Path) -> None:
             young = time.time() - status.st_mtime < YOUNG_SECONDS
             ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
             used = (folder / ".lock").exists()  # else it is of a version without locks, whose process may live
-            if ours and used and not young and not store.is_locked(folder):
+            if ours and used and not young and not locks.is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import entries, live, store, trace
+from stabstudy import entries, live, locks, store, trace
 from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
 
@@ -47,7 +47,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     verdicts = Counter(words.judged(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
-    launch = "a launch is running" if store.is_locked(study.path) else "no launch is running"
+    launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
     return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
 
 

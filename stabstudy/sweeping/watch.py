@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stabstudy import live, store, trace
+from stabstudy import live, locks, store, trace
 from stabstudy.sweeping.rounds import Pack, Rounds
 
 LOOK_SECONDS = 2.0
@@ -108,7 +108,7 @@ def _processes(study: store.StudyFolder, pack: Pack) -> dict[int, list[store.Tri
     by_pid: dict[int, list[store.TrialFolder]] = {}
     for folder in map(study.trial, pack):
         with contextlib.suppress(store.StoreError):
-            state = folder.read_state() if store.is_locked(folder.path) else None
+            state = folder.read_state() if locks.is_locked(folder.path) else None
             if state and state.status == "running" and state.attempts[-1].host == socket.gethostname():
                 by_pid.setdefault(state.attempts[-1].pid, []).append(folder)
     return by_pid

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabstudy import store
+from stabstudy import locks, store
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
 from stabstudy.training import families, probes
@@ -50,11 +50,11 @@ def run_pack(
     A trial that is done, or that another process works on, is left alone. Every failure ends in the states, not in an
     exception, except KeyboardInterrupt and SystemExit, which are recorded and raised again. `heartbeat` stops all.
     """
-    with contextlib.ExitStack() as locks:
+    with contextlib.ExitStack() as held:
         members = []
         for folder in folders:
-            with contextlib.suppress(store.LockHeldError):
-                locks.enter_context(store.lock(folder.path))
+            with contextlib.suppress(locks.LockHeldError):
+                held.enter_context(locks.lock(folder.path))
                 if folder.read_state().status != "done":
                     members.append(Trial(folder, engine, rules))
         _run(members, engine, rules, heartbeat)

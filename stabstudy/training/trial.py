@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabstudy import config as cfg
-from stabstudy import disk, failpoints, finished, live, store, trace
+from stabstudy import disk, failpoints, finished, live, locks, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.judgement import Source, judge_trial, write_summary
@@ -69,7 +69,7 @@ class Trial:
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
         self.folder.reserve()
-        attempt = store.Attempt(socket.gethostname(), os.getpid(), store.now())
+        attempt = store.Attempt(socket.gethostname(), os.getpid(), locks.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
         stored, described = self.folder.read_own()
@@ -208,7 +208,7 @@ class Trial:
     def say(self, line: str) -> None:
         """A line in the trial's log."""
         with self.folder.log_file.open("a", encoding="utf-8") as f:
-            f.write(f"{store.now()} {line}\n")
+            f.write(f"{locks.now()} {line}\n")
 
     def _recorded(self, schema: trace.Schema) -> trace.Rows:
         path = self.folder.live(schema)

@@ -23,7 +23,7 @@ import stabstudy.analysis.publish  # noqa: F401
 import stabstudy.planning.plan  # noqa: F401
 import stabstudy.planning.preview  # noqa: F401
 import stabstudy.sweeping.launch  # noqa: F401
-from stabstudy import live, store, trace
+from stabstudy import live, locks, store, trace
 from stabstudy.binary import Table
 from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint
@@ -98,7 +98,7 @@ def save_checkpoints(acknowledge: Acknowledge, folder: Path, trial_id: str, firs
 def finish_trial(acknowledge: Acknowledge, folder: Path, cache: Path) -> None:
     """The end of a trial all of whose rows are recorded."""
     trial_folder = store.TrialFolder(folder)
-    with store.lock(folder):
+    with locks.lock(folder):
         if trial_folder.read_state().status == "done":
             return
         trial = Trial(trial_folder, Engine(cache), Rules())
@@ -156,7 +156,7 @@ def sweep(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | 
 
 def sweep_without_a_lock(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | None = None) -> None:
     """For a negative control."""
-    store.lock = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
+    locks.lock = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
     sweep(acknowledge, words, log, go)
 
 
