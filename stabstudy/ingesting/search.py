@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stabstudy.ingesting import events, lines, lingua, names, tabular, trainer
+from stabstudy.ingesting import events, lines, lingua, names, tabular, text, trainer
 from stabstudy.ingesting.points import LogError, Raw
 
 STATE, LOG, METRICS = "trainer_state.json", "trainer_log.jsonl", "metrics.jsonl"
-LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet"
+LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet, *.log"
 
-Kind = Literal["trainer", "lingua", "events", "table"]
+Kind = Literal["trainer", "lingua", "events", "table", "text"]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -34,13 +34,15 @@ class Source:
 
     @property
     def alone(self) -> bool:
-        """Whether the folder belongs to this run: a table may be one of several in it."""
-        return self.kind != "table"
+        """Whether the folder belongs to this run: a table or a text may be one of several in it."""
+        return self.kind not in ("table", "text")
 
     def read(self, given: Mapping[str, str]) -> Raw:
         """Raises LogError where nothing can be used, OSError where nothing can be read."""
         if self.kind == "table":
             return tabular.read(self.files[0], given)
+        if self.kind == "text":
+            return text.read(self.files[0], given)
         if self.kind == "events":
             return events.read(self.files, given)
         if self.kind == "lingua":
@@ -71,6 +73,8 @@ def _of_file(path: Path) -> Source:
         return Source("lingua", (path,))
     if path.suffix in tabular.SUFFIXES:
         return Source("table", (path,))
+    if text.is_named(path):
+        return Source("text", (path,))
     raise LogError(f"is not known as a log by its name (known: {LOOKED_FOR})")
 
 
@@ -91,6 +95,8 @@ def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
         else:
             tables = (folder / f for f in sorted(files) if Path(f).suffix in tabular.SUFFIXES)
             yield from (Source("table", (path,)) for path in tables if _is_table(path, given))
+            texts = (folder / f for f in sorted(files))
+            yield from (Source("text", (path,)) for path in texts if text.is_named(path) and text.is_log(path))
 
 
 def _state_of(folder: Path) -> tuple[Path, ...]:
