@@ -42,7 +42,7 @@ def identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]
     named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
     root = Path(config.path or "").expanduser()
     if root.is_dir():
-        content = files.digest(files.walk(root, lambda name: True), memory, config.max_bytes is not None)
+        content = files.digest(files.walk(root, lambda path: True), memory, config.max_bytes is not None)
         return named | {"content": content}
     return named | {"repo": config.path, "revision": config.hub_revision}
 
