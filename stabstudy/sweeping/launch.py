@@ -22,7 +22,7 @@ from stabstudy.data.supply import Supply
 from stabstudy.planning import machine, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import ConfigError, Problem, show
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.preflight import preflight
@@ -47,7 +47,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
     anything is created; store.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the
     pre-flight does not start.
     """
-    cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
+    cache_dir = _cache_dir(plan.compute.cache_dir)
     prepare_data(plan, cache_dir, say)
     study = store.StudyFolder(plan.folder)
     preflight([t.config for t in _waiting(plan, study)], plan.compute, cache_dir, say)
@@ -64,6 +64,18 @@ def launch(plan: Plan, say: Callable[[str], None] = print) -> Outcome:
 def _waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
     """The trials that are not done; all of them while there is no study yet."""
     return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+
+
+def _cache_dir(named: str | None) -> Path:
+    """Raises machine.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
+    try:
+        return tokens.named_cache_dir(named) if named else tokens.default_cache_dir()
+    except DataError as error:
+        raise machine.NotReadyError(str(error)) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        rule = f"must be a folder that can be written ({reason})"
+        raise machine.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
