@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,13 @@ def test_a_folder_of_text_logs_becomes_a_study(tmp_path: Path, monkeypatch: pyte
     (logs / "main.log").write_text("".join(f"s:{i} trl:{11 - i / 100:.4f} lr:0.000100 norm:1.01\n" for i in range(60)))
     (logs / "slurm-1.out").write_text("".join(f"step: {i}/100 loss: {9 - i / 100} lr: 1e-4\n" for i in range(1, 61)))
     (logs / "notes.txt").write_text(NO_LOGS["prose"])
+    os.mkfifo(logs / "pipe.log")
+    os.mkfifo(logs / "pipe.csv")
     monkeypatch.chdir(tmp_path)
     assert ingest.main(["logs", "--study", "texts"]) == 0
     assert len(list((tmp_path / "results" / "texts" / "trials").iterdir())) == 2
+    (logs / "run").mkdir()
+    (logs / "run/metrics.csv").write_text("step,loss\n" + "".join(f"{i},{9 - i / 100}\n" for i in range(60)))
+    (logs / "run/train.log").write_text("".join(f"step: {i} loss: {9 - i / 100}\n" for i in range(60)))
+    assert ingest.main(["logs", "--study", "more"]) == 0
+    assert len(list((tmp_path / "results" / "more" / "trials").iterdir())) == 3  # a run's table and what it printed

@@ -93,10 +93,12 @@ def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
         elif written := tuple(folder / f for f in sorted(files) if f.startswith(events.PREFIX)):
             yield Source("events", written)
         else:
-            tables = (folder / f for f in sorted(files) if Path(f).suffix in tabular.SUFFIXES)
-            yield from (Source("table", (path,)) for path in tables if _is_table(path, given))
-            texts = (folder / f for f in sorted(files))
-            yield from (Source("text", (path,)) for path in texts if text.is_named(path) and text.is_log(path))
+            paths = [path for f in sorted(files) if (path := folder / f).is_file()]  # a pipe would wait for ever
+            tables = [path for path in paths if path.suffix in tabular.SUFFIXES and _is_table(path, given)]
+            # what a run prints beside its table is the same run once more
+            texts = [] if tables else [path for path in paths if _is_text(path)]
+            yield from (Source("table", (path,)) for path in tables)
+            yield from (Source("text", (path,)) for path in texts)
 
 
 def _state_of(folder: Path) -> tuple[Path, ...]:
@@ -122,3 +124,11 @@ def _is_table(path: Path, given: Mapping[str, str]) -> bool:
     except (LogError, OSError):
         return False
     return True
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file found in a folder is a text log: by its name and its first lines."""
+    try:
+        return text.is_named(path) and text.is_log(path)
+    except OSError:
+        return False

@@ -23,7 +23,7 @@ from stabstudy.ingesting import names
 from stabstudy.ingesting.aliases import NOT, place, plain
 from stabstudy.ingesting.points import LogError, Raw, whole
 
-SUFFIXES = (".log", ".txt", ".out")
+SUFFIXES = (".log", ".txt", ".out", ".err", ".stdout", ".stderr")
 LONGEST = 4_000
 """Characters of a line that are looked at."""
 EXAMINED, FEWEST, DENSITY = 3_000, 3, 0.05
