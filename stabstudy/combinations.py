@@ -127,6 +127,11 @@ def _no_effect(o: OptimConfig, d: DataConfig, config: TrialConfig) -> Iterator[P
         yield Problem("data.path", f"source {d.source} needs a path", "null")
     if not needs_path and d.path is not None:
         yield Problem("data.path", f"has no effect with source {d.source}", repr(d.path))
+    if d.files is not None:
+        if d.source not in ("text", "jsonl", "parquet"):
+            yield Problem("data.files", "has an effect with sources text, jsonl, parquet only", f"source {d.source}")
+        elif not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/"):
+            yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
     for field in dataclasses.fields(DataConfig):
         owner = "synthetic" if field.name.startswith("synth_") else "hf" if field.name.startswith("hub_") else d.source
         if owner != d.source and getattr(d, field.name) != field.default:

@@ -42,6 +42,7 @@ FORMATS = {
         "the gradient norm is that before clipping; the loss is that of the last micro-batch alone, a mean over ranks",
     ),
     "table": Format("table", f"the meaning of its columns is known from their names alone: {_UNSAID}"),
+    "text": Format("text log", f"the meaning of its values is known from their names alone: {_UNSAID}"),
     "tensorboard": Format("TensorBoard", f"the meaning of its tags is known from their names alone: {_UNSAID}"),
 }  # fmt: skip
 

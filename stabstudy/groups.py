@@ -143,6 +143,7 @@ class DataConfig:
 
     source: str = setting("pysrc", choices=SOURCES)
     path: str | None = setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
+    files: str | None = setting(None)  # a glob below the folder, e.g. **/*.rst; null: the usual names of the source
     text_column: str = setting("text")
     hub_config: str | None = setting(None)  # hf: the dataset's configuration, e.g. sample-10BT
     hub_split: str = setting("train")

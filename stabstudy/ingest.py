@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stabstudy.ingest",
         description="Make a study out of training logs: Hugging Face trainer_state.json, LLaMA-Factory "
-        "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, TensorBoard event files.",
+        "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, text logs, TensorBoard event files.",
     )
     parser.add_argument("path", type=Path, nargs="+", help="a log, or a folder that is searched for logs")
     parser.add_argument("--study", required=True, help="name of the study; runs are added to an existing one")

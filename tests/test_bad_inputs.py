@@ -433,6 +433,54 @@ def test_a_results_folder_that_cannot_be_written(capsys, monkeypatch):
     assert refused(capsys, *ONE, code=4)[0].endswith("cannot be written")
 
 
+@pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/nowhere", "/dev/null", "n" * 300])
+def test_a_cache_folder_that_cannot_be_used(capsys, folder):
+    Path("a_file").write_text("mine")
+    lines = refused(capsys, *ONE, "launcher=local", f"compute.cache_dir={folder}", code=4)
+    assert len(lines) == 1
+    assert lines[0].startswith("error: machine: compute.cache_dir: must be a folder that can be written (")
+
+
+def test_a_cache_folder_of_the_environment_that_cannot_be_used(capsys, monkeypatch):
+    monkeypatch.setenv("STABSTUDY_CACHE", "/proc/nowhere")
+    (line,) = refused(capsys, *ONE, "launcher=local", code=4)
+    assert line.startswith(
+        "error: machine: $STABSTUDY_CACHE: must be a folder that can be written, got '/proc/nowhere'"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t" * 300,
+        "t/" * 2500,
+        "./" + "t" * 300,
+        "v" * 300 + ".json\\,m",
+        "~nobody_of_that_name/x",
+        "a/b/c",
+        "two words",
+        "/dev/null",
+    ],
+)
+def test_a_tokenizer_that_can_be_nowhere(capsys, name):
+    (line,) = refused(capsys, *ONE, f"data.tokenizer='{name}'")
+    assert line.startswith("error: conf: data.tokenizer: ") and len(line) < 700
+
+
+def test_a_tokenizer_of_the_hub_without_a_network(capsys, monkeypatch, tmp_path):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path.with_name("cache of tokens")))
+    assert sweep.main([*ONE, "launcher=local", "data.tokenizer=nobody/nothing"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line == (
+        "error: conf: data.tokenizer: cannot be loaded: it is not on this machine, and the hub cannot be reached "
+        "(http://127.0.0.1:9: Connection refused), got 'nobody/nothing'"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk(capsys, monkeypatch):
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert "0.0 GB free" in refused(capsys, *ONE, code=4)[0]

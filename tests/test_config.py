@@ -25,6 +25,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 # ids
 
 LATER = {
+    "data.files": None,
     "model.family": "lingua",
     "model.logit_softcap": None,
     "model.attn_softcap": None,

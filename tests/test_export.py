@@ -189,8 +189,15 @@ CASES = {
 
 NOWHERE = {
     "the corpus and its tokens are the reader's own": (
-        *("data.source", "data.path", "data.text_column", "data.max_bytes", "data.bad_rows", "data.tokenizer"),
-        *("data.hub_config", "data.hub_split", "data.hub_revision", "data.synth_bytes", "data.synth_vocab"),
+        *("data.source", "data.path", "data.files", "data.text_column", "data.max_bytes", "data.bad_rows"),
+        *(
+            "data.tokenizer",
+            "data.hub_config",
+            "data.hub_split",
+            "data.hub_revision",
+            "data.synth_bytes",
+            "data.synth_vocab",
+        ),
         *("data.synth_zipf_milli", "data.synth_order", "data.synth_branching", "data.synth_copy_permille"),
         *("data.synth_nesting", "data.synth_flip_ppm", "data.synth_burst_permille", "data.synth_duplicate_permille"),
         *("data.synth_alphabet_permille", "data.synth_tail_milli"),

@@ -306,7 +306,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "header alone": ("a.csv", b"step,loss\n", "has no row with a step"),
     "garbage csv": ("a.csv", bytes(range(128, 256)) * 20, "is not UTF-8 text"),
     "garbage parquet": ("a.parquet", b"PAR1" + bytes(200) + b"PAR1", "is not a Parquet file"),
-    "no log": ("notes.txt", b"step 1 loss 2", "is not known as a log by its name"),
+    "no log": ("notes.md", b"step 1 loss 2", "is not known as a log by its name"),
+    "text without a log": ("notes.txt", b"the loss of 2 sheep", "has no line of `name: value` pairs with a loss"),
     "empty events": ("events.out.tfevents.1.host", b"", "holds no scalar"),
     "garbage events": ("events.out.tfevents.1.host", bytes(range(256)) * 20, "holds no scalar"),
     "wild steps": (

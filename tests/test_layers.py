@@ -59,8 +59,8 @@ MAY = {
     "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
         {"config", "settings", "trace", "store"},
-        {"numpy", "pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
-        late={"pyarrow", "tokenizers", "transformers", "datasets", "zstandard"},
+        {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
+        late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),
     "training": May(FACTS | {"stability", "data"}, {"numpy", "torch", "safetensors", "transformers"}),
     # data for one question alone: what a step read

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -537,6 +538,113 @@ def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.shareddata
 def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
     assert "chat and preference data are not supported" in refused("jsonl", shared_data / "kto_en_demo.json")
+
+
+# --- names that people use
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst", ".zstd"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "JSONL", "Json"])
+def test_json_lines_under_the_names_people_use(tmp_path: Path, kind: str, end: str) -> None:
+    pack = {"": bytes, ".gz": gzip.compress}.get(end, zstandard.compress)
+    root = tmp_path / "en"
+    (root / "sub").mkdir(parents=True)
+    (root / f"part-00000-of-00002.{kind}{end}").write_bytes(pack(json_lines([{"text": "a"}])))
+    (root / f"sub/part-00001-of-00002.{kind}{end.upper()}").write_bytes(pack(json_lines([{"text": "b"}])))
+    assert read("jsonl", root) == ["a", "b"]
+
+
+def test_a_plain_json_beside_json_lines_tells_about_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "a"}]))
+    before = fingerprint(config("jsonl", tmp_path))
+    (tmp_path / "dataset_info.json").write_text('{"splits": 1}\n')
+    (tmp_path / "README.md").write_text("of the data")
+    assert read("jsonl", tmp_path) == ["a"] and fingerprint(config("jsonl", tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"text": "a"}]', "x.json is a JSON array: JSON lines have one object on each line; data.files names"),
+        (b'{\n "text": "a"\n}\n', "x.json does not begin with a line that is a JSON object"),
+        (b"", "x.json does not begin"),
+    ],
+)
+def test_a_json_that_is_no_json_lines_is_called_what_it_is(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.json").write_bytes(json_lines([{"text": "a"}]))
+    (tmp_path / "x.json").write_bytes(content)
+    assert reason in refused("jsonl", tmp_path)
+    assert read("jsonl", tmp_path, files="a*.json") == ["a"]
+
+
+def test_an_array_of_texts_is_told_how_to_become_lines(tmp_path: Path) -> None:
+    for name, content in (("a.json", '[{"text": "a"}]'), ("b.json", '[\n {"text": "a"}\n]')):
+        (tmp_path / name).write_text(content)
+        line = refused("jsonl", tmp_path / name)
+        assert "a JSON array is not a JSON lines file" in line and "one to a line (jq -c '.[]')" in line
+        assert "chat" not in line
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'[{"messages": []}]'))
+    assert "chat and preference data are not supported" in refused("jsonl", tmp_path / "c.json.gz")
+    (tmp_path / "d.json").write_text('{\n "text": "a"\n}')
+    assert "one JSON document over several lines" in refused("jsonl", tmp_path / "d.json")
+
+
+def test_a_compressed_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    for i, pack in enumerate((gzip.compress, zstandard.compress)):
+        (tmp_path / f"{i}.jsonl").write_bytes(pack(json_lines([{"text": str(i)}])))
+        (tmp_path / f"{i}.txt").write_bytes(pack(b"text"))
+    assert read("jsonl", tmp_path) == ["0", "1"]
+    assert read("text", tmp_path) == ["text", "text"]
+
+
+TREE = ("a.rst", "B.RST", "docs/c.rst", "docs/deep/d.rst", "docs/e.md", "docs/f.txt", ".hidden/g.rst", "docs/h+.rst")
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("*.rst", ["B.RST", "a.rst", "docs/c.rst", "docs/deep/d.rst", "docs/h+.rst"]),
+        ("**/*.rst", ["B.RST", "a.rst", "docs/c.rst", "docs/deep/d.rst", "docs/h+.rst"]),
+        ("docs/*.rst", ["docs/c.rst", "docs/h+.rst"]),
+        ("docs/**/?.rst", ["docs/c.rst", "docs/deep/d.rst"]),
+        ("./docs/*.[mt]*", ["docs/e.md", "docs/f.txt"]),
+        ("[!ab].rst", ["docs/c.rst", "docs/deep/d.rst"]),
+        ("**", ["B.RST", "a.rst", "docs/c.rst", "docs/deep/d.rst", "docs/e.md", "docs/f.txt", "docs/h+.rst"]),
+    ],
+)
+def test_a_glob_chooses_the_files_of_a_folder(tmp_path: Path, glob: str, names: list[str]) -> None:
+    for name in TREE:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read("text", tmp_path, files=glob) == names
+
+
+def test_what_a_folder_holds_instead_is_said(tmp_path: Path) -> None:
+    for name in ("a.md", "b.md", "c.png", "LICENSE", "d.csv.gz"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "gone").symlink_to("nowhere")
+    line = refused("text", tmp_path)
+    assert "the folder holds no *.txt; it holds 2 *.md, " in line and "(data.files names what to read)" in line
+    assert "1 *.csv.gz" in line and "2 without an ending" in line
+    assert "holds no file *.rst; it holds 2 *.md" in refused("text", tmp_path, files="*.rst")
+    assert "the folder holds no *.jsonl, *.ndjson or *.json of one object per line" in refused("jsonl", tmp_path)
+    assert "data.files: chooses among the files of a folder" in refused("text", tmp_path / "a.md", files="*.md")
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"files": "*.md"}, "data.files: has an effect with sources text, jsonl, parquet only, got source pysrc"),
+        ({"source": "lingua", "path": "x", "files": "*"}, "data.files: has an effect with"),
+        *(
+            ({"source": "text", "path": "x", "files": glob}, "data.files: must be a glob below data.path")
+            for glob in ("", "/etc/*", "../*.txt", "a/../../b", "~/x")
+        ),
+    ],
+)
+def test_a_glob_without_an_effect_or_out_of_the_folder_is_refused(values: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(rule)):
+        from_dict({"data": values})
 
 
 # --- fingerprints

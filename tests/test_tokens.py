@@ -109,7 +109,6 @@ def test_a_tokenizer_json_in_a_folder_or_by_itself(tmp_path: Path) -> None:
         ({"bos_token": "<pad>", "eos_token": {"content": "</s>", "special": True}}, 2, 1),
         ({"bos_token": None, "eos_token": "</s>"}, None, 1),
         ({"bos_token": "</s>", "eos_token": "</s>"}, None, 1),  # one token for both: once between documents
-        ({"eos_token": "nowhere"}, 0, None),
     ],
 )
 def test_the_borders_are_what_the_tokenizers_config_says(
@@ -117,6 +116,25 @@ def test_the_borders_are_what_the_tokenizers_config_says(
 ) -> None:
     loaded = tokenizer.load(str(small_bpe(tmp_path / "bpe", **config)))
     assert (loaded.bos, loaded.eos) == (bos, eos)
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
+@pytest.mark.parametrize("token", ["nowhere", {"content": "nowhere", "special": True}])
+def test_a_named_border_that_the_vocabulary_lacks_is_refused(tmp_path: Path, key: str, token: Any) -> None:
+    folder = small_bpe(tmp_path / "bpe", **{key: token})
+    with pytest.raises(DataError, match=f"data.tokenizer: .* names an {key} that the vocabulary lacks, got 'nowhere'"):
+        tokenizer.load(str(folder))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_bpe(tmp_path / "bpe")
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(DataError, match=r"data.tokenizer: must be readable \(Permission denied\)"):
+        tokenizer.identity(str(folder))
 
 
 def test_any_local_tokenizer_through_transformers(tmp_path: Path, source: DataConfig) -> None:

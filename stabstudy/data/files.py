@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -16,15 +18,27 @@ from stabstudy.config import DataConfig
 from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError, first_line
 
+_PACKED = ("", ".gz", ".zst", ".zstd")
 PATTERNS = {
     "text": ("*.txt",),
-    "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.jsonl.zstd"),
-    "parquet": ("*.parquet",),
+    "jsonl": (
+        *(f"*.{kind}{end}" for kind in ("jsonl", "ndjson") for end in _PACKED),
+        *(f"*.json{e}" for e in _PACKED[1:]),
+    ),
+    "parquet": ("*.parquet", "*.parq", "*.pq"),
     "lingua": ("*.chunk.*.jsonl",),
 }
-"""What a source reads of a folder, sub-folders included. A single file may have any name (not for lingua)."""
+"""What a source reads of a folder, sub-folders included, in capitals too; `data.files` names others. A plain *.json is
+read as JSON lines (its first line is an object) where a folder has nothing else: beside other names it tells about the
+data. A single file may have any name (not for lingua)."""
+LINES = "*.json"
+NAMES = {kind: " or ".join(patterns) for kind, patterns in PATTERNS.items()} | {
+    "jsonl": "*.jsonl, *.ndjson or *.json of one object per line (also .gz, .zst, .zstd)"
+}
 
 VALIDATION = "*.val.jsonl"  # Lingua's held-out lines; stabstudy holds out windows of its own
+
+LONGEST = 16 << 20  # bytes of a first line that are looked at
 
 WHOLE = 64 << 20  # bytes; files up to this size are hashed whole, larger ones by samples ...
 MANY = 1 << 30  # ... and when all files together exceed this, every file larger than its samples is
@@ -43,16 +57,75 @@ class DataFile:
 def find(config: DataConfig) -> list[DataFile]:
     """The files of a source of kind text, jsonl, parquet or lingua, by name. Raises DataError if there are none."""
     root = existing(config.path or "")
+    if root.is_file() and config.files is not None:
+        raise DataError(
+            "data.files", "chooses among the files of a folder, and data.path is a file", repr(config.files)
+        )
     if root.is_file() and config.source != "lingua":
         return [DataFile(root.name, root, root.stat().st_size)]
     if not root.is_dir():
         kind = "a folder" if config.source == "lingua" else "a regular file or a folder"
         raise DataError("data.path", f"source {config.source} needs {kind}", str(root))
-    patterns = PATTERNS[config.source]
-    found = walk(root, lambda name: any(fnmatch(name, p) for p in patterns) and not fnmatch(name, VALIDATION))
+    if config.files is not None:
+        glob = _glob(config.files)
+        found = walk(root, lambda path: glob.fullmatch(path) is not None)
+    else:
+        found = walk(root, lambda path: _is_named(path, PATTERNS[config.source]))
+        if not found and config.source == "jsonl":
+            found = _lines(walk(root, lambda path: _is_named(path, (LINES,))))
     if not found:
-        raise DataError("data.path", f"the folder holds no {' or '.join(patterns)}", str(root))
+        name = NAMES[config.source] if config.files is None else f"file {config.files}"
+        rule = f"the folder holds no {name}; it holds {_contents(root)}"
+        hint = " (data.files names what to read)" if config.files is None and config.source != "lingua" else ""
+        raise DataError("data.path", rule + hint, str(root))
     return found
+
+
+def _is_named(path: str, patterns: tuple[str, ...]) -> bool:
+    name = path.rpartition("/")[2].lower()
+    return any(fnmatch(name, pattern) for pattern in patterns) and not fnmatch(name, VALIDATION)
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """Relative paths with slashes that a glob takes: without a slash in it, a file's own name in any folder."""
+    pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]+\])", pattern.removeprefix("./"))
+    text = "".join(pieces.get(p) or (p.replace("[!", "[^") if p[:1] == "[" and p[1:] else re.escape(p)) for p in parts)
+    return re.compile(text if "/" in pattern.removeprefix("./") else f"(?:.*/)?{text}", re.IGNORECASE)
+
+
+def _lines(candidates: list[DataFile]) -> list[DataFile]:
+    """The files, if each begins with a line that is an object. Raises DataError naming one that does not."""
+    for file in candidates:
+        try:
+            with file.path.open("rb") as f:
+                line = f.readline(LONGEST).lstrip(b"\xef\xbb\xbf \t\r\n") or f.readline(LONGEST).lstrip()
+        except OSError as error:
+            raise DataError("data.path", f"must be readable ({_reason(error)})", str(file.path)) from error
+        if not line.startswith(b"{") or (len(line) < LONGEST and not _is_json(line)):
+            kind = "is a JSON array" if line.startswith(b"[") else "does not begin with a line that is a JSON object"
+            rule = f"{file.path} {kind}: JSON lines have one object on each line; data.files names those to read"
+            raise DataError("data.path", rule)
+    return candidates
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _ending(path: Path) -> str:
+    return "".join(path.suffixes[-2:]) if path.suffix.lower() in _PACKED[1:] else path.suffix
+
+
+def _contents(root: Path) -> str:
+    """What a folder holds, by the ends of the names, the most frequent first."""
+    files = (Path(name) for _, _, names in os.walk(root) for name in names)
+    ends = Counter(_ending(path) or "without an ending" for path in files)
+    shown = [f"{n} *{end}" if end[0] == "." else f"{n} {end}" for end, n in ends.most_common(4)]
+    return ", ".join(shown) + (" and others" if len(ends) > 4 else "") or "nothing"
 
 
 def existing(path: str) -> Path:
@@ -66,16 +139,18 @@ def existing(path: str) -> Path:
 
 
 def walk(root: Path, wanted: Callable[[str], bool]) -> list[DataFile]:
-    """The regular files below `root` whose own name is `wanted`, sorted by name; hidden ones (.name) are passed over.
+    """The regular files below `root` whose path in it is `wanted`, by name; hidden ones (.name) are passed over.
 
     Links to folders are not entered. Raises DataError where a link to a folder or to a wanted file leaves `root`.
     """
     found = []
     for folder, subfolders, names in os.walk(root, onerror=_refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in subfolders + [name for name in names if wanted(name) and not name.startswith(".")]:
+        within = Path(folder).relative_to(root)
+        chosen = [n for n in names if not n.startswith(".") and wanted((within / n).as_posix())]
+        for name in subfolders + chosen:
             path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
+            relative = (within / name).as_posix()
             if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
                 raise DataError("data.path", f"a link must not lead out of the folder {root}", relative)
             info = existing(str(path)).stat()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy.config import DataConfig
-from stabstudy.data import files
+from stabstudy.data import files, network
 from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError, first_line
 from stabstudy.data.rows import RowCount, text_or_reason
@@ -42,7 +42,7 @@ def identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]
     named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
     root = Path(config.path or "").expanduser()
     if root.is_dir():
-        content = files.digest(files.walk(root, lambda name: True), memory, config.max_bytes is not None)
+        content = files.digest(files.walk(root, lambda path: True), memory, config.max_bytes is not None)
         return named | {"content": content}
     return named | {"repo": config.path, "revision": config.hub_revision}
 
@@ -64,6 +64,12 @@ def check(config: DataConfig) -> None:
 def _rows(config: DataConfig) -> Iterator[Any]:
     import datasets
 
+    is_local = Path(config.path or "").expanduser().exists()
+    if not is_local and not network.forbidden() and (absent := network.why_not()):
+        rule = (
+            f"is not here, and the hub cannot be reached ({absent}); HF_HUB_OFFLINE=1 reads what was downloaded before"
+        )
+        raise DataError("data.path", rule, str(config.path))
     stream = datasets.load_dataset(
         str(Path(config.path or "").expanduser()),
         name=config.hub_config,

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 LINGUA_KEYS = ("text", "content")
-ARRAY = (
-    "a JSON array is not a JSON lines file, which has one object with its text on each line; chat and preference data "
-    "are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
-)
+ARRAY = "a JSON array is not a JSON lines file, which has one object with its text on each line"
+CHAT = "chat and preference data are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
+CONVERT = "write its objects one to a line (jq -c '.[]')"
+DOCUMENT = "one JSON document over several lines is not a JSON lines file, which has one object on each line"
 BLOCK = 1 << 18  # bytes read at once
 BOM = b"\xef\xbb\xbf"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how compressed files begin, whatever they are called
 
 
 @dataclass
@@ -90,7 +91,8 @@ def check_parquet(file: DataFile, column: str) -> None:
 
 def _whole_file(file: DataFile) -> str:
     try:
-        return file.path.read_bytes().removeprefix(BOM).decode()
+        with file.path.open("rb") as f:
+            return b"".join(_unpacked(f, file)).removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         raise DataError("data.path", f"{file.path}: must be UTF-8, is not at byte {error.start}") from error
 
@@ -104,16 +106,26 @@ def _json_rows(file: DataFile, keys: tuple[str, ...], count: RowCount) -> Iterat
             text, reason = text_or_reason(json.loads(line.decode()), keys)
         except (ValueError, RecursionError) as error:
             text, reason = "", f"must be one JSON object per line ({first_line(error)})"
-        if reason and number == 1 and line.lstrip().startswith(b"["):
-            reason = ARRAY
+        if reason and number == 1:
+            reason = _not_lines(file, line.strip(), keys) or reason
         if reason:
             count.skip(f"{file.path}:{number}", reason)
         else:
             yield text
 
 
+def _not_lines(file: DataFile, first: bytes, keys: tuple[str, ...]) -> str:
+    """Why a file whose first line has no text is no JSON lines file at all; "" where it is one."""
+    if first.startswith(b"["):
+        with file.path.open("rb") as f:
+            beginning = next(_unpacked(f, file), b"")
+        texts = any(f'"{key}"'.encode() in beginning for key in keys)
+        return f"{ARRAY}; {CONVERT if texts else CHAT}"
+    return DOCUMENT if first == b"{" else ""
+
+
 def _lines(file: DataFile) -> Iterator[bytes]:
-    """The lines of a plain, .gz, .zst or .zstd file, without line ends and (files get joined) byte-order marks."""
+    """The lines of a plain, gzip or zstd file, without line ends and (files get joined) byte-order marks."""
     parts: list[bytes] = []  # of the line that has not ended yet
     with file.path.open("rb") as f:
         for block in _unpacked(f, file):
@@ -126,11 +138,13 @@ def _lines(file: DataFile) -> Iterator[bytes]:
 
 
 def _unpacked(f: BinaryIO, file: DataFile) -> Iterator[bytes]:
+    name, magic = file.name.lower(), f.read(4)
+    f.seek(0)
     try:
-        if file.name.endswith((".zst", ".zstd")):
+        if name.endswith((".zst", ".zstd")) or magic == ZSTD:
             yield from _zstd_frames(f)
         else:
-            plain = gzip.GzipFile(fileobj=f) if file.name.endswith(".gz") else f
+            plain = gzip.GzipFile(fileobj=f) if name.endswith(".gz") or magic.startswith(GZIP) else f
             while block := plain.read(BLOCK):
                 yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.data import network
 from stabstudy.data.errors import DataError, first_line
+from stabstudy.settings import show
 
 if TYPE_CHECKING:
     import tokenizers
@@ -33,6 +36,7 @@ FORMS = (
     f"{' or '.join(' and '.join(pair) for pair in PAIRS)}"
 )
 """What `data.tokenizer` may be, for the messages about what it is not."""
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,200})?")
 AUTO_FILES = (
     "tokenizer*",
     "vocab*",
@@ -41,6 +45,10 @@ AUTO_FILES = (
     "added_tokens.json",
     "*.model",
     "config.json",
+)
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tiktoken.model", "tekken.json", "tokenizer_config.json"),
 )
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # looked for where no tokenizer_config.json names it
 EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
@@ -76,7 +84,10 @@ def identity(name: str) -> str:
     place = _locate(name)
     if not place.files:
         return name
-    content = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in place.files]
+    try:
+        content = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in place.files]
+    except OSError as error:
+        raise DataError("data.tokenizer", f"must be readable ({error.strerror})", show(name)) from error
     return hashlib.sha256(json.dumps([place.kind, content]).encode()).hexdigest()
 
 
@@ -90,7 +101,7 @@ def load(name: str) -> Tokenizer:
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises nothing narrower, AutoTokenizer anything
-        raise DataError("data.tokenizer", _explained(error), repr(name)) from error
+        raise DataError("data.tokenizer", _explained(error), show(name)) from error
 
 
 def _encode_bytes(texts: list[str]) -> list[Ids]:
@@ -103,6 +114,18 @@ def _decode_bytes(ids: list[int]) -> str:
 
 
 def _locate(name: str) -> _Place:
+    """Raises DataError for a name under which nothing can be."""
+    try:
+        place = _place(name)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder not ours, a user not there
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise DataError("data.tokenizer", f"cannot be looked for ({reason}); {FORMS}", show(name)) from error
+    if place.kind == "auto" and not place.files and not HUB_NAME.fullmatch(name):
+        raise DataError("data.tokenizer", f"is not there, and not the form of a hub name; {FORMS}", show(name))
+    return place
+
+
+def _place(name: str) -> _Place:
     if name == "bytes":
         return _Place("bytes")
     first, _, second = name.partition(",")
@@ -114,7 +137,7 @@ def _locate(name: str) -> _Place:
     if path.is_file() or path.suffix == ".json" or name.startswith((".", "/", "~")):
         file = _file(name)
         if file.suffix != ".json":
-            raise DataError("data.tokenizer", f"one file must be a tokenizer.json; {FORMS}", repr(name))
+            raise DataError("data.tokenizer", f"one file must be a tokenizer.json; {FORMS}", show(name))
         return _Place("json", _with_config(file))
     repo, _, revision = name.partition("@")
     return _Place("auto", (), repo, revision or None)
@@ -135,7 +158,7 @@ def _in_folder(folder: Path) -> _Place:
 def _file(name: str) -> Path:
     path = Path(name.strip()).expanduser()
     if not path.is_file():
-        raise DataError("data.tokenizer", f"must be a file that exists; {FORMS}", repr(name))
+        raise DataError("data.tokenizer", f"must be a file that exists; {FORMS}", show(name))
     return path
 
 
@@ -171,18 +194,36 @@ def _load_files(place: _Place) -> Tokenizer:
 
 
 def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str, known: tuple[str, ...]) -> int | None:
-    """The id of a special token: as in tokenizer_config.json, else the first usual name in the vocabulary."""
+    """The id of a special token: as in tokenizer_config.json, else the first usual name in the vocabulary.
+
+    Raises DataError for one that is named and not in the vocabulary: documents would run into each other.
+    """
     if config is not None and key in config:
         token = config[key]["content"] if isinstance(config[key], dict) else config[key]
+        if token is not None and core.token_to_id(token) is None:
+            raise DataError(
+                "data.tokenizer", f"tokenizer_config.json names an {key} that the vocabulary lacks", show(token)
+            )
         known = () if token is None else (token,)
     ids = (core.token_to_id(token) for token in known)
     return next((id for id in ids if id is not None), None)
 
 
 def _load_auto(place: _Place) -> Tokenizer:
-    from transformers import AutoTokenizer
+    revision = place.revision or "main"
+    absent = "" if place.files else network.forbidden() or network.why_not()
+    if absent and not _is_downloaded(place.name, revision):
+        rule = f"cannot be loaded: it is not on this machine, and the hub cannot be reached ({absent})"
+        raise DataError("data.tokenizer", rule, show(place.name))
+    from transformers import AutoTokenizer  # takes seconds, so only for what is there
 
-    auto = AutoTokenizer.from_pretrained(place.name, revision=place.revision or "main", trust_remote_code=False)
+    with network.quiet():
+        auto = AutoTokenizer.from_pretrained(
+            place.name, revision=revision, trust_remote_code=False, local_files_only=bool(place.files or absent)
+        )
+    for key, token, number in (("bos", auto.bos_token, auto.bos_token_id), ("eos", auto.eos_token, auto.eos_token_id)):
+        if token is not None and (number is None or (number == auto.unk_token_id and token != auto.unk_token)):
+            raise DataError("data.tokenizer", f"names an {key}_token that the vocabulary lacks", show(token))
 
     def encode(texts: list[str]) -> list[Ids]:
         encoded = auto(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -194,6 +235,13 @@ def _load_auto(place: _Place) -> Tokenizer:
     vocab = auto.get_vocab()
     rules = auto.backend_tokenizer.to_str() if auto.is_fast else type(auto).__name__
     return _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode, decode)
+
+
+def _is_downloaded(name: str, revision: str) -> bool:
+    """Whether the hub's cache has a vocabulary of that name. Without one the library would make an empty tokenizer."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in VOCABULARIES)
 
 
 def _tokenizer(

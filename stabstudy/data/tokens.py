@@ -15,6 +15,7 @@ verified when a process opens it first; a damaged cache is built again. Deleting
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -108,6 +109,15 @@ def default_cache_dir() -> Path:
     if _writable(shared) and _is_ours(shared):
         return shared
     return Path(tempfile.mkdtemp(prefix="stabstudy-"))  # somebody else's folder of that name
+
+
+def named_cache_dir(path: str) -> Path:
+    """The folder of `compute.cache_dir`, made where it is missing. Raises OSError where it cannot be written."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", path)
+    return folder
 
 
 def existing_cache_dir() -> Path | None:

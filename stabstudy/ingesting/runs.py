@@ -62,7 +62,7 @@ def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) ->
         left_out=dict(+raw.left_out),
         notes=(*raw.notes, *found.notes),
     )
-    where = source.files[0].resolve().with_suffix("") if source.kind == "table" else source.folder.resolve()
+    where = source.files[0].resolve().with_suffix("") if source.kind in ("table", "text") else source.folder.resolve()
     return Run(log, grid, tuple(reversed(where.parts[1:])) or ("run",))
 
 

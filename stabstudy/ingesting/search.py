@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from stabstudy import entries
-from stabstudy.ingesting import events, lines, lingua, names, tabular, trainer
+from stabstudy.ingesting import events, lines, lingua, names, tabular, text, trainer
 from stabstudy.ingesting.points import LogError, Raw
 
 STATE, LOG, METRICS = "trainer_state.json", "trainer_log.jsonl", "metrics.jsonl"
-LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet"
+LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet, *.log"
 
-Kind = Literal["trainer", "lingua", "events", "table"]
+Kind = Literal["trainer", "lingua", "events", "table", "text"]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,13 +35,15 @@ class Source:
 
     @property
     def alone(self) -> bool:
-        """Whether the folder belongs to this run: a table may be one of several in it."""
-        return self.kind != "table"
+        """Whether the folder belongs to this run: a table or a text may be one of several in it."""
+        return self.kind not in ("table", "text")
 
     def read(self, given: Mapping[str, str]) -> Raw:
         """Raises LogError where nothing can be used, OSError where nothing can be read."""
         if self.kind == "table":
             return tabular.read(self.files[0], given)
+        if self.kind == "text":
+            return text.read(self.files[0], given)
         if self.kind == "events":
             return events.read(self.files, given)
         if self.kind == "lingua":
@@ -72,6 +74,8 @@ def _of_file(path: Path) -> Source:
         return Source("lingua", (path,))
     if path.suffix in tabular.SUFFIXES:
         return Source("table", (path,))
+    if text.is_named(path):
+        return Source("text", (path,))
     raise LogError(f"is not known as a log by its name (known: {LOOKED_FOR})")
 
 
@@ -91,8 +95,12 @@ def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
         elif written := tuple(folder / f for f in sorted(files) if f.startswith(events.PREFIX)):
             yield Source("events", written)
         else:
-            tables = (folder / f for f in sorted(files) if Path(f).suffix in tabular.SUFFIXES)
-            yield from (Source("table", (path,)) for path in tables if _is_table(path, given))
+            paths = [path for f in sorted(files) if (path := folder / f).is_file()]  # a pipe would wait for ever
+            tables = [path for path in paths if path.suffix in tabular.SUFFIXES and _is_table(path, given)]
+            # what a run prints beside its table is the same run once more
+            texts = [] if tables else [path for path in paths if _is_text(path)]
+            yield from (Source("table", (path,)) for path in tables)
+            yield from (Source("text", (path,)) for path in texts)
 
 
 def _state_of(folder: Path) -> tuple[Path, ...]:
@@ -118,3 +126,11 @@ def _is_table(path: Path, given: Mapping[str, str]) -> bool:
     except (LogError, OSError):
         return False
     return True
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file found in a folder is a text log: by its name and its first lines."""
+    try:
+        return text.is_named(path) and text.is_log(path)
+    except OSError:
+        return False

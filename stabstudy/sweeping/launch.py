@@ -25,7 +25,7 @@ from stabstudy.planning import machine, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.standing import intact, waiting
-from stabstudy.settings import ConfigError, Problem, line
+from stabstudy.settings import ConfigError, Problem, line, show
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping import cluster
 from stabstudy.sweeping.board import Board
@@ -57,7 +57,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     locks.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
-    cache_dir = Path(plan.compute.cache_dir) if plan.compute.cache_dir else tokens.default_cache_dir()
+    cache_dir = _cache_dir(plan.compute.cache_dir)
     study = store.StudyFolder(plan.folder)
     whole, _ = intact(plan, study)
     if plan.launcher == "ray" and plan.compute.address is not None:
@@ -83,6 +83,18 @@ def _trained(
         say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
         return Outcome(0)
     return _train(plan, study, todo, cache_dir, command)
+
+
+def _cache_dir(named: str | None) -> Path:
+    """Raises machine.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
+    try:
+        return tokens.named_cache_dir(named) if named else tokens.default_cache_dir()
+    except DataError as error:
+        raise machine.NotReadyError(str(error)) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        rule = f"must be a folder that can be written ({reason})"
+        raise machine.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
