@@ -1,0 +1,269 @@
+"""Several runs or ranks in one log, told apart; and the points of each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from stabstudy.ingesting.aliases import CHART, PLANNED, RANK, RUN, RUNS_TABLE, place, plain
+from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_log, is_step, listed
+from stabstudy.ingesting.points import LogError, Raw
+from stabstudy.ingesting.restarts import same, settle
+from stabstudy.ingesting.values import real, whole
+
+Row = Mapping[str, Any]
+
+PHASE = ("split", "phase", "mode", "stage", "subset", "set", "prefix")
+"""Columns that may say whether a row is of training or evaluation."""
+
+_TRAINING = re.compile(r"(train|training|tr)\w*", re.IGNORECASE)
+_RUN_NAMES, _RANK_NAMES = ({plain(name) for name in names} for names in (RUN, RANK))
+_NOT_A_RUN = re.compile(r".*(epoch|time|date|token|acc|norm|loss|second|progress|mem|per_).*")
+MOST_RUNS = 0.2
+"""A column tells runs apart if it has at most so many values for each row."""
+
+
+def runs(raw: Raw, given: Mapping[str, str]) -> list[Raw]:
+    """The runs in a log, each with its points. Raises LogError where it is none, or holds several that it mixes."""
+    columns = raw.columns()
+    if charts := _chart(raw, columns, given):
+        return [_filled(chart, choose(chart.rows, chart.columns(), given, [0] * len(chart.rows))) for chart in charts]
+    raw = _of_training(raw, columns)
+    marks = [c for c in columns if plain(c) in _RUN_NAMES | _RANK_NAMES and len(_values(raw.rows, c)) > 1]
+    _refuse_runs_table(raw.rows, columns, marks)
+    choice = choose(raw.rows, columns, given, _keys(raw.rows, marks))
+    marks = [mark for mark in marks if mark not in given.values()]
+    if marks and _mixes(raw.rows, choice, marks):
+        raw = _of_one_rank(raw, choice, [c for c in marks if plain(c) in _RANK_NAMES])
+        marks = [c for c in marks if plain(c) in _RUN_NAMES]
+        marks = marks if _mixes(raw.rows, choice, marks) else []
+    else:
+        marks = []
+    marks = _sufficient(raw, choice, columns, marks)
+    if not marks:
+        return [_filled(raw, choice)]
+    return [_filled(part, choice) for part in _split(raw, choice, marks)]
+
+
+def one(raw: Raw, given: Mapping[str, str]) -> Raw:
+    """The points of a log that holds one run by its nature."""
+    columns = raw.columns()
+    held = {ours: theirs for ours, theirs in given.items() if theirs in columns}
+    if not is_log([*columns, *held]):
+        raise LogError(f"has no row with a step and a loss or gradient norm (columns: {listed(columns)})")
+    return _filled(raw, choose(raw.rows, columns, held, [0] * len(raw.rows)))
+
+
+def _filled(raw: Raw, choice: Choice) -> Raw:
+    raw.take_all(choice.names)
+    raw.after_clipping = choice.after_clipping
+    if raw.format in ("table", "tensorboard", "text"):
+        kind = "tags" if raw.format == "tensorboard" else "columns"
+        shown = [f"{o}={t}" for o, t in choice.names.items() if raw.format != "tensorboard" or o != "step"]
+        raw.notes.append(f"{kind}: {', '.join(shown)}")
+    raw.notes += choice.notes
+    raw.untaken = choice.untaken
+    if raw.steps_planned is None:
+        raw.steps_planned = _planned(raw)
+    raw.rows = []
+    return raw
+
+
+def _planned(raw: Raw) -> int | None:
+    """The number of steps in a column that says it in every row, no smaller than any step."""
+    names = {plain(name) for name in PLANNED if name != "steps"}
+    last = max((p.step for p in raw.points), default=0)
+    for name in (c for c in raw.columns() if plain(c) in names):
+        values = {whole(row.get(name)) for row in raw.rows} - {None}
+        if len(values) == 1 and (value := values.pop()) and value >= last:
+            return value
+    return None
+
+
+# what the rows are of
+
+
+def _of_training(raw: Raw, columns: Sequence[str]) -> Raw:
+    """Without the rows that a column calls those of an evaluation."""
+    for name in (c for c in columns if plain(c) in PHASE or c.lower() in PHASE):
+        words = {v for v in _values(raw.rows, name) if isinstance(v, str)}
+        training = {word for word in words if _TRAINING.fullmatch(word)}
+        if training and words - training:
+            kept = [row for row in raw.rows if row.get(name) in training or row.get(name) in (None, "")]
+            raw.left_out["evaluation rows"] += len(raw.rows) - len(kept)
+            raw.rows = kept
+    return raw
+
+
+def _refuse_runs_table(rows: Sequence[Row], columns: Sequence[str], marks: Sequence[str]) -> None:
+    names = [c for c in marks if plain(c) in _RUN_NAMES and len(_values(rows, c)) == len(rows)]
+    exported = len(set(columns) & set(RUNS_TABLE)) > 1
+    if not (names or (exported and len(rows) > 1)):
+        return
+    rises = any(_rises([whole(row.get(c)) for row in rows]) for c in columns if is_step(c))
+    if exported or not rises:
+        shown = names[0] if names else next(c for c in columns if c in RUNS_TABLE)
+        raise LogError(f"has a row per run ({shown}) and no steps of any: it is no log; export the history of the runs")
+
+
+def _rises(steps: Sequence[int | None]) -> bool:
+    known = [s for s in steps if s is not None]
+    return 2 * len(known) > len(steps) and all(a < b for a, b in itertools.pairwise(known))
+
+
+def _of_one_rank(raw: Raw, choice: Choice, marks: Sequence[str]) -> Raw:
+    """The rows of the rank that logs most, of equal ones the first."""
+    keys = _keys(raw.rows, marks)
+    if len(set(keys)) < 2:
+        return raw
+    names = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
+    counts = Counter(
+        key for key, row in zip(keys, raw.rows, strict=True) if any(real(row.get(n)) is not None for n in names)
+    )
+    best = min(counts, key=lambda key: (-counts[key], _ordered(key)))
+    kept = [row for key, row in zip(keys, raw.rows, strict=True) if key == best]
+    raw.left_out["rows of other ranks"] += len(raw.rows) - len(kept)
+    raw.notes.append(f"{_called(marks, best)} of {len(counts)} is taken")
+    raw.rows = kept
+    return raw
+
+
+def _ordered(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple((whole(v) is None, whole(v) or 0, str(v)) for v in key)
+
+
+# which column tells runs apart
+
+
+def _values(rows: Sequence[Row], name: str) -> set[Hashable]:
+    return {v for row in rows if (v := row.get(name)) not in (None, "") and isinstance(v, Hashable)}
+
+
+def _keys(rows: Sequence[Row], marks: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [tuple(v if isinstance(v := row.get(name), Hashable) else str(v) for name in marks) for row in rows]
+
+
+def _mixes(rows: Sequence[Row], choice: Choice, marks: Sequence[str]) -> bool:
+    """Whether steps repeat with other values, or go back, more often than within the runs that `marks` tell apart."""
+    whole_log = _repeats(rows, choice, [()] * len(rows))
+    return bool(marks) and whole_log > _repeats(rows, choice, _keys(rows, marks))
+
+
+def _repeats(rows: Sequence[Row], choice: Choice, keys: Sequence[Hashable]) -> int:
+    names = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
+    seen: dict[tuple[Hashable, int | None, str], float] = {}
+    last: dict[Hashable, int] = {}
+    n = 0
+    for row, key in zip(rows, keys, strict=True):
+        if (step := whole(row.get(choice.names["step"]))) is None:
+            continue
+        n += step < last.get(key, 0)
+        last[key] = step
+        for name in names:
+            if (value := real(row.get(name))) is not None:
+                n += not same(seen.setdefault((key, step, name), value), value)
+    return n
+
+
+def _sufficient(raw: Raw, choice: Choice, columns: Sequence[str], marks: list[str]) -> list[str]:
+    """The marks, and as many further columns as it takes that no run would be refused for rows that it mixes."""
+    others = [c for c in columns if _may_mark(c, raw.rows, choice, marks)]
+    while (lost := _lost(raw, choice, marks)) and others:
+        best = min(others, key=lambda c: _lost(raw, choice, [*marks, c]))
+        if _lost(raw, choice, [*marks, best]) >= lost:
+            return marks
+        marks = [*marks, best]
+        others.remove(best)
+    return marks
+
+
+def _may_mark(column: str, rows: Sequence[Row], choice: Choice, marks: Sequence[str]) -> bool:
+    if column in marks or column in {choice.names.get(o) for o in ("step", "loss", "grad_norm")} or is_step(column):
+        return False
+    if _NOT_A_RUN.fullmatch(plain(column)) or any(place(o, column) is not None for o in COLUMNS[:3]):
+        return False
+    return 1 < len(_values(rows, column)) <= MOST_RUNS * len(rows)
+
+
+def _lost(raw: Raw, choice: Choice, marks: Sequence[str]) -> int:
+    """How many rows would be lost because steps repeat within the runs that `marks` tell apart."""
+    parts: dict[Hashable, Raw] = {}
+    for row, key in zip(raw.rows, _keys(raw.rows, marks), strict=True):
+        parts.setdefault(key, Raw(raw.format)).rows.append(row)
+    for part in parts.values():
+        part.take_all(choice.names)
+        part.lost = 0
+        settle(part)
+    return sum(part.lost for part in parts.values())
+
+
+def _split(raw: Raw, choice: Choice, marks: Sequence[str]) -> list[Raw]:
+    parts: dict[tuple[Any, ...], list[Row]] = {}
+    for row, key in zip(raw.rows, _keys(raw.rows, marks), strict=True):
+        if any(v not in (None, "") for v in key):
+            parts.setdefault(key, []).append(row)
+    names = [f"{', '.join(marks)} tells {len(parts)} runs apart"]
+    return [
+        replace(
+            raw,
+            rows=rows,
+            points=[],
+            left_out=Counter(raw.left_out),
+            notes=[*raw.notes, *names],
+            lost=-(-raw.lost * len(rows) // len(raw.rows)),
+            run=_called(marks, key),
+            settings=_constants(rows, choice),
+        )
+        for key, rows in parts.items()
+    ]
+
+
+def _called(marks: Sequence[str], key: Sequence[Any]) -> str:
+    """A run by what tells it apart: a text alone as it is, all else with its name."""
+    if len(key) == 1 and isinstance(key[0], str) and real(key[0]) is None:
+        return key[0]
+    return ", ".join(f"{mark}={value}" for mark, value in zip(marks, key, strict=True) if value not in (None, ""))
+
+
+def _constants(rows: Sequence[Row], choice: Choice) -> dict[str, Any]:
+    """What every row of a run says alike: its settings."""
+    measured = {choice.names.get(ours) for ours in ("step", "loss", "grad_norm")}
+    columns = dict.fromkeys(name for row in rows for name in row)
+    found = {c: values.pop() for c in columns if c not in measured and len(values := _values(rows, c)) == 1}
+    return {name: _number(value) for name, value in found.items() if isinstance(value, bool | int | float | str)}
+
+
+def _number(value: Any) -> Any:
+    """The text of a table as the number that it spells."""
+    if not isinstance(value, str) or (number := real(value)) is None:
+        return value
+    return int(number) if whole(value) is not None and re.fullmatch(r"\s*\d+\s*", value) else number
+
+
+# W&B's chart export
+
+
+def _chart(raw: Raw, columns: Sequence[str], given: Mapping[str, str]) -> list[Raw]:
+    """A log per run of a table with columns `RUN - METRIC`, `RUN - METRIC__MIN` and `__MAX`; none for another table."""
+    ours = [c for c in columns if f"{c}__MIN" in columns and re.fullmatch(CHART, c)]
+    if not ours or set(given.values()) & set(ours):
+        return []
+    shared = [c for c in columns if not re.fullmatch(CHART, c)]
+    names: dict[str, dict[str, str]] = {}
+    for column in ours:
+        run, _, metric = column.rpartition(" - ")
+        names.setdefault(run, {})[metric] = column
+    return [_of_chart(raw, run, metrics, shared) for run, metrics in names.items()]
+
+
+def _of_chart(raw: Raw, run: str, metrics: Mapping[str, str], shared: Sequence[str]) -> Raw:
+    rows: list[Row] = [
+        {c: row.get(c) for c in shared} | {metric: row.get(column) for metric, column in metrics.items()}
+        for row in raw.rows
+        if any(row.get(column) not in (None, "") for column in metrics.values())
+    ]
+    return Raw(raw.format, rows=rows, run=run, left_out=Counter(raw.left_out), notes=["a chart export of W&B"])
