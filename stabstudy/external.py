@@ -116,8 +116,9 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     more = {name: block[name] for name in _OPTIONAL if name in block}
     if wrong := next((n for n, v in more.items() if not isinstance(v, _OPTIONAL[n])), None):
         raise StoreError(f"{path}: external.{wrong} has the wrong type ({type(more[wrong]).__name__})")
-    if not all(type(step) is int and 0 <= step <= LARGEST_STEP for step in more.get("moved", {}).values()):
-        raise StoreError(f"{path}: external.moved: must hold steps from 0 to 2^53")
+    moved = more.get("moved", {})
+    if not all(row.isdecimal() and type(step) is int and 0 <= step <= LARGEST_STEP for row, step in moved.items()):
+        raise StoreError(f"{path}: external.moved: must hold rows, and steps from 0 to 2^53")
     if block["format"] not in FORMATS:
         raise StoreError(f"{path}: external.format: unknown ({block['format']!r})")
     for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):

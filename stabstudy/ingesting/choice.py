@@ -23,6 +23,9 @@ LOG_CALLS = "_step"
 """W&B's own counter. It never goes back and is always there, but counts calls of its log function."""
 
 MOSTLY = 0.99
+RARE = 0.02
+"""A column with numbers in no more than this share of the rows of the best is a summary, and no rival."""
+
 MOST_SHOWN = 12
 
 _BEFORE = re.compile(r"(^|_)(before|pre|un|no|raw)_?(clip\w*)?(_|$)|(^|_)raw(_|$)")
@@ -111,7 +114,8 @@ def _best(ours: str, rows: Rows, columns: Sequence[str]) -> list[str]:
     counts = {name: sum(v is not None for v in values) for name, values in numbers.items()}
     most = max(counts.values(), default=0)
     ordered = sorted(ranks, key=lambda name: (2 * counts[name] < most, ranks[name]))
-    return [name for i, name in enumerate(ordered) if not i or _differ(numbers[name], numbers[ordered[0]])]
+    first = numbers[ordered[0]] if ordered else []
+    return [n for i, n in enumerate(ordered) if not i or (counts[n] > RARE * most and _differ(numbers[n], first))]
 
 
 def _differ(a: Sequence[float | None], b: Sequence[float | None]) -> bool:

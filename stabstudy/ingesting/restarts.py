@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stabstudy.ingesting.points import Point, Raw
 
 REWRITTEN = "written again after a restart"
+IN_TURN = "written again though nothing had failed (several runs, or steps that count within an epoch?)"
 CLASHES = "further values of a step (several runs, ranks or micro-batches?)"
 FEWEST_RESTARTS, LARGEST_SHARE = 3, 1 / 3
 """So many restarts that rewrite more than this share of the rows are taken for several runs in turn."""
@@ -92,19 +93,19 @@ def settle(raw: Raw) -> list[Point]:
 
 
 def _tell_restarts(raw: Raw, attempts: _Attempts, end: int) -> None:
-    n = attempts.restarts
-    raw.left_out[REWRITTEN] += attempts.rewritten
+    n, from_start = attempts.restarts, attempts.from_start
     raw.notes.append(f"{n} restart{'' if n == 1 else 's'}: of repeated steps the last is kept")
-    if len(attempts.from_start) > 1:
-        raw.notes.append(
-            f"steps returned to the first one {len(attempts.from_start)} times: do they count within an epoch?"
-        )
-    if n >= FEWEST_RESTARTS and attempts.rewritten > LARGEST_SHARE * len(raw.points):
-        raw.lost += attempts.rewritten
-        return
-    ends = [*(before for before, _ in attempts.from_start), end]
+    if len(from_start) > 1:
+        raw.notes.append(f"steps returned to the first one {len(from_start)} times: do they count within an epoch?")
+    ends = [*(before for before, _ in from_start), end]
     # an attempt from the first step on that comes no further than the one before was no restart: nothing had failed
-    raw.lost += sum(rows for i, (before, rows) in enumerate(attempts.from_start) if ends[i + 1] <= before)
+    in_turn = sum(rows for i, (before, rows) in enumerate(from_start) if ends[i + 1] <= before)
+    if n >= FEWEST_RESTARTS and attempts.rewritten > LARGEST_SHARE * len(raw.points):
+        in_turn = attempts.rewritten
+    if in_turn:
+        raw.lose(IN_TURN, in_turn)
+    if attempts.rewritten > in_turn:
+        raw.left_out[REWRITTEN] += attempts.rewritten - in_turn
 
 
 def _measured(point: Point) -> Iterator[tuple[str, float]]:

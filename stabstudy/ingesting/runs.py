@@ -178,7 +178,7 @@ def _rows(run: Run) -> Rows:
     n, clip = len(run.grid.points), run.log.settings.get("optim.clip")
     values: dict[str, Sequence[Any]] = {name: [None] * n for name in LOG.names} | {"step": range(n)}
     values |= {name: [getattr(p, name) for p in run.grid.points] for name in ("loss", "grad_norm", "lr")}
-    if clip is not None:
+    if clip is not None and not run.log.after_clipping:
         values["clip_scale"] = [None if g is None else _scale(g, clip) for g in values["grad_norm"]]
     arrays = {c.name: as_array(list(values[c.name]), c) for c in LOG.columns}
     assert np.array_equal(arrays["step"][0], np.arange(n))
