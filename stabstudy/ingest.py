@@ -84,7 +84,7 @@ def _search(paths: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Sou
     """What the paths hold, tables that were passed over printed in a line each, and the exit codes of bad paths."""
     from stabstudy.ingesting.points import LogError
     from stabstudy.ingesting.search import MOST_SHOWN as MOST_PASSED
-    from stabstudy.ingesting.search import search
+    from stabstudy.ingesting.search import join_charts, search
 
     sources: dict[Source, None] = {}
     passed_over: list[str] = []
@@ -101,7 +101,7 @@ def _search(paths: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Sou
         _say(line)
     if len(passed_over) > MOST_PASSED:
         _say(f"and {len(passed_over) - MOST_PASSED} more tables were passed over")
-    return list(sources), codes
+    return join_charts(sources, columns), codes
 
 
 def _say_run(run: Run) -> None:

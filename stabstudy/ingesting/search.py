@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,9 +42,9 @@ class Source:
     def read(self, given: Mapping[str, str]) -> list[Raw]:
         """Its runs. Raises LogError where nothing can be used, OSError where nothing can be read."""
         if self.kind == "table":
-            return tabular.read(self.files[0], given)
+            return tabular.read(self.files, given)
         if self.kind == "text":
-            return several.runs(Raw("text", rows=list(text.rows(self.files[0]))), given)
+            return text.read(self.files[0], given)
         if self.kind == "events":
             return [events.read(self.files, given)]
         if self.kind == "lingua":
@@ -75,6 +75,22 @@ def search(path: Path, given: Mapping[str, str]) -> Search:
     return Search([_of_file(path)])
 
 
+def join_charts(sources: Iterable[Source], given: Mapping[str, str]) -> list[Source]:
+    """The sources, with the chart exports of one folder as one: each holds one metric of the same runs."""
+    joined: dict[object, list[Source]] = {}
+    for source in sources:
+        joined.setdefault(source.folder if _is_chart(source, given) else source, []).append(source)
+    return [Source(group[0].kind, tuple(file for s in group for file in s.files)) for group in joined.values()]
+
+
+def _is_chart(source: Source, given: Mapping[str, str]) -> bool:
+    try:
+        columns = tabular.columns(source.files[0]) if source.kind == "table" else []
+    except (LogError, OSError):
+        return False
+    return several.is_chart(columns) and not set(given.values()) & set(columns)
+
+
 def _of_file(path: Path) -> Source:
     suffix = lines.suffix(path)
     if path.name.startswith(events.PREFIX):
@@ -88,9 +104,7 @@ def _of_file(path: Path) -> Source:
     if suffix in tabular.SUFFIXES:
         return Source("table", (path,))
     if text.is_named(path) or text.is_log(path):
-        if text.is_log(path):
-            return Source("text", (path,))
-        raise LogError("is no table, and has no lines with a step and a loss or gradient norm as text logs have them")
+        return Source("text", (path,))
     raise LogError(f"is not known as a log by its name (known: {LOOKED_FOR})")
 
 

@@ -247,9 +247,18 @@ def _number(value: Any) -> Any:
 # W&B's chart export
 
 
+def is_chart(columns: Sequence[str]) -> bool:
+    """Whether columns are those of a chart export: `RUN - METRIC` with its __MIN and __MAX."""
+    return bool(_values_of_chart(columns))
+
+
+def _values_of_chart(columns: Sequence[str]) -> list[str]:
+    return [c for c in columns if f"{c}__MIN" in columns and re.fullmatch(CHART, c)]
+
+
 def _chart(raw: Raw, columns: Sequence[str], given: Mapping[str, str]) -> list[Raw]:
     """A log per run of a table with columns `RUN - METRIC`, `RUN - METRIC__MIN` and `__MAX`; none for another table."""
-    ours = [c for c in columns if f"{c}__MIN" in columns and re.fullmatch(CHART, c)]
+    ours = _values_of_chart(columns)
     if not ours or set(given.values()) & set(ours):
         return []
     shared = [c for c in columns if not re.fullmatch(CHART, c)]

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,12 +19,13 @@ _TEXT = (".csv", ".tsv")
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*")
 
 
-def read(path: Path, given: Mapping[str, str]) -> list[Raw]:
-    """The runs in a table. `given`: ours -> the table's column, for those that are not known by their names."""
+def read(paths: Sequence[Path], given: Mapping[str, str]) -> list[Raw]:
+    """The runs in a table, or in the charts of the same runs. `given`: ours -> the table's column, by the user."""
     raw = Raw("table")
-    raw.rows += _rows(path, raw)
+    for path in paths:
+        raw.rows += _rows(path, raw)
     if not raw.rows:
-        raise LogError(f"has no row with a step and a loss or gradient norm (columns: {listed(columns(path))})")
+        raise LogError(f"has no row with a step and a loss or gradient norm (columns: {listed(columns(paths[0]))})")
     return several.runs(raw, given)
 
 

@@ -7,19 +7,21 @@ a number that `float` takes; a rank in the prefix is the key `rank`, the second 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gzip
 import io
 import itertools
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
+from stabstudy.ingesting import several
 from stabstudy.ingesting.aliases import NOT, place, plain
+from stabstudy.ingesting.lines import opened
+from stabstudy.ingesting.points import LogError, Raw
 
 SUFFIXES = (".log", ".txt", ".out")
 LONGEST = 4_000
@@ -33,7 +35,7 @@ _NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+(?:
 _NOT_FINITE = r"(?i:nan(?:\([a-z]*\))?|inf(?:inity)?|1\.#(?:IND|QNAN|SNAN|INF)0*)"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|#033\[[0-9;]*m")
 _RANK = re.compile(
-    r"\s*(?:\[(?:rank|default) ?(\d+)\]:?|\(rank:? ?(\d+)\)|rank ?(\d+):|\[\d+,(\d+)\]<\w+>:|(\d{1,5}):(?= ))",
+    r"\s*(?:\[(?:rank|default) ?(\d+)\]:?|\(rank:? ?(\d+)\)|rank ?(\d+):|\[\d+,(\d+)\]<\w+>:|(?P<label>\d{1,5}):(?= ))",
     re.IGNORECASE,
 )
 _BAR = re.compile(r"(?<![\d/.])(\d+)\s*/\s*(\d+)\s*\[\d+:\d\d")  # tqdm: 10/500 [00:10<...
@@ -89,8 +91,8 @@ class Line:
 
     @property
     def is_below(self) -> bool:
-        """Whether it stands below the line of its step: indented or with a bullet, and without a step."""
-        return self.text[:1] in _BULLETS and "step" not in self.kinds
+        """Whether it stands below the line of its step: indented or with a bullet, and no step beside other values."""
+        return self.text[:1] in _BULLETS and ("step" not in self.kinds or len(self.pairs) == 1)
 
 
 def rows(path: Path) -> Iterator[dict[str, str]]:
@@ -99,7 +101,7 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
     A row without a step of its own gets the place of the progress bar that is drawn right after it, as `progress`;
     it has no step where no bar follows.
     """
-    with path.open("rb") as f:
+    with opened(path) as f:
         yield from _rows(_lines(f))
 
 
@@ -109,9 +111,16 @@ def is_named(path: Path) -> bool:
     return name.endswith(SUFFIXES)
 
 
+def read(path: Path, given: Mapping[str, str]) -> list[Raw]:
+    """The runs in a text log. `given`: ours -> the log's name, for those that are not known by their names."""
+    if not (found := list(rows(path))):
+        raise LogError("has no line of `name: value` pairs with a loss or gradient norm that is known by its name")
+    return several.runs(Raw("text", rows=[*found]), given)
+
+
 def is_log(path: Path) -> bool:
     """Whether the beginning of a file reads as a training log: prose, code and settings do not. Raises OSError."""
-    with path.open("rb") as f:
+    with opened(path) as f:
         lines = list(itertools.islice(_lines(f), EXAMINED))
     found = list(_rows(lines))
     steps = {value for row in found for key, value in row.items() if _kind(key) == "step"}
@@ -133,7 +142,7 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
             yield from _whole(row)
             row = {}
         elif line.is_below and _has_step(row):
-            row = line.pairs | row
+            row |= {key: value for key, value in line.pairs.items() if key not in row}
         elif line.pairs or _EVALUATION.search(line.text):
             yield from _whole(row)
             row = dict(line.pairs) | ({"rank": line.rank} if line.rank else {})
@@ -166,10 +175,13 @@ def _parse(line: str) -> Line:
     text = _ESCAPES.sub("", line)
     if bare := _BARE.fullmatch(text):
         return Line(None, text, {"step": bare[1], "train loss": _number(bare[2], None)})
-    rank = None
+    rank = label = None
     while match := _RANK.match(text):
+        label = match["label"]
         rank, text = next(g for g in match.groups() if g is not None), text[match.end() :]
     pairs = _pairs(text)
+    if label and not _has_step(pairs):
+        rank = None  # `10: loss 2.3` counts something, and does not name a process
     return Line(rank, text, {} if _is_evaluation(text, pairs) else pairs)
 
 
@@ -228,14 +240,10 @@ def _number(text: str, unit: str | None) -> str:
 
 
 def _lines(f: BinaryIO) -> Iterator[str]:
-    """Lines of a text file, plain or gzip, also those that a carriage return ends. What a torn gzip lost is missing."""
-    magic = f.read(4)
+    """Lines of a text file, also those that a carriage return ends."""
+    magic = f.read(2)
     f.seek(0)
-    raw = cast(BinaryIO, gzip.GzipFile(fileobj=f)) if magic.startswith(b"\x1f\x8b") else f
-    encoding = "utf-16" if magic[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    with io.TextIOWrapper(raw, encoding=encoding, errors="replace", newline=None) as text:
-        try:
-            while line := text.readline(2**20):
-                yield line.rstrip("\n")[:LONGEST]
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeError):
-            return
+    encoding = "utf-16" if magic in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with io.TextIOWrapper(f, encoding=encoding, errors="replace") as text, contextlib.suppress(UnicodeError):
+        while line := text.readline(2**20):
+            yield from line.rstrip("\n")[:LONGEST].replace("]{", "]\n{").split("\n")  # a bar, and then a row

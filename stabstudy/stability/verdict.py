@@ -15,8 +15,8 @@ and null, with a reason, where it cannot be judged: `no_gradient_norm` (none abo
 `norm_after_clipping` where there are those after clipping alone, `all_zero` where the loss too is 0 throughout),
 `too_short` (under 50 evaluable steps), a state that is not done; and in place of `stable` alone: `strided` (a log that
 leaves steps out can show that a trial diverged, is rough or spiky by R2, but not how long anything lasted, so
-`persistent` and R1 are not tested) and `untrained` (the moving mean of the loss never came below H1: nothing was learned
-that could have become unstable).
+`persistent` and R1 are not tested) and `untrained` (the moving mean of the loss never came below H1: nothing was
+learned that could have become unstable).
 """
 
 from __future__ import annotations
