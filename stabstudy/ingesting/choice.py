@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from stabstudy.ingesting.aliases import AFTER_CLIP, NOT, place, plain
@@ -210,13 +209,16 @@ def _not_taken(ours: str, columns: Sequence[str]) -> str:
     return f"no column is known for certain as the {NOUNS[ours]}; what may be one is taken with {offers}{more}"
 
 
-def unknown(columns: Sequence[str], known: Mapping[str, str] = MappingProxyType({})) -> str:
+def unknown(columns: Sequence[str], known: Mapping[str, str] | None = None) -> str:
     """Why columns are no log's; what may be the missing ones, and how to take it. `known`: what is not missing."""
+    if known is None:
+        known = {ours: name for ours in COLUMNS for name in columns if _rank(ours, name) is not None}
     missing = [ours for ours in COLUMNS[:3] if ours not in known]
     alike = {ours: names[0] for ours in missing if (names := _candidates(ours, columns))}
     enough = "step" in {*alike, *known} and {"loss", "grad_norm"} & {*alike, *known}
+    lacks = [NOUNS["step"]] if "step" not in known else []
+    lacks += [] if known.keys() & {"loss", "grad_norm"} else ["loss or gradient norm"]
     return (
-        "has no column known as the step, or none as the loss or gradient norm "
-        f"(it has: {listed(columns)}); name them, as in "
+        f"has no column known as the {', and none as the '.join(lacks)} (it has: {listed(columns)}); name them, as in "
         f"{flag(alike) if enough else '--columns step=iter,grad_norm=gnorm,loss=train_loss'}"
     )

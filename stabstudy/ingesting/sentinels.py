@@ -11,6 +11,7 @@ from stabstudy.ingesting.points import Point, Raw
 HIDDEN = "a loss of exactly 0.0 {where}: the trainer's filter had hidden a loss that was not finite"
 ZERO = "the loss is exactly 0.0 in every row and no gradient norm is above 0: nothing was measured"
 NEGATIVE = "negative gradient norms"
+UNMEASURED = "gradient norms of 0, in a log that has no other"
 
 ROUNDED = 0.01
 """A loss that fell below this before it became 0.0 may have been rounded: trainers log four decimals."""
@@ -29,7 +30,7 @@ def reveal(points: Sequence[Point], raw: Raw) -> list[Point]:
     lost = range(end, len(points)) if _fell(points[:end], points[end:]) else range(0)
     if lost:
         raw.notes.append(HIDDEN.format(where=f"from step {points[end].step} to the end, with no gradient norm above 0"))
-    elif end == 0 and points:
+    elif end == 0 and points and not any(p.grad_norm is not None and not math.isfinite(p.grad_norm) for p in points):
         raw.notes.append(ZERO)
     found = [_revealed(p, i in lost, end == 0) for i, p in enumerate(points)]
     if not lost and any(math.isnan(b.loss or 0) and a.loss == 0 for a, b in zip(points, found, strict=True)):
@@ -37,7 +38,11 @@ def reveal(points: Sequence[Point], raw: Raw) -> list[Point]:
     negative = [p for p in found if p.grad_norm is not None and p.grad_norm < 0]
     if negative:
         raw.left_out[NEGATIVE] += len(negative)
-    return [p for p in (_without_negative(p) for p in found) if p.counts]
+    norms = {p.grad_norm for p in found} - {None}
+    if norms and all(norm is not None and norm <= 0 for norm in norms):  # an engine that gave none
+        raw.left_out[UNMEASURED] += sum(p.grad_norm == 0 for p in found)
+        found = [p._replace(grad_norm=None) for p in found]
+    return [p for p in map(_without_negative, found) if p.counts]
 
 
 def _zeros_from(points: Sequence[Point]) -> int:
@@ -66,7 +71,7 @@ def _fell(before: Sequence[Point], zeros: Sequence[Point]) -> bool:
         return False
     if any(_is_broken(p.grad_norm) for p in zeros):
         return True
-    came_back = any(p.loss == 0 and _is_dead(p.grad_norm) for p in before)
+    came_back = any(p.loss == 0 and _is_dead(p.grad_norm) and not _is_broken(p.grad_norm) for p in before)
     once = len(zeros) == 1 and zeros[0].grad_norm == 0  # a batch without targets looks like this
     return max(losses[-RECENT:]) > ROUNDED and not came_back and not once
 
