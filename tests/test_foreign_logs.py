@@ -208,13 +208,38 @@ def test_columns_as_json_name_anything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [('{"grad_norm": ', "must be a JSON object"), ('{"grad_norm": 3}', "must be NAME=COLUMN"),
-     ("{}x", "must be a JSON"), ('{"norm": "a"}', "NAME of step, loss, grad_norm, lr"),
-     ('{"loss": ""}', "must be NAME=COLUMN"), ("", "must be NAME"), ('{"loss": null}', "must be NAME=COLUMN"), ("[1]", "must be NAME=COLUMN"), ("{" * 5000, "must be a JSON object")],
-)  # fmt: skip
+    [
+        ('{"grad_norm": ', "must be a JSON object"),
+        ('{"grad_norm": 3}', "must be NAME=COLUMN"),
+        ("{}x", "must be a JSON object"),
+        ('{"norm": "a"}', "NAME of step, loss, grad_norm, lr"),
+        ('{"loss": ""}', "must be NAME=COLUMN"),
+        ('{"loss": null}', "must be NAME=COLUMN"),
+        ("{" * 5000, "must be a JSON object"),
+        ("[1]", "must be NAME=COLUMN"),
+        ("", "must be NAME=COLUMN"),
+    ],
+)
 def test_bad_columns(text: str, reason: str, tmp_path: Path, capsys: Out) -> None:
     path = csv(tmp_path / "a.csv", step=range(N), loss=LOSSES)
     assert reason in (line := refused(tmp_path, capsys, path, more=("--columns", text))) and line.count("\n") == 1
+
+
+def test_of_micro_batches_the_last_is_kept(tmp_path: Path, capsys: Out) -> None:
+    """litgpt: `iter` counts micro-batches, `step` updates; the norm stands in the last row of a step."""
+    rows = [
+        {"iter": 4 * i + k, "step": i, "loss": LOSSES[i] if k == 3 else 9.0 - k}
+        | ({"grad_norm": NORMS[i]} if k == 3 else {})
+        for i in range(N)
+        for k in range(4)
+    ]
+    study = take(tmp_path, logs.jsonl(tmp_path / "a.jsonl", [*rows, {"summary": True}]))
+    assert series(study, "loss") == LOSSES and series(study, "grad_norm") == NORMS
+    assert only(study)[1].left_out == {"micro-batches of a step before its last": 3 * N, "neither loss nor norm": 1}
+    assert "step: step, chosen over iter" in capsys.readouterr().out
+    for row in rows:
+        row["iter"] = row["step"]  # now nothing says that the rows are micro-batches
+    assert "ranks or micro-batches" in refused(tmp_path / "x", capsys, logs.jsonl(tmp_path / "b.jsonl", rows))
 
 
 # several runs
@@ -484,6 +509,15 @@ def test_a_norm_after_clipping_by_its_name(tmp_path: Path) -> None:
     assert one(tmp_path, csv(tmp_path / "a.csv", **columns))[0]["verdict_reason"] == "norm_after_clipping"
 
 
+@pytest.mark.parametrize(("digits", "clip", "after"), [(2, 1.9, True), (1, 1.9, True), (2, None, False)])
+def test_a_cap_at_a_threshold_that_is_known_is_one_though_norms_are_rounded(
+    digits: int, clip: float | None, after: bool, tmp_path: Path
+) -> None:
+    norms = [round(min(g, 1.9) if clip else g, digits) for g in NORMS]
+    path = csv(tmp_path / "a.csv", step=range(N), loss=LOSSES, grad_norm=norms)
+    assert one(tmp_path, path, *(("--set", f"optim.clip={clip}") if clip else ()))[1].after_clipping is after
+
+
 # rows that are lost, steps that are missing
 
 
@@ -550,6 +584,22 @@ def test_settings_beside_a_table_say_how_often_it_logs(tmp_path: Path) -> None:
     (tmp_path / "v" / "hparams.yaml").write_text("log_every_n_steps: 10\nlr: 0.1\n")
     row, log = one(tmp_path, path)
     assert row["log_stride"] == 10 and log.settings == {}  # a table may be one of several in its folder
+
+
+@pytest.mark.parametrize("kind", ["dense start", "jitter", "first and last"])
+def test_irregular_steps_lose_no_rows(kind: str, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    steps = {
+        "dense start": [*range(20), *range(20, 1020, 10)],
+        "jitter": [20 * i + rng.randrange(-4, 5) for i in range(1, N + 1)],
+        "first and last": [1, *range(10, 1190, 10), 1183],
+    }[kind]
+    study = take(tmp_path, csv(tmp_path / "a.csv", step=sorted(steps), loss=LOSSES[: len(steps)]))
+    measured = {s: v for s, v in zip(series(study, "step"), series(study, "loss"), strict=True) if v is not None}
+    expected = dict(zip(sorted(steps), LOSSES, strict=False))
+    if kind == "first and last":
+        del expected[1183]  # which trainers write besides
+    assert measured == pytest.approx(expected)
 
 
 # a step keeps its own number

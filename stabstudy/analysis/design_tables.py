@@ -101,9 +101,9 @@ def _verdicts(rules: Rules) -> Iterator[tuple[str, str]]:
     yield "stable", "none of these"
     yield (
         "not judged",
-        f"under {rules.min_evaluable} evaluable steps; or no gradient norm, or those after clipping alone; or a loss of "
-        "0 throughout; or, of a trial that would be stable, a loss that never came below the entropy of single tokens "
-        "(untrained), or a log that leaves steps out",
+        f"under {rules.min_evaluable} evaluable steps; or no gradient norm, or those after clipping alone; or a loss "
+        "of 0 throughout; or, of a trial that would be stable, a loss that never came below the entropy of single "
+        "tokens (untrained), or a log that leaves steps out",
     )
 
 

@@ -100,6 +100,11 @@ def is_step(column: str) -> bool:
     return place("step", column) is not None
 
 
+def looks_like_step(column: str) -> bool:
+    """Whether it may be one, also under a name that is not known."""
+    return is_step(column) or bool(re.fullmatch(r"(.*_)?(steps?|iter|iters|iterations?)(_.*)?", plain(column)))
+
+
 def is_log(columns: Sequence[str]) -> bool:
     """Whether columns, also `RUN - METRIC` of a chart, are by their names alone those of a log."""
     metrics = [column.rpartition(" - ")[2] for column in columns]

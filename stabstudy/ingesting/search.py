@@ -176,7 +176,7 @@ def _no_log(path: Path, given: Mapping[str, str]) -> str:
         return UNRELATED
     if choice.is_log([*columns, *given]) and set(given.values()) <= set(columns):
         return ""
-    if not any(map(choice.is_step, columns)):
+    if not any(map(choice.looks_like_step, columns)):
         return UNRELATED
     if absent := set(given.values()) - set(columns):
         return f"it has no column {', '.join(sorted(absent))} (it has: {choice.listed(columns)})"

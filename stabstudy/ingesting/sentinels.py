@@ -17,9 +17,9 @@ ROUNDED = 0.01
 """A loss that fell below this before it became 0.0 may have been rounded: trainers log four decimals."""
 
 RECENT = 5
-CAP_ROWS, CAP_SHARE, CAP_EXCESS = 10, 0.05, 5
+CAP_ROWS, CAP_SHARE, CAP_EXCESS = 10, 0.02, 5
 """Norms are capped where so many rows, and this share of them, stand at the largest; and so many times more than stand
-at any other value, since norms that were rounded have many rows at each."""
+at any other value, since norms that were rounded have many rows at each; where it is the threshold, only more."""
 
 CLOSE = 1e-4
 
@@ -102,4 +102,5 @@ def cap(points: Sequence[Point], clip: float | None) -> float | None:
     below = Counter(norm for norm in norms if norm < top * (1 - CLOSE))
     next_most = max(below.values(), default=0)
     enough = at_top >= CAP_ROWS and at_top >= CAP_SHARE * len(norms)
-    return top if enough and at_top > CAP_EXCESS * next_most else None
+    excess = CAP_EXCESS if clip is None or not math.isclose(top, clip, rel_tol=10 * CLOSE) else 1
+    return top if enough and at_top > excess * next_most else None

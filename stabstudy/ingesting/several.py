@@ -17,12 +17,14 @@ from stabstudy.ingesting.values import real, whole
 
 Row = Mapping[str, Any]
 
-PHASE = ("split", "phase", "mode", "stage", "subset", "set", "prefix")
+PHASE = ("split", "phase", "mode", "stage", "subset", "set", "prefix", "type", "kind", "event", "job_type")
 """Columns that may say whether a row is of training or evaluation."""
 
 _TRAINING = re.compile(r"(train|training|tr)\w*", re.IGNORECASE)
 _RUN_NAMES, _RANK_NAMES = ({plain(name) for name in names} for names in (RUN, RANK))
 _NOT_A_RUN = re.compile(r".*(epoch|time|date|token|acc|norm|loss|second|progress|mem|per_).*")
+_MICRO = re.compile(r".*(micro|iter|batch).*")
+MICRO_BATCHES = "micro-batches of a step before its last"
 MOST_RUNS = 0.2
 """A column tells runs apart if it has at most so many values for each row."""
 
@@ -43,9 +45,10 @@ def runs(raw: Raw, given: Mapping[str, str]) -> list[Raw]:
         marks = marks if _mixes(raw.rows, choice, marks) else []
     else:
         marks = []
-    marks = _sufficient(raw, choice, columns, marks)
+    if not _counts_micro_batches(raw.rows, choice, columns):
+        marks = _sufficient(raw, choice, columns, marks)
     if not marks:
-        return [_filled(raw, choice)]
+        return [_filled(_of_steps(raw, choice, columns), choice)]
     return [_filled(part, choice) for part in _split(raw, choice, marks)]
 
 
@@ -100,14 +103,13 @@ def _of_training(raw: Raw, columns: Sequence[str]) -> Raw:
 
 
 def _refuse_runs_table(rows: Sequence[Row], columns: Sequence[str], marks: Sequence[str]) -> None:
-    names = [c for c in marks if plain(c) in _RUN_NAMES and len(_values(rows, c)) == len(rows)]
-    exported = len(set(columns) & set(RUNS_TABLE)) > 1
-    if not (names or (exported and len(rows) > 1)):
+    exported = len(set(columns) & set(RUNS_TABLE)) > 1  # whose names may repeat
+    most = len(rows) / 2 if exported else len(rows)
+    if not (names := [c for c in marks if plain(c) in _RUN_NAMES and len(_values(rows, c)) >= most]):
         return
     rises = any(_rises([whole(row.get(c)) for row in rows]) for c in columns if is_step(c))
     if exported or not rises:
-        shown = names[0] if names else next(c for c in columns if c in RUNS_TABLE)
-        raise LogError(f"has a row per run ({shown}) and no steps of any: it is no log; export the history of the runs")
+        raise LogError(f"has a row per run ({names[0]}), no steps: it is no log; export the history of the runs")
 
 
 def _rises(steps: Sequence[int | None]) -> bool:
@@ -134,6 +136,34 @@ def _of_one_rank(raw: Raw, choice: Choice, marks: Sequence[str]) -> Raw:
 
 def _ordered(key: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple((whole(v) is None, whole(v) or 0, str(v)) for v in key)
+
+
+def _counts_micro_batches(rows: Sequence[Row], choice: Choice, columns: Sequence[str]) -> bool:
+    """Whether steps repeat in rows next to each other while another column counts on: rows of micro-batches."""
+    step = choice.names["step"]
+    steps = [s for row in rows if (s := whole(row.get(step))) is not None]
+    if len(set(steps)) == len(steps):
+        return False
+    others = [c for c in columns if c != step and (is_step(c) or _MICRO.fullmatch(plain(c)))]
+    return any(_rises([whole(row.get(c)) for row in rows]) for c in others) and all(
+        a <= b for a, b in itertools.pairwise(steps)
+    )
+
+
+def _of_steps(raw: Raw, choice: Choice, columns: Sequence[str]) -> Raw:
+    """With one row for each step where a row is one micro-batch of it: what its last rows say."""
+    if not _counts_micro_batches(raw.rows, choice, columns):
+        return raw
+    names = [name for ours in ("loss", "grad_norm") if (name := choice.names.get(ours))]
+    steps: dict[Hashable, dict[str, Any]] = {}
+    for i, row in enumerate(raw.rows):
+        step = whole(row.get(choice.names["step"]))
+        known = steps.setdefault(("no step", i) if step is None else step, {})
+        again = [n for n in names if real(known.get(n)) is not None and real(row.get(n)) is not None]
+        raw.left_out[MICRO_BATCHES] += bool(again)
+        known |= {name: value for name, value in row.items() if value not in (None, "")}
+    raw.rows = [*steps.values()]
+    return raw
 
 
 # which column tells runs apart
