@@ -67,7 +67,7 @@ def _read(
         try:
             for run in runs.read(source, columns, settings, allow_loss):
                 if (twin := usable.setdefault(run.trial_id, run)) is not run:
-                    _say(f"{source.files[0]}: the same rows as {next(iter(twin.log.files))}, taken once")
+                    _say(f"{run.path}: the same rows as {twin.path}, taken once")
         except ReaderMissingError as error:
             codes.add(_fail(f"{source.files[0]}: {error}", ENVIRONMENT))
         except (LogError, OSError) as error:

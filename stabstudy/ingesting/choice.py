@@ -31,7 +31,7 @@ _BEFORE = re.compile(r"(^|_)(before|pre|un|no|raw)_?(clip\w*)?(_|$)|(^|_)raw(_|$
 _AFTER = re.compile(r"(^|_)(after|post)(_?clip\w*)?(_|$)|(^|_)clipped(_|$)")
 _LIKE = {
     "step": re.compile(r".*(step|iter|update|batch).*|s"),
-    "loss": re.compile(r".*(loss|nll|xent|cross_entropy|objective).*|ce"),
+    "loss": re.compile(r".*(loss|nll|xent|cross_entropy|objective).*|ce|value"),
     "grad_norm": re.compile(r".*grad.*norm.*|.*norm.*grad.*|(.*_)?g_?norm(_.*)?|norm|.*_norm_total"),
     "lr": re.compile(r"(.*_)?(lr|learning_rate)(_.*)?"),
 }
@@ -107,8 +107,12 @@ def looks_like_step(column: str) -> bool:
 
 def is_log(columns: Sequence[str]) -> bool:
     """Whether columns, also `RUN - METRIC` of a chart, are by their names alone those of a log."""
-    metrics = [column.rpartition(" - ")[2] for column in columns]
-    return any(map(is_step, columns)) and any(_rank(o, m) is not None for o in ("loss", "grad_norm") for m in metrics)
+    return any(map(is_step, columns)) and any(is_known(column.rpartition(" - ")[2]) for column in columns)
+
+
+def is_known(column: str) -> bool:
+    """Whether a column is by its name alone the loss or the gradient norm."""
+    return any(_rank(ours, column) is not None for ours in ("loss", "grad_norm"))
 
 
 def _best(ours: str, rows: Rows, columns: Sequence[str]) -> list[str]:
@@ -147,6 +151,15 @@ def _side(name: str) -> int:
 def _strip(name: str) -> str:
     """The name without the words before clipping."""
     return re.sub(r"_+", "_", _BEFORE.sub("_", plain(name))).strip("_")
+
+
+def rising_steps(rows: Rows, columns: Sequence[str], taken: str) -> list[str]:
+    """Other columns that never go back and may count steps, under whatever name."""
+    others = [c for c in columns if c != taken and (looks_like_step(c) or c == LOG_CALLS)]
+    series = {c: [v for row in rows if (v := whole(row.get(c))) is not None] for c in others}
+    return [
+        c for c, s in series.items() if len(set(s)) > len(rows) / 2 and all(a <= b for a, b in itertools.pairwise(s))
+    ]
 
 
 @dataclass(frozen=True)

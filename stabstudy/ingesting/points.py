@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Raw:
     run: str | None = None  # its name, where the file holds several
     settings: Mapping[str, Any] = field(default_factory=dict)  # under the source's names, where the rows hold them
     after_clipping: bool = False  # whether the gradient norms are known to be those after clipping
+    rival_steps: Sequence[str] = ()  # columns that may be the step where the one that was taken loses rows
     untaken: Mapping[str, str] = field(default_factory=dict)  # ours, without a column -> what may be one
 
     def columns(self) -> list[str]:
@@ -75,9 +76,10 @@ class Raw:
         """Raises LogError where more of `rows` rows were lost than is tolerable."""
         if self.lost > MOST_LOST * rows:
             parts = ", ".join(f"{what}: {n}" for what, n in self.left_out.items() if n)
+            rivals = f" (step may be {', '.join(self.rival_steps[:3])})" if self.rival_steps else ""
             raise LogError(
                 f"{self.lost} of {rows} rows with a loss or gradient norm would be lost ({parts}); --columns can name "
-                "other columns, --allow-loss takes the rest"
+                f"other columns{rivals}, --allow-loss takes the rest"
             )
 
     def _take(self, row: Mapping[str, Any], names: Mapping[str, str]) -> None:

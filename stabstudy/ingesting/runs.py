@@ -31,6 +31,7 @@ class Run:
     log: ExternalLog
     grid: Grid
     name_parts: tuple[str, ...]  # of the path, last first: what a name can be made of
+    path: str  # of its first file, with the run's name in it where it holds several
 
     @property
     def trial_id(self) -> str:
@@ -101,7 +102,8 @@ def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, A
         after_clipping=cut is not None or (raw.after_clipping and any(p.grad_norm is not None for p in points)),
     )
     parts = _name_parts(source)
-    return Run(log, grid, parts if raw.run is None else (raw.run, *parts))
+    file = str(source.files[0])
+    return Run(log, grid, parts, file) if raw.run is None else Run(log, grid, (raw.run, *parts), f"{file} ({raw.run})")
 
 
 def _name_parts(source: Source) -> tuple[str, ...]:

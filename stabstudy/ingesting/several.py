@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from stabstudy.ingesting.aliases import CHART, PLANNED, RANK, RUN, RUNS_TABLE, place, plain
-from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_log, is_step, listed
+from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_known, is_log, is_step, listed, rising_steps
 from stabstudy.ingesting.points import LogError, Raw
 from stabstudy.ingesting.restarts import same, settle
 from stabstudy.ingesting.values import real, whole
@@ -70,6 +70,7 @@ def _filled(raw: Raw, choice: Choice) -> Raw:
         raw.notes.append(f"{kind}: {', '.join(shown)}")
     raw.notes += choice.notes
     raw.untaken = choice.untaken
+    raw.rival_steps = rising_steps(raw.rows, raw.columns(), choice.names["step"])
     if raw.steps_planned is None:
         raw.steps_planned = _planned(raw)
     raw.rows = []
@@ -170,11 +171,14 @@ def _of_steps(raw: Raw, choice: Choice, columns: Sequence[str]) -> Raw:
 
 
 def _values(rows: Sequence[Row], name: str) -> set[Hashable]:
-    return {v for row in rows if (v := row.get(name)) not in (None, "") and isinstance(v, Hashable)}
+    return {v for row in rows if (v := row.get(name)) not in (None, "") and isinstance(v, bool | int | float | str)}
 
 
 def _keys(rows: Sequence[Row], marks: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [tuple(v if isinstance(v := row.get(name), Hashable) else str(v) for name in marks) for row in rows]
+    return [
+        tuple(v if isinstance(v := row.get(name), int | float | str | None) else str(v) for name in marks)
+        for row in rows
+    ]
 
 
 def _mixes(rows: Sequence[Row], choice: Choice, marks: Sequence[str]) -> bool:
@@ -201,10 +205,13 @@ def _repeats(rows: Sequence[Row], choice: Choice, keys: Sequence[Hashable]) -> i
 
 def _sufficient(raw: Raw, choice: Choice, columns: Sequence[str], marks: list[str]) -> list[str]:
     """The marks, and as many further columns as it takes that no run would be refused for rows that it mixes."""
-    others = [c for c in columns if _may_mark(c, raw.rows, choice, marks)]
-    while (lost := _lost(raw, choice, marks)) and others:
-        best = min(others, key=lambda c: _lost(raw, choice, [*marks, c]))
-        if _lost(raw, choice, [*marks, best]) >= lost:
+    if not marks and _rises([whole(row.get(choice.names["step"])) for row in raw.rows]):
+        return marks
+    others: list[str] | None = None
+    while lost := _lost(raw, choice, marks):
+        others = others or [c for c in columns if _may_mark(c, raw.rows, choice, marks)]
+        best = min(others, key=lambda c: _lost(raw, choice, [*marks, c]), default=None)
+        if best is None or _lost(raw, choice, [*marks, best]) >= lost:
             return marks
         marks = [*marks, best]
         others.remove(best)
@@ -283,7 +290,8 @@ def is_chart(columns: Sequence[str]) -> bool:
 
 
 def _values_of_chart(columns: Sequence[str]) -> list[str]:
-    return [c for c in columns if f"{c}__MIN" in columns and re.fullmatch(CHART, c)]
+    named = [c for c in columns if re.fullmatch(CHART, c) and not c.endswith(("__MIN", "__MAX"))]
+    return [c for c in named if f"{c}__MIN" in columns or is_known(c.rpartition(" - ")[2])]
 
 
 def _chart(raw: Raw, columns: Sequence[str], given: Mapping[str, str]) -> list[Raw]:
