@@ -7,7 +7,6 @@ used; 4 this machine cannot (disk, lock, a reader that is not installed). No byt
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from stabstudy.ingesting.search import Source
 
 OK, BAD_INPUT, SOME_UNUSABLE, ENVIRONMENT = 0, 2, 3, 4
-COLUMNS = ("step", "loss", "grad_norm", "lr")
 MOST_SHOWN = 40
 
 
@@ -30,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: see the module."""
     given = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(given)
-    from stabstudy.ingesting import study
+    from stabstudy.ingesting import arguments, study
     from stabstudy.store import LockHeldError, StoreError
 
     folder = args.results_dir.expanduser() / args.study
     try:
-        columns, settings = _columns(args.columns), _settings(args.set)
+        columns, settings = arguments.columns(args.columns), arguments.settings(args.set)
         opened = study.open_for(folder, args.study)
     except (StoreError, ValueError) as error:
         return _fail(str(error), BAD_INPUT)
@@ -140,47 +138,6 @@ def _counted(outcomes: Counter[str]) -> str:
     return f"{total} trial{'' if total == 1 else 's'} ({parts})"
 
 
-def _columns(text: str | None) -> dict[str, str]:
-    """`step=iter,loss=train_loss`, or the same as a JSON object, as a mapping. Raises ValueError."""
-    if text is None:
-        return {}
-    pairs = _from_json(text) if text.lstrip().startswith("{") else [p.partition("=")[::2] for p in text.split(",")]
-    for ours, theirs in pairs:
-        if ours not in COLUMNS or not isinstance(theirs, str) or not theirs:
-            raise ValueError(f"--columns: {ours}={theirs}: must be NAME=COLUMN with a NAME of {', '.join(COLUMNS)}")
-    return dict(pairs)
-
-
-def _from_json(text: str) -> list[tuple[str, Any]]:
-    try:
-        return list(json.loads(text).items())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--columns: {text}: must be a JSON object ({error})") from error
-
-
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """`optim.clip=1.0` as a mapping of checked settings; `off` and `null` are None. Raises ValueError."""
-    from stabstudy.external import check
-
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, _, text = pair.partition("=")
-        value = None if text in ("null", "off") else _number(text)
-        found[name], problem = check(name, value)
-        if problem:
-            raise ValueError(f"--set: {problem}")
-    return found
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _reason(error: Exception) -> str:
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
@@ -215,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--columns",
         metavar="step=iter,loss=train_loss",
-        help=f"names in tables: {', '.join(COLUMNS)}; also as JSON, which takes any name: "
+        help="which columns are step, loss, grad_norm and lr; also as JSON, which takes any name: "
         """'{"grad_norm": "a,b - train/grad_norm"}'""",
     )
     parser.add_argument(

@@ -310,7 +310,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "garbage csv": ("a.csv", bytes(range(128, 256)) * 20, "is not UTF-8 text"),
     "garbage parquet": ("a.parquet", b"PAR1" + bytes(200) + b"PAR1", "is not a Parquet file"),
     "no log": ("notes.pdf", b"step 1 loss 2", "is not known as a log by its name"),
-    "prose": ("notes.txt", b"We took one step back and the loss was ours.", "has no line of `name: value` pairs with a loss"),
+    "prose": ("notes.txt", b"One step back, and the loss was ours.", "has no line of `name: value` pairs with a loss"),
     "empty events": ("events.out.tfevents.1.host", b"", "holds no scalar"),
     "garbage events": ("events.out.tfevents.1.host", bytes(range(256)) * 20, "holds no scalar"),
     "wild steps": (
