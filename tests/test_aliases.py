@@ -128,7 +128,7 @@ LOOK_ALIKES = {
     ],
     "grad_norm": ["grad_norm_after_clip", "post_clip_grad_norm", "clipped_grad_norm", "param_norm", "params norm"]
     + ["max_grad_norm", "update_norm", "weight_norm", "critic/grad_norm", "layers/0/grad_norm", "actv_norm"]
-    + ["grad_norm_threshold", "grad_norm_var", "grad-norm vs samples"],
+    + ["grad_norm_threshold", "grad_norm_var", "grad-norm vs samples", "lr=1e-2 - train/grad_norm"],
     "lr": ["lrm", "min_lr", "max_lr", "lr_scale", "critic/lr", "learning_rate_group1", "lr-AdamW-momentum"]
     + ["train/lr(1e-3)", "lr-AdamW/pg2", "base_lr", "lr_decay_iters", "weight_decay"],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,41 @@ SAMPLES: dict[str, tuple[str, list[Row]]] = {
         "INFO:__main__:step 10 - training loss: 2.3\n2024-10-11 12:00:00 INFO root step: 11 loss: 2.\n",
         [{"step": "10", "training loss": "2.3"}, {"step": "11", "loss": "2."}],
     ),
+    "mmengine": (
+        "2024-09-16 04:07:17,720 - mmdet - INFO - Iter [17000/87900]\tlr: 1.821e-04, eta: 18:25:17, time: 0.900, loss_cls: "
+        "1.2132, loss: 49.5268, grad_norm: 961.8456\n"
+        "09/16 04:07:17 - mmengine - INFO - Iter(train) [  50/1000]  lr: 1.0e-03  loss: 2.3  grad_norm: nan\n"
+        "09/16 04:07:17 - mmengine - INFO - Iter(val) [  50/1000]  loss: 2.2\n",
+        [
+            {"Iter": "17000", "max_steps": "87900", "lr": "1.821e-04", "loss": "49.5268", "grad_norm": "961.8456"},
+            {"Iter": "50", "max_steps": "1000", "lr": "1.0e-03", "loss": "2.3", "grad_norm": "nan"},
+        ],
+    ),
+    "brackets": (
+        "2023 | INFO | [R0] | E5 iter[ 14/ 15] | [Loss] 515.44 | [time] 0.4m\nStep[7/10] Loss[2.5] Acc[0.1]\n",
+        [{"iter": "14", "Loss": "515.44"}, {"Step": "7", "max_steps": "10", "Loss": "2.5"}],
+    ),
+    "Primus": (
+        "[\x1b[32m20251202 06:56:28\x1b[0m][\x1b[36mrank-7/8\x1b[0m][\x1b[1mINFO \x1b[0m] [trainer.py:2560] : iteration "
+        "4408/ 5000 | elapsed time per iteration (ms): 13100.0/13240.9 | learning rate: 3.4E-07 | lm loss: 4.1E-03 | "
+        "grad norm: 0.003 |\n",
+        [{"iteration": "4408", "max_steps": "5000", "rank": "7", "lm loss": "4.1e-03", "grad norm": "0.003"}],
+    ),
+    "value and mean": (
+        "step: 3  lr: 0.1  loss: 0.6975 (0.6919)  grad_norm: 1.5/1.7\n",
+        [{"loss": "0.6975", "grad_norm": "1.5"}],
+    ),
+    "Lightning's bar": (
+        "Epoch 0:   6%|#  | 1/18 [00:08<02:29,  8.77s/it]\rEpoch 0:   6%|#  | 1/18 [00:08<02:29,  8.77s/it, loss=10.4]\r"
+        "Epoch 0:  11%|## | 2/18 [00:11<01:33,  5.82s/it, loss=10.4]\rEpoch 0:  11%|## | 2/18 [00:11<01:33, loss=10.2]\n"
+        "Validation DataLoader 0: 50%|# | 1/2 [00:01<00:01, loss=9.0]\n",
+        [{"progress": "1", "loss": "10.4"}, {"progress": "2", "max_steps": "18", "loss": "10.2"}],
+    ),
+    "kohya's and diffusers' bars": (
+        "steps:   1%|#  | 41/3280 [00:50<1:06:54,  1.24s/it, avr_loss=nan]\n"
+        "Steps:  10%|#  | 42/3280 [00:50<1:06:54,  1.24s/it, lr=0.0001, step_loss=0.12]\n",
+        [{"progress": "41", "avr_loss": "nan"}, {"progress": "42", "step_loss": "0.12", "lr": "0.0001"}],
+    ),
     "a count of something": ("12: loss 2.3\n", [{"loss": "2.3", "step": None, "rank": None}]),  # type: ignore[dict-item]
     "a label of srun": ("12: step 10 loss 2.3\n", [{"step": "10", "loss": "2.3", "rank": "12"}]),
 }
@@ -318,6 +354,13 @@ def test_a_folder_of_text_logs_becomes_a_study(tmp_path: Path, monkeypatch: pyte
     (logs / "main.log").write_text("".join(f"s:{i} trl:{11 - i / 100:.4f} lr:0.000100 norm:1.01\n" for i in range(60)))
     (logs / "slurm-1.out").write_text("".join(f"step: {i}/100 loss: {9 - i / 100} lr: 1e-4\n" for i in range(1, 61)))
     (logs / "notes.txt").write_text(NO_LOGS["prose"])
+    os.mkfifo(logs / "pipe.log")
+    os.mkfifo(logs / "pipe.csv")
     monkeypatch.chdir(tmp_path)
     assert ingest.main(["logs", "--study", "texts"]) == 0
     assert len(list((tmp_path / "results" / "texts" / "trials").iterdir())) == 2
+    (logs / "run").mkdir()
+    (logs / "run/metrics.csv").write_text("step,loss\n" + "".join(f"{i},{9 - i / 100}\n" for i in range(60)))
+    (logs / "run/train.log").write_text("".join(f"step: {i} loss: {9 - i / 100}\n" for i in range(60)))
+    assert ingest.main(["logs", "--study", "more"]) == 0
+    assert len(list((tmp_path / "results" / "more" / "trials").iterdir())) == 3  # a run's table and what it printed

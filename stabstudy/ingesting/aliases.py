@@ -25,11 +25,11 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r".*grad(ient)?s?[ _-]?norm.*(before|pre|un)[ _-]?clip.*",
         r".*(before|pre|un)[ _-]?clip.*grad(ient)?s?[ _-]?norm.*",
         r"grad_(2(\.0)?|l2)_norm_total",  # Lightning: grad_<norm type>_norm_total
-        r"(.*[/.])?((global|total|overall|raw)[ _-]?)?grad(ient)?s?[ _-]?norm([ _/-](total|global|all|l2|2(\.0)?))?",
+        r"([^ ]*[/.])?((global|total|overall|raw)[ _-]?)?grad(ient)?s?[ _-]?norm([ _/-](total|global|all|l2|2(\.0)?))?",
     ),
     "lr": (
-        r"(.*/)?lr-[A-Za-z]+(/(pg1|group0|group_0))?",  # Lightning and Composer: named after the optimizer
-        r"(.*[/.])?(current[ _-])?(lr|learning[ _-]?rate)([ _/]*\(?(pg|param_?)?(group)?[ _]?0\)?)?",
+        r"([^ ]*/)?lr-[A-Za-z]+(/(pg1|group0|group_0))?",  # Lightning and Composer: named after the optimizer
+        r"([^ ]*[/.])?(current[ _-])?(lr|learning[ _-]?rate)([ _/]*\(?(pg|param_?)?(group)?[ _]?0\)?)?",
     ),
 }
 """Ours -> expressions for open-ended names: matched as a whole, capitals do not count, after `ALIASES`."""

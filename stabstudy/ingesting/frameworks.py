@@ -41,7 +41,7 @@ FRAMEWORKS = (
             "cross_entropy_loss",
             "ce",
             "nll",
-            "total_loss",
+            *("step_loss", "avg_loss", "avr_loss", "average_loss", "total_loss"),
         ),
         grad_norm=(
             *("grad_norm_before_clip", "grad_norm_pre_clip", "pre_clip_grad_norm", "grad_norm_before_clipping"),

@@ -137,16 +137,16 @@ def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iter
 
 def _loose(folder: Path, files: list[str], given: Mapping[str, str], passed_over: list[str]) -> Iterator[Source]:
     """Tables of a folder; its text logs only where it has no table, which would hold the same rows."""
+    paths = [path for f in files if (path := folder / f).is_file()]  # a pipe would wait for ever
     tables = []
-    for path in (folder / f for f in files if lines.suffix(Path(f)) in tabular.SUFFIXES):
+    for path in (path for path in paths if lines.suffix(path) in tabular.SUFFIXES):
         if reason := _no_log(path, given):
             passed_over += [f"{path} was passed over: {reason}"] if reason != UNRELATED else []
         else:
             tables.append(Source("table", (path,)))
     yield from tables
     if not tables:
-        logs = (folder / f for f in files if text.is_named(Path(f)))
-        yield from (Source("text", (path,)) for path in logs if _is_text_log(path))
+        yield from (Source("text", (path,)) for path in paths if text.is_named(path) and _is_text_log(path))
 
 
 def _state_of(folder: Path) -> tuple[Path, ...]:

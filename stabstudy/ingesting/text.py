@@ -23,7 +23,7 @@ from stabstudy.ingesting.aliases import NOT, place, plain
 from stabstudy.ingesting.lines import opened
 from stabstudy.ingesting.points import LogError, Raw
 
-SUFFIXES = (".log", ".txt", ".out")
+SUFFIXES = (".log", ".txt", ".out", ".err", ".stdout", ".stderr")
 LONGEST = 4_000
 """Characters of a line that are looked at."""
 EXAMINED, FEWEST, DENSITY = 3_000, 3, 0.05
@@ -38,6 +38,7 @@ _RANK = re.compile(
     r"\s*(?:\[(?:rank|default) ?(\d+)\]:?|\(rank:? ?(\d+)\)|rank ?(\d+):|\[\d+,(\d+)\]<\w+>:|(?P<label>\d{1,5}):(?= ))",
     re.IGNORECASE,
 )
+_RANK_WITHIN = re.compile(r"\[rank[ :=-]?(\d+)(?:/\d+)?\]", re.IGNORECASE)
 _BAR = re.compile(r"(?<![\d/.])(\d+)\s*/\s*(\d+)\s*\[\d+:\d\d")  # tqdm: 10/500 [00:10<...
 _BARE = re.compile(rf"\s*(\d+) train ([-+]?(?:{_NOT_FINITE}|{_NUMBER}))\s*")  # build-nanogpt's log.txt
 _EVALUATION = re.compile(
@@ -47,20 +48,8 @@ _BULLETS = " \t\u2022*-"
 _OTHER = frozenset(
     (
         *("number", "num", "no", "count", "total", "max", "maximum", "min", "minimum", "of", "per", "nan", "skipped"),
-        *(
-            "every",
-            "each",
-            "first",
-            "last",
-            "best",
-            "next",
-            "previous",
-            "remaining",
-            "left",
-            "warmup",
-            "elapsed",
-            "time",
-        ),
+        *("every", "each", "first", "last", "best", "next", "previous", "remaining", "left", "warmup"),
+        *("elapsed", "time"),
         *("eval", "evaluation", "val", "valid", "validation", "test", "dev", "save", "saving", "log", "logging"),
         *("update", "param", "params", "weight", "scale", "layer", "critic", "z", "aux", "router", "balancing"),
         *("running", "accumulation", "micro"),
@@ -69,9 +58,10 @@ _OTHER = frozenset(
 """Words before a known name that make it another quantity."""
 
 _PAIR = re.compile(
-    rf"(?<![\w./-])['\"]?(?P<key>{_WORD}(?: (?:{_WORD}|\([^()]{{0,20}}\))){{0,5}})['\"]?"
-    r"(?P<sign>\s*[:=]\s*|\s+)['\"]?(?:\[|(?:tensor|[Aa]rray|(?:np\.)?float\d*)\(\[?)?\s*"
-    rf"(?P<value>[-+]?(?:{_NOT_FINITE}|{_NUMBER}))(?P<unit>[KMBT])?%?(?:\s*/\s*(?P<of>\d+))?(?!\w|\.\d|[-:/]\d)"
+    rf"(?<![\w./-])['\"]?(?P<key>{_WORD}(?: (?:{_WORD}|\([^()]{{0,20}}\))){{0,5}})['\"\]]?"
+    r"(?P<sign>\s*[:=]\s*|\s+|(?=\[))['\"]?(?:\[|(?:tensor|[Aa]rray|(?:np\.)?float\d*)\(\[?)?\s*"
+    rf"(?P<value>[-+]?(?:{_NOT_FINITE}|{_NUMBER}))(?P<unit>[KMBT])?(?!%\|)%?"
+    r"(?:\s*/\s*(?P<of>\d+(?:\.\d+)?))?(?!\w|\.\d|[-:/]\d)"
 )
 _DIGIT = re.compile(r"\d")
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # nanotron's human_format
@@ -144,10 +134,10 @@ def _rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         elif line.is_below and _has_step(row):
             row |= {key: value for key, value in line.pairs.items() if key not in row}
         elif line.pairs or _EVALUATION.search(line.text):
-            yield from _whole(row)
-            row = dict(line.pairs) | ({"rank": line.rank} if line.rank else {})
-            if bar and not _has_step(row):
-                row |= {"progress": bar[1], "max_steps": bar[2]}
+            place = {"progress": bar[1], "max_steps": bar[2]} if bar and not _has_step(line.pairs) else {}
+            if not place or row.get("progress") != place["progress"]:  # a bar is drawn again with what is known later
+                yield from _whole(row)
+            row = line.pairs | ({"rank": line.rank} if line.rank else {}) | place
     yield from _whole(row)
 
 
@@ -172,13 +162,15 @@ def _has_step(row: dict[str, str]) -> bool:
 
 
 def _parse(line: str) -> Line:
-    text = _ESCAPES.sub("", line)
+    text = _ESCAPES.sub("", line).replace("(train)", "").replace("\uff1a", ":")  # mmengine's `Iter(train)`
     if bare := _BARE.fullmatch(text):
         return Line(None, text, {"step": bare[1], "train loss": _number(bare[2], None)})
     rank = label = None
     while match := _RANK.match(text):
         label = match["label"]
         rank, text = next(g for g in match.groups() if g is not None), text[match.end() :]
+    if rank is None and (match := _RANK_WITHIN.search(text)):
+        rank = match[1]
     pairs = _pairs(text)
     if label and not _has_step(pairs):
         rank = None  # `10: loss 2.3` counts something, and does not name a process
@@ -196,7 +188,7 @@ def _pairs(text: str) -> dict[str, str]:
         if not match["sign"].strip() and kind is None:
             continue
         pairs.setdefault(name, _number(match["value"], match["unit"]))
-        if kind == "step" and match["of"]:
+        if kind == "step" and (match["of"] or "").isdigit():
             pairs.setdefault("max_steps", match["of"])
     return pairs
 
