@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from stabstudy.ingesting.values import planned, real, whole
 
+Row = Mapping[str, Any]
+"""A row under the source's own names."""
+
 MOST_LOST = 0.01
 """The largest share of the rows with a loss or gradient norm that may be lost without being asked for."""
 
@@ -46,7 +49,7 @@ class Raw:
     notes: list[str] = field(default_factory=list)
     steps_planned: int | None = None
     log_every: int | None = None  # steps between two rows, by the source
-    rows: list[Mapping[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     lost: int = 0  # rows with a loss or gradient norm that did not come in and should have
     run: str | None = None  # its name, where the file holds several
     settings: Mapping[str, Any] = field(default_factory=dict)  # under the source's names, where the rows hold them
@@ -82,7 +85,7 @@ class Raw:
                 f"other columns{rivals}, --allow-loss takes the rest"
             )
 
-    def _take(self, row: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    def _take(self, row: Row, names: Mapping[str, str]) -> None:
         given = {ours: row.get(theirs) for ours, theirs in names.items() if ours != "step"}
         values = {ours: real(value) for ours, value in given.items()}
         step = whole(row.get(names["step"]))
@@ -101,7 +104,7 @@ class Raw:
         else:
             self.left_out[self._kind(row)] += 1
 
-    def _kind(self, row: Mapping[str, Any]) -> str:
+    def _kind(self, row: Row) -> str:
         """What a row without loss and norm is called."""
         words = (str(key).lower().replace("/", "_").partition("_")[0] for key, v in row.items() if v not in (None, ""))
         if any(word in _ELSEWHERE for word in words):

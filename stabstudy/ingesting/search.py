@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stabstudy.ingesting import choice, events, lines, lingua, several, tabular, text, trainer
+from stabstudy.ingesting import charts, choice, events, lines, lingua, tabular, text, trainer
 from stabstudy.ingesting.points import LogError, Raw
 
 STATE, LOG, METRICS = "trainer_state.json", "trainer_log.jsonl", "metrics.jsonl"
@@ -88,7 +88,7 @@ def _is_chart(source: Source, given: Mapping[str, str]) -> bool:
         columns = tabular.columns(source.files[0]) if source.kind == "table" else []
     except (LogError, OSError):
         return False
-    return several.is_chart(columns) and not set(given.values()) & set(columns)
+    return charts.is_chart(columns) and not set(given.values()) & set(columns)
 
 
 def _of_file(path: Path) -> Source:
