@@ -39,6 +39,12 @@ def one(tmp_path: Path, path: Path, *more: str) -> tuple[Mapping[str, Any], Any]
     return only(take(tmp_path, path, more=more))
 
 
+def notes(study: Any, trial_id: str) -> tuple[str, ...]:
+    log = study.log(trial_id)
+    assert log is not None
+    return tuple(log.notes)
+
+
 # which column is which
 
 
@@ -268,9 +274,7 @@ def test_a_trial_for_each_run_of_a_table(order: str, marks: dict[str, Any], name
     assert set(study.trials["case"]) == set(names)
     assert series(study, "grad_norm", names[0]) == pytest.approx(NORMS)
     assert series(study, "grad_norm", names[1]) == pytest.approx(NORMS[::-1])
-    assert not any(
-        "restart" in note for trial in study.trials.index for note in (study.log(trial) or only(study)[1]).notes
-    )
+    assert not any("restart" in note for trial in study.trials.index for note in notes(study, trial))
     if "seed" in marks:
         assert sorted(study.trials["seed"]) == sorted(marks["seed"])
 
@@ -292,6 +296,25 @@ def test_a_restart_within_one_of_several_runs_is_still_one(tmp_path: Path) -> No
         pytest.approx(LOSSES[99] + 1),
         *[3.5] * 20,
     ]
+
+
+@pytest.mark.parametrize("seeds", [(0.0, 7.0), ("0", "7"), ("0.0", "7.0")])
+def test_a_seed_that_a_table_writes_as_it_can_is_one(seeds: tuple[Any, Any], tmp_path: Path) -> None:
+    two_runs(seed=seeds).to_parquet(tmp_path / "a.parquet")
+    study = take(tmp_path, tmp_path / "a.parquet")
+    assert sorted(study.trials["seed"]) == [0, 7] and not any(
+        "seed:" in n for t in study.trials.index for n in notes(study, t)
+    )
+
+
+def test_rows_of_no_run_are_lost(tmp_path: Path, capsys: Out) -> None:
+    frame = two_runs(run=("a", "b"))
+    frame.loc[frame["step"] == 50, "run"] = None
+    frame.to_csv(tmp_path / "few.csv", index=False)
+    assert len(take(tmp_path, tmp_path / "few.csv").trials) == 2
+    frame.loc[frame["step"] > 100, "run"] = None
+    frame.to_csv(tmp_path / "many.csv", index=False)
+    assert "rows without a run: 40" in refused(tmp_path / "x", capsys, tmp_path / "many.csv")
 
 
 @pytest.mark.parametrize("order", ["after each other", "in turn", "by tens"])

@@ -100,7 +100,8 @@ def held(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
     values = {_OF_ROWS.get(name.lower(), name.lower()): value for name, value in values.items()}
     _take(found, values, steps_planned)
     for name in values.keys() & set(cfg.setting_names()):
-        found.put(name, values[name], name)
+        if name != "seed":  # which was taken above
+            found.put(name, values[name], name)
         found.others.pop(name, None)
     return found
 

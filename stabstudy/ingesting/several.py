@@ -139,10 +139,13 @@ def _lost(raw: Raw, choice: Choice, marks: Sequence[str]) -> int:
 
 def _split(raw: Raw, choice: Choice, marks: Sequence[str]) -> list[Raw]:
     parts: dict[tuple[Any, ...], list[Row]] = {}
+    measured = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
     for row, key in zip(raw.rows, training_rows.keys(raw.rows, marks), strict=True):
         if any(v not in (None, "") for v in key):
             parts.setdefault(key, []).append(row)
-    names = [f"{', '.join(marks)} tells {len(parts)} runs apart"]
+        elif any(real(row.get(name)) is not None for name in measured):
+            raw.lose("rows without a run")
+    names = [f"{len(parts)} runs, told apart by {', '.join(marks)}"]
     return [
         replace(
             raw,
@@ -169,7 +172,8 @@ def _constants(rows: Sequence[Row], choice: Choice) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """The text of a table as the number that it spells."""
-    if not isinstance(value, str) or (number := real(value)) is None:
+    """The text of a table as the number that it spells; 3.0, as tables write whole numbers beside gaps, is 3."""
+    number = value if isinstance(value, bool | int) else real(value)
+    if number is None:
         return value
-    return int(number) if whole(value) is not None and re.fullmatch(r"\s*\d+\s*", value) else number
+    return int(number) if isinstance(number, float) and whole(number) is not None else number
