@@ -91,13 +91,16 @@ def of_steps(raw: Raw, choice: Choice, columns: Sequence[str]) -> Raw:
         return raw
     names = [name for ours in ("loss", "grad_norm") if (name := choice.names.get(ours))]
     steps: dict[Hashable, dict[str, Any]] = {}
+    earlier = 0
     for i, row in enumerate(raw.rows):
         step = whole(row.get(choice.names["step"]))
         known = steps.setdefault(("no step", i) if step is None else step, {})
         again = [n for n in names if real(known.get(n)) is not None and real(row.get(n)) is not None]
-        raw.left_out[MICRO_BATCHES] += bool(again)
+        earlier += bool(again)
         known |= {name: value for name, value in row.items() if value not in (None, "")}
-    raw.rows = [*steps.values()]
+    if earlier:  # else the rows are halves of a step
+        raw.left_out[MICRO_BATCHES] += earlier
+        raw.rows = [*steps.values()]
     return raw
 
 
