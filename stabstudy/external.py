@@ -9,7 +9,7 @@ source, and a row that the source lacks is null.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ from stabstudy.settings import Problem, nearest, read_value
 from stabstudy.store import StoreError
 
 LARGEST_STEP = 2**53
+
+
+GAPS = 0.1
+"""A log in which this share of the steps on its grid is missing is approximate."""
+
+
+def has_gaps(missing: int, rows: int) -> bool:
+    """Whether so many of a log's places have no row that no statistic may count on each of them."""
+    return bool(missing) and missing >= GAPS * rows
 
 
 @dataclass(frozen=True)
@@ -61,11 +70,20 @@ class ExternalLog:
     others: Mapping[str, Any]  # under the source's names
     left_out: Mapping[str, int]  # what rows -> how many
     notes: tuple[str, ...] = ()
+    moved: Mapping[str, int] = field(default_factory=dict)  # row, as text -> its step, where that is not the grid's
+    after_clipping: bool = False  # whether the norms are those after clipping: no measure of the gradient
+
+    def step_of(self, row: int) -> int:
+        """The step of the source that a row of the trace is."""
+        return self.moved.get(str(row), self.first_step + self.stride * row)
 
     def body(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
 
+
+_OPTIONAL = {"moved": dict, "after_clipping": bool}
+"""What older studies lack."""
 
 _TYPES = {
     "run": str, "format": str, "files": dict, "first_step": int, "stride": int, "steps_planned": int | None,
@@ -90,11 +108,17 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     block = body.get("external")
     if block is None:
         return None
-    if not isinstance(block, dict) or set(block) < {f.name for f in fields(ExternalLog)}:
+    if not isinstance(block, dict) or not set(_TYPES) <= set(block):
         raise StoreError(f"{path}: external must hold {', '.join(_TYPES)}")
     for name, kind in _TYPES.items():
         if not isinstance(block[name], kind) or isinstance(block[name], bool):
             raise StoreError(f"{path}: external.{name} has the wrong type ({type(block[name]).__name__})")
+    more = {name: block[name] for name in _OPTIONAL if name in block}
+    if wrong := next((n for n, v in more.items() if not isinstance(v, _OPTIONAL[n])), None):
+        raise StoreError(f"{path}: external.{wrong} has the wrong type ({type(more[wrong]).__name__})")
+    moved = more.get("moved", {})
+    if not all(row.isdecimal() and type(step) is int and 0 <= step <= LARGEST_STEP for row, step in moved.items()):
+        raise StoreError(f"{path}: external.moved: must hold rows, and steps from 0 to 2^53")
     if block["format"] not in FORMATS:
         raise StoreError(f"{path}: external.format: unknown ({block['format']!r})")
     for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):
@@ -104,4 +128,4 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
         raise StoreError(f"{path}: external.settings: {problem}")
     if not all(isinstance(v, bool | int | float | str) for v in block["others"].values()):
         raise StoreError(f"{path}: external.others: must hold single values")
-    return ExternalLog(**{name: block[name] for name in _TYPES} | {"notes": tuple(block["notes"])})
+    return ExternalLog(**{name: block[name] for name in _TYPES} | {"notes": tuple(block["notes"])} | more)

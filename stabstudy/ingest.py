@@ -7,7 +7,6 @@ used; 4 this machine cannot (disk, lock, a reader that is not installed). No byt
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,65 +17,67 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from stabstudy.ingesting.runs import Run
+    from stabstudy.ingesting.search import Source
 
 OK, BAD_INPUT, SOME_UNUSABLE, ENVIRONMENT = 0, 2, 3, 4
-COLUMNS = ("step", "loss", "grad_norm", "lr")
 MOST_SHOWN = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: see the module."""
     given = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(given)
-    from stabstudy.ingesting import study
+    from stabstudy.outlet import outlets
+
+    with outlets():
+        return _run(_parser().parse_args(given), given)
+
+
+def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
+    from stabstudy import disk
+    from stabstudy.ingesting import arguments, study
     from stabstudy.locks import LockHeldError
     from stabstudy.store import StoreError
 
     folder = args.results_dir.expanduser() / args.study
     try:
-        columns, said = _columns(args.columns), _settings(args.set)
+        columns, settings = arguments.columns(args.columns), arguments.settings(args.set)
         opened = study.open_for(folder, args.study)
     except (StoreError, ValueError) as error:
         return _fail(str(error), BAD_INPUT)
-    found, code = _read(args.path, columns, said)
-    if not found:
+    runs, code = _read(args.path, columns, settings, args.allow_loss)
+    if not runs:
         return _fail("no log could be used, nothing was written", code)
     try:
-        outcomes = study.write(opened, found, ["python", "-m", "stabstudy.ingest", *given])
+        outcomes = study.write(opened, runs, ["python", "-m", "stabstudy.ingest", *given])
     except (OSError, LockHeldError) as error:
-        return _fail(str(error), ENVIRONMENT)
+        return _fail(disk.describe(error) if isinstance(error, OSError) else str(error), ENVIRONMENT)
     except StoreError as error:
         return _fail(str(error), BAD_INPUT)
-    _say_meanings(found)
+    _say_meanings(runs)
     _say(f"{_counted(outcomes)} in {folder}; next: python -m stabstudy.report {shlex.quote(str(folder))}")
     return SOME_UNUSABLE if code else OK
 
 
-def _read(paths: Sequence[Path], columns: Mapping[str, str], said: Mapping[str, Any]) -> tuple[list[Run], int]:
+def _read(
+    paths: Sequence[Path], columns: Mapping[str, str], settings: Mapping[str, Any], allow_loss: bool
+) -> tuple[list[Run], int]:
     """Every usable run, each printed in one line, and the exit code for the others (0: there are none)."""
-    from stabstudy.ingesting import runs, search
+    from stabstudy.ingesting import runs
     from stabstudy.ingesting.events import ReaderMissingError
     from stabstudy.ingesting.points import LogError
 
-    found: dict[str, Run] = {}
-    codes: set[int] = set()
-    sources: dict[search.Source, None] = {}
-    for path in paths:
-        try:
-            sources |= dict.fromkeys(search.sources(path, columns))
-        except (LogError, OSError) as error:
-            codes.add(_fail(f"{path}: {_reason(error)}", BAD_INPUT))
+    usable: dict[str, Run] = {}
+    sources, codes = _search(paths, columns)
     for source in sources:
         try:
-            run = runs.read(source, columns, said)
+            for run in runs.read(source, columns, settings, allow_loss):
+                if (twin := usable.setdefault(run.trial_id, run)) is not run:
+                    _say(f"{run.path}: the same rows as {twin.path}, taken once")
         except ReaderMissingError as error:
             codes.add(_fail(f"{source.files[0]}: {error}", ENVIRONMENT))
         except (LogError, OSError) as error:
             codes.add(_fail(f"{source.files[0]}: {_reason(error)}", BAD_INPUT))
-        else:
-            if (twin := found.setdefault(run.trial_id, run)) is not run:
-                _say(f"{source.files[0]}: the same rows as {next(iter(twin.log.files))}, taken once")
-    named = runs.named(list(found.values()))
+    named = runs.named(list(usable.values()))
     for run in named[:MOST_SHOWN]:
         _say_run(run)
     if len(named) > MOST_SHOWN:
@@ -84,30 +85,57 @@ def _read(paths: Sequence[Path], columns: Mapping[str, str], said: Mapping[str, 
     return named, min(codes, default=0)
 
 
+def _search(paths: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Source], set[int]]:
+    """What the paths hold, tables that were passed over printed in a line each, and the exit codes of bad paths."""
+    from stabstudy.ingesting.points import LogError
+    from stabstudy.ingesting.search import MOST_SHOWN as MOST_PASSED
+    from stabstudy.ingesting.search import join_charts, search
+
+    sources: dict[Source, None] = {}
+    passed_over: list[str] = []
+    codes: set[int] = set()
+    for path in paths:
+        try:
+            there = search(path, columns)
+        except (LogError, OSError) as error:
+            codes.add(_fail(f"{path}: {_reason(error)}", BAD_INPUT))
+        else:
+            sources |= dict.fromkeys(there.sources)
+            passed_over += there.passed_over
+    for line in passed_over[:MOST_PASSED]:
+        _say(line)
+    if len(passed_over) > MOST_PASSED:
+        _say(f"and {len(passed_over) - MOST_PASSED} more tables were passed over")
+    return join_charts(sources, columns), codes
+
+
 def _say_run(run: Run) -> None:
     """One line for the run, and one for each thing that a reader of its numbers must know."""
     from stabstudy.external import FORMATS
 
     log, grid = run.log, run.grid
-    every = "every step" if log.stride == 1 else f"every {log.stride} steps (approximate)"
+    every = "every step" if log.stride == 1 else f"every {log.stride} steps"
+    every += " (approximate)" if run.approximate else ""
     norms = f"{run.count('grad_norm')} gradient norms" if run.count("grad_norm") else "no gradient norm"
-    gaps = sum(p.step < 0 for p in grid.points)
-    left_out = [f"{what}: {n}" for what, n in log.left_out.items()] + ([f"rows missing: {gaps}"] if gaps else [])
+    left_out = [f"{what}: {n}" for what, n in log.left_out.items()]
+    left_out += [f"rows missing: {grid.missing}"] if grid.missing else []
     _say(
-        f"{log.run}: {FORMATS[log.format].name}, {len(grid.points) - gaps} rows {every}, steps {grid.first_step} to "
-        f"{grid.last_step}, {norms}, {run.count('loss')} losses"
+        f"{log.run}: {FORMATS[log.format].name}, {len(grid.points) - grid.missing} rows {every}, steps "
+        f"{run.first_step} to {run.last_step}, {norms}, {run.count('loss')} losses"
         + (f"; left out: {', '.join(left_out)}" if left_out else "")
     )
     for note in log.notes:
         _say(f"  {note}")
     if not run.count("grad_norm"):
-        _say("  every statistic of the gradient norm is null: the log has none")
+        _say("  without a gradient norm only the loss is judged: whether it diverged")
+    elif log.after_clipping:
+        _say("  gradient norms after clipping do not show spikes: only the loss is judged, whether it diverged")
 
 
-def _say_meanings(found: Sequence[Run]) -> None:
+def _say_meanings(runs: Sequence[Run]) -> None:
     from stabstudy.external import FORMATS
 
-    for key in dict.fromkeys(run.log.format for run in found):
+    for key in dict.fromkeys(run.log.format for run in runs):
         _say(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
 
 
@@ -115,38 +143,6 @@ def _counted(outcomes: Counter[str]) -> str:
     total = sum(outcomes.values())
     parts = ", ".join(f"{outcomes[kind]} {kind}" for kind in ("new", "grown", "changed", "unchanged") if outcomes[kind])
     return f"{total} trial{'' if total == 1 else 's'} ({parts})"
-
-
-def _columns(text: str | None) -> dict[str, str]:
-    """`step=iter,loss=train_loss` as a mapping. Raises ValueError."""
-    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    for ours, _, theirs in pairs:
-        if ours not in COLUMNS or not theirs:
-            raise ValueError(f"--columns: {ours}={theirs}: must be NAME=COLUMN with a NAME of {', '.join(COLUMNS)}")
-    return {ours: theirs for ours, _, theirs in pairs}
-
-
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    """`optim.clip=1.0` as a mapping of checked settings; `off` and `null` are None. Raises ValueError."""
-    from stabstudy.external import check
-
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, _, text = pair.partition("=")
-        value = None if text in ("null", "off") else _number(text)
-        found[name], problem = check(name, value)
-        if problem:
-            raise ValueError(f"--set: {problem}")
-    return found
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _reason(error: Exception) -> str:
@@ -160,29 +156,30 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _say(line: str) -> None:
-    """Print; where the reader has closed the pipe (`| head`) the study is written silently."""
-    try:
-        print(_safe(line), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _say(text: str) -> None:
+    from stabstudy.settings import line
 
-
-def _safe(text: str) -> str:
-    """One line in which no control character of a foreign name steers the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+    print(line(text), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stabstudy.ingest",
         description="Make a study out of training logs: Hugging Face trainer_state.json, LLaMA-Factory "
-        "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, text logs, TensorBoard event files.",
+        "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, TensorBoard event files, text logs.",
     )
     parser.add_argument("path", type=Path, nargs="+", help="a log, or a folder that is searched for logs")
     parser.add_argument("--study", required=True, help="name of the study; runs are added to an existing one")
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: results")
-    parser.add_argument("--columns", metavar="step=iter,loss=train_loss", help=f"names in tables: {', '.join(COLUMNS)}")
+    parser.add_argument(
+        "--columns",
+        metavar="step=iter,loss=train_loss",
+        help="which columns are step, loss, grad_norm and lr; also as JSON, which takes any name: "
+        """'{"grad_norm": "a,b - train/grad_norm"}'""",
+    )
+    parser.add_argument(
+        "--allow-loss", action="store_true", help="take a log of which more than one row in a hundred is lost"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="optim.clip=1.0", help="a setting that the logs lack"
     )

@@ -27,8 +27,11 @@ from hypothesis import strategies as st
 from stabstudy import ingest, locks, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
-from stabstudy.ingesting import beside, points, trainer
-from stabstudy.ingesting.points import Grid, LogError, Point, Raw, on_grid, settle
+from stabstudy.ingesting import beside, trainer
+from stabstudy.ingesting import values as log_values
+from stabstudy.ingesting.grid import Grid, on_grid
+from stabstudy.ingesting.points import LogError, Point, Raw
+from stabstudy.ingesting.restarts import settle
 from stabstudy.store import StoreError, write_sealed
 
 Out = pytest.CaptureFixture[str]
@@ -306,8 +309,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "header alone": ("a.csv", b"step,loss\n", "has no row with a step"),
     "garbage csv": ("a.csv", bytes(range(128, 256)) * 20, "is not UTF-8 text"),
     "garbage parquet": ("a.parquet", b"PAR1" + bytes(200) + b"PAR1", "is not a Parquet file"),
-    "no log": ("notes.md", b"step 1 loss 2", "is not known as a log by its name"),
-    "text without a log": ("notes.txt", b"the loss of 2 sheep", "has no line of `name: value` pairs with a loss"),
+    "no log": ("notes.pdf", b"step 1 loss 2", "is not known as a log by its name"),
+    "prose": ("notes.txt", b"One step back, and the loss was ours.", "has no line of `name: value` pairs with a loss"),
     "empty events": ("events.out.tfevents.1.host", b"", "holds no scalar"),
     "garbage events": ("events.out.tfevents.1.host", bytes(range(256)) * 20, "holds no scalar"),
     "wild steps": (
@@ -342,7 +345,7 @@ def test_the_good_logs_come_in_beside_a_bad_one(tmp_path: Path, capsys: Out) -> 
     assert f"error: ingest: {tmp_path / 'in' / 'bad' / 'trainer_state.json'}: is not JSON" in capsys.readouterr().err
 
 
-def test_damaged_lines_are_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_damaged_lines_are_counted_and_the_rest_is_kept(tmp_path: Path, capsys: Out) -> None:
     path = logs.jsonl(tmp_path / "a.jsonl", [{"step": i, "loss": 2.0, "grad_norm": 1.0} for i in range(40)])
     lines = path.read_text().splitlines(keepends=True)
     lines[5] = '{"step": 5, "loss": 2.0, "grad_norm": NaN}\n'
@@ -351,7 +354,8 @@ def test_damaged_lines_are_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
     lines[11] = '{"step": 1e300, "loss": 2.0}\n'
     lines[13] = '{"step": 13, "loss": "Infinity", "grad_norm": true}\n'
     path.write_bytes("".join(lines).encode()[:-9] + b"\xff\xfe")
-    study = take(tmp_path, path)
+    refused(tmp_path, capsys, path)  # more than one row in a hundred
+    study = take(tmp_path, path, more=("--allow-loss",))
     assert only(study)[1].left_out == {
         "torn last line": 1,
         "lines that are not JSON objects": 1,
@@ -502,7 +506,7 @@ def test_a_regular_log_is_kept_as_it_is(first: int, stride: int, n: int) -> None
      (10**30, None), ("x", None), (math.inf, None), ([1], None)],
 )  # fmt: skip
 def test_what_a_step_is(value: object, step: int | None) -> None:
-    assert points.whole(value) == step
+    assert log_values.whole(value) == step
 
 
 # strides in the tables

@@ -34,7 +34,7 @@ def design(study: Study) -> Iterator[Block]:
             if precision in PRECISIONS:
                 yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
     yield Text(_spike_rule(study.rules))
-    yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study.rules)))
+    yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study.rules, study.ingested)))
     if fixed := tuple(_fixed(study)):
         yield Table("Settings with one value", ("setting", "value"), fixed, folded=True)
     if study.ingested:
@@ -85,7 +85,7 @@ def _spike_rule(rules: Rules) -> str:
     )
 
 
-def _verdicts(rules: Rules) -> Iterator[tuple[str, str]]:
+def _verdicts(rules: Rules, ingested: bool) -> Iterator[tuple[str, str]]:
     yield from (("diverged", f"{meaning} ({code})") for code, meaning in DIVERGED.items())
     yield (
         "rough",
@@ -99,10 +99,11 @@ def _verdicts(rules: Rules) -> Iterator[tuple[str, str]]:
         f"spikes of any length, more than {rules.spiky_per_1k:g} per 1,000 steps (lower 95 % bound; R2)",
     )
     yield "stable", "none of these"
+    foreign = ", or those after clipping alone; or a loss of 0 throughout" if ingested else ""
     yield (
         "not judged",
-        f"under {rules.min_evaluable} evaluable steps; or no gradient norm; or, of a trial that would be stable, a "
-        "loss that never came below the entropy of single tokens (untrained), or a log that leaves steps out",
+        f"under {rules.min_evaluable} evaluable steps; or no gradient norm{foreign}; or, of a trial that would be "
+        "stable, a loss that never came below the entropy of single tokens (untrained), or a log that leaves steps out",
     )
 
 

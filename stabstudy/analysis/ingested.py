@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from stabstudy import config as cfg
-from stabstudy.external import ExternalLog
+from stabstudy.external import ExternalLog, has_gaps
 from stabstudy.stability.summary import TrialFacts
 from stabstudy.store import State
 from stabstudy.trace import Rows
@@ -25,9 +27,10 @@ def settings(log: ExternalLog) -> dict[str, Any]:
     return found
 
 
-def facts(log: ExternalLog, state: State) -> TrialFacts:
+def facts(log: ExternalLog, state: State, rows: Rows) -> TrialFacts:
     """For `summarise`. A log that does not say how long the run was planned ends where it was."""
     known = log.settings
+    missing = int((rows.is_null("loss") & rows.is_null("grad_norm")).sum())
     return TrialFacts(
         steps_planned=log.steps_planned or max(1, state.step),
         warmup_steps=known.get("optim.warmup_steps") or 0,
@@ -37,8 +40,11 @@ def facts(log: ExternalLog, state: State) -> TrialFacts:
         stop_reason=state.stop_reason,
         init_loss=None,
         final_loss=None,
+        approximate=log.stride > 1 or has_gaps(missing, len(rows)),
         stride=log.stride,
         first_step=log.first_step,
+        moved={int(row): step for row, step in log.moved.items()},
+        after_clipping=log.after_clipping,
     )
 
 
@@ -56,7 +62,8 @@ def unknown_warmup(columns: dict[str, Any], spikes: Iterable[dict[str, Any]]) ->
 
 def in_source_steps(rows: Rows, log: ExternalLog) -> Rows:
     """The record with the steps of the source in place of the row numbers."""
-    return replace(rows, columns={**rows.columns, "step": log.first_step + log.stride * rows["step"]})
+    steps = np.array([log.step_of(row) for row in rows["step"].tolist()], rows["step"].dtype)
+    return replace(rows, columns={**rows.columns, "step": steps})
 
 
 def differing(logs: Iterable[ExternalLog]) -> dict[str, str]:

@@ -64,8 +64,17 @@ def warnings(study: Study) -> list[str]:
     if len(strides) > 1:
         steps = words.listing(list(map(str, strides)))
         caveats.append(f"Logging intervals differ ({steps} steps): rates of these runs are not comparable.")
-    if blind := int(study.trials["grad_norm_max"].isna().sum()):
+    gaps = study.trials["approximate"] & (study.trials["log_stride"] == 1)
+    if n := int(gaps.sum()):
+        caveats.append(f"Approximate: of {words.count(n, 'run')} a tenth of the steps or more was not logged.")
+    clipped = [trial_id for trial_id, log in _logs(study) if log.after_clipping]
+    if blind := int(study.trials["grad_norm_max"].drop(clipped).isna().sum()):
         caveats.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
+    if n := len(clipped):
+        caveats.append(
+            f"{words.count(n, 'run')} whose gradient norms are those after clipping, which hide every spike: only the "
+            "loss was judged."
+        )
     return caveats
 
 
@@ -79,8 +88,9 @@ def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
     rows = []
     for trial_id, row in zip(study.trials.index, records(study.trials), strict=True):
         log = logs.get(trial_id)
-        steps = words.NOTHING if log is None else f"{log.first_step} to {row['steps_done']}"
-        norms = words.NOTHING if log is None else str(int(np.isfinite(study.trace(trial_id)["grad_norm"]).sum()))
+        trace = study.trace(trial_id)
+        steps = words.NOTHING if log is None or not len(trace) else f"{trace['step'][0]} to {trace['step'][-1]}"
+        norms = words.NOTHING if log is None else str(int(np.isfinite(trace["grad_norm"]).sum()))
         name = words.clean(row["case"], 60)
         kind = FORMATS[row["log_format"]].name
         rows.append((name, kind, steps, str(row["log_stride"]), norms, *(_shown(n, row[n]) for n in SHOWN)))
@@ -99,6 +109,8 @@ def _left_out(logs: dict[str, ExternalLog]) -> Iterator[tuple[str, str]]:
 def _sentence(study: Study, trial_id: str) -> str:
     row = study.row(trial_id)
     name = words.clean(row["case"], 60)
+    if (log := study.log(trial_id)) is not None and log.after_clipping:
+        return f"{name}: gradient norms after clipping alone, which do not show how large the gradients were."
     if row["grad_norm_max"] is None:
         return f"{name}: no gradient norm in {words.count(row['steps_done'], 'step')}."
     norm = study.trace(trial_id)["grad_norm"]

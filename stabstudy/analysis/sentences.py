@@ -27,6 +27,8 @@ REASONS = {
     "untrained": "untrained (the loss never came below the entropy of single tokens)",
     "too_short": "too short",
     "no_gradient_norm": "without a gradient norm",
+    "norm_after_clipping": "with gradient norms after clipping alone",
+    "all_zero": "with a loss of 0 throughout",
     "strided": "logged with gaps",
 }
 """Why a done trial has no verdict, in words."""

@@ -217,7 +217,7 @@ def _judge(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
         summary = judge_trial(rows, probes, Source(t.config, t.state), rules)
     else:
         assert t.log is not None
-        summary = summarise(rows, probes, ingested.facts(t.log, t.state), rules)
+        summary = summarise(rows, probes, ingested.facts(t.log, t.state, rows), rules)
         if t.settings["optim.warmup_steps"] is None:
             ingested.unknown_warmup(summary.columns, summary.spikes)
     notes = [r.note for r in (record, probes) if r is not None and r.note]

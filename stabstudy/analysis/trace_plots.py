@@ -131,7 +131,7 @@ def _cut_losses(axes: Sequence[Axes]) -> None:
     A panel whose line leaves the frame says how far it goes.
     """
     drawn = [np.asarray(ax.get_lines()[0].get_ydata(), dtype=float) for ax in axes]
-    first = [values[np.isfinite(values)][:1] for values in drawn]
+    first = [values[np.isfinite(values) & (values > 0)][:1] for values in drawn]  # some objectives begin at 0
     ceiling = 2 * max((float(v[0]) for v in first if len(v)), default=math.inf)
     for ax, values in zip(axes, drawn, strict=True):
         if (most := np.max(values[np.isfinite(values)], initial=0.0)) > ceiling:

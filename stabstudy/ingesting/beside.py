@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stabstudy import config as cfg
 from stabstudy.external import check
+from stabstudy.ingesting.aliases import EVERY
 from stabstudy.ingesting.lines import flat
 from stabstudy.settings import ConfigError, Problem
 
-FILES = ("config.yaml", "config.yml", "training_args.yaml", "training_args.yml", "training_args.json", "config.json")
+FILES = (
+    *("config.yaml", "config.yml", "training_args.yaml", "training_args.yml", "training_args.json", "config.json"),
+    "hparams.yaml",
+)
 LARGEST = 2**20
 
 SAME = {
@@ -47,6 +52,8 @@ SAME = {
 }
 """The source's name -> ours, where value, unit and meaning are the same."""
 
+_OF_ROWS = {"lr": "learning_rate", "wd": "weight_decay"}
+
 NAMES_OF_RUNS = {
     *("output_dir", "logging_dir", "run_name", "hub_model_id", "resume_from_checkpoint", "_name_or_path"),
     *("name", "dump_dir", "checkpoint.path", "logging.wandb.name", "logging.wandb.group"),
@@ -74,8 +81,8 @@ class Settings:
 
 def find(folder: Path, steps_planned: int | None) -> Settings:
     """The settings in the files FILES of a run's folder."""
-    found = Settings()
     values: dict[str, Any] = {}
+    found = Settings()
     for path in (folder / name for name in FILES):
         if path.is_file():
             try:
@@ -83,13 +90,35 @@ def find(folder: Path, steps_planned: int | None) -> Settings:
                 found.files.append(path)
             except ConfigError as error:
                 found.notes.append(f"settings in {path.name} left unknown: {error.problems[0]}")
+    _take(found, values, steps_planned)
+    return found
+
+
+def held(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
+    """The settings of a run in the rows of a log; the learning rate is that of the whole run if it never changes."""
+    found = Settings()
+    values = {_OF_ROWS.get(name.lower(), name.lower()): value for name, value in values.items()}
+    _take(found, values, steps_planned)
+    for name in values.keys() & set(cfg.setting_names()):
+        if name != "seed":  # which was taken above
+            found.put(name, values[name], name)
+        found.others.pop(name, None)
+    return found
+
+
+def log_every(found: Settings) -> int | None:
+    """How many steps lie between two rows, by the settings."""
+    said = (found.others.get(name) for name in EVERY)
+    return next((value for value in said if type(value) is int and value > 0), None)
+
+
+def _take(found: Settings, values: Mapping[str, Any], steps_planned: int | None) -> None:
     for theirs, ours in SAME.items():
         if (value := values.get(theirs)) is not None:
             found.put(ours, value, theirs)
     _derive(found, values, steps_planned or found.known.get("train.steps"))
     kept = {k: v for k, v in values.items() if k not in SAME.keys() | NAMES_OF_RUNS}
     found.others = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str) and _is_plain(v)}
-    return found
 
 
 def _derive(found: Settings, values: Mapping[str, Any], steps: int | None) -> None:

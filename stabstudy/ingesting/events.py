@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabstudy.ingesting import names
+from stabstudy.ingesting import several
 from stabstudy.ingesting.points import LogError, Raw
 
 PREFIX = "events.out.tfevents."
+STEP = "step"
 INSTALL = "pip install 'stabstudy[tensorboard]'"
 
 
@@ -23,22 +24,15 @@ def read(paths: Sequence[Path], given: Mapping[str, str]) -> Raw:
     """The scalars of one run, whose files continue each other, a row per step. `given`: ours -> the tag."""
     raw = Raw("tensorboard")
     rows: list[dict[str, Any]] = []
-    tags: dict[str, None] = {}
     for path in paths:
         for step, tag, value in _scalars(path):
-            if not rows or rows[-1]["step"] != step or tag in rows[-1]["values"]:
-                rows.append({"step": step, "values": {}})
-            rows[-1]["values"][tag] = value
-            tags[tag] = None
-    if not tags:
+            if not rows or rows[-1][STEP] != step or tag in rows[-1]:
+                rows.append({STEP: step})
+            rows[-1][tag] = value
+    if not rows:
         raise LogError("holds no scalar")
-    named = names.match(["step", *tags], given)
-    wanted = {theirs for ours, theirs in named.items() if ours != "step"}
-    for row in rows:
-        if row["values"].keys() & wanted:
-            raw.take(row["values"] | {named["step"]: row["step"]}, named)
-    raw.notes.append("tags: " + ", ".join(f"{ours}={tag}" for ours, tag in named.items() if ours != "step"))
-    return raw
+    raw.rows += rows
+    return several.one(raw, {**given, "step": STEP})
 
 
 def _scalars(path: Path) -> Iterator[tuple[int, str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stabstudy.ingesting import lines
+from stabstudy.ingesting import lines, several
 from stabstudy.ingesting.points import Raw
 
 NAMES = {"step": "global_step", "loss": "loss/out", "grad_norm": "optim/grad_norm", "lr": "optim/lr"}
@@ -19,5 +19,5 @@ def read(path: Path) -> Raw:
         if row.get(NAMES["grad_norm"]) == NO_STEP:
             raw.left_out["micro-batches without a step (norm -1)"] += 1
         else:
-            raw.take(row, NAMES)
-    return raw
+            raw.rows.append(row)
+    return several.one(raw, NAMES)

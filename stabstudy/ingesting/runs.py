@@ -14,10 +14,13 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy import finished, store
-from stabstudy.external import ExternalLog, read_external
+from stabstudy.external import ExternalLog, has_gaps, read_external
 from stabstudy.ingesting import beside
-from stabstudy.ingesting.points import Grid, on_grid, settle
+from stabstudy.ingesting.grid import Grid, on_grid
+from stabstudy.ingesting.points import Raw
+from stabstudy.ingesting.restarts import settle
 from stabstudy.ingesting.search import Source
+from stabstudy.ingesting.sentinels import cap, reveal
 from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
 
 
@@ -28,6 +31,7 @@ class Run:
     log: ExternalLog
     grid: Grid
     name_parts: tuple[str, ...]  # of the path, last first: what a name can be made of
+    path: str  # of its first file, with the run's name in it where it holds several
 
     @property
     def trial_id(self) -> str:
@@ -35,21 +39,54 @@ class Run:
         body = [cfg.FORMAT_VERSION, self.log.format, self.grid.first_step, self.grid.stride, self.grid.points]
         return hashlib.sha256(json.dumps(body).encode()).hexdigest()[:10]
 
+    @property
+    def approximate(self) -> bool:
+        """Whether steps are missing between the rows."""
+        return self.grid.stride > 1 or has_gaps(self.grid.missing, len(self.grid.points))
+
+    @property
+    def first_step(self) -> int:
+        """The step of the first row, as the source has it."""
+        return self.log.step_of(0)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last row, likewise."""
+        return self.log.step_of(len(self.grid.points) - 1)
+
     def count(self, name: str) -> int:
         """How many rows have an answer in this column."""
         return sum(getattr(p, name) is not None for p in self.grid.points)
 
 
-def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) -> Run:
-    """The run of a source; `said`: settings that the user gives. Raises LogError or OSError."""
-    raw = source.read(columns)
-    found = beside.find(source.folder, raw.steps_planned) if source.alone else beside.Settings()
+def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any], allow_loss: bool = False) -> list[Run]:
+    """The runs of a source; `said`: settings that the user gives. Raises LogError or OSError.
+
+    A source that loses more rows than is tolerable is an error unless that is allowed.
+    """
+    raws = source.read(columns)
+    found = beside.find(source.folder, raws[0].steps_planned)
+    return [_read(source, raw, found, said, allow_loss) for raw in raws]
+
+
+def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, Any], allow_loss: bool) -> Run:
+    raw.log_every = raw.log_every or beside.log_every(found)
+    found = found if source.alone else beside.Settings()
+    own = beside.held(raw.settings, raw.steps_planned)
     if raw.steps_planned:
-        found.put("train.steps", raw.steps_planned, "steps planned")
-    known = found.known | dict(said)
+        own.put("train.steps", raw.steps_planned, "steps planned")
+    known = found.known | own.known | dict(said)
     if "optim.clip" in known:
         known.setdefault("optim.clip_kind", "norm")
-    grid = on_grid(settle(raw), raw)
+    rows = sum(p.counts for p in raw.points) + raw.lost
+    points = reveal(settle(raw), raw)
+    grid = on_grid(points, raw)
+    if not allow_loss:
+        raw.check_loss(rows)
+    raw.notes += [note for ours, note in raw.untaken.items() if all(getattr(p, ours) is None for p in points)]
+    cut = cap(points, known.get("optim.clip"))
+    if cut is not None:
+        raw.notes.append(f"the gradient norms are cut off at {cut:.4g}: they are those after clipping")
     log = ExternalLog(
         run="",
         format=raw.format,
@@ -58,12 +95,22 @@ def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any]) ->
         stride=grid.stride,
         steps_planned=known.get("train.steps"),
         settings=known,
-        others=found.others,
+        others=found.others | own.others,
         left_out=dict(+raw.left_out),
-        notes=(*raw.notes, *found.notes),
+        notes=(*raw.notes, *found.notes, *own.notes),
+        moved={str(row): step for row, step in grid.moved.items()},
+        after_clipping=cut is not None or (raw.after_clipping and any(p.grad_norm is not None for p in points)),
     )
-    where = source.files[0].resolve().with_suffix("") if source.kind in ("table", "text") else source.folder.resolve()
-    return Run(log, grid, tuple(reversed(where.parts[1:])) or ("run",))
+    parts = _name_parts(source)
+    file = str(source.files[0])
+    return Run(log, grid, parts, file) if raw.run is None else Run(log, grid, (raw.run, *parts), f"{file} ({raw.run})")
+
+
+def _name_parts(source: Source) -> tuple[str, ...]:
+    """The path of the run, last first: of its folder, or of its file where others may lie beside it."""
+    file = source.files[0].resolve()
+    where = source.folder.resolve() if source.alone else file.with_name(file.name.removesuffix(".gz")).with_suffix("")
+    return tuple(reversed(where.parts[1:])) or ("run",)
 
 
 def named(runs: Sequence[Run]) -> list[Run]:
@@ -98,7 +145,7 @@ def write(study: store.StudyFolder, run: Run) -> str:
     folder.path.mkdir(parents=True, exist_ok=True)
     store.sweep_leftovers(folder.path)
     sha = finished.write(_rows(run), folder.finished(LOG), {"trial_id": run.trial_id})
-    planned, last = run.log.steps_planned, run.grid.last_step
+    planned, last = run.log.steps_planned, run.last_step
     folder.write_state(
         store.State(
             run.trial_id,
@@ -143,7 +190,7 @@ def _rows(run: Run) -> Rows:
     n, clip = len(run.grid.points), run.log.settings.get("optim.clip")
     values: dict[str, Sequence[Any]] = {name: [None] * n for name in LOG.names} | {"step": range(n)}
     values |= {name: [getattr(p, name) for p in run.grid.points] for name in ("loss", "grad_norm", "lr")}
-    if clip is not None:
+    if clip is not None and not run.log.after_clipping:
         values["clip_scale"] = [None if g is None else _scale(g, clip) for g in values["grad_norm"]]
     arrays = {c.name: as_array(list(values[c.name]), c) for c in LOG.columns}
     assert np.array_equal(arrays["step"][0], np.arange(n))

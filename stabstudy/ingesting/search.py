@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from stabstudy import entries
-from stabstudy.ingesting import events, lines, lingua, names, tabular, text, trainer
+from stabstudy.ingesting import charts, choice, events, lines, lingua, tabular, text, trainer
 from stabstudy.ingesting.points import LogError, Raw
 
 STATE, LOG, METRICS = "trainer_state.json", "trainer_log.jsonl", "metrics.jsonl"
-LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet, *.log"
+LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet, *.log, *.txt"
+MOST_SHOWN = 20
+"""Tables that were passed over and are named."""
 
 Kind = Literal["trainer", "lingua", "events", "table", "text"]
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -35,51 +37,88 @@ class Source:
 
     @property
     def alone(self) -> bool:
-        """Whether the folder belongs to this run: a table or a text may be one of several in it."""
+        """Whether the folder belongs to this run: a table or a text log may be one of several in it."""
         return self.kind not in ("table", "text")
 
-    def read(self, given: Mapping[str, str]) -> Raw:
-        """Raises LogError where nothing can be used, OSError where nothing can be read."""
+    def read(self, given: Mapping[str, str]) -> list[Raw]:
+        """Its runs. Raises LogError where nothing can be used, OSError where nothing can be read."""
         if self.kind == "table":
-            return tabular.read(self.files[0], given)
+            return tabular.read(self.files, given)
         if self.kind == "text":
             return text.read(self.files[0], given)
         if self.kind == "events":
-            return events.read(self.files, given)
+            return [events.read(self.files, given)]
         if self.kind == "lingua":
-            return lingua.read(self.files[0])
-        by_suffix = {path.suffix: path for path in self.files}
-        return trainer.read(by_suffix.get(".json"), by_suffix.get(".jsonl"))
+            return [lingua.read(self.files[0])]
+        by_suffix = {lines.suffix(path): path for path in self.files}
+        return [trainer.read(by_suffix.get(".json"), by_suffix.get(".jsonl"), given)]
 
 
-def sources(path: Path, given: Mapping[str, str]) -> list[Source]:
+@dataclass
+class Search:
+    """What a path holds: the runs, and a line for each table that has a step and was passed over."""
+
+    sources: list[Source] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
+
+
+def search(path: Path, given: Mapping[str, str]) -> Search:
     """The runs at a path: the file itself, or what a folder holds. Raises LogError where that is nothing."""
     if path.is_dir():
-        if found := list(_within(path, given)):
+        found = Search()
+        found.sources += _within(path, given, found.passed_over)
+        if found.sources:
             return found
-        raise LogError(f"holds no training log (looked for {LOOKED_FOR})")
+        why = f"; {'; '.join(found.passed_over[:MOST_SHOWN])}" if found.passed_over else ""
+        raise LogError(f"holds no training log (looked for {LOOKED_FOR}){why}")
     if not path.is_file():
         raise LogError("does not exist" if not path.exists() else "is not a file")
-    return [_of_file(path)]
+    return Search([_of_file(path)])
+
+
+def join_charts(sources: Iterable[Source], given: Mapping[str, str]) -> list[Source]:
+    """The sources, with the chart exports of one folder as one: each holds one metric of the same runs."""
+    joined: dict[object, list[Source]] = {}
+    for source in sources:
+        joined.setdefault(source.folder if _is_chart(source, given) else source, []).append(source)
+    return [Source(group[0].kind, tuple(file for s in group for file in s.files)) for group in joined.values()]
+
+
+def _is_chart(source: Source, given: Mapping[str, str]) -> bool:
+    try:
+        columns = tabular.columns(source.files[0]) if source.kind == "table" else []
+    except (LogError, OSError):
+        return False
+    return charts.is_chart(columns) and not set(given.values()) & set(columns)
 
 
 def _of_file(path: Path) -> Source:
+    suffix = lines.suffix(path)
     if path.name.startswith(events.PREFIX):
         return Source("events", (path,))
-    if path.name == LOG or (path.suffix == ".jsonl" and "current_steps" in lines.keys(path)):
+    if path.name == LOG or (suffix == ".jsonl" and "current_steps" in lines.keys(path)):
         return Source("trainer", (path, *_state_of(path.parent)))
-    if path.suffix == ".json":
-        return Source("trainer", (path,))
-    if path.suffix == ".jsonl" and _is_lingua(path):
+    if suffix == ".json":
+        return Source("table" if _is_rows(path) else "trainer", (path,))
+    if suffix == ".jsonl" and _is_lingua(path):
         return Source("lingua", (path,))
-    if path.suffix in tabular.SUFFIXES:
+    if suffix in tabular.SUFFIXES:
         return Source("table", (path,))
-    if text.is_named(path):
+    if text.is_named(path) or text.is_log(path):
         return Source("text", (path,))
     raise LogError(f"is not known as a log by its name (known: {LOOKED_FOR})")
 
 
-def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
+def _is_rows(path: Path) -> bool:
+    """Whether a .json file holds rows, as a list or a line each, and no state of a trainer."""
+    with lines.opened(path) as f:
+        first, second = f.readline(2**20), f.readline(2**20)
+    if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return True
+    return lines.parse(first) is not None and lines.parse(second) is not None
+
+
+def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iterator[Source]:
     """Every run below a folder. The folder of a run is not searched further: what lies in it is the run's own."""
     for at, folders, files in os.walk(top):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -95,12 +134,21 @@ def _within(top: Path, given: Mapping[str, str]) -> Iterator[Source]:
         elif written := tuple(folder / f for f in sorted(files) if f.startswith(events.PREFIX)):
             yield Source("events", written)
         else:
-            paths = [path for f in sorted(files) if (path := folder / f).is_file()]  # a pipe would wait for ever
-            tables = [path for path in paths if path.suffix in tabular.SUFFIXES and _is_table(path, given)]
-            # what a run prints beside its table is the same run once more
-            texts = [] if tables else [path for path in paths if _is_text(path)]
-            yield from (Source("table", (path,)) for path in tables)
-            yield from (Source("text", (path,)) for path in texts)
+            yield from _loose(folder, sorted(files), given, passed_over)
+
+
+def _loose(folder: Path, files: list[str], given: Mapping[str, str], passed_over: list[str]) -> Iterator[Source]:
+    """Tables of a folder; its text logs only where it has no table, which would hold the same rows."""
+    paths = [path for f in files if (path := folder / f).is_file()]  # a pipe would wait for ever
+    tables = []
+    for path in (path for path in paths if lines.suffix(path) in tabular.SUFFIXES):
+        if reason := _no_log(path, given):
+            passed_over += [f"{path} was passed over: {reason}"] if reason != UNRELATED else []
+        else:
+            tables.append(Source("table", (path,)))
+    yield from tables
+    if not tables:
+        yield from (Source("text", (path,)) for path in paths if text.is_named(path) and _is_text_log(path))
 
 
 def _state_of(folder: Path) -> tuple[Path, ...]:
@@ -119,18 +167,26 @@ def _is_lingua(path: Path) -> bool:
         return path.name == METRICS  # reading it will show what is wrong
 
 
-def _is_table(path: Path, given: Mapping[str, str]) -> bool:
-    """Whether a table found in a folder is a log: by the names of its columns; others are passed over."""
+UNRELATED = "unrelated"
+
+
+def _no_log(path: Path, given: Mapping[str, str]) -> str:
+    """Why a table found in a folder is no log by the names of its columns; empty: it is one."""
     try:
-        names.match(tabular.columns(path), given)
+        columns = tabular.columns(path)
     except (LogError, OSError):
-        return False
-    return True
+        return UNRELATED
+    if choice.is_log([*columns, *given]) and set(given.values()) <= set(columns):
+        return ""
+    if not any(map(choice.looks_like_step, columns)):
+        return UNRELATED
+    if absent := set(given.values()) - set(columns):
+        return f"it has no column {', '.join(sorted(absent))} (it has: {choice.listed(columns)})"
+    return choice.unknown(columns)
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a file found in a folder is a text log: by its name and its first lines."""
+def _is_text_log(path: Path) -> bool:
     try:
-        return text.is_named(path) and text.is_log(path)
+        return text.is_log(path)
     except OSError:
         return False

@@ -7,21 +7,21 @@ a number that `float` takes; a rank in the prefix is the key `rank`, the second 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gzip
 import io
 import itertools
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-from stabstudy.ingesting import names
+from stabstudy.ingesting import several
 from stabstudy.ingesting.aliases import NOT, place, plain
-from stabstudy.ingesting.points import LogError, Raw, whole
+from stabstudy.ingesting.lines import opened
+from stabstudy.ingesting.points import LogError, Raw
 
 SUFFIXES = (".log", ".txt", ".out", ".err", ".stdout", ".stderr")
 LONGEST = 4_000
@@ -91,7 +91,7 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
     A row without a step of its own gets the place of the progress bar that is drawn right after it, as `progress`;
     it has no step where no bar follows.
     """
-    with path.open("rb") as f:
+    with opened(path) as f:
         yield from _rows(_lines(f))
 
 
@@ -101,25 +101,16 @@ def is_named(path: Path) -> bool:
     return name.endswith(SUFFIXES)
 
 
-def read(path: Path, given: Mapping[str, str]) -> Raw:
-    """Every row with a step. `given`: ours -> the log's name, for those that are not known by their names."""
-    keys: Counter[str] = Counter()
-    for row in rows(path):
-        keys.update(row.keys())
-    if not keys:
+def read(path: Path, given: Mapping[str, str]) -> list[Raw]:
+    """The runs in a text log. `given`: ours -> the log's name, for those that are not known by their names."""
+    if not (found := list(rows(path))):
         raise LogError("has no line of `name: value` pairs with a loss or gradient norm that is known by its name")
-    raw = Raw("text")
-    named = names.match([key for key, _ in keys.most_common()], given)
-    for row in rows(path):
-        raw.steps_planned = whole(row.get("max_steps")) or raw.steps_planned
-        raw.take(row, named)
-    raw.notes.append("names: " + ", ".join(f"{ours}={theirs}" for ours, theirs in named.items()))
-    return raw
+    return several.runs(Raw("text", rows=[*found]), given)
 
 
 def is_log(path: Path) -> bool:
     """Whether the beginning of a file reads as a training log: prose, code and settings do not. Raises OSError."""
-    with path.open("rb") as f:
+    with opened(path) as f:
         lines = list(itertools.islice(_lines(f), EXAMINED))
     found = list(_rows(lines))
     steps = {value for row in found for key, value in row.items() if _kind(key) == "step"}
@@ -241,14 +232,10 @@ def _number(text: str, unit: str | None) -> str:
 
 
 def _lines(f: BinaryIO) -> Iterator[str]:
-    """Lines of a text file, plain or gzip, also those that a carriage return ends. What a torn gzip lost is missing."""
-    magic = f.read(4)
+    """Lines of a text file, also those that a carriage return ends."""
+    magic = f.read(2)
     f.seek(0)
-    raw = cast(BinaryIO, gzip.GzipFile(fileobj=f)) if magic.startswith(b"\x1f\x8b") else f
-    encoding = "utf-16" if magic[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    with io.TextIOWrapper(raw, encoding=encoding, errors="replace", newline=None) as text:
-        try:
-            while line := text.readline(2**20):
-                yield from line.rstrip("\n")[:LONGEST].replace("]{", "]\n{").split("\n")  # a bar, and then a row
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeError):
-            return
+    encoding = "utf-16" if magic in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with io.TextIOWrapper(f, encoding=encoding, errors="replace") as text, contextlib.suppress(UnicodeError):
+        while line := text.readline(2**20):
+            yield from line.rstrip("\n")[:LONGEST].replace("]{", "]\n{").split("\n")  # a bar, and then a row

@@ -26,7 +26,13 @@ def count(number: int, noun: str) -> str:
 
 def judged(state: State) -> str:
     """The verdict of a done trial in words, or why it has none."""
-    reasons = {"too_short": "too short to judge", "no_gradient_norm": "no gradient norm", None: "not judged"}
+    reasons = {
+        "too_short": "too short to judge",
+        "no_gradient_norm": "no gradient norm",
+        "norm_after_clipping": "norms after clipping alone",
+        "all_zero": "loss and norm are 0 throughout",
+        None: "not judged",
+    }
     return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 

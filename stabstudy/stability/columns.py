@@ -211,7 +211,10 @@ COLUMNS: dict[str, Definition] = {
     "verdict": _text("stable, spiky, rough or diverged", "see verdict_reason", "verdict"),
     "verdict_rule": _text("the divergence code, rough, or those of R1, R2 that hold", "stable, or not judged", "rule"),
     "verdict_reason": _text(
-        "why there is no verdict: untrained, too_short, no_gradient_norm, strided, or the state", "judged", "reason"
+        "why there is no verdict: untrained, too_short, no_gradient_norm, norm_after_clipping, all_zero, strided, or "
+        "the state",
+        "judged",
+        "reason",
     ),
     "verdict_partial": _bool("judged as far as a scheduler let it run, or as its log goes", _NOT_JUDGED, "partial"),
     "verdict_code": _text(

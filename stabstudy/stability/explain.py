@@ -86,6 +86,10 @@ def _unjudged(columns: Row, rules: Rules) -> str:
         return f"Not judged: {_count(judged, 'evaluable step')}, and a verdict needs {rules.min_evaluable}."
     if reason == "no_gradient_norm":
         return "Not judged: the record has no gradient norm."
+    if reason == "norm_after_clipping":
+        return "Not judged: the gradient norms are those after clipping, which hide every spike above the threshold."
+    if reason == "all_zero":
+        return "Not judged: the loss is 0 in every row, and so is the gradient norm or there is none."
     if reason == "untrained":
         return (
             "Untrained: the loss never came below the entropy of single tokens, so nothing was learned that could have "

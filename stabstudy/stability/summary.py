@@ -6,7 +6,8 @@ measured and was not finite. "Settled" are the finite steps from max(warmup_step
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from stabstudy.stability.detectors import Tail, jump, jump_block, measured
 from stabstudy.stability.events import couple, find_spikes
 from stabstudy.stability.monitor import MonitorFacts, divergence
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.strided import source_columns, source_spike
-from stabstudy.stability.verdict import judge
+from stabstudy.stability.strided import SourceSteps, source_columns, source_spike
+from stabstudy.stability.verdict import Verdict, judge
 from stabstudy.trace import Rows
 
 __all__ = ["COLUMNS", "Definition", "LiveSpikes", "Summary", "TrialFacts", "Value", "summarise"]
@@ -38,7 +39,7 @@ class TrialFacts:
     stop_reason: str | None  # complete | diverged | scheduler, of a trial that is done
     init_loss: float | None
     final_loss: float | None
-    approximate: bool = False  # the source did not log every step
+    approximate: bool = False  # the source did not log every step on its grid
     clip_kind: str = "norm"  # rule; of any other than norm a step is clipped where clip_scale < 1
     unigram_entropy: float | None = None  # H1 of the training tokens, nat/token
     train_tokens: int | None = None  # of the training part, each counted once
@@ -49,10 +50,16 @@ class TrialFacts:
     beta2: float | None = None  # of Adam's second moment; None: not known, and then every probe of it counts
     stride: int = 1  # steps of the source from one row of the trace to the next; above 1: approximate
     first_step: int = 0  # step of the source that row 0 is
+    moved: Mapping[int, int] = field(default_factory=dict)  # row -> step of the source, where that is not the grid's
+    after_clipping: bool = False  # the norms are those after clipping: no measure of the gradient
 
     def __post_init__(self) -> None:
         if self.stride < 1 or self.first_step < 0:
             raise ValueError(f"stride {self.stride}, first_step {self.first_step}: must be at least 1 and 0")
+
+    @property
+    def source_steps(self) -> SourceSteps:
+        return SourceSteps(self.first_step, self.stride, self.moved, self.stride == 1 and not self.approximate)
 
     def rows_before(self, step: int) -> int:
         """How many rows of the trace lie before this step of the source."""
@@ -109,17 +116,19 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         rules: What counts as a spike, and what makes a verdict.
     """
     norm, loss = measured(trace, "grad_norm"), measured(trace, "loss")
+    if facts.after_clipping:
+        norm = np.full_like(norm, np.nan)
     grad_flags, loss_flags = jump(norm, rules, "grad"), jump(loss, rules, "loss")
     # in rows of the trace, as all that follows up to `source_columns`
     warmup, planned = facts.rows_before(facts.warmup_steps), max(1, facts.rows_before(facts.steps_planned))
-    every_step = facts.stride == 1
+    steps = facts.source_steps
     grad, lost = couple(
         find_spikes(norm, grad_flags, warmup, planned, rules, "grad"),
         find_spikes(loss, loss_flags, warmup, planned, rules, "loss"),
         rules,
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
-    watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, every_step)
+    watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, steps.every_step)
     diverged = divergence(trace, probes, watched, rules, facts.final_loss)
     verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     detector_id = rules.detector_id
@@ -129,7 +138,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "stop_reason": (facts.stop_reason or "complete") if facts.status == "done" else facts.status,
         "n_evaluable": grad_flags.n_evaluable,
         "detector_id": detector_id,
-        "approximate": facts.approximate or not every_step,
+        "approximate": not steps.every_step,
         **record_columns.norms(norm, warmup),
         **record_columns.clipping(norm, trace, warmup, facts.clip, facts.clip_kind),
         **spike_columns.flags_of_norm(norm, grad_flags, rules),
@@ -144,7 +153,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         **record_columns.counters(trace),
         "verdict": verdict.verdict,
         "verdict_rule": verdict.rule,
-        "verdict_reason": verdict.reason,
+        "verdict_reason": _reason(verdict, loss, facts.after_clipping),
         "verdict_partial": verdict.partial,
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
@@ -158,10 +167,20 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "growth_grad": facts.growth_grad,
     }
     rows = [{**spike.row(), "detector_id": detector_id} for spike in (*grad, *lost)]
-    if (facts.stride, facts.first_step) != (1, 0):
-        columns = source_columns(columns, facts.stride, facts.first_step)
-        rows = [source_spike(row, facts.stride, facts.first_step) for row in rows]
+    if steps != SourceSteps():
+        columns = source_columns(columns, steps)
+        rows = [source_spike(row, steps) for row in rows]
     return Summary({name: columns[name] for name in COLUMNS}, rows)
+
+
+def _reason(verdict: Verdict, loss: NDArray[np.float64], after_clipping: bool) -> str | None:
+    """Why there is no verdict; of norms that are no measure, what they are."""
+    if verdict.reason != "no_gradient_norm":
+        return verdict.reason
+    if after_clipping:
+        return "norm_after_clipping"
+    finite = loss[np.isfinite(loss)]
+    return verdict.reason if finite.any() or not len(finite) else "all_zero"
 
 
 def _tokens(trace: Rows) -> int | None:

@@ -11,10 +11,12 @@ Diverged is a result, not a failure of the trial. The verdict is the first that 
                   per 1,000 evaluable steps (a coupled pair counts once)
     stable    none of these
 
-and null, with a reason, where it cannot be judged: `no_gradient_norm`, `too_short` (under 50 evaluable steps), a state
-that is not done; and in place of `stable` alone: `strided` (a log that leaves steps out can show that a trial diverged,
-is rough or spiky by R2, but not how long anything lasted, so `persistent` and R1 are not tested) and `untrained` (the
-moving mean of the loss never came below H1: nothing was learned that could have become unstable).
+and null, with a reason, where it cannot be judged: `no_gradient_norm` (none above 0; the summary says
+`norm_after_clipping` where there are those after clipping alone, `all_zero` where the loss too is 0 throughout),
+`too_short` (under 50 evaluable steps), a state that is not done; and in place of `stable` alone: `strided` (a log that
+leaves steps out can show that a trial diverged, is rough or spiky by R2, but not how long anything lasted, so
+`persistent` and R1 are not tested) and `untrained` (the moving mean of the loss never came below H1: nothing was
+learned that could have become unstable).
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def judge(
     partial = stop_reason in ("scheduler", "log_ended")
     if divergence.code is not None:
         return Verdict("diverged", divergence.code, None, partial, divergence.code, divergence.step)
-    if not np.isfinite(norm).any():
+    if not (np.isfinite(norm) & (norm > 0)).any():
         return Verdict(None, reason="no_gradient_norm")
     if flags.n_evaluable < rules.min_evaluable:
         return Verdict(None, reason="too_short")
