@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
                     planted.settings(depth, lr, seed=seed),
                     spikes=dict.fromkeys((planted.LONG, planted.ROUGH)[seed] if unstable else (), 8.0),
                     nonfinite_at=90 if diverged else None,
-                    stop_reason="nonfinite" if diverged else "complete",
+                    stop_reason="diverged" if diverged else "complete",
                     steps_done=91 if diverged else None,
                     final_loss=None if diverged else 2.5,
                 )

@@ -189,7 +189,7 @@ def test_a_verdict_and_its_absence_stand_in_words(values: dict[str, object], tex
 
 def test_every_rule_and_reason_has_words() -> None:
     assert set(trial_tables.RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
-    assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "strided"}
+    assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "norm_after_clipping", "all_zero", "strided"}
 
 
 def test_a_trial_without_a_verdict_says_why_on_its_page_and_in_the_table(tmp_path: Path) -> None:
