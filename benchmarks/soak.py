@@ -3,11 +3,12 @@
     python benchmarks/soak.py [--tiny] [--trials 4000] [--pack auto] [--launcher ray]
 
 Looks at the processes of one launch and at its temporary folder every two seconds. Prints a JSON line for each tenth of
-the trials, and one with the last figures and
-what grew, per 1,000 trials, from the second tenth to the last (the first is start-up):
+the trials, and one with the last figures and what grew, per 1,000 trials, from the second tenth to the last (the first
+is start-up):
 
-- `driver_mb`, `worker_mb`: resident memory of the driver, and of the largest process that trains, MB.
-- `driver_handles`, `worker_handles`: open file descriptors of the same.
+- `driver_mb`, `ray_mb`, `worker_mb`: resident memory of the launch, of its process that talks to Ray, of the largest
+  process that trains, MB.
+- `driver_handles`, `ray_handles`, `worker_handles`: open file descriptors of the same.
 - `workers`: processes that train.
 - `temporary_mb`, `temporary_files`: what Ray and the launch have in the temporary folder.
 - `scheduler_mb`: what the scheduler keeps in the study's folder (`.ray/`) while it runs.
@@ -40,6 +41,8 @@ class Look:
     done: int
     driver_mb: float
     driver_handles: int
+    ray_mb: float
+    ray_handles: int
     workers: int
     worker_mb: float
     worker_handles: int
@@ -48,8 +51,10 @@ class Look:
     scheduler_mb: float
 
 
-GROWING = ("driver_mb", "driver_handles", "workers", "worker_mb", "worker_handles", "temporary_mb", "temporary_files",
-           "scheduler_mb")  # fmt: skip
+GROWING = (
+    *("driver_mb", "driver_handles", "ray_mb", "ray_handles", "workers", "worker_mb", "worker_handles"),
+    *("temporary_mb", "temporary_files", "scheduler_mb"),
+)
 
 
 def words(trials: int, pack: str, launcher: str) -> list[str]:
@@ -107,24 +112,30 @@ def size(folder: Path) -> tuple[float, int]:
     return total / 1e6, count
 
 
-def trains(pid: int, driver: int) -> bool:
-    """Whether this is a process that Ray trains in; without Ray the driver does."""
+def command_of(pid: int) -> bytes:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return False
-    return pid != driver and command.startswith(b"ray::") and b"Agent" not in command
+        return b""
+
+
+def trains(pid: int) -> bool:
+    """Whether this is a process that Ray trains in; without Ray the driver does."""
+    return command_of(pid).startswith(b"ray::") and b"Agent" not in command_of(pid)
 
 
 def look(began: float, driver: int, folder: Path, log: Path, temporary: Path) -> Look:
     pids = tree(driver)
-    workers = [pid for pid in pids if trains(pid, driver)] or [driver]
+    workers = [pid for pid in pids if trains(pid)] or [driver]
+    ray = [pid for pid in pids if b"stabstudy.sweeping.ray_driver" in command_of(pid)] or [driver]
     done = re.findall(r"^\[(\d+)/", log.read_text(), re.MULTILINE)
     return Look(
         round(time.monotonic() - began, 1),
         int(done[-1]) if done else 0,
         round(memory_mb(driver), 1),
         handles(driver),
+        round(memory_mb(ray[0]), 1),
+        handles(ray[0]),
         len(workers),
         round(max(map(memory_mb, workers)), 1),
         max(map(handles, workers)),

@@ -190,6 +190,10 @@ _PLACES = [(f"{g}.{f.name}", g, f.name) for g, cls in GROUPS.items() for f in da
 _DEFAULTS = flat(TrialConfig())
 
 
+ADDED = {"data.files": None}
+"""Settings that came after judgements were first kept, with the value at which they change none of these."""
+
+
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
 

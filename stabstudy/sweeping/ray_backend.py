@@ -25,6 +25,9 @@ from stabstudy.sweeping.stopping import StopRequest
 from stabstudy.sweeping.watch import Service, Watch
 
 POLL_SECONDS = 0.2
+ROUND_PACKS = 500
+"""In one Tuner, which keeps 60 kB of each until it has ended."""
+
 SHUTDOWN_SECONDS = 15.0
 """How long Ray may take to end by itself."""
 
@@ -42,7 +45,7 @@ def run(
         driver.tell(compute=dataclasses.asdict(compute), **setup)
         services = _ready(driver)
         watch = Watch(study, rounds, services, compute.hang_timeout)
-        while not stop.requested and (packs := rounds.take()):
+        while not stop.requested and (packs := rounds.take(ROUND_PACKS)):
             driver.tell(packs=packs)
             _round(driver, rounds, study, stop, watch)
         if not stop.requested:

@@ -16,11 +16,13 @@ Messages are lines of JSON. In, on standard input: {"storage", "temporary", "sha
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import queue
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ from stabstudy.planning.machine import NotReadyError, cores
 from stabstudy.sweeping.worker import tune_pack
 
 START_TRIES = 3
+TUNE = "tune"
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # telemetry is on by default
@@ -107,7 +110,16 @@ def _rounds(orders: queue.Queue[Any], events: Events, setup: Mapping[str, Any], 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the board, from our files
     while (order := orders.get()) is not None:
         _tuner(tune, order["packs"], setup, compute, slots, _callback(tune, events)).fit()
+        _forget(setup)
         events.tell(over=True)
+
+
+def _forget(setup: Mapping[str, Any]) -> None:
+    """Drop what Tune keeps of a round, in memory and in its folders: it would grow with the number of trials."""
+    gc.collect()
+    shutil.rmtree(Path(setup["storage"]) / TUNE, ignore_errors=True)
+    for folder in Path(setup["temporary"]).glob("session_*/artifacts/*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tuner(
@@ -124,7 +136,7 @@ def _tuner(
             trial_dirname_creator=_name,
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=TUNE,
             storage_path=setup["storage"],
             verbose=0,
             callbacks=[callback],

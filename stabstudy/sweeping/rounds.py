@@ -35,9 +35,9 @@ class Rounds:
         self.attempts = {t: len(study.trial(t).read_state().attempts) for pack in packs for t in pack}
         self.own_failures: Counter[str] = Counter()
 
-    def take(self) -> list[Pack]:
-        """The packs of the next round; [] where nothing is left."""
-        taken, self.waiting = self.waiting, []
+    def take(self, most: int | None = None) -> list[Pack]:
+        """The packs of the next round, at most so many; [] where nothing is left."""
+        taken, self.waiting = self.waiting[:most], [] if most is None else self.waiting[most:]
         return taken
 
     def start(self, pack: Pack) -> None:

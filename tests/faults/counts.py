@@ -28,6 +28,8 @@ COUNTS = {
     "worker": Count(0, 10, "SIGKILL of a Ray worker that trains"),
     "raylet": Count(1, 10, "SIGKILL of the raylet"),
     "gcs": Count(0, 10, "SIGKILL of the GCS server"),
+    "hang": Count(0, 20, "SIGSTOP of a Ray worker that trains"),
+    "pause": Count(0, 20, "SIGSTOP of every process of a launch at once, for longer than its limit for a hang"),
     "launches": Count(8, 400, "launches of one study at once, 20 at a time under --full"),
     "report": Count(2, 60, "SIGKILL while tables and report are written"),
     "disk full": Count(8, 100, "ENOSPC, EIO or a short write in a trial, at a failpoint or by a limit on file sizes"),
