@@ -575,6 +575,18 @@ def test_a_folder_names_the_tables_that_it_passes_over(tmp_path: Path, capsys: O
     assert "odd.csv was passed over" in refused(tmp_path / "none", capsys, tmp_path / "in")
 
 
+def test_a_table_beside_a_run_is_named(tmp_path: Path, capsys: Out) -> None:
+    history = [{"step": i + 1, "loss": loss} for i, loss in enumerate(LOSSES)]
+    csv(tmp_path / "in" / "metrics.csv", step=range(N), loss=LOSSES)
+    csv(tmp_path / "in" / "data.csv", text=["a"], label=[1])
+    (tmp_path / "in" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    take(tmp_path, tmp_path / "in")
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "passed over" in line)
+    assert line.endswith(
+        "metrics.csv was passed over: it lies beside trainer_state.json; name the file itself to read it"
+    )
+
+
 @pytest.mark.parametrize(("missing", "approximate"), [(11, False), (12, True), (40, True)])
 def test_missing_steps_make_a_log_approximate(missing: int, approximate: bool, tmp_path: Path) -> None:
     kept = sorted(random.Random(0).sample(range(1, N - 1), N - 2 - missing))

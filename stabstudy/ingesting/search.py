@@ -127,14 +127,24 @@ def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iter
         log = [folder / LOG] if LOG in files else []
         if trainer_files := (*log, *_state_of(folder)):
             folders.clear()
-            yield Source("trainer", trainer_files)
+            source = Source("trainer", trainer_files)
         elif METRICS in files and _is_lingua(folder / METRICS):
             folders.clear()
-            yield Source("lingua", (folder / METRICS,))
+            source = Source("lingua", (folder / METRICS,))
         elif written := tuple(folder / f for f in sorted(files) if f.startswith(events.PREFIX)):
-            yield Source("events", written)
+            source = Source("events", written)
         else:
             yield from _loose(folder, sorted(files), given, passed_over)
+            continue
+        passed_over += _tables_beside(source, [folder / f for f in sorted(files)], given)
+        yield source
+
+
+def _tables_beside(source: Source, paths: list[Path], given: Mapping[str, str]) -> list[str]:
+    """Which tables are logs too, but the same run once more, or one that only the user knows of."""
+    tables = (p for p in paths if lines.suffix(p) in tabular.SUFFIXES and p.name != LOG and p not in source.files)
+    reason = f"it lies beside {source.files[0].name}; name the file itself to read it"
+    return [f"{path} was passed over: {reason}" for path in tables if not _no_log(path, given)]
 
 
 def _loose(folder: Path, files: list[str], given: Mapping[str, str], passed_over: list[str]) -> Iterator[Source]:

@@ -30,7 +30,7 @@ def launch(tmp_path: Path, cache: Path) -> Iterator[Launch]:
     mark = f"hang-{random.randrange(10**9)}"
     folder = launches.folder(tmp_path / "hang")
     words = ["stabstudy.sweep", *launches.words(cache, 10_000_000, "ray"), f"compute.hang_timeout={LIMIT}"]
-    words += ["optim.lr=1e-3", "optim.clip=1.0", "compute.retries=1000"]
+    words += ["optim.lr=1e-3", "optim.clip=1.0", "compute.retries=100"]
     run = Launch(folder, start(words, folder, mark), mark)
     yield run
     while kill_marked(mark):
