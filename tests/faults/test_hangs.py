@@ -44,7 +44,9 @@ def wait_for_rows(launch: Launch, attempts: int, seconds: float = 120) -> bool:
     while time.monotonic() < limit:
         for trial in launch.study.trials():
             state = trial.read_state()
-            if len(state.attempts) == attempts and launch.rows()[trial.trial_id] > state.attempts[-1].from_step + 20:
+            last = state.attempts[-1] if len(state.attempts) == attempts else None
+            # only an attempt that names its engine names the step that it goes on from
+            if last and last.engine and launch.rows()[trial.trial_id] > last.from_step + 20:
                 return True
         time.sleep(0.05)
     return False
