@@ -147,7 +147,7 @@ def test_a_soak_looks_at_the_launch_and_what_it_leaves(
 def test_growth_is_per_thousand_trials(benchmark_scripts: None) -> None:
     import soak
 
-    flat = soak.Look(0, 0, 300, 9, 2, 400, 20, 5, 50, 1)
+    flat = soak.Look(0, 0, 300, 9, 200, 9, 2, 400, 20, 5, 50, 1)
     looks = [dataclasses.replace(flat, done=10 * i, driver_mb=300 + 0.5 * i, workers=2) for i in range(100)]
     grown = soak.growth(looks)
     assert grown["driver_mb_per_1000"] == pytest.approx(50) and grown["workers_per_1000"] == 0

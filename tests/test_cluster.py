@@ -36,20 +36,20 @@ def test_a_token_that_is_not_taken_is_told_as_that_without_waiting(
 ) -> None:
     begun = time.monotonic()
     with pytest.raises(NotReadyError, match="the cluster does not take this token, or wants one"):
-        cluster.check("h:1", probe(f"say({NOISE!r} + ' ' + {line!r}); time.sleep(60)"))
+        cluster.check("auto", probe(f"say({NOISE!r} + ' ' + {line!r}); time.sleep(60)"))
     assert time.monotonic() - begun < 30 and capfd.readouterr().err == ""
 
 
 def test_no_answer_is_told_without_noise(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(NotReadyError, match=r"^compute.address=h:1: no Ray cluster answers \(ConnectionError: x\)$"):
-        cluster.check("h:1", probe(f"say({NOISE!r}); say('ConnectionError: x'); raise SystemExit(1)"))
+    with pytest.raises(NotReadyError, match=r"^compute.address=auto: no Ray cluster answers \(ConnectionError: x\)$"):
+        cluster.check("auto", probe(f"say({NOISE!r}); say('ConnectionError: x'); raise SystemExit(1)"))
     assert capfd.readouterr().err == ""
 
 
 def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "LIMIT_SECONDS", 0.5)
     with pytest.raises(NotReadyError, match="no Ray cluster answers"):
-        cluster.check("h:1", probe("time.sleep(60)"))
+        cluster.check("auto", probe("time.sleep(60)"))
 
 
 def test_an_answer_is_enough() -> None:

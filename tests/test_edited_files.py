@@ -210,6 +210,7 @@ def test_zclip_trials_of_the_first_version_keep_their_id() -> None:
     assert cfg.known_ids(TrialConfig(), "f" * 16) == {cfg.trial_id(TrialConfig(), "f" * 16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["provenance.json", "sweep.yaml"])
 def test_a_mutated_record_of_the_question_never_stops_a_report(study: store.StudyFolder, name: str) -> None:
     """And where it was sealed, what was changed is not shown."""

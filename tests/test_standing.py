@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launch import TINY, folder  # noqa: F401  # a fixture
+from test_launch import SWEEP, TINY, folder  # noqa: F401  # a fixture
 
 from stabstudy import locks, report, store, sweep
 
@@ -24,11 +25,23 @@ def files(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a finished study of two trials."""
+    path = tmp_path_factory.mktemp("trained")
+    (path / "sweeps").mkdir()
+    (path / "sweeps" / "check.yaml").write_text(SWEEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STABSTUDY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.chdir(path)
+        assert sweep.main(COMMAND) == 0
+    return path / "results"
+
+
 @pytest.fixture
-def study(folder: Path, capsys: Capture) -> store.StudyFolder:  # noqa: F811
-    """A finished study of two trials."""
-    assert sweep.main(COMMAND) == 0
-    capsys.readouterr()
+def study(folder: Path, trained: Path) -> store.StudyFolder:  # noqa: F811
+    """A copy of it."""
+    shutil.copytree(trained, folder / "results")
     return store.StudyFolder(folder / "results" / "check")
 
 

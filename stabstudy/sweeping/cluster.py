@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from stabstudy.planning.machine import NotReadyError
 from stabstudy.sweeping.ray_driver import ENVIRONMENT
 
+CONNECT_SECONDS = 10.0
 LIMIT_SECONDS = 90.0
 """Ray itself gives up after twenty seconds, more on a loaded machine."""
 
@@ -27,6 +29,7 @@ def check(address: str, probe: Sequence[str] = PROBE) -> None:
     """
     if rule := _malformed(address):
         raise NotReadyError(f"compute.address={address}: {rule}")
+    _check_reachable(address)
     process = subprocess.Popen(
         [*probe, address],
         stdin=subprocess.DEVNULL,
@@ -70,6 +73,17 @@ def connect(address: str) -> None:
     except Exception as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _check_reachable(address: str) -> None:
+    """Fail in seconds where Ray would try for minutes. `auto` and other names are left to Ray."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise NotReadyError(f"compute.address={address}: no Ray cluster answers ({error})") from error
 
 
 def _malformed(address: str) -> str | None:
