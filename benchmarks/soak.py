@@ -152,6 +152,14 @@ def growth(looks: list[Look]) -> dict[str, float]:
     return {f"{n}_per_1000": round((median(late, n) - median(early, n)) / trials * 1000, 2) for n in GROWING}
 
 
+def left(pids: set[int]) -> int:
+    """How many of these are there ten seconds later; Python's helpers of a process end just after it."""
+    limit = time.monotonic() + 10
+    while (count := sum(memory_mb(pid) > 0 for pid in pids)) and time.monotonic() < limit:
+        time.sleep(0.1)
+    return count
+
+
 def median(looks: list[Look], name: str) -> float:
     return statistics.median(getattr(x, name) for x in looks)
 
@@ -177,7 +185,7 @@ def measure(trials: int, pack: str = "auto", launcher: str = "ray", every: float
         last = {"benchmark": "soak", "trials": looks[-1].done, "seconds": training[-1].seconds, "looks": len(training)}
         last |= growth(training) | {name: getattr(training[-1], name) for name in GROWING}
         last |= {"report_seconds": round(looks[-1].seconds - training[-1].seconds, 1), "report_mb": looks[-1].driver_mb}
-        last |= {"left_files": size(Path(temporary))[1], "left_processes": sum(memory_mb(pid) > 0 for pid in pids)}
+        last |= {"left_files": size(Path(temporary))[1], "left_processes": left(pids)}
         return last | {"launcher": launcher, "pack": pack, "load": os.getloadavg()[0]}
 
 

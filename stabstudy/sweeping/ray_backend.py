@@ -28,8 +28,11 @@ POLL_SECONDS = 0.2
 ROUND_PACKS = 500
 """In one Tuner, which keeps 60 kB of each until it has ended."""
 
+READY_SECONDS = 240.0
+"""How long Ray may take to start, its own tries included; on a loaded machine a try takes half a minute."""
+
 SHUTDOWN_SECONDS = 15.0
-"""How long Ray may take to end by itself."""
+"""How long it may take to end by itself."""
 
 
 def run(
@@ -138,13 +141,15 @@ def _folder(path: Path) -> Iterator[Path]:
 
 def _ready(driver: Driver) -> list[Service]:
     """Wait for Ray. Raises NotReadyError where it does not start."""
-    while True:
+    limit = time.monotonic() + READY_SECONDS
+    while time.monotonic() < limit:
         for event in driver.events():
             if "not_ready" in event:
                 raise NotReadyError(event["not_ready"])
             return [Service(name, (host, port)) for name, host, port in event["ready"]]
         if reason := driver.why_ended():
             raise NotReadyError(reason)
+    raise NotReadyError(f"Ray did not start within {READY_SECONDS:g} s")
 
 
 def _round(driver: Driver, rounds: Rounds, study: store.StudyFolder, stop: StopRequest, watch: Watch) -> None:
