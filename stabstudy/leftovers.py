@@ -1,4 +1,4 @@
-"""Files that killed processes left behind, and their removal."""
+"""Removal of leftover files of killed processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of a study's design (its axes, levels and constant settings) and of the rules of spikes and verdicts."""
+"""Tables of a study's design and of the rules for spikes and verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notes to an exported recipe: the differences of Lingua and Hugging Face's Trainer from it, by setting.
+"""Notes for exported recipes: differences of Lingua and Hugging Face's Trainer, by setting.
 
 Sources: Lingua's optim.py, transformer.py, distributed.py and apps/main/train.py at commit 437d680; transformers'
 optimization.py and trainer.py at 5.24.

@@ -1,4 +1,4 @@
-"""The files of a source, and the digest of their content, independent of their location."""
+"""Files of a data source and the location-independent digest of their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once and shortly, and its libraries kept quiet.
+"""Reachability of the Hugging Face hub, and silence of its libraries.
 
 Left to themselves they try each file six times, for a minute and with two lines for each failure.
 """

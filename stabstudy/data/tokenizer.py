@@ -1,4 +1,4 @@
-"""Tokenizers from text to ids: bytes, a BPE in local files, or one that `transformers` knows by name.
+"""Tokenizers: bytes, local BPE files, and those of `transformers` by name.
 
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`

@@ -1,4 +1,4 @@
-"""The command line of a sweep: flags, and overrides in Hydra's own grammar.
+"""Command-line arguments of a sweep: flags, and overrides in Hydra's grammar.
 
 `optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
 or chooses a preset. The command line wins over the sweep file everywhere.

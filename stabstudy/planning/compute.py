@@ -1,4 +1,4 @@
-"""Compute settings: the resources of a pack, which are no part of a trial and never change a trial's id."""
+"""Compute settings: resources of a pack, no part of a trial's identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A strict reader of YAML files: every problem named with its line before anything is composed from it."""
+"""Strict YAML reader with the line of every problem."""
 
 from __future__ import annotations
 

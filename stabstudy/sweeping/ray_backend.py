@@ -143,11 +143,12 @@ def _ready(driver: Driver) -> list[Service]:
     """Wait for Ray. Raises NotReadyError where it does not start."""
     limit = time.monotonic() + READY_SECONDS
     while time.monotonic() < limit:
+        reason = driver.why_ended()  # before its events: what it told last counts
         for event in driver.events():
             if "not_ready" in event:
                 raise NotReadyError(event["not_ready"])
             return [Service(name, (host, port)) for name, host, port in event["ready"]]
-        if reason := driver.why_ended():
+        if reason:
             raise NotReadyError(reason)
     raise NotReadyError(f"Ray did not start within {READY_SECONDS:g} s")
 
@@ -155,11 +156,12 @@ def _ready(driver: Driver) -> list[Service]:
 def _round(driver: Driver, rounds: Rounds, study: store.StudyFolder, stop: StopRequest, watch: Watch) -> None:
     """Until the round is over, or nothing trains any more after a stop."""
     while True:
+        ended = driver.why_ended()  # before its events: what it told last counts
         for event in driver.events():
             if "over" in event:
                 return
             _take(event, rounds)
-        if reason := driver.why_ended() or watch.look():
+        if reason := ended or watch.look():
             stop.end(reason)
             return
         if stop.requested and not any(locks.is_locked(study.trial(t).path) for pack in rounds.running for t in pack):

@@ -22,10 +22,8 @@ YOUNG_SECONDS = 60.0
 
 
 def session() -> Path:
-    """A new folder in `scratch`."""
-    folder = scratch() / str(next(_numbers))
-    folder.mkdir()
-    return folder
+    """A folder in `scratch`, which is not made yet and nobody else has."""
+    return scratch() / str(next(_numbers))
 
 
 @cache
