@@ -29,10 +29,10 @@ from torch import Tensor
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training import loop as loops
 from stabstudy.training import pack
-from stabstudy.training.allocation import keep_freed_memory
-from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.driver import Due, Taken, Tick
 from stabstudy.training.loop import Loop, Progress
+from stabstudy.training.pack import keep_freed_memory
+from stabstudy.training.step import keep_compiled
 
 LR, CLIP = 1e-3, 1.0
 

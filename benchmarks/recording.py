@@ -40,8 +40,8 @@ from numpy.typing import NDArray
 
 from stabstudy import finished
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.store import State, StudyFolder
 from stabstudy.trace import PROBES, TRACE
 from stabstudy.training.driver import Due, Taken, Tick

@@ -36,8 +36,8 @@ from stabstudy.analysis.publish import publish
 from stabstudy.analysis.study import update_tables
 from stabstudy.analysis.tables import read_record
 from stabstudy.analysis.workers import spread
-from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.trace import TRACE, Rows
 
 FINGERPRINT = "f" * 16

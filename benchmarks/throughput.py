@@ -40,11 +40,11 @@ from torch import Tensor
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training import clipping
-from stabstudy.training.allocation import keep_freed_memory
-from stabstudy.training.compiling import keep_compiled
 from stabstudy.training.families import Model
 from stabstudy.training.loop import Progress
+from stabstudy.training.pack import keep_freed_memory
 from stabstudy.training.schedule import schedule
+from stabstudy.training.step import keep_compiled
 
 VOCAB, CPU = 256, torch.device("cpu")
 WARM = 1

@@ -13,12 +13,11 @@ from stabstudy import live
 from stabstudy.config import TrialConfig
 from stabstudy.data.batches import Batches
 from stabstudy.data.tokens import Corpus
-from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.trace import PROBES, TRACE, widths
 from stabstudy.training import families
-from stabstudy.training.driver import Captured, Driver, Due, Eager
-from stabstudy.training.feed import feed
+from stabstudy.training.driver import Captured, Driver, Due, Eager, feed
 from stabstudy.training.loop import End, Heartbeat, Loop, Plan
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.record import Recorded, Recorder

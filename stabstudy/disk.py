@@ -1,10 +1,17 @@
-"""Full disks: how they show in errors, and what is said of them."""
+"""Disks and what stands on them: full ones, and entries of a study's folders that must not be written to.
+
+Kinds of entries in a study's folders: a link, or a folder or device in the place of a file, is never written to.
+
+Writing through a link changes files outside the study; reading a pipe waits for ever.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,3 +52,69 @@ def is_disk_full(path: Path) -> bool:
     """Whether there is no room for a state; a limit of a file's size and a quota do not show here."""
     free = free_bytes(path)
     return free is not None and free < LEAST_BYTES
+
+
+STUDY_FILES = ("sweep.yaml", "provenance.json", "trials.parquet", "spikes.parquet", ".lock", ".stop")
+STUDY_FOLDERS = ("trials", "report", ".ray")
+TRIAL_FILES = ("config.json", "state.json", "summary.json", "log.txt", ".lock") + tuple(
+    f"{record}.{form}" for record in ("trace", "probes") for form in ("live", "jsonl", "parquet")
+)
+TRIAL_FOLDERS = ("checkpoint",)
+REPORT_FOLDERS = ("figures", "trials")
+
+
+class EntryError(OSError):
+    """A folder that cannot be written as it is: one line, which names the entry."""
+
+
+def study_obstacle(folder: Path) -> str | None:
+    """Why a launch may not write into the study's folder, in words; None where it may, or the folder is not there."""
+    return next(_wrong(folder, STUDY_FILES, STUDY_FOLDERS, links=False), None)
+
+
+def trial_obstacle(folder: Path, links: bool = False) -> str | None:
+    """Likewise of a trial's folder; with `links` why it cannot be read, which does no harm through a link."""
+    if not links and folder.is_symlink():
+        return f"{folder}: is a symbolic link"
+    return next(_wrong(folder, TRIAL_FILES, TRIAL_FOLDERS, links), None)
+
+
+def check_ingested_folders(study: Path, trials: Collection[Path]) -> None:
+    """Raises EntryError where `ingest` would write through a link, or into what is no file."""
+    if wrong := study_obstacle(study) or next(filter(None, map(trial_obstacle, trials)), None):
+        raise EntryError(wrong)
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raises EntryError for a link where a report writes: its folder, and those in it."""
+    if folder.is_symlink():
+        raise EntryError(f"{folder}: is a symbolic link")
+    if wrong := next(_wrong(folder, (), REPORT_FOLDERS, links=False), None):
+        raise EntryError(wrong)
+
+
+def _wrong(folder: Path, files: Collection[str], folders: Collection[str], links: bool) -> Iterator[str]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name not in (*files, *folders) and not entry.name.endswith(".tmp"):
+            continue
+        if entry.is_symlink() and not links:
+            yield f"{path}: is a symbolic link"
+        elif entry.name in folders and not entry.is_dir():
+            yield f"{path}: is not a folder"
+        elif entry.name in files and (kind := not_a_file(path)):
+            yield f"{path}: is {kind}, not a file"
+
+
+def not_a_file(path: Path) -> str | None:
+    """What the path leads to, in words, where that is no ordinary file; None for one, and for nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # it is not there; its name holds a NUL
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "a device")

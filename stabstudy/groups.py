@@ -41,7 +41,7 @@ MOST_DECAY = 0.02  # share of every weight that a step of independent decay may 
 class ModelConfig:
     """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
 
-    family: str = setting("lingua", choices=FAMILIES)  # the others: transformers' own layers, by training/hf.py
+    family: str = setting("lingua", choices=FAMILIES)  # the others: transformers' own layers, by training/families.py
     depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
     dim: int = setting(64, ge=2, le=65_536)  # residual width
     n_heads: int = setting(4, ge=1, le=1024)

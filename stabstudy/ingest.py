@@ -34,21 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     from stabstudy import disk
-    from stabstudy.ingesting import arguments, study
+    from stabstudy.ingesting import choice
+    from stabstudy.ingesting import runs as study
     from stabstudy.locks import LockHeldError
     from stabstudy.store import StoreError
 
     folder = args.results_dir.expanduser() / args.study
     try:
-        columns, settings = arguments.columns(args.columns), arguments.settings(args.set)
-        opened = study.open_for(folder, args.study)
+        columns, settings = choice.parse_columns(args.columns), choice.parse_settings(args.set)
+        opened = study.open_study(folder, args.study)
     except (StoreError, ValueError) as error:
         return _fail(str(error), BAD_INPUT)
     runs, code = _read(args.path, columns, settings, args.allow_loss)
     if not runs:
         return _fail("no log could be used, nothing was written", code)
     try:
-        outcomes = study.write(opened, runs, ["python", "-m", "stabstudy.ingest", *given])
+        outcomes = study.write_study(opened, runs, ["python", "-m", "stabstudy.ingest", *given])
     except (OSError, LockHeldError) as error:
         return _fail(disk.describe(error) if isinstance(error, OSError) else str(error), ENVIRONMENT)
     except StoreError as error:
@@ -63,8 +64,8 @@ def _read(
 ) -> tuple[list[Run], int]:
     """Every usable run, each printed in one line, and the exit code for the others (0: there are none)."""
     from stabstudy.ingesting import runs
-    from stabstudy.ingesting.events import ReaderMissingError
     from stabstudy.ingesting.points import LogError
+    from stabstudy.ingesting.readers import ReaderMissingError
 
     usable: dict[str, Run] = {}
     sources, codes = _search(paths, columns)

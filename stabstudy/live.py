@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stabstudy import binary, failpoints, json_lines
-from stabstudy.binary import Layout, Table, from_rows, record_type, records, to_rows
+from stabstudy import encodings, failpoints
+from stabstudy.encodings import Layout, Table, from_rows, record_type, records, to_rows
 from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows, replace_file, sync_folder
 
 __all__ = ["Writer", "cut", "find", "from_rows", "last_step", "read", "record_type", "records", "to_rows", "upgrade"]
@@ -45,7 +45,7 @@ class Writer:
         if path.with_suffix(".jsonl").exists():
             raise DamagedRecord(f"{path.with_suffix('.jsonl')}: must be upgraded before rows are appended")
         self.path, self.schema, self._clock = path, schema, clock
-        self._layout = binary.layout(schema, widths)
+        self._layout = encodings.layout(schema, widths)
         self.dtype = self._layout.dtype
         self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._closing = threading.Lock()
@@ -104,11 +104,11 @@ class Writer:
 
     def _room(self) -> int:
         """Bytes of whole rows that the next write holds."""
-        taken = binary.BLOCK.size + (0 if self._size else len(self._layout.header))
+        taken = encodings.BLOCK.size + (0 if self._size else len(self._layout.header))
         return max(1, (MAX_WRITE - taken) // self.dtype.itemsize) * self.dtype.itemsize
 
     def _write(self, rows: bytes) -> None:
-        block = binary.framed(rows, len(rows) // self.dtype.itemsize)
+        block = encodings.framed(rows, len(rows) // self.dtype.itemsize)
         if not self._size:
             block = self._layout.header + block
         failpoints.hit("live.write")
@@ -143,7 +143,7 @@ def read(path: Path, schema: Schema) -> Rows:
         data = path.read_bytes()
     except FileNotFoundError:
         with contextlib.suppress(FileNotFoundError):  # of an older study, perhaps upgraded since the line above
-            return json_lines.read(path.with_suffix(".jsonl"), schema)
+            return encodings.read_json_lines(path.with_suffix(".jsonl"), schema)
         data = path.read_bytes()
     return _rows(_scan(data, path), path, schema)
 
@@ -160,7 +160,7 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
     if file is None:
         return 0, 0
     if file != path:
-        return json_lines.cut(file, schema, next_step)
+        return encodings.cut_json_lines(file, schema, next_step)
     content = _scan(path.read_bytes(), path)
     if content.layout is None:
         _truncate(path, 0)
@@ -185,17 +185,17 @@ def last_step(path: Path) -> int:
     if file is None:
         return -1
     if file != path:
-        return json_lines.last_step(file)
+        return encodings.last_json_step(file)
     with path.open("rb") as f:
         head = _header(f.read(HEADER_BYTES), path)
         if head is None:
             return -1
         layout, start = head
-        tail = 2 * max(MAX_WRITE, layout.dtype.itemsize + binary.BLOCK.size)  # one whole block, behind it a torn one
+        tail = 2 * max(MAX_WRITE, layout.dtype.itemsize + encodings.BLOCK.size)  # one whole block, behind it a torn one
         f.seek(max(start, f.seek(0, os.SEEK_END) - tail))
         data = f.read()
-    for at in reversed(list(binary.marked(data, 0))):
-        if rows := binary.read_block(data, at, layout.dtype.itemsize):
+    for at in reversed(list(encodings.marked(data, 0))):
+        if rows := encodings.read_block(data, at, layout.dtype.itemsize):
             return int(np.frombuffer(rows, layout.dtype)["step"][-1])
     return -1
 
@@ -207,7 +207,7 @@ def upgrade(path: Path, schema: Schema, widths: Mapping[str, int]) -> bool:
     without the columns of today gets them. Raises DamagedRecord where rows do not fit the schema and widths.
     """
     settled = _settle(path, schema)
-    layout, file = binary.layout(schema, widths), find(path)
+    layout, file = encodings.layout(schema, widths), find(path)
     if file is None or (file == path and _agrees(path, layout)):
         return settled
     rows = read(path, schema)
@@ -226,7 +226,7 @@ def _settle(path: Path, schema: Schema) -> bool:
     older = path.with_suffix(".jsonl")
     if not (path.exists() and older.exists()):
         return False
-    new, old = read(path, schema), json_lines.read(older, schema)
+    new, old = read(path, schema), encodings.read_json_lines(older, schema)
     if not all(_begins_with(new, old, name) for name in schema.names):
         raise DamagedRecord(f"{path}: lacks rows that {older.name} has; one of the two must go")
     older.unlink()
@@ -280,20 +280,20 @@ def _scan(data: bytes, path: Path) -> _Content:
     layout, at = head
     blocks: list[tuple[int, int]] = []
     while at < len(data):
-        rows = binary.read_block(data, at, layout.dtype.itemsize)
+        rows = encodings.read_block(data, at, layout.dtype.itemsize)
         if rows is None:
             _check_tail(data, at, layout, path)
             break
-        blocks.append((at + binary.BLOCK.size, len(rows)))
-        at += binary.BLOCK.size + len(rows)
+        blocks.append((at + encodings.BLOCK.size, len(rows)))
+        at += encodings.BLOCK.size + len(rows)
     return _Content(data, layout, tuple(blocks), at)
 
 
 def _check_tail(data: bytes, at: int, layout: Layout | None, path: Path) -> None:
     """Raises DamagedRecord unless the bad bytes from `at` on are what a kill or a power cut leaves at the end."""
-    later = next(binary.marked(data, at + 1), None)
-    count = None if layout is None else binary.rows_of_block(data, at)
-    end = len(data) if layout is None or count is None else at + binary.BLOCK.size + count * layout.dtype.itemsize
+    later = next(encodings.marked(data, at + 1), None)
+    count = None if layout is None else encodings.rows_of_block(data, at)
+    end = len(data) if layout is None or count is None else at + encodings.BLOCK.size + count * layout.dtype.itemsize
     if later is not None or data[end:].strip(b"\0"):
         raise DamagedRecord(f"{path}: bad bytes from byte {at} on, with rows after them")
 
@@ -314,7 +314,7 @@ def _rows(content: _Content, path: Path, schema: Schema) -> Rows:
 
 def _header(data: bytes, path: Path) -> tuple[Layout, int] | None:
     try:
-        return binary.parse_header(data)
+        return encodings.parse_header(data)
     except DamagedRecord as error:
         raise DamagedRecord(f"{path}: {error}") from error
 
@@ -343,8 +343,8 @@ def _truncate(path: Path, size: int) -> None:
 
 def _replace(path: Path, layout: Layout, table: Table) -> int:
     """Write a file of these rows whole, durable before it gets its name. Returns its bytes."""
-    step = max(1, (MAX_WRITE - binary.BLOCK.size) // layout.dtype.itemsize)
+    step = max(1, (MAX_WRITE - encodings.BLOCK.size) // layout.dtype.itemsize)
     parts = [table[i : i + step] for i in range(0, len(table), step)]
-    data = layout.header + b"".join(binary.framed(part.tobytes(), len(part)) for part in parts)
+    data = layout.header + b"".join(encodings.framed(part.tobytes(), len(part)) for part in parts)
     replace_file(path, data)
     return len(data)

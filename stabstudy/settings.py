@@ -2,6 +2,8 @@
 
 Nothing is converted silently: whole numbers are taken for floats, and plain decimal text for floats (some YAML readers
 make text of 1e-3); 3.0 is not a depth, `no` is not a number. The standard library only.
+
+The error for data that cannot be used.
 """
 
 from __future__ import annotations
@@ -181,3 +183,23 @@ def check_annotations(cls: type) -> None:
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if not set(members) <= {int, float, bool, str, type(None)}:
             raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")
+
+
+class DataError(Exception):
+    """Data, or a setting of it, that cannot be used: one line with setting, rule, value; file and line where known.
+
+    `problem` is the same as a `config.Problem`, to be listed with the other problems of a launch.
+    """
+
+    def __init__(self, setting: str, rule: str, got: str = ""):
+        super().__init__(setting, rule, got)  # all three, so that it survives pickling between processes
+        self.problem = Problem(setting, rule, got)
+
+    def __str__(self) -> str:
+        return str(self.problem)
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message, short enough for one line: its first line, at most 200 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,4 +1,6 @@
-"""The files of results/<study>/, the states of a trial, locks, and atomic writes.
+"""The files of results/<study>/, the states of a trial, and atomic writes.
+
+The files of results/<study>/, the states of a trial, locks, and atomic writes.
 
     results/<study>/
       sweep.yaml  provenance.json            as composed and launched
@@ -16,16 +18,48 @@ The files are the truth: no process memory, Ray or Optuna state is ever needed t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import disk, entries, finished, live, locks, seals, state_fields, trace
+from stabstudy import disk, finished, live, locks, state_fields, trace
 from stabstudy.settings import ConfigError
+
+SEAL = "content_sha256"
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its checksum as the last entry. Raises ValueError for numbers that strict JSON lacks."""
+    content = {k: v for k, v in body.items() if k != SEAL}
+    return {**content, SEAL: _digest(content)}
+
+
+def opened(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without its checksum. Raises ValueError where that is another one; one without any is older."""
+    content = {k: v for k, v in body.items() if k != SEAL}
+    if SEAL in body and body[SEAL] != _digest(content):  # NaN, which the reader takes, raises ValueError too
+        raise ValueError("was changed since it was written (its checksum is another one)")
+    return content
+
+
+def encode_float(value: float | None) -> float | str | None:
+    """NaN and infinities as text, as strict JSON needs."""
+    if value is None or (value == value and abs(value) != float("inf")):
+        return value
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the sha256 of the values, however they are laid out in the file."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -77,7 +111,7 @@ class State:
     error: dict[str, Any] | None = None
     outcome: str | None = None  # the verdict in one sentence, see stability.explain
     format: int = cfg.FORMAT_VERSION
-    growth_act: float | None = None  # exponents of the initial weights, see training/growth.py; None: one layer
+    growth_act: float | None = None  # exponents of the initial weights, see training/probes.py; None: one layer
     growth_grad: float | None = None
     unigram_entropy: float | None = None  # H1 of the training tokens, nat/token; None: an older or ingested trial
     train_tokens: int | None = None  # of the training part, each counted once
@@ -170,7 +204,7 @@ class TrialFolder:
     def write_state(self, state: State) -> None:
         body = asdict(state)
         for key in NUMBERS:
-            body[key] = seals.encode_float(body[key])
+            body[key] = encode_float(body[key])
         try:
             write_sealed(self.state_file, body)
         except OSError as error:
@@ -278,7 +312,7 @@ def check_name(name: str) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises StoreError naming the file when it is missing or broken."""
-    if kind := entries.not_a_file(path):  # a pipe would be waited for
+    if kind := disk.not_a_file(path):  # a pipe would be waited for
         raise StoreError(f"{path}: is {kind}, not a file")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -301,14 +335,14 @@ def read_sealed(path: Path, newest: int = cfg.FORMAT_VERSION) -> dict[str, Any]:
     if version > newest:
         raise NewerFormatError(f"{path}: format {version}, this version reads up to {newest}")
     try:
-        return seals.opened(body)
+        return opened(body)
     except ValueError as error:
         raise StoreError(f"{path}: {error}") from error
 
 
 def write_sealed(path: Path, body: dict[str, Any]) -> None:
     """As `write_json`, with a checksum of the content."""
-    write_json(path, seals.sealed(body))
+    write_json(path, sealed(body))
 
 
 def write_json(path: Path, body: dict[str, Any]) -> None:

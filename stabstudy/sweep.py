@@ -131,13 +131,13 @@ def _list() -> int:
 
 def _status(overrides: list[str]) -> int:
     from stabstudy.planning import arguments, compose, findings, plan
-    from stabstudy.sweeping import status
+    from stabstudy.sweeping import progress
 
     found = findings.Findings()
     with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
         request = arguments.read(overrides, loader, found)
     found.stop()
-    status.show(plan.study_folder(request, Path.cwd()))
+    progress.show_status(plan.study_folder(request, Path.cwd()))
     return 0
 
 
@@ -150,11 +150,10 @@ def _no_flags(unknown: list[str]) -> Exception:
 def _explain(error: Exception, command: str) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
     from stabstudy import disk, settings
-    from stabstudy.data.errors import DataError
-    from stabstudy.entries import EntryError
+    from stabstudy.disk import EntryError
     from stabstudy.locks import LockHeldError
     from stabstudy.planning.machine import NotReadyError
-    from stabstudy.settings import ConfigError
+    from stabstudy.settings import ConfigError, DataError
     from stabstudy.store import StoreError
 
     if isinstance(error, ConfigError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import finished, live
-from stabstudy.binary import Table
+from stabstudy.encodings import Table
 from stabstudy.trace import TRACE, Schema, from_dicts
 
 Row = Mapping[str, Any]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stabstudy.config import TrialConfig
-from stabstudy.training import growth, probes
+from stabstudy.training import probes
 from stabstudy.training.objective import IGNORE
 from stabstudy.training.step import Stepper
 
@@ -112,7 +112,7 @@ class Lone:
 
     def growth(self, windows: Windows) -> tuple[float | None, float | None]:
         """growth_act and growth_grad."""
-        return growth.growth(self.stepper, self.all_windows(windows))[self.row]
+        return probes.growth_exponents(self.stepper, self.all_windows(windows))[self.row]
 
     @contextlib.contextmanager
     def changed_gradient(self, place: int | str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -10,7 +10,7 @@ import pytest
 
 COUNT = """
 import resource, sys
-from stabstudy.training.allocation import keep_freed_memory
+from stabstudy.training.pack import keep_freed_memory
 import numpy as np
 if sys.argv[1] == "kept":
     assert keep_freed_memory()

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from series import Floats
 
-from stabstudy.stability.attribution import attribute, group_name
 from stabstudy.stability.detectors import jump
-from stabstudy.stability.events import Spike, find_spikes
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import Spike, attribute, find_spikes, group_name
 
 RULES = Rules()
 

@@ -24,8 +24,8 @@ from stabstudy.analysis.batches import Ratios, batch_effects, batch_share, log_r
 from stabstudy.analysis.blocks import Code, Table, Text
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.stability.detectors import jump
-from stabstudy.stability.events import find_spikes
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import find_spikes
 from stabstudy.stability.verdict import is_rough
 
 Floats = NDArray[np.float64]

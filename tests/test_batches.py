@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from stabstudy.config import DataConfig, TrainConfig, TrialConfig
 from stabstudy.data.batches import BLOCKS, Batches, open_batches
-from stabstudy.data.errors import DataError
-from stabstudy.data.permutation import permuted
+from stabstudy.data.counter import permuted
 from stabstudy.data.tokens import Corpus, prepare
+from stabstudy.settings import DataError
 
 
 def corpus(tokens: int, documents: int = 10) -> Corpus:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stabstudy import live
-from stabstudy.binary import Table
+from stabstudy.encodings import Table
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.rules import Rules
 from stabstudy.trace import PROBES, TRACE

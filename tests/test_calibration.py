@@ -18,8 +18,8 @@ import pytest
 from series import Floats, autoregressive, decay, gaussian, heavy_tail, learning, lognormal, trace_rows
 
 from stabstudy.stability.detectors import Flags, Tail, jump, jump_block
-from stabstudy.stability.events import find_spikes
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import find_spikes
 from stabstudy.stability.summary import TrialFacts, summarise
 
 RULES = Rules()

@@ -13,8 +13,7 @@ from stabstudy import config as cfg
 from stabstudy import sweep
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import sources
-from stabstudy.data.batches import open_batches
-from stabstudy.data.supply import Supply
+from stabstudy.data.batches import Supply, open_batches
 from stabstudy.data.tokens import prepare
 from stabstudy.planning import caveats
 from stabstudy.planning.compute import Compute

@@ -14,7 +14,7 @@ from test_launch import TINY, folder  # noqa: F401  # a fixture
 
 from stabstudy import sweep
 from stabstudy.planning.machine import NotReadyError
-from stabstudy.sweeping import cluster
+from stabstudy.sweeping import preflight
 
 NOISE = "[2026-01-01 gcs_client.cc:210: Failed to get cluster ID"
 
@@ -26,7 +26,7 @@ def probe(code: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("address", ["a b", "", " ", "a\tb", "1.2.3.4:", ":6379", "h:0", "h:65536", "h:x", "h:1\n"])
 def test_what_is_no_address_is_refused_at_once(address: str) -> None:
     with pytest.raises(NotReadyError, match="must be HOST:PORT") as caught:
-        cluster.check(address, probe("raise SystemExit('must not be asked')"))
+        preflight.check_cluster(address, probe("raise SystemExit('must not be asked')"))
     assert "must not be asked" not in str(caught.value)
 
 
@@ -36,24 +36,24 @@ def test_a_token_that_is_not_taken_is_told_as_that_without_waiting(
 ) -> None:
     begun = time.monotonic()
     with pytest.raises(NotReadyError, match="the cluster does not take this token, or wants one"):
-        cluster.check("auto", probe(f"say({NOISE!r} + ' ' + {line!r}); time.sleep(60)"))
+        preflight.check_cluster("auto", probe(f"say({NOISE!r} + ' ' + {line!r}); time.sleep(60)"))
     assert time.monotonic() - begun < 30 and capfd.readouterr().err == ""
 
 
 def test_no_answer_is_told_without_noise(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotReadyError, match=r"^compute.address=auto: no Ray cluster answers \(ConnectionError: x\)$"):
-        cluster.check("auto", probe(f"say({NOISE!r}); say('ConnectionError: x'); raise SystemExit(1)"))
+        preflight.check_cluster("auto", probe(f"say({NOISE!r}); say('ConnectionError: x'); raise SystemExit(1)"))
     assert capfd.readouterr().err == ""
 
 
 def test_a_probe_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "LIMIT_SECONDS", 0.5)
+    monkeypatch.setattr(preflight, "LIMIT_SECONDS", 0.5)
     with pytest.raises(NotReadyError, match="no Ray cluster answers"):
-        cluster.check("auto", probe("time.sleep(60)"))
+        preflight.check_cluster("auto", probe("time.sleep(60)"))
 
 
 def test_an_answer_is_enough() -> None:
-    cluster.check("auto", probe(f"say({NOISE!r})"))
+    preflight.check_cluster("auto", probe(f"say({NOISE!r})"))
 
 
 def test_nothing_is_made_for_a_cluster_that_is_none(
@@ -105,12 +105,12 @@ def test_a_real_cluster_takes_its_own_token_and_no_other(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    cluster.check(address)
+    preflight.check_cluster(address)
     for path in (wrong, tmp_path / "nowhere"):
         monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
         with pytest.raises(NotReadyError, match="token"):
-            cluster.check(address)
+            preflight.check_cluster(address)
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     with pytest.raises(NotReadyError, match="token"):
-        cluster.check(address)
+        preflight.check_cluster(address)

@@ -21,10 +21,10 @@ from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
 from stabstudy.training import families
-from stabstudy.training.compiling import compiled
 from stabstudy.training.objective import IGNORE
 from stabstudy.training.pack import run_pack
 from stabstudy.training.stack import Stack
+from stabstudy.training.step import compiled
 from stabstudy.training.trial import Engine, Trial
 
 SMALL = TrialConfig(

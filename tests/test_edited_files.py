@@ -16,12 +16,12 @@ import planted
 import pytest
 
 from stabstudy import config as cfg
-from stabstudy import seals, store
+from stabstudy import store
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Tables, read_tables
 from stabstudy.config import OptimConfig, TrialConfig
-from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.trace import PROBES, TRACE
 
 FILES = ("config.json", "state.json", "summary.json")
@@ -77,7 +77,7 @@ def value_mutations(data: bytes, rng: random.Random) -> Iterator[bytes]:
     for _ in range(VALUES):
         body = json.loads(data)
         path = rng.choice(every)
-        if path == (seals.KEY,):
+        if path == (store.SEAL,):
             continue  # without its checksum the file is one of an older version, and all of its values are right
         parent = body
         for key in path[:-1]:
@@ -140,7 +140,7 @@ def test_an_edited_config_of_an_older_version_is_found(tmp_path: Path, where: tu
     planted.plant_frame(tmp_path / "s")
     folder = planted.plant_trial(tmp_path / "s", planted.settings())
     body = json.loads(folder.config_file.read_text())
-    assert seals.KEY not in body
+    assert store.SEAL not in body
     parent = body
     for key in where[:-1]:
         parent = parent[key]
@@ -176,7 +176,7 @@ def test_an_edited_config_of_an_older_version_is_found(tmp_path: Path, where: tu
 def test_a_state_that_no_version_has_written_excludes_the_trial(tmp_path: Path, change: dict[str, Any]) -> None:
     planted.plant_frame(tmp_path / "s")
     folder = planted.plant_trial(tmp_path / "s", planted.settings())
-    body = {k: v for k, v in json.loads(folder.state_file.read_text()).items() if k != seals.KEY}
+    body = {k: v for k, v in json.loads(folder.state_file.read_text()).items() if k != store.SEAL}
     folder.state_file.write_text(json.dumps(body))
     assert not Study.load(tmp_path / "s").damaged, "one without a checksum is an older one"
     folder.state_file.write_text(json.dumps(body | change))
@@ -195,11 +195,11 @@ def test_a_wrong_number_of_rows_with_the_right_checksum_is_found(tmp_path: Path)
 
 def test_the_seal_does_not_depend_on_the_layout() -> None:
     body = {"b": 1.0, "a": [1, None, "x\udce4"]}
-    sealed = seals.sealed(body)
-    assert seals.opened(json.loads(json.dumps(dict(reversed(sealed.items())), indent=3))) == body
+    sealed = store.sealed(body)
+    assert store.opened(json.loads(json.dumps(dict(reversed(sealed.items())), indent=3))) == body
     with pytest.raises(ValueError, match="was changed"):
-        seals.opened(sealed | {"b": 2.0})
-    assert seals.opened(body) == body
+        store.opened(sealed | {"b": 2.0})
+    assert store.opened(body) == body
 
 
 def test_zclip_trials_of_the_first_version_keep_their_id() -> None:

@@ -14,13 +14,12 @@ import pytest
 
 from stabstudy import store
 from stabstudy.config import DataConfig
-from stabstudy.data import edits, files, progress
-from stabstudy.data.edits import Memory
-from stabstudy.data.errors import DataError
+from stabstudy.data import files
+from stabstudy.data.files import Memory
 from stabstudy.data.sources import fingerprint
 from stabstudy.data.tokens import prepare
 from stabstudy.planning.plan import Plan, make_plan
-from stabstudy.settings import ConfigError
+from stabstudy.settings import ConfigError, DataError
 
 SIZE = 3 << 20  # bytes of the large file
 BETWEEN = 100 << 10  # a place that no sample holds: they are 64 kB each, 200 kB apart
@@ -246,8 +245,8 @@ def test_a_study_on_the_text_before_is_refused(big: DataConfig, tmp_path: Path) 
 
 
 def test_hashing_that_takes_long_tells(big: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "clock", iter(range(100)).__next__)  # a second for each block
-    monkeypatch.setattr(edits, "BLOCK", SIZE // 12)
+    monkeypatch.setattr(files, "clock", iter(range(100)).__next__)  # a second for each block
+    monkeypatch.setattr(files, "BLOCK", SIZE // 12)
     lines: list[str] = []
     fingerprint(big, Memory(tmp_path / "cache", learn=True, say=lines.append))
     assert lines == [

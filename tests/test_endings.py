@@ -16,7 +16,7 @@ import pytest
 
 from stabstudy import locks, store
 from stabstudy.outlet import outlets
-from stabstudy.sweeping import scratch
+from stabstudy.sweeping import ray_backend
 
 TINY = [
     "optim.lr=1e-3,1e-2", "seeds=1", "study=s", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16",
@@ -187,7 +187,7 @@ def test_a_killed_launch_leaves_no_process_and_the_next_one_takes_its_folders(
     assert run.alive() == {}
     [left] = short_folder.glob("stabstudy-*")
     os.utime(left, (0, 0))  # a minute has passed
-    scratch.remove_abandoned(short_folder)
+    ray_backend.remove_abandoned_scratch(short_folder)
     assert not left.exists()
 
 
@@ -202,7 +202,7 @@ def test_folders_in_use_and_foreign_ones_stay(tmp_path: Path) -> None:
     for folder in (used, gone, foreign):
         os.utime(folder, (0, 0))
     with locks.lock(used):
-        scratch.remove_abandoned(tmp_path)
+        ray_backend.remove_abandoned_scratch(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"stabstudy-{n}" for n in ("foreign", "link", "used", "young")
     ]

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from series import Floats, lognormal, ones
 
-from stabstudy.stability.block import Block
-from stabstudy.stability.detectors import jump
-from stabstudy.stability.events import SPIKE_COLUMNS, Spike, couple, find_spikes
+from stabstudy.stability.detectors import Block, jump
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import SPIKE_COLUMNS, Spike, couple, find_spikes
 from stabstudy.stability.summary import LiveSpikes
 
 RULES = Rules()
@@ -311,7 +310,7 @@ def test_the_recorder_of_a_pack_counts_as_the_report_will(tmp_path: Path, ring: 
     """Rings, blocks of the detector and the replay of a resumed member cut the series in their ways; two members."""
     from stabstudy import config as cfg
     from stabstudy import live
-    from stabstudy.stability.monitor import MonitorFacts
+    from stabstudy.stability.verdict import MonitorFacts
     from stabstudy.trace import PROBES, TRACE, no_rows, widths
     from stabstudy.training.driver import Taken, Tick
     from stabstudy.training.noise_scale import NoiseMeans

@@ -20,10 +20,10 @@ import pytest
 from test_ingest import Out, only, refused, series, take
 
 from stabstudy import report
-from stabstudy.ingesting import values as spelt
+from stabstudy.ingesting import points as spelt
 from stabstudy.ingesting.choice import choose, flag
 from stabstudy.ingesting.points import Point, Raw
-from stabstudy.ingesting.restarts import settle
+from stabstudy.ingesting.series import settle
 
 N = 120
 NORMS, LOSSES = logs.norms(N, {90: 8.0}), logs.losses(N)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stabstudy.config import INITS, OF_FAMILY, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.training import families, hf
+from stabstudy.training import families
 from stabstudy.training.model import Decoder, initialise
 from stabstudy.training.probes import PROBE_SEQUENCES
 
@@ -179,7 +179,7 @@ def twin(config: ModelConfig) -> ModelConfig:
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_a_family_starts_as_the_very_function_that_our_decoder_is(config: ModelConfig) -> None:
     model, ours = (families.build(c, V, T, seed=3) for c in (config, twin(config)))
-    assert isinstance(model, hf.HfDecoder) and isinstance(ours, Decoder)
+    assert isinstance(model, families.HfDecoder) and isinstance(ours, Decoder)
     assert (model(TOKENS) - ours(TOKENS)).abs().max() <= 1e-5
     counts = {sum(p.numel() for p in m.parameters()) for m in (model, ours)}
     assert counts == {config.parameters(V)}
@@ -190,7 +190,7 @@ def test_another_start_would_be_seen(wrong: str, monkeypatch: pytest.MonkeyPatch
     config = FAMILIES["qwen3"]
     ours = families.build(twin(config), V, T, seed=3)
     if wrong.startswith("rows"):
-        monkeypatch.setattr(hf, "halves", lambda weight, head_dim: weight)
+        monkeypatch.setattr(families, "halves", lambda weight, head_dim: weight)
     model = families.build(config, V, T, seed=3 if wrong.startswith("rows") else 4)
     assert (model(TOKENS) - ours(TOKENS)).abs().max() > 1e-2
 

@@ -27,11 +27,10 @@ from hypothesis import strategies as st
 from stabstudy import ingest, locks, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
-from stabstudy.ingesting import beside, trainer
-from stabstudy.ingesting import values as log_values
-from stabstudy.ingesting.grid import Grid, on_grid
+from stabstudy.ingesting import beside, readers
+from stabstudy.ingesting import points as log_values
 from stabstudy.ingesting.points import LogError, Point, Raw
-from stabstudy.ingesting.restarts import settle
+from stabstudy.ingesting.series import Grid, on_grid, settle
 from stabstudy.store import StoreError, write_sealed
 
 Out = pytest.CaptureFixture[str]
@@ -864,6 +863,6 @@ def test_as_a_module_whose_reader_leaves_early(tmp_path: Path) -> None:
 
 def test_the_reader_of_states_takes_any_json(tmp_path: Path) -> None:
     rows = [3, None, {"step": "10", "loss": "2.5", "grad_norm": "NaN"}, {"step": 20, "loss": 0.0, "grad_norm": None}]
-    raw = trainer.read_state(plain(tmp_path / "a.json", json.dumps({"log_history": rows, "max_steps": "many"})))
+    raw = readers.read_state(plain(tmp_path / "a.json", json.dumps({"log_history": rows, "max_steps": "many"})))
     assert raw.left_out["rows that are not objects"] == 2 and raw.steps_planned is None
     assert [p.step for p in raw.points] == [10, 20] and math.isnan(raw.points[0].grad_norm or 0)

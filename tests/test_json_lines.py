@@ -17,7 +17,7 @@ from conftest import ROOT
 from live_rows import entries, write, write_json_lines
 from test_trace import ODD, TINY, cells, row
 
-from stabstudy import json_lines, live, trace
+from stabstudy import encodings, live, trace
 from stabstudy.trace import PROBES, TRACE, DamagedRecord
 
 OLD = ROOT / "tests" / "data" / "unfinished" / "trials" / "8ebdecba34"
@@ -30,11 +30,11 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_a_tail_torn_at_any_byte_costs_that_line_only(tmp_path: Path) -> None:
     values = [0.1, math.nan, None, -math.inf]
     whole = lines(tmp_path / "t.jsonl", [row(i, loss=v) for i, v in enumerate(values)]).read_bytes()
-    expected = cells(json_lines.read(tmp_path / "t.jsonl", TRACE))
+    expected = cells(encodings.read_json_lines(tmp_path / "t.jsonl", TRACE))
     torn = tmp_path / "torn.jsonl"
     for size in range(len(whole) + 1):
         torn.write_bytes(whole[:size])
-        read = json_lines.read(torn, TRACE)
+        read = encodings.read_json_lines(torn, TRACE)
         complete = whole[:size].count(b"\n")
         assert len(read) == complete and bool(read.note) == (not whole[:size].endswith(b"\n") and size > 0)
         assert cells(read) == [c for i, c in enumerate(expected) if i % len(values) < complete]
@@ -45,9 +45,9 @@ def test_what_a_power_cut_leaves_at_the_end_is_left_out(tmp_path: Path, junk: by
     path = lines(tmp_path / "t.jsonl", [row(0), row(1)])
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + junk)
-    read = json_lines.read(path, TRACE)
+    read = encodings.read_json_lines(path, TRACE)
     assert len(read) == 2 and str(len(junk)) in read.note
-    assert json_lines.cut(path, TRACE, 2) == (0, len(junk)) and path.stat().st_size == size
+    assert encodings.cut_json_lines(path, TRACE, 2) == (0, len(junk)) and path.stat().st_size == size
 
 
 @pytest.mark.parametrize("bad", [b"\n", b"{}\n", b"[1]\n", b"12\n", b"\xff\n", b'{"step":1\n', b"\0\0\n", b"NaN\n"])
@@ -57,9 +57,9 @@ def test_a_bad_line_with_rows_after_it_is_damage(tmp_path: Path, bad: bytes) -> 
     damaged.write_bytes(parts[0] + bad + parts[1] + parts[2])
     before = damaged.read_bytes()
     with pytest.raises(DamagedRecord, match="rows after it"):
-        json_lines.read(damaged, TRACE)
+        encodings.read_json_lines(damaged, TRACE)
     with pytest.raises(DamagedRecord, match="rows after it"):
-        json_lines.cut(damaged, TRACE, 3)
+        encodings.cut_json_lines(damaged, TRACE, 3)
     assert damaged.read_bytes() == before
 
 
@@ -67,14 +67,14 @@ def test_a_bad_line_with_rows_after_it_is_damage(tmp_path: Path, bad: bytes) -> 
 def test_a_repeated_missing_or_decreasing_step_is_damage(tmp_path: Path, steps: list[int]) -> None:
     path = lines(tmp_path / "t.jsonl", [row(s) for s in steps])
     with pytest.raises(DamagedRecord, match="step"):
-        json_lines.read(path, TRACE)
+        encodings.read_json_lines(path, TRACE)
 
 
 @pytest.mark.parametrize("steps", [[0, 0], [5, 3], [-1, 4]])
 def test_probes_must_increase(tmp_path: Path, steps: list[int]) -> None:
     path = lines(tmp_path / "p.jsonl", [{**dict.fromkeys(PROBES.names), "step": s} for s in steps])
     with pytest.raises(DamagedRecord, match="step"):
-        json_lines.read(path, PROBES)
+        encodings.read_json_lines(path, PROBES)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_probes_must_increase(tmp_path: Path, steps: list[int]) -> None:
 def test_a_value_of_the_wrong_type_makes_a_bad_line(tmp_path: Path, column: str, value: Any) -> None:
     path = lines(tmp_path / "t.jsonl", [row(0), {**row(1), column: value}, row(2)])
     with pytest.raises(DamagedRecord):
-        json_lines.read(path, TRACE)
+        encodings.read_json_lines(path, TRACE)
 
 
 def test_lists_of_different_lengths_are_damage(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", [row(0), row(1, layer_grad_norm=[1.0])])
     with pytest.raises(DamagedRecord, match="lengths"):
-        json_lines.read(path, TRACE)
+        encodings.read_json_lines(path, TRACE)
 
 
 @pytest.mark.parametrize("flips", [1_000, pytest.param(5_000, marks=pytest.mark.faults)])
@@ -105,7 +105,7 @@ def test_a_flipped_bit_raises_nothing_foreign(tmp_path: Path, flips: int) -> Non
         changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         hurt.write_bytes(changed)
         with contextlib.suppress(DamagedRecord):
-            json_lines.read(hurt, TRACE)
+            encodings.read_json_lines(hurt, TRACE)
 
 
 @pytest.mark.parametrize("next_step", [0, 3, 6, 40])
@@ -129,7 +129,7 @@ def test_cut_at_any_byte_and_step(tmp_path: Path, next_step: int) -> None:
 def test_a_record_that_an_older_version_left_is_upgraded(tmp_path: Path, schema: trace.Schema) -> None:
     shutil.copy(OLD / f"{schema.name}.jsonl", tmp_path)
     path = tmp_path / f"{schema.name}.live"
-    old = json_lines.read(path.with_suffix(".jsonl"), schema)
+    old = encodings.read_json_lines(path.with_suffix(".jsonl"), schema)
     assert cells(live.read(path, schema)) == cells(old) and live.last_step(path) == old["step"][-1]
     widths = trace.widths(1)
     with pytest.raises(DamagedRecord, match="must be upgraded"):
@@ -143,7 +143,7 @@ def test_a_record_that_an_older_version_left_is_upgraded(tmp_path: Path, schema:
 def test_every_value_survives_the_upgrade(tmp_path: Path) -> None:
     rows = [row(i, loss=v, clip_scale=ODD[-1 - i], skip="amp" if v is None else None) for i, v in enumerate(ODD)]
     path = lines(tmp_path / "t.jsonl", rows)
-    old = json_lines.read(path, TRACE)
+    old = encodings.read_json_lines(path, TRACE)
     path.write_bytes(path.read_bytes() + b'{"step":')
     live.upgrade(tmp_path / "t.live", TRACE, entries(rows))
     assert cells(live.read(tmp_path / "t.live", TRACE)) == cells(old)
@@ -192,7 +192,7 @@ def test_no_row_is_lost_by_a_kill_at_any_arrow_of_an_upgrade(tmp_path: Path) -> 
     for arrow in range(20):
         folder = tmp_path / str(arrow)
         folder.mkdir()
-        expected = cells(json_lines.read(lines(folder / "t.jsonl", rows), TRACE))
+        expected = cells(encodings.read_json_lines(lines(folder / "t.jsonl", rows), TRACE))
         path = folder / "t.live"
         if not killed(arrow, lambda path=path: live.upgrade(path, TRACE, entries(rows))):
             break

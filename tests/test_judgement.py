@@ -16,12 +16,19 @@ from series import learning, lognormal, trace_rows
 
 from stabstudy import config as cfg
 from stabstudy.finished import values_sha256
-from stabstudy.stability import judgement
+from stabstudy.stability import summary as judgement
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import outcome
-from stabstudy.stability.judgement import Source, judge_trial, read_summary, source_sha256, write_summary
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import Summary, summarise
+from stabstudy.stability.summary import (
+    Source,
+    Summary,
+    judge_trial,
+    read_summary,
+    source_sha256,
+    summarise,
+    write_summary,
+)
 from stabstudy.store import Attempt, State, TrialFolder
 from stabstudy.trace import PROBES, TRACE, from_dicts
 
@@ -170,8 +177,8 @@ def rewritten(folder: TrialFolder, change: Callable[[dict[str, Any]], object]) -
 @pytest.mark.parametrize(
     "change",
     [
-        lambda body: body.update(format=judgement.FORMAT + 1),
-        lambda body: body.update(format=judgement.FORMAT - 1),
+        lambda body: body.update(format=judgement.SUMMARY_FORMAT + 1),
+        lambda body: body.update(format=judgement.SUMMARY_FORMAT - 1),
         lambda body: body.pop("columns"),
         lambda body: body.update(columns=None),
         lambda body: body.update(columns=[]),

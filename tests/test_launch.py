@@ -20,8 +20,8 @@ from rich.console import Console
 from stabstudy import live, locks, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
-from stabstudy.sweeping.board import Board
 from stabstudy.sweeping.launch import Outcome, label, launch
+from stabstudy.sweeping.progress import Board
 
 SWEEP = """\
 # @package _global_
@@ -277,7 +277,7 @@ def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
 def test_only_changed_code_makes_a_checkout_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
-    from stabstudy.sweeping import provenance
+    from stabstudy.sweeping import launch as provenance
 
     for name in ("stabstudy/module.py", "results/example/trials.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

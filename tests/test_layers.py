@@ -105,7 +105,7 @@ FORBIDDEN_ARGUMENTS = {("allow_pickle", True), ("trust_remote_code", True), ("sh
 
 
 def breaches(package: Path) -> list[str]:
-    """Every breach in the package folder: 'stability/events.py:3: imports torch'."""
+    """Every breach in the package folder: 'stability/spikes.py:3: imports torch'."""
     found = []
     for path in sorted(package.rglob("*.py")):
         where, tree = path.relative_to(package), ast.parse(path.read_text())

@@ -19,7 +19,7 @@ import pytest
 from live_rows import entries, table, write
 from test_trace import ODD, TINY, cells, row
 
-from stabstudy import binary, live, trace
+from stabstudy import encodings, live, trace
 from stabstudy.live import Writer
 from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Schema
 
@@ -57,7 +57,7 @@ def test_columns_of_a_pack_become_records_at_once() -> None:
     packed = live.records(TRACE, {"layer_grad_norm": 2}, columns, nulls)
     assert packed.shape == (K, n) and packed.dtype == live.record_type(TRACE, {"layer_grad_norm": 2})
     for k in range(K):
-        rows = live.to_rows(packed[k], binary.layout(TRACE, {"layer_grad_norm": 2}), TRACE)
+        rows = live.to_rows(packed[k], encodings.layout(TRACE, {"layer_grad_norm": 2}), TRACE)
         assert rows["loss"].tolist() == loss[k].tolist() and set(rows["lr"]) == {k + 1.0}
         assert rows["skip"].tolist() == [None, "spike", None, None] and not rows.has("grad_norm")
         assert not rows.is_null("clip_scale").any() and np.isnan(rows["clip_scale"]).all()
@@ -190,8 +190,8 @@ def test_a_newer_format_another_record_and_another_type_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(binary, "FORMAT", 2)
-        patch.setattr(binary, "_layout", binary._layout.__wrapped__)  # not one of format 1 that is kept
+        patch.setattr(encodings, "FORMAT", 2)
+        patch.setattr(encodings, "_layout", encodings._layout.__wrapped__)  # not one of format 1 that is kept
         path = write(tmp_path / "t.live", ROWS[:3])
     acts = (lambda: live.read(path, TRACE), lambda: live.cut(path, TRACE, 1), lambda: live.last_step(path))
     for act in (*acts, lambda: Writer(path, TRACE, entries(ROWS))):

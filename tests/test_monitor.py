@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_monitor import FIXED_POINT, ReferenceMonitor
 
-from stabstudy.stability import moving, persistent
-from stabstudy.stability.block import Block
-from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
+from stabstudy.stability import divergence
+from stabstudy.stability.detectors import Block
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
+from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
 from stabstudy.trace import SKIPS
 
 RULES = Rules()
@@ -158,7 +158,7 @@ def test_any_pack_in_any_blocks_is_each_trial_step_by_step(
 
 @given(packs, cut_points)
 def test_many_trials_take_the_loop_over_steps(pack: list[Series], cuts: list[int]) -> None:
-    many = [pack[k % len(pack)] for k in range(moving.MANY)]
+    many = [pack[k % len(pack)] for k in range(divergence.MANY)]
     check(many, cuts, SMALL, math.nan)
 
 
@@ -188,10 +188,10 @@ def test_the_series_of_the_comparison_reach_every_code() -> None:
     assert codes == {"nonfinite", "above_init", "persistent", "above_unigram", "no_recovery", None} and later > 5
 
 
-@pytest.mark.parametrize("bits_kept", [persistent.BITS, 8])
+@pytest.mark.parametrize("bits_kept", [divergence.BITS, 8])
 def test_a_reference_that_is_rounded_is_found_out(bits_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: with 8 bits behind the point the answer is another, at a rise that is just high enough."""
-    monkeypatch.setattr(persistent, "BITS", bits_kept)
+    monkeypatch.setattr(divergence, "BITS", bits_kept)
     reference = 1.0 + 2.0**-20
     trial = planted([reference] * 150 + [2 * reference - 2.0**-20] * 60)
     same = by_blocks([trial], [], RULES)[0][0] == by_reference(trial, RULES)[0]
@@ -209,7 +209,7 @@ def test_the_loss_that_ends_a_stretch_may_begin_the_next(cuts: Sequence[int]) ->
 def test_the_reference_is_exact_beside_losses_of_any_size() -> None:
     rng = np.random.default_rng(0)
     loss = np.exp(rng.standard_normal(5000) * 8) * rng.choice([1, -1], 5000)
-    rise = persistent.PersistentRise(RULES, [5000], [True])
+    rise = divergence.PersistentRise(RULES, [5000], [True])
     found = np.concatenate(
         [rise._references(part[None], np.array([len(part)]))[0] for part in np.split(loss, [7, 900])]
     )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stabstudy.data import network
+from stabstudy.data import tokenizer
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -37,7 +37,7 @@ def server(answer: bytes | None) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", *network.OFFLINE):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", *tokenizer.OFFLINE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -45,32 +45,32 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_answers_is_reached(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     with server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
-        assert network.why_not() == ""
+        assert tokenizer.why_no_hub() == ""
 
 
 def test_a_port_that_is_closed_and_a_name_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    assert network.why_not() == f"{NOWHERE}: Connection refused"
+    assert tokenizer.why_no_hub() == f"{NOWHERE}: Connection refused"
     for address in ("http://name.invalid", "no address", "http://127.0.0.1:99999"):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        assert address in network.why_not()
+        assert address in tokenizer.why_no_hub()
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "SECONDS", 0.5)
+    monkeypatch.setattr(tokenizer, "SECONDS", 0.5)
     with server(None) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         began = time.monotonic()
-        assert address in network.why_not()
+        assert address in tokenizer.why_no_hub()
         assert time.monotonic() - began < 3
 
 
 def test_what_keeps_the_libraries_offline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert network.forbidden() == ""
+    assert tokenizer.hub_forbidden() == ""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert network.forbidden() == ""
+    assert tokenizer.hub_forbidden() == ""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert network.forbidden() == "$HF_HUB_OFFLINE is set"
+    assert tokenizer.hub_forbidden() == "$HF_HUB_OFFLINE is set"
 
 
 ASKED = {
@@ -81,7 +81,7 @@ ASKED = {
 
 @pytest.mark.parametrize("asked", ASKED)
 def test_without_a_network_the_libraries_are_not_heard(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = "from stabstudy.config import DataConfig\nfrom stabstudy.data.errors import DataError\n"
+    program = "from stabstudy.config import DataConfig\nfrom stabstudy.settings import DataError\n"
     program += f"try:\n    {ASKED[asked]}\nexcept DataError as error:\n    print(error)\n"
     monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
     began = time.monotonic()

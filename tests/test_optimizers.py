@@ -12,12 +12,11 @@ from torch import Tensor
 
 from stabstudy import groups
 from stabstudy.config import OptimConfig, TrialConfig
-from stabstudy.training import members
+from stabstudy.training import stack
 from stabstudy.training.adamw import AdamW
-from stabstudy.training.clipping import clip_rule, global_norm, tensor_norms
+from stabstudy.training.clipping import SpikeSkip, clip_rule, global_norm, tensor_norms
 from stabstudy.training.muon import Muon
 from stabstudy.training.optimizers import OPTIMIZERS, optimizer
-from stabstudy.training.spike_skip import SpikeSkip
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_rule = pytest.mark.parametrize("rule", RULES)
@@ -125,7 +124,7 @@ def test_a_poisoned_member_changes_no_bit(
 ) -> None:
     """Neither of the others nor, once it is left out, of itself: the steps around are those without the bad one."""
     if chosen:
-        monkeypatch.setattr(members, "_copy_rows", members._choose)
+        monkeypatch.setattr(stack, "_copy_rows", stack._choose)
     clean, poisoned = Pack(kind, rule), Pack(kind, rule)
     for t in range(STEPS):
         stacks = parts.gradients(t)

@@ -20,7 +20,7 @@ from stabstudy.analysis.tables import read_tables
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.stability.rules import Rules
 from stabstudy.training import muon, pack
-from stabstudy.training.feed import HostFeed
+from stabstudy.training.driver import HostFeed
 from stabstudy.training.loop import Loop, Progress
 from stabstudy.training.pack import run_pack
 from stabstudy.training.step import Stepper
@@ -369,7 +369,7 @@ def test_the_engine_is_recorded(make: Make, train: Train) -> None:
 def test_windows_from_a_device_are_those_from_the_host(cache: Path, make: Make) -> None:
     """Two corpora, starts of their own, an ended member; HostFeed reads ahead in a thread."""
     from stabstudy.data.batches import open_batches
-    from stabstudy.training.feed import ResidentFeed
+    from stabstudy.training.driver import ResidentFeed
 
     configs = members(BASE, 3)
     batches = [open_batches(c, cache) for c in configs]

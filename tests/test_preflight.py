@@ -22,7 +22,7 @@ from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import preflight as before
-from stabstudy.training import hf, objective, preflight
+from stabstudy.training import families, objective, probes
 from stabstudy.training.objective import IGNORE, MINIMISED
 
 CPU = torch.device("cpu")
@@ -49,15 +49,15 @@ def exact(apart: tuple[float, float]) -> bool:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_exact(family: str, train: dict[str, Any], cache: Path) -> None:
-    loss, norm = preflight.differences(config(family, **train), cache, CPU)
+    loss, norm = probes.accumulation_differences(config(family, **train), cache, CPU)
     assert loss <= 3e-7 and norm <= 3e-7
 
 
 def test_what_is_left_of_the_targets_is_very_unequal() -> None:
-    windows = preflight.unequal(np.ones((8, 17), np.int64))
+    windows = probes.unequal(np.ones((8, 17), np.int64))
     assert (windows[:, 1:] != IGNORE).sum(axis=1).tolist() == [2, 4, 6, 8, 10, 12, 14, 16]
     assert (windows[:, 0] == 1).all()
-    short = preflight.unequal(np.ones((8, 3), np.int64))
+    short = probes.unequal(np.ones((8, 3), np.int64))
     assert (short[:, 1:] != IGNORE).sum(axis=1).tolist() == [1, 1, 1, 1, 1, 1, 1, 2]
 
 
@@ -76,29 +76,29 @@ def test_a_mean_of_means_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch
     """Its loss is nearly right; its norm is not."""
     total = sum(16 * (row + 1) // 4 for row in range(4))
     wrong_by(monkeypatch, lambda targets: total / int((targets != IGNORE).sum()) * len(targets) / 4)
-    loss, norm = preflight.differences(config("llama"), cache, CPU)
+    loss, norm = probes.accumulation_differences(config("llama"), cache, CPU)
     assert loss < 0.05 and norm > 0.05
 
 
 def test_no_division_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_by(monkeypatch, lambda targets: 4 / len(targets))
-    assert preflight.differences(config("llama"), cache, CPU) == pytest.approx((3, 3), rel=1e-3)
+    assert probes.accumulation_differences(config("llama"), cache, CPU) == pytest.approx((3, 3), rel=1e-3)
 
 
 def test_a_model_whose_sequences_see_each_other_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = hf.HfDecoder.forward
+    forward = families.HfDecoder.forward
 
-    def mixed(model: hf.HfDecoder, tokens: Tensor) -> Tensor:
+    def mixed(model: families.HfDecoder, tokens: Tensor) -> Tensor:
         logits = forward(model, tokens)
         return logits + 1e-2 * logits.mean(0)
 
-    monkeypatch.setattr(hf.HfDecoder, "forward", mixed)
-    assert not exact(preflight.differences(config("qwen3"), cache, CPU))
+    monkeypatch.setattr(families.HfDecoder, "forward", mixed)
+    assert not exact(probes.accumulation_differences(config("qwen3"), cache, CPU))
 
 
 def test_weights_that_are_not_finite_are_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "initial_matrix", lambda config, seed, name, part, shape: torch.full(shape, math.nan))
-    assert not exact(preflight.differences(config("gemma3"), cache, CPU))
+    monkeypatch.setattr(families, "initial_matrix", lambda config, seed, name, part, shape: torch.full(shape, math.nan))
+    assert not exact(probes.accumulation_differences(config("gemma3"), cache, CPU))
 
 
 # who asks

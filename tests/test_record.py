@@ -12,8 +12,8 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy import live
-from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.trace import PROBES, TRACE, Rows, widths
 from stabstudy.training.driver import Taken, Tick
 from stabstudy.training.noise_scale import NoiseMeans

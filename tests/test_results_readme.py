@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from stabstudy.analysis.columns import spike_kinds
 from stabstudy.stability.columns import COLUMNS, SPIKES
-from stabstudy.stability.events import SPIKE_COLUMNS
+from stabstudy.stability.spikes import SPIKE_COLUMNS
 from stabstudy.store import State, StudyFolder
 from stabstudy.trace import PROBES, TRACE
 

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from stabstudy import disk, locks, store
-from stabstudy.sweeping.board import Board
+from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
-from stabstudy.sweeping.stopping import StopRequest
+from stabstudy.sweeping.worker import StopRequest
 
 IDS = tuple(f"{i:010x}" for i in range(8))
 

@@ -22,11 +22,10 @@ import zstandard
 from omegaconf import OmegaConf
 
 from stabstudy.config import DataConfig, from_dict
-from stabstudy.data import files, hub, pysrc, synthetic
-from stabstudy.data.errors import DataError
+from stabstudy.data import files, sources, synthetic
 from stabstudy.data.rows import RowCount
 from stabstudy.data.sources import check, documents, fingerprint
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import ConfigError, DataError, Problem
 
 TEXTS = ["First, plain.\nTwo lines.", "Zweitens: Straße, 東京, 🚀.", "tab\there \u2028 line separator", "x" * 300_000]
 
@@ -202,7 +201,7 @@ def test_real_text(shared_data: Path) -> None:
 
 
 def test_pysrc_is_the_standard_library_and_nothing_installed() -> None:
-    names = [name for name, _ in pysrc.modules()]
+    names = [name for name, _ in sources.python_modules()]
     assert names == sorted(names)
     assert {"json/decoder.py", "asyncio/events.py", "typing.py"} < set(names)
     assert not [n for n in names if "site-packages" in n or "_sysconfigdata" in n or "/tests/" in n]
@@ -214,7 +213,7 @@ def test_pysrc_is_the_standard_library_and_nothing_installed() -> None:
 def test_pysrc_without_source_files_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "python311.zip", "w") as library:
         library.writestr("typing.py", "")
-    monkeypatch.setattr(pysrc.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     for call in (check, fingerprint, lambda c: list(documents(c))):
         with pytest.raises(DataError, match="standard library's source files.*data=synthetic"):
             call(DataConfig())
@@ -296,10 +295,10 @@ def test_hf_needs_a_library_that_cannot_run_code(
 ) -> None:
     def installed(name: str) -> str:
         if version is None:
-            raise hub.metadata.PackageNotFoundError(name)
+            raise sources.metadata.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(hub.metadata, "version", installed)
+    monkeypatch.setattr(sources.metadata, "version", installed)
     with pytest.raises(DataError, match=said):
         check(config("hf", "allenai/c4"))
 
@@ -708,14 +707,14 @@ def test_synthetic_is_fingerprinted_by_its_knobs_and_its_generator(monkeypatch: 
 
 
 def test_pysrc_is_fingerprinted_by_version_names_and_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pysrc.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "a.py").write_text("a = 1\n")
     seen = [fingerprint(DataConfig())]
     (tmp_path / "a.py").write_text("a = 2\n")
     seen.append(fingerprint(DataConfig()))
     (tmp_path / "a.py").rename(tmp_path / "b.py")
     seen.append(fingerprint(DataConfig()))
-    monkeypatch.setattr(pysrc.platform, "python_version", lambda: "3.99.0")
+    monkeypatch.setattr(sources.platform, "python_version", lambda: "3.99.0")
     seen.append(fingerprint(DataConfig()))
     assert len(set(seen)) == 4
     (tmp_path / "site-packages").mkdir()

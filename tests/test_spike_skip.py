@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from stabstudy.training.spike_skip import SpikeSkip
+from stabstudy.training.clipping import SpikeSkip
 
 NAN, INF = math.nan, math.inf
 Floats = NDArray[np.float64]

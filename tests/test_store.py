@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, locks, seals, store, trace
+from stabstudy import config, locks, store, trace
 from stabstudy.locks import LockHeldError
 from stabstudy.store import Attempt, State, StoreError, StudyFolder, TrialFolder
 
@@ -228,7 +228,7 @@ def test_losses_that_are_not_finite_are_text(folder: TrialFolder, value: float |
 def edited(folder: TrialFolder, **changes: Any) -> TrialFolder:
     folder.write_state(FULL)
     body = json.loads(folder.state_file.read_text())
-    folder.state_file.write_text(json.dumps(seals.sealed({**body, **changes})))  # as a later version might write it
+    folder.state_file.write_text(json.dumps(store.sealed({**body, **changes})))  # as a later version might write it
     return folder
 
 

@@ -13,8 +13,7 @@ from series import Floats, learning, lognormal, trace_rows
 
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.strided import NEED_EVERY_STEP, SPIKES_NEED_EVERY_STEP
-from stabstudy.stability.summary import Summary, TrialFacts, summarise
+from stabstudy.stability.summary import NEED_EVERY_STEP, SPIKES_NEED_EVERY_STEP, Summary, TrialFacts, summarise
 
 RULES = Rules()
 EVERY = TrialFacts(600, 30, 1.0, "done", "complete", 6.5, 2.5)

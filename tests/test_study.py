@@ -19,16 +19,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import binary
 from stabstudy import config as cfg
+from stabstudy import encodings
 from stabstudy.analysis import compare, export, levels, recipe
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.settings import ConfigError
-from stabstudy.stability.judgement import Source, judge_trial, write_summary
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.summary import COLUMNS, Source, judge_trial, write_summary
 from stabstudy.store import StoreError, StudyFolder, write_sealed
 from stabstudy.trace import PROBES, TRACE, DamagedRecord
 
@@ -296,7 +295,7 @@ def test_a_running_study_shows_whole_rows_only(tmp_path: Path) -> None:
     path = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,))
     live = planted.plant_trial(path, planted.settings(lr=0.5), status="running", steps_done=70)
     with live.live(TRACE).open("ab") as f:
-        f.write(binary.MARKER + b"\1\0")  # a write that has not ended
+        f.write(encodings.MARKER + b"\1\0")  # a write that has not ended
     study = Study.load(path)
     row = study.row(live.trial_id)
     assert row["steps_done"] == 70 and row["verdict"] is None and row["final_loss"] is None
@@ -392,7 +391,7 @@ def test_a_live_record_that_cannot_be_trusted_excludes_the_trial(tmp_path: Path,
     planted.plant_frame(tmp_path / "s")
     trial = planted.plant_trial(tmp_path / "s", planted.settings(), status="interrupted", steps_done=30)
     live = trial.live(TRACE)
-    live.write_bytes(binary.MARKER.join(spoil(live.read_bytes().split(binary.MARKER))))
+    live.write_bytes(encodings.MARKER.join(spoil(live.read_bytes().split(encodings.MARKER))))
     study = Study.load(tmp_path / "s")
     assert [d.trial_id for d in study.damaged] == [trial.trial_id] and not len(study.trials)
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
-from stabstudy.stability.block import Block
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.stability.events import SPIKE_COLUMNS
+from stabstudy.stability.detectors import Block
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import SPIKE_COLUMNS
 from stabstudy.stability.summary import LiveSpikes, Summary, TrialFacts, Value, summarise
 from stabstudy.trace import Rows
 

@@ -14,11 +14,10 @@ from test_batches import corpus
 from test_tokens import small_bpe
 
 from stabstudy.config import DataConfig
-from stabstudy.data.batches import Batches, training_windows
-from stabstudy.data.errors import DataError
+from stabstudy.data.batches import Batches, Supply, most_tokens, supply, training_windows
 from stabstudy.data.sources import fingerprint
-from stabstudy.data.supply import Supply, most_tokens, supply
 from stabstudy.data.tokens import prepare
+from stabstudy.settings import DataError
 
 DOCUMENTS = ["hello", '\u00fc\u6771\U0001f680 "quoted"\n', "x", "a longer one, with words " * 20]
 

@@ -18,7 +18,7 @@ import pytest
 from stabstudy.config import DataConfig
 from stabstudy.data import synthetic
 from stabstudy.data.counter import chosen, draws, key_of
-from stabstudy.data.zipf import FRACTION, TABLE_BITS, exp2, log2, zipf_table
+from stabstudy.data.synthetic import FRACTION, TABLE_BITS, exp2, log2, zipf_table
 
 SIZE = 300_000
 

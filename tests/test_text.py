@@ -11,9 +11,10 @@ from test_tokens import TEXTS, small_bpe
 
 from stabstudy import config as cfg
 from stabstudy.analysis.study import Study
-from stabstudy.data import sources, text, tokenizer
+from stabstudy.data import batches as text
+from stabstudy.data import sources, tokenizer
 from stabstudy.data.batches import open_batches
-from stabstudy.data.errors import DataError
+from stabstudy.settings import DataError
 
 DOCUMENTS = [f"Document {i}: " + " ".join(str(j * i) for j in range(40)) for i in range(60)]
 
@@ -33,7 +34,7 @@ def test_it_is_what_the_trainer_gets(config: cfg.TrialConfig, tmp_path: Path) ->
     spelled = [part for document in DOCUMENTS for part in ("<bos>", *document, "<eos>")]
     batches = open_batches(config, tmp_path / "cache")
     for step in (0, 7, 119):
-        found = text.of_step(config, step, fingerprint, tmp_path / "cache")
+        found = text.text_of_step(config, step, fingerprint, tmp_path / "cache")
         assert [s.text for s in found] == ["".join(spelled[s.start : s.start + 51]) for s in found]
         assert [s.start for s in found] == [w.start for w in batches.windows(step)] and len(found) == 4
         for s in found:
@@ -46,13 +47,13 @@ def test_other_data_are_refused(config: cfg.TrialConfig, tmp_path: Path) -> None
     fingerprint = sources.fingerprint(config.data)
     (tmp_path / "texts" / "00.txt").write_text("changed since")
     with pytest.raises(DataError, match="data: must still be what the study began with"):
-        text.of_step(config, 0, fingerprint, tmp_path / "cache")
+        text.text_of_step(config, 0, fingerprint, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("step", [-1, 120])
 def test_a_step_that_the_trial_has_not_is_refused(config: cfg.TrialConfig, tmp_path: Path, step: int) -> None:
     with pytest.raises(ValueError, match=f"steps 0 to 119, got {step}"):
-        text.of_step(config, step, sources.fingerprint(config.data), tmp_path / "cache")
+        text.text_of_step(config, step, sources.fingerprint(config.data), tmp_path / "cache")
 
 
 def test_a_study_answers_for_its_trials(config: cfg.TrialConfig, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_study_answers_for_its_trials(config: cfg.TrialConfig, tmp_path: Path)
         trial = planted.plant_trial(tmp_path / name, config, fingerprint=fingerprint).trial_id
     study = Study.load(tmp_path / "a")
     found = study.batch(trial, 7, tmp_path / "cache")
-    expected = text.of_step(config, 7, fingerprint, tmp_path / "cache")
+    expected = text.text_of_step(config, 7, fingerprint, tmp_path / "cache")
     assert list(found["text"]) == [s.text for s in expected] and list(found["document"]) == [
         s.documents[0] for s in expected
     ]
@@ -129,6 +130,6 @@ def test_the_page_of_a_trial_with_a_spike_says_how(tmp_path: Path) -> None:
 def test_settings_that_do_not_order_the_data_read_the_same(config: cfg.TrialConfig, tmp_path: Path) -> None:
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.1))
     fingerprint = sources.fingerprint(config.data)
-    assert text.of_step(config, 5, fingerprint, tmp_path) == text.of_step(other, 5, fingerprint, tmp_path)
+    assert text.text_of_step(config, 5, fingerprint, tmp_path) == text.text_of_step(other, 5, fingerprint, tmp_path)
     reseeded = dataclasses.replace(config, seed=4)
-    assert text.of_step(config, 5, fingerprint, tmp_path) != text.of_step(reseeded, 5, fingerprint, tmp_path)
+    assert text.text_of_step(config, 5, fingerprint, tmp_path) != text.text_of_step(reseeded, 5, fingerprint, tmp_path)

@@ -21,10 +21,10 @@ import pytest
 import tokenizers
 
 from stabstudy.config import DataConfig
-from stabstudy.data import building, progress, tokenizer, tokens
-from stabstudy.data.errors import DataError
+from stabstudy.data import files, tokenizer, tokens
 from stabstudy.data.tokenizer import Tokenizer
 from stabstudy.data.tokens import default_cache_dir, existing_cache_dir, prepare
+from stabstudy.settings import DataError
 
 TEXTS = ["hello", "\u00fc\u6771\U0001f680", "a longer one, with words"]
 
@@ -199,7 +199,7 @@ def test_an_id_outside_the_vocabulary_stops_the_build(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([1, 2, id])] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, 0, "x", encode, repr))
+    monkeypatch.setattr(tokens.tokenizer, "load", lambda name: Tokenizer(300, None, 0, "x", encode, repr))
     with pytest.raises(DataError, match=rf"token 2 of the corpus must have an id in 0..299, got {id}"):
         prepare(source, tmp_path / "cache")
     assert [p.suffix for p in (tmp_path / "cache/tokens").iterdir()] == [".lock"]
@@ -211,7 +211,7 @@ def test_text_without_a_single_token_is_refused(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([], np.int64)] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode, repr))
+    monkeypatch.setattr(tokens.tokenizer, "load", lambda name: Tokenizer(300, None, None, "x", encode, repr))
     with pytest.raises(DataError, match="data.tokenizer: gives no token for this text, got 'bytes'"):
         prepare(source, tmp_path)
 
@@ -223,7 +223,7 @@ def test_a_token_takes_two_bytes_while_the_vocabulary_fits(
     def encode(texts: list[str]) -> list[Any]:
         return [np.array([0, vocab_size - 1])] * len(texts)
 
-    monkeypatch.setattr(building.tokenizer, "load", lambda name: Tokenizer(vocab_size, None, None, "x", encode, repr))
+    monkeypatch.setattr(tokens.tokenizer, "load", lambda name: Tokenizer(vocab_size, None, None, "x", encode, repr))
     corpus = prepare(source, tmp_path)
     assert corpus.tokens.dtype == np.dtype(dtype)
     assert corpus.tokens.tolist() == [0, vocab_size - 1] * 3
@@ -243,7 +243,7 @@ def test_a_corpus_is_read_only_and_knows_its_documents(source: DataConfig, tmp_p
 def test_many_batches_give_what_one_gives(source: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(source, tokenizer=str(small_bpe(tmp_path / "bpe")))
     whole = prepare(config, tmp_path / "a")
-    monkeypatch.setattr(building, "BATCH", 1)
+    monkeypatch.setattr(tokens, "BATCH", 1)
     parts = prepare(config, tmp_path / "b")
     assert np.array_equal(whole.tokens, parts.tokens)
     assert np.array_equal(whole.doc_ends, parts.doc_ends)
@@ -368,7 +368,7 @@ def test_an_error_in_the_data_leaves_no_cache(tmp_path: Path) -> None:
 def timed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """A clock that moves by so much whenever it is looked at."""
     ticks = itertools.count()
-    monkeypatch.setattr(progress, "clock", lambda: next(ticks) * seconds)
+    monkeypatch.setattr(files, "clock", lambda: next(ticks) * seconds)
 
 
 def test_tokenizing_tells_how_far_it_is_every_five_seconds(
@@ -376,7 +376,7 @@ def test_tokenizing_tells_how_far_it_is_every_five_seconds(
 ) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text((json.dumps({"text": "x" * 1000}) + "\n") * 40)
-    monkeypatch.setattr(building, "BATCH", 2000)  # two documents at once: 20 batches
+    monkeypatch.setattr(tokens, "BATCH", 2000)  # two documents at once: 20 batches
     timed(monkeypatch, 2.0)
     said: list[str] = []
     prepare(dataclasses.replace(source, path=str(path)), tmp_path / "cache", said.append)
@@ -398,9 +398,9 @@ def test_quick_work_is_silent(source: DataConfig, tmp_path: Path, monkeypatch: p
 
 def test_the_rate_is_that_of_the_whole_work(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([100.0, 104.0, 105.0, 109.0, 111.0])
-    monkeypatch.setattr(progress, "clock", lambda: next(times))
+    monkeypatch.setattr(files, "clock", lambda: next(times))
     said: list[str] = []
-    shown = progress.Progress(said.append, "MB")
+    shown = files.Progress(said.append, "MB")
     for done in (10, 20, 5000, 5500):
         shown.update("work", done)
     assert said == ["data: work: 20.0 MB in 5 s, 4 a second", "data: work: 5,500.0 MB in 11 s, 500 a second"]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_rows import compact, write
 
-from stabstudy import binary, finished, live
+from stabstudy import encodings, finished, live
 from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Rows, Schema
 
 TINY = Schema("tiny", (Column("step", "int", "", ""), Column("x", "float", "", "", True)), contiguous=True)
@@ -171,7 +171,7 @@ def test_a_resumed_record_compacts_to_the_same_bytes(tmp_path: Path) -> None:
     whole = write(tmp_path / "a.live", rows)
     widths = live_rows.entries(rows)
     broken = write(tmp_path / "b.live", rows[:33], widths=widths, per_block=8)
-    broken.write_bytes(broken.read_bytes() + binary.MARKER + b"\1")
+    broken.write_bytes(broken.read_bytes() + encodings.MARKER + b"\1")
     size = broken.stat().st_size
     dropped, cut_bytes = live.cut(broken, TRACE, 20)
     assert dropped == 13 and broken.stat().st_size == size - cut_bytes

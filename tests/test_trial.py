@@ -25,9 +25,8 @@ from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
 from stabstudy.stability.rules import Rules
-from stabstudy.training import checkpoint, clipping, families, spike_skip
-from stabstudy.training.driver import Eager
-from stabstudy.training.feed import HostFeed
+from stabstudy.training import checkpoint, clipping, families
+from stabstudy.training.driver import Eager, HostFeed
 from stabstudy.training.loop import Loop, Progress
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.pack import run_pack
@@ -190,8 +189,8 @@ def act_early(monkeypatch: pytest.MonkeyPatch) -> None:
         (clipping, "Z_FIRST", 3),
         (clipping, "Z_LIMIT", 0.1),
         (clipping, "ADAGC_FIRST", 3),
-        (spike_skip, "SPIKE_SKIP_FROM", 3),
-        (spike_skip, "SIGMAS", 0.1),
+        (clipping, "SPIKE_SKIP_FROM", 3),
+        (clipping, "SIGMAS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
 

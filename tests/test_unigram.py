@@ -21,10 +21,10 @@ from scipy.stats import entropy
 from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.config import DataConfig
-from stabstudy.data import building, sources, tokens, unigram
+from stabstudy.data import batches, sources, tokens
 from stabstudy.data.batches import Batches, open_batches
-from stabstudy.data.errors import DataError
 from stabstudy.data.tokens import Corpus, prepare
+from stabstudy.settings import DataError
 from stabstudy.stability.rules import Rules
 from stabstudy.training.pack import run_pack
 from stabstudy.training.trial import Engine
@@ -76,16 +76,16 @@ def test_by_hand(tmp_path: Path) -> None:
     spans = [(0, 4), (6, 8)]  # four of one token, then one of each of two: 4/6, 1/6, 1/6
     ids = [7, 7, 7, 7, 1, 1, 8, 9]
     by_hand = -(2 / 3) * math.log(2 / 3) - 2 * (1 / 6) * math.log(1 / 6)
-    assert unigram.measure(corpus(ids, tmp_path), spans) == pytest.approx(by_hand, rel=1e-14)
-    assert unigram.measure(corpus([3] * 8, tmp_path), spans) == 0
-    assert unigram.measure(corpus([0, 1] * 4, tmp_path), [(0, 8)]) == pytest.approx(math.log(2), rel=1e-14)
+    assert batches.measure_entropy(corpus(ids, tmp_path), spans) == pytest.approx(by_hand, rel=1e-14)
+    assert batches.measure_entropy(corpus([3] * 8, tmp_path), spans) == 0
+    assert batches.measure_entropy(corpus([0, 1] * 4, tmp_path), [(0, 8)]) == pytest.approx(math.log(2), rel=1e-14)
 
 
 def test_chunks_change_nothing(text: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     spans = [(1, 20_001), (30_000, 59_999)]
-    whole = unigram.measure(text, spans)
-    monkeypatch.setattr(unigram, "CHUNK", 777)
-    assert unigram.measure(text, spans) == whole
+    whole = batches.measure_entropy(text, spans)
+    monkeypatch.setattr(batches, "CHUNK", 777)
+    assert batches.measure_entropy(text, spans) == whole
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
     mapped = np.memmap(path, "<u2", mode="r").view(np.ndarray)
     big = Corpus(mapped, np.array([len(mapped)], np.uint64), 60_000, "f" * 16, tmp_path)
     tracemalloc.start()
-    assert unigram.measure(big, [(0, len(mapped))]) == 0
+    assert batches.measure_entropy(big, [(0, len(mapped))]) == 0
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 24e6
@@ -108,14 +108,14 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every count of the tokens."""
     made: list[int] = []
-    real = unigram.measure
+    real = batches.measure_entropy
 
     def counting(corpus: Corpus, spans: Any) -> float:
         made.append(len(spans))
         time.sleep(0.02)  # long enough for the others to arrive
         return real(corpus, spans)
 
-    monkeypatch.setattr(unigram, "measure", counting)
+    monkeypatch.setattr(batches, "measure_entropy", counting)
     return made
 
 
@@ -123,7 +123,7 @@ def test_an_old_cache_is_upgraded_without_its_text(text: Corpus, counts: list[in
     """A cache of an older version is one that holds no unigram file."""
     before = {p.name: p.stat().st_mtime_ns for p in text.folder.iterdir()}
     assert sorted(before) == ["docs.bin", "meta.json", "tokens.bin"]
-    monkeypatch.setattr(building, "build", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokens, "build_cache", lambda *a: pytest.fail("tokenized again"))
     first = Batches(text, 16, 4, 0, 0.2, 4).unigram_entropy
     again = prepare(DataConfig(source="synthetic", synth_bytes=60_000), text.folder.parent.parent)
     assert Batches(again, 16, 2, 5, 0.2, 8).unigram_entropy == first, "seed, batch and evaluation do not matter"

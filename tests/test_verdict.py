@@ -15,15 +15,17 @@ from reference_monitor import ReferenceMonitor
 from scipy.stats import chi2
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
-from stabstudy.stability.block import Block
-from stabstudy.stability.detectors import Flags
-from stabstudy.stability.events import Spike
-from stabstudy.stability.monitor import Divergence, DivergenceMonitor, MonitorFacts, divergence
+from stabstudy.stability.detectors import Block, Flags
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.spikes import Spike
 from stabstudy.stability.summary import TrialFacts, summarise
 from stabstudy.stability.verdict import (
     VERDICTS,
+    Divergence,
+    DivergenceMonitor,
+    MonitorFacts,
     Verdict,
+    divergence,
     is_rough,
     judge,
     lowest_rate,

@@ -14,8 +14,8 @@ import live_rows
 import pytest
 
 from stabstudy import store, trace
-from stabstudy.sweeping import watch
-from stabstudy.sweeping.watch import LOOK_SECONDS, Service, Silences, Watch
+from stabstudy.sweeping import rounds
+from stabstudy.sweeping.rounds import LOOK_SECONDS, Service, Silences, Watch
 
 HANGING = """
 import contextlib, os, socket, sys, time
@@ -44,7 +44,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(watch.time, "monotonic", made)
+    monkeypatch.setattr(rounds.time, "monotonic", made)
     return made
 
 
@@ -97,7 +97,7 @@ def hanging(tmp_path: Path) -> Iterator[Hanging]:
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes that would have been killed."""
     pids: list[int] = []
-    monkeypatch.setattr(watch.os, "kill", lambda pid, number: pids.append(pid))
+    monkeypatch.setattr(rounds.os, "kill", lambda pid, number: pids.append(pid))
     return pids
 
 

@@ -15,7 +15,7 @@ from stabstudy import config as cfg
 from stabstudy import store, trace
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
-from stabstudy.training.feed import HostFeed
+from stabstudy.training.driver import HostFeed
 from stabstudy.training.step import Stepper
 
 DATA = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
-from stabstudy import entries
+from stabstudy import disk
 from stabstudy.analysis import csv_files, render, trial_page
 from stabstudy.analysis.blocks import Report
 from stabstudy.analysis.links import TRIALS
@@ -33,7 +33,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
 
     Raises EntryError where the folder leads elsewhere by a link.
     """
-    entries.check_report(folder)
+    disk.check_report_folder(folder)
     files = dict(_figures(report))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():

@@ -165,7 +165,7 @@ class Study:
             spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
             study.batch(spike["trial_id"], spike["peak_step"])
         """
-        from stabstudy.data import text  # here and not above: all other questions do without
+        from stabstudy.data import batches as text  # here and not above: all other questions do without
 
         self._known(trial_id)
         name, _, rest = trial_id.partition("/")
@@ -175,7 +175,7 @@ class Study:
             raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
         config, body = self.folder.trial(trial_id).read_own()
         cache = None if cache_dir is None else Path(cache_dir)
-        sequences = text.of_step(config, int(step), body["data_fingerprint"], cache)
+        sequences = text.text_of_step(config, int(step), body["data_fingerprint"], cache)
         rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in sequences]
         return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy import entries, failpoints, trace
+from stabstudy import disk, failpoints, trace
 from stabstudy.analysis import ingested
 from stabstudy.analysis.batches import Ratios, mark
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
@@ -29,9 +29,16 @@ from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.leftovers import sweep_abandoned
 from stabstudy.stability.detectors import measured
-from stabstudy.stability.judgement import FORMAT, Source, judge_trial, read_summary, source_sha256
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import Summary, summarise
+from stabstudy.stability.summary import (
+    SUMMARY_FORMAT,
+    Source,
+    Summary,
+    judge_trial,
+    read_summary,
+    source_sha256,
+    summarise,
+)
 from stabstudy.store import NewerFormatError, State, StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
@@ -140,8 +147,10 @@ def _refuse_newer(path: Path) -> None:
         written = int((pq.read_schema(path).metadata or {})[b"format"])
     except (OSError, pa.ArrowException, KeyError, ValueError):
         return  # none, or one that cannot be read: it is made anew
-    if written > FORMAT:
-        raise NewerFormatError(f"{path}: format {written}, this version writes {FORMAT}; --out DIR writes elsewhere")
+    if written > SUMMARY_FORMAT:
+        raise NewerFormatError(
+            f"{path}: format {written}, this version writes {SUMMARY_FORMAT}; --out DIR writes elsewhere"
+        )
 
 
 def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
@@ -170,7 +179,7 @@ _Answer = tuple[Row, list[Row]] | DamagedRecord
 
 
 def _open(folder: TrialFolder) -> _Trial:
-    if wrong := entries.of_trial(folder.path, links=True):
+    if wrong := disk.trial_obstacle(folder.path, links=True):
         raise StoreError(wrong)
     body = folder.read_config()
     log = read_external(body, folder.config_file)
@@ -287,7 +296,7 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     # from_pandas=False: NaN ("not finite") stays NaN, None ("not measurable") is null
     arrays = [pa.array([r.get(n) for r in rows], types[k], from_pandas=False) for n, k in kinds.items()]
     metadata = {
-        "format": str(FORMAT),
+        "format": str(SUMMARY_FORMAT),
         "detector_id": tables.rules.detector_id,
         "detector": tables.rules.to_json(),
     }

@@ -1,4 +1,12 @@
-"""The batches of a trial: a pure function of (seed, step), and the fixed part that only measures.
+"""The batches of a trial: a pure function of (seed, step); the fixed evaluation part; how many tokens there are.
+
+    <cache>/tokens/<key>/unigram-<seq_len>-<validation_share>.json    beside the tokens: which of them are trained on
+                                                                      depends on these two settings
+
+A trial whose loss never falls below it has learned nothing that could become unstable, and one whose loss ends above it
+after having been below has lost what it had learned.
+
+The batches of a trial: a pure function of (seed, step), and the fixed part that only measures.
 
 The corpus is cut into windows of seq_len + 1 tokens at stride seq_len (the last token of one is the first of the next:
 each position is a target once). A few contiguous blocks of windows, spread over the corpus, are held out to validate;
@@ -7,25 +15,81 @@ the window on either side of a block is used for nothing, so no token is in both
 Sequence i of step s is number w = s * batch_size + i of an endless list: epoch w // n of the n training windows, in the
 order of a permutation keyed by (seed, epoch). So a trial has no data state to save, splitting a batch changes nothing,
 and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes the order.
+
+The text of the sequences of one step, to trace a spike back to what the model read.
+
+Which tokens those are is a pure function of the trial's settings (see `batches`), so nothing was recorded for it.
+
+The number of training tokens: exact from the token cache, else an upper bound from the size of the text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.config import TrialConfig
-from stabstudy.data import tokens, unigram
-from stabstudy.data.counter import draws, key_of
-from stabstudy.data.errors import DataError
-from stabstudy.data.permutation import permuted
-from stabstudy.data.progress import Say
+from stabstudy import store
+from stabstudy.config import DataConfig, TrialConfig
+from stabstudy.data import files, sources, tokenizer, tokens
+from stabstudy.data.counter import draws, key_of, permuted
+from stabstudy.data.files import Say
+from stabstudy.data.synthetic import SHORTEST
 from stabstudy.data.tokens import Corpus
+from stabstudy.settings import DataError
+
+CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
+Span = tuple[int, int]  # first position, first position behind it
+
+
+def unigram_entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_share: float) -> float:
+    """-sum p ln p over the tokens at these positions, in nat/token; they are the targets of one training epoch.
+
+    Counted once for each (corpus, seq_len, validation_share), by one process while others wait, and kept beside the
+    tokens. Where the cache cannot be written it is counted each time.
+    """
+    path = corpus.folder / f"unigram-{seq_len}-{validation_share!r}.json"
+    targets = sum(stop - start for start, stop in spans)
+    value = _read(path, targets, corpus.vocab_size)
+    if value is None:
+        with contextlib.suppress(OSError), tokens.lock(corpus.folder):
+            value = _read(path, targets, corpus.vocab_size)  # another process may have counted meanwhile
+            if value is None:
+                value = measure_entropy(corpus, spans)
+                store.sweep_leftovers(corpus.folder)
+                store.write_json(path, {"unigram_entropy": value, "targets": targets})
+    return measure_entropy(corpus, spans) if value is None else value
+
+
+def measure_entropy(corpus: Corpus, spans: Sequence[Span]) -> float:
+    """As `entropy`, from the tokens themselves."""
+    counts = np.zeros(corpus.vocab_size, np.int64)
+    for start, stop in spans:
+        for position in range(start, stop, CHUNK):
+            chunk = corpus.tokens[position : min(position + CHUNK, stop)]
+            counts += np.bincount(chunk, minlength=corpus.vocab_size)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _read(path: Path, targets: int, vocab_size: int) -> float | None:
+    """The number in the file; None where there is no file, or none that can be true of these targets."""
+    try:
+        body = store.read_json(path)
+    except store.StoreError:
+        return None
+    value = body.get("unigram_entropy")
+    if body.get("targets") != targets or not isinstance(value, float):
+        return None
+    return value if 0 <= value <= math.log(vocab_size) + 1e-9 else None
+
 
 Int = NDArray[np.int64]
 Stretch = tuple[int, int]  # first window, first window behind it
@@ -100,7 +164,7 @@ class Batches:
     @functools.cached_property
     def unigram_entropy(self) -> float:
         """Of the targets in one epoch, nat/token: what a model pays that knows no context. From the token cache."""
-        return unigram.entropy(self.corpus, self._targets, self.seq_len, self.validation_share)
+        return unigram_entropy(self.corpus, self._targets, self.seq_len, self.validation_share)
 
     def batch(self, step: int) -> Int:
         """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]."""
@@ -214,3 +278,95 @@ def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:
     edges = [(-2, -1), *found, (windows + 1, windows + 2)]  # one window is left unused on either side of a block
     free = [(before[1] + 1, after[0] - 1) for before, after in zip(edges, edges[1:], strict=False)]
     return found, [(start, stop) for start, stop in free if stop > start]
+
+
+@dataclass(frozen=True)
+class SequenceText:
+    """One training sequence of a step."""
+
+    start: int  # position of its first token in the corpus
+    documents: tuple[int, ...]  # the numbers, from 0, of those it touches
+    text: str  # of its seq_len + 1 tokens; a character cut at an end is U+FFFD
+
+
+def text_of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Path | None = None) -> list[SequenceText]:
+    """The sequences of a step, from 0, in the order of its batch; `fingerprint` is that of the data it was trained on.
+
+    Tokenizes the data again where the cache (None: the user's) no longer holds it. Raises DataError where the data are
+    gone, or are other data than those the trial was trained on; ValueError where the trial has no such step.
+    """
+    if not 0 <= step < config.train.steps:
+        raise ValueError(f"the trial has steps 0 to {config.train.steps - 1}, got {step}")
+    cache = tokens.default_cache_dir() if cache_dir is None else cache_dir
+    batches = open_batches(config, cache, expected=fingerprint)
+    decode = tokenizer.load(config.data.tokenizer).decode
+    return [
+        SequenceText(window.start, window.documents, decode(ids))
+        for window, ids in zip(batches.windows(step), batches.batch(step).tolist(), strict=True)
+    ]
+
+
+MARKS = 2  # tokens of a document beside its text: bos and eos
+SHORT = 100  # bytes; documents of which no more is known are taken to be as long on average, or longer
+
+
+@dataclass(frozen=True)
+class Supply:
+    """Targets in one epoch of a trial's training part; `exact`, or no more than so many."""
+
+    tokens: int
+    exact: bool
+
+
+def supply(config: DataConfig, fingerprint: str, cache_dir: Path | None) -> Supply | None:
+    """The supply of these settings; None where neither a cache nor a size tells. Reads no text and loads no tokenizer.
+
+    Raises DataError where the source's files cannot be found.
+    """
+    count = None if cache_dir is None else tokens.count(fingerprint, cache_dir)
+    total = most_tokens(config) if count is None else count
+    if total is None:
+        return None
+    windows = training_windows(total, config.seq_len, config.validation_share)
+    return Supply(windows * config.seq_len, exact=count is not None)
+
+
+def most_tokens(config: DataConfig) -> int | None:
+    """An upper bound of the corpus's tokens: a token is a byte of text or more, and each document has two marks.
+
+    None where the size on disk is none of the text: compressed files, Parquet, the hub without data.max_bytes.
+    """
+    measure = _SIZES.get(config.source)
+    size = None if measure is None else measure(config)
+    if config.max_bytes is None or (size is not None and size < config.max_bytes):
+        return size
+    return config.max_bytes + MARKS * (config.max_bytes // SHORT + 1)
+
+
+def _pysrc(config: DataConfig) -> int:
+    return sum(path.stat().st_size + MARKS for _, path in sources.python_modules())
+
+
+def _synthetic(config: DataConfig) -> int:
+    shortest = 3 * SHORTEST  # bytes of a document: words of two letters and more, each with a separator
+    return config.synth_bytes + MARKS * (config.synth_bytes // shortest + 1)
+
+
+def _text(config: DataConfig) -> int:
+    return sum(file.size + MARKS for file in files.find(config))
+
+
+def _json_lines(config: DataConfig) -> int | None:
+    """The keys and quotes of a row take more bytes than its two marks."""
+    rows = files.find(config)
+    compressed = any(file.name.endswith((".gz", ".zst", ".zstd")) for file in rows)
+    return None if compressed else sum(file.size for file in rows)
+
+
+_SIZES: dict[str, Callable[[DataConfig], int | None]] = {
+    "pysrc": _pysrc,
+    "synthetic": _synthetic,
+    "text": _text,
+    "jsonl": _json_lines,
+    "lingua": _json_lines,
+}

@@ -1,5 +1,13 @@
 """Synthetic text from integers alone: the same bytes on every machine, one knob per mechanism.
 
+Fixed point throughout: a number x stands as the integer x * 2^32.
+
+Noise for synthetic text, one knob for each kind, in this order: letters permuted, bursts, flipped bytes, duplicates.
+
+Random bytes are 7-bit, so that noisy text is still ASCII and reads the same under every tokenizer's UTF-8.
+
+Synthetic text from integers alone: the same bytes on every machine, one knob per mechanism.
+
 A document is a Markov chain of words: the last `synth_order` words choose `synth_branching` successors (by a hash, so
 no table of them exists), a Zipf law chooses among these. Over that lie copies of earlier stretches and nested brackets;
 `noise` comes last. Each mechanism draws from a stream of its own, so turning one knob leaves the others' choices in
@@ -11,6 +19,7 @@ step of a loop, which is what makes this fast enough in NumPy (about 2 MB/s).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,9 +27,110 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.config import DataConfig
-from stabstudy.data import noise
 from stabstudy.data.counter import GOLDEN, U64, chosen, draws, key_of, mix64
-from stabstudy.data.zipf import FRACTION, TABLE_BITS, Int, exp2, zipf_table
+
+Int = NDArray[np.int64]
+
+FRACTION = 32
+"""Bits behind the point."""
+
+TABLE_BITS = 20
+"""A lookup table of 2^20 entries stands for a distribution; outcomes rarer than that may have no entry."""
+
+
+def zipf_table(size: int, exponent_milli: int) -> Int:
+    """[2^20] the rank, from 0, that each of 2^20 equally likely outcomes means: P(rank k) ~ (k+1)^(-exponent)."""
+    scaled = log2(np.arange(1, size + 1, dtype=np.int64)) * exponent_milli // 1000
+    total = np.cumsum(exp2((27 << FRACTION) - scaled))  # at most 2^16 weights of at most 2^27
+    ranks: Int = np.searchsorted(total, np.arange(1 << TABLE_BITS) * total[-1] >> TABLE_BITS, side="right")
+    return ranks
+
+
+def log2(x: Int) -> Int:
+    """log2 of integers in [1, 2^31), fixed point, at most 2^-30 too small: one bit per squaring of the mantissa."""
+    whole = np.zeros_like(x)
+    for bit in (16, 8, 4, 2, 1):
+        whole += bit * (x >> (whole + bit) > 0)
+    mantissa, fraction = x.astype(np.uint64) << (31 - whole).astype(np.uint64), np.zeros_like(x)
+    for _ in range(FRACTION):
+        mantissa = mantissa * mantissa >> np.uint64(31)  # in [2^31, 2^33)
+        carry = mantissa >> np.uint64(32)
+        mantissa >>= carry
+        fraction = fraction << 1 | carry.astype(np.int64)
+    return whole << FRACTION | fraction
+
+
+def exp2(x: Int) -> Int:
+    """2^x for fixed-point x below 31, rounded down (2^x itself is at most 2^-26 of it too small).
+
+    A product of the roots 2^-1/2, 2^-1/4, 2^-1/8, ...
+    """
+    whole = -(-x >> FRACTION)
+    missing = (whole << FRACTION) - x  # 2^x = 2^whole * 2^-missing, missing in [0, 1)
+    result, root = np.full(x.shape, 1 << 32, np.uint64), 1 << 32
+    for i in range(1, FRACTION + 1):
+        root = math.isqrt(root << 31) if i == 1 else math.isqrt(root << 32)  # 2^32 * 2^-(2^-i)
+        taken = (missing >> (FRACTION - i) & 1).astype(np.bool_)
+        result = np.where(taken, result * np.uint64(root) >> np.uint64(32), result)
+    rounded: Int = (result >> np.clip(32 - whole, 0, 63).astype(np.uint64)).astype(np.int64)
+    return rounded
+
+
+Bytes = NDArray[np.uint8]
+
+
+def add_noise(config: DataConfig, index: U64, text: Bytes, ends: Int) -> list[bytes]:
+    """The documents `index`, whose clean text lies one behind the other in `text` (changed in place)."""
+    sizes = np.diff(ends, prepend=0)
+    starts = ends - sizes
+    owner = np.repeat(index, sizes)
+    place = (np.arange(len(text)) - np.repeat(starts, sizes)).astype(np.uint64)
+    _permute_letters(config, index, text, starts, ends)
+    _burst(config, text, owner, place)
+    _flip(config, text, owner, place)
+    made = [text[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
+    return [made[d] for d in _repeats(config, index)]
+
+
+def noise_stream(name: str, index: U64) -> U64:
+    """The keys of the documents `index` for one purpose. Streams of different names are unrelated."""
+    return draws(np.uint64(key_of(*name.encode())), index)
+
+
+def _permute_letters(config: DataConfig, index: U64, text: Bytes, starts: Int, ends: Int) -> None:
+    """Whole documents in an alphabet of their own: a substitution cipher of a-z."""
+    for d in np.flatnonzero(chosen(noise_stream("alphabet", index), config.synth_alphabet_permille, 1000)):
+        key = noise_stream("letters", index[d : d + 1])
+        cipher = np.arange(256, dtype=np.uint8)
+        cipher[ord("a") : ord("z") + 1] = ord("a") + np.argsort(
+            draws(key, np.arange(26, dtype=np.uint64)), kind="stable"
+        )
+        text[starts[d] : ends[d]] = cipher[text[starts[d] : ends[d]]]
+
+
+def _burst(config: DataConfig, text: Bytes, owner: U64, place: U64) -> None:
+    """Whole documents of random bytes."""
+    hit = chosen(noise_stream("burst", owner), config.synth_burst_permille, 1000)
+    text[hit] = draws(noise_stream("burst bytes", owner[hit]), place[hit]) >> np.uint64(57)
+
+
+def _flip(config: DataConfig, text: Bytes, owner: U64, place: U64) -> None:
+    """Single bytes replaced by random ones (one in 128 of which is the old one)."""
+    if config.synth_flip_ppm:
+        draw = draws(noise_stream("flip", owner), place)
+        hit = chosen(draw, config.synth_flip_ppm, 1_000_000)
+        text[hit] = draw[hit] & np.uint64(127)
+
+
+def _repeats(config: DataConfig, index: U64) -> list[int]:
+    """For each document of the block, the one whose text it has: itself, or an earlier one."""
+    draw = noise_stream("duplicate", index)
+    repeats = chosen(draw, config.synth_duplicate_permille, 1000)
+    source: list[int] = []
+    for d, pick in enumerate(draw.tolist()):
+        source.append(source[pick % d] if d and repeats[d] else d)
+    return source
+
 
 VERSION = 1
 """Goes into the fingerprint. Raised by any change that alters the text of any knobs."""
@@ -68,7 +178,7 @@ def _block(config: DataConfig, tables: _Tables, first: int) -> list[bytes]:
     words = _words(config, tables, index[order], lengths[order])[:, back]
     brackets = _brackets(config, index[order], lengths[order])[:, back]
     text, ends = _spell(tables, index, lengths, words.T, brackets.T)
-    return noise.add(config, index, text, ends)
+    return add_noise(config, index, text, ends)
 
 
 def _lengths(config: DataConfig, index: U64) -> Int:
@@ -148,7 +258,7 @@ def _spell(tables: _Tables, index: U64, lengths: Int, words: Int, brackets: Int)
 
 
 def _stream(name: str, index: U64) -> U64:
-    return noise.stream(f"text {VERSION} {name}", index)
+    return noise_stream(f"text {VERSION} {name}", index)
 
 
 def _tables(config: DataConfig) -> _Tables:

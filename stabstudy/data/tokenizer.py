@@ -1,5 +1,9 @@
 """Tokenizers: bytes, local BPE files, and those of `transformers` by name.
 
+Left to themselves they try each file six times, for a minute and with two lines for each failure.
+
+Tokenizers: bytes, local BPE files, and those of `transformers` by name.
+
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`
     DIR, VOCAB.json,MERGES.txt  GPT-2's byte-level BPE from its two files, in a folder under one of the names of PAIRS
@@ -10,23 +14,80 @@ Text cannot forge a document's border: special tokens that are spelled out in it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Callable
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.data import network
-from stabstudy.data.errors import DataError, first_line
-from stabstudy.settings import show
+from stabstudy.settings import DataError, first_line, show
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+SECONDS = 5.0
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+LOGGERS = ("huggingface_hub", "transformers", "datasets", "filelock", "httpx", "urllib3")
+
+
+def hub_forbidden() -> str:
+    """The variable that keeps the hub's libraries offline; "" where none does."""
+    return next((f"${n} is set" for n in OFFLINE if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")), "")
+
+
+def why_no_hub() -> str:
+    """Why the hub cannot be reached from here; "" where it answers, whatever it says. Takes at most SECONDS."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    reasons = [f"{endpoint} did not answer within {SECONDS:g} s"]
+    # in a thread, which nobody waits for: looking up a name has no time limit of its own
+    asked = threading.Thread(target=lambda: reasons.append(_asked(endpoint)), daemon=True)
+    asked.start()
+    asked.join(SECONDS)
+    return reasons[-1]
+
+
+def _asked(endpoint: str) -> str:
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # it answered
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, OSError) or "CERTIFICATE" in str(error.reason).upper():
+            return (
+                ""  # it answered; whom to trust is a question for the libraries, which have certificates of their own
+            )
+        return f"{endpoint}: {error.reason.strerror or error.reason}"
+    except (OSError, HTTPException, ValueError) as error:
+        return f"{endpoint}: {error}"
+    return ""
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Nothing below an error from the libraries, while it lasts."""
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    try:
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
 
 Ids = NDArray[np.integer[Any]]
 
@@ -211,13 +272,13 @@ def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str
 
 def _load_auto(place: _Place) -> Tokenizer:
     revision = place.revision or "main"
-    absent = "" if place.files else network.forbidden() or network.why_not()
+    absent = "" if place.files else hub_forbidden() or why_no_hub()
     if absent and not _is_downloaded(place.name, revision):
         rule = f"cannot be loaded: it is not on this machine, and the hub cannot be reached ({absent})"
         raise DataError("data.tokenizer", rule, show(place.name))
     from transformers import AutoTokenizer  # takes seconds, so only for what is there
 
-    with network.quiet():
+    with quiet_hub():
         auto = AutoTokenizer.from_pretrained(
             place.name, revision=revision, trust_remote_code=False, local_files_only=bool(place.files or absent)
         )

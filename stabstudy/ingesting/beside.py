@@ -15,7 +15,7 @@ from typing import Any
 from stabstudy import config as cfg
 from stabstudy.external import check
 from stabstudy.ingesting.aliases import EVERY
-from stabstudy.ingesting.lines import flat
+from stabstudy.ingesting.readers import flat
 from stabstudy.settings import ConfigError, Problem
 
 FILES = (

@@ -1,4 +1,7 @@
-"""The choice of columns: which is the step, the loss, the gradient norm and the learning rate, by names and values."""
+"""The choice of columns: which is the step, the loss, the gradient norm and the learning rate, by names and values.
+
+The values of the options --columns and --set.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stabstudy.external import check
 from stabstudy.ingesting.aliases import AFTER_CLIP, NOT, place, plain
-from stabstudy.ingesting.points import LogError
-from stabstudy.ingesting.values import real, whole
+from stabstudy.ingesting.points import LogError, real, whole
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -240,3 +243,41 @@ def unknown(columns: Sequence[str], known: Mapping[str, str] | None = None) -> s
         f"has no column known as the {', and none as the '.join(lacks)} (it has: {listed(columns)}); name them, as in "
         f"{flag(alike) if enough else '--columns step=iter,grad_norm=gnorm,loss=train_loss'}"
     )
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """`step=iter,loss=train_loss`, or the same as a JSON object, as a mapping. Raises ValueError."""
+    if text is None:
+        return {}
+    pairs = _from_json(text) if text.lstrip().startswith("{") else [p.partition("=")[::2] for p in text.split(",")]
+    for ours, theirs in pairs:
+        if ours not in COLUMNS or not isinstance(theirs, str) or not theirs:
+            raise ValueError(f"--columns: {ours}={theirs}: must be NAME=COLUMN with a NAME of {', '.join(COLUMNS)}")
+    return dict(pairs)
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, Any]:
+    """`optim.clip=1.0` as a mapping of checked settings; `off` and `null` are None. Raises ValueError."""
+    known: dict[str, Any] = {}
+    for pair in given:
+        name, _, text = pair.partition("=")
+        known[name], problem = check(name, None if text in ("null", "off") else _number(text))
+        if problem:
+            raise ValueError(f"--set: {problem}")
+    return known
+
+
+def _from_json(text: str) -> list[tuple[str, Any]]:
+    try:
+        return list(json.loads(text).items())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--columns: {text[:200]}: must be a JSON object ({error})") from error
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,26 +1,31 @@
-"""One run, from its files to a trial in a study's folder."""
+"""One run, from its files to a trial in a study's folder; and the study that ingested runs make.
+
+The study that ingested runs make: whether a folder may hold it, and what is written there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import platform
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stabstudy import config as cfg
-from stabstudy import finished, store
+from stabstudy import disk, finished, locks, store
 from stabstudy.external import ExternalLog, has_gaps, read_external
 from stabstudy.ingesting import beside
-from stabstudy.ingesting.grid import Grid, on_grid
 from stabstudy.ingesting.points import Raw
-from stabstudy.ingesting.restarts import settle
 from stabstudy.ingesting.search import Source
-from stabstudy.ingesting.sentinels import cap, reveal
+from stabstudy.ingesting.series import Grid, cap, on_grid, reveal, settle
 from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
 
 
@@ -123,7 +128,7 @@ def named(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, log=replace(run.log, run=name)) for run, name in zip(runs, names, strict=True)]
 
 
-def write(study: store.StudyFolder, run: Run) -> str:
+def write_run(study: store.StudyFolder, run: Run) -> str:
     """Write the trial, or leave it as it is: new | grown | changed | unchanged. Under the study's lock.
 
     The trial of an earlier, shorter state of the same log gives way to it.
@@ -203,3 +208,51 @@ def _scale(norm: float, clip: float) -> float:
 
 def _name(run: Run, depth: int) -> str:
     return "/".join(reversed(run.name_parts[:depth]))
+
+
+QUESTION = "Runs trained elsewhere, read from their logs."
+KIND = "ingested"
+
+
+def open_study(path: Path, name: str) -> store.StudyFolder:
+    """The folder of the study, which need not exist. Raises StoreError where it may not become one, or is another's."""
+    if rule := store.check_name(name):
+        raise store.StoreError(f"--study {name!r}: {rule}")
+    study = store.StudyFolder(path)
+    if path.is_symlink():
+        raise store.StoreError(f"{path}: is a link, results are written to real folders only")
+    if not path.exists():
+        return study
+    if not path.is_dir():
+        raise store.StoreError(f"{path}: is a file")
+    if study.provenance_file.exists() and store.read_sealed(study.provenance_file).get("kind") == KIND:
+        return study
+    if study.sweep_file.exists():
+        raise store.StoreError(f"{path}: holds the study of a sweep: choose another name with --study NAME")
+    if any(not p.name.startswith(".") for p in path.iterdir()):
+        raise store.StoreError(f"{path}: is not a study of this program, and not empty")
+    return study
+
+
+def write_study(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
+    """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
+    disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in found])
+    study.path.mkdir(parents=True, exist_ok=True)
+    with locks.lock(study.path):
+        if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
+        outcomes = Counter(write_run(study, run) for run in found)
+        if outcomes.keys() - {"unchanged"}:
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
+    return outcomes
+
+
+def _provenance(study: store.StudyFolder, argv: Sequence[str]) -> dict[str, object]:
+    return {
+        "format": cfg.FORMAT_VERSION,
+        "kind": KIND,
+        "study": study.name,
+        "question": QUESTION,
+        "argv": list(argv),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in ("stabstudy", "pyarrow")}},
+    }

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from stabstudy import entries
-from stabstudy.ingesting import charts, choice, events, lines, lingua, tabular, text, trainer
+from stabstudy import disk
+from stabstudy.ingesting import choice, readers, several, text
 from stabstudy.ingesting.points import LogError, Raw
 
 STATE, LOG, METRICS = "trainer_state.json", "trainer_log.jsonl", "metrics.jsonl"
-LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {events.PREFIX}*, *.csv, *.jsonl, *.parquet, *.log, *.txt"
+LOOKED_FOR = f"{STATE}, {LOG}, {METRICS}, {readers.EVENTS_PREFIX}*, *.csv, *.jsonl, *.parquet, *.log, *.txt"
 MOST_SHOWN = 20
 """Tables that were passed over and are named."""
 
@@ -43,15 +43,15 @@ class Source:
     def read(self, given: Mapping[str, str]) -> list[Raw]:
         """Its runs. Raises LogError where nothing can be used, OSError where nothing can be read."""
         if self.kind == "table":
-            return tabular.read(self.files, given)
+            return readers.read_table(self.files, given)
         if self.kind == "text":
             return text.read(self.files[0], given)
         if self.kind == "events":
-            return [events.read(self.files, given)]
+            return [readers.read_events(self.files, given)]
         if self.kind == "lingua":
-            return [lingua.read(self.files[0])]
-        by_suffix = {lines.suffix(path): path for path in self.files}
-        return [trainer.read(by_suffix.get(".json"), by_suffix.get(".jsonl"), given)]
+            return [readers.read_lingua(self.files[0])]
+        by_suffix = {readers.log_suffix(path): path for path in self.files}
+        return [readers.read_trainer(by_suffix.get(".json"), by_suffix.get(".jsonl"), given)]
 
 
 @dataclass
@@ -86,23 +86,23 @@ def join_charts(sources: Iterable[Source], given: Mapping[str, str]) -> list[Sou
 
 def _is_chart(source: Source, given: Mapping[str, str]) -> bool:
     try:
-        columns = tabular.columns(source.files[0]) if source.kind == "table" else []
+        columns = readers.table_columns(source.files[0]) if source.kind == "table" else []
     except (LogError, OSError):
         return False
-    return charts.is_chart(columns) and not set(given.values()) & set(columns)
+    return several.is_chart(columns) and not set(given.values()) & set(columns)
 
 
 def _of_file(path: Path) -> Source:
-    suffix = lines.suffix(path)
-    if path.name.startswith(events.PREFIX):
+    suffix = readers.log_suffix(path)
+    if path.name.startswith(readers.EVENTS_PREFIX):
         return Source("events", (path,))
-    if path.name == LOG or (suffix == ".jsonl" and "current_steps" in lines.keys(path)):
+    if path.name == LOG or (suffix == ".jsonl" and "current_steps" in readers.line_keys(path)):
         return Source("trainer", (path, *_state_of(path.parent)))
     if suffix == ".json":
         return Source("table" if _is_rows(path) else "trainer", (path,))
     if suffix == ".jsonl" and _is_lingua(path):
         return Source("lingua", (path,))
-    if suffix in tabular.SUFFIXES:
+    if suffix in readers.TABLE_SUFFIXES:
         return Source("table", (path,))
     if text.is_named(path) or text.is_log(path):
         return Source("text", (path,))
@@ -111,11 +111,11 @@ def _of_file(path: Path) -> Source:
 
 def _is_rows(path: Path) -> bool:
     """Whether a .json file holds rows, as a list or a line each, and no state of a trainer."""
-    with lines.opened(path) as f:
+    with readers.open_log(path) as f:
         first, second = f.readline(2**20), f.readline(2**20)
     if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
         return True
-    return lines.parse(first) is not None and lines.parse(second) is not None
+    return readers.parse_line(first) is not None and readers.parse_line(second) is not None
 
 
 def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iterator[Source]:
@@ -123,7 +123,7 @@ def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iter
     for at, folders, files in os.walk(top):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         folder = Path(at)
-        files = [f for f in files if not entries.not_a_file(folder / f)]  # a pipe would be waited for
+        files = [f for f in files if not disk.not_a_file(folder / f)]  # a pipe would be waited for
         log = [folder / LOG] if LOG in files else []
         if trainer_files := (*log, *_state_of(folder)):
             folders.clear()
@@ -131,7 +131,7 @@ def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iter
         elif METRICS in files and _is_lingua(folder / METRICS):
             folders.clear()
             source = Source("lingua", (folder / METRICS,))
-        elif written := tuple(folder / f for f in sorted(files) if f.startswith(events.PREFIX)):
+        elif written := tuple(folder / f for f in sorted(files) if f.startswith(readers.EVENTS_PREFIX)):
             source = Source("events", written)
         else:
             yield from _loose(folder, sorted(files), given, passed_over)
@@ -142,7 +142,9 @@ def _within(top: Path, given: Mapping[str, str], passed_over: list[str]) -> Iter
 
 def _tables_beside(source: Source, paths: list[Path], given: Mapping[str, str]) -> list[str]:
     """Which tables are logs too, but the same run once more, or one that only the user knows of."""
-    tables = (p for p in paths if lines.suffix(p) in tabular.SUFFIXES and p.name != LOG and p not in source.files)
+    tables = (
+        p for p in paths if readers.log_suffix(p) in readers.TABLE_SUFFIXES and p.name != LOG and p not in source.files
+    )
     reason = f"it lies beside {source.files[0].name}; name the file itself to read it"
     return [f"{path} was passed over: {reason}" for path in tables if not _no_log(path, given)]
 
@@ -151,7 +153,7 @@ def _loose(folder: Path, files: list[str], given: Mapping[str, str], passed_over
     """Tables of a folder; its text logs only where it has no table, which would hold the same rows."""
     paths = [path for f in files if (path := folder / f).is_file()]  # a pipe would wait for ever
     tables = []
-    for path in (path for path in paths if lines.suffix(path) in tabular.SUFFIXES):
+    for path in (path for path in paths if readers.log_suffix(path) in readers.TABLE_SUFFIXES):
         if reason := _no_log(path, given):
             passed_over += [f"{path} was passed over: {reason}"] if reason != UNRELATED else []
         else:
@@ -172,7 +174,7 @@ def _state_of(folder: Path) -> tuple[Path, ...]:
 
 def _is_lingua(path: Path) -> bool:
     try:
-        return set(lines.keys(path)) >= {lingua.NAMES["step"], lingua.NAMES["grad_norm"]}
+        return set(readers.line_keys(path)) >= {readers.LINGUA_NAMES["step"], readers.LINGUA_NAMES["grad_norm"]}
     except OSError:
         return path.name == METRICS  # reading it will show what is wrong
 
@@ -183,7 +185,7 @@ UNRELATED = "unrelated"
 def _no_log(path: Path, given: Mapping[str, str]) -> str:
     """Why a table found in a folder is no log by the names of its columns; empty: it is one."""
     try:
-        columns = tabular.columns(path)
+        columns = readers.table_columns(path)
     except (LogError, OSError):
         return UNRELATED
     if choice.is_log([*columns, *given]) and set(given.values()) <= set(columns):

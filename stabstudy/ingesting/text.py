@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 from stabstudy.ingesting import several
 from stabstudy.ingesting.aliases import NOT, place, plain
-from stabstudy.ingesting.lines import opened
 from stabstudy.ingesting.points import LogError, Raw
+from stabstudy.ingesting.readers import open_log
 
 SUFFIXES = (".log", ".txt", ".out", ".err", ".stdout", ".stderr")
 LONGEST = 4_000
@@ -91,7 +91,7 @@ def rows(path: Path) -> Iterator[dict[str, str]]:
     A row without a step of its own gets the place of the progress bar that is drawn right after it, as `progress`;
     it has no step where no bar follows.
     """
-    with opened(path) as f:
+    with open_log(path) as f:
         yield from _rows(_lines(f))
 
 
@@ -110,7 +110,7 @@ def read(path: Path, given: Mapping[str, str]) -> list[Raw]:
 
 def is_log(path: Path) -> bool:
     """Whether the beginning of a file reads as a training log: prose, code and settings do not. Raises OSError."""
-    with opened(path) as f:
+    with open_log(path) as f:
         lines = list(itertools.islice(_lines(f), EXAMINED))
     found = list(_rows(lines))
     steps = {value for row in found for key, value in row.items() if _kind(key) == "step"}

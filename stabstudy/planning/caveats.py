@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stabstudy.config import DataConfig, TrialConfig
-from stabstudy.data.supply import Supply
+from stabstudy.data.batches import Supply
 from stabstudy.planning import words
 from stabstudy.stability.rules import Rules
 

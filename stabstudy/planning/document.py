@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stabstudy import entries
+from stabstudy import disk
 from stabstudy.planning import scalars
 from stabstudy.settings import ConfigError, Problem
 
@@ -62,7 +62,7 @@ def check(path: Path, name: str) -> tuple[str, dict[str, int]]:
 
 
 def _decoded(path: Path, name: str) -> str:
-    if kind := entries.not_a_file(path):  # a pipe would be waited for
+    if kind := disk.not_a_file(path):  # a pipe would be waited for
         raise ConfigError(Problem(name, f"is {kind}, not a file"))
     try:
         with path.open("rb") as f:

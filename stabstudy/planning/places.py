@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stabstudy
-from stabstudy import entries, store
+from stabstudy import disk, store
 from stabstudy.settings import ConfigError, Problem, nearest
 
 HEAD = 64 * 1024
@@ -82,7 +82,7 @@ def _files(cwd: Path) -> dict[str, Path]:
 
 def _text(path: Path) -> str:
     """The beginning of a sweep file, where its question stands; empty where it cannot be read."""
-    if entries.not_a_file(path):
+    if disk.not_a_file(path):
         return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as f:

@@ -16,7 +16,7 @@ from stabstudy import config as cfg
 from stabstudy import locks
 from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
-from stabstudy.data.supply import supply
+from stabstudy.data.batches import supply
 from stabstudy.planning import arguments, caveats, cells, compose, compute, estimate, machine, packs, record, sweepfile
 from stabstudy.planning.arguments import Request
 from stabstudy.planning.axes import Alternatives

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabstudy import entries, store
+from stabstudy import disk, store
 from stabstudy.config import TrialConfig
 from stabstudy.planning import caveats, estimate, machine, packs, words
 from stabstudy.planning.plan import Plan
@@ -86,7 +86,7 @@ def why_not_here(plan: Plan) -> list[str]:
     packed = packs.packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
     reasons = machine.why_not_versions(plan.launcher)
-    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed)), entries.of_study(plan.folder)])
+    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])
     gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
     if plan.compute.address is None and gpus and not machine.gpu_memory():
         reasons.append(f"compute.gpus_per_pack={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
-from stabstudy import entries, store
+from stabstudy import disk, store
 from stabstudy.config import DataConfig
 from stabstudy.planning.document import UNREADABLE
 from stabstudy.planning.findings import Findings
@@ -58,7 +58,7 @@ def text(body: Mapping[str, Any]) -> str:
 def read(folder: Path) -> dict[str, Any] | None:
     """The content of sweep.yaml in the folder, or None where there is none. Raises ConfigError when it is broken."""
     path = store.StudyFolder(folder).sweep_file
-    if kind := entries.not_a_file(path):
+    if kind := disk.not_a_file(path):
         raise ConfigError(Problem("study", f"{path}: is {kind}, not a file"))
     if not path.exists():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from stabstudy import entries, store
+from stabstudy import disk, store
 from stabstudy.planning.plan import Plan, PlannedTrial
 
 
@@ -41,7 +41,7 @@ def _damage(folder: store.TrialFolder) -> str | None:
 
     A config.json that was changed is no reason: the plan knows what it must be.
     """
-    if wrong := entries.of_trial(folder.path):
+    if wrong := disk.trial_obstacle(folder.path):
         return wrong
     try:
         folder.read_state()

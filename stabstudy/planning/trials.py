@@ -10,12 +10,11 @@ from pathlib import Path
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import sources
-from stabstudy.data.edits import Memory
-from stabstudy.data.errors import DataError
+from stabstudy.data.files import Memory
 from stabstudy.planning.complete import Composed
 from stabstudy.planning.findings import Findings
 from stabstudy.planning.grammar import Expression
-from stabstudy.settings import ConfigError
+from stabstudy.settings import ConfigError, DataError
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,33 @@
-"""The statistics of one trial, a row of trials.parquet, and its spikes.
+"""The summary of one trial: its row of trials.parquet and its spikes, made once at its end and kept as `summary.json`.
+
+It does so where its stride is above 1, and where a tenth of the places on its grid or more have no row.
+
+Detectors, windows and rates count logged rows: a flagged row is a flagged row, and the share of rows that are flagged
+estimates that of the steps. Row numbers become steps here, and what needs every step becomes null:
+
+    how long a spike lasts, so its class and its recovery: most spikes are shorter than a stride
+    what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead
+    foundry_kill, `persistent` and R1: so many steps in a row (`verdict`)
+
+R2 counts spikes of the norm and of the loss as one where they are coupled by rows: rather too few than too many.
+
+The statistics of one trial, a row of trials.parquet, and its spikes.
 
 Null (None) means "not applicable" or "not measurable", never zero; see `COLUMNS`. A number that is NaN was
 measured and was not finite. "Settled" are the finite steps from max(warmup_steps, 25) on.
+
+The judgement of a trial of our own, made once at its end and kept in its folder as `summary.json`.
+
+    summary.json    {format, detector_id, source_sha256, columns: its statistics, spikes: a row each}, in one line
+
+A report reads it. Only where it is missing (older studies), was made by other rules, or belongs to another state of the
+trial is the trial judged anew, by the same function.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +35,62 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability import record_columns, spike_columns
-from stabstudy.stability.attribution import attribute
-from stabstudy.stability.block import Block, proven
+from stabstudy import config as cfg
+from stabstudy import store
+from stabstudy.config import TrialConfig
+from stabstudy.stability import statistics
 from stabstudy.stability.columns import COLUMNS, Definition, Value
-from stabstudy.stability.detectors import Tail, jump, jump_block, measured
-from stabstudy.stability.events import couple, find_spikes
-from stabstudy.stability.monitor import MonitorFacts, divergence
+from stabstudy.stability.detectors import Block, Tail, jump, jump_block, measured, proven
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.strided import SourceSteps, source_columns, source_spike
-from stabstudy.stability.verdict import Verdict, judge
+from stabstudy.stability.spikes import SPIKE_COLUMNS, attribute, couple, find_spikes
+from stabstudy.stability.verdict import MonitorFacts, Verdict, divergence, judge
+from stabstudy.store import State, StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
+
+NEED_EVERY_STEP = (
+    *("spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
+    *("spike_duration_median", "spike_duration_max", "spike_unrecovered"),
+    *("spike_coupled_share", "spike_lag_median", "spike_first_layer", "spike_foundry_step"),
+)
+"""Columns of trials.parquet that are null where steps were left out."""
+
+SPIKES_NEED_EVERY_STEP = ("duration", "recovered", "class", "partner", "lag", "attrib_first")
+"""Likewise of spikes.parquet."""
+
+_STEPS = ("grad_norm_argmax", "spike_first_step", "spike_foundry_step", "verdict_step", "warn_logit")
+_SPIKE_STEPS = ("start", "end", "peak_step", "partner")
+
+
+@dataclass(frozen=True)
+class SourceSteps:
+    """Which step of its source each row of a trace is."""
+
+    first_step: int = 0  # that of row 0
+    stride: int = 1  # from one row to the next
+    moved: Mapping[int, int] = field(default_factory=dict)  # row -> its step, where that is not the grid's
+    every_step: bool = True  # False: too many are missing between the rows
+
+    def of(self, row: int | None) -> int | None:
+        """The step of a row; None for none."""
+        return None if row is None else self.moved.get(row, self.first_step + self.stride * row)
+
+
+def source_columns(columns: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
+    """The statistics of a trial whose rows are those steps; `steps_done` is the number of the last one."""
+    found = dict(columns) | {name: steps.of(columns[name]) for name in _STEPS}
+    rows = columns["steps_done"]
+    if rows and (steps.stride > 1 or steps.first_step):  # every step from 0 on: as many as there are rows
+        found["steps_done"] = steps.of(rows - 1)
+    if (slope := columns["grad_norm_tail_slope"]) is not None:
+        found["grad_norm_tail_slope"] = slope / steps.stride
+    return found | ({} if steps.every_step else dict.fromkeys(NEED_EVERY_STEP))
+
+
+def source_spike(spike: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
+    """A row of spikes.parquet, likewise."""
+    found = dict(spike) | {name: steps.of(spike[name]) for name in _SPIKE_STEPS}
+    return found | ({} if steps.every_step else dict.fromkeys(SPIKES_NEED_EVERY_STEP))
+
 
 __all__ = ["COLUMNS", "Definition", "LiveSpikes", "Summary", "TrialFacts", "Value", "summarise"]
 
@@ -139,30 +206,26 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         "n_evaluable": grad_flags.n_evaluable,
         "detector_id": detector_id,
         "approximate": not steps.every_step,
-        **record_columns.norms(norm, warmup),
-        **record_columns.clipping(norm, trace, warmup, facts.clip, facts.clip_kind),
-        **spike_columns.flags_of_norm(norm, grad_flags, rules),
-        **spike_columns.grad_spikes(grad, grad_flags.n_evaluable),
-        **spike_columns.by_published_rules(norm, loss, planned, rules),
-        **spike_columns.loss_spikes(lost, loss_flags.n_evaluable),
-        **record_columns.attention(probes),
-        **record_columns.logits(trace),
-        **record_columns.updates(probes, facts.beta2),
-        **record_columns.noise(probes),
-        **record_columns.warnings(trace, probes, rules),
-        **record_columns.counters(trace),
+        **statistics.norms(norm, warmup),
+        **statistics.clipping(norm, trace, warmup, facts.clip, facts.clip_kind),
+        **statistics.flags_of_norm(norm, grad_flags, rules),
+        **statistics.grad_spikes(grad, grad_flags.n_evaluable),
+        **statistics.by_published_rules(norm, loss, planned, rules),
+        **statistics.loss_spikes(lost, loss_flags.n_evaluable),
+        **statistics.attention(probes),
+        **statistics.logits(trace),
+        **statistics.updates(probes, facts.beta2),
+        **statistics.noise(probes),
+        **statistics.warnings(trace, probes, rules),
+        **statistics.counters(trace),
         "verdict": verdict.verdict,
         "verdict_rule": verdict.rule,
         "verdict_reason": _reason(verdict, loss, facts.after_clipping),
         "verdict_partial": verdict.partial,
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
-        **record_columns.losses(
-            facts.status, facts.init_loss, facts.final_loss, diverged.best_loss, facts.unigram_entropy
-        ),
-        **record_columns.scale(
-            _tokens(trace), facts.train_tokens, facts.parameters, facts.timescale, facts.steps_planned
-        ),
+        **statistics.losses(facts.status, facts.init_loss, facts.final_loss, diverged.best_loss, facts.unigram_entropy),
+        **statistics.scale(_tokens(trace), facts.train_tokens, facts.parameters, facts.timescale, facts.steps_planned),
         "growth_act": facts.growth_act,
         "growth_grad": facts.growth_grad,
     }
@@ -186,3 +249,115 @@ def _reason(verdict: Verdict, loss: NDArray[np.float64], after_clipping: bool) -
 def _tokens(trace: Rows) -> int | None:
     """Targets seen up to the last row; None where the record has none."""
     return None if not len(trace) or trace.is_null("tokens")[-1] else int(trace["tokens"][-1])
+
+
+SUMMARY_FORMAT = 3
+"""Goes up when a statistic is computed in a new way: a summary of another format is never taken over."""
+
+_OF_STATE = (
+    *("status", "stop_reason", "init_loss", "final_loss", "growth_act", "growth_grad"),
+    *("unigram_entropy", "train_tokens", "eval_hash", "eval_tokens", "records", "error"),
+)
+"""The fields of a state that a judgement depends on; not attempts, hosts and times."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a judgement is made from, records aside."""
+
+    config: TrialConfig
+    state: State
+
+    @property
+    def facts(self) -> TrialFacts:
+        """Facts that the trace does not hold."""
+        c, state = self.config, self.state
+        return TrialFacts(
+            steps_planned=c.train.steps,
+            warmup_steps=c.warmup_steps,
+            clip=c.optim.clip,
+            clip_kind=c.optim.clip_kind,
+            beta2=c.optim.beta2,
+            parameters=c.model.parameters(vocab=0),
+            timescale=c.decay_timescale,
+            status=state.status,
+            stop_reason=state.stop_reason,
+            init_loss=state.init_loss,
+            final_loss=state.final_loss,
+            unigram_entropy=state.unigram_entropy,
+            train_tokens=state.train_tokens,
+            growth_act=state.growth_act,
+            growth_grad=state.growth_grad,
+        )
+
+    @property
+    def sha256(self) -> str:
+        """First 16 hex digits of the sha256 of all that the judgement depends on."""
+        return source_sha256(cfg.flat(self.config), self.state)
+
+
+def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, Any] | None = None) -> str:
+    """Names settings, state and, of an ingested run, what its log is; 16 hex digits.
+
+    The records of a state stand in it by their values without wall time, where the state has the sha256 of these.
+    """
+    fields = {k: getattr(state, k) for k in _OF_STATE}
+    fields["records"] = {name: _record(record) for name, record in state.records.items()}
+    known = {name: value for name, value in settings.items() if name not in cfg.ADDED or value != cfg.ADDED[name]}
+    text = json.dumps([fields, known, log], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    values = record.get("values_sha256")
+    return {"rows": record["rows"], "values_sha256": values} if values else record
+
+
+def judge_trial(trace: Rows, probes: Rows | None, source: Source, rules: Rules) -> Summary:
+    """The statistics, the verdict and the spikes of a trial, from its complete records."""
+    return summarise(trace, probes, source.facts, rules)
+
+
+def write_summary(folder: TrialFolder, summary: Summary, source: Source, rules: Rules) -> None:
+    """Keep a judgement, whole or not at all.
+
+    It is not made durable: a trial whose summary a power cut took or damaged is judged anew.
+    """
+    body = {
+        "format": SUMMARY_FORMAT,
+        "detector_id": rules.detector_id,
+        "source_sha256": source.sha256,
+        "columns": _encoded(summary.columns),
+        "spikes": [_encoded(spike) for spike in summary.spikes],
+    }
+    text = json.dumps(store.sealed(body), allow_nan=False) + "\n"
+    write_bytes(folder.summary_file, text.encode(), synced="nothing")
+
+
+def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary | None:
+    """The judgement kept in the folder; None where there is none, or it is not of this source and these rules."""
+    wanted = {"format": SUMMARY_FORMAT, "detector_id": rules.detector_id, "source_sha256": source.sha256}
+    try:
+        body = store.opened(read_json(folder.summary_file))
+        return _summary(body) if all(body.get(k) == v for k, v in wanted.items()) else None
+    except (StoreError, KeyError, TypeError, ValueError):  # whatever damage there is, the trial can be judged anew
+        return None
+
+
+def _summary(body: Mapping[str, Any]) -> Summary:
+    """Of a body of this format. Raises KeyError, TypeError or ValueError for one that was changed by hand."""
+    columns, spikes = body["columns"], body["spikes"]
+    if set(columns) != set(COLUMNS) or any(set(s) != {*SPIKE_COLUMNS, "detector_id"} for s in spikes):
+        raise ValueError("columns of another version")
+    kinds = {name: definition.kind for name, definition in COLUMNS.items()}
+    decoded = {n: float(v) if kinds[n] == "float" and v is not None else v for n, v in columns.items()}
+    return Summary({name: decoded[name] for name in COLUMNS}, [_decoded(spike) for spike in spikes])
+
+
+def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: store.encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _decoded(spike: Mapping[str, Any]) -> dict[str, Any]:
+    """A peak may be any float; JSON has text for those that are not finite."""
+    return {k: float(v) if v in ("NaN", "Infinity", "-Infinity") else v for k, v in spike.items()}

@@ -1,15 +1,185 @@
-"""The decoders by family (`model.family`): what the trainer asks of a model, and one with its initial weights."""
+"""The decoders by family (`model.family`): ours, and Llama, Qwen3 and Gemma 3 out of transformers' own layers.
+
+The second model beside `model.Decoder`, with the same interface: tokens to logits, `walk` for the probes, parameters
+named so that `embed`, `layers.N`, `norm` and `head` are the groups of `layer_grad_norm`. Theirs are the layers; the
+embedding-layers-head loop around them stands here, because transformers' own looks for padding at every call, which
+makes a GPU wait and the compiler build a mask. Without a mask attention is torch's causal kernel. No labels ever go in:
+the loss is `step`'s, as for every model, and so is `logit_softcap`.
+
+Not as transformers has it by default, so that a family differs from another by its architecture alone:
+
+- initial weights are those of `model.initialise`: with equal settings the numbers of our own decoder, q and k in the
+  order of rows that their RoPE wants, so that Llama starts as the very same function;
+- Gemma's attention scores are q.k/sqrt(head_dim) (its default is 1/16 whatever the head is), and no layer has a sliding
+  window (by default five of six have: depth would change the mix).
+
+Gemma multiplies embeddings by sqrt(dim), and its norms by 1 + w: they start at w = 0, and `optim.decay_params: all`
+pulls them to the identity where it pulls other norms to 0.
+
+transformers is imported when such a model is made, never before.
+
+The decoders by family (`model.family`): what the trainer asks of a model, and one with its initial weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
-from stabstudy.training.hf import HfDecoder, initialise_hf
-from stabstudy.training.model import Decoder, initialise
+from stabstudy.training.model import Decoder, initial_matrix, initialise
+
+OURS = {
+    "self_attn.q_proj": ("attention.wqkv", 0),
+    "self_attn.k_proj": ("attention.wqkv", 1),
+    "self_attn.v_proj": ("attention.wqkv", 2),
+    "self_attn.o_proj": ("attention.wo", 0),
+    "mlp.gate_proj": ("ffn.w13", 0),
+    "mlp.up_proj": ("ffn.w13", 1),
+    "mlp.down_proj": ("ffn.w2", 0),
+}
+"""A layer's matrices in transformers -> the weight of ours that each one is a part of, and which part."""
+
+ATTENTION = "stabstudy_sdpa"
+"""The name under which transformers finds `_attention`."""
+
+
+class HfDecoder(nn.Module):
+    """Token ids [B,T] to logits [B,T,V]. Weights are made by `initialise_hf`."""
+
+    def __init__(self, config: ModelConfig, vocab: int, seq_len: int):
+        super().__init__()
+        causal = _transformers_model(config, vocab, seq_len)
+        self.embed: nn.Embedding = causal.model.embed_tokens
+        self.layers: nn.ModuleList = causal.model.layers
+        self.norm: nn.Module = causal.model.norm
+        self.head: nn.Linear = causal.lm_head
+        self.qk_norm = config.qk_norm
+        kind = ["full_attention"] if config.family == "gemma3" else []
+        cos_1TK, sin_1TK = causal.model.rotary_emb(self.embed.weight, torch.arange(seq_len)[None], *kind)
+        self.cos_1TK: Tensor
+        self.sin_1TK: Tensor
+        self.register_buffer("cos_1TK", cos_1TK, persistent=False)
+        self.register_buffer("sin_1TK", sin_1TK, persistent=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD, turn = self._entering(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, position_embeddings=turn, attention_mask=None)
+        return self.readout(x_BTD)
+
+    def readout(self, x_BTD: Tensor) -> Tensor:
+        """The logits of the stream behind the last layer."""
+        logits_BTV: Tensor = self.head(self.norm(x_BTD))
+        return logits_BTV
+
+    def walk(self, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Layer by layer (q [B,H,T,K], k [B,G,T,K], residual after the layer [B,T,D]): what the probes look at."""
+        x_BTD, turn = self._entering(tokens_BT)
+        for layer in self.layers:
+            q_BHTK, k_BGTK = self._queries_keys(layer, x_BTD, turn)
+            x_BTD = layer(x_BTD, position_embeddings=turn, attention_mask=None)
+            yield q_BHTK, k_BGTK, x_BTD
+
+    def _entering(self, tokens_BT: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What enters the first layer, and RoPE's cos and sin, in the stream's dtype, which is the output matrix's."""
+        T, dtype = tokens_BT.shape[1], self.head.weight.dtype
+        turn = self.cos_1TK[:, :T].to(dtype), self.sin_1TK[:, :T].to(dtype)
+        return self.embed(tokens_BT).to(dtype), turn
+
+    def _queries_keys(self, layer: Any, x_BTD: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """After qk-norm and RoPE, as the layer's attention makes them and does not hand out."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        attention, normed_BTD = layer.self_attn, layer.input_layernorm(x_BTD)
+        q_BTHK, k_BTGK = (
+            project(normed_BTD).unflatten(-1, (-1, attention.head_dim))
+            for project in (attention.q_proj, attention.k_proj)
+        )
+        if self.qk_norm:
+            q_BTHK, k_BTGK = attention.q_norm(q_BTHK), attention.k_norm(k_BTGK)
+        turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), *turn)
+        return turned
+
+
+def initialise_hf(model: HfDecoder, config: ModelConfig, seed: int) -> None:
+    """Every initial weight, in place: matrices by `model.initialise`, norms at their identity."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if config.family == "gemma3" else 1.0)
+                continue
+            ours, part = _our_name(name)
+            weight = initial_matrix(config, seed, ours, part, parameter.shape)
+            turned = name.endswith(("q_proj.weight", "k_proj.weight"))
+            parameter.copy_(halves(weight, config.head_dim) if turned else weight)
+
+
+def halves(weight_RD: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k from our RoPE's pairs (0, 1), (2, 3), ... to transformers' (0, K/2), (1, K/2 + 1), ..."""
+    R, D = weight_RD.shape
+    return weight_RD.view(R // head_dim, head_dim // 2, 2, D).transpose(1, 2).reshape(R, D)
+
+
+def _our_name(name: str) -> tuple[str, int]:
+    """The weight of `Decoder` that a matrix here is a part of, and which part."""
+    if not name.startswith("layers."):
+        return name, 0
+    layer, matrix = name.removesuffix(".weight").split(".", 2)[1:]
+    ours, part = OURS[matrix]
+    return f"layers.{layer}.{ours}.weight", part
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    """transformers' own call of torch's kernel, with q and k in the dtype of v.
+
+    RoPE in fp32 makes q and k fp32 under autocast, which casts them at the kernel; under `vmap` the kernel looks at its
+    arguments first and refuses them.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    q, k = query.to(value.dtype), key.to(value.dtype)
+    out: tuple[Tensor, None] = sdpa_attention_forward(module, q, k, value, attention_mask, **settings)
+    return out
+
+
+def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:
+    """The family's ForCausalLM; everything that a default would decide, and should not, is given."""
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    of = {"llama": "Llama", "qwen3": "Qwen3", "gemma3": "Gemma3"}[config.family]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    own: dict[str, Any] = {}
+    if config.family == "gemma3":
+        rope = {"full_attention": rope}
+        own = {"query_pre_attn_scalar": config.head_dim, "final_logit_softcapping": None}
+    if config.family != "llama":
+        own |= {"layer_types": ["full_attention"] * config.depth}
+    settings = getattr(transformers, f"{of}TextConfig" if config.family == "gemma3" else f"{of}Config")(
+        vocab_size=vocab,
+        hidden_size=config.dim,
+        intermediate_size=config.ffn_dim,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,  # else 128 (Qwen3), 256 (Gemma) whatever the width
+        max_position_embeddings=seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=config.tied,
+        attention_dropout=0.0,
+        pad_token_id=None,  # else that token's row is zeroed and gets no gradient
+        use_cache=False,
+        attn_implementation=ATTENTION,
+        **own,
+    )
+    return getattr(transformers, f"{of}ForCausalLM")(settings)
 
 
 class Model(Protocol):

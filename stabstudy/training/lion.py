@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training.decay import decay_of
-from stabstudy.training.members import beside, rates, replace, vector
+from stabstudy.training.adamw import decay_of
+from stabstudy.training.stack import beside, rates, replace, vector
 
 
 class Lion:

@@ -1,4 +1,8 @@
-"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
+"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU.
+
+The group of each parameter in the recorded norms: the embedding, each layer, the head.
+
+The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
 
 Shapes: B sequences, T positions, D dim, H query heads, G key/value heads, K head_dim, F ffn_dim, V vocabulary, L depth.
 Facts of the architecture: facebookresearch/lingua (lingua/transformer.py); the code is ours. q, k, v are one matrix and
@@ -9,14 +13,43 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
-from stabstudy.training.softcap import capped_attention
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """x, any shape, bent to within +-cap; computed and returned in float32."""
+    return cap * torch.tanh(x.float() / cap)
+
+
+def capped_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cap: float) -> Tensor:
+    """Causal attention [B,H,T,K] whose scores q.k/sqrt(K) are capped before the softmax; scores and softmax in float32.
+
+    Explicit, for torch's fused attention has no cap: it holds B*H*T^2 scores a layer.
+    """
+    groups, T = q_BHTK.shape[1] // k_BGTK.shape[1], q_BHTK.shape[2]
+    k_BHTK, v_BHTK = (x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))
+    scores_BHTT = soft_cap(q_BHTK @ k_BHTK.transpose(-1, -2) / math.sqrt(q_BHTK.shape[3]), cap)
+    hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
+    weights_BHTT = scores_BHTT.masked_fill(hidden_TT, -math.inf).softmax(dim=-1)
+    return weights_BHTT.to(v_BHTK.dtype) @ v_BHTK
+
+
+def layer_of(parameter_name: str) -> str:
+    """The group of a parameter in `layer_grad_norm`: embed, 0, 1, ..., or head (which has the final norm too)."""
+    parts = parameter_name.split(".")
+    return parts[1] if parts[0] == "layers" else "embed" if parts[0] == "embed" else "head"
+
+
+def layer_index(parameter_names: Sequence[str], depth: int) -> list[int]:
+    """For each parameter the index of its group in [embed, layer 0 .. L-1, head]; a tied matrix counts to embed."""
+    order = {"embed": 0, "head": depth + 1} | {str(i): i + 1 for i in range(depth)}
+    return [order[layer_of(name)] for name in parameter_names]
 
 
 class Attention(nn.Module):

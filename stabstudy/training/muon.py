@@ -28,11 +28,9 @@ import torch
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training.adamw import AdamW
-from stabstudy.training.decay import decay_rate
-from stabstudy.training.layers import layer_of
-from stabstudy.training.members import beside, rates, replace, vector
-from stabstudy.training.model import fused_rows
+from stabstudy.training.adamw import AdamW, decay_rate
+from stabstudy.training.model import fused_rows, layer_of
+from stabstudy.training.stack import beside, rates, replace, vector
 
 NS_A, NS_B, NS_C, NS_STEPS, NS_EPS = 3.4445, -4.775, 2.0315, 5, 1e-7
 """Keller Jordan's quintic and steps (github.com/KellerJordan/Muon, `muon.py`), and torch.optim.Muon's defaults."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stabstudy.config import TrialConfig
 from stabstudy.training.families import Model
-from stabstudy.training.softcap import soft_cap
+from stabstudy.training.model import soft_cap
 
 IGNORE = -100
 """A target that counts for nothing (padding)."""

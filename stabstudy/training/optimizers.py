@@ -13,10 +13,9 @@ from typing import Protocol
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training.adamw import AdamW
+from stabstudy.training.adamw import AdamW, StableAdamW
 from stabstudy.training.lion import Lion
 from stabstudy.training.muon import Muon
-from stabstudy.training.stable_adamw import StableAdamW
 
 
 class Optimizer(Protocol):

@@ -1,5 +1,10 @@
 """A pack: trials of one shape trained together, from whatever states they were left in to their ends.
 
+By default glibc gives large blocks back to the system as soon as they are freed and asks for them again a moment later:
+thousands of page faults a step, each filling 4 kB with zeros. No value changes, only where it lies.
+
+A pack: trials of one shape trained together, from whatever states they were left in to their ends.
+
 Every member keeps its own folder, lock, state, records, checkpoints and verdict, and may be at a step of its own, so a
 pack that was killed goes on in any other grouping. A member that fails alone (its data, its folder) leaves the others
 to go on. A pack that does not fit into memory is halved. When half of a pack have ended, it is made anew without them,
@@ -9,6 +14,7 @@ where that saves more time than it takes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +30,25 @@ from stabstudy import locks, store
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
 from stabstudy.training import families, probes
-from stabstudy.training.allocation import keep_freed_memory
 from stabstudy.training.checkpoint import Saver
-from stabstudy.training.compiling import keep_compiled
-from stabstudy.training.driver import Captured, Driver, Eager
-from stabstudy.training.feed import feed
-from stabstudy.training.growth import growth
+from stabstudy.training.driver import Captured, Driver, Eager, feed
 from stabstudy.training.loop import End, Heartbeat, Loop, Plan
+from stabstudy.training.probes import growth_exponents
 from stabstudy.training.record import Recorder
-from stabstudy.training.step import Stepper, stacked
+from stabstudy.training.step import Stepper, keep_compiled, stacked
 from stabstudy.training.trial import Engine, Trial, status_of
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Numbers of two options in glibc's malloc.h."""
+
+
+def keep_freed_memory() -> bool:
+    """Never return freed memory to the system, for the rest of this process; False where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return False
+
 
 RING = 32
 """Steps kept back on CUDA, for one copy."""
@@ -252,7 +267,7 @@ class PackRun:
         """What is measured of the initial weights, which the stepper still has."""
         if all(member.knows_its_start for member in self.members):
             return
-        exponents = growth(self.stepper, self._windows(lambda m: m.batches.evaluation()))
+        exponents = growth_exponents(self.stepper, self._windows(lambda m: m.batches.evaluation()))
         losses = self.stepper.loss_on(self._windows(lambda m: m.batches.final_evaluation())).tolist()
         for member, loss, (act, grad) in zip(self.members, losses, exponents, strict=True):
             if not member.knows_its_start:

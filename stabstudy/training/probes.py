@@ -1,19 +1,48 @@
-"""Probes: the costly quantities, every `train.probe_every` steps, on the fixed evaluation batch.
+"""Measurements besides training: probes, growth of the initial weights, exactness of gradient accumulation.
 
 A probe draws no random number and changes no value of the training: it only reads weights, optimizer state and the
 gradients of the last update. It leaves one vector a member on the device.
+
+Growth exponents of the initial weights (OLMo 2, arXiv 2501.00656): whether signals grow or vanish with depth.
+
+    growth_act  = log(norm(v_L) / norm(v_1)) / L      v_l: mean over all positions of the residual stream after layer l
+    growth_grad = log(norm(u_L) / norm(u_1)) / L      u_l: mean over all positions of the loss's gradient there
+
+Near 0 is good: neither vanishes nor explodes as layers are added. One forward and backward pass over the first
+sequences of the evaluation batch, before the first update, in the training's precision. The sum of cross-entropies is
+differentiated, not their mean: the ratio is the same, and small gradients survive float16.
+
+A check that gradient accumulation is exact for a model: one real batch, whole and in pieces, one gradient.
+
+What a foreign model does with its inputs is not ours to know, and a wrong gradient hides well: a mean of micro-batch
+means has about the right loss, and Adam hides a constant factor (LLaMA-Factory issue 7743). The targets are masked to
+very unequal numbers, for equal ones would hide it all.
+
+Run as a program, in a process of its own, so that its caller needs no torch: see `main`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from stabstudy import config as cfg
+from stabstudy.data.batches import Batches, open_batches
+from stabstudy.training import clipping, families
 from stabstudy.training.clipping import global_norm, tensor_norms
 from stabstudy.training.families import Model
-from stabstudy.training.softcap import soft_cap
+from stabstudy.training.model import soft_cap
+from stabstudy.training.objective import IGNORE, MINIMISED, target_sums
 from stabstudy.training.stack import Scalars
 from stabstudy.training.step import Stepper
 
@@ -87,3 +116,106 @@ def attention_statistics(q_BHTK: Tensor, k_BGTK: Tensor, cap: float | None = Non
     entropy_BHT = total_BHT.log() - mean_BHT
     positions = torch.arange(2, T + 1, device=q_BHTK.device).float()
     return largest, (entropy_BHT[..., 1:] / positions.log()).mean()
+
+
+GROWTH_SEQUENCES = 50
+"""Of the evaluation batch; all of them where it has fewer."""
+
+
+def growth_exponents(stepper: Stepper, windows_KBT: Tensor) -> list[tuple[float | None, float | None]]:
+    """(growth_act, growth_grad) of each member as it is; (None, None) with a single layer, NaN where not finite.
+
+    Draws no random number and leaves weights and their gradients alone.
+    """
+    model = stepper.configs[0].model
+    if model.depth < 2:
+        return [(None, None)] * stepper.K
+    sums = torch.zeros(4, stepper.K, model.dim, dtype=torch.float64, device=stepper.device)  # v_1, v_L, u_1, u_L
+    for part in torch.split(windows_KBT[:, :GROWTH_SEQUENCES], stepper.micro_batch, dim=1):
+        sums += torch.stack(_sums(stepper, part))
+    v_1, v_L, u_1, u_L = torch.linalg.vector_norm(sums, dim=2)
+    exponents = torch.stack([v_L / v_1, u_L / u_1], dim=1).log() / model.depth
+    return [(act, grad) for act, grad in exponents.tolist()]
+
+
+def _sums(stepper: Stepper, windows_KBT: Tensor) -> list[Tensor]:
+    """Sums over all positions, [K,D] each: stream after the first and the last layer, gradient at the first, the last.
+
+    The gradient is that of a tensor of zeros which is added to the stream there.
+    """
+    config = stepper.configs[0].model
+    K, B, T = windows_KBT[..., 1:].shape
+    zeros = [torch.zeros(K, B, T, config.dim, device=stepper.device, requires_grad=True) for _ in range(2)]
+
+    def of_one(model: Model, inputs: Tensor, targets: Tensor, first: Tensor, last: Tensor) -> Scalars:
+        with _added(model.layers[0], first), _added(model.layers[-1], last):
+            stream = [x_BTD for _, _, x_BTD in model.walk(inputs)]
+        loss = target_sums(model.readout(stream[-1]), targets, False, config.logit_softcap)[MINIMISED]
+        v_1, v_L = (x_BTD.detach().double().sum((0, 1)) for x_BTD in (stream[0], stream[-1]))
+        return {"loss": loss, "v_1": v_1, "v_L": v_L}
+
+    of_all = stepper.stack.run(of_one, windows_KBT[..., :-1], windows_KBT[..., 1:], *zeros)
+    gradients = torch.autograd.grad(of_all["loss"].sum(), zeros)
+    return [of_all["v_1"], of_all["v_L"], *(g.double().sum((1, 2)) for g in gradients)]
+
+
+@contextlib.contextmanager
+def _added(layer: nn.Module, summand: Tensor) -> Iterator[None]:
+    """While this lasts, the layer's output is larger by the summand."""
+    hook = layer.register_forward_hook(lambda module, inputs, output: output + summand.to(output.dtype))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+SEQUENCES = 8
+"""Of the trial's first batch, at most; more would take longer and show nothing else."""
+
+
+def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: torch.device) -> tuple[float, float]:
+    """(of the loss, of the gradient norm): relative difference between the whole batch and one sequence at a time.
+
+    At the initial weights, in fp32, on the first sequences of the trial's own data. NaN where one is not finite.
+    """
+    count = min(max(2, config.train.batch_size), SEQUENCES)
+    train = replace(config.train, batch_size=count, micro_batch_size=count, precision="fp32", compile="off")
+    whole = replace(config, train=train)
+    split = replace(config, train=replace(train, micro_batch_size=1))
+    batches = open_batches(whole, cache_dir)
+    masked = unequal(batches.batch(0))
+    (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
+    return abs(split_loss / loss - 1), abs(split_norm / norm - 1)
+
+
+def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The windows [B, T+1] with about T/B, 2T/B, ... T targets left in them."""
+    masked = windows.copy()
+    B, T = masked.shape[0], masked.shape[1] - 1
+    for row in range(B):
+        masked[row, 1 + max(1, T * (row + 1) // B) :] = IGNORE
+    return masked
+
+
+def _measured(
+    config: cfg.TrialConfig, batches: Batches, windows: NDArray[np.int64], device: torch.device
+) -> tuple[float, float]:
+    """Loss and gradient norm of the batch in the micro-batches of the config, at the initial weights."""
+    model = families.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
+    stepper = Stepper([config], [model], device)
+    of_pack = torch.from_numpy(windows)[None].to(device)
+    scalars = stepper.accumulate(of_pack, (of_pack[..., 1:] != IGNORE).sum((1, 2)).float(), masked=True)
+    return scalars["loss"].item(), clipping.global_norm(clipping.tensor_norms(stepper.grads)).item()
+
+
+def main() -> None:
+    """Read {cache_dir, device, threads, configs} as JSON, print [loss difference, norm difference] for each config."""
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    for values in asked["configs"]:
+        apart = accumulation_differences(cfg.from_dict(values), Path(asked["cache_dir"]), torch.device(asked["device"]))
+        print(json.dumps(apart), flush=True)
+
+
+if __name__ == "__main__":
+    main()

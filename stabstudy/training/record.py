@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from stabstudy import live
 from stabstudy.config import TrialConfig
-from stabstudy.stability.block import NO_TARGETS, SPIKE, Block
-from stabstudy.stability.monitor import DivergenceMonitor, MonitorFacts
+from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import LiveSpikes
+from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
 from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
 from stabstudy.training.driver import Taken, Tick
 from stabstudy.training.noise_scale import NoiseMeans

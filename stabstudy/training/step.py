@@ -1,4 +1,9 @@
-"""One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
+"""One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision; compiled on request.
+
+Every micro-batch of a pack has one shape, so it compiles once. Evaluation and probes, whose shapes differ, are eager
+in both modes: a loss is measured the same way whatever trained the weights.
+
+One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
 
 The loss of a step is the sum of cross-entropies over ALL its micro-batches divided by N, the valid targets of the whole
 step, so neither loss nor gradient depends on `micro_batch_size` (the mean of micro-batch means does, and its gradient
@@ -11,8 +16,11 @@ trial ends here) is decided on the device, for each of the K members by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +29,39 @@ from torch import Tensor
 
 from stabstudy.config import TrialConfig
 from stabstudy.training import clipping
-from stabstudy.training.clipping import clip_rule
-from stabstudy.training.compiling import compiled
+from stabstudy.training.clipping import SpikeSkip, clip_rule
 from stabstudy.training.families import Model
-from stabstudy.training.layers import layer_index
+from stabstudy.training.model import layer_index
 from stabstudy.training.noise_scale import MicroBatches
 from stabstudy.training.objective import IGNORE, MINIMISED, objective
 from stabstudy.training.optimizers import optimizer
-from stabstudy.training.spike_skip import SpikeSkip
 from stabstudy.training.stack import Scalars, Stack
+
+T = TypeVar("T")
+
+FOLDER = "compiled"
+"""Below the cache folder: compiled kernels, of which trials of equal shape make use together."""
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Keep kernels in the cache folder, unless the user's environment names another. Call before the first compile."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / FOLDER))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function compiled for the shapes that it is called with.
+
+    What a process compiled before is forgotten: packs of other shapes would count as recompilations, at whose limit
+    the compiler runs the function eagerly without a word. Reaching it is an error.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fast: Callable[..., T] = torch.compile(function, dynamic=False)
+    return fast
+
 
 SCALE_START, SCALE_GROWTH_STEPS = 2.0**16, 2000
 """fp16 loss scaling: the first scale, and the good steps after which it doubles (torch.amp.GradScaler's values)."""

@@ -23,9 +23,9 @@ from stabstudy import config as cfg
 from stabstudy import disk, failpoints, finished, live, locks, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
-from stabstudy.stability.judgement import Source, judge_trial, write_summary
-from stabstudy.stability.monitor import MonitorFacts
 from stabstudy.stability.rules import Rules
+from stabstudy.stability.summary import Source, judge_trial, write_summary
+from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.training import checkpoint
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.record import Recorded

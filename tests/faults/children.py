@@ -24,7 +24,7 @@ import stabstudy.planning.plan  # noqa: F401
 import stabstudy.planning.preview  # noqa: F401
 import stabstudy.sweeping.launch  # noqa: F401
 from stabstudy import live, locks, store, trace
-from stabstudy.binary import Table
+from stabstudy.encodings import Table
 from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint
 from stabstudy.training.pack import run_pack
