@@ -66,16 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(flags: list[str], overrides: list[str]) -> int:
-    from stabstudy.planning import machine
+    from stabstudy.planning import compute
 
-    if reason := machine.why_not_python():
-        raise machine.NotReadyError(reason)
+    if reason := compute.why_not_python():
+        raise compute.NotReadyError(reason)
     if unknown := [flag for flag in flags if flag not in FLAGS]:
         raise _no_flags(unknown)
     if "--help" in flags or "-h" in flags:
         return _help()
     if "--version" in flags:
-        print(f"stabstudy {machine.package_version('stabstudy')}")
+        print(f"stabstudy {compute.package_version('stabstudy')}")
         return 0
     if "--list" in flags:
         return _list()
@@ -111,10 +111,10 @@ def _train(made: Plan, overrides: list[str]) -> int:
 
 
 def _help() -> int:
-    from stabstudy.planning import places
+    from stabstudy.planning import compose
 
     print(HELP)
-    folder = places.conf_folder()
+    folder = compose.conf_folder()
     for group in sorted(p for p in folder.iterdir() if p.is_dir()):
         presets = " | ".join(sorted(p.stem for p in group.glob("*.yaml")))
         print(textwrap.fill(presets, 100, initial_indent=f"  {group.name}=", subsequent_indent=" " * 10))
@@ -123,20 +123,23 @@ def _help() -> int:
 
 
 def _list() -> int:
-    from stabstudy.planning import places, words
+    from stabstudy import wording
+    from stabstudy.planning import compose
 
-    words.table(("sweep", "question"), [(s.name, s.question) for s in places.sweeps(Path.cwd())])
+    wording.table(("sweep", "question"), [(s.name, s.question) for s in compose.sweeps(Path.cwd())])
     return 0
 
 
 def _status(overrides: list[str]) -> int:
-    from stabstudy.planning import arguments, compose, findings, plan
+    from stabstudy.planning import compose, plan
+    from stabstudy.planning.overrides import read
+    from stabstudy.settings import Issues
     from stabstudy.sweeping import status
 
-    found = findings.Findings()
+    issues = Issues()
     with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
-        request = arguments.read(overrides, loader, found)
-    found.stop()
+        request = read(overrides, loader, issues)
+    issues.stop()
     status.show(plan.study_folder(request, Path.cwd()))
     return 0
 
@@ -153,7 +156,7 @@ def _explain(error: Exception, command: str) -> int:
     from stabstudy.data.errors import DataError
     from stabstudy.entries import EntryError
     from stabstudy.locks import LockHeldError
-    from stabstudy.planning.machine import NotReadyError
+    from stabstudy.planning.compute import NotReadyError
     from stabstudy.settings import ConfigError
     from stabstudy.store import StoreError
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
+    *("failpoints", "leftovers", "settings", "wording", "groups", "combinations", "config", "shape"),
     *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
 }
 
@@ -35,6 +35,7 @@ MAY = {
     "__init__": May(set()),
     "failpoints": May(set()),
     "settings": May(set()),
+    "wording": May({"settings"}, {"rich"}, late={"rich"}),
     "groups": May({"settings"}),
     "combinations": May({"groups", "settings", "config"}),  # config for its type alone
     "config": May({"combinations", "groups", "settings"}),

@@ -1,4 +1,4 @@
-"""conf/ and a sweep file composed by Hydra into plain mappings, once for each combination of presets.
+"""The folders of conf/ and sweeps/, and their files composed by Hydra into plain mappings.
 
 Hydra decides what a file means (defaults, packages, presets); single settings are laid on top afterwards, because a
 composition costs a tenth of a second and a study has hundreds of cells. Interpolations stay unresolved until every
@@ -25,10 +25,93 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import stabstudy
+from stabstudy import entries, store
 from stabstudy.config import GROUPS
-from stabstudy.planning import places
 from stabstudy.planning.document import Document, check
 from stabstudy.settings import ConfigError, Problem, nearest
+
+HEAD = 64 * 1024
+"""Characters of a sweep file that are read for its question."""
+
+_PACKAGE = Path(stabstudy.__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class SweepPlace:
+    """A sweep file and the question in its header."""
+
+    name: str
+    path: Path
+    question: str
+
+
+def conf_folder() -> Path:
+    """The folder of the Hydra groups: inside an installed package, beside it in a checkout."""
+    return _shipped("conf", "trial.yaml")
+
+
+def sweep_folders(cwd: Path) -> list[Path]:
+    """Where sweeps are looked for: the user's own ./sweeps first, then the shipped ones."""
+    own, shipped = (cwd / "sweeps").resolve(), _shipped("sweeps", "quickstart.yaml")
+    return [own, shipped] if own.is_dir() and own != shipped else [shipped]
+
+
+def find_sweep(name: str, cwd: Path) -> Path:
+    """The file of the sweep. Raises ConfigError with the nearest names."""
+    found = _files(cwd)
+    if name not in found:
+        raise ConfigError(Problem("sweep", f"there is no such sweep{nearest(name, sorted(found))}", repr(name)))
+    return found[name]
+
+
+def sweeps(cwd: Path) -> list[SweepPlace]:
+    """Every sweep that can be named from here, by name."""
+    return [SweepPlace(name, path, question(_text(path))) for name, path in sorted(_files(cwd).items())]
+
+
+def question(text: str) -> str:
+    """The first comment of a sweep file that is no Hydra header, up to its first question mark or its first gap."""
+    words: list[str] = []
+    for line in text.splitlines():
+        comment = line.removeprefix("#").strip()
+        if line.startswith("#") and comment.startswith("@package"):
+            continue
+        if not line.startswith("#") or not comment:
+            break
+        words.append(comment)
+        if comment.endswith("?"):
+            break
+    return " ".join(words).replace("${", "$ {")  # it is kept in sweep.yaml, where that would be an interpolation
+
+
+def shown(path: Path, cwd: Path) -> str:
+    """The path as messages name it: relative to where the user stands when it lies below."""
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+
+
+def _shipped(folder: str, witness: str) -> Path:
+    inside, beside = _PACKAGE / folder, _PACKAGE.parent / folder
+    return inside if (inside / witness).is_file() else beside
+
+
+def _files(cwd: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in reversed(sweep_folders(cwd)):
+        found |= {path.stem: path for path in folder.glob("*.yaml") if store.check_name(path.stem) is None}
+    return found
+
+
+def _text(path: Path) -> str:
+    """The beginning of a sweep file, where its question stands; empty where it cannot be read."""
+    if entries.not_a_file(path):
+        return ""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as f:
+            return f.read(HEAD)
+    except OSError:
+        return ""
+
 
 PRESET_GROUPS = (*GROUPS, "compute")
 """The groups of conf/. `compute` sets where trials run and is not part of a trial."""
@@ -47,7 +130,7 @@ class Base:
 @contextlib.contextmanager
 def conf() -> Iterator[ConfigLoader]:
     """Hydra set up over conf/, after every file there was checked. Raises ConfigError."""
-    folder = places.conf_folder()
+    folder = conf_folder()
     problems: list[Problem] = []
     for path in sorted(folder.rglob("*.yaml")):
         try:

@@ -16,8 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stabstudy.planning.words import count, duration, judged, safe
 from stabstudy.store import State
+from stabstudy.sweeping.status import judged
+from stabstudy.wording import count, duration, safe
 
 PLAIN_SECONDS = 15.0
 """Off a terminal: at least this long between two progress lines."""

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import NotReadyError
 from stabstudy.sweeping.ray_driver import ENVIRONMENT
 
 CONNECT_SECONDS = 10.0

@@ -21,10 +21,10 @@ from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
 from stabstudy.data.errors import DataError
 from stabstudy.data.supply import Supply
-from stabstudy.planning import machine, packs
+from stabstudy.planning import compute, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
-from stabstudy.planning.standing import intact, waiting
+from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, Problem, line, show
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping import cluster
@@ -54,7 +54,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
-    locks.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
+    locks.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
     cache_dir = _cache_dir(plan.compute.cache_dir)
@@ -86,15 +86,15 @@ def _trained(
 
 
 def _cache_dir(named: str | None) -> Path:
-    """Raises machine.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
+    """Raises compute.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
     try:
         return tokens.named_cache_dir(named) if named else tokens.default_cache_dir()
     except DataError as error:
-        raise machine.NotReadyError(str(error)) from error
+        raise compute.NotReadyError(str(error)) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         rule = f"must be a folder that can be written ({reason})"
-        raise machine.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
+        raise compute.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
@@ -155,7 +155,7 @@ def _run(
             "device": "cuda" if plan.compute.gpus_per_pack else "cpu",
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
-            "compiler": machine.why_not_compile() is None,
+            "compiler": compute.why_not_compile() is None,
         },
         "rules": Rules().to_json(),
     }

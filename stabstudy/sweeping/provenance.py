@@ -11,7 +11,7 @@ from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy import locks
-from stabstudy.planning import machine
+from stabstudy.planning import compute
 from stabstudy.planning.plan import Plan
 
 PACKAGES = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
@@ -28,8 +28,8 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: machine.package_version(p) for p in PACKAGES}},
-        "machine": {"platform": platform.platform(), "cores": machine.cores(), "processor": _processor()},
+        "versions": {"python": platform.python_version(), **{p: compute.package_version(p) for p in PACKAGES}},
+        "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
         "git": _git(),
     }
 

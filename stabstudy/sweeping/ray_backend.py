@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import locks, store
-from stabstudy.planning.compute import Compute
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.sweeping.rounds import Rounds
 from stabstudy.sweeping.scratch import session
 from stabstudy.sweeping.stopping import StopRequest

@@ -30,8 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from stabstudy.planning.compute import Compute
-from stabstudy.planning.machine import NotReadyError, cores
+from stabstudy.planning.compute import Compute, NotReadyError, cores
 from stabstudy.sweeping.worker import tune_pack
 
 START_TRIES = 3

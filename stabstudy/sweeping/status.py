@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import entries, live, locks, store, trace
-from stabstudy.planning import words
+from stabstudy import entries, live, locks, store, trace, wording
 from stabstudy.store import State, TrialFolder
 
 UNKNOWN = "?"
@@ -37,18 +36,30 @@ def show(folder: Path) -> None:
     listed = sorted(map(_found, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
     if listed:
         rows = [_row(trial, axes) for trial in listed]
-        words.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
+        wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
     print(summary(study, [trial.state for trial in listed]))
 
 
 def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
     counts = Counter(state.status for state in states)
-    verdicts = Counter(words.judged(state) for state in states if state.status == "done")
+    verdicts = Counter(judged(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
     launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
-    return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
+    return f"{study.name}: {wording.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
+
+
+def judged(state: State) -> str:
+    """The verdict of a done trial in words, or why it has none."""
+    reasons = {
+        "too_short": "too short to judge",
+        "no_gradient_norm": "no gradient norm",
+        "norm_after_clipping": "norms after clipping alone",
+        "all_zero": "loss and norm are 0 throughout",
+        None: "not judged",
+    }
+    return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 
 def _axes(study: store.StudyFolder) -> list[str]:
@@ -82,7 +93,7 @@ def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
     shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
-    verdict = words.judged(state) if state.status == "done" else str((state.error or {}).get("message", ""))
+    verdict = judged(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
     steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
     return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]

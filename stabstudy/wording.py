@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 
 from stabstudy.settings import safe as safe  # beside the other words for a terminal
-from stabstudy.store import State
 
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
@@ -22,18 +21,6 @@ def amount(value: float) -> str:
 def count(number: int, noun: str) -> str:
     """'1 trial', '24 trials'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def judged(state: State) -> str:
-    """The verdict of a done trial in words, or why it has none."""
-    reasons = {
-        "too_short": "too short to judge",
-        "no_gradient_norm": "no gradient norm",
-        "norm_after_clipping": "norms after clipping alone",
-        "all_zero": "loss and norm are 0 throughout",
-        None: "not judged",
-    }
-    return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 
 def duration(seconds: float) -> str:
