@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("failpoints", "leftovers", "settings", "wording", "groups", "combinations", "config", "shape"),
-    *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
+    *("trace", "live", "finished", "entries", "disk", "locks", "store", "external"),
 }
 
 
@@ -49,7 +49,6 @@ MAY = {
     "entries": May(set()),
     "state_fields": May(set()),
     "disk": May(set()),
-    "outlet": May(set()),
     "locks": May(set()),
     "store": May(
         {"config", "settings", "disk", "locks", "entries", "seals", "state_fields", "trace", "finished", "live"}
@@ -80,10 +79,12 @@ MAY = {
     "ingesting": May(
         FACTS | {"planning"}, {"numpy", "pyarrow", "tensorboard"}, late={"planning", "pyarrow", "tensorboard"}
     ),
-    "report": May(FACTS | {"analysis"}, late={"analysis"}),
-    "ingest": May(FACTS | {"ingesting"}, late=FACTS | {"ingesting"}),
+    "cli": May({"settings"}),  # it loads the commands by name, late
+    "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
+    "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
     "sweep": May(
-        FACTS | {"data", "planning", "sweeping", "report"}, late=FACTS | {"data", "planning", "sweeping", "report"}
+        FACTS | {"cli", "data", "planning", "sweeping", "report"},
+        late=FACTS | {"data", "planning", "sweeping", "report"},
     ),
 }
 

@@ -322,7 +322,7 @@ def test_seeds(ask, said, seeds):
 
 
 def test_launch_keys(ask, tmp_path):
-    plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0", "-m")
+    plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0")
     assert (plan.study, plan.folder, plan.launcher) == ("2024", tmp_path / "out put" / "2024", "local")
     assert (plan.compute.retries, plan.compute.gpus_per_pack, plan.compute.threads) == (0, 1.0, 4)
     assert {t.trial_id for t in plan.trials} == {t.trial_id for t in ask(SWEEP).trials}, "no part of a trial"

@@ -78,8 +78,7 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, issues: Issues) 
     parser = OverridesParser.create(config_loader=loader)
     said: dict[str, Chosen | list[Chosen]] = {}
     for argument in arguments:
-        if argument not in ("-m", "--multirun"):  # what Hydra users type; every sweep is a multirun here
-            _read_one(argument, parser, loader, said, issues)
+        _read_one(argument, parser, loader, said, issues)
     launch_said = {k: said.pop(k) for k in LAUNCH_KEYS if k in said}
     sweep = launch_said.pop("sweep", None)
     seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, issues)

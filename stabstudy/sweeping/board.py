@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stabstudy.store import State
-from stabstudy.sweeping.status import judged
+from stabstudy.sweeping.status import verdict_words
 from stabstudy.wording import count, duration, safe
 
 PLAIN_SECONDS = 15.0
@@ -84,7 +84,7 @@ class Board:
     def finish(self, trial_id: str, state: State) -> None:
         """A trial has ended (or will not be tried again): count it and print its outcome."""
         began = self.running.pop(trial_id, None)
-        outcome = judged(state) if state.status == "done" else state.status
+        outcome = verdict_words(state) if state.status == "done" else state.status
         self.finished[trial_id] = outcome
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""

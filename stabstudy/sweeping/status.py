@@ -43,14 +43,14 @@ def show(folder: Path) -> None:
 def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
     counts = Counter(state.status for state in states)
-    verdicts = Counter(judged(state) for state in states if state.status == "done")
+    verdicts = Counter(verdict_words(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
     launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
     return f"{study.name}: {wording.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
 
 
-def judged(state: State) -> str:
+def verdict_words(state: State) -> str:
     """The verdict of a done trial in words, or why it has none."""
     reasons = {
         "too_short": "too short to judge",
@@ -93,7 +93,7 @@ def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
     shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
-    verdict = judged(state) if state.status == "done" else str((state.error or {}).get("message", ""))
+    verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
     steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
     return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]
