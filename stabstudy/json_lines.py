@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from stabstudy import failpoints
-from stabstudy.trace import DamagedRecord, Rows, Schema, from_dicts
+from stabstudy.trace import DamagedRecord, Rows, Schema, cut_file, from_dicts
 
 TAIL = 64 * 1024
 """Bytes at the end of a file in which its last whole line lies: no write was longer."""
@@ -43,13 +42,7 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
                 dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
                 break
             keep += len(line)
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, keep)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    cut_file(path, keep)
     return dropped, size - keep
 
 

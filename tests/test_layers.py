@@ -42,7 +42,7 @@ MAY = {
     "shape": May({"config"}),
     "trace": May({"failpoints"}, {"numpy"}),
     "binary": May({"trace"}, {"numpy"}),
-    "json_lines": May({"trace", "failpoints"}, {"numpy"}),
+    "json_lines": May({"trace"}, {"numpy"}),
     "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "seals": May(set()),
@@ -56,9 +56,9 @@ MAY = {
     "leftovers": May({"live", "locks", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "seals", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings", "trace", "store"},
+        {"config", "settings", "trace", "store", "locks", "wording"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),

@@ -17,9 +17,3 @@ class DataError(Exception):
 
     def __str__(self) -> str:
         return str(self.problem)
-
-
-def first_line(error: BaseException) -> str:
-    """A library's message, short enough for one line: its first line, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

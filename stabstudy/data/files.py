@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from stabstudy.config import DataConfig
 from stabstudy.data.edits import Memory
-from stabstudy.data.errors import DataError, first_line
+from stabstudy.data.errors import DataError
+from stabstudy.wording import first_line
 
 _PACKED = ("", ".gz", ".zst", ".zstd")
 PATTERNS = {

@@ -14,8 +14,9 @@ from typing import Any
 from stabstudy.config import DataConfig
 from stabstudy.data import files, network
 from stabstudy.data.edits import Memory
-from stabstudy.data.errors import DataError, first_line
+from stabstudy.data.errors import DataError
 from stabstudy.data.rows import RowCount, text_or_reason
+from stabstudy.wording import first_line
 
 OLDEST = 4  # the first major version that cannot run a dataset's own code
 

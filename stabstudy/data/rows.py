@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stabstudy.config import DataConfig
-from stabstudy.data.errors import DataError, first_line
+from stabstudy.data.errors import DataError
 from stabstudy.data.files import DataFile
+from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.data import network
-from stabstudy.data.errors import DataError, first_line
+from stabstudy.data.errors import DataError
 from stabstudy.settings import show
+from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import tokenizers

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy import locks
 from stabstudy.config import DataConfig
 from stabstudy.data import building, sources
 from stabstudy.data.building import FORMAT, Meta
@@ -180,19 +179,10 @@ def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
         raise _Damaged(f"{path.name} cannot be read") from error
 
 
-@contextlib.contextmanager
-def lock(folder: Path, say: Say = lambda line: None) -> Iterator[None]:
-    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, with a line."""
-    fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("data: another process is preparing this data; waiting for it")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def lock(folder: Path, say: Say = lambda line: None) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock file beside a corpus; wait for it, with a line."""
+    waiting = "data: another process is preparing this data; waiting for it"
+    return locks.lock_file(folder.with_suffix(".lock"), lambda: say(waiting))
 
 
 def _writable(folder: Path) -> bool:

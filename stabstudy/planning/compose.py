@@ -30,6 +30,7 @@ from stabstudy import entries, store
 from stabstudy.config import GROUPS
 from stabstudy.planning.document import Document, check
 from stabstudy.settings import ConfigError, Problem, nearest
+from stabstudy.wording import first_line
 
 HEAD = 64 * 1024
 """Characters of a sweep file that are read for its question."""
@@ -170,7 +171,7 @@ def base(sweep: Document, choices: Mapping[str, str]) -> Base:
         made = dict(composed.hydra.runtime.choices)
         values = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(Problem(sweep.name, f"cannot be composed: {_first_line(error)}")) from error
+        raise ConfigError(Problem(sweep.name, f"cannot be composed: {first_line(error)}")) from error
     assert isinstance(values, dict)
     nested = {str(k): v for k, v in values.items() if k not in ("hydra", "sweep")}
     return Base(nested, {g: str(made[g]) for g in PRESET_GROUPS if g in made})
@@ -193,7 +194,7 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
         plain = OmegaConf.to_container(OmegaConf.create(parts), resolve=True) if parts else {}
     except (OmegaConfBaseException, RecursionError) as error:
         name = getattr(error, "full_key", None) or "interpolation"
-        raise ConfigError(Problem(name, f"cannot be resolved: {_first_line(error)}")) from error
+        raise ConfigError(Problem(name, f"cannot be resolved: {first_line(error)}")) from error
     assert isinstance(plain, dict)
     return nested | {str(k): v for k, v in plain.items()}
 
@@ -223,7 +224,3 @@ def _interpolations(value: Any) -> Iterator[str]:
             yield from _interpolations(below)
     elif isinstance(value, str) and "${" in value:
         yield value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -91,7 +91,7 @@ def idle(compute: Compute, launcher: str) -> list[str]:
         said = {"address": compute.address, "max_concurrent": compute.max_concurrent}
         lines += [f"compute.{k}: has no effect with launcher=local" for k, v in said.items() if v is not None]
     if compute.threads > compute.cpus_per_pack:
-        shared = wording.count(compute.cpus_per_pack, "core")
+        shared = wording.count(compute.cpus_per_pack, "core", ",")
         lines.append(f"compute.threads: {compute.threads} threads of a pack share {shared}")
     return lines
 

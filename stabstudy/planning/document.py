@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stabstudy import entries
 from stabstudy.settings import ConfigError, Problem
+from stabstudy.wording import first_line
 
 ENV_PREFIX = "STABSTUDY_"
 """Only environment variables of this prefix may be named in a configuration: their values are written to files."""
@@ -82,7 +83,7 @@ def read(path: Path, name: str) -> Document:
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except UNREADABLE as error:
-        raise ConfigError(Problem(name, f"is not valid YAML: {_first_line(error)}")) from error
+        raise ConfigError(Problem(name, f"is not valid YAML: {first_line(error)}")) from error
     assert isinstance(content, dict)  # the root was seen to be a mapping
     return Document(name, text, {str(k): v for k, v in content.items()}, lines)
 
@@ -126,7 +127,7 @@ def _parsed(text: str, name: str) -> yaml.Node:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         at = f"{name}:{mark.line + 1}" if mark else name
-        reason = getattr(error, "problem", None) or _first_line(error)
+        reason = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(Problem(at, f"is not valid YAML: {reason}")) from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(Problem(f"{name}:1", "is empty" if root is None else "must hold a mapping of settings"))
@@ -190,7 +191,3 @@ def _walk_mapping(
         first.setdefault(key.value, line)
         yield from _walk(key, below, name, lines, seen)
         yield from _walk(value, below, name, lines, seen)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -58,8 +58,8 @@ def in_words(packed: Sequence[Pack]) -> str:
     sizes = sorted({len(pack) for pack in packed})
     between = " or " if sizes[-1] - sizes[0] == 1 else " to "
     size = between.join(str(s) for s in dict.fromkeys((sizes[0], sizes[-1])))
-    trials = wording.count(sum(len(pack) for pack in packed), "trial")
-    text = f"{trials} in {wording.count(len(packed), 'pack')} of {size}"
+    trials = wording.count(sum(len(pack) for pack in packed), "trial", ",")
+    text = f"{trials} in {wording.count(len(packed), 'pack', ',')} of {size}"
     splitting = _splitting([pack[0].config for pack in packed])
     return f"{text}: a pack holds trials of one shape, these differ in {', '.join(splitting)}" if splitting else text
 

@@ -10,6 +10,7 @@ from stabstudy import entries, store, wording
 from stabstudy.config import TrialConfig
 from stabstudy.planning import caveats, compute, estimate, packs
 from stabstudy.planning.plan import Plan, PlannedTrial
+from stabstudy.settings import safe
 
 SHOWN = 40
 """Cells listed before the rest is counted."""
@@ -27,11 +28,11 @@ def show(plan: Plan) -> None:
     _cells(plan, done)
     todo = [t for t in whole.trials if t.trial_id in waits]
     cells = len({t.cell_id for t in plan.trials})
-    size = f"{wording.count(len(plan.trials), 'trial')} of {wording.count(cells, 'cell')}"
+    size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}"
     left = f", {len(damaged)} damaged" if damaged else ""
     print(f"{size}: {len(done)} done, {len(todo)} to do{left} in {plan.folder}")
     for line in damaged:
-        print(f"damaged: {wording.safe(line)}")
+        print(f"damaged: {safe(line)}")
     if todo:
         packed = packs.packs(todo, plan.compute, plan.launcher)
         shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
@@ -66,7 +67,7 @@ def _cells(plan: Plan, done: set[str]) -> None:
 
 
 def _cost(cost: estimate.Cost, packs_shown: bool) -> str:
-    at_once = wording.count(cost.slots or 0, "pack") if packs_shown else str(cost.slots)
+    at_once = wording.count(cost.slots or 0, "pack", ",") if packs_shown else str(cost.slots)
     where = f"{at_once} at a time" if cost.slots else "on a cluster"
     time = wording.duration(cost.seconds if cost.wall_seconds is None else cost.wall_seconds)
     basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"

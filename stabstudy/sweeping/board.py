@@ -16,9 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from stabstudy.settings import safe
 from stabstudy.store import State
 from stabstudy.sweeping.status import verdict_words
-from stabstudy.wording import count, duration, safe
+from stabstudy.wording import count, duration
 
 PLAIN_SECONDS = 15.0
 """Off a terminal: at least this long between two progress lines."""
@@ -91,7 +92,7 @@ class Board:
         why = f": {state.error['message']}" if state.error and state.status != "done" else why
         if state.outcome:
             self.latest = f"{self.labels.get(trial_id, trial_id)}: {state.outcome}"
-        spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike')}"
+        spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike', ',')}"
         number = f"[{len(self.finished)}/{len(self.labels)}]"
         self.say(f"{number} {trial_id}  {self.labels.get(trial_id, '')}: {outcome}{why}{spikes}{took}")
 

@@ -34,6 +34,7 @@ from stabstudy.sweeping.provenance import provenance
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.stopping import StopRequest, stop_on_signals
 from stabstudy.sweeping.worker import PackFailed, train_pack
+from stabstudy.wording import short_value
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""
@@ -214,6 +215,5 @@ def label(trial: PlannedTrial, plan: Plan) -> str:
     """The trial's values on the plan's axes, e.g. 'depth=4 lr=0.01 clip=off seed=1'."""
     words = [trial.case] if trial.case else []
     for axis, value in zip(plan.axes, plan.values(trial), strict=True):
-        shown = "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        words.append(f"{axis.name.rsplit('.', 1)[-1]}={shown}")
+        words.append(f"{axis.name.rsplit('.', 1)[-1]}={short_value(value)}")
     return " ".join([*words, f"seed={trial.config.seed}"])

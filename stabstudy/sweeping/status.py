@@ -10,6 +10,7 @@ from typing import Any
 
 from stabstudy import entries, live, locks, store, trace, wording
 from stabstudy.store import State, TrialFolder
+from stabstudy.wording import short_value
 
 UNKNOWN = "?"
 
@@ -47,7 +48,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
     launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
-    return f"{study.name}: {wording.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
+    return f"{study.name}: {wording.count(len(states), 'trial', ',')}: {', '.join(parts) or 'none begun'}; {launch}"
 
 
 def verdict_words(state: State) -> str:
@@ -91,11 +92,13 @@ def _found(folder: TrialFolder) -> Listed:
 
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
-    shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
+    shown = [
+        f"{n.rpartition('.')[2]}={short_value(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)
+    ]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
     verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
-    steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
+    steps = f"{reached}/{short_value(_at(trial.settings, 'train.steps'))}"
     return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]
 
 
@@ -110,10 +113,6 @@ def _rank(value: Any) -> tuple[int, float, str]:
     """Sorts numbers by size before text, and null last."""
     number = isinstance(value, int | float)
     return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
-
-
-def _text(value: Any) -> str:
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _live_steps(trial: TrialFolder) -> int:
