@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse_flags(self, arguments: Sequence[str]) -> None:
         """Raises ConfigError with a problem for each argument that looks like a flag."""
-        known = list(self._option_string_actions)
+        known = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
         problems = [Problem(a, f"is not a flag{nearest(a, known)}") for a in arguments if a.startswith("-")]
         if problems:
             raise ConfigError(problems)

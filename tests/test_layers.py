@@ -71,7 +71,7 @@ MAY = {
     ),
     "planning": May(FACTS | {"data", "stability"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(
-        FACTS | {"stability", "data", "planning", "training"},
+        FACTS | {"cli", "stability", "data", "planning", "training"},
         {"numpy", "rich", "ray", "optuna"},
         late={"ray", "optuna", "training"},
     ),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stabstudy import cli, leftovers, locks, store
 from stabstudy import config as cfg
-from stabstudy import leftovers, locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import open_batches
@@ -38,13 +38,11 @@ from stabstudy.wording import short_value
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""
-DAMAGED = 3
-"""Exit code where a trial was left alone because its files cannot be trusted."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended: the exit code, and whether it ended before every trial had been tried."""
+    """How a launch ended: the exit code (`cli.EXIT_CODES`), and whether it ended before every trial had been tried."""
 
     code: int
     early: bool = False
@@ -73,7 +71,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
         write_study(study, whole, say)
         leftovers.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
         outcome = _trained(whole, study, cache_dir, say, command)
-    return dataclasses.replace(outcome, code=outcome.code or DAMAGED) if left_alone else outcome
+    return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
 
 
 def _trained(
@@ -82,7 +80,7 @@ def _trained(
     todo = waiting(plan, study)
     if not todo:
         say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
-        return Outcome(0)
+        return Outcome(cli.OK)
     return _train(plan, study, todo, cache_dir, command)
 
 
@@ -139,9 +137,9 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
         print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
     if stop.requested:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
-        return Outcome(4 if stop.number is None else 128 + stop.number, early=True)
+        return Outcome(cli.ENVIRONMENT if stop.number is None else 128 + stop.number, early=True)
     done = all(study.trial(trial_id).read_state().status == "done" for trial_id in ids)
-    return Outcome(0 if done else 3)
+    return Outcome(cli.OK if done else cli.PARTIAL)
 
 
 def _run(
