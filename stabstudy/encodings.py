@@ -29,8 +29,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import failpoints
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, from_dicts
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, cut_file, from_dicts
 
 FORMAT = 1
 MAGIC, MARKER = b"STABLIVE", b"BLK\xff"
@@ -308,13 +307,7 @@ def cut_json_lines(path: Path, schema: Schema, next_step: int) -> tuple[int, int
                 dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
                 break
             keep += len(line)
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, keep)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    cut_file(path, keep)
     return dropped, size - keep
 
 

@@ -1,7 +1,6 @@
 """The command `python -m stabstudy.ingest PATH ... --study NAME`: it makes a study of the logs of other trainers.
 
-Exit codes: 0 all logs came in; 2 bad input or no usable log, nothing written; 3 some logs came in, others could not be
-used; 4 this machine cannot (disk, lock, a reader that is not installed). No byte of a source is changed.
+No byte of a source is changed.
 """
 
 from __future__ import annotations
@@ -13,23 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stabstudy import cli
+
 if TYPE_CHECKING:
     from collections import Counter
 
     from stabstudy.ingesting.runs import Run
     from stabstudy.ingesting.search import Source
 
-OK, BAD_INPUT, SOME_UNUSABLE, ENVIRONMENT = 0, 2, 3, 4
 MOST_SHOWN = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: see the module."""
+    """Run the command with these arguments (default: the command line's). Returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    from stabstudy.outlet import outlets
-
-    with outlets():
-        return _run(_parser().parse_args(given), given)
+    return cli.run(lambda: _run(_parser().parse(given), given), "ingest")
 
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
@@ -44,19 +41,19 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
         columns, settings = choice.parse_columns(args.columns), choice.parse_settings(args.set)
         opened = study.open_study(folder, args.study)
     except (StoreError, ValueError) as error:
-        return _fail(str(error), BAD_INPUT)
+        return cli.fail("ingest", cli.BAD_INPUT, str(error))
     runs, code = _read(args.path, columns, settings, args.allow_loss)
     if not runs:
-        return _fail("no log could be used, nothing was written", code)
+        return cli.fail("ingest", code, "no log could be used, nothing was written")
     try:
         outcomes = study.write_study(opened, runs, ["python", "-m", "stabstudy.ingest", *given])
     except (OSError, LockHeldError) as error:
-        return _fail(disk.describe(error) if isinstance(error, OSError) else str(error), ENVIRONMENT)
+        return cli.fail("ingest", cli.ENVIRONMENT, disk.describe(error) if isinstance(error, OSError) else str(error))
     except StoreError as error:
-        return _fail(str(error), BAD_INPUT)
+        return cli.fail("ingest", cli.BAD_INPUT, str(error))
     _say_meanings(runs)
-    _say(f"{_counted(outcomes)} in {folder}; next: python -m stabstudy.report {shlex.quote(str(folder))}")
-    return SOME_UNUSABLE if code else OK
+    cli.say(f"{_counted(outcomes)} in {folder}; next: python -m stabstudy.report {shlex.quote(str(folder))}")
+    return cli.PARTIAL if code else cli.OK
 
 
 def _read(
@@ -73,16 +70,16 @@ def _read(
         try:
             for run in runs.read(source, columns, settings, allow_loss):
                 if (twin := usable.setdefault(run.trial_id, run)) is not run:
-                    _say(f"{run.path}: the same rows as {twin.path}, taken once")
+                    cli.say(f"{run.path}: the same rows as {twin.path}, taken once")
         except ReaderMissingError as error:
-            codes.add(_fail(f"{source.files[0]}: {error}", ENVIRONMENT))
+            codes.add(cli.fail("ingest", cli.ENVIRONMENT, f"{source.files[0]}: {error}"))
         except (LogError, OSError) as error:
-            codes.add(_fail(f"{source.files[0]}: {_reason(error)}", BAD_INPUT))
+            codes.add(cli.fail("ingest", cli.BAD_INPUT, f"{source.files[0]}: {_reason(error)}"))
     named = runs.named(list(usable.values()))
     for run in named[:MOST_SHOWN]:
         _say_run(run)
     if len(named) > MOST_SHOWN:
-        _say(f"and {len(named) - MOST_SHOWN} more runs")
+        cli.say(f"and {len(named) - MOST_SHOWN} more runs")
     return named, min(codes, default=0)
 
 
@@ -99,14 +96,14 @@ def _search(paths: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Sou
         try:
             there = search(path, columns)
         except (LogError, OSError) as error:
-            codes.add(_fail(f"{path}: {_reason(error)}", BAD_INPUT))
+            codes.add(cli.fail("ingest", cli.BAD_INPUT, f"{path}: {_reason(error)}"))
         else:
             sources |= dict.fromkeys(there.sources)
             passed_over += there.passed_over
     for line in passed_over[:MOST_PASSED]:
-        _say(line)
+        cli.say(line)
     if len(passed_over) > MOST_PASSED:
-        _say(f"and {len(passed_over) - MOST_PASSED} more tables were passed over")
+        cli.say(f"and {len(passed_over) - MOST_PASSED} more tables were passed over")
     return join_charts(sources, columns), codes
 
 
@@ -120,24 +117,24 @@ def _say_run(run: Run) -> None:
     norms = f"{run.count('grad_norm')} gradient norms" if run.count("grad_norm") else "no gradient norm"
     left_out = [f"{what}: {n}" for what, n in log.left_out.items()]
     left_out += [f"rows missing: {grid.missing}"] if grid.missing else []
-    _say(
+    cli.say(
         f"{log.run}: {FORMATS[log.format].name}, {len(grid.points) - grid.missing} rows {every}, steps "
         f"{run.first_step} to {run.last_step}, {norms}, {run.count('loss')} losses"
         + (f"; left out: {', '.join(left_out)}" if left_out else "")
     )
     for note in log.notes:
-        _say(f"  {note}")
+        cli.say(f"  {note}")
     if not run.count("grad_norm"):
-        _say("  without a gradient norm only the loss is judged: whether it diverged")
+        cli.say("  without a gradient norm only the loss is judged: whether it diverged")
     elif log.after_clipping:
-        _say("  gradient norms after clipping do not show spikes: only the loss is judged, whether it diverged")
+        cli.say("  gradient norms after clipping do not show spikes: only the loss is judged, whether it diverged")
 
 
 def _say_meanings(runs: Sequence[Run]) -> None:
     from stabstudy.external import FORMATS
 
     for key in dict.fromkeys(run.log.format for run in runs):
-        _say(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
+        cli.say(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
 
 
 def _counted(outcomes: Counter[str]) -> str:
@@ -150,23 +147,10 @@ def _reason(error: Exception) -> str:
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)
 
 
-def _fail(message: str, code: int) -> int:
-    from stabstudy.settings import line
-
-    print(f"error: ingest: {line(message)}", file=sys.stderr)
-    return code
-
-
-def _say(text: str) -> None:
-    from stabstudy.settings import line
-
-    print(line(text), flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m stabstudy.ingest",
-        description="Make a study out of training logs: Hugging Face trainer_state.json, LLaMA-Factory "
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        "python -m stabstudy.ingest",
+        "Make a study out of training logs: Hugging Face trainer_state.json, LLaMA-Factory "
         "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, TensorBoard event files, text logs.",
     )
     parser.add_argument("path", type=Path, nargs="+", help="a log, or a folder that is searched for logs")

@@ -21,7 +21,7 @@ import numpy as np
 
 from stabstudy import encodings, failpoints
 from stabstudy.encodings import Layout, Table, from_rows, record_type, records, to_rows
-from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows, replace_file, sync_folder
+from stabstudy.trace import DamagedRecord, Rows, Schema, cut_file, no_rows, replace_file, sync_folder
 
 __all__ = ["Writer", "cut", "find", "from_rows", "last_step", "read", "record_type", "records", "to_rows", "upgrade"]
 
@@ -163,14 +163,14 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
         return encodings.cut_json_lines(file, schema, next_step)
     content = _scan(path.read_bytes(), path)
     if content.layout is None:
-        _truncate(path, 0)
+        cut_file(path, 0)
         return 0, content.size
     table = content.table()
     late = np.flatnonzero(table["step"] >= next_step)
     kept = int(late[0]) if len(late) else len(table)
     size = content.end_of(kept)
     if size is not None:
-        _truncate(path, size)
+        cut_file(path, size)
     else:
         size = _replace(path, content.layout, table[:kept])
     return len(table) - kept, content.size - size
@@ -329,16 +329,6 @@ def _agrees(path: Path, layout: Layout) -> bool:
     with path.open("rb") as f:
         data = f.read(len(layout.header))
     return not data or data == layout.header
-
-
-def _truncate(path: Path, size: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _replace(path: Path, layout: Layout, table: Table) -> int:

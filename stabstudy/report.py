@@ -11,14 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stabstudy import disk, settings
-from stabstudy.outlet import outlets
+from stabstudy import cli, disk
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
-
-OK, BAD_INPUT, NOTHING_OR_DAMAGED, ENVIRONMENT = 0, 2, 3, 4
 
 ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
 
@@ -39,9 +36,9 @@ def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. 0: written; 2: no such study; 3: written, but nothing is done or a trial is damaged; 4: disk."""
-    with outlets():
-        return _run(_parser().parse_args(argv))
+    """Run the command with these arguments (default: the command line's). Returns the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    return cli.run(lambda: _run(_parser().parse(given)), "report")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -53,23 +50,23 @@ def _run(args: argparse.Namespace) -> int:
         if "\0" in str(args.out):
             raise StoreError(f"--out {args.out}: must not contain a NUL")
     except StoreError as error:
-        return _fail(str(error), BAD_INPUT)
-    code, pages = OK, []
+        return cli.fail("report", cli.BAD_INPUT, str(error))
+    code, pages = cli.OK, []
     try:
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             _check_writable(folder, out)
-            study, page = _write(folder, _print, out)
+            study, page = _write(folder, cli.say, out)
             pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
             together = folders[0].report / f"with-{'-'.join(names[1:])}" if args.out is None else args.out
             _compare(folders, pages, together)
     except StoreError as error:
-        return _fail(str(error), BAD_INPUT)
+        return cli.fail("report", cli.BAD_INPUT, str(error))
     except OSError as error:
         refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        return _fail(f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}", ENVIRONMENT)
+        return cli.fail("report", cli.ENVIRONMENT, f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}")
     return code
 
 
@@ -128,31 +125,22 @@ def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -
     studies = [Study(folder) for folder in folders]
     ways = [urllib.parse.quote(os.path.relpath(page, out)) for page in pages]
     page = publish(Study.concat(studies), several.report(studies, ways), out)
-    _print(f"comparison: {page}")
+    cli.say(f"comparison: {page}")
 
 
 def _judge(study: Study) -> int:
     done = bool((study.trials["state"] == "done").any())
-    return OK if done and not study.damaged else NOTHING_OR_DAMAGED
+    return cli.OK if done and not study.damaged else cli.PARTIAL
 
 
 def _nothing(line: str) -> None:
     """No progress lines: a small report is done in a moment."""
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"error: report: {settings.line(message)}", file=sys.stderr)
-    return code
-
-
-def _print(line: str) -> None:
-    print(settings.line(line), flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m stabstudy.report",
-        description="Write report/index.html, a page per trial, report.md, figures, tables; compare several studies.",
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        "python -m stabstudy.report",
+        "Write report/index.html, a page per trial, report.md, figures, tables; compare several studies.",
     )
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(

@@ -14,8 +14,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -45,6 +45,47 @@ class ConfigError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(str(p) for p in self.problems)
+
+
+@dataclass(frozen=True)
+class Issues:
+    """The problems and warnings of a launch, collected while it is read, so that all of them are shown at once.
+
+    Problems stop the launch; warnings are shown and the launch goes on. Each is kept once, in order.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def refuse(self, setting: str, rule: str, got: str = "", origin: str = "") -> None:
+        """Note a problem; `origin` says where the value was written."""
+        self.take([Problem(setting, rule, got)], origin)
+
+    def take(self, problems: Iterable[Problem], origin: str = "") -> None:
+        """Note problems found elsewhere."""
+        for problem in problems:
+            located = _at(problem, origin)
+            if located not in self.problems:
+                self.problems.append(located)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def stop(self) -> None:
+        """Raise ConfigError if anything was refused so far."""
+        if self.problems:
+            raise ConfigError(self.problems)
+
+
+def _at(problem: Problem, origin: str) -> Problem:
+    """The problem with the place of the value behind it; both of a readable length, whatever was typed."""
+    if not origin:
+        return problem
+    where = short(origin)
+    if problem.got:
+        return replace(problem, got=f"{short(problem.got)} ({where})")
+    return replace(problem, rule=f"{problem.rule} ({where})")
 
 
 def setting(
@@ -197,9 +238,3 @@ class DataError(Exception):
 
     def __str__(self) -> str:
         return str(self.problem)
-
-
-def first_line(error: BaseException) -> str:
-    """A library's message, short enough for one line: its first line, at most 200 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

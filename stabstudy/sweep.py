@@ -1,38 +1,35 @@
 """The command `python -m stabstudy.sweep`: it plans a sweep and trains what is not done.
 
-Exit codes: 0 all trials done; 2 bad input, nothing started; 3 some trials failed; 4 this machine cannot (disk, lock,
-GPU, Ray, versions); 128 + signal when stopped, resumable; 1 a bug of ours. Everything is imported late: `--help` and
-every error in a configuration answer without torch and ray.
+Everything is imported late: `--help` and every error in a configuration answer without torch and ray.
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
 import shlex
 import sys
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from stabstudy import cli
 
 if TYPE_CHECKING:
     from stabstudy.planning.plan import Plan
 
-FLAGS = ("--help", "-h", "--version", "--list", "--dry-run", "--status", "--debug")
-MAX_ERRORS = 20
-
-HELP = """\
+EXAMPLES = """\
 Which training recipes are stable, how spiky each is, and why: trains a sweep of small models.
 
   python -m stabstudy.sweep                     the quickstart sweep: real text, CPU, about two minutes
   python -m stabstudy.sweep sweep=depth_lr      the sweep in sweeps/depth_lr.yaml; again: resume it
   python -m stabstudy.sweep sweep=depth_lr optim.lr=1e-4,1e-3 'model.depth=range(2,11,4)' seeds=5
   python -m stabstudy.sweep optim.lr=1e-4,1e-3  a question of your own: conf/trial.yaml with these alone
+"""
 
-  --list       every sweep with its question    --dry-run   trials to do, time, disk; starts nothing
-  --status     progress of a study              --debug     tracebacks behind one-line errors
-  --help       this text                        --version
-
+OVERRIDES = """\
 Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
 or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in cases.
 
@@ -47,129 +44,124 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the command line's). Returns the exit code."""
-    from stabstudy.outlet import outlets
-
-    given = sys.argv[1:] if arguments is None else arguments
-    flags = [a for a in given if a.startswith("-") and a not in ("-m", "--multirun")]
-    overrides = [a for a in given if a not in flags]
-    with outlets():
-        try:
-            return _run(flags, overrides)
-        except KeyboardInterrupt:
-            return 130
-        except Exception as error:
-            if "--debug" in flags:
-                traceback.print_exc()
-            return _explain(error, shlex.join(["python", "-m", "stabstudy.sweep", *given]))
+    given = list(sys.argv[1:] if argv is None else argv)
+    return cli.run(lambda: _answer(given), "conf")
 
 
-def _run(flags: list[str], overrides: list[str]) -> int:
-    from stabstudy.planning import machine
+def _answer(given: list[str]) -> int:
+    flags, overrides = _parser().parse_flags(given)
+    try:
+        return _run(flags, overrides)
+    except Exception as error:
+        if flags.debug:
+            traceback.print_exc()
+        return _explain(error, shlex.join(["python", "-m", "stabstudy.sweep", *given]))
 
-    if reason := machine.why_not_python():
-        raise machine.NotReadyError(reason)
-    if unknown := [flag for flag in flags if flag not in FLAGS]:
-        raise _no_flags(unknown)
-    if "--help" in flags or "-h" in flags:
-        return _help()
-    if "--version" in flags:
-        print(f"stabstudy {machine.package_version('stabstudy')}")
-        return 0
-    if "--list" in flags:
+
+def _parser() -> cli.Parser:
+    usage = "python -m stabstudy.sweep [FLAG ...] [OVERRIDE ...]"
+    parser = cli.Parser("python -m stabstudy.sweep", EXAMPLES, usage, f"{OVERRIDES}\n{_presets()}\n\n")
+    parser.add_argument("--list", action="store_true", help="every sweep with its question")
+    parser.add_argument("--dry-run", action="store_true", help="trials to do, time, disk; starts nothing")
+    parser.add_argument("--status", action="store_true", help="progress of a study")
+    parser.add_argument("--debug", action="store_true", help="tracebacks behind one-line errors")
+    parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)  # every sweep is one
+    return parser
+
+
+def _presets() -> str:
+    """Every group of conf/ with its presets, and where the settings stand."""
+    from stabstudy.planning import compose
+
+    folder = compose.conf_folder()
+    lines = []
+    for group in sorted(p for p in folder.iterdir() if p.is_dir()):
+        presets = " | ".join(sorted(p.stem for p in group.glob("*.yaml")))
+        lines.append(textwrap.fill(presets, 100, initial_indent=f"  {group.name}=", subsequent_indent=" " * 10))
+    return "\n".join([*lines, "", f"Every setting with its default: {folder}"])
+
+
+def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
+    from stabstudy.planning import compute
+
+    if reason := compute.why_not_python():
+        raise compute.NotReadyError(reason)
+    if flags.list:
         return _list()
-    if "--status" in flags:
+    if flags.status:
         return _status(overrides)
-    return _sweep(overrides, dry_run="--dry-run" in flags)
+    return _sweep(overrides, flags.dry_run)
 
 
 def _sweep(overrides: list[str], dry_run: bool) -> int:
     from stabstudy import settings
     from stabstudy.planning import plan, preview
 
-    made = plan.make_plan(overrides, Path.cwd(), not dry_run)
-    if made.start:
-        print(f"{made.study} {made.start}")
-    for warning in made.warnings:
+    launch = plan.make_plan(overrides, Path.cwd(), not dry_run)
+    if launch.start:
+        print(f"{launch.study} {launch.start}")
+    for warning in launch.warnings:
         print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
-        preview.show(made)
-        return 0
-    preview.check_machine(made)
-    return _train(made, overrides)
+        preview.show(launch)
+        return cli.OK
+    preview.check_machine(launch)
+    return _train(launch, overrides)
 
 
-def _train(made: Plan, overrides: list[str]) -> int:
+def _train(plan: Plan, overrides: list[str]) -> int:
     from stabstudy.report import write_report
     from stabstudy.sweeping import launch
 
-    outcome = launch.launch(made, command=shlex.join(["python", "-m", "stabstudy.sweep", *overrides]))
+    outcome = launch.launch(plan, command=shlex.join(["python", "-m", "stabstudy.sweep", *overrides]))
     if not outcome.early:
-        write_report(made.folder, print)
+        write_report(plan.folder, print)
     return outcome.code
 
 
-def _help() -> int:
-    from stabstudy.planning import places
-
-    print(HELP)
-    folder = places.conf_folder()
-    for group in sorted(p for p in folder.iterdir() if p.is_dir()):
-        presets = " | ".join(sorted(p.stem for p in group.glob("*.yaml")))
-        print(textwrap.fill(presets, 100, initial_indent=f"  {group.name}=", subsequent_indent=" " * 10))
-    print(f"\nEvery setting with its default: {folder}")
-    return 0
-
-
 def _list() -> int:
-    from stabstudy.planning import places, words
+    from stabstudy import wording
+    from stabstudy.planning import compose
 
-    words.table(("sweep", "question"), [(s.name, s.question) for s in places.sweeps(Path.cwd())])
-    return 0
+    wording.table(("sweep", "question"), [(s.name, s.question) for s in compose.sweeps(Path.cwd())])
+    return cli.OK
 
 
 def _status(overrides: list[str]) -> int:
-    from stabstudy.planning import arguments, compose, findings, plan
+    from stabstudy.planning import compose, plan
+    from stabstudy.planning.overrides import read
+    from stabstudy.settings import Issues
     from stabstudy.sweeping import progress
 
-    found = findings.Findings()
+    issues = Issues()
     with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
-        request = arguments.read(overrides, loader, found)
-    found.stop()
+        request = read(overrides, loader, issues)
+    issues.stop()
     progress.show_status(plan.study_folder(request, Path.cwd()))
-    return 0
-
-
-def _no_flags(unknown: list[str]) -> Exception:
-    from stabstudy.settings import ConfigError, Problem, nearest
-
-    return ConfigError([Problem(flag, f"is not a flag{nearest(flag, list(FLAGS))}") for flag in unknown])
+    return cli.OK
 
 
 def _explain(error: Exception, command: str) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
-    from stabstudy import disk, settings
+    from stabstudy import disk
     from stabstudy.disk import EntryError
     from stabstudy.locks import LockHeldError
-    from stabstudy.planning.machine import NotReadyError
+    from stabstudy.planning.compute import NotReadyError
     from stabstudy.settings import ConfigError, DataError
     from stabstudy.store import StoreError
 
     if isinstance(error, ConfigError):
-        lines, code = [f"conf: {problem}" for problem in error.problems], 2
+        code = cli.fail("conf", cli.BAD_INPUT, *map(str, error.problems))
     elif isinstance(error, DataError | StoreError):
-        lines, code = [f"{'data' if isinstance(error, DataError) else 'study'}: {error}"], 2
+        code = cli.fail("data" if isinstance(error, DataError) else "study", cli.BAD_INPUT, str(error))
     elif isinstance(error, NotReadyError | LockHeldError | EntryError):
-        lines, code = [f"machine: {line}" for line in str(error).splitlines()], 4
+        code = cli.fail("machine", cli.ENVIRONMENT, *str(error).splitlines())
     elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
-        lines, code = [f"machine: {disk.describe(error)}"], 4
+        code = cli.fail("machine", cli.ENVIRONMENT, disk.describe(error))
     else:
-        lines, code = [f"internal: {type(error).__name__}: {error} (a bug; --debug shows where)"], 1
-    for line in lines[:MAX_ERRORS]:
-        print(f"error: {settings.line(line)}", file=sys.stderr)
-    if len(lines) > MAX_ERRORS:
-        print(f"error: and {len(lines) - MAX_ERRORS} more", file=sys.stderr)
+        code = cli.fail("internal", cli.BUG, f"{type(error).__name__}: {error} (a bug; --debug shows where)")
     if disk.is_full(error):
         print(f"stopped; the same command resumes: {command}", file=sys.stderr)
     return code

@@ -193,6 +193,17 @@ def sync_file(path: Path) -> str:
     return file_sha256(path)
 
 
+def cut_file(path: Path, size: int) -> None:
+    """Cut a file to its first bytes; fsyncs."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        failpoints.hit("cut.truncate")
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(path: Path) -> None:
     """fsync a folder, so that a rename in it survives power loss."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from stabstudy import config as cfg
 from stabstudy import store, sweep
 from stabstudy.config import TrialConfig
-from stabstudy.planning import arguments
-from stabstudy.planning.findings import Findings
+from stabstudy.planning import overrides
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.planning.sweepfile import PRIMARY
-from stabstudy.settings import ConfigError
+from stabstudy.settings import ConfigError, Issues
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def name(*words: str) -> str:
     """The study's name, as `--status` works it out: without a plan."""
-    return arguments.read(list(words), None, Findings()).study
+    return overrides.read(list(words), None, Issues()).study
 
 
 def planned(*words: str) -> Plan:
@@ -173,8 +172,8 @@ def test_names_are_equal_where_requests_are(one: dict[str, int], other: dict[str
 
 def test_plan_and_status_agree_on_it_in_every_process() -> None:
     words = ["optim.lr=3e-3,1e-3", "model=small", "data.path=a b.txt", "data=text"]
-    code = "import sys; from stabstudy.planning import arguments, findings\n" \
-           "print(arguments.read(sys.argv[1:], None, findings.Findings()).study)"  # fmt: skip
+    code = "import sys; from stabstudy.planning import overrides; from stabstudy.settings import Issues\n" \
+           "print(overrides.read(sys.argv[1:], None, Issues()).study)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     Path("a b.txt").write_text("text\n" * 1000)
     assert planned(*words).study == name(*words) == done.stdout.strip()

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 
 from stabstudy import sweep
 from stabstudy.data import sources
-from stabstudy.planning import arguments, compose, document, machine, scalars
-from stabstudy.planning.findings import Findings
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.planning import compose, compute, document, overrides
+from stabstudy.settings import ConfigError, Issues, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -482,13 +481,13 @@ def test_a_tokenizer_of_the_hub_without_a_network(capsys, monkeypatch, tmp_path)
 
 
 def test_a_full_disk(capsys, monkeypatch):
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(compute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert "0.0 GB free" in refused(capsys, *ONE, code=4)[0]
 
 
 def test_no_gpu(capsys, monkeypatch):
     """Row 55: Ray would leave every trial pending for ever."""
-    monkeypatch.setattr(machine, "gpu_memory", lambda: ())
+    monkeypatch.setattr(compute, "gpu_memory", lambda: ())
     line = refused(capsys, *ONE, "compute.gpus_per_pack=0.5", code=4)[0]
     assert line == "error: machine: compute.gpus_per_pack=0.5: this machine has no GPU; compute=cpu runs on its cores"
 
@@ -500,19 +499,19 @@ def test_too_few_cores(capsys):
 
 def test_versions(monkeypatch):
     """Row 58."""
-    assert machine.why_not_python((3, 10)) == "needs Python 3.11 or newer, this is 3.10"
-    assert machine.why_not_python() is None
-    assert machine.why_not_versions("ray") == []
-    monkeypatch.setattr(machine, "version", lambda name: {"torch": "2.9.1+cpu", "ray": "2.60.0"}[name])
-    assert machine.why_not_versions("ray") == ["needs torch 2.10 or newer, found 2.9.1+cpu"]
-    assert machine.why_not_versions("ray", {"ray": (3, 0)}) == ["needs ray 3.0 or newer, found 2.60.0"]
-    assert machine.why_not_versions("local", {"ray": (3, 0)}) == []
+    assert compute.why_not_python((3, 10)) == "needs Python 3.11 or newer, this is 3.10"
+    assert compute.why_not_python() is None
+    assert compute.why_not_versions("ray") == []
+    monkeypatch.setattr(compute, "version", lambda name: {"torch": "2.9.1+cpu", "ray": "2.60.0"}[name])
+    assert compute.why_not_versions("ray") == ["needs torch 2.10 or newer, found 2.9.1+cpu"]
+    assert compute.why_not_versions("ray", {"ray": (3, 0)}) == ["needs ray 3.0 or newer, found 2.60.0"]
+    assert compute.why_not_versions("local", {"ray": (3, 0)}) == []
 
 
 def test_the_version_floors_are_those_of_the_package():
     wanted = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text()
     assert all(
-        f"{name}>={'.'.join(map(str, floor))}" in wanted.replace("[tune]", "") for name, floor in machine.FLOORS.items()
+        f"{name}>={'.'.join(map(str, floor))}" in wanted.replace("[tune]", "") for name, floor in compute.FLOORS.items()
     )
 
 
@@ -568,8 +567,8 @@ def test_fuzzed_arguments():
 
         @given(TYPED)
         def reads(given_arguments):
-            found = Findings()
-            arguments.read(given_arguments, loader, found)
+            found = Issues()
+            overrides.read(given_arguments, loader, found)
             assert all(isinstance(p, Problem) for p in found.problems)
 
         reads()
@@ -629,7 +628,7 @@ def test_fuzzed_files(tmp_path, raw):
     ],
 )
 def test_scalars(text, ok):
-    assert (scalars.problem(text) is None) is ok
+    assert (document.scalar_problem(text) is None) is ok
 
 
 def test_a_config_error_imports_neither_torch_nor_ray(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from test_bad_inputs import ONE, compose_once, empty_folder, refused, sweep_file  # noqa: F401  # two are fixtures
 
 from stabstudy import ingest, report, settings, sweep
-from stabstudy.planning.arguments import LONGEST_PATH
+from stabstudy.planning.overrides import LONGEST_PATH
 
 Capture = pytest.CaptureFixture[str]
 LONGEST_LINE = 2100

@@ -13,7 +13,7 @@ import pytest
 from test_launch import TINY, folder  # noqa: F401  # a fixture
 
 from stabstudy import sweep
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import NotReadyError
 from stabstudy.sweeping import preflight
 
 NOISE = "[2026-01-01 gcs_client.cc:210: Failed to get cluster ID"

@@ -16,7 +16,7 @@ from stabstudy import config as cfg
 from stabstudy import store, trace
 from stabstudy.config import COMPILE_FROM, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import machine, preview
+from stabstudy.planning import compute, preview
 from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
@@ -70,7 +70,7 @@ def test_on_without_a_compiler_is_refused_before_anything_starts(
 ) -> None:
     made = make_plan([*PLANNED, "train.compile=on"], tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(machine.NotReadyError, match="train.compile=on: there is no C\\+\\+ compiler no-such-compiler"):
+    with pytest.raises(compute.NotReadyError, match="train.compile=on: there is no C\\+\\+ compiler no-such-compiler"):
         preview.check_machine(made)
     preview.check_machine(make_plan([*PLANNED, "train.compile=off"], tmp_path))
     assert os.listdir(tmp_path) == []
@@ -87,10 +87,10 @@ def test_auto_without_a_compiler_trains_eager_and_says_so(tmp_path: Path, monkey
 
 def test_a_missing_python_header_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "sh")  # some program that exists
-    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "Python.h" in str(machine.why_not_compile())
+    monkeypatch.setattr(compute.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in str(compute.why_not_compile())
     (tmp_path / "Python.h").touch()
-    assert machine.why_not_compile() is None
+    assert compute.why_not_compile() is None
 
 
 def test_auto_refuses_to_mix_engines(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_first_attempt_decides_for_all(tmp_path: Path) -> None:
 
 # compiled training (a C++ compiler runs: tens of seconds)
 
-needs_compiler = pytest.mark.skipif(machine.why_not_compile() is not None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(compute.why_not_compile() is not None, reason="no C++ compiler")
 quiet = pytest.mark.filterwarnings("default")  # the compiler's own warnings are not ours to mend
 
 

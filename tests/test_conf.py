@@ -12,7 +12,7 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig, TrialConfig
-from stabstudy.planning import compose, compute, document, places
+from stabstudy.planning import compose, compute, document
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
@@ -190,6 +190,6 @@ def test_local_presets_read_the_same_column(tmp_path: Path, shared_data: Path):
 
 
 def test_a_checkout_uses_its_own_folders():
-    assert places.conf_folder() == ROOT / "conf"
-    assert places.sweep_folders(ROOT) == [ROOT / "sweeps"]
+    assert compose.conf_folder() == ROOT / "conf"
+    assert compose.sweep_folders(ROOT) == [ROOT / "sweeps"]
     assert DataConfig().source == "pysrc"

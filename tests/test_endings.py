@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stabstudy import locks, store
-from stabstudy.outlet import outlets
+from stabstudy.cli import outlets
 from stabstudy.sweeping import ray_backend
 
 TINY = [
@@ -242,7 +242,7 @@ def test_a_full_or_closed_output_stops_nothing(start: Start, tmp_path: Path) -> 
 CLOSED = """
 import os, sys
 os.close(1)
-from stabstudy.outlet import outlets
+from stabstudy.cli import outlets
 with outlets():
     file = open(sys.argv[1], "w")
     print("to nobody", flush=True)

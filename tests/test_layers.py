@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
-    *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
+    *("failpoints", "leftovers", "settings", "wording", "groups", "combinations", "config", "shape"),
+    *("trace", "live", "finished", "entries", "disk", "locks", "store", "external"),
 }
 
 
@@ -35,20 +35,20 @@ MAY = {
     "__init__": May(set()),
     "failpoints": May(set()),
     "settings": May(set()),
+    "wording": May({"settings"}, {"rich"}, late={"rich"}),
     "groups": May({"settings"}),
     "combinations": May({"groups", "settings", "config"}),  # config for its type alone
     "config": May({"combinations", "groups", "settings"}),
     "shape": May({"config"}),
     "trace": May({"failpoints"}, {"numpy"}),
     "binary": May({"trace"}, {"numpy"}),
-    "json_lines": May({"trace", "failpoints"}, {"numpy"}),
+    "json_lines": May({"trace"}, {"numpy"}),
     "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "seals": May(set()),
     "entries": May(set()),
     "state_fields": May(set()),
     "disk": May(set()),
-    "outlet": May(set()),
     "locks": May(set()),
     "store": May(
         {"config", "settings", "disk", "locks", "entries", "seals", "state_fields", "trace", "finished", "live"}
@@ -56,9 +56,9 @@ MAY = {
     "leftovers": May({"live", "locks", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "seals", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings", "trace", "store"},
+        {"config", "settings", "trace", "store", "locks", "wording"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),
@@ -71,7 +71,7 @@ MAY = {
     ),
     "planning": May(FACTS | {"data", "stability"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
     "sweeping": May(
-        FACTS | {"stability", "data", "planning", "training"},
+        FACTS | {"cli", "stability", "data", "planning", "training"},
         {"numpy", "rich", "ray", "optuna"},
         late={"ray", "optuna", "training"},
     ),
@@ -79,10 +79,12 @@ MAY = {
     "ingesting": May(
         FACTS | {"planning"}, {"numpy", "pyarrow", "tensorboard"}, late={"planning", "pyarrow", "tensorboard"}
     ),
-    "report": May(FACTS | {"analysis"}, late={"analysis"}),
-    "ingest": May(FACTS | {"ingesting"}, late=FACTS | {"ingesting"}),
+    "cli": May({"settings"}),  # it loads the commands by name, late
+    "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
+    "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
     "sweep": May(
-        FACTS | {"data", "planning", "sweeping", "report"}, late=FACTS | {"data", "planning", "sweeping", "report"}
+        FACTS | {"cli", "data", "planning", "sweeping", "report"},
+        late=FACTS | {"data", "planning", "sweeping", "report"},
     ),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stabstudy import config as cfg
 from stabstudy import shape, sweep
-from stabstudy.planning import estimate, machine, packs
+from stabstudy.planning import compute, estimate, packs
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.trials import PlannedTrial
 
@@ -42,8 +42,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
         config = cfg.TrialConfig()
         each = estimate.memory(config) + estimate.checkpoint_bytes(config)
         room = members * each + estimate.PROCESS_BYTES + 1
-        monkeypatch.setattr(machine, "gpu_memory", lambda: (int(room),) * count)
-        monkeypatch.setattr(machine, "cores", lambda: 64)
+        monkeypatch.setattr(compute, "gpu_memory", lambda: (int(room),) * count)
+        monkeypatch.setattr(compute, "cores", lambda: 64)
 
     return have
 
@@ -64,11 +64,11 @@ def test_every_trial_is_in_one_pack_and_every_rule_holds(
 ) -> None:
     every = trials(depths, rates, seeds)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "gpu_memory", lambda: (80 * 10**9,) * slots)
-        patch.setattr(machine, "cores", lambda: 64)
+        patch.setattr(compute, "gpu_memory", lambda: (80 * 10**9,) * slots)
+        patch.setattr(compute, "cores", lambda: 64)
         patch.setattr(packs, "MOST", pack)
-        compute = Compute(gpus_per_pack=1.0, pack="auto" if automatic else pack)
-        packed = packs.packs(every, compute, "ray")
+        resources = Compute(gpus_per_pack=1.0, pack="auto" if automatic else pack)
+        packed = packs.packs(every, resources, "ray")
     assert sorted(t.trial_id for p in packed for t in p) == sorted(t.trial_id for t in every)
     assert max(sizes(packed)) <= pack
     for one in packed:
@@ -129,11 +129,11 @@ def test_an_own_number_is_taken_as_it_is(gpus: Gpus) -> None:
 
 
 def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "gpu_memory", lambda: ())
+    monkeypatch.setattr(compute, "gpu_memory", lambda: ())
     big = cfg.from_dict({"model": {"dim": 1024, "depth": 8, "n_heads": 16}, "data": {"seq_len": 256}})
-    compute = Compute(gpus_per_pack=1.0, address="auto")
+    resources = Compute(gpus_per_pack=1.0, address="auto")
     assert (
-        packs.most(big, compute)
+        packs.most(big, resources)
         == int((16e9 - estimate.PROCESS_BYTES) / (estimate.memory(big) + estimate.checkpoint_bytes(big)))
         > 1
     )
@@ -154,14 +154,14 @@ def test_dry_run_tells_packs_and_is_quiet_about_lone_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "gpu_memory", lambda: ())
+    monkeypatch.setattr(compute, "gpu_memory", lambda: ())
     assert sweep.main([*DRY]) == 0
     assert " pack" not in capsys.readouterr().out
     assert sweep.main([*DRY, "compute.pack=12"]) == 0
     assert "36 trials in 4 packs of 9: a pack holds trials of one shape, these differ in model.depth" in (
         capsys.readouterr().out
     )
-    monkeypatch.setattr(machine, "gpu_memory", lambda: (80 * 10**9,))
+    monkeypatch.setattr(compute, "gpu_memory", lambda: (80 * 10**9,))
     assert sweep.main([*DRY, "compute=gpu", "compute.pack=1"]) == 0
     assert "36 trials in 36 packs of 1" in capsys.readouterr().out
 

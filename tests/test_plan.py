@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
+from stabstudy import wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import compose, estimate, grammar, machine, record, words
+from stabstudy.planning import compose, compute, estimate, exclude, sweep_yaml
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
@@ -321,16 +322,16 @@ def test_seeds(ask, said, seeds):
 
 
 def test_launch_keys(ask, tmp_path):
-    plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0", "-m")
+    plan = ask(SWEEP, "study=2024", "results_dir=out put", "launcher=local", "compute=gpu", "compute.retries=0")
     assert (plan.study, plan.folder, plan.launcher) == ("2024", tmp_path / "out put" / "2024", "local")
     assert (plan.compute.retries, plan.compute.gpus_per_pack, plan.compute.threads) == (0, 1.0, 4)
     assert {t.trial_id for t in plan.trials} == {t.trial_id for t in ask(SWEEP).trials}, "no part of a trial"
 
 
 def test_auto_takes_a_gpu_where_there_is_one(ask, monkeypatch):
-    monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: (80 * 10**9,))
+    monkeypatch.setattr("stabstudy.planning.compute.gpu_memory", lambda: (80 * 10**9,))
     assert ask(SWEEP).compute.gpus_per_pack == 1.0
-    monkeypatch.setattr("stabstudy.planning.machine.gpu_memory", lambda: ())
+    monkeypatch.setattr("stabstudy.planning.compute.gpu_memory", lambda: ())
     assert ask(SWEEP).compute == Compute()
 
 
@@ -431,12 +432,12 @@ VALUES = {"optim.lr": 0.01, "optim.clip": None, "model.depth": 4, "data": "c4", 
     ],
 )
 def test_conditions(text, holds):
-    assert grammar.parse(text).holds(VALUES) is holds
+    assert exclude.parse(text).holds(VALUES) is holds
 
 
 @given(st.integers(-5, 5), st.integers(-5, 5), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]))
 def test_conditions_agree_with_python(a, b, op):
-    assert grammar.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
+    assert exclude.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
 
 
 @pytest.mark.parametrize(
@@ -470,12 +471,12 @@ def test_conditions_agree_with_python(a, b, op):
 )
 def test_nothing_else_is_a_condition(text):
     with pytest.raises(ConfigError):
-        grammar.parse(text)
+        exclude.parse(text)
 
 
 def test_an_unknown_name_in_a_condition_gets_the_nearest():
     with pytest.raises(ConfigError, match=r"depth is not a setting \(did you mean model.depth\?\)"):
-        grammar.parse("depth == 1")
+        exclude.parse("depth == 1")
 
 
 # warnings
@@ -587,7 +588,7 @@ def test_what_was_trained_on_is_remembered_through_other_launches(ask, tmp_path)
 def test_sweep_yaml_says_what_was_asked(ask):
     plan = ask(SWEEP.replace("seeds:", "exclude: ['seed == 5']\n  seeds:"), "optim.eps=1e-5", "model.depth=2,4")
     written(plan)
-    said = record.read(plan.folder)
+    said = sweep_yaml.read(plan.folder)
     assert said is not None
     assert (said["sweep"], said["question"], said["trials"]) == ("own", "Which of these is rough?", 8)
     assert said["axes"] == {"model.depth": [2, 4], "optim.lr": [0.001, 0.003]}
@@ -616,7 +617,7 @@ def test_redaction_leaves_settings_alone():
         "auth_token": "t",
         "address": "ray://u:p@h",
     }
-    assert record.redact(body) == {
+    assert sweep_yaml.redact(body) == {
         "data.tokenizer": "bytes",
         "tokens": "<hidden>",
         "train": {"api_key": "<hidden>"},
@@ -624,9 +625,9 @@ def test_redaction_leaves_settings_alone():
         "address": "ray://<hidden>@h",
     }
     ours = {name: 1 for name in cfg.setting_names()}
-    assert record.redact(ours) == ours
+    assert sweep_yaml.redact(ours) == ours
     nested = cfg.to_dict(TrialConfig())
-    assert record.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
+    assert sweep_yaml.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
 
 
 # estimates
@@ -703,15 +704,15 @@ class FakeDriver:
     [(None, FakeDriver.sizes), ("0,1", FakeDriver.sizes), ("0", (80 * 10**9,)), ("", ()), ("-1", ())],
 )
 def test_gpus_are_asked_of_the_driver(monkeypatch, visible, found):
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: FakeDriver())
+    monkeypatch.setattr(compute.ctypes, "CDLL", lambda name: FakeDriver())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert machine.gpu_memory.__wrapped__() == found
+    assert compute.gpu_memory.__wrapped__() == found
 
 
 def test_a_trial_may_fill_its_share_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(machine, "gpu_memory", lambda: (80 * 10**9,))
+    monkeypatch.setattr(compute, "gpu_memory", lambda: (80 * 10**9,))
     big = cfg.from_dict({"model": {"dim": 2048, "depth": 25, "n_heads": 16, "multiple_of": 256}})  # 1.3 billion: 28 GB
     assert estimate.too_large([big], Compute(gpus_per_pack=1.0)) == []
     (problem,) = estimate.too_large([TrialConfig(), big], Compute(gpus_per_pack=0.25))
@@ -720,8 +721,8 @@ def test_a_trial_may_fill_its_share_of_a_gpu(monkeypatch):
 
 
 def test_trials_that_fit_only_one_by_one_are_warned_about(monkeypatch):
-    monkeypatch.setattr(machine, "memory", lambda: 2 * 10**9)
-    monkeypatch.setattr(machine, "cores", lambda: 8)
+    monkeypatch.setattr(compute, "memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(compute, "cores", lambda: 8)
     (warning,) = estimate.crowded([[TrialConfig()]] * 8, Compute(), "ray")
     assert warning.endswith("; 2 fit")
     assert estimate.crowded([[TrialConfig()]] * 2, Compute(), "ray") == []
@@ -754,11 +755,11 @@ def test_settings_without_effect_are_warned_about(ask):
     ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h"), (864_000, "10 days")]
 )
 def test_durations(seconds, said):
-    assert words.duration(seconds) == said
+    assert wording.duration(seconds) == said
 
 
 @given(st.floats(0, 1e20))
 def test_amounts_keep_three_digits(value):
-    number, _, unit = words.amount(value).partition(" ")
-    back = float(number) * 1000 ** words.UNITS.index(unit.strip())
+    number, _, unit = wording.amount(value).partition(" ")
+    back = float(number) * 1000 ** wording.UNITS.index(unit.strip())
     assert math.isclose(back, value, rel_tol=5.1e-3, abs_tol=1e-300)

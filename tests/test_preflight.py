@@ -18,8 +18,7 @@ from torch import Tensor
 
 from stabstudy import sweep
 from stabstudy.config import FAMILIES, OF_FAMILY, DataConfig, ModelConfig, TrainConfig, TrialConfig
-from stabstudy.planning.compute import Compute
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import preflight as before
 from stabstudy.training import families, objective, probes

@@ -15,8 +15,7 @@ import live_rows
 import pytest
 
 from stabstudy import config as cfg
-from stabstudy import locks, store, sweep, trace
-from stabstudy.planning import words
+from stabstudy import locks, store, sweep, trace, wording
 from stabstudy.planning.plan import make_plan
 
 SMALL = [
@@ -143,7 +142,7 @@ def test_dry_run_learns_the_time_from_finished_trials(capsys, tmp_path, known):
     assert "12 trials of 6 cells: 1 done, 11 to do" in said
     # 11 trials x 150 steps of a second, evaluations of 4 x 32 and 2 x 256 sequences (of 64 tokens) at a third of a
     # step for each 8, and 3 s to begin
-    assert words.duration(11 * (3 + 150 + (4 * 32 + 2 * 256) / 8 / 3)) in said
+    assert wording.duration(11 * (3 + 150 + (4 * 32 + 2 * 256) / 8 / 3)) in said
     assert "from this study's finished trials" in said
 
 

@@ -7,6 +7,8 @@ import re
 import unicodedata
 from typing import Any
 
+from stabstudy.wording import count as count  # beside the other words of a page
+
 NOTHING = "–"
 """Stands where a statistic is null: not measurable is not zero."""
 
@@ -131,11 +133,6 @@ def heading(setting: str) -> str:
 def load(study: str) -> str:
     """Python that loads a study of this name, from where launches put it unless told otherwise."""
     return f'Study.load("results/{clean(study, 80)}")'
-
-
-def count(n: int, noun: str) -> str:
-    """`1 trial`, `2 trials`."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def listing(items: list[str], last: str = "and") -> str:

@@ -38,7 +38,8 @@ from typing import Any, NoReturn
 
 from stabstudy import store
 from stabstudy.config import DataConfig
-from stabstudy.settings import DataError, first_line
+from stabstudy.settings import DataError
+from stabstudy.wording import first_line
 
 Say = Callable[[str], None]
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stabstudy.config import DataConfig
 from stabstudy.data.files import DataFile
-from stabstudy.settings import DataError, first_line
+from stabstudy.settings import DataError
+from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -38,7 +38,8 @@ from stabstudy.config import DataConfig
 from stabstudy.data import files, rows, synthetic, tokenizer
 from stabstudy.data.files import Memory
 from stabstudy.data.rows import RowCount, text_or_reason
-from stabstudy.settings import DataError, first_line
+from stabstudy.settings import DataError
+from stabstudy.wording import first_line
 
 # Tests are stripped by some distributions; the rest is not the library's or is written by each machine's own build.
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}

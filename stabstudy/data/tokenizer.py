@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.settings import DataError, first_line, show
+from stabstudy.settings import DataError, show
+from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import tokenizers

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import store
+from stabstudy import locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory, Progress, Say
@@ -310,19 +309,10 @@ def _map(path: Path, dtype: str, count: int) -> NDArray[Any]:
         raise _Damaged(f"{path.name} cannot be read") from error
 
 
-@contextlib.contextmanager
-def lock(folder: Path, say: Say = lambda line: None) -> Iterator[None]:
-    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, with a line."""
-    fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("data: another process is preparing this data; waiting for it")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def lock(folder: Path, say: Say = lambda line: None) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock file beside a corpus; wait for it, with a line."""
+    waiting = "data: another process is preparing this data; waiting for it"
+    return locks.lock_file(folder.with_suffix(".lock"), lambda: say(waiting))
 
 
 def _writable(folder: Path) -> bool:

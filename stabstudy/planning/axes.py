@@ -1,9 +1,16 @@
-"""Axes: a setting or group and its values, from a sweep file or the command line."""
+"""Axes: a setting or group and its values, from a sweep file or the command line; and their product.
+
+The command line wins everywhere: an override with several values replaces the axis of that setting, or adds one; a
+single value pins the setting, which takes it out of the grid, out of every zip, and overrules the cases. An axis on the
+command line leaves the cases as they are: they are cells of their own, not part of the product.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +18,16 @@ from hydra.core.config_loader import ConfigLoader
 
 from stabstudy.config import GROUPS, TrialConfig, setting_names
 from stabstudy.planning import compose
-from stabstudy.planning.findings import Findings
-from stabstudy.settings import nearest
+from stabstudy.settings import Issues, nearest
 
 MAX_VALUES = 10_000
 """Of one axis; a longer one is a typing error, and must not be enumerated to find out."""
 
 MAX_SEED = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed").metadata["le"]
+
+
+EXCLUSIVE = {"optim.warmup_steps": "optim.warmup_share", "optim.warmup_share": "optim.warmup_steps"}
+"""Two settings of one quantity: choosing one makes the other null, also where the sweep file had set it."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +38,21 @@ class Chosen:
     origin: str
 
 
-Alternatives = list[dict[str, Chosen]]
-"""One factor of the product: an axis has one name in each alternative, zipped axes have several."""
+Choices = dict[str, Chosen]
+"""What a combination chooses: values of settings, presets of groups."""
+
+Factor = list[Choices]
+"""One factor of the product, its alternatives: an axis has one name in each, zipped axes have several."""
 
 
-def check_name(name: str, origin: str, found: Findings) -> bool:
+def check_name(name: str, origin: str, issues: Issues) -> bool:
     """Whether an axis may have this name: a setting, or a group whose presets are its values."""
     if name == "seed":
-        found.refuse("sweep.grid.seed", "seeds are replicates, not an axis: write seeds: [0, 1, 2]", origin=origin)
+        issues.refuse("sweep.grid.seed", "seeds are replicates, not an axis: write seeds: [0, 1, 2]", origin=origin)
     elif name == "compute" or name.startswith("compute."):
-        found.refuse(name, "sets where trials run, not what they train: it cannot vary within a study", origin=origin)
+        issues.refuse(name, "sets where trials run, not what they train: it cannot vary within a study", origin=origin)
     elif name not in GROUPS and name not in setting_names():
-        found.refuse(name, f"is not a setting{suggestion(name)}", origin=origin)
+        issues.refuse(name, f"is not a setting{suggestion(name)}", origin=origin)
     else:
         return True
     return False
@@ -54,51 +67,51 @@ def suggestion(name: str, others: Sequence[str] = ()) -> str:
     return nearest(name, [*setting_names(), *GROUPS, *others]) or " (every setting: conf/ and stabstudy/groups.py)"
 
 
-def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, found: Findings) -> list[Chosen]:
+def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, issues: Issues) -> list[Chosen]:
     """The values of the axis `name` as written: a list, or {log: [a, b], num: n}. Equal ones are warned about, once."""
     if isinstance(written, dict):
-        written = _spaced(name, written, origin, found)
+        written = _spaced(name, written, origin, issues)
         if written is None:
             return []
     if not isinstance(written, list | tuple):
         hint = f"[{written}]" if not isinstance(written, str | dict) else "[...]"
-        found.refuse(name, f"an axis is a list of values, such as {hint}", repr(written), origin)
+        issues.refuse(name, f"an axis is a list of values, such as {hint}", repr(written), origin)
         return []
     if not written:
-        found.refuse(name, "the axis is empty", origin=origin)
+        issues.refuse(name, "the axis is empty", origin=origin)
     if len(written) > MAX_VALUES:
-        found.refuse(name, f"an axis has at most {MAX_VALUES} values", str(len(written)), origin)
+        issues.refuse(name, f"an axis has at most {MAX_VALUES} values", str(len(written)), origin)
         return []
     distinct: dict[str, Any] = {}
     for value in written:
         typed = as_setting(name, value)
         if repr(typed) in distinct:
-            found.warn(f"{name}: {typed!r} is listed twice in its axis and counts once ({origin})")
+            issues.warn(f"{name}: {typed!r} is listed twice in its axis and counts once ({origin})")
         distinct[repr(typed)] = typed
     chosen = [Chosen(value, origin) for value in distinct.values()]
-    return chosen if loader is None else [c for c in chosen if is_possible(name, c, loader, found)]
+    return chosen if loader is None else [c for c in chosen if is_possible(name, c, loader, issues)]
 
 
-def is_possible(name: str, chosen: Chosen, loader: ConfigLoader, found: Findings) -> bool:
+def is_possible(name: str, chosen: Chosen, loader: ConfigLoader, issues: Issues) -> bool:
     """Whether the value may be composed: any value of a setting (its rules come later), a known preset of a group."""
     problem = compose.check_preset(loader, name, chosen.value)
     if problem:
-        found.take([problem], chosen.origin)
+        issues.take([problem], chosen.origin)
     return problem is None
 
 
-def seeds(written: Any, origin: str, found: Findings) -> tuple[int, ...]:
+def seeds(written: Any, origin: str, issues: Issues) -> tuple[int, ...]:
     """`5` as seeds 0..4, or the seeds listed. Refuses an empty or mistyped list; equal seeds count once."""
     if type(written) is int and 1 <= written <= MAX_VALUES:
         return tuple(range(written))
     if not isinstance(written, list) or not written or any(type(s) is not int or s < 0 for s in written):
         rule = f"must be a number of seeds from 1 to {MAX_VALUES}, or a list of seeds such as [0, 7]"
-        found.refuse("seeds", rule, repr(written), origin)
+        issues.refuse("seeds", rule, repr(written), origin)
         return (0,)
     if (largest := max(written)) > MAX_SEED:
-        found.refuse("seeds", f"each must be a whole number in [0, {MAX_SEED:,}]", repr(largest), origin)
+        issues.refuse("seeds", f"each must be a whole number in [0, {MAX_SEED:,}]", repr(largest), origin)
         return (0,)
-    return tuple(chosen.value for chosen in values("seed", written, origin, None, found))
+    return tuple(chosen.value for chosen in values("seed", written, origin, None, issues))
 
 
 def as_setting(name: str, value: Any) -> Any:
@@ -115,19 +128,92 @@ def kind(name: str) -> str:
     return types[key].split(" |")[0] if key in types else "int" if name == "seed" else "preset"
 
 
-def _spaced(name: str, written: dict[Any, Any], origin: str, found: Findings) -> list[float] | None:
+def _spaced(name: str, written: dict[Any, Any], origin: str, issues: Issues) -> list[float] | None:
     """{log: [a, b], num: n}: n values from a to b, each the same factor above the one before, 6 significant digits."""
     ends, count = written.get("log"), written.get("num")
     numbers = isinstance(ends, list) and len(ends) == 2 and all(type(e) in (int, float) for e in ends)
     if set(written) != {"log", "num"} or not numbers or type(count) is not int or not 2 <= count <= MAX_VALUES:
         rule = f"an axis is a list, or {{log: [low, high], num: n}} with n from 2 to {MAX_VALUES}"
-        found.refuse(name, rule, repr(written), origin)
+        issues.refuse(name, rule, repr(written), origin)
         return None
     low, high = float(ends[0]), float(ends[1])  # type: ignore[index]
     if not 0 < low < high < float("inf"):
-        found.refuse(name, "a logarithmic axis needs 0 < low < high", repr(ends), origin)
+        issues.refuse(name, "a logarithmic axis needs 0 < low < high", repr(ends), origin)
         return None
     between = [low * (high / low) ** (i / (count - 1)) for i in range(1, count - 1)]
     if kind(name) == "int":
         return [round(v) for v in (low, *between, high)]
     return [low, *(float(f"{v:.6g}") for v in between), high]
+
+
+def factors(own: Sequence[Factor], axes: Mapping[str, list[Chosen]], pins: Choices) -> list[Factor]:
+    """The sweep's own factors, less what is pinned, with the command line's axes in their places."""
+    replaced: list[Factor] = []
+    used: set[str] = set()
+    gone = {*axes, *pins} | {other for name, other in EXCLUSIVE.items() if name in axes or _is_set(name, pins)}
+    for factor in own:
+        names = list(factor[0])
+        for name in names:
+            if name in axes and name not in used:
+                replaced.append([{name: chosen} for chosen in axes[name]])
+                used.add(name)
+        kept = [n for n in names if n not in gone]
+        if kept:
+            replaced.append(_distinct([{n: alternative[n] for n in kept} for alternative in factor]))
+    replaced += [[{name: chosen} for chosen in axes[name]] for name in axes if name not in used]
+    return [factor for factor in replaced if factor]
+
+
+def axis_values(product: Sequence[Factor]) -> dict[str, tuple[Any, ...]]:
+    """Every axis with its values, in order and each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for factor in product:
+        for alternative in factor:
+            for name, chosen in alternative.items():
+                found.setdefault(name, {})[repr(chosen.value)] = chosen.value
+    return {name: tuple(values.values()) for name, values in found.items()}
+
+
+def check_count(product: Sequence[Factor], cases: int, seeds: int, limit: int, issues: Issues) -> bool:
+    """Whether the product may be enumerated; refused, with its shape, where it is too large."""
+    sizes = [len(factor) for factor in product]
+    total = (math.prod(sizes) + cases) * seeds if sizes or not cases else cases * seeds
+    if total > limit:
+        shape = " x ".join(str(n) for n in sizes) or "1"
+        named = f"{total:,} trials = ({shape} cells + {cases} cases) x {seeds} seeds"
+        issues.refuse("max_trials", f"at most {limit:,} trials are planned (max_trials=N raises it)", named)
+    return total <= limit
+
+
+def combinations(
+    product: Sequence[Factor], cases: Mapping[str, Choices], pins: Choices
+) -> Iterator[tuple[str | None, Choices]]:
+    """The choices of every cell, in the order of the product, then of the cases with their names.
+
+    A sweep of cases alone has no grid.
+    """
+    if product or not cases:
+        for combination in itertools.product(*product):
+            merged: Choices = {}
+            for alternative in combination:
+                merged |= alternative
+            yield None, without_rivals(pins | merged)
+    for name, chosen in cases.items():
+        kept = {n: c for n, c in chosen.items() if not _is_set(EXCLUSIVE.get(n, ""), pins)}
+        yield name, without_rivals(kept | pins)
+
+
+def without_rivals(chosen: Choices) -> Choices:
+    """The choices, and null for every setting that one of them excludes."""
+    origins = {n: c.origin for n, c in chosen.items() if n in EXCLUSIVE and c.value is not None}
+    return {EXCLUSIVE[n]: Chosen(None, origin) for n, origin in origins.items()} | chosen
+
+
+def _is_set(name: str, pins: Choices) -> bool:
+    return name in pins and pins[name].value is not None
+
+
+def _distinct(factor: Factor) -> Factor:
+    """Alternatives that a removed partner axis left equal stand once."""
+    kept = {repr([(n, c.value) for n, c in alternative.items()]): alternative for alternative in factor}
+    return list(kept.values())

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from stabstudy import wording
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data.batches import Supply
-from stabstudy.planning import words
 from stabstudy.stability.rules import Rules
 
 FEW_TOKENS = 128  # a step; measured: at 32, calm recipes are rough by their batches alone, at 128 none was
@@ -86,7 +86,7 @@ def _short(configs: Sequence[TrialConfig]) -> Iterator[str]:
     short = sum(c.train.steps < needed for c in configs)
     if short:
         yield (
-            f"train.steps: {short} of {words.count(len(configs), 'trial')} will get no verdict: it needs "
+            f"train.steps: {short} of {wording.count(len(configs), 'trial', ',')} will get no verdict: it needs "
             f"{rules.min_evaluable} evaluable steps after the first {rules.fill}, "
             f"so train.steps must be at least {needed}"
         )
@@ -98,16 +98,17 @@ def _unevaluated(configs: Sequence[TrialConfig]) -> Iterator[str]:
         every, steps = beyond[0].train.eval_every, beyond[0].train.steps
         yield (
             f"train.eval_every: {every} is beyond train.steps={steps} in {len(beyond)} of "
-            f"{words.count(len(configs), 'trial')}: no validation loss between the first and the last"
+            f"{wording.count(len(configs), 'trial', ',')}: no validation loss between the first and the last"
         )
 
 
 def _noisy(configs: Sequence[TrialConfig]) -> Iterator[str]:
     few = [c.tokens_per_step for c in configs if c.tokens_per_step < FEW_TOKENS]
+    trials = wording.count(len(configs), "trial", ",")
     if few:
         yield (
-            f"train.batch_size, data.seq_len: {min(few)} tokens a step in {len(few)} of "
-            f"{words.count(len(configs), 'trial')}: under {FEW_TOKENS} a rough gradient norm may be sampling noise"
+            f"train.batch_size, data.seq_len: {min(few)} tokens a step in {len(few)} of {trials}: under {FEW_TOKENS} "
+            "a rough gradient norm may be sampling noise"
         )
 
 
@@ -134,7 +135,7 @@ def _text(data: DataConfig) -> str:
     """The name of a text: its path, or its source, and how much of it is read where the settings limit it."""
     name = " ".join(filter(None, (data.path, data.hub_config))) or data.source
     size = data.max_bytes or (data.synth_bytes if data.source == "synthetic" else None)
-    return name if size is None else f"{name} ({words.amount(size)}B)"
+    return name if size is None else f"{name} ({wording.amount(size)}B)"
 
 
 def _range(low: float, high: float) -> str:

@@ -1,4 +1,4 @@
-"""conf/ and a sweep file composed by Hydra into plain mappings, once for each combination of presets.
+"""The folders of conf/ and sweeps/, and their files composed by Hydra into plain mappings.
 
 Hydra decides what a file means (defaults, packages, presets); single settings are laid on top afterwards, because a
 composition costs a tenth of a second and a study has hundreds of cells. Interpolations stay unresolved until every
@@ -25,10 +25,94 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import stabstudy
+from stabstudy import disk, store
 from stabstudy.config import GROUPS
-from stabstudy.planning import places
 from stabstudy.planning.document import Document, check
 from stabstudy.settings import ConfigError, Problem, nearest
+from stabstudy.wording import first_line
+
+HEAD = 64 * 1024
+"""Characters of a sweep file that are read for its question."""
+
+_PACKAGE = Path(stabstudy.__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class SweepPlace:
+    """A sweep file and the question in its header."""
+
+    name: str
+    path: Path
+    question: str
+
+
+def conf_folder() -> Path:
+    """The folder of the Hydra groups: inside an installed package, beside it in a checkout."""
+    return _shipped("conf", "trial.yaml")
+
+
+def sweep_folders(cwd: Path) -> list[Path]:
+    """Where sweeps are looked for: the user's own ./sweeps first, then the shipped ones."""
+    own, shipped = (cwd / "sweeps").resolve(), _shipped("sweeps", "quickstart.yaml")
+    return [own, shipped] if own.is_dir() and own != shipped else [shipped]
+
+
+def find_sweep(name: str, cwd: Path) -> Path:
+    """The file of the sweep. Raises ConfigError with the nearest names."""
+    found = _files(cwd)
+    if name not in found:
+        raise ConfigError(Problem("sweep", f"there is no such sweep{nearest(name, sorted(found))}", repr(name)))
+    return found[name]
+
+
+def sweeps(cwd: Path) -> list[SweepPlace]:
+    """Every sweep that can be named from here, by name."""
+    return [SweepPlace(name, path, question(_text(path))) for name, path in sorted(_files(cwd).items())]
+
+
+def question(text: str) -> str:
+    """The first comment of a sweep file that is no Hydra header, up to its first question mark or its first gap."""
+    words: list[str] = []
+    for line in text.splitlines():
+        comment = line.removeprefix("#").strip()
+        if line.startswith("#") and comment.startswith("@package"):
+            continue
+        if not line.startswith("#") or not comment:
+            break
+        words.append(comment)
+        if comment.endswith("?"):
+            break
+    return " ".join(words).replace("${", "$ {")  # it is kept in sweep.yaml, where that would be an interpolation
+
+
+def shown(path: Path, cwd: Path) -> str:
+    """The path as messages name it: relative to where the user stands when it lies below."""
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
+
+
+def _shipped(folder: str, witness: str) -> Path:
+    inside, beside = _PACKAGE / folder, _PACKAGE.parent / folder
+    return inside if (inside / witness).is_file() else beside
+
+
+def _files(cwd: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in reversed(sweep_folders(cwd)):
+        found |= {path.stem: path for path in folder.glob("*.yaml") if store.check_name(path.stem) is None}
+    return found
+
+
+def _text(path: Path) -> str:
+    """The beginning of a sweep file, where its question stands; empty where it cannot be read."""
+    if disk.not_a_file(path):
+        return ""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as f:
+            return f.read(HEAD)
+    except OSError:
+        return ""
+
 
 PRESET_GROUPS = (*GROUPS, "compute")
 """The groups of conf/. `compute` sets where trials run and is not part of a trial."""
@@ -47,7 +131,7 @@ class Base:
 @contextlib.contextmanager
 def conf() -> Iterator[ConfigLoader]:
     """Hydra set up over conf/, after every file there was checked. Raises ConfigError."""
-    folder = places.conf_folder()
+    folder = conf_folder()
     problems: list[Problem] = []
     for path in sorted(folder.rglob("*.yaml")):
         try:
@@ -87,7 +171,7 @@ def base(sweep: Document, choices: Mapping[str, str]) -> Base:
         made = dict(composed.hydra.runtime.choices)
         values = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(Problem(sweep.name, f"cannot be composed: {_first_line(error)}")) from error
+        raise ConfigError(Problem(sweep.name, f"cannot be composed: {first_line(error)}")) from error
     assert isinstance(values, dict)
     nested = {str(k): v for k, v in values.items() if k not in ("hydra", "sweep")}
     return Base(nested, {g: str(made[g]) for g in PRESET_GROUPS if g in made})
@@ -110,7 +194,7 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
         plain = OmegaConf.to_container(OmegaConf.create(parts), resolve=True) if parts else {}
     except (OmegaConfBaseException, RecursionError) as error:
         name = getattr(error, "full_key", None) or "interpolation"
-        raise ConfigError(Problem(name, f"cannot be resolved: {_first_line(error)}")) from error
+        raise ConfigError(Problem(name, f"cannot be resolved: {first_line(error)}")) from error
     assert isinstance(plain, dict)
     return nested | {str(k): v for k, v in plain.items()}
 
@@ -140,7 +224,3 @@ def _interpolations(value: Any) -> Iterator[str]:
             yield from _interpolations(below)
     elif isinstance(value, str) and "${" in value:
         yield value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,12 @@
-"""Strict YAML reader with the line of every problem."""
+"""Strict YAML reader with the line of every problem; rules against values that would be misread, also as overrides.
+
+YAML readers turn `no` into false, `012` into 10 and `1:30` into 90; floats that are too small turn into 0; a resolver
+such as `${oc.env:HOME}` copies what it finds into files that are kept. None of it happens silently here.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +17,43 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stabstudy import disk
-from stabstudy.planning import scalars
 from stabstudy.settings import ConfigError, Problem
+from stabstudy.wording import first_line
+
+ENV_PREFIX = "STABSTUDY_"
+"""Only environment variables of this prefix may be named in a configuration: their values are written to files."""
+
+INSTANTIATION = {"_target_", "_partial_", "_args_", "_convert_", "_recursive_"}
+"""Hydra's keys that call what they name. Nothing here is ever instantiated, so a file that holds one is hostile."""
+
+_CALLED = re.compile(r"\$\{\s*([^\s${}:]*)\s*:|\$\{[^{}]*\$\{")
+_ALLOWED = re.compile(rf"\$\{{\s*oc\.env\s*:\s*{ENV_PREFIX}\w*\s*\}}")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+(?![\w.])")
+_PLAIN_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+
+def scalar_problem(text: str) -> str | None:
+    """Why this text may not be a value: an interpolation that is not allowed, a number that underflows. Or None."""
+    for found in _CALLED.finditer(text):
+        if not _ALLOWED.match(text, found.start()):
+            return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, got {text!r}"
+    for found in _NUMBER.finditer(text):
+        if float(found.group()) == 0 and found.group(1).strip("0.") != "":
+            return f"{found.group()} underflows to 0"
+    return None
+
+
+def _ambiguous(text: str, tag: str) -> str | None:
+    """Why a plain YAML scalar is not what it looks like, or None. `tag`: the type that YAML 1.1 gives it."""
+    kind = tag.rpartition(":")[2]
+    if kind == "bool" and text.lower() not in ("true", "false"):
+        return f"{text} means a truth value in YAML: write true or false, or quote it"
+    if kind == "int" and not _PLAIN_INTEGER.fullmatch(text):
+        return f"{text} is a number in another base in YAML: write it in decimal, or quote it"
+    if kind == "float" and ":" in text:
+        return f"{text} is a number in base 60 in YAML: write it in decimal, or quote it"
+    return None
+
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 """What YAML readers raise: `!!bool x` is a KeyError in them, `!!timestamp x` an AttributeError."""
@@ -43,7 +83,7 @@ def read(path: Path, name: str) -> Document:
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except UNREADABLE as error:
-        raise ConfigError(Problem(name, f"is not valid YAML: {_first_line(error)}")) from error
+        raise ConfigError(Problem(name, f"is not valid YAML: {first_line(error)}")) from error
     assert isinstance(content, dict)  # the root was seen to be a mapping
     return Document(name, text, {str(k): v for k, v in content.items()}, lines)
 
@@ -87,7 +127,7 @@ def _parsed(text: str, name: str) -> yaml.Node:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         at = f"{name}:{mark.line + 1}" if mark else name
-        reason = getattr(error, "problem", None) or _first_line(error)
+        reason = getattr(error, "problem", None) or first_line(error)
         raise ConfigError(Problem(at, f"is not valid YAML: {reason}")) from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(Problem(f"{name}:1", "is empty" if root is None else "must hold a mapping of settings"))
@@ -118,9 +158,9 @@ def _walk(node: yaml.Node, path: str, name: str, lines: dict[str, int], seen: se
         return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
-        rule = scalars.problem(node.value)
+        rule = scalar_problem(node.value)
         if rule is None and node.style is None:
-            rule = scalars.ambiguous(node.value, node.tag)
+            rule = _ambiguous(node.value, node.tag)
         if rule:
             yield Problem(f"{name}:{node.start_mark.line + 1}", f"{path}: {rule}" if path else rule)
     elif isinstance(node, yaml.MappingNode):
@@ -139,19 +179,15 @@ def _walk_mapping(
         if not isinstance(key, yaml.ScalarNode):
             yield Problem(f"{name}:{line}", "a key must be text")
             continue
-        if not key.tag.endswith(":str") and scalars.ambiguous(key.value, key.tag) is None:
+        if not key.tag.endswith(":str") and _ambiguous(key.value, key.tag) is None:
             kind = key.tag.rpartition(":")[2]
             yield Problem(f"{name}:{line}", f"a key must be text: {key.value} is of type {kind} in YAML; quote it")
         below = f"{path}.{key.value}" if path else key.value
         lines.setdefault(below, line)
         if key.value in first:
             yield Problem(f"{name}:{line}", f"key {key.value!r} is listed twice (first on line {first[key.value]})")
-        if key.value in scalars.INSTANTIATION:
+        if key.value in INSTANTIATION:
             yield Problem(f"{name}:{line}", f"{below}: not allowed: nothing is ever instantiated from a configuration")
         first.setdefault(key.value, line)
         yield from _walk(key, below, name, lines, seen)
         yield from _walk(value, below, name, lines, seen)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from stabstudy import disk as entries
 from stabstudy import store, trace
 from stabstudy.config import TrialConfig
 from stabstudy.groups import OPTIMIZERS
-from stabstudy.planning import machine
+from stabstudy.planning import compute
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import Problem
 
@@ -87,11 +87,11 @@ def checkpoint_bytes(config: TrialConfig) -> float:
     return 4.0 * (1 + OPTIMIZERS[config.optim.kind]) * config.model.parameters(vocabulary(config))
 
 
-def cost(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str, rate: float | None) -> Cost:
+def cost(packs: Sequence[Sequence[TrialConfig]], resources: Compute, launcher: str, rate: float | None) -> Cost:
     """Of training these packs. `rate`: operations per second measured in this study, or None."""
     configs = [config for pack in packs for config in pack]
-    each = [_seconds(pack, compute, rate) for pack in packs]
-    seconds, count = sum(each), slots(compute, launcher)
+    each = [_seconds(pack, resources, rate) for pack in packs]
+    seconds, count = sum(each), slots(resources, launcher)
     wall = max(max(each), seconds / min(count, len(packs))) if count is not None and packs else None
     running = sorted((sum(map(checkpoint_bytes, pack)) for pack in packs), reverse=True)[: count or 1]
     return Cost(
@@ -100,21 +100,21 @@ def cost(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str
         seconds=seconds,
         wall_seconds=wall,
         slots=count,
-        disk=sum(disk(config, compute.keep_checkpoints) for config in configs) + 2 * sum(running),
+        disk=sum(disk(config, resources.keep_checkpoints) for config in configs) + 2 * sum(running),
         measured=rate is not None,
     )
 
 
-def slots(compute: Compute, launcher: str) -> int | None:
+def slots(resources: Compute, launcher: str) -> int | None:
     """Packs that run at once on this machine; None on a cluster."""
     if launcher == "local":
         return 1
-    if compute.address is not None:
-        return compute.max_concurrent
-    fit = machine.cores() // compute.cpus_per_pack
-    if compute.gpus_per_pack:
-        fit = min(fit, math.floor(len(machine.gpu_memory()) / compute.gpus_per_pack + 1e-9))
-    return max(1, min(fit, compute.max_concurrent or fit))
+    if resources.address is not None:
+        return resources.max_concurrent
+    fit = compute.cores() // resources.cpus_per_pack
+    if resources.gpus_per_pack:
+        fit = min(fit, math.floor(len(compute.gpu_memory()) / resources.gpus_per_pack + 1e-9))
+    return max(1, min(fit, resources.max_concurrent or fit))
 
 
 def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
@@ -142,18 +142,18 @@ def _packed(folder: store.TrialFolder) -> int:
     return int(attempts[-1].engine.get("pack", 1)) if attempts else 1
 
 
-def room(compute: Compute) -> float | None:
+def room(resources: Compute) -> float | None:
     """Bytes that one pack may fill: its share of a GPU, else all of this machine; None where it is not known here."""
-    if compute.address is not None:
+    if resources.address is not None:
         return None
-    if compute.gpus_per_pack:
-        return max(machine.gpu_memory(), default=0) * compute.gpus_per_pack or None
-    return machine.memory() - PROCESS_BYTES
+    if resources.gpus_per_pack:
+        return max(compute.gpu_memory(), default=0) * resources.gpus_per_pack or None
+    return compute.memory() - PROCESS_BYTES
 
 
-def too_large(configs: Sequence[TrialConfig], compute: Compute) -> list[Problem]:
+def too_large(configs: Sequence[TrialConfig], resources: Compute) -> list[Problem]:
     """A problem where the largest trial cannot fit where it would run."""
-    there = room(compute)
+    there = room(resources)
     largest = max(configs, key=memory)
     if there is None or memory(largest) <= there:
         return []
@@ -163,31 +163,31 @@ def too_large(configs: Sequence[TrialConfig], compute: Compute) -> list[Problem]
     return [Problem("model.depth, model.dim, train.batch_size", rule, got)]
 
 
-def crowded(packs: Sequence[Sequence[TrialConfig]], compute: Compute, launcher: str) -> list[str]:
+def crowded(packs: Sequence[Sequence[TrialConfig]], resources: Compute, launcher: str) -> list[str]:
     """Warnings where a pack fills more than its GPU, or packs fit one by one but not as many as would run at once."""
-    largest, there = max(sum(map(memory, pack)) for pack in packs), room(compute)
-    if compute.gpus_per_pack:
+    largest, there = max(sum(map(memory, pack)) for pack in packs), room(resources)
+    if resources.gpus_per_pack:
         if there is None or largest + PROCESS_BYTES <= there:
             return []
         got = f"{largest / 1e9:.0f} GB are needed, {there / 1e9:.0f} GB are there"
         return [f"compute.pack: {got}; packs are halved until they fit (auto counts what fits)"]
-    at_once, each = slots(compute, launcher), largest + PROCESS_BYTES
-    fit = max(1, int(machine.memory() / each))
+    at_once, each = slots(resources, launcher), largest + PROCESS_BYTES
+    fit = max(1, int(compute.memory() / each))
     if at_once is None or min(at_once, len(packs)) <= fit:
         return []
     return [f"compute.max_concurrent: {at_once} packs at once need {at_once * each / 1e9:.0f} GB; {fit} fit"]
 
 
-def _seconds(pack: Sequence[TrialConfig], compute: Compute, rate: float | None) -> float:
+def _seconds(pack: Sequence[TrialConfig], resources: Compute, rate: float | None) -> float:
     """Of one pack, whose members share what a step costs beside its arithmetic on a GPU, and nothing on a core."""
-    start = PACK_START_SECONDS if compute.gpus_per_pack else START_SECONDS * len(pack)
+    start = PACK_START_SECONDS if resources.gpus_per_pack else START_SECONDS * len(pack)
     arithmetic = sum(_steps(c) * flops(c) / c.train.steps for c in pack)
     if rate:
         return start + arithmetic / rate
-    if compute.gpus_per_pack:
-        speed = min(GPU_FLOPS, GPU_FLOPS_PER_WIDTH * pack[0].model.dim) * compute.gpus_per_pack
+    if resources.gpus_per_pack:
+        speed = min(GPU_FLOPS, GPU_FLOPS_PER_WIDTH * pack[0].model.dim) * resources.gpus_per_pack
         return start + max(map(_steps, pack)) * LAYER_SECONDS * pack[0].model.depth + arithmetic / speed
-    return start + STEP_SECONDS * sum(map(_steps, pack)) + arithmetic / (CORE_FLOPS * compute.threads)
+    return start + STEP_SECONDS * sum(map(_steps, pack)) + arithmetic / (CORE_FLOPS * resources.threads)
 
 
 def _steps(config: TrialConfig) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from stabstudy import shape
+from stabstudy import shape, wording
 from stabstudy.config import TrialConfig, setting_names
-from stabstudy.planning import estimate, words
+from stabstudy.planning import estimate
 from stabstudy.planning.compute import MOST, Compute
 from stabstudy.planning.trials import PlannedTrial
 
@@ -17,7 +17,7 @@ ASSUMED_GPU_BYTES = 16e9
 """Memory of a cluster's GPU, which is not known here: a small one. Training halves what does not fit."""
 
 
-def packs(trials: Sequence[PlannedTrial], compute: Compute, launcher: str) -> list[Pack]:
+def packs(trials: Sequence[PlannedTrial], resources: Compute, launcher: str) -> list[Pack]:
     """Every trial in one pack; packs, and the trials in each, in the order of the trials.
 
     A pack holds trials of one shape, at most `most(...)` of them, and the packs of a shape are of even size. With
@@ -26,9 +26,9 @@ def packs(trials: Sequence[PlannedTrial], compute: Compute, launcher: str) -> li
     """
     places = {trial.trial_id: place for place, trial in enumerate(trials)}
     shapes = by_shape(trials)
-    counts = [-(-len(members) // most(members[0].config, compute)) for members in shapes]
-    if compute.pack == "auto":
-        counts = _for_all_slots(shapes, counts, estimate.slots(compute, launcher) or 1)
+    counts = [-(-len(members) // most(members[0].config, resources)) for members in shapes]
+    if resources.pack == "auto":
+        counts = _for_all_slots(shapes, counts, estimate.slots(resources, launcher) or 1)
     made = [pack for members, count in zip(shapes, counts, strict=True) for pack in _even(members, count)]
     ordered = [tuple(sorted(pack, key=lambda trial: places[trial.trial_id])) for pack in made]
     return sorted(ordered, key=lambda pack: places[pack[0].trial_id])
@@ -42,13 +42,13 @@ def by_shape(trials: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
     return list(found.values())
 
 
-def most(config: TrialConfig, compute: Compute) -> int:
+def most(config: TrialConfig, resources: Compute) -> int:
     """Trials of this one's shape that a pack may hold: compute.pack, or what fits into its share of a GPU's memory."""
-    if compute.pack != "auto":
-        return int(compute.pack)
-    if not compute.gpus_per_pack:
+    if resources.pack != "auto":
+        return int(resources.pack)
+    if not resources.gpus_per_pack:
         return 1
-    there = estimate.room(compute) or ASSUMED_GPU_BYTES * compute.gpus_per_pack
+    there = estimate.room(resources) or ASSUMED_GPU_BYTES * resources.gpus_per_pack
     each = estimate.memory(config) + estimate.checkpoint_bytes(config)  # the copy from which a ring can be run again
     return max(1, min(MOST, int((there - estimate.PROCESS_BYTES) / each)))
 
@@ -58,8 +58,8 @@ def in_words(packed: Sequence[Pack]) -> str:
     sizes = sorted({len(pack) for pack in packed})
     between = " or " if sizes[-1] - sizes[0] == 1 else " to "
     size = between.join(str(s) for s in dict.fromkeys((sizes[0], sizes[-1])))
-    trials = words.count(sum(len(pack) for pack in packed), "trial")
-    text = f"{trials} in {words.count(len(packed), 'pack')} of {size}"
+    trials = wording.count(sum(len(pack) for pack in packed), "trial", ",")
+    text = f"{trials} in {wording.count(len(packed), 'pack', ',')} of {size}"
     splitting = _splitting([pack[0].config for pack in packed])
     return f"{text}: a pack holds trials of one shape, these differ in {', '.join(splitting)}" if splitting else text
 

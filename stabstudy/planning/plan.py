@@ -17,15 +17,21 @@ from stabstudy import locks
 from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import supply
-from stabstudy.planning import arguments, caveats, cells, compose, compute, estimate, machine, packs, record, sweepfile
-from stabstudy.planning.arguments import Request
-from stabstudy.planning.axes import Alternatives
-from stabstudy.planning.complete import Composed, Composer
+from stabstudy.planning import axes, caveats, compose, compute, estimate, overrides, packs, sweep_yaml, sweepfile
+from stabstudy.planning.axes import Factor
 from stabstudy.planning.compute import Compute
-from stabstudy.planning.findings import Findings
+from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
-from stabstudy.planning.trials import PlannedTrial, distinct, fingerprints, planned, without_excluded
-from stabstudy.settings import ConfigError
+from stabstudy.planning.trials import (
+    Cell,
+    Composer,
+    PlannedTrial,
+    distinct,
+    fingerprints,
+    planned,
+    without_excluded,
+)
+from stabstudy.settings import ConfigError, Issues
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
 
@@ -70,55 +76,55 @@ def make_plan(given: list[str], cwd: Path, to_launch: bool = False) -> Plan:
     Raises ConfigError with every problem of the launch: its settings, and the data that they name. `to_launch`: raises
     locks.LockHeldError where the study is being worked on, before anything is composed or any data looked at.
     """
-    found = Findings()
+    issues = Issues()
     try:
-        return _plan(given, cwd, found, to_launch)
+        return _plan(given, cwd, issues, to_launch)
     except ConfigError as error:  # what made going on impossible, behind what was found before
-        found.take(error.problems)
-        raise ConfigError(found.problems) from error
+        issues.take(error.problems)
+        raise ConfigError(issues.problems) from error
 
 
-def _plan(given: list[str], cwd: Path, found: Findings, to_launch: bool) -> Plan:
+def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
     with compose.conf() as loader:
-        request = arguments.read(given, loader, found)
-        if to_launch and not found.problems:
+        request = overrides.read(given, loader, issues)
+        if to_launch and not issues.problems:
             locks.check_free(study_folder(request, cwd))
         named = request.sweep
-        sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, found)
-        product = cells.factors(sweep, request)
-        composer = Composer(sweep, found)
-        composed = _completed(composer, sweep, request, product)
+        sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
+        product = axes.factors(sweep.factors, request.axes, request.pins)
+        composer = Composer(sweep, issues)
+        cells = _cells(composer, sweep, request, product)
         resources = composer.compute(request)
     cache = Path(resources.cache_dir) if resources.cache_dir else tokens.existing_cache_dir()
-    known = fingerprints((c.config.data for c in composed), cache, found)
-    found.stop()
-    every = planned(composed, request.seeds or sweep.seeds, known)
-    trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, found), found)
+    known = fingerprints((cell.config.data for cell in cells), cache, issues)
+    issues.stop()
+    every = planned(cells, request.seeds or sweep.seeds, known)
+    trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, issues), issues)
     folder = study_folder(request, cwd)
-    before = record.belongs(folder, sweep.name, known, found)
-    _check_engines([t.config for t in trials], found)
-    found.stop()
+    before = sweep_yaml.belongs(folder, sweep.name, known, issues)
+    _check_engines([t.config for t in trials], issues)
+    issues.stop()
     configs = [t.config for t in trials]
-    _check_room(trials, resources, request, found)
-    varying = tuple(Axis(name, values) for name, values in cells.axis_values(product).items())
+    _check_room(trials, resources, request, issues)
+    varying = tuple(Axis(name, values) for name, values in axes.axis_values(product).items())
     supplies = {data: supply(data, fingerprint, cache) for data, fingerprint in known.items()}
     for caveat in caveats.caveats(configs, [axis.name for axis in varying], supplies):
-        found.warn(caveat)
-    body = _body(sweep, request, varying, trials) | {"data": record.data_records(before, known)}
+        issues.warn(caveat)
+    body = _body(sweep, request, varying, trials) | {"data": sweep_yaml.data_records(before, known)}
     body |= {"compute": dataclasses.asdict(resources), "command": given}
-    for change in record.changes(before, body):
-        found.warn(change)
+    for change in sweep_yaml.changes(before, body):
+        issues.warn(change)
     return Plan(
         request.study,
         folder,
         body["question"],
         varying,
         tuple(trials),
-        record.text(body),
+        sweep_yaml.text(body),
         resources,
         request.launch.launcher,
-        tuple(found.warnings),
-        tuple(record.redact(given)),
+        tuple(issues.warnings),
+        tuple(sweep_yaml.redact(given)),
         sweep.conditions,
         _start(request, body["choices"]) if request.sweep is None else None,
     )
@@ -147,42 +153,42 @@ def study_folder(request: Request, cwd: Path) -> Path:
     return cwd / Path(request.launch.results_dir).expanduser() / request.study
 
 
-def _check_room(trials: Sequence[PlannedTrial], resources: Compute, request: Request, found: Findings) -> None:
+def _check_room(trials: Sequence[PlannedTrial], resources: Compute, request: Request, issues: Issues) -> None:
     """Memory, by estimate: refuse what cannot fit unless forced, warn about what fits only in smaller numbers."""
     launcher = request.launch.launcher
     if not request.launch.force:
-        found.take(estimate.too_large([t.config for t in trials], resources))
-        found.stop()
+        issues.take(estimate.too_large([t.config for t in trials], resources))
+        issues.stop()
     packed = [[t.config for t in pack] for pack in packs.packs(trials, resources, launcher)]
     for crowd in estimate.crowded(packed, resources, launcher):
-        found.warn(crowd)
+        issues.warn(crowd)
     for idle in compute.idle(resources, launcher):
-        found.warn(idle)
+        issues.warn(idle)
 
 
-def _check_engines(configs: list[TrialConfig], found: Findings) -> None:
+def _check_engines(configs: list[TrialConfig], issues: Issues) -> None:
     """`train.compile: auto` must decide alike for all trials: eager and compiled ones may not be compared."""
     chosen = {c.compiled for c in configs if c.train.compile == "auto"}
     if len(chosen) > 1:
         rule = f"auto compiles from {COMPILE_FROM} steps on, and cells on both sides cannot be compared: set on or off"
-        found.refuse("train.compile, train.steps", rule)
-    elif True in chosen and (missing := machine.why_not_compile()):
-        found.warn(f"train.compile=auto: {missing}; every trial of this launch trains uncompiled")
+        issues.refuse("train.compile, train.steps", rule)
+    elif True in chosen and (missing := compute.why_not_compile()):
+        issues.warn(f"train.compile=auto: {missing}; every trial of this launch trains uncompiled")
 
 
-def _completed(composer: Composer, sweep: SweepFile, request: Request, product: list[Alternatives]) -> list[Composed]:
+def _cells(composer: Composer, sweep: SweepFile, request: Request, product: list[Factor]) -> list[Cell]:
     """Every cell without a problem. Raises ConfigError at once for a product that is too large to look at."""
-    seeds, found = request.seeds or sweep.seeds, composer.found
-    if not cells.check_count(product, len(sweep.cases), len(seeds), request.launch.max_trials, found):
-        found.stop()
-    composed = []
-    for cell in cells.enumerate_cells(sweep, request, product):
-        complete = composer.trial(cell)
-        if complete:
-            composed.append(complete)
-        elif len(found.problems) >= ENOUGH:
-            found.stop()
-    return composed
+    seeds, issues = request.seeds or sweep.seeds, composer.issues
+    if not axes.check_count(product, len(sweep.cases), len(seeds), request.launch.max_trials, issues):
+        issues.stop()
+    cells = []
+    for case, chosen in axes.combinations(product, sweep.cases, request.pins):
+        cell = composer.cell(chosen, case)
+        if cell:
+            cells.append(cell)
+        elif len(issues.problems) >= ENOUGH:
+            issues.stop()
+    return cells
 
 
 def _body(

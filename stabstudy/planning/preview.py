@@ -1,14 +1,16 @@
-"""The output of `--dry-run`: what a launch would do, and roughly what it would cost. Starts nothing."""
+"""The preview of a plan (`--dry-run`): trials done, to do and damaged, costs, what this machine lacks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
-from stabstudy import disk, store
+from stabstudy import disk, store, wording
 from stabstudy.config import TrialConfig
-from stabstudy.planning import caveats, estimate, machine, packs, words
-from stabstudy.planning.plan import Plan
-from stabstudy.planning.standing import intact, waiting
+from stabstudy.planning import caveats, compute, estimate, packs
+from stabstudy.planning.plan import Plan, PlannedTrial
+from stabstudy.settings import safe
 
 SHOWN = 40
 """Cells listed before the rest is counted."""
@@ -26,11 +28,11 @@ def show(plan: Plan) -> None:
     _cells(plan, done)
     todo = [t for t in whole.trials if t.trial_id in waits]
     cells = len({t.cell_id for t in plan.trials})
-    size = f"{words.count(len(plan.trials), 'trial')} of {words.count(cells, 'cell')}"
+    size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}"
     left = f", {len(damaged)} damaged" if damaged else ""
     print(f"{size}: {len(done)} done, {len(todo)} to do{left} in {plan.folder}")
     for line in damaged:
-        print(f"damaged: {words.safe(line)}")
+        print(f"damaged: {safe(line)}")
     if todo:
         packed = packs.packs(todo, plan.compute, plan.launcher)
         shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
@@ -59,40 +61,83 @@ def _cells(plan: Plan, done: set[str]) -> None:
     columns = ["cell", "case", *(axis.name for axis in plan.axes), "trials", "done"]
     if not any(row[1] for row in rows):
         columns, rows = [c for c in columns if c != "case"], [[row[0], *row[2:]] for row in rows]
-    words.table(columns, rows[:SHOWN])
+    wording.table(columns, rows[:SHOWN])
     if len(rows) > SHOWN:
         print(f"... and {len(rows) - SHOWN} more cells")
 
 
 def _cost(cost: estimate.Cost, packs_shown: bool) -> str:
-    at_once = words.count(cost.slots or 0, "pack") if packs_shown else str(cost.slots)
+    at_once = wording.count(cost.slots or 0, "pack", ",") if packs_shown else str(cost.slots)
     where = f"{at_once} at a time" if cost.slots else "on a cluster"
-    time = words.duration(cost.seconds if cost.wall_seconds is None else cost.wall_seconds)
+    time = wording.duration(cost.seconds if cost.wall_seconds is None else cost.wall_seconds)
     basis = "from this study's finished trials" if cost.measured else "a rule of thumb, right within a factor of 3"
     return (
-        f"about {words.amount(cost.tokens)} tokens, {words.amount(cost.flops)}FLOP, "
-        f"{time}, {where} ({basis}), {words.amount(cost.disk)}B of disk"
+        f"about {wording.amount(cost.tokens)} tokens, {wording.amount(cost.flops)}FLOP, "
+        f"{time}, {where} ({basis}), {wording.amount(cost.disk)}B of disk"
     )
 
 
 def check_machine(plan: Plan) -> None:
     """Raises NotReadyError, one line for each reason why this machine cannot start the plan."""
     if reasons := why_not_here(plan):
-        raise machine.NotReadyError("\n".join(reasons))
+        raise compute.NotReadyError("\n".join(reasons))
 
 
 def why_not_here(plan: Plan) -> list[str]:
     """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
     packed = packs.packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
-    reasons = machine.why_not_versions(plan.launcher)
-    reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])
+    reasons = compute.why_not_versions(plan.launcher)
+    reasons += filter(None, [compute.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])
     gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
-    if plan.compute.address is None and gpus and not machine.gpu_memory():
+    if plan.compute.address is None and gpus and not compute.gpu_memory():
         reasons.append(f"compute.gpus_per_pack={gpus:g}: this machine has no GPU; compute=cpu runs on its cores")
-    if plan.compute.address is None and cpus > machine.cores():
-        reasons.append(f"compute.cpus_per_pack={cpus}: this machine has {machine.cores()} cores")
+    if plan.compute.address is None and cpus > compute.cores():
+        reasons.append(f"compute.cpus_per_pack={cpus}: this machine has {compute.cores()} cores")
     if plan.compute.address is None and any(t.config.train.compile == "on" for t in plan.trials):
-        missing = machine.why_not_compile()
+        missing = compute.why_not_compile()
         reasons += [f"train.compile=on: {missing}; train.compile=off trains uncompiled"] if missing else []
     return reasons
+
+
+def intact(plan: Plan, study: store.StudyFolder) -> tuple[Plan, list[str]]:
+    """The plan without the trials whose files cannot be trusted, and a line for each of those, which are left alone.
+
+    Raises store.NewerFormatError where a newer version wrote a file of the study: it would be written over.
+    """
+    for path in (study.provenance_file, *(study.trial(t.trial_id).config_file for t in plan.trials)):
+        _refuse_newer(path)
+    reasons = {trial.trial_id: _damage(study.trial(trial.trial_id)) for trial in plan.trials}
+    trials = tuple(trial for trial in plan.trials if reasons[trial.trial_id] is None)
+    return dataclasses.replace(plan, trials=trials), [reason for reason in reasons.values() if reason]
+
+
+def waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
+    """The trials of an intact plan that are not done; all of them while there is no study yet."""
+    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+
+
+def _refuse_newer(path: Path) -> None:
+    """Raises NewerFormatError for a file of a newer version. A broken one is no reason: it is written anew."""
+    try:
+        store.read_sealed(path)
+    except store.NewerFormatError:
+        raise
+    except store.StoreError:
+        return
+
+
+def _damage(folder: store.TrialFolder) -> str | None:
+    """Why nothing may be written into the trial's folder; None where it is as a launch left it, or not there yet.
+
+    A config.json that was changed is no reason: the plan knows what it must be.
+    """
+    if wrong := disk.trial_obstacle(folder.path):
+        return wrong
+    try:
+        folder.read_state()
+    except store.NewerFormatError:
+        raise
+    except store.StoreError as error:
+        return str(error)
+    return None

@@ -20,11 +20,11 @@ from typing import Any
 from hydra.core.config_loader import ConfigLoader
 
 from stabstudy.config import setting_names
-from stabstudy.planning import axes, compose, document, grammar, places
-from stabstudy.planning.axes import Alternatives, Chosen
+from stabstudy.planning import axes, compose, document, exclude
+from stabstudy.planning.axes import Choices, Chosen, Factor
 from stabstudy.planning.document import Document
-from stabstudy.planning.findings import Findings
-from stabstudy.settings import ConfigError, Problem, nearest
+from stabstudy.planning.exclude import Expression
+from stabstudy.settings import ConfigError, Issues, Problem, nearest
 
 KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
 PRIMARY = "conf/trial.yaml"
@@ -39,33 +39,33 @@ class SweepFile:
     question: str
     document: Document
     seeds: tuple[int, ...]
-    factors: tuple[Alternatives, ...]
-    cases: dict[str, dict[str, Chosen]]
-    exclude: tuple[grammar.Expression, ...]
+    factors: tuple[Factor, ...]
+    cases: dict[str, Choices]
+    exclude: tuple[Expression, ...]
     conditions: tuple[str, ...] | None = None  # None: the default
 
 
-def read(name: str, cwd: Path, loader: ConfigLoader, found: Findings) -> SweepFile:
+def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
     """The sweep called `name`. Raises ConfigError where there is no such file or its text is broken."""
-    path = places.find_sweep(name, cwd)
-    doc = document.read(path, places.shown(path, cwd))
+    path = compose.find_sweep(name, cwd)
+    doc = document.read(path, compose.shown(path, cwd))
     _check_shape(doc, loader)
-    block = _mapping(doc.content.get("sweep", {}), "sweep", doc, found)
+    block = _mapping(doc.content.get("sweep", {}), "sweep", doc, issues)
     for key in [key for key in block if key not in KEYS]:
         part = f"sweep.{key}"
-        found.refuse(part, f"is not part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
-    factors = [factor for factor in (*_grid(block, doc, loader, found), *_zips(block, doc, loader, found)) if factor]
-    _refuse_twice(factors, doc, found)
+        issues.refuse(part, f"is not part of a sweep{nearest(key, list(KEYS))}", origin=doc.where(part))
+    factors = [factor for factor in (*_grid(block, doc, loader, issues), *_zips(block, doc, loader, issues)) if factor]
+    _refuse_twice(factors, doc, issues)
     where = doc.where("sweep.seeds")
     return SweepFile(
         name,
-        places.question(doc.text),
+        compose.question(doc.text),
         doc,
-        axes.seeds(block["seeds"], where, found) if "seeds" in block else (0,),
+        axes.seeds(block["seeds"], where, issues) if "seeds" in block else (0,),
         tuple(factors),
-        _cases(block, doc, loader, found),
-        _exclusions(block, doc, found),
-        _conditions(block, doc, found),
+        _cases(block, doc, loader, issues),
+        _exclusions(block, doc, issues),
+        _conditions(block, doc, issues),
     )
 
 
@@ -79,20 +79,20 @@ def _check_shape(doc: Document, loader: ConfigLoader) -> None:
 
     At once, because Hydra meets other shapes with errors of every kind.
     """
-    found = Findings()
+    issues = Issues()
     for key, rule in (("seed", "write sweep.seeds"), ("hydra", "Hydra's own settings have no effect here")):
         if key in doc.content:
-            found.refuse(key, rule, origin=doc.where(key))
+            issues.refuse(key, rule, origin=doc.where(key))
     for group in compose.PRESET_GROUPS:
-        for name, value in _mapping(doc.content.get(group, {}), group, doc, found).items():
+        for name, value in _mapping(doc.content.get(group, {}), group, doc, issues).items():
             if isinstance(value, dict | list):
-                found.refuse(f"{group}.{name}", "must be one value", repr(value), doc.where(f"{group}.{name}"))
+                issues.refuse(f"{group}.{name}", "must be one value", repr(value), doc.where(f"{group}.{name}"))
     entries = doc.content.get("defaults", [])
     for entry in entries if isinstance(entries, list) else [entries]:
         problem = _default_problem(entry, loader)
         if problem:
-            found.take([problem], doc.where("defaults"))
-    found.stop()
+            issues.take([problem], doc.where("defaults"))
+    issues.stop()
 
 
 def _default_problem(entry: Any, loader: ConfigLoader) -> Problem | None:
@@ -107,98 +107,98 @@ def _default_problem(entry: Any, loader: ConfigLoader) -> Problem | None:
     return Problem("defaults", "may only choose presets, each as - override /data: c4", repr(entry))
 
 
-def _grid(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:
-    grid = _mapping(block.get("grid", {}), "sweep.grid", doc, found)
-    return [_axis(name, written, doc.where(f"sweep.grid.{name}"), loader, found) for name, written in grid.items()]
+def _grid(block: dict[str, Any], doc: Document, loader: ConfigLoader, issues: Issues) -> list[Factor]:
+    grid = _mapping(block.get("grid", {}), "sweep.grid", doc, issues)
+    return [_axis(name, written, doc.where(f"sweep.grid.{name}"), loader, issues) for name, written in grid.items()]
 
 
-def _axis(name: str, written: Any, origin: str, loader: ConfigLoader, found: Findings) -> Alternatives:
+def _axis(name: str, written: Any, origin: str, loader: ConfigLoader, issues: Issues) -> Factor:
     if isinstance(written, dict) and f"{name}.{next(iter(written), '')}" in setting_names():
         key = next(iter(written))
-        found.refuse(name, f"an axis is written under its dotted name, {name}.{key}: [...]", origin=origin)
+        issues.refuse(name, f"an axis is written under its dotted name, {name}.{key}: [...]", origin=origin)
         return []
-    if not axes.check_name(name, origin, found):
+    if not axes.check_name(name, origin, issues):
         return []
-    return [{name: chosen} for chosen in axes.values(name, written, origin, loader, found)]
+    return [{name: chosen} for chosen in axes.values(name, written, origin, loader, issues)]
 
 
-def _zips(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> list[Alternatives]:
+def _zips(block: dict[str, Any], doc: Document, loader: ConfigLoader, issues: Issues) -> list[Factor]:
     """Axes that advance together: one factor for each mapping of the list."""
     written, origin = block.get("zip"), doc.where("sweep.zip")
     if written is None:
         return []
     if not isinstance(written, list) or not all(isinstance(z, dict) and z for z in written):
-        found.refuse("sweep.zip", "must be a list of mappings from settings to equally long lists", origin=origin)
+        issues.refuse("sweep.zip", "must be a list of mappings from settings to equally long lists", origin=origin)
         return []
     factors = []
     for pairing in written:
         lengths = {name: len(v) if isinstance(v, list) else 0 for name, v in pairing.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             got = ", ".join(f"{name}: {n}" for name, n in lengths.items())
-            found.refuse("sweep.zip", "zipped axes must be lists of one length", got, origin)
-        elif all(axes.check_name(name, origin, found) for name in pairing):
-            factors.append(_paired(pairing, origin, loader, found))
+            issues.refuse("sweep.zip", "zipped axes must be lists of one length", got, origin)
+        elif all(axes.check_name(name, origin, issues) for name in pairing):
+            factors.append(_paired(pairing, origin, loader, issues))
     return factors
 
 
-def _paired(pairing: dict[str, list[Any]], origin: str, loader: ConfigLoader, found: Findings) -> Alternatives:
+def _paired(pairing: dict[str, list[Any]], origin: str, loader: ConfigLoader, issues: Issues) -> Factor:
     """One alternative for each position; a value may stand twice in one list as long as the pairs differ."""
     rows = []
     for row in zip(*pairing.values(), strict=True):
         chosen = {name: Chosen(axes.as_setting(name, v), origin) for name, v in zip(pairing, row, strict=True)}
-        if all(axes.is_possible(name, c, loader, found) for name, c in chosen.items()):
+        if all(axes.is_possible(name, c, loader, issues) for name, c in chosen.items()):
             rows.append(chosen)
     return rows
 
 
-def _cases(block: dict[str, Any], doc: Document, loader: ConfigLoader, found: Findings) -> dict[str, dict[str, Chosen]]:
+def _cases(block: dict[str, Any], doc: Document, loader: ConfigLoader, issues: Issues) -> dict[str, Choices]:
     cases = {}
-    for case, written in _mapping(block.get("cases", {}), "sweep.cases", doc, found).items():
+    for case, written in _mapping(block.get("cases", {}), "sweep.cases", doc, issues).items():
         path = f"sweep.cases.{case}"
-        settings: dict[str, Chosen] = {}
-        for name, value in _mapping(written, path, doc, found).items():
+        settings: Choices = {}
+        for name, value in _mapping(written, path, doc, issues).items():
             origin = doc.where(f"{path}.{name}")
-            if axes.check_name(name, origin, found):
+            if axes.check_name(name, origin, issues):
                 chosen = Chosen(axes.as_setting(name, value), origin)
-                if axes.is_possible(name, chosen, loader, found):
+                if axes.is_possible(name, chosen, loader, issues):
                     settings[name] = chosen
         cases[case] = settings
     return cases
 
 
-def _exclusions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[grammar.Expression, ...]:
+def _exclusions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[Expression, ...]:
     written, origin = block.get("exclude") or [], doc.where("sweep.exclude")
     if not isinstance(written, list) or not all(isinstance(e, str) for e in written):
-        found.refuse("sweep.exclude", "must be a list of conditions, each quoted", repr(written), origin)
+        issues.refuse("sweep.exclude", "must be a list of conditions, each quoted", repr(written), origin)
         return ()
     parsed = []
     for text in written:
         try:
-            parsed.append(grammar.parse(text))
+            parsed.append(exclude.parse(text))
         except ConfigError as error:
-            found.take(error.problems, origin)
+            issues.take(error.problems, origin)
     return tuple(parsed)
 
 
-def _conditions(block: dict[str, Any], doc: Document, found: Findings) -> tuple[str, ...] | None:
+def _conditions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[str, ...] | None:
     """The axes that are given: names of settings or groups."""
     written, origin = block.get("conditions"), doc.where("sweep.conditions")
     if written is None:
         return None
     if not isinstance(written, list) or not all(isinstance(name, str) for name in written):
-        found.refuse("sweep.conditions", "must be a list of settings or groups", repr(written), origin)
+        issues.refuse("sweep.conditions", "must be a list of settings or groups", repr(written), origin)
         return None
-    return tuple(name for name in written if axes.check_name(name, origin, found))
+    return tuple(name for name in written if axes.check_name(name, origin, issues))
 
 
-def _refuse_twice(factors: list[Alternatives], doc: Document, found: Findings) -> None:
+def _refuse_twice(factors: list[Factor], doc: Document, issues: Issues) -> None:
     named = [name for factor in factors for name in factor[0]]
     for name in sorted({n for n in named if named.count(n) > 1}):
-        found.refuse(name, "is listed in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
+        issues.refuse(name, "is listed in more than one of sweep.grid and sweep.zip", origin=doc.where("sweep"))
 
 
-def _mapping(value: Any, path: str, doc: Document, found: Findings) -> dict[str, Any]:
+def _mapping(value: Any, path: str, doc: Document, issues: Issues) -> dict[str, Any]:
     if isinstance(value, dict):
         return {str(k): v for k, v in value.items()}
-    found.refuse(path, "must be a mapping", repr(value), doc.where(path))
+    issues.refuse(path, "must be a mapping", repr(value), doc.where(path))
     return {}

@@ -1,20 +1,105 @@
-"""Trials: complete cells times seeds, named by what they are and by the text they train on."""
+"""Trials: cells with all their settings, every rule checked, times seeds; named by what they are and what they read."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stabstudy import config as cfg
-from stabstudy.config import DataConfig, TrialConfig
+from stabstudy.config import GROUPS, DataConfig, TrialConfig, from_dict
 from stabstudy.data import sources
 from stabstudy.data.files import Memory
-from stabstudy.planning.complete import Composed
-from stabstudy.planning.findings import Findings
-from stabstudy.planning.grammar import Expression
-from stabstudy.settings import ConfigError, DataError
+from stabstudy.planning import compose, compute
+from stabstudy.planning.axes import Choices, without_rivals
+from stabstudy.planning.compose import PRESET_GROUPS, Base
+from stabstudy.planning.compute import Compute
+from stabstudy.planning.exclude import Expression
+from stabstudy.planning.overrides import Request
+from stabstudy.planning.sweepfile import SweepFile
+from stabstudy.settings import ConfigError, DataError, Issues, Problem
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of axis values, or a named case, with all its settings; `choices` names its presets."""
+
+    config: TrialConfig
+    choices: dict[str, str]
+    case: str | None
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Completes the cells of one sweep; composes once for each combination of presets."""
+
+    sweep: SweepFile
+    issues: Issues
+    bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
+
+    def cell(self, chosen: Choices, case: str | None) -> Cell | None:
+        """The cell of these choices, presets composed and settings on top, or None with its problems noted."""
+        base, settings = self._base(chosen), _settings(chosen)
+        try:
+            nested = compose.resolved(base.values, {name: c.value for name, c in settings.items()})
+            nested = {k: v for k, v in nested.items() if k != "compute"}
+            # Hydra drops a ??? that stands on top of a preset's value, so look in the sweep file itself
+            open_in_file = [name for name in compose.missing(self.sweep.document.content) if name not in settings]
+            if missing := {*open_in_file, *compose.missing(nested)}:
+                raise ConfigError([Problem(name, "must be set: it is ??? here") for name in sorted(missing)])
+            return Cell(from_dict(nested), {g: base.choices[g] for g in GROUPS}, case)
+        except ConfigError as error:
+            self._take(error.problems, settings, base)
+            return None
+
+    def compute(self, request: Request) -> Compute:
+        """The `compute` group: the same for every cell, so neither an axis nor a case may change it."""
+        for name in request.axes:
+            if name.partition(".")[0] == "compute":
+                self.issues.refuse(name, "takes one value: where trials run cannot vary within a launch")
+        pins = without_rivals(request.pins)
+        base, settings = self._base(pins), _settings(pins)
+        problems: list[Problem] = []
+        try:
+            own = {name: c.value for name, c in settings.items() if name.startswith("compute.")}
+            return compute.read(compose.resolved(base.values, own)["compute"], problems)
+        except ConfigError as error:
+            problems += error.problems
+            return Compute()
+        finally:
+            self._take(problems, settings, base)
+
+    def _base(self, chosen: Choices) -> Base:
+        presets = {name: str(c.value) for name, c in chosen.items() if name in PRESET_GROUPS}
+        key = frozenset(presets.items())
+        if key not in self.bases:
+            self.bases[key] = compose.base(self.sweep.document, presets)
+        return self.bases[key]
+
+    def _take(self, problems: list[Problem], settings: Choices, base: Base) -> None:
+        """Note the problems; of values that follow a wrong one (`${train.steps}`) only where nothing else is wrong."""
+        own = [p for p in problems if not compose.follows(base, p.setting) or p.setting in settings]
+        for problem in own or problems:
+            self.issues.take([problem], self._origin(problem.setting, settings, base))
+
+    def _origin(self, names: str, settings: Choices, base: Base) -> str:
+        """Where the settings of a problem ('model.dim, model.n_heads') were written, each place once."""
+        places: dict[str, None] = {}
+        for name in names.split(", "):
+            group = name.partition(".")[0]
+            if name in settings:
+                places[settings[name].origin] = None
+            elif name in self.sweep.document.lines:
+                places[self.sweep.document.where(name)] = None
+            elif group in base.choices:
+                places[f"conf/{group}/{base.choices[group]}.yaml"] = None
+        return "; ".join(places)
+
+
+def _settings(chosen: Choices) -> Choices:
+    """The choices without presets: what is laid on top of them."""
+    return {name: c for name, c in chosen.items() if name not in PRESET_GROUPS}
 
 
 @dataclass(frozen=True)
@@ -29,7 +114,7 @@ class PlannedTrial:
     data_fingerprint: str
 
 
-def fingerprints(configs: Iterable[DataConfig], cache: Path | None, found: Findings) -> dict[DataConfig, str]:
+def fingerprints(configs: Iterable[DataConfig], cache: Path | None, issues: Issues) -> dict[DataConfig, str]:
     """The fingerprint of every distinct data setting. Each text is checked and hashed once: seq_len only cuts it.
 
     `cache`: the token cache, which remembers large files; None where there is none yet.
@@ -45,38 +130,38 @@ def fingerprints(configs: Iterable[DataConfig], cache: Path | None, found: Findi
                 of_text[text] = sources.fingerprint(data, memory)
             known[data] = of_text[text]
         except DataError as error:
-            found.take([error.problem])
+            issues.take([error.problem])
         if data.source == "hf" and data.hub_revision is None:
-            found.warn(f"data.hub_revision: null pins no version of {data.path}: its text may change")
+            issues.warn(f"data.hub_revision: null pins no version of {data.path}: its text may change")
     return known
 
 
-def planned(composed: Sequence[Composed], seeds: Sequence[int], known: dict[DataConfig, str]) -> list[PlannedTrial]:
+def planned(cells: Sequence[Cell], seeds: Sequence[int], known: dict[DataConfig, str]) -> list[PlannedTrial]:
     """Every trial, seed by seed, so that a study stopped half-way has every cell once before any cell twice."""
     trials = []
     for seed in seeds:
-        for c in composed:
-            config, fingerprint = dataclasses.replace(c.config, seed=seed), known[c.config.data]
+        for cell in cells:
+            config, fingerprint = dataclasses.replace(cell.config, seed=seed), known[cell.config.data]
             ids = cfg.trial_id(config, fingerprint), cfg.cell_id(config, fingerprint)
-            trials.append(PlannedTrial(*ids, config, c.choices, c.cell.case, fingerprint))
+            trials.append(PlannedTrial(*ids, config, cell.choices, cell.case, fingerprint))
     return trials
 
 
-def distinct(trials: Sequence[PlannedTrial], found: Findings) -> list[PlannedTrial]:
+def distinct(trials: Sequence[PlannedTrial], issues: Issues) -> list[PlannedTrial]:
     """Every trial once; a cell of the grid that is also a named case goes by that name."""
     known: dict[str, PlannedTrial] = {}
     for trial in trials:
         first = known.setdefault(trial.trial_id, trial)
         if first is not trial:
             known[trial.trial_id] = dataclasses.replace(first, case=first.case or trial.case)
-            found.warn(
+            issues.warn(
                 f"{f'case {trial.case}' if trial.case else 'a cell'} equals another cell: {trial.cell_id} counts once"
             )
     return list(known.values())
 
 
 def without_excluded(
-    trials: Sequence[PlannedTrial], exclude: Sequence[Expression], chosen: Iterable[str], found: Findings
+    trials: Sequence[PlannedTrial], exclude: Sequence[Expression], chosen: Iterable[str], issues: Issues
 ) -> list[PlannedTrial]:
     """The trials that no condition names; cases stay. A condition that names none is warned about: a typing error?
 
@@ -91,14 +176,14 @@ def without_excluded(
         try:
             naming = [e.text for e in exclude if trial.case is None and e.holds(values)]
         except ConfigError as error:
-            found.take(error.problems)
+            issues.take(error.problems)
             return list(trials)
         used.update(naming)
         if not naming:
             kept.append(trial)
     for expression in exclude:
         if expression.text not in used and expression.names.isdisjoint(chosen):
-            found.warn(f"sweep.exclude: {expression.text!r} matches no cell")
+            issues.warn(f"sweep.exclude: {expression.text!r} matches no cell")
     if not kept:
-        found.refuse("sweep.exclude", "leaves nothing to train")
+        issues.refuse("sweep.exclude", "leaves nothing to train")
     return kept

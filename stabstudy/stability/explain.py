@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stabstudy.stability.rules import Rules
+from stabstudy.wording import count
 
 Row = Mapping[str, Any]
 
@@ -65,7 +66,7 @@ def _verdict(columns: Row, rules: Rules) -> str:
     if verdict == "diverged":
         code = columns["verdict_code"]
         return f"Diverged at step {columns['verdict_step']} of {columns['steps_planned']}: {DIVERGED[code]} ({code})."
-    judged_steps = _count(judged, f"judged {unit}")
+    judged_steps = count(judged, f"judged {unit}")
     if verdict == "rough":
         share, least = _percent(columns["spike_abs_rate"]), _percent(columns["spike_abs_low"])
         return (
@@ -76,14 +77,14 @@ def _verdict(columns: Row, rules: Rules) -> str:
         reasons = [_broken(rule, columns, rules) for rule in str(columns["verdict_rule"]).split("+")]
         return f"Spiky{so_far}: {'; '.join(reasons)} ({columns['verdict_rule']})."
     events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
-    seen = f"{_count(events, 'spike')}, too short, low or rare to matter," if events else "no spike"
+    seen = f"{count(events, 'spike')}, too short, low or rare to matter," if events else "no spike"
     return f"Stable{so_far}: {seen} in {judged_steps}."
 
 
 def _unjudged(columns: Row, rules: Rules) -> str:
     reason, judged = columns["verdict_reason"], columns["n_evaluable"]
     if reason == "too_short":
-        return f"Not judged: {_count(judged, 'evaluable step')}, and a verdict needs {rules.min_evaluable}."
+        return f"Not judged: {count(judged, 'evaluable step')}, and a verdict needs {rules.min_evaluable}."
     if reason == "no_gradient_norm":
         return "Not judged: the record has no gradient norm."
     if reason == "norm_after_clipping":
@@ -97,10 +98,10 @@ def _unjudged(columns: Row, rules: Rules) -> str:
         )
     if reason == "strided":
         events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
-        seen = _count(events, "spike") if events else "no spike"
-        return f"Not judged: {seen} in {_count(judged, 'judged row')}, and the log leaves out the steps between."
+        seen = count(events, "spike") if events else "no spike"
+        return f"Not judged: {seen} in {count(judged, 'judged row')}, and the log leaves out the steps between."
     done, planned = columns["steps_done"], columns["steps_planned"]
-    return f"Not judged: {reason} after {done} of {_count(planned, 'step')}."
+    return f"Not judged: {reason} after {done} of {count(planned, 'step')}."
 
 
 def _broken(rule: str, columns: Row, rules: Rules) -> str:
@@ -166,7 +167,7 @@ def _attribution(spike: Row) -> str:
 
 
 def _length(spike: Row) -> str:
-    return f"{'was over after' if spike['recovered'] else 'was not over after'} {_count(spike['duration'], 'step')}"
+    return f"{'was over after' if spike['recovered'] else 'was not over after'} {count(spike['duration'], 'step')}"
 
 
 def _followed(spike: Row) -> str:
@@ -175,7 +176,7 @@ def _followed(spike: Row) -> str:
     lag = spike["lag"]
     if lag is None or lag == 0:
         return "and the loss spiked with it"
-    return f"and the loss {'followed' if lag > 0 else 'led'} by {_count(abs(lag), 'step')}"
+    return f"and the loss {'followed' if lag > 0 else 'led'} by {count(abs(lag), 'step')}"
 
 
 def _clipping(columns: Row, recipe: Recipe) -> str:
@@ -215,7 +216,3 @@ def _number(value: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.3g} %"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stabstudy import cli, leftovers, locks, store
 from stabstudy import config as cfg
-from stabstudy import leftovers, locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import Supply, open_batches
-from stabstudy.planning import machine, packs
+from stabstudy.planning import compute, packs
 from stabstudy.planning.caveats import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
-from stabstudy.planning.standing import intact, waiting
+from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
 from stabstudy.sweeping import preflight as cluster
@@ -35,6 +35,7 @@ from stabstudy.sweeping.preflight import preflight
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.worker import PackFailed, StopRequest, stop_on_signals, train_pack
+from stabstudy.wording import short_value
 
 PACKAGES = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
 
@@ -50,8 +51,8 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: machine.package_version(p) for p in PACKAGES}},
-        "machine": {"platform": platform.platform(), "cores": machine.cores(), "processor": _processor()},
+        "versions": {"python": platform.python_version(), **{p: compute.package_version(p) for p in PACKAGES}},
+        "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
         "git": _git(),
     }
 
@@ -84,13 +85,11 @@ def _ask_git(*arguments: str) -> str:
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""
-DAMAGED = 3
-"""Exit code where a trial was left alone because its files cannot be trusted."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended: the exit code, and whether it ended before every trial had been tried."""
+    """How a launch ended: the exit code (`cli.EXIT_CODES`), and whether it ended before every trial had been tried."""
 
     code: int
     early: bool = False
@@ -101,7 +100,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
-    locks.LockHeldError when the study is being worked on; machine.NotReadyError when Ray or the pre-flight does not
+    locks.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
     cache_dir = _cache_dir(plan.compute.cache_dir)
@@ -119,7 +118,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
         write_study(study, whole, say)
         leftovers.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
         outcome = _trained(whole, study, cache_dir, say, command)
-    return dataclasses.replace(outcome, code=outcome.code or DAMAGED) if left_alone else outcome
+    return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
 
 
 def _trained(
@@ -128,20 +127,20 @@ def _trained(
     todo = waiting(plan, study)
     if not todo:
         say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
-        return Outcome(0)
+        return Outcome(cli.OK)
     return _train(plan, study, todo, cache_dir, command)
 
 
 def _cache_dir(named: str | None) -> Path:
-    """Raises machine.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
+    """Raises compute.NotReadyError where the folder that is named, there or in $STABSTUDY_CACHE, cannot be used."""
     try:
         return tokens.named_cache_dir(named) if named else tokens.default_cache_dir()
     except DataError as error:
-        raise machine.NotReadyError(str(error)) from error
+        raise compute.NotReadyError(str(error)) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         rule = f"must be a folder that can be written ({reason})"
-        raise machine.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
+        raise compute.NotReadyError(str(Problem("compute.cache_dir", rule, show(named)))) from error
 
 
 def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> None:
@@ -185,9 +184,9 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
         print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
     if stop.requested:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
-        return Outcome(4 if stop.number is None else 128 + stop.number, early=True)
+        return Outcome(cli.ENVIRONMENT if stop.number is None else 128 + stop.number, early=True)
     done = all(study.trial(trial_id).read_state().status == "done" for trial_id in ids)
-    return Outcome(0 if done else 3)
+    return Outcome(cli.OK if done else cli.PARTIAL)
 
 
 def _run(
@@ -202,7 +201,7 @@ def _run(
             "device": "cuda" if plan.compute.gpus_per_pack else "cpu",
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
-            "compiler": machine.why_not_compile() is None,
+            "compiler": compute.why_not_compile() is None,
         },
         "rules": Rules().to_json(),
     }
@@ -261,6 +260,5 @@ def label(trial: PlannedTrial, plan: Plan) -> str:
     """The trial's values on the plan's axes, e.g. 'depth=4 lr=0.01 clip=off seed=1'."""
     words = [trial.case] if trial.case else []
     for axis, value in zip(plan.axes, plan.values(trial), strict=True):
-        shown = "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-        words.append(f"{axis.name.rsplit('.', 1)[-1]}={shown}")
+        words.append(f"{axis.name.rsplit('.', 1)[-1]}={short_value(value)}")
     return " ".join([*words, f"seed={trial.config.seed}"])

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from stabstudy import config as cfg
 from stabstudy.config import ModelConfig, TrialConfig
-from stabstudy.planning.compute import Compute
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.sweeping.ray_driver import ENVIRONMENT
 

@@ -20,10 +20,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stabstudy import disk, live, locks, store, trace
-from stabstudy.planning import words
-from stabstudy.planning.words import count, duration, judged, safe
+from stabstudy import disk, live, locks, store, trace, wording
+from stabstudy.settings import safe
 from stabstudy.store import State, TrialFolder
+from stabstudy.wording import count, duration, short_value
 
 PLAIN_SECONDS = 15.0
 """Off a terminal: at least this long between two progress lines."""
@@ -89,14 +89,14 @@ class Board:
     def finish(self, trial_id: str, state: State) -> None:
         """A trial has ended (or will not be tried again): count it and print its outcome."""
         began = self.running.pop(trial_id, None)
-        outcome = judged(state) if state.status == "done" else state.status
+        outcome = verdict_words(state) if state.status == "done" else state.status
         self.finished[trial_id] = outcome
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
         why = f": {state.error['message']}" if state.error and state.status != "done" else why
         if state.outcome:
             self.latest = f"{self.labels.get(trial_id, trial_id)}: {state.outcome}"
-        spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike')}"
+        spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike', ',')}"
         number = f"[{len(self.finished)}/{len(self.labels)}]"
         self.say(f"{number} {trial_id}  {self.labels.get(trial_id, '')}: {outcome}{why}{spikes}{took}")
 
@@ -175,18 +175,30 @@ def show_status(folder: Path) -> None:
     listed = sorted(map(_found, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
     if listed:
         rows = [_row(trial, axes) for trial in listed]
-        words.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
+        wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
     print(summary(study, [trial.state for trial in listed]))
 
 
 def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
     counts = Counter(state.status for state in states)
-    verdicts = Counter(words.judged(state) for state in states if state.status == "done")
+    verdicts = Counter(verdict_words(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
     launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
-    return f"{study.name}: {words.count(len(states), 'trial')}: {', '.join(parts) or 'none begun'}; {launch}"
+    return f"{study.name}: {wording.count(len(states), 'trial', ',')}: {', '.join(parts) or 'none begun'}; {launch}"
+
+
+def verdict_words(state: State) -> str:
+    """The verdict of a done trial in words, or why it has none."""
+    reasons = {
+        "too_short": "too short to judge",
+        "no_gradient_norm": "no gradient norm",
+        "norm_after_clipping": "norms after clipping alone",
+        "all_zero": "loss and norm are 0 throughout",
+        None: "not judged",
+    }
+    return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 
 def _axes(study: store.StudyFolder) -> list[str]:
@@ -218,11 +230,13 @@ def _found(folder: TrialFolder) -> Listed:
 
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
-    shown = [f"{n.rpartition('.')[2]}={_text(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)]
+    shown = [
+        f"{n.rpartition('.')[2]}={short_value(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)
+    ]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
-    verdict = words.judged(state) if state.status == "done" else str((state.error or {}).get("message", ""))
+    verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
-    steps = f"{reached}/{_text(_at(trial.settings, 'train.steps'))}"
+    steps = f"{reached}/{short_value(_at(trial.settings, 'train.steps'))}"
     return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]
 
 
@@ -237,10 +251,6 @@ def _rank(value: Any) -> tuple[int, float, str]:
     """Sorts numbers by size before text, and null last."""
     number = isinstance(value, int | float)
     return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
-
-
-def _text(value: Any) -> str:
-    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _live_steps(trial: TrialFolder) -> int:

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import locks, store
-from stabstudy.planning.compute import Compute
-from stabstudy.planning.machine import NotReadyError
+from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.sweeping.rounds import Rounds, Service, Watch
 from stabstudy.sweeping.worker import StopRequest
 

@@ -19,7 +19,7 @@ from faults.mutations import at_most, little_memory, mutated
 from stabstudy import config as cfg
 from stabstudy import sweep
 from stabstudy.data import sources
-from stabstudy.planning import compose, places
+from stabstudy.planning import compose
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 Begin = Callable[[str], Part]
@@ -155,7 +155,7 @@ def generated(rng: random.Random) -> bytes:
 
 
 def test_sweep_files(part: Begin, empty_folder: Path) -> None:
-    shipped = [path.read_bytes() for path in sorted((places.conf_folder().parent / "sweeps").glob("*.yaml"))]
+    shipped = [path.read_bytes() for path in sorted((compose.conf_folder().parent / "sweeps").glob("*.yaml"))]
     assert len(shipped) > 4
     (empty_folder / "sweeps").mkdir()
     with part("sweep files") as running:

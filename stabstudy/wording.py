@@ -1,12 +1,12 @@
-"""Text for a terminal: counts, sizes, times, tables with aligned columns."""
+"""Counts, amounts, durations, values and errors as short text; tables with aligned columns for a terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from stabstudy.settings import safe as safe  # beside the other words for a terminal
-from stabstudy.store import State
+from stabstudy.settings import safe
 
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
@@ -19,21 +19,20 @@ def amount(value: float) -> str:
     return f"{value:.3g} {UNITS[power]}"
 
 
-def count(number: int, noun: str) -> str:
-    """'1 trial', '24 trials'."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def count(number: int, noun: str, thousands: str = "") -> str:
+    """'1 trial', '24 trials'; with `thousands=","` '1,024 trials'."""
+    return f"{number:{thousands}} {noun}" + ("" if number == 1 else "s")
 
 
-def judged(state: State) -> str:
-    """The verdict of a done trial in words, or why it has none."""
-    reasons = {
-        "too_short": "too short to judge",
-        "no_gradient_norm": "no gradient norm",
-        "norm_after_clipping": "norms after clipping alone",
-        "all_zero": "loss and norm are 0 throughout",
-        None: "not judged",
-    }
-    return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
+def short_value(value: Any) -> str:
+    """A setting's value in a label: '0.01', 'pysrc'; null is 'off'."""
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """A library's message, fit for one line: its first that is not blank, at most `most` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:most] if lines else type(error).__name__
 
 
 def duration(seconds: float) -> str:

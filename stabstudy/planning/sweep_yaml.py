@@ -20,9 +20,8 @@ from stabstudy import config as cfg
 from stabstudy import disk, store
 from stabstudy.config import DataConfig
 from stabstudy.planning.document import UNREADABLE
-from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import PRIMARY
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import ConfigError, Issues, Problem
 
 HEADER = "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
@@ -71,22 +70,22 @@ def read(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], found: Findings) -> dict[str, Any]:
+def belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], issues: Issues) -> dict[str, Any]:
     """Refuse a launch that would mix two studies. Returns the sweep.yaml before it, {} for a new study."""
     before = read(folder)
     if before is None:
         if strangers := _strangers(folder):
-            found.refuse("study", f"{folder} is not a study of this program: it holds {', '.join(strangers[:3])}")
+            issues.refuse("study", f"{folder} is not a study of this program: it holds {', '.join(strangers[:3])}")
         return {}
     named, version = before.get("sweep"), before.get("format")
     if type(version) is not int or not 1 <= version <= cfg.FORMAT_VERSION:
-        found.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
+        issues.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
     elif named != sweep:
         same = "leave out sweep=" if named == PRIMARY else f"use sweep={named}"
         hint = f"name a new study with study=NAME, or {same}"
-        found.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, in that folder sweep {named}")
+        issues.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, in that folder sweep {named}")
     else:
-        _same_data(before, fingerprints, found)
+        _same_data(before, fingerprints, issues)
     return before
 
 
@@ -108,13 +107,13 @@ def changes(before: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {now[k]!r} now, {was[k]!r} in the launch before; the study holds trials of both" for k in differing]
 
 
-def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str], found: Findings) -> None:
+def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str], issues: Issues) -> None:
     known = {_key(r["settings"]): str(r["fingerprint"]) for r in _records(before)}
     for data, fingerprint in fingerprints.items():
         was = known.get(_key(_differing(data)), fingerprint)
         if was != fingerprint:
             rule = f"the text of source {data.source} has changed since this study began: use another study=NAME"
-            found.refuse("data", rule, f"fingerprint {fingerprint}, formerly {was}")
+            issues.refuse("data", rule, f"fingerprint {fingerprint}, formerly {was}")
 
 
 def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:

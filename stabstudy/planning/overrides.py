@@ -1,4 +1,4 @@
-"""Command-line arguments of a sweep: flags, and overrides in Hydra's grammar.
+"""Overrides of a launch: command-line arguments in Hydra's grammar.
 
 `optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
 or chooses a preset. The command line wins over the sweep file everywhere.
@@ -22,10 +22,9 @@ from hydra.errors import HydraException
 
 from stabstudy import store
 from stabstudy.config import GROUPS, from_dict, setting_names
-from stabstudy.planning import axes, compose, compute, scalars
-from stabstudy.planning.axes import Chosen
-from stabstudy.planning.findings import Findings
-from stabstudy.settings import ConfigError, Problem, read_group, setting
+from stabstudy.planning import axes, compose, compute, document
+from stabstudy.planning.axes import Choices, Chosen
+from stabstudy.settings import ConfigError, Issues, Problem, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
 """What is trained where no sweep is named and no setting of a trial is given."""
@@ -59,7 +58,7 @@ class Request:
     sweep: str | None
     launch: Launch
     seeds: tuple[int, ...] | None
-    pins: dict[str, Chosen]
+    pins: Choices
     axes: dict[str, list[Chosen]]
 
     @property
@@ -74,21 +73,20 @@ class Request:
         return f"adhoc-{_digest(self.pins, self.axes)}" if self.sweep is None else self.sweep
 
 
-def read(arguments: Sequence[str], loader: ConfigLoader | None, found: Findings) -> Request:
+def read(arguments: Sequence[str], loader: ConfigLoader | None, issues: Issues) -> Request:
     """The arguments as a Request. Without a loader presets are not checked and `glob` is refused."""
     parser = OverridesParser.create(config_loader=loader)
     said: dict[str, Chosen | list[Chosen]] = {}
     for argument in arguments:
-        if argument not in ("-m", "--multirun"):  # what Hydra users type; every sweep is a multirun here
-            _read_one(argument, parser, loader, said, found)
+        _read_one(argument, parser, loader, said, issues)
     launch_said = {k: said.pop(k) for k in LAUNCH_KEYS if k in said}
     sweep = launch_said.pop("sweep", None)
-    seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, found)
+    seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, issues)
     said.pop("seed", None)
-    launch = _launch(launch_said, found)
-    _check_folder(launch, found)
+    launch = _launch(launch_said, issues)
+    _check_folder(launch, issues)
     return Request(
-        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, said)) else _name(sweep, found),
+        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, said)) else _name(sweep, issues),
         launch,
         seeds,
         {k: v for k, v in said.items() if isinstance(v, Chosen)},
@@ -101,8 +99,8 @@ def _is_question(name: str) -> bool:
     return name.partition(".")[0] != "compute"
 
 
-def _name(sweep: Chosen | list[Chosen] | None, found: Findings) -> str | None:
-    return None if sweep is None else str(_value(sweep, "sweep", found, DEFAULT_SWEEP))
+def _name(sweep: Chosen | list[Chosen] | None, issues: Issues) -> str | None:
+    return None if sweep is None else str(_value(sweep, "sweep", issues, DEFAULT_SWEEP))
 
 
 def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str:
@@ -115,12 +113,12 @@ def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str
     return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
 
 
-def _check_folder(launch: Launch, found: Findings) -> None:
+def _check_folder(launch: Launch, issues: Issues) -> None:
     """Refuse a study or a results folder that cannot be a name."""
     if launch.study is not None and (rule := store.check_name(launch.study)):
-        found.refuse("study", rule, repr(launch.study))
+        issues.refuse("study", rule, repr(launch.study))
     if rule := _no_folder(launch.results_dir):
-        found.refuse("results_dir", rule, repr(launch.results_dir))
+        issues.refuse("results_dir", rule, repr(launch.results_dir))
 
 
 def _no_folder(text: str) -> str | None:
@@ -149,28 +147,28 @@ def _read_one(
     parser: OverridesParser,
     loader: ConfigLoader | None,
     said: dict[str, Chosen | list[Chosen]],
-    found: Findings,
+    issues: Issues,
 ) -> None:
     origin = f"from override {argument!r}"
     try:
         override = parser.parse_overrides([argument])[0]
     except (HydraException, ValueError, RecursionError):
-        found.take([_unreadable(argument)], origin)
+        issues.take([_unreadable(argument)], origin)
         return
     name = override.key_or_group
-    rule = _refusal(override) or scalars.problem(argument.partition("=")[2]) or compute.renamed(name)
+    rule = _refusal(override) or document.scalar_problem(argument.partition("=")[2]) or compute.renamed(name)
     if rule:
-        found.refuse(name, rule, origin=origin)
+        issues.refuse(name, rule, origin=origin)
     elif not _is_known(name):
-        found.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
+        issues.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
     elif override.is_sweep_override():
-        written = _enumerated(override, origin, found)
-        said[name] = axes.values(name, written, origin, loader, found) if written is not None else []
+        written = _enumerated(override, origin, issues)
+        said[name] = axes.values(name, written, origin, loader, issues) if written is not None else []
     elif isinstance(override.value(), dict) and name in setting_names():
-        said[name] = axes.values(name, override.value(), origin, loader, found)
+        said[name] = axes.values(name, override.value(), origin, loader, issues)
     else:
         chosen = Chosen(_pinned(override, argument), origin)
-        if loader is None or axes.is_possible(name, chosen, loader, found):
+        if loader is None or axes.is_possible(name, chosen, loader, issues):
             said[name] = chosen
 
 
@@ -187,7 +185,7 @@ def _refusal(override: Override) -> str | None:
     name = override.key_or_group
     if override.type == OverrideType.DEL:
         return "nothing can be deleted; clipping, for one, is switched off by optim.clip=null"
-    if scalars.INSTANTIATION & set(re.split(r"[^\w]+", override.input_line or "")):
+    if document.INSTANTIATION & set(re.split(r"[^\w]+", override.input_line or "")):
         return "not allowed: nothing is ever instantiated from a configuration"
     if name.startswith("sweep."):
         key = name.removeprefix("sweep.").removeprefix("grid.")
@@ -202,18 +200,18 @@ def _is_known(name: str) -> bool:
     return name in (*setting_names(), *compose.PRESET_GROUPS, *LAUNCH_KEYS) or name in compute.names()
 
 
-def _enumerated(override: Override, origin: str, found: Findings) -> list[Any] | None:
+def _enumerated(override: Override, origin: str, issues: Issues) -> list[Any] | None:
     """The values of a sweep-valued override, bounded before they are made."""
     name, value = override.key_or_group, override.value()
     if isinstance(value, RangeSweep):
         start, stop, step = value.start or 0, value.stop or 0, value.step
         if step == 0 or abs((stop - start) / step) > axes.MAX_VALUES:
-            found.refuse(name, f"a range needs a step and at most {axes.MAX_VALUES} values", origin=origin)
+            issues.refuse(name, f"a range needs a step and at most {axes.MAX_VALUES} values", origin=origin)
             return None
     try:
         elements = list(override.sweep_iterator())
     except (HydraException, ValueError, TypeError):
-        found.refuse(name, "has no values to enumerate: list them, or write {log:[low,high],num:n}", origin=origin)
+        issues.refuse(name, "has no values to enumerate: list them, or write {log:[low,high],num:n}", origin=origin)
         return None
     return [e.text if isinstance(e, QuotedString) else e for e in elements]
 
@@ -235,33 +233,33 @@ def _unreadable(argument: str) -> Problem:
     return Problem(name, f"is not in Hydra's override grammar: {quote}", repr(text))
 
 
-def _value(chosen: Chosen | list[Chosen] | None, name: str, found: Findings, default: Any) -> Any:
+def _value(chosen: Chosen | list[Chosen] | None, name: str, issues: Issues, default: Any) -> Any:
     """The one value of a launch key, or the default."""
     if chosen is None:
         return default
     if isinstance(chosen, list):
-        found.refuse(name, "takes one value", origin=chosen[0].origin if chosen else "")
+        issues.refuse(name, "takes one value", origin=chosen[0].origin if chosen else "")
         return default
     return chosen.value
 
 
-def _seeds(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> tuple[int, ...] | None:
+def _seeds(said: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> tuple[int, ...] | None:
     """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
     if len(said) == 2:
-        found.refuse("seed, seeds", "give only one of them")
+        issues.refuse("seed, seeds", "give only one of them")
     for name, chosen in said.items():
         if isinstance(chosen, list):
-            return axes.seeds([c.value for c in chosen], chosen[0].origin, found) if chosen else None
-        return axes.seeds([chosen.value] if name == "seed" else chosen.value, chosen.origin, found)
+            return axes.seeds([c.value for c in chosen], chosen[0].origin, issues) if chosen else None
+        return axes.seeds([chosen.value] if name == "seed" else chosen.value, chosen.origin, issues)
     return None
 
 
-def _launch(said: Mapping[str, Chosen | list[Chosen]], found: Findings) -> Launch:
-    values = {k: _value(v, k, found, getattr(Launch, k)) for k, v in said.items() if k != "seeds"}
+def _launch(said: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> Launch:
+    values = {k: _value(v, k, issues, getattr(Launch, k)) for k, v in said.items() if k != "seeds"}
     problems: list[Problem] = []
     launch = read_group("launch", Launch, values, problems)
     for problem in problems:
         name = problem.setting.removeprefix("launch.")
         chosen = said[name]
-        found.refuse(name, problem.rule, problem.got, chosen.origin if isinstance(chosen, Chosen) else "")
+        issues.refuse(name, problem.rule, problem.got, chosen.origin if isinstance(chosen, Chosen) else "")
     return launch
