@@ -162,7 +162,7 @@ def test_a_setting_of_another_optimizer_is_refused(copy: Path, setting: str) -> 
     apply(section("An optimizer"), copy)
     done = run(copy, "-m", "stabstudy.sweep", *TRAINED, setting)
     assert done.returncode == 2 and not (copy / "results" / "s").exists()
-    assert re.search(rf"{re.escape(setting.partition('=')[0])}: has (no|an) effect with kind ", done.stderr)
+    assert re.search(rf"{re.escape(setting.partition('=')[0])}: has an effect with kinds? ", done.stderr)
 
 
 @pytest.mark.slow
