@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import planted
 import pytest
 from conftest import ROOT
 
@@ -209,3 +210,33 @@ def test_a_statistic(copy: Path, tmp_path: Path) -> None:
         assert share == pytest.approx((loss.diff().dropna() > 0).mean()) and 0 < share < 1
     assert "loss_rise_share" in (study / "report" / "trials.csv").read_text().splitlines()[0]
     assert "loss_rise_share" not in COLUMNS  # the copy alone was changed
+
+
+# a figure
+
+
+@pytest.mark.slow
+def test_a_figure(copy: Path, tmp_path: Path) -> None:
+    touched = apply(section("A figure"), copy)
+    assert touched == [f"stabstudy/analysis/figures/{name}.py" for name in ("loss_severity", "registry")]
+    study = few_trials(tmp_path / "s")
+    written = run(copy, "-m", "stabstudy.report", str(study))
+    assert written.returncode == 0, written.stderr
+    page, text = (study / "report" / "index.html").read_text(), (study / "report" / "report.md").read_text()
+    assert "Final loss against severity" in page and "severity is 0 where no step was absolute" in page
+    assert "Final loss against severity" in text
+    assert (study / "report" / "figures" / "loss-severity.svg").read_text().startswith("<?xml")
+    losses = pd.read_parquet(study / "trials.parquet").set_index("trial_id")["final_loss"]
+    part = text.split("### Final loss against severity")[1].split("\n### ")[0]
+    numbers = dict(re.findall(r"^\| \[(\w{10})\]\(\S+\) \|[^|]*\| ([\d.]+) \|$", part, re.MULTILINE))
+    assert numbers == {trial: f"{loss:.2f}" for trial, loss in losses.items()} and len(numbers) == 4
+
+
+@pytest.mark.slow
+def test_a_figure_that_a_study_does_not_allow_says_why(copy: Path, tmp_path: Path) -> None:
+    apply(section("A figure"), copy)
+    study = tmp_path / "s"
+    planted.plant_trial(study, planted.settings(lr=1e-3))
+    planted.plant_trial(study, planted.settings(lr=1e-2), status="failed", steps_done=60)
+    assert run(copy, "-m", "stabstudy.report", str(study)).returncode == 0
+    assert "fewer than two done trials have both" in (study / "report" / "report.md").read_text()
