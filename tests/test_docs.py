@@ -71,6 +71,24 @@ def test_flags_are_those_of_the_command(
     assert used and used <= shown
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/asking.md", "docs/ingesting.md"])
+def test_exit_codes_are_those_of_the_commands(name: str) -> None:
+    from stabstudy import cli
+
+    table = TEXTS[name].split("| exit code | |")[1].split("\n\n")[0]
+    codes = [int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in row.split(",")]
+    assert len(codes) == len(set(codes)) and set(codes) <= set(cli.EXIT_CODES)
+    assert name != "docs/asking.md" or set(codes) == set(cli.EXIT_CODES)
+
+
+def test_the_console_script_has_the_commands_that_the_readme_names() -> None:
+    from stabstudy import cli
+
+    sentence = re.search(r"^(`stabstudy \w+`.*?) are the same commands", TEXTS["README.md"], re.DOTALL | re.MULTILINE)
+    assert sentence is not None
+    assert re.findall(r"`(?:stabstudy )?(\w+)`", sentence[1]) == [*cli.COMMANDS]
+
+
 # links and paths
 
 
