@@ -104,7 +104,7 @@ def test_an_edit_whose_lines_are_gone_is_noticed(tmp_path: Path) -> None:
 
 TRAINED = (
     *("optim.kind=sgd", "optim.lr=0.1", "optim.schedule=constant", "optim.warmup_steps=3", "model.depth=1"),
-    *("data=synthetic", "data.synth_bytes=40_000", "data.seq_len=16", "train.batch_size=4", "train.steps=30"),
+    *("data=pysrc", "data.max_bytes=60_000", "data.seq_len=16", "train.batch_size=4", "train.steps=30"),
     *("train.checkpoint_every=10", "train.eval_every=15", "seeds=1", "study=s", "launcher=local"),
 )
 AGAINST_TORCH = """
