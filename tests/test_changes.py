@@ -22,7 +22,8 @@ KILLED = -9
 
 
 def section(title: str) -> str:
-    return PAGE.split(f"\n### {title}\n", 1)[1].split("\n### ", 1)[0]
+    """What stands below a heading, up to the next one of any level."""
+    return re.split(r"\n#+ ", re.split(rf"\n#+ {title}\n", PAGE, maxsplit=1)[1], maxsplit=1)[0]
 
 
 def apply(text: str, root: Path) -> list[str]:
@@ -69,8 +70,11 @@ def test_the_blocks_fit_the_code_as_it_is(title: str, copy: Path) -> None:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     root = tmp_path / "copy"
-    for name in ("stabstudy", "conf", "sweeps", ".ci"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("stabstudy", "conf", "sweeps", "tests", ".ci"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "data", "faults"))
+    shutil.copytree(ROOT / "stabstudy" / "data", root / "stabstudy" / "data", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "conf" / "data", root / "conf" / "data", dirs_exist_ok=True)
+    shutil.copy(ROOT / "pyproject.toml", root)
     (root / "results").mkdir()
     shutil.copy(ROOT / "results" / "README.md", root / "results")
     return root
@@ -108,17 +112,22 @@ TRAINED = (
     *("train.checkpoint_every=10", "train.eval_every=15", "seeds=1", "study=s", "launcher=local"),
 )
 AGAINST_TORCH = """
+import sys
 import torch
 from stabstudy.config import OptimConfig, TrialConfig
 from stabstudy.training.optimizers import optimizer
 
-members = [(0.9, 0.05), (0.0, 0.1), (0.5, 0.01)]
-configs = [TrialConfig(optim=OptimConfig(kind="sgd", lr=lr, weight_decay=0, beta1=beta1)) for beta1, lr in members]
+members = [(0.9, 0.05), (0.2, 0.1), (0.5, 0.01)]
+more = {"sgd_nesterov": True} if "nesterov" in sys.argv else {}
+optims = [OptimConfig(kind="sgd", lr=lr, weight_decay=0, beta1=beta1, **more) for beta1, lr in members]
+configs = [TrialConfig(optim=optim) for optim in optims]
 draw = torch.Generator().manual_seed(0)
 stack = torch.randn(3, 4, 5, generator=draw)
 rows = [row.clone().requires_grad_() for row in stack]
 ours = optimizer(configs, [("head.weight", stack)])
-theirs = [torch.optim.SGD([row], lr=lr, momentum=beta1) for row, (beta1, lr) in zip(rows, members)]
+theirs = [
+    torch.optim.SGD([row], lr=lr, momentum=beta1, nesterov=bool(more)) for row, (beta1, lr) in zip(rows, members)
+]
 for step in range(6):
     grads = torch.randn(3, 4, 5, generator=draw)
     left_out = torch.tensor([0.0, 0.0, float(step == 2)])
@@ -155,6 +164,36 @@ def test_an_optimizer(copy: Path) -> None:
     for record in ("trace", "probes"):
         assert one["records"][record]["values_sha256"] == two["records"][record]["values_sha256"]
     assert two["final_loss"] < two["init_loss"]
+
+
+@pytest.mark.slow
+def test_a_setting_of_an_optimizer(copy: Path) -> None:
+    apply(section("An optimizer"), copy)
+    touched = apply(section("A setting of its own"), copy)
+    assert touched == [
+        "stabstudy/config.py",
+        "conf/optim/adamw.yaml",
+        "stabstudy/shape.py",
+        "stabstudy/training/sgd.py",
+    ]
+    done = run(copy, "-c", AGAINST_TORCH, "nesterov")
+    assert done.returncode == 0, done.stderr
+    ids = "from stabstudy.config import TrialConfig, trial_id; print(trial_id(TrialConfig(), 'f' * 16))"
+    assert run(copy, "-c", ids).stdout == run(ROOT, "-c", ids).stdout != ""  # no finished trial has another name
+    refused = run(copy, "-m", "stabstudy.sweep", "optim.sgd_nesterov=true", "study=s")
+    assert refused.returncode == 2 and "optim.sgd_nesterov: has an effect with kind sgd only" in refused.stderr
+    rules = "placed_once or sgd_nesterov or every_setting_stands_in_conf"
+    kept = run(copy, "-m", "pytest", "-n", "0", "tests/test_shape.py", "tests/test_conf.py", "-k", rules)
+    assert kept.returncode == 0, kept.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["An optimizer", "A statistic", "A figure"])
+def test_the_house_stands_after_a_change(title: str, copy: Path) -> None:
+    apply(section(title), copy)
+    rules = ("nobody_imports", "modules_stay_small", "named_after_nothing")
+    kept = run(copy, "-m", "pytest", "-n", "0", "tests/test_layers.py", "-k", " or ".join(rules))
+    assert kept.returncode == 0, kept.stdout
 
 
 @pytest.mark.slow
