@@ -93,8 +93,8 @@ def test_the_real_run(shared_data: Path, tmp_path: Path, capsys: Out) -> None:
         r"of 866 logged norms the largest is 16\.25, at step 50, .* its max_grad_norm is not known\.", page
     )
     assert said is not None and "91 % of them lie above 1" in said[0] and "median 1.66" in said[0]
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert said[0] in readme and "Four spikes stand out (steps 3220, 4530, 5510 and 6110)" in readme
+    told = " ".join((ROOT / "docs" / "ingesting.md").read_text().split())
+    assert said[0] in told and "Four spikes stand out (steps 3220, 4530, 5510 and 6110)" in told
     assert study.spikes["start"].tolist() == [3220, 4530, 5510, 6110]
     assert study.spikes["part"].tolist() == ["both", "absolute", "absolute", "absolute"]
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in source.iterdir()} == before

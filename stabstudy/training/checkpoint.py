@@ -27,8 +27,8 @@ from stabstudy.trace import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
 KEEP = 2
-MOMENTS = ("adam/", "lion/", "muon/")
-"""What the names of an optimizer's moments begin with."""
+WATCHED = ("clip/", "spike_skip/")
+"""What the names begin with of what clip rules and spike_skip remember: of norms and losses, whatever those were."""
 
 
 class CheckpointError(Exception):
@@ -150,6 +150,6 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], labe
         raise CheckpointError(f"checkpoint {label} is of another model: {', '.join(wrong[:3])}")
     # the square of a huge gradient may be infinite, and training goes on; a moment that is NaN never recovers
     bad = [k for k, t in tensors.items() if k.startswith("model/") and not bool(t.isfinite().all())]
-    bad += [k for k, t in tensors.items() if k.startswith(MOMENTS) and bool(t.isnan().any())]
+    bad += [k for k, t in tensors.items() if not k.startswith(("model/", *WATCHED)) and bool(t.isnan().any())]
     if bad:
         raise CheckpointError(f"nonfinite checkpoint {label}: {', '.join(bad[:3])}")

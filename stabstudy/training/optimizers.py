@@ -2,7 +2,7 @@
 
 All of them act on a pack: K members of one shape, each parameter one tensor [K, *shape] that is written in place, with
 settings of each member's own. Nothing they do waits for the device or depends on its values, so a step can stand in a
-CUDA graph where `lr` is a tensor. A new optimizer is one file, one line here and one in `groups.OPTIMIZERS`.
+CUDA graph where `lr` is a tensor. A new optimizer is one file, one line here and one in `config.OPTIMIZERS`.
 """
 
 from __future__ import annotations
