@@ -10,10 +10,11 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import axis_figures, effect_figures, map_figures, norm_figures, several, trace_figures
-from stabstudy.analysis import figures as curve_figures
+from stabstudy.analysis import several
 from stabstudy.analysis.blocks import Figure
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import effect_figures, map_figures, norm_figures, single_axes, trace_figures
+from stabstudy.analysis.figures import registry as curve_figures
+from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.study import Study
 
 ENDED = {0: 21, 1: 9, 2: 91}
@@ -197,7 +198,7 @@ def test_single_axes(tmp_path: Path) -> None:
                     diverge(tmp_path / "s", 2, lr, seed, warmup)
                 else:
                     planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, warmup=warmup))
-    figure = next(iter(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")))
+    figure = next(iter(single_axes.figures(Study.load(tmp_path / "s"), "optim.lr")))
     assert isinstance(figure, Figure)
     assert (
         "Small marks: 9 done trials; open triangles on the upper edge: 3 diverged, 3 in the means of the loss, with "

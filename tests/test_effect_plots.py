@@ -10,10 +10,11 @@ import numpy as np
 import planted
 import pytest
 
-from stabstudy.analysis import axis_figures, curve_plots, effect_plots, style, words
+from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Absent
-from stabstudy.analysis.effect_figures import figures
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.figures import effect_plots, single_axes, study_curves, style
+from stabstudy.analysis.figures.effect_figures import figures
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
@@ -146,7 +147,7 @@ def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
             for batch in (8, 16):
                 config = planted.settings(2, lr, warmup=warmup, batch_size=batch)
                 planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + lr + warmup / 100 + batch / 1000)
-    blocks = list(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
+    blocks = list(single_axes.figures(Study.load(tmp_path / "s"), "optim.lr"))
     assert [getattr(b, "name", "") for b in blocks[:2]] == ["against-optim-warmup-steps", "against-train-batch-size"]
     assert blocks[2:] == [Absent("Effect of weight decay and dataset", "they do not vary")]
     losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
@@ -166,7 +167,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
                     final_loss=loss + warmup / 100,
                 )  # fmt: skip
     study = Study.load(tmp_path / "s")
-    figure = next(axis_figures.figures(study, "optim.lr"))
+    figure = next(single_axes.figures(study, "optim.lr"))
     losses = {(row[0], *row[1:4]) for row in figure.table.rows if "loss" in row[0]}
     name = "final validation loss (nat/token), dataset"
     assert losses == {
@@ -178,15 +179,15 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
         tmp_path / "s", planted.settings(lr=1e-3, warmup=5, seed=1, data={"source": "pysrc"}),
         choices={"data": "pysrc"}, eval_hash="other", fingerprint="pysrc" * 2,
     )  # fmt: skip
-    figure = next(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr"))
+    figure = next(single_axes.figures(Study.load(tmp_path / "s"), "optim.lr"))
     assert not any("loss" in row[0] for row in figure.table.rows) and "evaluated on different sets" in figure.caption
 
 
 def test_a_crowded_legend_lies_beside_the_lines(study: Study, tmp_path: Path) -> None:
-    few = curve_plots.sensitivity(study)
+    few = study_curves.sensitivity(study)
     assert few.get_legend().get_window_extent().x0 < few.get_window_extent().x1
     crowd = Study.load(planted.plant_study(tmp_path / "s", clips=(0.1, 1.0, 10.0, None), seeds=(0,)))
-    many = curve_plots.sensitivity(crowd)
+    many = study_curves.sensitivity(crowd)
     many.figure.canvas.draw()
     assert many.get_legend().get_window_extent().x0 > many.get_window_extent().x1
 
@@ -213,6 +214,6 @@ def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
         for lr in (1e-3, 1e-2):
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
-    figure, _ = axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")
+    figure, _ = single_axes.figures(Study.load(tmp_path / "s"), "optim.lr")
     assert figure.name == "against-data" and "evaluated on different sets" in figure.caption
     assert {row[0] for row in figure.table.rows} == {"max / median", X3}

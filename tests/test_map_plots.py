@@ -8,9 +8,10 @@ import planted
 import pytest
 from matplotlib import colors
 
-from stabstudy.analysis import map_figures, map_plots, plots, style
+from stabstudy.analysis import plots
 from stabstudy.analysis.blocks import Figure
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import map_figures, maps, style
+from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.study import Study
 
 RATES = (1e-3, 1e-2, 1e-1)
@@ -59,9 +60,9 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
     """Dark in a light frame, and never exchanged for the dark theme's colours: fields are light in both."""
     lines = plots.verdict_map(study).get_lines()
     frames, cores = lines[::2], lines[1::2]
-    assert len(cores) == 3 and not set(map_plots.LIMIT_COLOURS) & set(style.DARK)
-    assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in map_plots.LIMIT_COLOURS]
-    light, dark = (style.luminance(colors.to_rgb(c)) for c in map_plots.LIMIT_COLOURS)
+    assert len(cores) == 3 and not set(maps.LIMIT_COLOURS) & set(style.DARK)
+    assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in maps.LIMIT_COLOURS]
+    light, dark = (style.luminance(colors.to_rgb(c)) for c in maps.LIMIT_COLOURS)
     for ground in (style.PAPER, *style.VERDICT_GROUNDS.values()):
         assert (style.luminance(colors.to_rgb(ground)) + 0.05) / (dark + 0.05) > 4.5
     assert (light + 0.05) / (style.luminance(colors.to_rgb(style.DARK[style.PAPER])) + 0.05) > 4.5
@@ -70,8 +71,8 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
 
 
 def test_an_axis_without_order_has_no_limit(study: Study) -> None:
-    assert not map_plots._has_order(["pre", "post"]) and not map_plots._has_order([False, True])
-    assert map_plots._has_order(RATES) and not map_plots._has_order([1.0, None])  # clipping off is not a larger clip
+    assert not maps._has_order(["pre", "post"]) and not maps._has_order([False, True])
+    assert maps._has_order(RATES) and not maps._has_order([1.0, None])  # clipping off is not a larger clip
 
 
 def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
@@ -92,7 +93,7 @@ def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
     ],
 )
 def test_next_to_nothing_stays_dark(value: str, highest: float, ends: tuple[float, float]) -> None:
-    assert map_plots.scale(value, highest) == ends
+    assert maps.scale(value, highest) == ends
 
 
 def test_the_report_names_each_limit(study: Study) -> None:

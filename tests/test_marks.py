@@ -12,7 +12,8 @@ import numpy as np
 import planted
 import pytest
 
-from stabstudy.analysis import marks, plots, steps, style, trace_plots
+from stabstudy.analysis import plots
+from stabstudy.analysis.figures import steps, style, tooltips, traces
 from stabstudy.analysis.study import Study
 from stabstudy.trace import TRACE, Rows
 
@@ -35,7 +36,7 @@ def test_a_mark_lies_where_the_picture_shows_it() -> None:
     (series,) = read(figure)
     figure.canvas.draw()
     pixels = ax.transData.transform([(1, 10), (2, 30), (3, 20)]) / (600, 400)
-    places = np.array(series["at"]).reshape(-1, 2) / marks.UNITS
+    places = np.array(series["at"]).reshape(-1, 2) / tooltips.UNITS
     assert places[:, 0] == pytest.approx(pixels[:, 0], abs=1e-3)
     assert 1 - places[:, 1] == pytest.approx(pixels[:, 1], abs=1e-3)
     assert (series["name"], series["x"], series["y"]) == ("one", "x", "y")
@@ -90,7 +91,7 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
     figure.axes[0].plot(values)
     figure.axes[0].set_ylabel("y")
     (series,) = read(figure)
-    assert len(series["a"]) <= marks.MOST_VERTICES and "50" in series["b"] and "nan" not in str(series)
+    assert len(series["a"]) <= tooltips.MOST_VERTICES and "50" in series["b"] and "nan" not in str(series)
     assert series["a"][series["b"].index("50")] == "3333"
 
 
@@ -109,7 +110,7 @@ def _unpacked(text: str) -> Any:
 def test_a_page_carries_every_step(study: Study) -> None:
     worst = str(study.worst())
     rows = study.trace(worst)
-    absolute = trace_plots.absolute_steps(study, rows)
+    absolute = traces.absolute_steps(study, rows)
     spikes = study.spikes_by_trial.get(worst, [])
     own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, absolute))
     for name in steps.COLUMNS:

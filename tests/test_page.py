@@ -19,11 +19,12 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import design_tables, effect_tables, map_figures, render, sentences, words
+from stabstudy.analysis import design_tables, effect_tables, render, sentences, words
 from stabstudy.analysis.blocks import Figure, Text
 from stabstudy.analysis.effects import contrasts, interactions
-from stabstudy.analysis.figures import figures
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import map_figures
+from stabstudy.analysis.figures.layout import layout_of
+from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report

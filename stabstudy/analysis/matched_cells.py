@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stabstudy.analysis import compare, plots, style, words
+from stabstudy.analysis import compare, plots, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.levels import Level, keys, split
 from stabstudy.analysis.paired import t_interval
 from stabstudy.analysis.study import Study

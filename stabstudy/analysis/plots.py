@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, marks, style, words
-from stabstudy.analysis.curve_plots import first_spikes, sensitivity
-from stabstudy.analysis.effect_plots import clip_shares, clipping, effects, parallel
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.figures import style, tooltips
+from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects, parallel
+from stabstudy.analysis.figures.layers import layer_map
+from stabstudy.analysis.figures.maps import stability_map, verdict_map
+from stabstudy.analysis.figures.norms import accumulation, norm_ratios
+from stabstudy.analysis.figures.positions import Positions
+from stabstudy.analysis.figures.study_curves import first_spikes, sensitivity
+from stabstudy.analysis.figures.traces import trace, traces, trial
 from stabstudy.analysis.kinds import EXPOSURE
-from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
-from stabstudy.analysis.map_plots import stability_map, verdict_map
-from stabstudy.analysis.norm_plots import accumulation, norm_ratios
 from stabstudy.analysis.paired import Estimate
-from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.trace_plots import trace, traces, trial
 from stabstudy.stability.summary import COLUMNS
 
 __all__ = [
@@ -202,14 +203,14 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
         [positions.of(v) for v in _levels_in(kept, positions)],
         list(kept[metric]),
         linestyle="none", marker=look.marker,
-        markersize=3, color=look.colour, alpha=0.75, label=marks.trials(kept.index, look.name),
+        markersize=3, color=look.colour, alpha=0.75, label=tooltips.trials(kept.index, look.name),
     )  # fmt: skip
     if len(gone):
         ax.plot(
             [positions.of(v) for v in _levels_in(gone, positions)], [1.0] * len(gone),
             transform=ax.get_xaxis_transform(), linestyle="none", marker="^", markersize=8, markerfacecolor="none",
             markeredgecolor=look.colour, clip_on=False, gid="diverged",
-            label=marks.trials(gone.index, look.name),
+            label=tooltips.trials(gone.index, look.name),
         )  # fmt: skip
 
 

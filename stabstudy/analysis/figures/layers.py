@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.figures import style
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import compare, style, words
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.positions import Positions
 from stabstudy.analysis.kinds import EXPOSURE
 from stabstudy.analysis.levels import Level, levels_of, records, split
-from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS

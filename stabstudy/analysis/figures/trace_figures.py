@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy.analysis import layer_plots, plots, style, trial_tables, words
+from stabstudy.analysis import plots, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.figures import layers as layer_plots
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED

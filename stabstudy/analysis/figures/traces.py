@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.trace import Rows

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.positions import Positions
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
-from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, curve_plots, drivers, effect_plots, sentences, style, words
+from stabstudy.analysis import compare, drivers, sentences, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.figures import effect_plots, study_curves, style
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import Study
@@ -60,7 +61,7 @@ def _sensitivity(study: Study) -> Iterator[Figure | Absent]:
     )
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    drawing = style.draw(curve_plots.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
+    drawing = style.draw(study_curves.sensitivity(study, x, table).figure)  # type: ignore[arg-type]
     title = f"LR sensitivity against {words.label(x)}"
     yield Figure("lr-sensitivity", title, drawing, f"Line chart. {values}.", caption, numbers)
 
@@ -103,7 +104,7 @@ def _first_spikes(study: Study, axis: str | None) -> Iterator[Figure | Absent]:
     )
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
-    drawing = style.draw(curve_plots.first_spikes(study, axis, times).figure)  # type: ignore[arg-type]
+    drawing = style.draw(study_curves.first_spikes(study, axis, times).figure)  # type: ignore[arg-type]
     title = f"Time to the first spike, by {words.label(axis)}"
     yield Figure("first-spikes", title, drawing, f"Step chart. {'; '.join(ends)}.", caption, numbers)
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Drawing
+from stabstudy.analysis.figures.tooltips import marks
 from stabstudy.analysis.levels import ordered
-from stabstudy.analysis.marks import marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import compare, marks, sentences, style, words
+from stabstudy.analysis import compare, sentences, words
 from stabstudy.analysis.effects import CLEAR
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.kinds import scale_of
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.study import Study
@@ -97,7 +98,7 @@ def clipping(study: Study, ax: Axes | None = None) -> Axes:
             linestyle="none",
             color=style.BLUE,
             alpha=0.7,
-            label=marks.trials(members.index),
+            label=tooltips.trials(members.index),
         )
     ends = [*trials["optim.clip"], *trials["grad_norm_median"]]
     if ends:
@@ -129,7 +130,7 @@ def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
     for clip in grid:
         ax.plot(
             [float(clip)] * len(shares[clip]), shares[clip], marker="o", markersize=4, linestyle="none",
-            color=style.BLUE, alpha=0.7, label=marks.trials(members[clip].index),
+            color=style.BLUE, alpha=0.7, label=tooltips.trials(members[clip].index),
         )  # fmt: skip
     if grid:
         ax.set(xscale="log", xlim=(min(grid) / 1.6, max(grid) * 1.6), ylim=(-0.03, 1.03))

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stabstudy.analysis import (
-    axis_figures,
-    compare,
-    effect_figures,
-    map_figures,
-    norm_figures,
-    plots,
-    runs,
-    style,
-    trace_figures,
-    words,
-)
+from stabstudy.analysis import compare, plots, runs, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.figures import effect_figures, map_figures, norm_figures, single_axes, style, trace_figures
+from stabstudy.analysis.figures.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.kinds import Kind, kind_of
-from stabstudy.analysis.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
 
@@ -49,7 +39,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
     else:
         yield from _curves(grid, layout)
         yield from map_figures.figures(grid, layout)
-        yield from axis_figures.figures(study, layout.x)
+        yield from single_axes.figures(study, layout.x)
         yield from effect_figures.figures(study, layout.x)
         yield from norm_figures.figures(study, layout.x)
     yield from trace_figures.figures(study)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.levels import ordered
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import map_plots, plots, style, words
+from stabstudy.analysis import plots, words
 from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.figures import maps, style
+from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, pooled
+from stabstudy.analysis.figures.maps import DIVERGED
 from stabstudy.analysis.kinds import Kind, kind_of
-from stabstudy.analysis.layout import Layout, at_levels, level_texts, pooled
 from stabstudy.analysis.levels import Level, split
-from stabstudy.analysis.map_plots import DIVERGED
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
 
@@ -82,7 +83,7 @@ def _limits(study: Study, layout: Layout) -> list[str]:
     y = str(layout.by)
     rows: dict[str, list[str]] = {}
     for fixed in plots.combinations(study, layout.over):
-        for level, row in map_plots.limits(study.where(fixed), layout.x, y).items():
+        for level, row in maps.limits(study.where(fixed), layout.x, y).items():
             rows.setdefault(_limit(row, layout.x), []).append(at_levels([*fixed, y], [*fixed.values(), level]))
     return [
         f"{limit}: {'; '.join(names[:MOST_ROWS])}"
@@ -114,7 +115,7 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         _height(study, y),
     )
     what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
-    low, high = (map_plots.text(v, value) for v in map_plots.scale(value, top))
+    low, high = (maps.text(v, value) for v in maps.scale(value, top))
     geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
     mean = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
     caption = (
@@ -122,11 +123,11 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
         f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
-    peak = f" Highest: {map_plots.text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
-    heads = (*map(words.heading, axes), map_plots.label(value), *COUNTS)
+    peak = f" Highest: {maps.text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
+    heads = (*map(words.heading, axes), maps.label(value), *COUNTS)
     rows = [(*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields]
     table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads), folded=True)
-    title = f"{map_plots.label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}"
+    title = f"{maps.label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}"
     return Figure(f"{value.replace('_', '-')}-map", title, style.draw(figure), f"Map. {what}.{peak}", caption, table)
 
 
@@ -146,7 +147,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
     for ax in figure.axes[len(drawn) :]:
         ax.set_visible(False)
     named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
-    high = map_plots.text(map_plots.scale(PAIRED, top)[1], PAIRED)
+    high = maps.text(maps.scale(PAIRED, top)[1], PAIRED)
     caption = (
         f"{VALUES[PAIRED]} over {'; '.join(named)}: the mean over the n done trials that have it, every other axis "
         f"pooled{_lacking(next(iter(fields.values())), PAIRED)}. Colours run from 0 (dark) to {high} (light); hatched: "
@@ -154,7 +155,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
     )
     if more := len(pairs) - len(drawn):
         caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
-    heads = ("axis", "level", "axis", "level", map_plots.label(PAIRED), *COUNTS)
+    heads = ("axis", "level", "axis", "level", maps.label(PAIRED), *COUNTS)
     rows = tuple(
         (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
          f.text(PAIRED), *f.counts(PAIRED))
@@ -162,7 +163,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
     )  # fmt: skip
     ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
     numbers = Table("Numbers of this figure", heads, rows, frozenset(heads[4:]), folded=True)
-    what = map_plots.label(PAIRED)
+    what = maps.label(PAIRED)
     alt = f"Maps of the {what}. {'; '.join(ranges)}."
     title = f"{what.capitalize()} over other pairs of axes"
     yield Figure(f"{PAIRED.replace('_', '-')}-pairs", title, style.draw(figure), alt, caption, numbers)
@@ -170,7 +171,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
 
 def _lacking(fields: list[_Field], value: str) -> str:
     """`; 2 diverged without it`: the done trials that no field's mean holds."""
-    lacking = [f.trials.drop(map_plots.having(f.trials, value).index) for f in fields]
+    lacking = [f.trials.drop(maps.having(f.trials, value).index) for f in fields]
     diverged = sum(int((trials["verdict"] == DIVERGED).sum()) for trials in lacking)
     others = sum(map(len, lacking)) - diverged
     parts = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
@@ -212,7 +213,7 @@ class _Field:
         return sum(map(self.count, VERDICTS[1:]))
 
     def having(self, value: str) -> int:
-        return len(map_plots.having(self.trials, value))
+        return len(maps.having(self.trials, value))
 
     def counts(self, value: str) -> tuple[str, str, str]:
         """COUNTS, in words."""
@@ -227,10 +228,10 @@ class _Field:
         return int((self.trials["verdict"] == verdict).sum())
 
     def mean(self, value: str) -> float:
-        return map_plots.mean(self.trials, value)
+        return maps.mean(self.trials, value)
 
     def text(self, value: str) -> str:
-        return map_plots.text(self.mean(value), value)
+        return maps.text(self.mean(value), value)
 
 
 def _fields(study: Study, layout: Layout) -> list[_Field]:

@@ -11,7 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.levels import Level, at_level, keys
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import measured

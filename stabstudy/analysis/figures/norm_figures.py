@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from stabstudy.analysis import norm_plots, style, words
+from stabstudy.analysis import words
 from stabstudy.analysis.blocks import Absent, Figure, Table
-from stabstudy.analysis.norm_plots import LOSS_AGREES, MICRO_BATCH, NORM_AGREES, Split
+from stabstudy.analysis.figures import norms, style
+from stabstudy.analysis.figures.norms import LOSS_AGREES, MICRO_BATCH, NORM_AGREES, Split
 from stabstudy.analysis.study import Study
 
 QUANTILES = (0.5, 0.99, 0.999)
@@ -24,7 +25,7 @@ def figures(study: Study, axis: str) -> Iterator[Figure | Absent]:
 
 
 def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
-    ratios = norm_plots.read_ratios(study, axis)
+    ratios = norms.read_ratios(study, axis)
     values = ratios.values
     if not values:
         yield Absent("Gradient norms over their recent median", "no settled step has one")
@@ -48,10 +49,10 @@ def _ratios(study: Study, axis: str) -> Iterator[Figure | Absent]:
         f"Share of steps after the warmup at which the gradient norm before clipping, over the median of the {window} "
         "norms before it, is at least the value below the axis (one minus the empirical distribution; both scales "
         f"logarithmic), per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From "
-        f"{_traces(study, ratios.read)}: at most {norm_plots.TRIALS_PER_LEVEL} of each level, evenly "
+        f"{_traces(study, ratios.read)}: at most {norms.TRIALS_PER_LEVEL} of each level, evenly "
         f"chosen.{_without_step(study, ratios.empty)}"
     )
-    drawing = style.draw(norm_plots.norm_ratios(study, axis, values).figure)  # type: ignore[arg-type]
+    drawing = style.draw(norms.norm_ratios(study, axis, values).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads), folded=True)
     title = "Gradient norms over their recent median"
     yield Figure("norm-ratios", title, drawing, f"Step chart. {tails}.", caption, table)
@@ -67,7 +68,7 @@ def _without_step(study: Study, trial_ids: Sequence[str]) -> str:
 
 
 def _accumulation(study: Study) -> Iterator[Figure | Absent]:
-    pairs = norm_plots.splits(study)
+    pairs = norms.splits(study)
     if not pairs:
         yield Absent("Check of gradient accumulation", "no two done trials differ in the micro-batch size alone")
         return
@@ -88,7 +89,7 @@ def _accumulation(study: Study) -> Iterator[Figure | Absent]:
         f"the loss must agree to {words.level(LOSS_AGREES)} and the norm to {words.level(NORM_AGREES)}. Later, "
         f"rounding grows with the training. {verdict}"
     )
-    drawing = style.draw(norm_plots.accumulation(study, pairs).figure)  # type: ignore[arg-type]
+    drawing = style.draw(norms.accumulation(study, pairs).figure)  # type: ignore[arg-type]
     table = Table("Numbers of this figure", heads, rows, frozenset(heads[4:7]), folded=True)
     yield Figure("accumulation", "Check of gradient accumulation", drawing, f"Line chart. {verdict}", caption, table)
 
