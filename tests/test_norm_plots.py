@@ -12,11 +12,14 @@ import pytest
 from stabstudy import config as cfg
 from stabstudy.analysis import plots
 from stabstudy.analysis.blocks import Absent, Figure
-from stabstudy.analysis.figures import norm_figures, norms
+from stabstudy.analysis.figures import norms
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.study import Study
 from stabstudy.config import TrialConfig
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.published import ratio3
+
+MAIN = Layout("optim.lr", None, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,7 @@ def test_equal_splits_agree_and_a_wrong_normaliser_does_not(tmp_path: Path) -> N
 
 def test_the_report_says_whether_they_agree(tmp_path: Path) -> None:
     def said(study: Study) -> Figure:
-        blocks = {b.name: b for b in norm_figures.figures(study, "optim.lr") if isinstance(b, Figure)}
+        blocks = {b.name: b for b in norms.accumulation_figures(study, MAIN) if isinstance(b, Figure)}
         return blocks["accumulation"]
 
     assert "They agree: the split of the batch changes only rounding (4 pairs)." in said(_plant(tmp_path / "a")).alt
@@ -110,7 +113,7 @@ def test_ratios_of_a_diverged_trial_have_readable_numbers(study: Study) -> None:
 
 
 def test_without_such_trials_the_report_says_so(study: Study) -> None:
-    absent = [b for b in norm_figures.figures(study, "optim.lr") if isinstance(b, Absent)]
+    absent = list(norms.accumulation_figures(study, MAIN))
     assert absent == [Absent("Check of gradient accumulation", "the micro-batch size does not vary")]
 
 

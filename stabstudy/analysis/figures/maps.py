@@ -1,23 +1,27 @@
-"""Maps: a statistic, or the verdicts, in each field of one axis by another."""
+"""Maps of a statistic: its mean in each field of one axis by another."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from stabstudy.analysis import compare, words
+from stabstudy.analysis.blocks import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.positions import Positions
-from stabstudy.analysis.kinds import EXPOSURE
-from stabstudy.analysis.levels import Level, levels_of, records, split
+from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, pooled
+from stabstudy.analysis.figures.style import Positions
+from stabstudy.analysis.kinds import EXPOSURE, Kind, kind_of
+from stabstudy.analysis.levels import Level, levels_of, split
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 DIVERGED = "diverged"
@@ -26,11 +30,23 @@ DIVERGED = "diverged"
 SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
 """Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
 
-LIMIT_COLOURS = ("#fefefe", "#0b3d91")
-"""Frame and core of the line that ends the stable levels of a row."""
-
 SMALL_FROM = 8
 """Levels on an axis from which the words in the fields are set smaller."""
+
+VALUES = {
+    "spike_abs_rate": "Share of evaluable steps at three times the recent norm or more",
+    "grad_norm_max_over_median": "Largest over median gradient norm",
+    DIVERGED: "Share of trials that diverged",
+}
+"""The statistics that have a map, each with its meaning."""
+
+MOST_PAIRS = 4
+"""Other pairs of axes than the main one that get a map of PAIRED, in the order of the settings."""
+
+PAIRED = "spike_abs_rate"
+
+COUNTS = ("n", "without it", "not stable")
+"""Heads of the counts beside a mean: the done trials that it is over, those that lack the statistic, and of both."""
 
 
 def stability_map(
@@ -48,59 +64,99 @@ def stability_map(
     `scale(value, highest)`, not over what happens to be there.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    columns, rows = _sides(study, x, y)
-    fields = dict(split(_done(study, x, y, value), {x: columns.levels, y: rows.levels}))
-    means = {levels: mean(trials, value) for levels, trials in fields.items()}
+    sheet = Sheet(study, x, y, value)
+    means = {levels: mean(trials, value) for levels, trials in sheet.fields.items()}
     low, high = scale(value, max(filter(math.isfinite, means.values()), default=0.0) if highest is None else highest)
-    size = _font(columns, rows)
-    for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
-        levels = (columns.levels[i], rows.levels[j])
-        if levels in fields:
-            share = (means[levels] - low) / (high - low)
-            lines = [text(means[levels], value), _n(fields[levels], value)]
-            _draw_field(ax, (i, j), fields[levels], lines, share, size)
-        else:
-            _hatch(ax, (i, j))
-    _frame(ax, columns, rows)
+
+    def draw(at: tuple[int, int], levels: tuple[Level, ...], trials: pd.DataFrame) -> None:
+        lines = [text(means[levels], value), _n(trials, value)]
+        _draw_field(ax, at, trials, lines, (means[levels] - low) / (high - low), sheet.font)
+
+    sheet.draw(ax, draw)
     style.title(ax, label(value))
     return ax
 
 
-def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: Axes | None = None) -> Axes:
-    """How many trials of each field have each verdict, and per row how far x can be raised.
+class Sheet:
+    """The fields of a map: the done trials at each level of `x`, across, and of `y`."""
 
-    A field's ground is that of its worst verdict. In each row of an x with an order a heavy line ends the levels up to
-    which every trial is stable (`compare.limits`): solid where the next level was seen to be unstable, dashed where it
-    was not (nothing larger was tried, or trials have no verdict); none where trials are missing. All other axes and
-    seeds are pooled.
-    """
-    ax = style.new_figure().axes[0] if ax is None else ax
-    columns, rows = _sides(study, x, y)
-    fields = dict(split(_done(study, x, y, DIVERGED), {x: columns.levels, y: rows.levels}))
-    size = _font(columns, rows)
-    for i, j in itertools.product(range(len(columns.levels)), range(len(rows.levels))):
-        levels = (columns.levels[i], rows.levels[j])
-        if levels in fields:
-            _draw_verdicts(ax, (i, j), fields[levels], size)
-        else:
-            _hatch(ax, (i, j))
-    found = limits(study, x, y)
-    for j, row in enumerate(rows.levels):
-        _draw_limit(ax, j, columns.levels, found.get(row, {}))
-    _frame(ax, columns, rows)
-    ax.set_xlim(-0.56, len(columns.levels) - 0.44)  # the line of a limit at the end of the grid stays visible
-    return ax
+    def __init__(self, study: Study, x: str, y: str, value: str):
+        self.columns, self.rows = (
+            Positions(study.axes.get(a) or levels_of(study.trials[a]), a, categorical=True) for a in (x, y)
+        )
+        read = [] if value == DIVERGED else [compare.column(value)]
+        columns = [x, y, "verdict", "eval_hash", EXPOSURE, *read]
+        done = study.trials.loc[study.trials["state"] == "done", columns]
+        self.fields = dict(split(done, {x: self.columns.levels, y: self.rows.levels}))
+
+    @property
+    def font(self) -> float:
+        """Size of the words in the fields."""
+        return 8.5 if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM else 6.5
+
+    def draw(self, ax: Axes, draw: Callable[[tuple[int, int], tuple[Level, ...], pd.DataFrame], None]) -> None:
+        """Each field by `draw` (place, levels, trials), or hatched where no trial is done; then the axes' names."""
+        for (i, x), (j, y) in itertools.product(enumerate(self.columns.levels), enumerate(self.rows.levels)):
+            if (x, y) in self.fields:
+                draw((i, j), (x, y), self.fields[x, y])
+            else:
+                _hatch(ax, (i, j))
+        self.columns.apply_x(ax)
+        self.rows.apply_y(ax)
+        ax.set_xlim(-0.5, len(self.columns.levels) - 0.5)
+        ax.set_ylim(-0.5, len(self.rows.levels) - 0.5)
+        ax.grid(False)
 
 
-def limits(study: Study, x: str, y: str) -> Mapping[Level, Mapping[str, Any]]:
-    """Per level of y, how far x can be raised: the rows of `compare.limits`; empty where x has no order.
+def height(study: Study, y: str) -> float:
+    """Inches of a map: rows of half an inch to one inch."""
+    return 1.0 + max(0.55, min(1.0, 4.0 / len(study.axes[y]))) * len(study.axes[y])
 
-    Named cases are left out, and so are levels of y that the limits are refused for.
-    """
-    if not _has_order(study.axes.get(x, [])):
-        return {}
-    rows = records(compare.limits(study.grid.trials, list(study.axes), x, y).reset_index())
-    return {row[y]: row for row in rows if row["reason"] is None}
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a map: its levels (panels, row, column) and its done trials."""
+
+    levels: tuple[Level, ...]
+    trials: pd.DataFrame
+
+    @property
+    def n(self) -> int:
+        return len(self.trials)
+
+    @property
+    def not_stable(self) -> int:
+        return sum(map(self.count, VERDICTS[1:]))
+
+    def having(self, value: str) -> int:
+        return len(having(self.trials, value))
+
+    def counts(self, value: str) -> tuple[str, str, str]:
+        """COUNTS, in words."""
+        known = self.having(value)
+        return str(known), str(self.n - known), str(self.not_stable)
+
+    @property
+    def verdicts(self) -> str:
+        return ", ".join(f"{self.count(v)} {v}" for v in VERDICTS if self.count(v)) or "not judged"
+
+    def count(self, verdict: str) -> int:
+        return int((self.trials["verdict"] == verdict).sum())
+
+    def mean(self, value: str) -> float:
+        return mean(self.trials, value)
+
+    def text(self, value: str) -> str:
+        return text(self.mean(value), value)
+
+
+def fields_of(study: Study, layout: Layout) -> list[Field]:
+    """Every field of a figure of this layout that has a done trial."""
+    axes = layout.axes(study)
+    read = [v for v in VALUES if v != DIVERGED]
+    needed = list(dict.fromkeys([*axes, "state", "verdict", "eval_hash", *read]))
+    done = study.trials.loc[study.trials["state"] == "done", needed]
+    return [Field(levels, trials) for levels, trials in split(done, axes)]
 
 
 def mean(trials: pd.DataFrame, value: str) -> float:
@@ -136,32 +192,6 @@ def _n(trials: pd.DataFrame, value: str) -> str:
     return f"n={n}" if n == len(trials) else f"n={n} of {len(trials)}"
 
 
-def _sides(study: Study, x: str, y: str) -> tuple[Positions, Positions]:
-    columns, rows = (Positions(study.axes.get(a) or levels_of(study.trials[a]), a, categorical=True) for a in (x, y))
-    return columns, rows
-
-
-def _done(study: Study, x: str, y: str, value: str) -> pd.DataFrame:
-    read = [] if value == DIVERGED else [compare.column(value)]
-    return study.trials.loc[study.trials["state"] == "done", [x, y, "verdict", "eval_hash", EXPOSURE, *read]]
-
-
-def _has_order(levels: Sequence[Level]) -> bool:
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in levels)
-
-
-def _font(columns: Positions, rows: Positions) -> float:
-    return 8.5 if max(len(columns.levels), len(rows.levels)) < SMALL_FROM else 6.5
-
-
-def _frame(ax: Axes, columns: Positions, rows: Positions) -> None:
-    columns.apply_x(ax)
-    rows.apply_y(ax)
-    ax.set_xlim(-0.5, len(columns.levels) - 0.5)
-    ax.set_ylim(-0.5, len(rows.levels) - 0.5)
-    ax.grid(False)
-
-
 def _draw_field(
     ax: Axes, at: tuple[int, int], trials: pd.DataFrame, lines: Sequence[str], share: float, size: float
 ) -> None:
@@ -179,36 +209,110 @@ def _draw_field(
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 
 
-def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    worst = next((v for v in reversed(VERDICTS) if found[v]), None)
-    ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
-    ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in found.items() if n]
-    if rest := len(trials) - sum(found.values()):
-        lines.append(f"○ {rest} not judged")
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
-
-
-def _draw_limit(ax: Axes, j: int, levels: Sequence[Level], row: Mapping[str, Any]) -> None:
-    """The line that ends the stable levels of a row."""
-    if not row:
-        return
-    i = -1 if row["all_stable"] is None else levels.index(row["all_stable"])
-    seen = i + 1 < len(levels) and row["first_unstable"] == levels[i + 1]
-    line = "-" if seen else (0, (2, 1.5))
-    ends = [i + 0.5] * 2, [j - 0.46, j + 0.46]
-    # both colours stay in the dark: the fields are light there too, and between and beside them it is black
-    frame, core = LIMIT_COLOURS
-    ax.plot(*ends, color=frame, linewidth=5.4, solid_capstyle="butt", zorder=3)
-    ax.plot(*ends, color=core, linewidth=3.2, linestyle=line, gid="limit", solid_capstyle="butt", zorder=4)
-
-
 def _hatch(ax: Axes, at: tuple[int, int]) -> None:
     """A field without a done trial."""
     from matplotlib.patches import Rectangle
 
     corner = (at[0] - 0.5, at[1] - 0.5)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=style.MUTED, hatch="///", linewidth=0.5))
+
+
+def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """Every map that the study allows; in place of one that it does not, the reason."""
+    grid = study.grid
+    if layout.by is None:
+        yield Absent("Maps", "they need two axes; this study varies one")
+        return
+    for value, meaning in VALUES.items():
+        if value == DIVERGED and not (grid.trials["verdict"] == DIVERGED).any():
+            yield Absent("Map of the share diverged", "no trial diverged")
+        else:
+            yield _statistic(grid, layout, value, meaning)
+    yield from _other_pairs(grid, layout)
+
+
+def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
+    fields = fields_of(study, layout)
+    known = [f for f in fields if f.mean(value) == f.mean(value)]
+    unknown = " Grey: no trial has the statistic." if len(known) < len(fields) else ""
+    highest = max(known, key=lambda f: f.mean(value), default=None)
+    top = highest.mean(value) if highest else 0.0
+    y, axes = str(layout.by), layout.axes(study)
+    what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
+    low, high = (text(v, value) for v in scale(value, top))
+    geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
+    over = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
+    caption = (
+        f"{what}: {over}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below the value: "
+        f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
+        f"trial; a cross: at least one diverged.{pooled(layout)}"
+    )
+    peak = f" Highest: {text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
+    return style.report_figure(
+        f"{value.replace('_', '-')}-map",
+        f"{label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}",
+        panels(study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)),
+        f"Map. {what}.{peak}",
+        caption,
+        (*map(words.heading, axes), label(value), *COUNTS),
+        ((*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields),
+    )
+
+
+def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
+    """PAIRED over pairs of axes that no map above shows, each pooled over all other axes."""
+    pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
+    if not pairs:
+        return
+    drawn = [_turned(study, *pair) for pair in pairs[:MOST_PAIRS]]
+    fields = {pair: fields_of(study, Layout(*pair, [], [])) for pair in drawn}
+    top = max((v for of in fields.values() for f in of if (v := f.mean(PAIRED)) == v), default=0.0)
+    columns = min(2, len(drawn))
+    tall = sum(max(height(study, y) for _, y in drawn[i : i + columns]) for i in range(0, len(drawn), columns))
+    picture = style.new_panels(len(drawn), 6.6 if columns == 1 else 9.2, tall)
+    for ax, (x, y) in zip(picture.axes, drawn, strict=False):
+        stability_map(study, x, y, PAIRED, top, ax)
+    named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
+    high = text(scale(PAIRED, top)[1], PAIRED)
+    caption = (
+        f"{VALUES[PAIRED]} over {'; '.join(named)}: the mean over the n done trials that have it, every other axis "
+        f"pooled{_lacking(next(iter(fields.values())), PAIRED)}. Colours run from 0 (dark) to {high} (light); hatched: "
+        "no done trial; a cross: at least one diverged."
+    )
+    if more := len(pairs) - len(drawn):
+        caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
+    ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
+    what = label(PAIRED)
+    yield style.report_figure(
+        f"{PAIRED.replace('_', '-')}-pairs",
+        f"{what.capitalize()} over other pairs of axes",
+        picture,
+        f"Maps of the {what}. {'; '.join(ranges)}.",
+        caption,
+        ("axis", "level", "axis", "level", what, *COUNTS),
+        (
+            (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
+             f.text(PAIRED), *f.counts(PAIRED))
+            for (x, y), own in fields.items() for f in own
+        ),
+        texts=("axis", "level"),
+    )  # fmt: skip
+
+
+def _lacking(fields: list[Field], value: str) -> str:
+    """`; 2 diverged without it`: the done trials that no field's mean holds."""
+    lacking = [f.trials.drop(having(f.trials, value).index) for f in fields]
+    diverged = sum(int((trials["verdict"] == DIVERGED).sum()) for trials in lacking)
+    others = sum(map(len, lacking)) - diverged
+    parts = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
+    return f"; {words.listing(parts)} without it" if parts else ""
+
+
+def _span(fields: list[Field]) -> str:
+    means = sorted(v for f in fields if (v := f.mean(PAIRED)) == v)
+    return f"{words.percent(means[0])} to {words.percent(means[-1])}" if means else "not known"
+
+
+def _turned(study: Study, a: str, b: str) -> tuple[str, str]:
+    """(x, y): the axis of more levels lies across."""
+    return (a, b) if len(study.axes[a]) >= len(study.axes[b]) else (b, a)

@@ -1,23 +1,28 @@
-"""Figures of statistics of a whole study: time to the first spike, LR sensitivity against size."""
+"""Curves of statistics of a whole study: time to the first spike, LR sensitivity against size."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from stabstudy.analysis import words
+from stabstudy.analysis import drivers, sentences, words
+from stabstudy.analysis.blocks import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.positions import Positions
+from stabstudy.analysis.figures.layout import Layout, at_levels
+from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
+MOST_CHANGES = 12
+"""Paired differences that the caption of the LR sensitivity names."""
 
 MOST_INSIDE = 3
 """Lines with long names up to which the legend lies among them."""
@@ -86,3 +91,96 @@ def sensitivity(
     if others:
         (style.legend_beside if crowded else style.legend)(ax, "")
     return ax
+
+
+def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """LR sensitivity against depth where it varies, else against the first other axis."""
+    grid = study.grid
+    others = [a for a in grid.axes if a != "optim.lr"]
+    if "optim.lr" not in grid.axes or not others:
+        yield Absent("LR sensitivity", "it takes several learning rates and another axis")
+        return
+    table = study.sensitivity()
+    known = [r for r in records(table) if r["reason"] is None]
+    if not known:
+        yield Absent("LR sensitivity", "not computed (see Learning-rate sensitivity)")
+        return
+    x = "model.depth" if "model.depth" in others else others[0]
+    caption = (
+        f"LR sensitivity (see Learning-rate sensitivity) against {words.label(x)}, with its 95 % interval over seeds "
+        f"(from {INTERVAL_FROM} on), of {len(known)} of {words.count(len(table), 'recipe')}. Open mark: the best "
+        "learning rate is the smallest or largest tried, so a wider grid may change the number."
+        f"{_untrained(grid.trials)}"
+        f"{_sensitivity_changes(study, x, [a for a in others if a != x])}"
+    )
+    values = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
+    yield style.report_figure(
+        "lr-sensitivity",
+        f"LR sensitivity against {words.label(x)}",
+        sensitivity(study, x, table),
+        f"Line chart. {values}.",
+        caption,
+        (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds"),
+        (
+            (*(words.level(r[a], a) for a in others),
+             *(words.number(r[n]) for n in ("lrs", "lrs_low", "lrs_high", "seeds")))
+            for r in known
+        ),
+    )  # fmt: skip
+
+
+def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
+    """` Paired by seed, depth 2 to 6: 0.02 (-0.01 to 0.05).`, of each recipe that has an interval."""
+    rows = [r for r in records(study.sensitivity_difference(x)) if r["low"] is not None and r["seeds"] >= INTERVAL_FROM]
+    changes = [
+        f"{', '.join(filter(None, (sentences.step(x, r['a'], r['b']), _where(r, others))))}: {_change(r)}"
+        for r in rows[:MOST_CHANGES]
+    ]
+    return f" Paired by seed, {'; '.join(changes)}." if changes else ""
+
+
+def _where(row: dict[str, Any], axes: list[str]) -> str:
+    return at_levels(axes, (row[a] for a in axes))
+
+
+def _change(row: dict[str, float]) -> str:
+    interval = "" if row["low"] is None else f" ({words.number(row['low'])} to {words.number(row['high'])})"
+    return f"{words.number(row['difference'])}{interval}"
+
+
+def _untrained(trials: pd.DataFrame) -> str:
+    n = int((trials["verdict"] == "diverged").sum())
+    return f" Diverged trials ({n} in the grid) count with the loss of the untrained model." if n else ""
+
+
+def first_spike_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """Kaplan-Meier curves per level of the main axis, where any trial spiked or diverged."""
+    axis = layout.x
+    times = study.time_to_first_spike(axis)
+    if not len(times.levels) or not (times.levels["spiked"] + times.levels["diverged"]).any():
+        yield Absent("Time to the first spike", "no trial spiked or diverged")
+        return
+    ends = [
+        f"{words.level(r['level'], axis)}: {r['spiked']} of {r['trials']} spiked, {r['diverged']} diverged"
+        for r in records(times.levels)
+    ]
+    seen, diverged = (int(times.levels[name].sum()) for name in ("trials", "diverged"))
+    caption = (
+        f"Kaplan-Meier: the estimated share of trials that had no spike of the gradient norm and did not diverge, per "
+        f"level of {words.label(axis)}, all other axes pooled. {words.count(seen, 'trial')}, {diverged} of which "
+        "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended without either."
+        f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, times))}"
+    )
+    yield style.report_figure(
+        "first-spikes",
+        f"Time to the first spike, by {words.label(axis)}",
+        first_spikes(study, axis, times),
+        f"Step chart. {'; '.join(ends)}.",
+        caption,
+        (words.heading(axis), "step", "at risk", "free", "low", "high"),
+        (
+            (words.level(r["level"], axis),
+             *map(words.number, (r["step"], r["at_risk"], r["free"], r["low"], r["high"])))
+            for r in records(times.curves)
+        ),
+    )  # fmt: skip
