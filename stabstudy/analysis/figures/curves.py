@@ -211,19 +211,15 @@ def _figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -
     )
     axes = layout.axes(study)
     heads = (*map(words.heading, axes), metric_label(metric), *COUNTS)
-    return style.report_figure(
-        metric.replace("_", "-"),
-        f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}",
-        panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over),
-        _alt(study, layout, metric, against),
-        caption,
-        heads,
-        (
-            (*level_texts(axes, levels), *mean_texts(trials, metric))
-            for levels, trials in points(study, layout, metric)
-            if len(drawable(trials, metric))
-        ),
+    title = f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}"
+    picture = panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over)
+    alt = _alt(study, layout, metric, against)
+    rows = (
+        (*level_texts(axes, levels), *mean_texts(trials, metric))
+        for levels, trials in points(study, layout, metric)
+        if len(drawable(trials, metric))
     )
+    return style.report_figure(metric.replace("_", "-"), title, picture, alt, caption, heads, rows)
 
 
 def _mixed(study: Study, layout: Layout) -> bool:

@@ -118,20 +118,14 @@ def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     )
     steps = [sentences.step(r["axis"], r["a"], r["b"]) for r in rows]
     changes = [f"{words.STATISTICS[r['metric']]} {sentences.change(r)}" for r in rows]
-    yield style.report_figure(
-        "effects",
-        EFFECTS_TITLE,
-        picture,
-        f"Forest plot. {'; '.join(f'{step}: {change}' for step, change in zip(steps, changes, strict=True))}.",
-        caption,
-        ("axis", "statistic", "scale", "effect", "low", "high", "p (Holm)"),
-        (
-            (step, COLUMNS[r["metric"]].label, r["scale"],
-             *map(words.number, (r["estimate"], r["low"], r["high"])), words.number(r["p_holm"], 2))
-            for step, r in zip(steps, rows, strict=True)
-        ),
-        texts=("axis", "statistic", "scale"),
+    alt = f"Forest plot. {'; '.join(f'{step}: {change}' for step, change in zip(steps, changes, strict=True))}."
+    heads = ("axis", "statistic", "scale", "effect", "low", "high", "p (Holm)")
+    numbers = (
+        (step, COLUMNS[r["metric"]].label, r["scale"],
+         *map(words.number, (r["estimate"], r["low"], r["high"])), words.number(r["p_holm"], 2))
+        for step, r in zip(steps, rows, strict=True)
     )  # fmt: skip
+    yield style.report_figure("effects", EFFECTS_TITLE, picture, alt, caption, heads, numbers, heads[:3])
 
 
 def _lacking(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
@@ -238,16 +232,10 @@ def parallel_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         f"{f' Left out: {rest} done and not judged.' if rest else ''}"
         f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
     )
-    yield style.report_figure(
-        "parallel",
-        PARALLEL_TITLE,
-        parallel(grid, metrics),
-        f"Parallel coordinates of {verdicts} trials.",
-        caption,
-        ("coordinate", "lowest", "highest", "trials"),
-        ((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics)),
-        texts=("coordinate",),
-    )
+    picture, alt = parallel(grid, metrics), f"Parallel coordinates of {verdicts} trials."
+    heads = ("coordinate", "lowest", "highest", "trials")
+    rows = ((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics))
+    yield style.report_figure("parallel", PARALLEL_TITLE, picture, alt, caption, heads, rows, heads[:1])
 
 
 def _name(coordinate: str) -> str:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 MARGIN = 20
 """Steps drawn before the start and after the end of the spike."""
 
-TITLE = "Map of the layers"
-
 MOST_STEPS = 160
 MOST_NAMED = 14
 """Rows that each have a name; of more, every second, third, ... is named."""
+
+TITLE = "Map of the layers"
 
 
 def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> Axes:
@@ -152,17 +152,12 @@ def layer_figure(study: Study, trial_id: str, rows: Rows, of_study: bool = False
         f"Gradient norm before clipping of each layer{of} (log scale, lighter is larger) around {around}. Empty: not "
         f"finite, or 0. {peak}"
     )
-    return style.report_figure(
-        "layers" if of_study else "layers-figure",
-        f"Gradient norm of each layer{' around the roughest moment of the study' if of_study else ''}",
-        picture,
-        f"Map of layers by steps. {peak}",
-        caption,
-        ("layer", "at the peak", "median before the spike", "factor"),
-        ((name, *map(words.number, values)) for name, *values in growth(rows, spike)),
-        texts=("layer",),
-        png=of_study,
-    )
+    name = "layers" if of_study else "layers-figure"
+    title = f"Gradient norm of each layer{' around the roughest moment of the study' if of_study else ''}"
+    alt = f"Map of layers by steps. {peak}"
+    heads = ("layer", "at the peak", "median before the spike", "factor")
+    numbers = ((row, *map(words.number, values)) for row, *values in growth(rows, spike))
+    return style.report_figure(name, title, picture, alt, caption, heads, numbers, heads[:1], png=of_study)
 
 
 def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:

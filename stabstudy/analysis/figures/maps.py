@@ -238,7 +238,8 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
     highest = max(known, key=lambda f: f.mean(value), default=None)
     top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
-    what = f"{meaning} over {words.label(layout.x)} and {words.label(y)}"
+    pair = f"{words.label(layout.x)} and {words.label(y)}"
+    what = f"{meaning} over {pair}"
     low, high = (text(v, value) for v in scale(value, top))
     geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
     over = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
@@ -248,15 +249,13 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
     peak = f" Highest: {text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
-    return style.report_figure(
-        f"{value.replace('_', '-')}-map",
-        f"{label(value).capitalize()} over {words.label(layout.x)} and {words.label(y)}",
-        panels(study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)),
-        f"Map. {what}.{peak}",
-        caption,
-        (*map(words.heading, axes), label(value), *COUNTS),
-        ((*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields),
+    name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
+    picture = panels(
+        study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)
     )
+    heads = (*map(words.heading, axes), label(value), *COUNTS)
+    rows = ((*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields)
+    return style.report_figure(name, title, picture, f"Map. {what}.{peak}", caption, heads, rows)
 
 
 def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
@@ -283,20 +282,15 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
         caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
     ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
     what = label(PAIRED)
-    yield style.report_figure(
-        f"{PAIRED.replace('_', '-')}-pairs",
-        f"{what.capitalize()} over other pairs of axes",
-        picture,
-        f"Maps of the {what}. {'; '.join(ranges)}.",
-        caption,
-        ("axis", "level", "axis", "level", what, *COUNTS),
-        (
-            (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
-             f.text(PAIRED), *f.counts(PAIRED))
-            for (x, y), own in fields.items() for f in own
-        ),
-        texts=("axis", "level"),
+    name, title = f"{PAIRED.replace('_', '-')}-pairs", f"{what.capitalize()} over other pairs of axes"
+    alt = f"Maps of the {what}. {'; '.join(ranges)}."
+    heads = ("axis", "level", "axis", "level", what, *COUNTS)
+    rows = (
+        (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
+         f.text(PAIRED), *f.counts(PAIRED))
+        for (x, y), own in fields.items() for f in own
     )  # fmt: skip
+    yield style.report_figure(name, title, picture, alt, caption, heads, rows, texts={"axis", "level"})
 
 
 def _lacking(fields: list[Field], value: str) -> str:

@@ -284,16 +284,10 @@ def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Abse
         f"the loss must agree to {words.level(LOSS_AGREES)} and the norm to {words.level(NORM_AGREES)}. Later, "
         f"rounding grows with the training. {verdict}"
     )
-    yield style.report_figure(
-        "accumulation",
-        ACCUMULATION_TITLE,
-        accumulation(study, pairs),
-        f"Line chart. {verdict}",
-        caption,
-        ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees"),
-        map(_row, pairs),
-        texts=("trial", "micro-batch", "against", "of trial", "agrees"),
-    )
+    picture, alt = accumulation(study, pairs), f"Line chart. {verdict}"
+    heads = ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees")
+    rows, texts = map(_row, pairs), {*heads[:4], "agrees"}
+    yield style.report_figure("accumulation", ACCUMULATION_TITLE, picture, alt, caption, heads, rows, texts)
 
 
 def _row(pair: Split) -> tuple[str, ...]:

@@ -86,16 +86,11 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     style.share_legend(picture)
     rows = [row for panel in panels for row in _rows(panel, axis, by)]
     values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
-    return style.report_figure(
-        f"against-{axis.replace('.', '-').replace('_', '-')}",
-        f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}",
-        picture,
-        f"Line charts. {'; '.join(values)}.",
-        _caption(grid, panels, axis, by),
-        ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *curves.COUNTS),
-        rows,
-        texts=("statistic",),
-    )
+    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
+    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
+    alt = f"Line charts. {'; '.join(values)}."
+    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *curves.COUNTS)
+    return style.report_figure(name, title, picture, alt, _caption(grid, panels, axis, by), heads, rows, {"statistic"})
 
 
 def _caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> str:

@@ -13,7 +13,7 @@ from stabstudy.analysis.blocks import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout, at_levels
 from stabstudy.analysis.figures.style import Positions
-from stabstudy.analysis.levels import levels_of, records
+from stabstudy.analysis.levels import Level, levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
@@ -59,7 +59,7 @@ def sensitivity(
     """
     known = [r for r in records(study.sensitivity() if table is None else table) if r["reason"] is None]
     others = [a for a in study.grid.axes if a not in (x, "optim.lr") and known and a in known[0]]
-    lines: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    lines: dict[tuple[Level, ...], list[dict[str, Any]]] = {}
     for row in known:
         lines.setdefault(tuple(row[a] for a in others), []).append(row)
     crowded = len(lines) > MOST_INSIDE
@@ -69,16 +69,9 @@ def sensitivity(
     for i, (recipe, rows) in enumerate(lines.items()):
         colour, marker = style.CATEGORIES[i % len(style.CATEGORIES)], style.MARKERS[i % len(style.MARKERS)]
         at = [positions.of(r[x]) for r in rows]
-        values = [float(str(r["lrs"])) for r in rows]
-        known_ends = [r["lrs_high"] is not None and int(str(r["seeds"])) >= INTERVAL_FROM for r in rows]
-        ends = [
-            [
-                abs(float(str(r[end])) - v) if known else 0.0
-                for r, v, known in zip(rows, values, known_ends, strict=True)
-            ]
-            for end in ("lrs_low", "lrs_high")
-        ]
-        name = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(others, recipe, strict=True))
+        values = [r["lrs"] for r in rows]
+        ends = [[_reach(r, end) for r in rows] for end in ("lrs_low", "lrs_high")]
+        name = at_levels(others, recipe)
         dash = style.DASHES[i % len(style.DASHES)]
         ax.errorbar(at, values, yerr=ends, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
         for place, value, row in zip(at, values, rows, strict=True):
@@ -91,6 +84,12 @@ def sensitivity(
     if others:
         (style.legend_beside if crowded else style.legend)(ax, "")
     return ax
+
+
+def _reach(row: dict[str, Any], end: str) -> float:
+    """How far an end of the interval lies from the value; 0 where there is none, or too few seeds."""
+    known = row["lrs_high"] is not None and row["seeds"] >= INTERVAL_FROM
+    return abs(row[end] - row["lrs"]) if known else 0.0
 
 
 def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -114,19 +113,11 @@ def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absen
         f"{_sensitivity_changes(study, x, [a for a in others if a != x])}"
     )
     values = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
-    yield style.report_figure(
-        "lr-sensitivity",
-        f"LR sensitivity against {words.label(x)}",
-        sensitivity(study, x, table),
-        f"Line chart. {values}.",
-        caption,
-        (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds"),
-        (
-            (*(words.level(r[a], a) for a in others),
-             *(words.number(r[n]) for n in ("lrs", "lrs_low", "lrs_high", "seeds")))
-            for r in known
-        ),
-    )  # fmt: skip
+    title, alt = f"LR sensitivity against {words.label(x)}", f"Line chart. {values}."
+    heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds")
+    numbers = ("lrs", "lrs_low", "lrs_high", "seeds")
+    rows = ((*(words.level(r[a], a) for a in others), *(words.number(r[n]) for n in numbers)) for r in known)
+    yield style.report_figure("lr-sensitivity", title, sensitivity(study, x, table), alt, caption, heads, rows)
 
 
 def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
@@ -171,16 +162,9 @@ def first_spike_figures(study: Study, layout: Layout) -> Iterator[Figure | Absen
         "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended without either."
         f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, times))}"
     )
-    yield style.report_figure(
-        "first-spikes",
-        f"Time to the first spike, by {words.label(axis)}",
-        first_spikes(study, axis, times),
-        f"Step chart. {'; '.join(ends)}.",
-        caption,
-        (words.heading(axis), "step", "at risk", "free", "low", "high"),
-        (
-            (words.level(r["level"], axis),
-             *map(words.number, (r["step"], r["at_risk"], r["free"], r["low"], r["high"])))
-            for r in records(times.curves)
-        ),
-    )  # fmt: skip
+    title, picture = f"Time to the first spike, by {words.label(axis)}", first_spikes(study, axis, times)
+    heads = (words.heading(axis), "step", "at risk", "free", "low", "high")
+    numbers = ("step", "at_risk", "free", "low", "high")
+    rows = ((words.level(r["level"], axis), *(words.number(r[n]) for n in numbers)) for r in records(times.curves))
+    alt = f"Step chart. {'; '.join(ends)}."
+    yield style.report_figure("first-spikes", title, picture, alt, caption, heads, rows)

@@ -107,8 +107,7 @@ def _kept(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.intp]:
     finite = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     if len(finite) <= MOST_VERTICES:
         return finite
-    parts = np.array_split(finite, MOST_VERTICES // 2)
-    return np.unique([i for part in parts for i in (part[np.argmin(y[part])], part[np.argmax(y[part])])])
+    return np.unique(_extremes(y, finite, MOST_VERTICES // 2))
 
 
 def _written(ax: Axes, places: NDArray[np.float64], name: str, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
@@ -180,11 +179,14 @@ def thinned(*series: NDArray[np.float64]) -> NDArray[np.intp]:
     kept = [np.array([0, n - 1])]
     for values in series:
         kept.append(np.flatnonzero(~np.isfinite(values))[:MOST_STEPS])
-        finite = np.flatnonzero(np.isfinite(values))
-        for part in np.array_split(finite, MOST_STEPS // (4 * len(series))):
-            if len(part):
-                kept.append(part[[np.argmin(values[part]), np.argmax(values[part])]])
+        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), MOST_STEPS // (4 * len(series))))
     return np.unique(np.concatenate(kept))
+
+
+def _extremes(values: NDArray[np.float64], at: NDArray[np.intp], stretches: int) -> NDArray[np.intp]:
+    """The places of the smallest and the largest value in each of so many equal stretches of the places `at`."""
+    parts = [part for part in np.array_split(at, stretches) if len(part)]
+    return np.array([i for p in parts for i in (p[np.argmin(values[p])], p[np.argmax(values[p])])], dtype=np.intp)
 
 
 def _packed(values: NDArray[np.float64]) -> str:

@@ -26,18 +26,12 @@ if TYPE_CHECKING:
 BUCKETS = 500
 """A long trace is drawn as the smallest and largest value of so many equal stretches: no spike can fall between."""
 
-
 MOST_ROUGH = 3
 """Cells that are not stable of which the report draws the roughest trial."""
 
 SHOWN = (
-    "steps_done",
-    "grad_norm_median",
-    "grad_norm_max",
-    "grad_norm_argmax",
-    "spike_events",
-    "spike_abs_steps",
-    "clip_share",
+    *("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax"),
+    *("spike_events", "spike_abs_steps", "clip_share"),
 )
 """Statistics in the table of the figure."""
 
@@ -220,19 +214,13 @@ def figures(study: Study) -> Iterator[blocks.Figure]:
             f"{title}: {words.count(row['steps_done'], 'step')}, largest norm {words.number(row['grad_norm_max'])}, "
             f"median {words.number(row['grad_norm_median'])}, {_spikes(row['spike_events'])}."
         )
-    yield style.report_figure(
-        "traces",
-        "Step by step: the roughest and a typical trial",
-        traces(study, titles),
-        " ".join(["Line charts.", *summaries]),
-        caption,
-        ("trial", "which", *(COLUMNS[c].label for c in SHOWN)),
-        (
-            (t, title, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in SHOWN))
-            for t, title in titles.items()
-        ),
-        texts=("trial", "which"),
+    alt = " ".join(["Line charts.", *summaries])
+    heads = ("trial", "which", *(COLUMNS[c].label for c in SHOWN))
+    rows = (
+        (t, text, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in SHOWN)) for t, text in titles.items()
     )
+    title = "Step by step: the roughest and a typical trial"
+    yield style.report_figure("traces", title, traces(study, titles), alt, caption, heads, rows, heads[:2])
 
 
 def _why(study: Study, trial_id: str) -> str:

@@ -62,8 +62,9 @@ def figures(study: Study, layout: Layout) -> Iterator[Figure]:
 
 def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
     axes, fields = layout.axes(study), maps.fields_of(study, layout)
+    title = f"Verdicts over {words.label(x)} and {words.label(y)}"
     caption = (
-        f"Verdicts over {words.label(x)} and {words.label(y)}. Each field is coloured by the worst verdict in it. "
+        f"{title}. Each field is coloured by the worst verdict in it. "
         f"Hatched: no done trial. Pooled over {words.listing([words.label(a) for a in ('seed', *layout.pooled)])}."
     )
     if ranges := _limits(study, layout):
@@ -72,15 +73,11 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
             f"unstable, dashed where none was. {' '.join(ranges)}"
         )
     worst = [f"{at_levels(axes, f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
-    return style.report_figure(
-        "stability-map",
-        f"Verdicts over {words.label(x)} and {words.label(y)}",
-        panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y)),
-        f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}.",
-        caption,
-        (*map(words.heading, axes), *VERDICTS, "n"),
-        ((*level_texts(axes, f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields),
-    )
+    alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
+    picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y))
+    heads = (*map(words.heading, axes), *VERDICTS, "n")
+    rows = ((*level_texts(axes, f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields)
+    return style.report_figure("stability-map", title, picture, alt, caption, heads, rows)
 
 
 def _limits(study: Study, layout: Layout) -> list[str]:
