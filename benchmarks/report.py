@@ -31,7 +31,8 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy import finished, store
-from stabstudy.analysis import figures, page
+from stabstudy.analysis import page
+from stabstudy.analysis.figures import registry
 from stabstudy.analysis.publish import publish
 from stabstudy.analysis.study import update_tables
 from stabstudy.analysis.tables import read_record
@@ -124,7 +125,7 @@ def measure(folder: Path, reading: float) -> dict[str, float]:
     def timed(study: Any) -> Any:
         nonlocal drawing
         started = time.perf_counter()
-        found = list(figures.figures(study))
+        found = list(registry.figures(study))
         drawing += time.perf_counter() - started
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import planted
 import pytest
 
-from stabstudy.analysis import curve_plots, style
+from stabstudy.analysis.figures import study_curves, style
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
@@ -18,7 +18,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_curves_start_at_one_and_fall_where_trials_spike(study: Study) -> None:
-    ax = curve_plots.first_spikes(study, "optim.lr")
+    ax = study_curves.first_spikes(study, "optim.lr")
     lines = {line.get_label(): line for line in ax.get_lines() if not str(line.get_label()).startswith("_")}
     assert list(lines) == ["1e-3", "3e-3", "0.01", "0.1"]
     assert all((line.get_xdata()[0], line.get_ydata()[0]) == (0, 1) for line in lines.values())
@@ -30,7 +30,7 @@ def test_curves_start_at_one_and_fall_where_trials_spike(study: Study) -> None:
 
 
 def test_trials_that_end_free_are_ticks(study: Study) -> None:
-    ax = curve_plots.first_spikes(study, "optim.lr")
+    ax = study_curves.first_spikes(study, "optim.lr")
     ticks = [line for line in ax.get_lines() if line.get_marker() == "|" and len(line.get_xdata())]
     assert all(list(line.get_xdata()) == [120] for line in ticks)
     assert len(ticks) == 3  # the rates at which a trial ended without a spike
@@ -38,7 +38,7 @@ def test_trials_that_end_free_are_ticks(study: Study) -> None:
 
 def test_sensitivity_is_that_of_the_table(study: Study) -> None:
     rows = records(study.sensitivity())
-    ax = curve_plots.sensitivity(study)
+    ax = study_curves.sensitivity(study)
     marks = [line for line in ax.get_lines() if line.get_linestyle() == "None" and len(line.get_xdata()) == 1]
     drawn = {float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in marks}
     assert drawn == {r["model.depth"]: pytest.approx(r["lrs"]) for r in rows}

@@ -10,11 +10,14 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import axis_figures, effect_figures, map_figures, norm_figures, several, trace_figures
-from stabstudy.analysis import figures as curve_figures
+from stabstudy.analysis import several
 from stabstudy.analysis.blocks import Figure
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import maps, single_axes, study_curves, traces
+from stabstudy.analysis.figures.layout import Layout, layout_of
+from stabstudy.analysis.figures.registry import OVER_SETTINGS
 from stabstudy.analysis.study import Study
+
+MAIN = Layout("optim.lr", None, [], [])
 
 ENDED = {0: 21, 1: 9, 2: 91}
 """Seed -> steps of the trials that diverged: before there are twenty settled ones, before any is judged, and late."""
@@ -41,12 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def blocks(study: Study) -> dict[str, Figure]:
     layout = layout_of(study)
     assert layout is not None
-    drawn = [
-        *curve_figures._curves(study, layout),
-        *map_figures.figures(study, layout),
-        *effect_figures.figures(study, "optim.lr"),
-        *norm_figures.figures(study, "optim.lr"),
-    ]
+    drawn = [block for family in OVER_SETTINGS for block in family(study, layout)]
     return {b.name: b for b in drawn if isinstance(b, Figure)}
 
 
@@ -119,7 +117,7 @@ def test_maps_of_other_pairs(tmp_path: Path) -> None:
     study = Study.load(path)
     layout = layout_of(study)
     assert layout is not None
-    (figure,) = (b for b in map_figures.figures(study, layout) if getattr(b, "name", "") == "spike-abs-rate-pairs")
+    (figure,) = (b for b in maps.figures(study, layout) if getattr(b, "name", "") == "spike-abs-rate-pairs")
     assert "every other axis pooled; 1 diverged without it." in figure.caption  # type: ignore[union-attr]
     for pair in (("learning rate", "clip threshold"), ("depth (layers)", "clip threshold")):
         own = [row for row in figure.table.rows if (row[0], row[2]) == pair]  # type: ignore[union-attr]
@@ -171,7 +169,7 @@ def test_traces_that_are_read(blocks: dict[str, Figure]) -> None:
 
 
 def test_the_cells_whose_roughest_trial_is_drawn(study: Study) -> None:
-    (figure,) = trace_figures._traces(study)
+    (figure,) = traces.figures(study)
     # rate 0.1 at both depths, depth 6 at 0.01 and at 0.5; a typical one beside them
     assert "one trial of each cell that is not stable, 3 of 4 such cells." in figure.caption
     assert len(figure.table.rows) == 3 + 1
@@ -182,7 +180,7 @@ def test_sensitivity_counts_the_untrained(tmp_path: Path) -> None:
     for depth in (2, 6):
         for seed in ENDED:
             diverge(path, depth, 0.5, seed)
-    blocks = {b.name: b for b in effect_figures._sensitivity(Study.load(path)) if isinstance(b, Figure)}
+    blocks = {b.name: b for b in study_curves.sensitivity_figures(Study.load(path), MAIN) if isinstance(b, Figure)}
     caption = blocks["lr-sensitivity"].caption
     assert "of 2 of 2 recipes" in caption
     assert "Diverged trials (6 in the grid) count with the loss of the untrained model." in caption
@@ -197,7 +195,7 @@ def test_single_axes(tmp_path: Path) -> None:
                     diverge(tmp_path / "s", 2, lr, seed, warmup)
                 else:
                     planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, warmup=warmup))
-    figure = next(iter(axis_figures.figures(Study.load(tmp_path / "s"), "optim.lr")))
+    figure = next(iter(single_axes.figures(Study.load(tmp_path / "s"), MAIN)))
     assert isinstance(figure, Figure)
     assert (
         "Small marks: 9 done trials; open triangles on the upper edge: 3 diverged, 3 in the means of the loss, with "

@@ -240,9 +240,9 @@ def blocked(modules: set[str], code: str) -> subprocess.CompletedProcess[str]:
 
 
 def modules_of(part: str) -> list[str]:
-    return [
-        f"stabstudy.{part}.{p.stem}" for p in sorted((ROOT / "stabstudy" / part).glob("*.py")) if p.stem != "__init__"
-    ]
+    """Every module of a part, those of its own packages too."""
+    paths = sorted((ROOT / "stabstudy" / part).rglob("*.py"))
+    return [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths if p.stem != "__init__"]
 
 
 @pytest.mark.parametrize(

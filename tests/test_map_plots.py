@@ -8,9 +8,10 @@ import planted
 import pytest
 from matplotlib import colors
 
-from stabstudy.analysis import map_figures, map_plots, plots, style
+from stabstudy.analysis import plots
 from stabstudy.analysis.blocks import Figure
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import maps, style, verdict_maps
+from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.study import Study
 
 RATES = (1e-3, 1e-2, 1e-1)
@@ -59,9 +60,10 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
     """Dark in a light frame, and never exchanged for the dark theme's colours: fields are light in both."""
     lines = plots.verdict_map(study).get_lines()
     frames, cores = lines[::2], lines[1::2]
-    assert len(cores) == 3 and not set(map_plots.LIMIT_COLOURS) & set(style.DARK)
-    assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in map_plots.LIMIT_COLOURS]
-    light, dark = (style.luminance(colors.to_rgb(c)) for c in map_plots.LIMIT_COLOURS)
+    limit_colours = verdict_maps.LIMIT_COLOURS
+    assert len(cores) == 3 and not set(limit_colours) & set(style.DARK)
+    assert [{line.get_color() for line in part} for part in (frames, cores)] == [{c} for c in limit_colours]
+    light, dark = (style.luminance(colors.to_rgb(c)) for c in limit_colours)
     for ground in (style.PAPER, *style.VERDICT_GROUNDS.values()):
         assert (style.luminance(colors.to_rgb(ground)) + 0.05) / (dark + 0.05) > 4.5
     assert (light + 0.05) / (style.luminance(colors.to_rgb(style.DARK[style.PAPER])) + 0.05) > 4.5
@@ -70,8 +72,9 @@ def test_the_line_of_a_limit_is_seen_on_every_ground(study: Study) -> None:
 
 
 def test_an_axis_without_order_has_no_limit(study: Study) -> None:
-    assert not map_plots._has_order(["pre", "post"]) and not map_plots._has_order([False, True])
-    assert map_plots._has_order(RATES) and not map_plots._has_order([1.0, None])  # clipping off is not a larger clip
+    has_order = verdict_maps._has_order
+    assert not has_order(["pre", "post"]) and not has_order([False, True])
+    assert has_order(RATES) and not has_order([1.0, None])  # clipping off is not a larger clip
 
 
 def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
@@ -92,13 +95,14 @@ def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
     ],
 )
 def test_next_to_nothing_stays_dark(value: str, highest: float, ends: tuple[float, float]) -> None:
-    assert map_plots.scale(value, highest) == ends
+    assert maps.scale(value, highest) == ends
 
 
 def test_the_report_names_each_limit(study: Study) -> None:
     layout = layout_of(study)
     assert layout is not None
-    blocks = {b.name: b for b in map_figures.figures(study, layout) if isinstance(b, Figure)}
+    drawn = [*verdict_maps.figures(study, layout), *maps.figures(study, layout)]
+    blocks = {b.name: b for b in drawn if isinstance(b, Figure)}
     assert list(blocks) == ["stability-map", "spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
     caption = blocks["stability-map"].caption
     assert "Stable up to 0.01, first unstable at 0.1 (2 of 2): depth 2." in caption
@@ -112,7 +116,7 @@ def test_rows_of_one_limit_are_named_together(tmp_path: Path) -> None:
     study = Study.load(planted.plant_study(tmp_path / "s", depths=tuple(range(2, 9)), lrs=(1e-3, 1e-2), seeds=(0,)))
     layout = layout_of(study)
     assert layout is not None
-    said = next(b.caption for b in map_figures.figures(study, layout) if isinstance(b, Figure))
+    said = next(verdict_maps.figures(study, layout)).caption
     assert "first unstable at 0.01 (1 of 1): depth 2; depth 3; depth 4; depth 5; and 3 more rows." in said
 
 
@@ -120,9 +124,7 @@ def test_other_pairs_of_axes_have_a_map_that_pools_the_rest(tmp_path: Path) -> N
     whole = Study.load(planted.plant_study(tmp_path / "s", seeds=(0,), clips=(1.0, None)))
     layout = layout_of(whole)
     assert layout is not None
-    found = [
-        b for b in map_figures.figures(whole, layout) if isinstance(b, Figure) and b.name == "spike-abs-rate-pairs"
-    ]
+    found = [b for b in maps.figures(whole, layout) if isinstance(b, Figure) and b.name == "spike-abs-rate-pairs"]
     (pairs,) = found
     assert {(r[0], r[2]) for r in pairs.table.rows} == {
         ("depth (layers)", "clip threshold"), ("learning rate", "clip threshold"),

@@ -12,7 +12,8 @@ import numpy as np
 import planted
 import pytest
 
-from stabstudy.analysis import marks, plots, steps, style, trace_plots
+from stabstudy.analysis import plots
+from stabstudy.analysis.figures import style, tooltips, traces
 from stabstudy.analysis.study import Study
 from stabstudy.trace import TRACE, Rows
 
@@ -35,7 +36,7 @@ def test_a_mark_lies_where_the_picture_shows_it() -> None:
     (series,) = read(figure)
     figure.canvas.draw()
     pixels = ax.transData.transform([(1, 10), (2, 30), (3, 20)]) / (600, 400)
-    places = np.array(series["at"]).reshape(-1, 2) / marks.UNITS
+    places = np.array(series["at"]).reshape(-1, 2) / tooltips.UNITS
     assert places[:, 0] == pytest.approx(pixels[:, 0], abs=1e-3)
     assert 1 - places[:, 1] == pytest.approx(pixels[:, 1], abs=1e-3)
     assert (series["name"], series["x"], series["y"]) == ("one", "x", "y")
@@ -90,7 +91,7 @@ def test_a_long_line_is_thinned_and_keeps_its_peaks() -> None:
     figure.axes[0].plot(values)
     figure.axes[0].set_ylabel("y")
     (series,) = read(figure)
-    assert len(series["a"]) <= marks.MOST_VERTICES and "50" in series["b"] and "nan" not in str(series)
+    assert len(series["a"]) <= tooltips.MOST_VERTICES and "50" in series["b"] and "nan" not in str(series)
     assert series["a"][series["b"].index("50")] == "3333"
 
 
@@ -109,10 +110,10 @@ def _unpacked(text: str) -> Any:
 def test_a_page_carries_every_step(study: Study) -> None:
     worst = str(study.worst())
     rows = study.trace(worst)
-    absolute = trace_plots.absolute_steps(study, rows)
+    absolute = traces.absolute_steps(study, rows)
     spikes = study.spikes_by_trial.get(worst, [])
-    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, absolute))
-    for name in steps.COLUMNS:
+    own = json.loads(tooltips.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, absolute))
+    for name in tooltips.COLUMNS:
         assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
     assert len(own["spikes"]) == len(study.spikes_by_trial[worst])
     highest = max((s for s in study.spikes_by_trial[worst] if s["series"] == "grad"), key=lambda s: s["peak_ratio"])
@@ -133,14 +134,14 @@ def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:
     rows = Rows(TRACE, columns, {name: np.zeros(n, bool) for name in columns})
     spike = {"series": "grad", "start": 12_345, "end": 12_351, "peak_step": 12_347, "peak_ratio": 3.0}
     rough = np.arange(n) == 41_234
-    own = json.loads(steps.steps(rows, study.row(worst) | {"trial_id": worst}, [spike], rough))
+    own = json.loads(tooltips.steps(rows, study.row(worst) | {"trial_id": worst}, [spike], rough))
     carried = _unpacked(own["columns"]["step"]).tolist()
-    assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= steps.MOST_STEPS + 6
+    assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= tooltips.MOST_STEPS + 6
 
 
 def test_a_very_long_trace_keeps_its_extremes() -> None:
     norm, loss = np.random.default_rng(0).lognormal(size=(2, 100_000))
     norm[77_777], loss[55_555], norm[33_333] = 1e6, 1e6, math.nan
-    kept = steps.thinned(norm, loss)
-    assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= steps.MOST_STEPS + 3
-    assert list(steps.thinned(norm[:500], loss[:500])) == list(range(500))
+    kept = tooltips.thinned(norm, loss)
+    assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= tooltips.MOST_STEPS + 3
+    assert list(tooltips.thinned(norm[:500], loss[:500])) == list(range(500))

@@ -10,12 +10,16 @@ import planted
 import pytest
 
 from stabstudy import config as cfg
-from stabstudy.analysis import norm_figures, norm_plots, plots
+from stabstudy.analysis import plots
 from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import norms
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.study import Study
 from stabstudy.config import TrialConfig
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.published import ratio3
+
+MAIN = Layout("optim.lr", None, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +34,18 @@ def test_ratios_are_those_of_the_detector(study: Study) -> None:
     rules = study.rules
     norm = measured(rows, "grad_norm")
     flags = ratio3(norm, dataclasses.replace(rules.published, ratio3_fill=rules.fill))
-    own = norm_plots.ratios_of(rows, 0, rules)
+    own = norms.ratios_of(rows, 0, rules)
     assert flags.flagged.sum() == 4 and flags.evaluable.tolist() == [False] * 12 + [True] * 108
     assert (own >= rules.ratio).tolist() == flags.flagged[flags.evaluable].tolist()
     by_hand = [norm[t] / np.median(norm[max(0, t - 64) : t]) for t in range(12, 120)]
     assert own == pytest.approx(by_hand, rel=1e-12)
-    assert norm_plots.ratios_of(rows, 50, rules) == pytest.approx(by_hand[38:], rel=1e-12)
+    assert norms.ratios_of(rows, 50, rules) == pytest.approx(by_hand[38:], rel=1e-12)
 
 
 def test_the_tail_is_drawn_to_its_last_step(study: Study) -> None:
-    ratios = norm_plots.read_ratios(study, "optim.lr")
+    ratios = norms.read_ratios(study, "optim.lr")
     found = ratios.values
-    assert not ratios.empty and len(ratios.read) <= norm_plots.MOST_LEVELS * norm_plots.TRIALS_PER_LEVEL
+    assert not ratios.empty and len(ratios.read) <= norms.MOST_LEVELS * norms.TRIALS_PER_LEVEL
     ax = plots.norm_ratios(study, "optim.lr", found)
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     for line, values in zip(lines, found.values(), strict=True):
@@ -52,9 +56,9 @@ def test_the_tail_is_drawn_to_its_last_step(study: Study) -> None:
 
 
 def test_long_traces_are_thinned_but_not_at_the_top() -> None:
-    drawn = norm_plots._thinned(100_000)
-    assert len(drawn) <= 2 * norm_plots.POINTS and drawn[0] == 0
-    assert set(range(100_000 - norm_plots.POINTS, 100_000)) <= set(drawn.tolist())
+    drawn = norms._thinned(100_000)
+    assert len(drawn) <= 2 * norms.POINTS and drawn[0] == 0
+    assert set(range(100_000 - norms.POINTS, 100_000)) <= set(drawn.tolist())
 
 
 def _plant(folder: Path, factor: float = 1.0, precision: str = "fp32") -> Study:
@@ -81,7 +85,7 @@ def planted_norms(folder: Path, config: TrialConfig, factor: float) -> None:
 
 
 def test_equal_splits_agree_and_a_wrong_normaliser_does_not(tmp_path: Path) -> None:
-    good, bad = norm_plots.splits(_plant(tmp_path / "good")), norm_plots.splits(_plant(tmp_path / "bad", 4.0))
+    good, bad = norms.splits(_plant(tmp_path / "good")), norms.splits(_plant(tmp_path / "bad", 4.0))
     assert [(s.sizes, s.agrees) for s in good] == [((4, 8), True), ((2, 8), True)] * 2
     assert [(s.sizes, s.agrees) for s in bad] == [((4, 8), True), ((2, 8), False)] * 2
     assert bad[1].norm == pytest.approx(np.full(120, 3.0)) and not good[1].norm.any()
@@ -89,7 +93,7 @@ def test_equal_splits_agree_and_a_wrong_normaliser_does_not(tmp_path: Path) -> N
 
 def test_the_report_says_whether_they_agree(tmp_path: Path) -> None:
     def said(study: Study) -> Figure:
-        blocks = {b.name: b for b in norm_figures.figures(study, "optim.lr") if isinstance(b, Figure)}
+        blocks = {b.name: b for b in norms.accumulation_figures(study, MAIN) if isinstance(b, Figure)}
         return blocks["accumulation"]
 
     assert "They agree: the split of the batch changes only rounding (4 pairs)." in said(_plant(tmp_path / "a")).alt
@@ -109,7 +113,7 @@ def test_ratios_of_a_diverged_trial_have_readable_numbers(study: Study) -> None:
 
 
 def test_without_such_trials_the_report_says_so(study: Study) -> None:
-    absent = [b for b in norm_figures.figures(study, "optim.lr") if isinstance(b, Absent)]
+    absent = list(norms.accumulation_figures(study, MAIN))
     assert absent == [Absent("Check of gradient accumulation", "the micro-batch size does not vary")]
 
 
@@ -120,4 +124,4 @@ def test_every_setting_is_compared(tmp_path: Path) -> None:
         train = dataclasses.replace(base.train, micro_batch_size=micro)
         planted.plant_trial(tmp_path / "s", dataclasses.replace(base, train=train))
     study = Study.load(tmp_path / "s")
-    assert "seed" in cfg.setting_names() and norm_plots.splits(study) == []
+    assert "seed" in cfg.setting_names() and norms.splits(study) == []

@@ -19,11 +19,12 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import design_tables, effect_tables, map_figures, render, sentences, words
+from stabstudy.analysis import design_tables, effect_tables, render, sentences, words
 from stabstudy.analysis.blocks import Figure, Text
 from stabstudy.analysis.effects import contrasts, interactions
-from stabstudy.analysis.figures import figures
-from stabstudy.analysis.layout import layout_of
+from stabstudy.analysis.figures import maps, verdict_maps
+from stabstudy.analysis.figures.layout import layout_of
+from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
@@ -271,7 +272,8 @@ def test_trials_that_diverged_early_lack_statistics_and_say_so(tmp_path: Path) -
     assert notes["model.depth", "grad_norm_log_sd"].endswith("6 of 12 trials without it")
     layout = layout_of(study)
     assert layout is not None
-    captions = {f.name: f.caption for f in map_figures.figures(study, layout) if isinstance(f, Figure)}
+    drawn = [*verdict_maps.figures(study, layout), *maps.figures(study, layout)]
+    captions = {f.name: f.caption for f in drawn if isinstance(f, Figure)}
     grey = {name for name, caption in captions.items() if "Grey: no trial has the statistic." in caption}
     assert grey == {"grad-norm-max-over-median-map"} and len(captions) == 4
 

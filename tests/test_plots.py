@@ -21,9 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from stabstudy.analysis import levels, plots, render, style, trace_plots
+from stabstudy.analysis import levels, plots, render
+from stabstudy.analysis.figures import layout, style, traces
+from stabstudy.analysis.figures.traces import downsample
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.trace_plots import downsample
 from stabstudy.stability.verdict import VERDICTS
 
 
@@ -116,12 +117,12 @@ def test_a_loss_that_explodes_hides_no_other(tmp_path: Path, study: Study) -> No
     wild.plot([0, 1, 2], [6.1, 300.0, math.inf])
     for ax in figure.axes:
         ax.set_ylim(0, 320)
-    trace_plots._cut_losses(figure.axes)
+    traces._cut_losses(figure.axes)
     assert {ax.get_ylim() for ax in figure.axes} == {(0.0, 12.2)}
     assert [[t.get_text() for t in ax.texts] for ax in figure.axes] == [[], ["up to 300"]]
     calm.set_ylim(2, 7)
     wild.set_ylim(2, 7)
-    trace_plots._cut_losses([calm])  # nothing to cut
+    traces._cut_losses([calm])  # nothing to cut
     assert calm.get_ylim() == (2, 7) and not calm.texts
 
 
@@ -168,10 +169,10 @@ def test_panels_have_common_scales_and_one_legend(study: Study) -> None:
 
 
 def test_panels_stay_few_and_keep_data_apart(study: Study) -> None:
-    assert plots.panel_axes(study, ["optim.lr", "model.depth"]) == ["optim.clip"]
-    assert plots.panel_axes(study, [], limit=6) == ["model.depth", "optim.clip"]
+    assert layout.panel_axes(study, ["optim.lr", "model.depth"]) == ["optim.clip"]
+    assert layout.panel_axes(study, [], limit=6) == ["model.depth", "optim.clip"]
     many = Study(study.folder, study.tables, {"data.seq_len": [128, 256], "optim.lr": study.axes["optim.lr"]})
-    assert plots.panel_axes(many, [], limit=3) == ["data.seq_len"]
+    assert layout.panel_axes(many, [], limit=3) == ["data.seq_len"]
 
 
 def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
@@ -372,7 +373,8 @@ def test_dollars_are_no_mathematics(tmp_path: Path) -> None:
 
 def test_drawing_leaves_no_global_state_behind(study: Study) -> None:
     code = (
-        "import sys; from stabstudy.analysis import plots, style; from stabstudy.analysis.study import Study\n"
+        "import sys; from stabstudy.analysis import plots; from stabstudy.analysis.figures import style\n"
+        "from stabstudy.analysis.study import Study\n"
         "assert 'matplotlib' not in sys.modules, 'importing the figures must not wait for matplotlib'\n"
         "import matplotlib; before = dict(matplotlib.rcParams)\n"
         f"style.to_svg(plots.lr_curves(Study.load({str(study.folder.path)!r})).figure)\n"

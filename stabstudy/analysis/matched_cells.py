@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stabstudy.analysis import compare, plots, style, words
+from stabstudy.analysis import compare, words
 from stabstudy.analysis.blocks import Block, Figure, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.levels import Level, keys, split
 from stabstudy.analysis.paired import t_interval
 from stabstudy.analysis.study import Study
@@ -49,14 +50,14 @@ def matched_figures(whole: Study) -> Iterator[Block]:
     pooled = [words.label(a) for a in axes if a != x]
     over = f", averaged over {words.listing(pooled)}" if pooled else ""
     for metric, log_y in FIGURES:
-        drawn = plots.drawable(shared.trials, metric)
+        drawn = curves.drawable(shared.trials, metric)
         if len(drawn):
-            ax = plots.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
-            against = f"{plots.metric_label(metric)} against {words.label(x)}"
+            ax = curves.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
+            against = f"{curves.metric_label(metric)} against {words.label(x)}"
             against = against[0].upper() + against[1:]
             caption = (
-                f"{against}, a line for each study{over}. {plots.marks_text(shared.trials, [metric])} Bands: 95 % "
-                f"intervals (from {plots.BAND_FROM} trials on).{rest}"
+                f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
+                f"intervals (from {curves.BAND_FROM} trials on).{rest}"
             )
             table = _figure_table(shared, metric, x)
             values = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
@@ -79,13 +80,13 @@ def _shared(whole: Study) -> Study:
 def _figure_table(whole: Study, metric: str, x: str) -> Table:
     rows = []
     for (study, level), trials in split(
-        plots.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
+        curves.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
     ):
-        e = plots.mean_of(trials, metric)
+        e = curves.mean_of(trials, metric)
         diverged = int((trials["verdict"] == "diverged").sum())
         numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
         rows.append((words.clean(study, 60), words.level(level, x), *numbers))
-    heads = ("study", words.heading(x), plots.metric_label(metric), "low", "high", "n in the mean", "diverged")
+    heads = ("study", words.heading(x), curves.metric_label(metric), "low", "high", "n in the mean", "diverged")
     return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
 
 

@@ -24,7 +24,7 @@ from stabstudy.analysis import (
     words,
 )
 from stabstudy.analysis.blocks import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
-from stabstudy.analysis.figures import figures
+from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.links import paged
 from stabstudy.analysis.study import Study

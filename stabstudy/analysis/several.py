@@ -11,10 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, sentences, style, words
+from stabstudy.analysis import compare, sentences, words
 from stabstudy.analysis.blocks import Block, Count, Finding, Report, Section, Table, Text
 from stabstudy.analysis.cell_tables import interval, value
 from stabstudy.analysis.effects import CLEAR, REPORTED, effects
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.levels import Level, levels_of, records
 from stabstudy.analysis.matched_cells import AXIS, matched_figures, matched_tables
 from stabstudy.analysis.paired import holm

@@ -10,8 +10,10 @@ import dataclasses
 import math
 from collections.abc import Iterator, Set
 
-from stabstudy.analysis import plots, spike_tables, steps, style, trace_figures, trace_plots, trial_tables, words
+from stabstudy.analysis import plots, spike_tables, trial_tables, words
 from stabstudy.analysis.blocks import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis.figures import layers as layer_figures
+from stabstudy.analysis.figures import style, tooltips, traces
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain
@@ -90,7 +92,7 @@ def with_figures(study: Study, page: TrialPage) -> TrialPage:
         return dataclasses.replace(
             page, sections=[Section("trace", "Step by step", [Text(str(error))]), *page.sections]
         )
-    layers: Block | Absent = trace_figures.layers(study, page.trial_id, rows)
+    layers: Block | Absent = layer_figures.layer_figure(study, page.trial_id, rows)
     if isinstance(layers, Absent):
         layers = Text(f"{layers.what}: left out, {layers.why}.")
     sections = [
@@ -186,7 +188,7 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    own = steps.steps(rows, row | {"trial_id": trial_id}, spikes, trace_plots.absolute_steps(study, rows))
+    own = tooltips.steps(rows, row | {"trial_id": trial_id}, spikes, traces.absolute_steps(study, rows))
     title = "Gradient norm and loss, step by step"
     return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
 

@@ -1,8 +1,8 @@
-"""Figures made from many traces: gradient norms over their recent median, and the check of accumulation."""
+"""Figures made from many traces: gradient norms over their recent median, and the check of gradient accumulation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy.analysis import style, words
+from stabstudy.analysis import words
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import Level, at_level, keys
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import measured
@@ -32,6 +35,10 @@ POINTS = 150
 
 RATIOS_NAMED = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Below the axis, up to the largest; a diverged trial has larger ones, and then decades are named."""
+
+QUANTILES = (0.5, 0.99, 0.999)
+RATIOS_TITLE = "Gradient norms over their recent median"
+ACCUMULATION_TITLE = "Check of gradient accumulation"
 
 MICRO_BATCH = "train.micro_batch_size"
 
@@ -207,3 +214,84 @@ def _evenly(items: Sequence[T], most: int) -> list[T]:
 def _thinned(n: int) -> NDArray[np.intp]:
     """Places of a sorted series that are drawn: evenly spaced ones, and each of the largest."""
     return np.unique(np.r_[np.linspace(0, n - 1, min(n, POINTS)).round(), np.arange(max(0, n - POINTS), n)]).astype(int)
+
+
+def ratio_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """The distribution of norms over the levels of the main axis."""
+    study, axis = study.grid, layout.x
+    ratios = read_ratios(study, axis)
+    values = ratios.values
+    if not values:
+        yield Absent(RATIOS_TITLE, "no settled step has one")
+        return
+    ratio, window = study.rules.ratio, study.rules.window
+    heads = (words.heading(axis), "steps", *(f"quantile {q:g}" for q in QUANTILES), "largest", f"at x{ratio:g} or more")
+    rows = tuple(
+        (
+            words.level(level, axis),
+            str(len(own)),
+            *(words.number(float(q)) for q in np.quantile(own, QUANTILES)),
+            words.number(float(own.max())),
+            words.percent(float((own >= ratio).mean())),
+        )
+        for level, own in values.items()
+    )
+    tails = "; ".join(
+        f"{words.label(axis)} {row[0]}: largest {row[-2]}, {row[-1]} at x{ratio:g} or more" for row in rows
+    )
+    caption = (
+        f"Share of steps after the warmup at which the gradient norm before clipping, over the median of the {window} "
+        "norms before it, is at least the value below the axis (one minus the empirical distribution; both scales "
+        f"logarithmic), per {words.label(axis)}, all else pooled. Dashed: x{ratio:g}. From "
+        f"{_traces(study, ratios.read)}: at most {TRIALS_PER_LEVEL} of each level, evenly "
+        f"chosen.{_without_step(study, ratios.empty)}"
+    )
+    picture = norm_ratios(study, axis, values)
+    yield style.report_figure("norm-ratios", RATIOS_TITLE, picture, f"Step chart. {tails}.", caption, heads, rows)
+
+
+def _traces(study: Study, trial_ids: Sequence[str]) -> str:
+    diverged = sum(study.row(t)["verdict"] == "diverged" for t in trial_ids)
+    return f"{words.count(len(trial_ids), 'trace')}{f' ({diverged} diverged)' if diverged else ''}"
+
+
+def _without_step(study: Study, trial_ids: Sequence[str]) -> str:
+    return f" Without such a step: {_traces(study, trial_ids)} more." if trial_ids else ""
+
+
+def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """Pairs of trials that split the same batch differently, where micro-batch sizes differ."""
+    if MICRO_BATCH not in study.axes:
+        if not study.ingested:
+            yield Absent(ACCUMULATION_TITLE, "the micro-batch size does not vary")
+        return
+    pairs = splits(study)
+    if not pairs:
+        yield Absent(ACCUMULATION_TITLE, "no two done trials differ in the micro-batch size alone")
+        return
+    judged = [pair.agrees for pair in pairs if pair.agrees is not None]
+    verdict = (
+        "Not judged: the precision is not fp32."
+        if not judged
+        else f"They agree: the split of the batch changes only rounding ({words.count(len(judged), 'pair')})."
+        if all(judged)
+        else f"They do NOT agree in {judged.count(False)} of {words.count(len(judged), 'pair')}: the loss or its "
+        "gradient is not normalised over the whole batch, or the trials did not see the same batch."
+    )
+    caption = (
+        "Largest relative difference so far of the training loss (lines) and of the gradient norm before clipping "
+        "(dashed) between trials that differ in the micro-batch size alone. At step 0 the weights are equal: in fp32 "
+        f"the loss must agree to {words.level(LOSS_AGREES)} and the norm to {words.level(NORM_AGREES)}. Later, "
+        f"rounding grows with the training. {verdict}"
+    )
+    picture, alt = accumulation(study, pairs), f"Line chart. {verdict}"
+    heads = ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees")
+    rows, texts = map(_row, pairs), {*heads[:4], "agrees"}
+    yield style.report_figure("accumulation", ACCUMULATION_TITLE, picture, alt, caption, heads, rows, texts)
+
+
+def _row(pair: Split) -> tuple[str, ...]:
+    finite = pair.loss[np.isfinite(pair.loss)]
+    numbers = (float(pair.loss[0]), float(pair.norm[0]), float(finite.max()) if len(finite) else None)
+    agrees = words.NOTHING if pair.agrees is None else "yes" if pair.agrees else "no"
+    return (pair.trial_id, str(pair.sizes[0]), str(pair.sizes[1]), pair.partner, *map(words.number, numbers), agrees)

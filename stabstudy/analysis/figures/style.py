@@ -10,13 +10,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Drawing
+from stabstudy.analysis import blocks, words
+from stabstudy.analysis.figures.tooltips import marks
 from stabstudy.analysis.levels import ordered
-from stabstudy.analysis.marks import marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +67,11 @@ DARK = {
 MARKERS = ("o", "s", "D", "v", "P", "X", "h")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
+LOG_FROM = 8
+"""Positive levels that span at least this factor lie on a log scale."""
+
+MOST_TICKS = 9
+
 _RC: Any = {
     "svg.hashsalt": "stabstudy",
     "svg.fonttype": "path",
@@ -106,6 +110,15 @@ def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: 
     return figure
 
 
+def new_panels(n: int, width: float, height: float, columns: int = 2) -> Figure:
+    """A Figure with n Axes in rows of at most `columns`; what the last row has over is hidden."""
+    columns = min(columns, n)
+    figure = new_figure(width, height, rows=-(-n // columns), columns=columns)
+    for ax in figure.axes[n:]:
+        ax.set_visible(False)
+    return figure
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as SVG text: the same figure gives the same text, with a dark variant inside."""
     from matplotlib import rc_context
@@ -132,10 +145,32 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def draw(figure: Figure, png: bool = True) -> Drawing:
+def draw(figure: Figure, png: bool = True) -> blocks.Drawing:
     """The figure in both forms, and its marks."""
     svg = to_svg(figure)  # drawn first: the layout is settled by drawing
-    return Drawing(svg, to_png(figure) if png else None, marks(figure))
+    return blocks.Drawing(svg, to_png(figure) if png else None, marks(figure))
+
+
+def report_figure(
+    name: str,
+    title: str,
+    drawn: Axes | Figure,
+    alt: str,
+    caption: str,
+    heads: Sequence[str],
+    rows: Iterable[tuple[str, ...]],
+    texts: Collection[str] = (),
+    png: bool = True,
+) -> blocks.Figure:
+    """A figure of a report: the picture, its words, and its numbers as a folded table of `heads` and `rows`.
+
+    `drawn`: the picture, or any of its Axes. `texts`: the heads of columns of words; the others are set flush right.
+    `png`: whether the picture is a file of its own, too.
+    """
+    picture: Any = drawn.figure  # that of a Figure is itself
+    numeric = frozenset(heads).difference(texts)
+    table = blocks.Table("Numbers of this figure", tuple(heads), tuple(rows), numeric, folded=True)
+    return blocks.Figure(name, title, draw(picture, png), alt, caption, table)
 
 
 def ordered_colours(n: int) -> list[str]:
@@ -243,6 +278,37 @@ def tidy(ax: Axes) -> None:
 
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+class Positions:
+    """Where the levels of an axis lie: at their numbers (log where they span a factor of 8), else side by side."""
+
+    def __init__(self, levels: Sequence[Any], setting: str, categorical: bool = False):
+        self.levels, self.setting = list(levels), setting
+        self.categorical = categorical or None in levels or not ordered(levels) or len(levels) < 2
+        self.log = not self.categorical and min(levels) > 0 and max(levels) / min(levels) >= LOG_FROM
+
+    def of(self, level: Any) -> float:
+        return float(self.levels.index(level)) if self.categorical else float(level)
+
+    def apply_x(self, ax: Axes) -> None:
+        if self.log:
+            ax.set_xscale("log")
+        at = self._ticks()
+        ax.set_xticks([self.of(v) for v in at], [plain(words.level(v, self.setting)) for v in at])
+        tidy(ax)
+        if self.categorical:
+            ax.set_xlim(-0.5, len(self.levels) - 0.5)
+        ax.set_xlabel(plain(words.heading(self.setting)))
+
+    def apply_y(self, ax: Axes) -> None:
+        names = [plain(words.level(v, self.setting)) for v in self.levels]
+        ax.set_yticks([self.of(v) for v in self.levels], names)
+        ax.set_ylabel(plain(words.heading(self.setting)))
+
+    def _ticks(self) -> list[Any]:
+        stride = 1 if self.categorical else math.ceil(len(self.levels) / MOST_TICKS)
+        return self.levels[::stride]
 
 
 def _dark_style(svg: str) -> str:

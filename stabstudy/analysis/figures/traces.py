@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stabstudy.analysis import style, words
+from stabstudy.analysis import blocks, trial_tables, words
+from stabstudy.analysis.figures import style
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 
 BUCKETS = 500
 """A long trace is drawn as the smallest and largest value of so many equal stretches: no spike can fall between."""
+
+MOST_ROUGH = 3
+"""Cells that are not stable of which the report draws the roughest trial."""
+
+SHOWN = (
+    *("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax"),
+    *("spike_events", "spike_abs_steps", "clip_share"),
+)
+"""Statistics in the table of the figure."""
 
 
 def trace(
@@ -178,3 +190,44 @@ def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
             spikes["peak_step"].astype(float), np.full(len(spikes), 0.97), transform=ax.get_xaxis_transform(),
             linestyle="none", marker="v", markersize=4.5, color=style.VERMILLION, gid="spikes",
         )  # fmt: skip
+
+
+def figures(study: Study) -> Iterator[blocks.Figure]:
+    """The roughest trials and a typical one, side by side."""
+    titles = {t: f"Roughest{_why(study, t)}: {study.describe(t)}" for t in study.roughest(MOST_ROUGH)}
+    if typical := study.typical():
+        titles.setdefault(typical, f"Typical{_why(study, typical)}: {study.describe(typical)}")
+    if not titles:
+        return
+    unstable = study.trials.loc[study.trials["verdict"].isin(VERDICTS[1:]), "cell_id"].nunique()
+    caption = (
+        "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
+        "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
+        "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
+        f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
+        f"{unstable} such cells. Typical: the median of that ratio."
+    )
+    summaries = []
+    for trial_id, title in titles.items():
+        row = study.row(trial_id)
+        summaries.append(
+            f"{title}: {words.count(row['steps_done'], 'step')}, largest norm {words.number(row['grad_norm_max'])}, "
+            f"median {words.number(row['grad_norm_median'])}, {_spikes(row['spike_events'])}."
+        )
+    alt = " ".join(["Line charts.", *summaries])
+    heads = ("trial", "which", *(COLUMNS[c].label for c in SHOWN))
+    rows = (
+        (t, text, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in SHOWN)) for t, text in titles.items()
+    )
+    title = "Step by step: the roughest and a typical trial"
+    yield style.report_figure("traces", title, traces(study, titles), alt, caption, heads, rows, heads[:2])
+
+
+def _why(study: Study, trial_id: str) -> str:
+    row = study.row(trial_id)
+    rule = trial_tables.rule(row["verdict_rule"])
+    return f" ({row['verdict']}{f': {rule}' if rule else ''})" if row["verdict"] else ""
+
+
+def _spikes(n: int | None) -> str:
+    return "spikes not judged" if n is None else words.count(n, "spike")

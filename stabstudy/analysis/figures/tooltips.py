@@ -1,12 +1,13 @@
-"""Tooltips of a figure: the positions of its marks in the picture, and their values.
+"""Tooltips of figures: the positions of the marks in the picture and their values; the steps in a trial's page.
 
-Derived from what was drawn, so that no plot function has to say it twice: every vertex of a line in data coordinates,
-and every text that stands in a field of a map. Values are those of the artists; at a named tick the name of the tick.
-A line whose vertices are trials says which in its label (see `trials`).
+The marks are derived from what was drawn, so that no plot function has to say it twice: every vertex of a line in data
+coordinates, and every text that stands in a field of a map. Values are those of the artists; at a named tick the name
+of the tick. A line whose vertices are trials says which in its label (see `trials`).
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
+from stabstudy.analysis.tables import Row
+from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +30,11 @@ UNITS = 10_000
 
 MOST_VERTICES = 200
 """A longer line is thinned to the smallest and largest of equal stretches, like its drawing."""
+
+MOST_STEPS = 20_000
+"""Steps that a page carries (16 bytes each, a third more as text); of a longer trace, those of `thinned`."""
+
+COLUMNS = ("step", "grad_norm", "loss", "clip_scale")
 
 _ORNAMENTS = ("|", "_")
 """Markers that are no points: ticks of a curve, caps of an interval."""
@@ -99,8 +107,7 @@ def _kept(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.intp]:
     finite = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     if len(finite) <= MOST_VERTICES:
         return finite
-    parts = np.array_split(finite, MOST_VERTICES // 2)
-    return np.unique([i for part in parts for i in (part[np.argmin(y[part])], part[np.argmax(y[part])])])
+    return np.unique(_extremes(y, finite, MOST_VERTICES // 2))
 
 
 def _written(ax: Axes, places: NDArray[np.float64], name: str, a: Sequence[str], b: Sequence[str]) -> dict[str, Any]:
@@ -134,3 +141,53 @@ def _named(ax: Axes, which: str, value: float) -> str:
 def _label(text: str) -> str:
     """A figure's words on one line, as they read."""
     return text.replace(r"\$", "$").replace("\n", " ")
+
+
+def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool_]) -> str:
+    """JSON: the columns as base64 of little-endian float32, and what is marked in them.
+
+    That is spikes as [series, start, end, peak], which of them is the `highest`, the steps at which `absolute` (shape
+    [steps]) is true, the clip threshold and the end of the warmup. float32 holds a step up to 2^24 and seven digits of
+    a value; NaN and Inf stay what they are.
+    """
+    ends = np.isin(rows["step"], [s[end] for s in spikes for end in ("start", "end", "peak_step")])
+    kept = np.union1d(thinned(rows["grad_norm"], rows["loss"]), np.flatnonzero(absolute | ends)[:MOST_STEPS])
+    columns = {name: _packed(rows[name][kept]) for name in COLUMNS}
+    heights = [(s["series"] == "grad", s["peak_ratio"] or 0.0) for s in spikes]
+    clip = row["optim.clip"] if row["optim.clip_kind"] == "norm" else None
+    return json.dumps(
+        {
+            "trial": row["trial_id"],
+            "columns": columns,
+            "spikes": [[s[name] for name in ("series", "start", "end", "peak_step")] for s in spikes],
+            "absolute": rows["step"][absolute].astype(int).tolist()[:MOST_STEPS],
+            "highest": heights.index(max(heights)) if heights else None,
+            "clip": clip if clip is not None and np.isfinite(clip) else None,
+            "warmup": row["optim.warmup_steps"] or None,
+            "norm_label": "gradient norm before clipping",
+            "loss_label": "training loss (nat/token)",
+        },
+        separators=(",", ":"),
+    )
+
+
+def thinned(*series: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Rows to keep of a long trace: of equal stretches the smallest and largest of each series, and all not finite."""
+    n = len(series[0])
+    if n <= MOST_STEPS:
+        return np.arange(n)
+    kept = [np.array([0, n - 1])]
+    for values in series:
+        kept.append(np.flatnonzero(~np.isfinite(values))[:MOST_STEPS])
+        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), MOST_STEPS // (4 * len(series))))
+    return np.unique(np.concatenate(kept))
+
+
+def _extremes(values: NDArray[np.float64], at: NDArray[np.intp], stretches: int) -> NDArray[np.intp]:
+    """The places of the smallest and the largest value in each of so many equal stretches of the places `at`."""
+    parts = [part for part in np.array_split(at, stretches) if len(part)]
+    return np.array([i for p in parts for i in (p[np.argmin(values[p])], p[np.argmax(values[p])])], dtype=np.intp)
+
+
+def _packed(values: NDArray[np.float64]) -> str:
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()

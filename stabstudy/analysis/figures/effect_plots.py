@@ -1,26 +1,35 @@
-"""Figures of what the axes changed: effects as a forest plot, clipping against its threshold, parallel coordinates."""
+"""Figures of what the axes changed: effects as a forest plot, all axes at once as parallel coordinates."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import compare, marks, sentences, style, words
-from stabstudy.analysis.effects import CLEAR
+import pandas as pd
+
+from stabstudy.analysis import compare, sentences, words
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.kinds import scale_of
-from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.levels import plain, records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 MOST_DECADES = 6
 """Decades to either side of a ratio up to which its interval is drawn."""
+
+EFFECTS_TITLE = "What each axis changed"
+PARALLEL_TITLE = "All axes at once"
+PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_abs_rate")
+"""Statistics beside the axes in the report's parallel coordinates."""
 
 
 def effects(
@@ -78,78 +87,52 @@ def _draw_reason(ax: Axes, metric: str, rows: Sequence[Mapping[str, Any]]) -> No
     ax.set_axis_off()
 
 
-def clipping(study: Study, ax: Axes | None = None) -> Axes:
-    """Median gradient norm of each trial against its clip threshold; on the line they are equal.
-
-    A trial below the line is clipped rarely; above it the threshold, not the gradient, sets the step. Only trials with
-    clipping by the norm are drawn.
-    """
-    ax = style.new_figure().axes[0] if ax is None else ax
-    trials = clipped_trials(study)
-    for clip in levels_of(trials["optim.clip"]):
-        members = trials[trials["optim.clip"] == clip]
-        medians = compare.values(members, "grad_norm_median")
-        ax.plot(
-            [float(clip)] * len(members),
-            medians,
-            marker="o",
-            markersize=4,
-            linestyle="none",
-            color=style.BLUE,
-            alpha=0.7,
-            label=marks.trials(members.index),
-        )
-    ends = [*trials["optim.clip"], *trials["grad_norm_median"]]
-    if ends:
-        low, high = min(ends) / 1.6, max(ends) * 1.6
-        ax.plot([low, high], [low, high], color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
-        ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-        style.log_ticks(ax)
-        grid = levels_of(trials["optim.clip"])
-        ax.set_xticks(grid, [words.level(c) for c in grid])
-        style.tidy(ax)
-    ax.set_xlabel("clip threshold (gradient)")
-    ax.set_ylabel("median gradient norm (gradient)")
-    return ax
+def _unit(metric: str) -> str:
+    unit = COLUMNS[metric].unit
+    return "" if unit in ("", "1", "ratio", "fraction") else f" ({unit})"
 
 
-def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
-    """Share of steps that were clipped, of each trial and on average, against the clip threshold.
+def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """The forest plots of all statistics with a tested axis; for runs trained elsewhere, that they are not paired."""
+    if study.ingested:
+        yield Absent(EFFECTS_TITLE, "runs trained elsewhere are not paired")
+        return
+    table = study.effects()
+    rows = [r for r in records(table) if r["estimate"] is not None]
+    if not rows:
+        reasons = dict.fromkeys(str(note) for note in table["note"].dropna())
+        yield Absent(EFFECTS_TITLE, f"not tested: {'; '.join(reasons) or 'no axis varies'}")
+        return
+    metrics = [m for m in REPORTED if any(r["metric"] == m for r in rows)]
+    height = 0.9 + 0.42 * max(sum(r["metric"] == m for r in rows) for m in metrics)
+    picture = style.new_panels(len(metrics), 9.2, height * -(-len(metrics) // 2))
+    for ax, metric in zip(picture.axes, metrics, strict=False):
+        effects(study, metric, table, ax)
+    tested = sum(r["p_holm"] is not None for r in rows)
+    lacking = _lacking(study.trials, metrics)
+    caption = (
+        "Effect of each axis with its 95 % interval, seeds as blocks and all other axes as factors: losses as "
+        f"differences, the others as ratios (log scale). Filled mark: p under {CLEAR:g} after Holm's correction for "
+        f"{words.count(tested, 'test')}; open mark: no effect found, or suggestive at most."
+        f"{f' Left out: {lacking}.' if lacking else ''}"
+    )
+    steps = [sentences.step(r["axis"], r["a"], r["b"]) for r in rows]
+    changes = [f"{words.STATISTICS[r['metric']]} {sentences.change(r)}" for r in rows]
+    alt = f"Forest plot. {'; '.join(f'{step}: {change}' for step, change in zip(steps, changes, strict=True))}."
+    heads = ("axis", "statistic", "scale", "effect", "low", "high", "p (Holm)")
+    numbers = (
+        (step, COLUMNS[r["metric"]].label, r["scale"],
+         *map(words.number, (r["estimate"], r["low"], r["high"])), words.number(r["p_holm"], 2))
+        for step, r in zip(steps, rows, strict=True)
+    )  # fmt: skip
+    yield style.report_figure("effects", EFFECTS_TITLE, picture, alt, caption, heads, numbers, heads[:3])
 
-    The trials are those of `clipping`.
-    """
-    ax = style.new_figure().axes[0] if ax is None else ax
-    trials = clipped_trials(study)
-    grid = levels_of(trials["optim.clip"])
-    members = {clip: trials[trials["optim.clip"] == clip] for clip in grid}
-    shares = {clip: compare.values(rows, "clip_share") for clip, rows in members.items()}
-    means = [sum(shares[c]) / len(shares[c]) for c in grid]
-    # no line between them: the trials of one threshold may differ from those of the next in more than the threshold
-    ax.plot(grid, means, color=style.VERMILLION, linestyle="none", marker="_", markersize=22, markeredgewidth=1.8)
-    for clip in grid:
-        ax.plot(
-            [float(clip)] * len(shares[clip]), shares[clip], marker="o", markersize=4, linestyle="none",
-            color=style.BLUE, alpha=0.7, label=marks.trials(members[clip].index),
-        )  # fmt: skip
-    if grid:
-        ax.set(xscale="log", xlim=(min(grid) / 1.6, max(grid) * 1.6), ylim=(-0.03, 1.03))
-        ax.set_xticks(grid, [words.level(c) for c in grid])
-        style.tidy(ax)
-    ax.set_xlabel("clip threshold (gradient)")
-    ax.set_ylabel("share of steps clipped")
-    return ax
 
-
-def clipped_trials(study: Study) -> pd.DataFrame:
-    """The done trials that `clipping` draws."""
-    trials = norm_clipping(study)
-    return trials[trials["grad_norm_median"].notna() & trials["clip_share"].notna()]
-
-
-def norm_clipping(study: Study) -> pd.DataFrame:
-    """The done trials that clip by the norm."""
-    trials = study.trials
-    return trials[(trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()]
+def _lacking(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """`2 diverged without roughness`: how many diverged trials lack which of these statistics; empty: none."""
+    diverged = trials[trials["verdict"] == "diverged"]
+    without = {m: sum(not math.isfinite(v) for v in compare.values(diverged, m)) for m in metrics}
+    return words.listing([f"{n} diverged without {_name(m)}" for m, n in without.items() if n])
 
 
 def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_log_sd"), ax: Axes | None = None) -> Axes:
@@ -184,7 +167,7 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
                 text, (at, y), (0, 14 * y - 9), textcoords="offset points", ha="center", va=va, fontsize=8,
                 color=style.INK,
             )  # fmt: skip
-    named = [style.plain(words.STATISTICS.get(n, words.label(n))) for n in names]
+    named = [style.plain(_name(n)) for n in names]
     ax.set_xticks(range(len(names)), [textwrap.fill(name, 80 // len(names)) for name in named])
     ax.tick_params(axis="x", pad=20, labelsize=8)
     ax.set(xlim=(-0.2, len(names) - 0.8), ylim=(-0.02, 1.02), yticks=[])
@@ -200,10 +183,13 @@ def judged_trials(study: Study) -> pd.DataFrame:
     return study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
 
 
-def ends(trials: pd.DataFrame, metric: str) -> tuple[str, str]:
-    """The smallest and the largest value of a statistic, in words."""
-    known = [v for v in compare.values(trials, metric) if math.isfinite(v)]
-    unit = COLUMNS[metric].unit
+def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
+    """The lowest and the highest value of a coordinate, in words."""
+    if name in study.axes:
+        levels = study.axes[name]
+        return words.level(levels[0], name), words.level(levels[-1], name)
+    known = [v for v in compare.values(trials, name) if math.isfinite(v)]
+    unit = COLUMNS[name].unit
     return words.statistic(min(known, default=None), unit), words.statistic(max(known, default=None), unit)
 
 
@@ -223,13 +209,40 @@ def _scaled(values: list[float]) -> list[float]:
     return [math.nan if not math.isfinite(v) else (v - low) / (high - low) if high > low else 0.5 for v in values]
 
 
-def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
-    if name in study.axes:
-        levels = study.axes[name]
-        return words.level(levels[0], name), words.level(levels[-1], name)
-    return ends(trials, name)
+def parallel_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """The judged trials through all axes, where at least two vary."""
+    grid = study.grid
+    if len(grid.axes) < 2:
+        yield Absent(PARALLEL_TITLE, "fewer than two axes vary")
+        return
+    trials = judged_trials(grid)
+    if not len(trials):
+        yield Absent(PARALLEL_TITLE, "no trial is judged")
+        return
+    mixed = bool(compare.mixed(trials, "final_loss"))
+    metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
+    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
+    verdicts = words.listing([f"{n} {v}" for v, n in counts if n])
+    lacking = _lacking(trials, metrics)
+    rest = int((grid.trials["state"] == "done").sum()) - len(trials)
+    caption = (
+        f"Parallel coordinates: a line for each of the {words.count(len(trials), 'judged trial')}, through its level "
+        "on each axis (spread a little) and its statistics; every coordinate from its lowest value to its highest. "
+        f"The line skips a statistic that its trial lacks{f' ({lacking})' if lacking else ''}."
+        f"{f' Left out: {rest} done and not judged.' if rest else ''}"
+        f"{' The loss is left out: trials were evaluated on different batches.' if mixed else ''}"
+    )
+    picture, alt = parallel(grid, metrics), f"Parallel coordinates of {verdicts} trials."
+    heads = ("coordinate", "lowest", "highest", "trials")
+    rows = ((_name(n), *_range(n, trials, grid)) for n in (*grid.axes, *metrics))
+    yield style.report_figure("parallel", PARALLEL_TITLE, picture, alt, caption, heads, rows, heads[:1])
 
 
-def _unit(metric: str) -> str:
-    unit = COLUMNS[metric].unit
-    return "" if unit in ("", "1", "ratio", "fraction") else f" ({unit})"
+def _name(coordinate: str) -> str:
+    return words.STATISTICS.get(coordinate, words.label(coordinate))
+
+
+def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str, str]:
+    """The ends of a coordinate, and the trials that have a value on it."""
+    known = len(trials) if name in study.axes else sum(map(math.isfinite, compare.values(trials, name)))
+    return *_ends(name, trials, study), str(known)

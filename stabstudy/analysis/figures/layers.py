@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.analysis import style, words
-from stabstudy.trace import Rows
+from stabstudy.analysis import words
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.study import Study
+from stabstudy.analysis.tables import Row
+from stabstudy.stability.columns import SETTLED
+from stabstudy.trace import DamagedRecord, Rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +26,8 @@ MARGIN = 20
 MOST_STEPS = 160
 MOST_NAMED = 14
 """Rows that each have a name; of more, every second, third, ... is named."""
+
+TITLE = "Map of the layers"
 
 
 def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> Axes:
@@ -109,3 +116,64 @@ def peak_text(rows: Rows, spike: Mapping[str, Any]) -> str:
         return f"{text}."
     name, _, _, factor = max(layers, key=lambda row: row[3])
     return f"{text}; {name} grew most, to {words.number(factor)} times its median over the steps before."
+
+
+def figures(study: Study) -> Iterator[Figure | Absent]:
+    """The layers of the trial with the highest spike of the norm, or of the roughest one."""
+    own = {
+        t: max((s["peak_ratio"] for s in spikes if s["series"] == "grad"), default=0.0)
+        for t, spikes in study.spikes_by_trial.items()
+    }
+    trial_id = min((t for t in own if own[t]), key=lambda t: (-own[t], t), default=study.worst())
+    if trial_id is None:
+        return
+    try:
+        block = layer_figure(study, trial_id, study.trace(trial_id), of_study=True)
+    except DamagedRecord:  # it was readable when the tables were made
+        return
+    yield block
+
+
+def layer_figure(study: Study, trial_id: str, rows: Rows, of_study: bool = False) -> Figure | Absent:
+    """The norms of a trial's layers around the highest spike of the norm, or another moment (see `_moment`).
+
+    `of_study`: it stands among the figures of the study, so it says which trial it shows.
+    """
+    spike, around = _moment(study, trial_id, rows)
+    if spike is None:
+        return Absent(TITLE, "the gradient norm has no spike to draw it around")
+    try:
+        picture = layer_map(rows, spike)
+    except ValueError:
+        return Absent(TITLE, "their norms are not in the record")
+    peak = peak_text(rows, spike)
+    of = f" of trial {trial_id} ({study.describe(trial_id)})" if of_study else ""
+    caption = (
+        f"Gradient norm before clipping of each layer{of} (log scale, lighter is larger) around {around}. Empty: not "
+        f"finite, or 0. {peak}"
+    )
+    name = "layers" if of_study else "layers-figure"
+    title = f"Gradient norm of each layer{' around the roughest moment of the study' if of_study else ''}"
+    alt = f"Map of layers by steps. {peak}"
+    heads = ("layer", "at the peak", "median before the spike", "factor")
+    numbers = ((row, *map(words.number, values)) for row, *values in growth(rows, spike))
+    return style.report_figure(name, title, picture, alt, caption, heads, numbers, heads[:1], png=of_study)
+
+
+def _moment(study: Study, trial_id: str, rows: Rows) -> tuple[Row | None, str]:
+    """The moment to draw the layers around: the highest spike; the divergence; the largest norm of a rough trial."""
+    own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
+    if own:
+        spike = max(own, key=lambda s: s["peak_ratio"])
+        one = spike["start"] == spike["end"]
+        steps = f"step {spike['start']}" if one else f"steps {spike['start']} to {spike['end']}"
+        return spike, f"its highest spike ({steps}, enclosed; the peak is marked above)"
+    row = study.row(trial_id)
+    settled = np.where(rows["step"] >= max(SETTLED, row["optim.warmup_steps"] or 0), rows["grad_norm"], np.nan)
+    if row["verdict_step"] is not None:
+        step, around = row["verdict_step"], "the step at which it diverged"
+    elif row["verdict"] in ("spiky", "rough") and np.isfinite(settled).any():
+        step, around = int(rows["step"][np.nanargmax(settled)]), "its largest norm after the warmup"
+    else:
+        return None, ""
+    return {"start": step, "end": step, "peak_step": step}, f"step {step}, {around}"

@@ -1,4 +1,4 @@
-"""The report's figures of one axis at a time: warmup, batch size, weight decay, dataset."""
+"""Figures of one axis at a time: warmup, batch size, weight decay, dataset."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import curves, style
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.levels import Level, at_level
 from stabstudy.analysis.study import Study
@@ -28,11 +30,11 @@ MOST_LINES = 7
 """Levels of the main axis up to which each has a line; of more, all are pooled."""
 
 
-def figures(study: Study, main: str) -> Iterator[Figure | Absent]:
-    """A figure for each axis of AXES that varies beside `main`; in place of the others, that they do not."""
-    grid = study.grid
+def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """A figure for each axis of AXES that varies beside the main one; in place of the others, that they do not."""
+    grid, main = study.grid, layout.x
     for axis in AXES:
-        if axis in grid.axes and axis != main and len(plots.drawable(grid.trials, "final_loss")):
+        if axis in grid.axes and axis != main and len(curves.drawable(grid.trials, "final_loss")):
             yield _figure(grid, axis, main)
     if (absent := [words.label(axis) for axis in AXES if axis not in study.axes]) and not study.ingested:
         verb = "it does" if len(absent) == 1 else "they do"
@@ -53,7 +55,7 @@ class _Panel:
 
     @property
     def name(self) -> str:
-        return f"{plots.metric_label(self.metric)}{f', {self.of}' if self.of else ''}"
+        return f"{curves.metric_label(self.metric)}{f', {self.of}' if self.of else ''}"
 
 
 def _panels(grid: Study, axis: str) -> list[_Panel]:
@@ -77,47 +79,44 @@ def _figure(grid: Study, axis: str, main: str) -> Figure:
     panels = _panels(grid, axis)
     columns = len(panels) if len(panels) < 4 else 2
     size = (1.0 + 3.1 * columns, 3.7) if columns == len(panels) else (9.2, 0.7 + 3.0 * -(-len(panels) // 2))
-    figure = style.new_figure(*size, rows=-(-len(panels) // columns), columns=columns)
-    for ax, panel in zip(figure.axes, panels, strict=False):
-        plots.curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
+    picture = style.new_panels(len(panels), *size, columns=columns)
+    for ax, panel in zip(picture.axes, panels, strict=False):
+        curves.curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
         style.title(ax, panel.of)
-    for ax in figure.axes[len(panels) :]:
-        ax.set_visible(False)
-    style.share_legend(figure)
+    style.share_legend(picture)
     rows = [row for panel in panels for row in _rows(panel, axis, by)]
-    counts = ("n in the mean", "diverged")
-    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", "low", "high", *counts)
+    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
+    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
+    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
+    alt = f"Line charts. {'; '.join(values)}."
+    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *curves.COUNTS)
+    return style.report_figure(name, title, picture, alt, _caption(grid, panels, axis, by), heads, rows, {"statistic"})
+
+
+def _caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> str:
     pooled = [words.label(a) for a in grid.axes if a not in (axis, by)]
     apart = ", losses never over datasets" if any(panel.of for panel in panels) else ""
     over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
     lines = f", a line for each {words.label(by)}" if by else ""
     lost = not any(panel.metric == "final_loss" for panel in panels)
-    named = {words.STATISTICS.get(p.metric, plots.metric_label(p.metric)): p.metric for p in panels}
+    named = {words.STATISTICS.get(p.metric, curves.metric_label(p.metric)): p.metric for p in panels}
     ratios = [name for name, metric in named.items() if kind_of(metric) is Kind.RATIO]
-    caption = (
+    return (
         f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. "
-        f"{plots.marks_text(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
-        f"{words.listing(ratios)} the geometric), bands 95 % intervals (from {plots.BAND_FROM} trials on).{over}"
+        f"{curves.marks_text(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
+        f"{words.listing(ratios)} the geometric), bands 95 % intervals (from {curves.BAND_FROM} trials on).{over}"
         f"{' The loss is left out: trials were evaluated on different sets.' if lost else ''} Effects with all other "
         "axes held fixed: see What each axis changed."
     )
-    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
-    table = Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
-    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
-    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
-    return Figure(name, title, style.draw(figure), f"Line charts. {'; '.join(values)}.", caption, table)
 
 
 def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
-    trials = plots.drawable(panel.study.trials, panel.metric)
+    trials = curves.drawable(panel.study.trials, panel.metric)
     groups: list[tuple[tuple[Level, ...], pd.DataFrame]] = [((), trials)]
     if by is not None:
         groups = [((level,), at_level(trials, by, level)) for level in panel.study.axes[by]]
     for levels, members in groups:
         for level in panel.study.axes[axis]:
             if len(there := at_level(members, axis, level)):
-                e = plots.mean_of(there, panel.metric)
                 texts = [words.level(v, by or "") for v in levels]
-                diverged = int((there["verdict"] == "diverged").sum())
-                numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
-                yield panel.name, *texts, words.level(level, axis), *numbers
+                yield panel.name, *texts, words.level(level, axis), *curves.mean_texts(there, panel.metric)

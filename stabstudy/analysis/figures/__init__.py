@@ -1,0 +1,1 @@
+"""The figures of a report, a file for each family: drawing, caption, numbers, and when it is absent."""

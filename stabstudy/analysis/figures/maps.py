@@ -1,0 +1,312 @@
+"""Maps of a statistic: its mean in each field of one axis by another."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, pooled
+from stabstudy.analysis.figures.style import Positions
+from stabstudy.analysis.kinds import EXPOSURE, Kind, kind_of
+from stabstudy.analysis.levels import Level, levels_of, split
+from stabstudy.analysis.study import Study
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DIVERGED = "diverged"
+"""As the `value` of a map: the share of trials that diverged."""
+
+SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
+"""Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
+
+SMALL_FROM = 8
+"""Levels on an axis from which the words in the fields are set smaller."""
+
+VALUES = {
+    "spike_abs_rate": "Share of evaluable steps at three times the recent norm or more",
+    "grad_norm_max_over_median": "Largest over median gradient norm",
+    DIVERGED: "Share of trials that diverged",
+}
+"""The statistics that have a map, each with its meaning."""
+
+MOST_PAIRS = 4
+"""Other pairs of axes than the main one that get a map of PAIRED, in the order of the settings."""
+
+PAIRED = "spike_abs_rate"
+
+COUNTS = ("n", "without it", "not stable")
+"""Heads of the counts beside a mean: the done trials that it is over, those that lack the statistic, and of both."""
+
+
+def stability_map(
+    study: Study,
+    x: str = "optim.lr",
+    y: str = "model.depth",
+    value: str = "spike_abs_rate",
+    highest: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
+
+    `value`: a statistic, or "diverged" for the share of trials that did. n: the done trials that have it (`2 of 3`
+    where some lack it). `highest`: the largest value of several maps that are to be compared. The colours run over
+    `scale(value, highest)`, not over what happens to be there.
+    """
+    ax = style.new_figure().axes[0] if ax is None else ax
+    sheet = Sheet(study, x, y, value)
+    means = {levels: mean(trials, value) for levels, trials in sheet.fields.items()}
+    low, high = scale(value, max(filter(math.isfinite, means.values()), default=0.0) if highest is None else highest)
+
+    def draw(at: tuple[int, int], levels: tuple[Level, ...], trials: pd.DataFrame) -> None:
+        lines = [text(means[levels], value), _n(trials, value)]
+        _draw_field(ax, at, trials, lines, (means[levels] - low) / (high - low), sheet.font)
+
+    sheet.draw(ax, draw)
+    style.title(ax, label(value))
+    return ax
+
+
+class Sheet:
+    """The fields of a map: the done trials at each level of `x`, across, and of `y`."""
+
+    def __init__(self, study: Study, x: str, y: str, value: str):
+        self.columns, self.rows = (
+            Positions(study.axes.get(a) or levels_of(study.trials[a]), a, categorical=True) for a in (x, y)
+        )
+        read = [] if value == DIVERGED else [compare.column(value)]
+        columns = [x, y, "verdict", "eval_hash", EXPOSURE, *read]
+        done = study.trials.loc[study.trials["state"] == "done", columns]
+        self.fields = dict(split(done, {x: self.columns.levels, y: self.rows.levels}))
+
+    @property
+    def font(self) -> float:
+        """Size of the words in the fields."""
+        return 8.5 if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM else 6.5
+
+    def draw(self, ax: Axes, draw: Callable[[tuple[int, int], tuple[Level, ...], pd.DataFrame], None]) -> None:
+        """Each field by `draw` (place, levels, trials), or hatched where no trial is done; then the axes' names."""
+        for (i, x), (j, y) in itertools.product(enumerate(self.columns.levels), enumerate(self.rows.levels)):
+            if (x, y) in self.fields:
+                draw((i, j), (x, y), self.fields[x, y])
+            else:
+                _hatch(ax, (i, j))
+        self.columns.apply_x(ax)
+        self.rows.apply_y(ax)
+        ax.set_xlim(-0.5, len(self.columns.levels) - 0.5)
+        ax.set_ylim(-0.5, len(self.rows.levels) - 0.5)
+        ax.grid(False)
+
+
+def height(study: Study, y: str) -> float:
+    """Inches of a map: rows of half an inch to one inch."""
+    return 1.0 + max(0.55, min(1.0, 4.0 / len(study.axes[y]))) * len(study.axes[y])
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a map: its levels (panels, row, column) and its done trials."""
+
+    levels: tuple[Level, ...]
+    trials: pd.DataFrame
+
+    @property
+    def n(self) -> int:
+        return len(self.trials)
+
+    @property
+    def not_stable(self) -> int:
+        return sum(map(self.count, VERDICTS[1:]))
+
+    def having(self, value: str) -> int:
+        return len(having(self.trials, value))
+
+    def counts(self, value: str) -> tuple[str, str, str]:
+        """COUNTS, in words."""
+        known = self.having(value)
+        return str(known), str(self.n - known), str(self.not_stable)
+
+    @property
+    def verdicts(self) -> str:
+        return ", ".join(f"{self.count(v)} {v}" for v in VERDICTS if self.count(v)) or "not judged"
+
+    def count(self, verdict: str) -> int:
+        return int((self.trials["verdict"] == verdict).sum())
+
+    def mean(self, value: str) -> float:
+        return mean(self.trials, value)
+
+    def text(self, value: str) -> str:
+        return text(self.mean(value), value)
+
+
+def fields_of(study: Study, layout: Layout) -> list[Field]:
+    """Every field of a figure of this layout that has a done trial."""
+    axes = layout.axes(study)
+    read = [v for v in VALUES if v != DIVERGED]
+    needed = list(dict.fromkeys([*axes, "state", "verdict", "eval_hash", *read]))
+    done = study.trials.loc[study.trials["state"] == "done", needed]
+    return [Field(levels, trials) for levels, trials in split(done, axes)]
+
+
+def mean(trials: pd.DataFrame, value: str) -> float:
+    """What a field of these trials shows."""
+    if value == DIVERGED:
+        return float((trials["verdict"] == DIVERGED).mean())
+    return compare.mean(trials, value).mean
+
+
+def having(trials: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The trials that `mean` is over: a trial that diverged early may lack a statistic."""
+    return trials if value == DIVERGED else trials[[math.isfinite(v) for v in compare.values(trials, value)]]
+
+
+def scale(value: str, highest: float) -> tuple[float, float]:
+    """The values at the dark and at the light end of the colours."""
+    low, least = SCALES.get(value, (0.0, 0.0))
+    return low, max(least, highest) if max(least, highest) > low else low + 1.0
+
+
+def text(value: float, name: str) -> str:
+    """A field's number as its unit wants it."""
+    return words.percent(value) if name == DIVERGED else words.statistic(value, COLUMNS[name].unit)
+
+
+def label(value: str) -> str:
+    """What a map shows, in words."""
+    return "share diverged" if value == DIVERGED else words.STATISTICS.get(value, COLUMNS[value].label)
+
+
+def _n(trials: pd.DataFrame, value: str) -> str:
+    n = len(having(trials, value))
+    return f"n={n}" if n == len(trials) else f"n={n} of {len(trials)}"
+
+
+def _draw_field(
+    ax: Axes, at: tuple[int, int], trials: pd.DataFrame, lines: Sequence[str], share: float, size: float
+) -> None:
+    """One field of a map: colour, value and n (`lines`), and how many of its trials were not stable."""
+    from matplotlib.patches import Rectangle
+
+    corner = (at[0] - 0.5, at[1] - 0.5)
+    ground = style.field_colour(share)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
+    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
+    unstable = [f"{n} {verdict}" for verdict, n in bad.items() if n]
+    ink = style.field_text_colour(ground)
+    ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
+    if bad["diverged"]:
+        ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
+
+
+def _hatch(ax: Axes, at: tuple[int, int]) -> None:
+    """A field without a done trial."""
+    from matplotlib.patches import Rectangle
+
+    corner = (at[0] - 0.5, at[1] - 0.5)
+    ax.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor=style.MUTED, hatch="///", linewidth=0.5))
+
+
+def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+    """Every map that the study allows; in place of one that it does not, the reason."""
+    grid = study.grid
+    if layout.by is None:
+        yield Absent("Maps", "they need two axes; this study varies one")
+        return
+    for value, meaning in VALUES.items():
+        if value == DIVERGED and not (grid.trials["verdict"] == DIVERGED).any():
+            yield Absent("Map of the share diverged", "no trial diverged")
+        else:
+            yield _statistic(grid, layout, value, meaning)
+    yield from _other_pairs(grid, layout)
+
+
+def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
+    fields = fields_of(study, layout)
+    known = [f for f in fields if f.mean(value) == f.mean(value)]
+    unknown = " Grey: no trial has the statistic." if len(known) < len(fields) else ""
+    highest = max(known, key=lambda f: f.mean(value), default=None)
+    top = highest.mean(value) if highest else 0.0
+    y, axes = str(layout.by), layout.axes(study)
+    pair = f"{words.label(layout.x)} and {words.label(y)}"
+    what = f"{meaning} over {pair}"
+    low, high = (text(v, value) for v in scale(value, top))
+    geometric = "geometric " if kind_of(value) is Kind.RATIO else ""
+    over = "over the n done trials" if value == DIVERGED else f"the {geometric}mean over the n done trials that have it"
+    caption = (
+        f"{what}: {over}, {sum(f.having(value) for f in fields)} in all{_lacking(fields, value)}. Below the value: "
+        f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
+        f"trial; a cross: at least one diverged.{pooled(layout)}"
+    )
+    peak = f" Highest: {text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
+    name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
+    picture = panels(
+        study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)
+    )
+    heads = (*map(words.heading, axes), label(value), *COUNTS)
+    rows = ((*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields)
+    return style.report_figure(name, title, picture, f"Map. {what}.{peak}", caption, heads, rows)
+
+
+def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
+    """PAIRED over pairs of axes that no map above shows, each pooled over all other axes."""
+    pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
+    if not pairs:
+        return
+    drawn = [_turned(study, *pair) for pair in pairs[:MOST_PAIRS]]
+    fields = {pair: fields_of(study, Layout(*pair, [], [])) for pair in drawn}
+    top = max((v for of in fields.values() for f in of if (v := f.mean(PAIRED)) == v), default=0.0)
+    columns = min(2, len(drawn))
+    tall = sum(max(height(study, y) for _, y in drawn[i : i + columns]) for i in range(0, len(drawn), columns))
+    picture = style.new_panels(len(drawn), 6.6 if columns == 1 else 9.2, tall)
+    for ax, (x, y) in zip(picture.axes, drawn, strict=False):
+        stability_map(study, x, y, PAIRED, top, ax)
+    named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
+    high = text(scale(PAIRED, top)[1], PAIRED)
+    caption = (
+        f"{VALUES[PAIRED]} over {'; '.join(named)}: the mean over the n done trials that have it, every other axis "
+        f"pooled{_lacking(next(iter(fields.values())), PAIRED)}. Colours run from 0 (dark) to {high} (light); hatched: "
+        "no done trial; a cross: at least one diverged."
+    )
+    if more := len(pairs) - len(drawn):
+        caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
+    ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
+    what = label(PAIRED)
+    name, title = f"{PAIRED.replace('_', '-')}-pairs", f"{what.capitalize()} over other pairs of axes"
+    alt = f"Maps of the {what}. {'; '.join(ranges)}."
+    heads = ("axis", "level", "axis", "level", what, *COUNTS)
+    rows = (
+        (words.heading(x), words.level(f.levels[1], x), words.heading(y), words.level(f.levels[0], y),
+         f.text(PAIRED), *f.counts(PAIRED))
+        for (x, y), own in fields.items() for f in own
+    )  # fmt: skip
+    yield style.report_figure(name, title, picture, alt, caption, heads, rows, texts={"axis", "level"})
+
+
+def _lacking(fields: list[Field], value: str) -> str:
+    """`; 2 diverged without it`: the done trials that no field's mean holds."""
+    lacking = [f.trials.drop(having(f.trials, value).index) for f in fields]
+    diverged = sum(int((trials["verdict"] == DIVERGED).sum()) for trials in lacking)
+    others = sum(map(len, lacking)) - diverged
+    parts = [f"{n} {which}" for n, which in ((diverged, "diverged"), (others, "others")) if n]
+    return f"; {words.listing(parts)} without it" if parts else ""
+
+
+def _span(fields: list[Field]) -> str:
+    means = sorted(v for f in fields if (v := f.mean(PAIRED)) == v)
+    return f"{words.percent(means[0])} to {words.percent(means[-1])}" if means else "not known"
+
+
+def _turned(study: Study, a: str, b: str) -> tuple[str, str]:
+    """(x, y): the axis of more levels lies across."""
+    return (a, b) if len(study.axes[a]) >= len(study.axes[b]) else (b, a)

@@ -1,0 +1,60 @@
+"""The table of all figures of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from stabstudy.analysis import runs
+from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.figures import (
+    clip_thresholds,
+    curves,
+    effect_plots,
+    layers,
+    maps,
+    norms,
+    single_axes,
+    study_curves,
+    traces,
+    verdict_maps,
+)
+from stabstudy.analysis.figures.layout import Layout, layout_of
+from stabstudy.analysis.study import Study
+
+OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] = (
+    curves.figures,
+    verdict_maps.figures,
+    maps.figures,
+    single_axes.figures,
+    effect_plots.effect_figures,
+    clip_thresholds.figures,
+    study_curves.sensitivity_figures,
+    study_curves.first_spike_figures,
+    effect_plots.parallel_figures,
+    norms.ratio_figures,
+    norms.accumulation_figures,
+)
+"""Figures over the settings that vary, in the order of the report: in place of one that a study lacks, the reason."""
+
+OF_TRIALS: tuple[Callable[[Study], Iterator[Figure | Absent]], ...] = (traces.figures, layers.figures)
+"""Figures of single trials."""
+
+ALL_OVER_SETTINGS = "Every figure over settings"
+
+
+def figures(study: Study) -> Iterator[Figure | Absent]:
+    """Every figure that the study allows; in place of one that it does not, the reason."""
+    layout = layout_of(study.grid)
+    if not (study.trials["state"] == "done").any():
+        yield Absent("Every figure", "no trial is done yet: there is nothing to draw")
+        return
+    if study.ingested and not runs.one_stride(study):
+        yield Absent(ALL_OVER_SETTINGS, "the runs were logged at different strides, so their statistics differ")
+    elif layout is None:
+        reason = "no setting is known to differ" if study.ingested else "nothing varies but the seed"
+        yield Absent(ALL_OVER_SETTINGS, reason)
+    else:
+        for family in OVER_SETTINGS:
+            yield from family(study, layout)
+    for family_of_trials in OF_TRIALS:
+        yield from family_of_trials(study)

@@ -1,0 +1,83 @@
+"""The table of figures, the function that builds them, and the module that offers them to notebooks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+
+from stabstudy.analysis import figures, plots
+from stabstudy.analysis.figures import registry, style
+
+OF_SEVERAL_AXES = {"trace", "traces", "trial", "panels"}
+"""What `plots` documents as returning a Figure."""
+
+
+def families(modules: Iterable[ModuleType]) -> set[str]:
+    """`module.function` of every function that yields figures of a report."""
+    return {
+        f"{module.__name__}.{name}"
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and name.endswith("figures") and not name.startswith("_")
+    }
+
+
+def test_the_table_names_every_family_of_figures_once() -> None:
+    names = [p.stem for p in Path(str(figures.__path__[0])).glob("*.py") if p.stem not in ("__init__", "registry")]
+    modules = [importlib.import_module(f"{figures.__name__}.{name}") for name in names]
+    listed = [f"{f.__module__}.{f.__name__}" for f in (*registry.OVER_SETTINGS, *registry.OF_TRIALS)]
+    assert len(listed) == len(set(listed)) and set(listed) == families(modules)
+    forgotten = ModuleType("forgotten")
+    forgotten.figures = lambda study, layout: iter(())  # type: ignore[attr-defined]
+    forgotten.figures.__module__ = "forgotten"
+    assert len(families([*modules, forgotten])) == len(listed) + 1  # a family that the table lacks is seen
+
+
+def line_chart() -> Axes:
+    ax = style.new_figure().axes[0]
+    ax.plot([1, 2, 3], [4, 5, 6], label="line")
+    return ax
+
+
+@pytest.mark.parametrize("of_axes", [True, False])
+def test_a_figure_has_its_picture_its_words_and_its_numbers(of_axes: bool) -> None:
+    ax = line_chart()
+    drawn: Any = ax if of_axes else ax.figure
+    heads, rows = ("which", "n", "agrees"), (row for row in [("a", "1", "yes"), ("b", "2", "no")])
+    figure = style.report_figure("name", "Title", drawn, "alt", "caption", heads, rows, {"which", "agrees"})
+    assert (figure.name, figure.title, figure.alt, figure.caption) == ("name", "Title", "alt", "caption")
+    assert figure.table.title == "Numbers of this figure" and figure.table.folded
+    assert figure.table.rows == (("a", "1", "yes"), ("b", "2", "no")) and figure.table.numeric == {"n"}
+    assert figure.drawing == style.draw(line_chart().figure)  # type: ignore[arg-type]
+    assert figure.drawing.png and '"name":"line"' in figure.drawing.marks
+    only_text = style.report_figure("name", "Title", drawn, "alt", "caption", ("n",), [("1",)], png=False)
+    assert only_text.drawing.png is None and only_text.table.numeric == {"n"}
+
+
+def test_what_the_last_row_of_panels_has_over_is_hidden() -> None:
+    visible = {n: [ax.get_visible() for ax in style.new_panels(n, 6, 4).axes] for n in (1, 2, 3)}
+    assert visible == {1: [True], 2: [True, True], 3: [True, True, True, False]}
+    assert len({ax.get_position().y0 for ax in style.new_panels(3, 9, 3, columns=3).axes}) == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"metric_label"}))
+def test_every_plot_takes_axes_and_returns_them_or_its_figure(name: str) -> None:
+    signature = inspect.signature(getattr(plots, name))
+    if name in OF_SEVERAL_AXES:
+        assert signature.return_annotation == "Figure" and f"`{name}`" in str(plots.__doc__)
+    else:
+        assert signature.return_annotation == "Axes" and signature.parameters["ax"].default is None
+
+
+def test_plots_is_a_facade() -> None:
+    """It offers what it lists, and defines nothing itself."""
+    own = {name for name, value in vars(plots).items() if inspect.isfunction(value) or inspect.isclass(value)}
+    assert own == set(plots.__all__)
+    assert all(getattr(plots, name).__module__.startswith(figures.__name__) for name in plots.__all__)
