@@ -9,7 +9,7 @@ source, and a row that the source lacks is null.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +95,9 @@ def check(name: str, value: Any) -> tuple[Any, Problem | None]:
     """The value of a setting as its rules want it, or what they refuse."""
     if name not in cfg.setting_names():
         return None, Problem(name, f"is not a setting{nearest(name, cfg.setting_names())}")
-    group, _, key = name.partition(".")
-    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    found = next(f for f in fields(cls) if f.name == (key or group))
     problems: list[Problem] = []
-    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    field = cfg.SETTINGS[name]
+    checked = read_value(name, str(field.type), field.metadata, value, problems, None)
     return checked, problems[0] if problems else None
 
 

@@ -22,7 +22,7 @@ from stabstudy import config as cfg
 from stabstudy.analysis import export, page, recipe, yaml_text
 from stabstudy.analysis.blocks import Code
 from stabstudy.analysis.study import Study
-from stabstudy.groups import PRECISIONS
+from stabstudy.config import PRECISIONS
 from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 
@@ -251,11 +251,9 @@ def test_a_key_carries_each_setting_or_a_note_names_it(name: str) -> None:
 
 def test_every_choice_is_tried() -> None:
     nowhere = {name for names in NOWHERE.values() for name in names}
-    for group, cls in cfg.GROUPS.items():
-        for field in dataclasses.fields(cls):
-            name = f"{group}.{field.name}"
-            if "choices" in field.metadata and name not in nowhere:
-                assert {c.value for c in CASES[name]} == set(field.metadata["choices"]) - {field.default}, name
+    for name, field in cfg.SETTINGS.items():
+        if "choices" in field.metadata and name not in nowhere:
+            assert {c.value for c in CASES[name]} == set(field.metadata["choices"]) - {field.default}, name
 
 
 def test_the_walk_notices_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stabstudy import entries, store, trace
-from stabstudy.config import TrialConfig
-from stabstudy.groups import OPTIMIZERS
+from stabstudy.config import OPTIMIZERS, TrialConfig
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import Problem
