@@ -19,17 +19,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from stabstudy.settings import (
-    ConfigError,
-    Problem,
-    check_annotations,
-    group,
-    idle,
-    named_fields,
-    read_group,
-    setting,
-    spelt,
-)
+from stabstudy import settings as st
+from stabstudy.settings import Problem, group, setting
 
 FORMAT_VERSION = 1
 """Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
@@ -72,8 +63,9 @@ class ModelConfig:
     init: str = setting("lingua", choices=INITS)
     tied: bool = setting(False)  # the output matrix is the embedding
     logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
-    attn_softcap: float | None = setting(None, gt=0, le=1e6)  # of attention scores; takes memory for seq_len^2
-    embed_scale: float = setting(1.0, gt=0, le=65_536)  # embeddings are multiplied by it; Gemma's is sqrt(dim)
+    # of attention scores; takes memory for seq_len^2
+    attn_softcap: float | None = setting(None, gt=0, le=1e6, only="family=lingua", because="sdpa has no cap")
+    embed_scale: float = setting(1.0, gt=0, le=65_536, only="family=lingua", because="gemma3 multiplies by sqrt(dim)")
     norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
     ffn: str = setting("swiglu", choices=FFNS)  # geglu: gated by tanh gelu; squared_relu, gelu (by erf): no gate, 4*dim
     # inverse_depth: branches / depth; deepnorm: with norm_placement post
@@ -121,8 +113,9 @@ class OptimConfig:
     lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
     # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
     lr_rule: str = setting("none", choices=("none", "sqrt_batch", "linear_batch"))
-    base_batch: int | None = setting(None, ge=1, le=10**7)  # sequences per step for which lr is meant (lr_rule)
-    allow_zero_lr: bool = setting(False)  # a control trial that measures and never learns
+    # sequences per step for which lr is meant
+    base_batch: int | None = setting(None, ge=1, le=10**7, only="lr_rule=sqrt_batch,linear_batch")
+    allow_zero_lr: bool = setting(False, only="lr=0")  # a control trial that measures and never learns
     weight_decay: float = setting(0.1, ge=0, le=1000)
     # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w: of equal strength where the independent wd is lr times the coupled one
     decay_mode: str = setting("coupled", choices=("coupled", "independent"))
@@ -130,7 +123,7 @@ class OptimConfig:
     decay_params: str = setting("matrices", choices=("matrices", "matrices_no_embed", "all"))
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.95, ge=0, lt=1)
-    eps: float = setting(1e-8, gt=0, le=1)
+    eps: float = setting(1e-8, gt=0, le=1, only="kind=adamw,stable_adamw,muon")
     muon_lr: float | None = setting(None, gt=0, le=10, only="kind=muon")  # peak for Muon's matrices; null: lr
     muon_momentum: float = setting(0.95, ge=0, lt=1, only="kind=muon")  # Nesterov's
     # lr for a matrix, see training/muon.py
@@ -159,11 +152,29 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """The synthetic source: mechanisms, one knob each; integers, so that the text is bit-exact everywhere."""
+
+    bytes: int = setting(2_000_000, ge=1000, le=10**11)
+    vocabulary: int = setting(20_000, ge=2, le=65_536)  # distinct words
+    zipf_milli: int = setting(900, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
+    order: int = setting(1, ge=0, le=3)  # words of context that choose the next word
+    branching: int = setting(256, ge=1, le=65_536, only="order=1,2,3")  # successors of each context
+    copy_permille: int = setting(10, ge=0, le=1000)  # words that start a copy from earlier in their document
+    nesting: int = setting(3, ge=0, le=16)  # deepest bracket nesting
+    flip_ppm: int = setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
+    burst_permille: int = setting(0, ge=0, le=1000)  # documents that are noise from start to end
+    duplicate_permille: int = setting(0, ge=0, le=1000)  # documents that repeat an earlier one
+    alphabet_permille: int = setting(0, ge=0, le=1000)  # documents written in an alphabet of their own
+    tail_milli: int = setting(1000, ge=0, le=10_000)  # spread of the document lengths, in thousandths
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from. `conf/data/*.yaml` are presets of it."""
 
     source: str = setting("pysrc", choices=SOURCES)
-    path: str | None = setting(None)  # file or folder (text, jsonl, parquet, lingua) or hub name (hf)
+    path: str | None = setting(None, only="source=text,jsonl,parquet,lingua,hf")  # file, folder, or hub name (hf)
     # a glob below the folder, e.g. **/*.rst; null: the usual names of the source
     files: str | None = setting(None, only="source=text,jsonl,parquet")
     text_column: str = setting("text", only="source=jsonl,parquet,hf")
@@ -176,31 +187,7 @@ class DataConfig:
     tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
-    # The synthetic source only. Mechanisms, one knob each; integers so that the text is bit-exact everywhere.
-    synth_bytes: int = setting(2_000_000, ge=1000, le=10**11, only="source=synthetic")
-    synth_vocab: int = setting(20_000, ge=2, le=65_536, only="source=synthetic")  # distinct words
-    synth_zipf_milli: int = setting(
-        900, ge=0, le=4000, only="source=synthetic"
-    )  # exponent of the word frequencies, in thousandths
-    synth_order: int = setting(1, ge=0, le=3, only="source=synthetic")  # words of context that choose the next word
-    synth_branching: int = setting(256, ge=1, le=65_536, only="source=synthetic")  # successors of each context
-    synth_copy_permille: int = setting(
-        10, ge=0, le=1000, only="source=synthetic"
-    )  # words that start a copy from earlier in their document
-    synth_nesting: int = setting(3, ge=0, le=16, only="source=synthetic")  # deepest bracket nesting
-    synth_flip_ppm: int = setting(0, ge=0, le=1_000_000, only="source=synthetic")  # bytes replaced by a random byte
-    synth_burst_permille: int = setting(
-        0, ge=0, le=1000, only="source=synthetic"
-    )  # documents that are noise from start to end
-    synth_duplicate_permille: int = setting(
-        0, ge=0, le=1000, only="source=synthetic"
-    )  # documents that repeat an earlier one
-    synth_alphabet_permille: int = setting(
-        0, ge=0, le=1000, only="source=synthetic"
-    )  # documents written in an alphabet of their own
-    synth_tail_milli: int = setting(
-        1000, ge=0, le=10_000, only="source=synthetic"
-    )  # spread of the document lengths, in thousandths
+    synthetic: SyntheticConfig = group(SyntheticConfig, only="source=synthetic")
 
 
 @dataclass(frozen=True)
@@ -295,8 +282,8 @@ class TrialConfig:
         return self.tokens_per_step * self.train.steps
 
 
-check_annotations(TrialConfig)  # a typo in a type fails when this module loads
-SETTINGS = dict(named_fields(TrialConfig))
+st.check_annotations(TrialConfig)  # a typo in a type fails when this module loads
+SETTINGS = dict(st.named_fields(TrialConfig))
 """Every setting by its dotted name, in the order of the classes above."""
 GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if f.name != "seed")
 
@@ -304,14 +291,6 @@ GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if f.name != "see
 def setting_names() -> list[str]:
     """Every setting's dotted name, in order."""
     return list(SETTINGS)
-
-
-def _problems(config: TrialConfig) -> Iterator[Problem]:
-    """Broken rules between settings, each with the values of the settings that it names where it shows no others."""
-    for problem in _broken(config):
-        given = (spelt(attrgetter(name)(config)) for name in problem.setting.split(", "))
-        yield problem if problem.got else replace(problem, got=" and ".join(given))
-    yield from idle(config)
 
 
 def _broken(config: TrialConfig) -> Iterator[Problem]:
@@ -331,16 +310,10 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
         yield Problem("model.residual_scale, model.norm_placement", rule)
     if m.residual_scale == "inverse_depth" and m.depth == 1:
         yield Problem("model.residual_scale, model.depth", "inverse_depth has no effect at depth 1")
-    foreign, rule = m.family != "lingua", "has an effect with family lingua only"
-    if foreign and m.attn_softcap is not None:
-        yield Problem("model.attn_softcap", f"{rule} (sdpa has no cap)", f"family {m.family}")
-    if foreign and m.embed_scale != ModelConfig.embed_scale:
-        own = ", which multiplies by sqrt(dim) itself" if m.family == "gemma3" else ""
-        yield Problem("model.embed_scale", rule, f"family {m.family}{own}")
     for key, value in OF_FAMILY.get(m.family, {}).items():
         if getattr(m, key) != value:
             how = f"in a zip where families differ, or use the preset model={m.family}"
-            rule = f"must be {spelt(value)} with family {m.family} (set model.{key}={spelt(value)}, {how})"
+            rule = f"must be {st.spelt(value)} with family {m.family} (set model.{key}={st.spelt(value)}, {how})"
             yield Problem(f"model.{key}", rule)
     if (o.warmup_steps is None) == (o.warmup_share is None):
         yield Problem("optim.warmup_steps, optim.warmup_share", "set one of them; the other must be null")
@@ -351,8 +324,6 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
     if o.lr == 0 and not o.allow_zero_lr:
         rule = "must be a finite number in (0, 10] (0 only with optim.allow_zero_lr=true: a control trial)"
         yield Problem("optim.lr", rule)
-    if o.lr > 0 and o.allow_zero_lr:
-        yield Problem("optim.allow_zero_lr", "has no effect unless optim.lr is 0")
     if o.lr == 0 and o.muon_lr is not None:
         yield Problem("optim.muon_lr", "must be null where optim.lr is 0 (a control trial)")
     if o.lr == 0 and o.decay_mode == "independent":
@@ -364,33 +335,23 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
         yield Problem(
             "optim.weight_decay, optim.decay_mode", f"{rule}most {MOST_DECAY:g} (as strong as {coupled})", got
         )
-    if o.kind == "lion" and o.eps != OptimConfig.eps:
-        yield Problem("optim.eps", "has no effect with kind lion")
     if o.lr_rule != "none" and o.base_batch is None:
         rule = f"{o.lr_rule} needs the base_batch that lr is meant for"
         yield Problem("optim.lr_rule, optim.base_batch", rule, "null")
-    if o.lr_rule == "none" and o.base_batch is not None:
-        yield Problem("optim.base_batch", "has an effect with optim.lr_rule only", f"{o.base_batch} and lr_rule none")
     if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
         yield Problem("optim.clip_kind", "has an effect only where optim.clip is on", f"{o.clip_kind} and clip null")
     if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
         rule = f"clip_kind agc has bounds of its own: must be {OptimConfig.clip:g} (on) or null (off)"
         yield Problem("optim.clip", rule)
     if t.batch_size % t.micro_batch:
-        rule = "batch_size must be divisible by micro_batch_size"
-        yield Problem("train.batch_size, train.micro_batch_size", rule)
+        yield Problem("train.batch_size, train.micro_batch_size", "batch_size must be divisible by micro_batch_size")
     if t.skip_spikes and t.steps <= SPIKE_SKIP_FROM:
         rule = f"skips nothing in the first {SPIKE_SKIP_FROM} steps: train.steps must be larger"
         yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
-    needs_path = d.source not in ("pysrc", "synthetic")
-    if needs_path and not d.path:
+    if d.source not in ("pysrc", "synthetic") and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")
-    if not needs_path and d.path is not None:
-        yield Problem("data.path", f"has no effect with source {d.source}", repr(d.path))
     if d.files is not None and (not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/")):
         yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
-    if d.synth_order == 0 and d.synth_branching != DataConfig.synth_branching:
-        yield Problem("data.synth_branching", "has an effect with synth_order >= 1 only")
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
@@ -399,19 +360,14 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
     Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
     as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
     """
-    config = stored(values)
-    if problems := list(_problems(config)):
-        raise ConfigError(problems)
+    config = st.read(TrialConfig, values, CURRENT_NAMES)
+    st.check(config, _broken(config))
     return config
 
 
 def stored(values: Mapping[str, Any]) -> TrialConfig:
-    """The settings of a trial on disk: as `from_dict`, without the rules between settings, some of which are newer."""
-    problems: list[Problem] = []
-    config = read_group("", TrialConfig, values, problems, setting_names())
-    if problems:
-        raise ConfigError(problems)
-    return config
+    """The settings of a trial on disk, of whatever age: without the rules between settings, some of which are newer."""
+    return st.read(TrialConfig, current(values))
 
 
 def to_dict(config: TrialConfig) -> dict[str, Any]:
@@ -421,14 +377,38 @@ def to_dict(config: TrialConfig) -> dict[str, Any]:
 
 def flat(config: TrialConfig) -> dict[str, Any]:
     """Every setting under its dotted name, derived ones resolved (micro_batch_size, n_kv_heads, warmup_steps)."""
-    settings = {name: attrgetter(name)(config) for name in SETTINGS}
+    values = {name: attrgetter(name)(config) for name in SETTINGS}
     derived = {"model.n_kv_heads": config.model.kv_heads, "train.micro_batch_size": config.train.micro_batch}
-    return settings | derived | {"optim.warmup_steps": config.warmup_steps}
+    return values | derived | {"optim.warmup_steps": config.warmup_steps}
+
+
+FORMER_NAMES = {f"data.synthetic.{f.name}": f"data.synth_{f.name}" for f in dataclasses.fields(SyntheticConfig)}
+FORMER_NAMES["data.synthetic.vocabulary"] = "data.synth_vocab"
+"""Settings that were renamed -> the names under which ids, fingerprints and judgements know them for ever."""
+CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
+
+
+def under_former_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted names, in the form that is hashed."""
+    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def under_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the dotted names of any version."""
+    return {CURRENT_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mapping of any version's config.json, as this version would write it."""
+    nested = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for former, name in CURRENT_NAMES.items():
+        group, _, key = former.partition(".")
+        if isinstance(old := nested.get(group), dict) and key in old:
+            st.put(nested, name, old.pop(key))
+    return nested
 
 
 _DEFAULTS = flat(TrialConfig())
-
-
 ADDED = {"data.files": None}
 """Settings that came after judgements were first kept, with the value at which they change none of these."""
 
@@ -446,7 +426,7 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     if config.optim.clip_kind == "zclip":
         differing["optim.clip_kind"] = "zclip, capped"  # plain zclip named trials that were not held to optim.clip
-    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
+    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": under_former_names(differing)}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

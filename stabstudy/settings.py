@@ -12,8 +12,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -55,12 +56,14 @@ def setting(
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
     only: str | None = None,
+    because: str | None = None,
 ) -> Any:
     """A dataclass field with its default and the rules that `read_group` holds a value to.
 
-    `only`: where alone it has an effect, by another setting of its group (`source=text,jsonl`); see `idle`.
+    `only`: where alone it has an effect, by another setting of its group (`source=text,jsonl`); see `check`.
+    `because`: why it has none elsewhere.
     """
-    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "only": only}
+    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "only": only, "because": because}
     return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
 
 
@@ -86,16 +89,30 @@ def named_fields(cls: type, above: str = "") -> Iterator[tuple[str, dataclasses.
             yield above + field.name, field
 
 
-def idle(values: Any, above: str = "") -> Iterator[Problem]:
-    """The settings of an instance that are not at their default, though `only` says that they have no effect."""
+def check(values: Any, broken: Iterable[Problem]) -> None:
+    """Raises ConfigError for broken rules between settings, and for settings that have no effect.
+
+    Those of the first that show no value received get those of the settings that they name.
+    """
+    problems = []
+    for problem in broken:
+        given = (spelt(attrgetter(name)(values)) for name in problem.setting.split(", "))
+        problems.append(problem if problem.got else dataclasses.replace(problem, got=" and ".join(given)))
+    if problems := [*problems, *_idle(values)]:
+        raise ConfigError(problems)
+
+
+def _idle(values: Any, above: str = "") -> Iterator[Problem]:
+    """The settings that are not at their default, though their rule `only` says that they have no effect."""
     for field in dataclasses.fields(values):
-        name, value = above + field.name, getattr(values, field.name)
-        key, _, listed = field.metadata.get("only", "").partition("=")
-        if key and (other := getattr(values, key)) not in (allowed := listed.split(",")):
-            rule = f"has an effect with {key}{'s' if len(allowed) > 1 else ''} {', '.join(allowed)} only"
+        name, value, rules = above + field.name, getattr(values, field.name), field.metadata
+        key, _, listed = rules.get("only", "").partition("=")
+        if key and (other := spelt(getattr(values, key))) not in (allowed := listed.split(",")):
+            why = f" ({rules['because']})" if "because" in rules else ""
+            rule = f"has an effect with {key}{'s' if len(allowed) > 1 else ''} {', '.join(allowed)} only{why}"
             yield from (Problem(n, rule, f"{key} {other}") for n in _changed(name, value, field.default))
         elif dataclasses.is_dataclass(value):
-            yield from idle(value, f"{name}.")
+            yield from _idle(value, f"{name}.")
 
 
 def _changed(name: str, value: Any, default: Any) -> Iterator[str]:
@@ -104,6 +121,18 @@ def _changed(name: str, value: Any, default: Any) -> Iterator[str]:
             yield from _changed(f"{name}.{field.name}", getattr(value, field.name), getattr(default, field.name))
     elif value != default:
         yield name
+
+
+def read(cls: type[T], values: Mapping[str, Any], former: Mapping[str, str] = MappingProxyType({})) -> T:
+    """The mapping as `cls`, a dataclass of groups of settings. Raises ConfigError of all that is wrong.
+
+    `former`: dotted names that settings had -> those that they have now.
+    """
+    problems: list[Problem] = []
+    read = read_group("", cls, values, problems, [name for name, _ in named_fields(cls)], former)
+    if problems:
+        raise ConfigError(problems)
+    return read
 
 
 def read_group(
@@ -116,24 +145,23 @@ def read_group(
 ) -> T:
     """The mapping as `cls`, a dataclass of `setting` and `group` fields; what is wrong is appended to `problems`.
 
-    `known`: dotted names of other groups' settings, among which a misplaced one is looked for. `former`: names that
-    settings had, and the names they have now.
+    `known`: dotted names of other groups' settings, among which a misplaced one is looked for; `former` as in `read`.
     """
     if not isinstance(values, Mapping):
         problems.append(Problem(group, "must be a mapping of settings", show(values)))
         return cls()
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    read: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{group}.{key}" if group else str(key)
         if (field := fields.get(key)) is None:
             near = f" (did you mean {former[name]}?)" if name in former else _nearest_setting(name, list(fields), known)
             problems.append(Problem(name, f"is not a setting{near}"))
         elif dataclasses.is_dataclass(field.default):
-            read[key] = read_group(name, type(field.default), value, problems, known, former)
+            made[key] = read_group(name, type(field.default), value, problems, known, former)
         else:
-            read[key] = read_value(name, str(field.type), field.metadata, value, problems, field.default)
-    return cls(**read)
+            made[key] = read_value(name, str(field.type), field.metadata, value, problems, field.default)
+    return cls(**made)
 
 
 def _nearest_setting(name: str, siblings: list[str], known: Sequence[str]) -> str:
@@ -143,6 +171,16 @@ def _nearest_setting(name: str, siblings: list[str], known: Sequence[str]) -> st
     same_key = [n for n in known if n.endswith(f".{key}")]
     close = same_key or [f"{group}{dot}{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
     return f" (did you mean {', '.join(close)}?)" if close else nearest(name, [*own, *known])
+
+
+def put(nested: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value under its dotted name, with the groups on the way there. What is no group is left as it is."""
+    *groups, key = name.split(".")
+    target: Any = nested
+    for group in groups:
+        target = target.setdefault(group, {}) if isinstance(target, dict) else None
+    if isinstance(target, dict):
+        target[key] = value
 
 
 def read_value(

@@ -226,8 +226,8 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
             "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, got null",
         ),
         (
-            {"data": {"synth_bytes": 5000}},
-            "data.synth_bytes: has an effect with source synthetic only, got source pysrc",
+            {"data": {"synthetic": {"bytes": 5000}}},
+            "data.synthetic.bytes: has an effect with source synthetic only, got source pysrc",
         ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),

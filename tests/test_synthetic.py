@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stabstudy.config import DataConfig
+from stabstudy.config import SyntheticConfig
 from stabstudy.data import synthetic
 from stabstudy.data.counter import chosen, draws, key_of
 from stabstudy.data.zipf import FRACTION, TABLE_BITS, exp2, log2, zipf_table
@@ -25,8 +25,7 @@ SIZE = 300_000
 
 def made(**knobs: Any) -> list[str]:
     """Documents of the defaults but for these knobs; of one length unless asked, which is much faster to make."""
-    settings = {"synth_bytes": SIZE, "synth_tail_milli": 0} | {f"synth_{k}": v for k, v in knobs.items()}
-    return list(synthetic.documents(DataConfig(source="synthetic", **settings)))
+    return list(synthetic.documents(SyntheticConfig(**{"bytes": SIZE, "tail_milli": 0} | knobs)))
 
 
 def words(document: str) -> list[str]:
@@ -131,7 +130,7 @@ def test_a_document_does_not_depend_on_how_many_are_made_at_once(monkeypatch: py
 
 def test_the_defaults_compress_like_web_text_and_take_a_second_per_megabyte_at_most() -> None:
     start = time.process_time()
-    text = "".join(synthetic.documents(DataConfig(source="synthetic"))).encode()
+    text = "".join(synthetic.documents(SyntheticConfig())).encode()
     assert time.process_time() - start < len(text) / 1e6
     ratio = len(lzma.compress(text)) / len(text)
     assert 0.27 < ratio < 0.33  # 0.294; 300 rows of C4: 0.327; the standard library's source: 0.19

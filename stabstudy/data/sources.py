@@ -1,7 +1,7 @@
 """The sources of text: the documents of each, its fingerprint, its size, and whether it can be used.
 
     pysrc       the Python standard library's source text (the default: real text without a download)
-    synthetic   made from integers; knobs synth_*
+    synthetic   made from integers; knobs data.synthetic.*
     text        a .txt file, or a folder of them; one document per file
     jsonl       {"text": ...} per line, also .gz .zst .zstd; a file or a folder
     parquet     one text column; a file or a folder
@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from stabstudy.config import DataConfig
+from stabstudy.config import DataConfig, under_former_names
 from stabstudy.data import files, hub, pysrc, rows, synthetic, tokenizer
 from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
@@ -89,7 +90,7 @@ def _everything(config: DataConfig, count: RowCount) -> Iterator[str]:
         case "pysrc":
             yield from pysrc.documents()
         case "synthetic":
-            yield from synthetic.documents(config)
+            yield from synthetic.documents(config.synthetic)
         case "hf":
             yield from hub.documents(config, count)
         case _:
@@ -102,8 +103,8 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
         case "pysrc":
             return {"content": pysrc.digest()}
         case "synthetic":
-            knobs = {k: v for k, v in vars(config).items() if k.startswith("synth_")}
-            return knobs | {"generator": synthetic.VERSION}
+            knobs = under_former_names({f"data.synthetic.{k}": v for k, v in asdict(config.synthetic).items()})
+            return {k.removeprefix("data."): v for k, v in knobs.items()} | {"generator": synthetic.VERSION}
         case "hf":
             return hub.identity(config, memory)
         case "jsonl" | "parquet":

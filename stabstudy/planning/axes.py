@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import GROUPS, SETTINGS, setting_names
+from stabstudy.config import CURRENT_NAMES, GROUPS, SETTINGS, setting_names
 from stabstudy.planning import compose
 from stabstudy.planning.findings import Findings
 from stabstudy.settings import nearest
@@ -46,6 +46,8 @@ def check_name(name: str, origin: str, found: Findings) -> bool:
 
 def suggestion(name: str, others: Sequence[str] = ()) -> str:
     """' (did you mean optim.lr?)' for a misspelt setting: the same key in another group, else the nearest names."""
+    if name in CURRENT_NAMES:
+        return f" (did you mean {CURRENT_NAMES[name]}?)"
     key = name.rpartition(".")[2]
     same_key = [known for known in setting_names() if known.rpartition(".")[2] == key]
     if same_key:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import entries, live, locks, store, trace
+from stabstudy.config import current, under_current_names
 from stabstudy.planning import words
 from stabstudy.store import State, TrialFolder
 
@@ -57,7 +58,7 @@ def _axes(study: store.StudyFolder) -> list[str]:
         axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
-    return list(axes) if isinstance(axes, dict) else []
+    return list(under_current_names(axes)) if isinstance(axes, dict) else []
 
 
 def _found(folder: TrialFolder) -> Listed:
@@ -74,7 +75,10 @@ def _found(folder: TrialFolder) -> Listed:
         said = {}
     settings, choices = said.get("config"), said.get("choices")
     return Listed(
-        folder, state, settings if isinstance(settings, dict) else {}, choices if isinstance(choices, dict) else {}
+        folder,
+        state,
+        current(settings) if isinstance(settings, dict) else {},
+        choices if isinstance(choices, dict) else {},
     )
 
 
