@@ -1,11 +1,9 @@
 """The settings of a trial, frozen and checked; the rules between them; the id that names the trial.
 
-A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs (`compute`) and how
-a study is called never reach it, so they never change a `trial_id`. `from_dict` is the only way in from YAML, the
-command line or a file; it collects every problem instead of stopping at the first. Each group of settings stands in the
-order in which a researcher thinks; comments carry unit and trap.
-
-The standard library only: the plan, `--help` and every config error must answer without numpy, torch or ray.
+A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs and how a study is
+called never change a `trial_id`. `from_dict` is the only way in from YAML or the command line. Each group stands in the
+order in which a researcher thinks; comments carry unit and trap. The standard library only: the plan, `--help` and
+every config error must answer without numpy, torch or ray.
 """
 
 from __future__ import annotations
@@ -22,22 +20,19 @@ from typing import Any
 from stabstudy import settings as st
 from stabstudy.settings import Problem, group, setting
 
-FORMAT_VERSION = 1
-"""Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
+FORMAT_VERSION = 1  # of a study's files and of the form that `trial_id` hashes; old versions stay readable
 
 FAMILIES = ("lingua", "llama", "qwen3", "gemma3")
-OF_FAMILY: dict[str, dict[str, Any]] = {
+OF_FAMILY: dict[str, dict[str, Any]] = {  # what a Hugging Face family fixes, so that a trial's record is true
     "llama": {"qk_norm": False, "norm_placement": "pre", "ffn": "swiglu"},
     "qwen3": {"qk_norm": True, "norm_placement": "pre", "ffn": "swiglu"},
     "gemma3": {"qk_norm": True, "norm_placement": "sandwich", "ffn": "geglu", "tied": True},
 }
-"""The settings that a Hugging Face family fixes: a trial must have these values, so that its record is true."""
 INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
 PLACEMENTS = ("pre", "reordered", "sandwich", "post")
 FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
-OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}
-"""The optimizers, and how many numbers each remembers of a parameter (at most: Muon one of its matrices)."""
+OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}  # numbers remembered of a parameter, at most
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
 PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
@@ -182,8 +177,7 @@ class DataConfig:
     hub_split: str = setting("train", only="source=hf")
     hub_revision: str | None = setting(None, only="source=hf")  # commit sha; null pins nothing and is warned about
     max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
-    # share of unreadable rows that is skipped and counted
-    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf")
+    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf")  # share that is skipped
     tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
@@ -203,7 +197,7 @@ class TrainConfig:
     z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
     skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
     skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
-    compile: str = setting("off", choices=("off", "on", "auto"))  # auto: on from COMPILE_FROM steps on
+    compile: str = setting("off", choices=("off", "on", "auto"))  # true: on; auto: on from COMPILE_FROM steps on
     eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
     eval_sequences: int = setting(32, ge=1, le=10**6)  # of the fixed set that the validation loss is measured on
     # tokens of the fixed set that init_loss and final_loss are measured on: all of the validation part if it has fewer
@@ -242,15 +236,11 @@ class TrialConfig:
     @property
     def decay_per_step(self) -> float:
         """The share that weight decay takes of a matrix of the layers in one update at the peak learning rate."""
-        independent = self.optim.decay_mode == "independent"
-        return self.optim.weight_decay * (1.0 if independent else self.peak_matrix_lr)
+        return self.optim.weight_decay * (1.0 if self.optim.decay_mode == "independent" else self.peak_matrix_lr)
 
     @property
     def decay_timescale(self) -> float | None:
-        """Steps at the peak learning rate in which decay alone divides those matrices by e; null: no decay.
-
-        1 / (lr * weight_decay): AdamW as a moving average of its updates over so many steps (arXiv 2405.13698).
-        """
+        """Steps in which decay alone divides those matrices by e (arXiv 2405.13698); null: no decay."""
         return 1 / self.decay_per_step if self.decay_per_step else None
 
     @property
@@ -260,11 +250,7 @@ class TrialConfig:
 
     @property
     def compiled(self) -> bool:
-        """Whether the loss function is compiled, where there is a compiler.
-
-        `auto` looks at the planned steps and at nothing else. Compiled and eager sums differ in their last bits, which
-        training amplifies, so cells that are compared must not differ in it, and steps is what cells rarely differ in.
-        """
+        """Whether the loss is compiled, where there is a compiler: by steps alone, in which cells rarely differ."""
         t = self.train
         return t.compile == "on" or (t.compile == "auto" and t.steps >= COMPILE_FROM)
 
@@ -282,9 +268,7 @@ class TrialConfig:
         return self.tokens_per_step * self.train.steps
 
 
-st.check_annotations(TrialConfig)  # a typo in a type fails when this module loads
-SETTINGS = dict(st.named_fields(TrialConfig))
-"""Every setting by its dotted name, in the order of the classes above."""
+SETTINGS = dict(st.named_fields(TrialConfig))  # by their dotted names, in the order of the classes
 GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if f.name != "seed")
 
 
@@ -294,10 +278,7 @@ def setting_names() -> list[str]:
 
 
 def _broken(config: TrialConfig) -> Iterator[Problem]:
-    """Combinations that cannot train, and settings that would have no effect.
-
-    The latter would split one recipe into several cells that train alike, so they are refused by name.
-    """
+    """Combinations that cannot train, and settings without effect: these would make two cells of one recipe."""
     m, o, d, t = config.model, config.optim, config.data, config.train
     if m.dim % m.n_heads:
         yield Problem("model.dim, model.n_heads", "dim must be divisible by n_heads")
@@ -329,15 +310,13 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
     if o.lr == 0 and o.decay_mode == "independent":
         yield Problem("optim.decay_mode", "independent decay needs optim.lr > 0 (it follows lr_t / lr)", "optim.lr 0")
     elif o.decay_mode == "independent" and config.decay_per_step > MOST_DECAY:
-        rule = "independent decay removes this share of every weight in each step, without the factor lr: must be at "
         coupled = f"{o.weight_decay:g} coupled: {o.weight_decay * config.peak_matrix_lr:.3g}"
+        rule = "independent decay removes this share of every weight in each step, without the factor lr: "
+        rule += f"must be at most {MOST_DECAY:g} (as strong as {coupled})"
         got = f"{o.weight_decay:g}, {100 * config.decay_per_step:.3g} % per step"
-        yield Problem(
-            "optim.weight_decay, optim.decay_mode", f"{rule}most {MOST_DECAY:g} (as strong as {coupled})", got
-        )
+        yield Problem("optim.weight_decay, optim.decay_mode", rule, got)
     if o.lr_rule != "none" and o.base_batch is None:
-        rule = f"{o.lr_rule} needs the base_batch that lr is meant for"
-        yield Problem("optim.lr_rule, optim.base_batch", rule, "null")
+        yield Problem("optim.lr_rule, optim.base_batch", f"{o.lr_rule} needs the base_batch that lr is meant for")
     if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
         yield Problem("optim.clip_kind", "has an effect only where optim.clip is on", f"{o.clip_kind} and clip null")
     if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
@@ -355,11 +334,7 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
-    """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules make one ConfigError of all.
-
-    Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
-    as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
-    """
+    """The nested mapping, on top of the defaults. Raises ConfigError of all unknown keys, wrong types, broken rules."""
     config = st.read(TrialConfig, values, CURRENT_NAMES)
     st.check(config, _broken(config))
     return config
@@ -367,7 +342,7 @@ def from_dict(values: Mapping[str, Any]) -> TrialConfig:
 
 def stored(values: Mapping[str, Any]) -> TrialConfig:
     """The settings of a trial on disk, of whatever age: without the rules between settings, some of which are newer."""
-    return st.read(TrialConfig, current(values))
+    return st.read(TrialConfig, st.renamed_below(values, CURRENT_NAMES))
 
 
 def to_dict(config: TrialConfig) -> dict[str, Any]:
@@ -384,41 +359,18 @@ def flat(config: TrialConfig) -> dict[str, Any]:
 
 FORMER_NAMES = {f"data.synthetic.{f.name}": f"data.synth_{f.name}" for f in dataclasses.fields(SyntheticConfig)}
 FORMER_NAMES["data.synthetic.vocabulary"] = "data.synth_vocab"
-"""Settings that were renamed -> the names under which ids, fingerprints and judgements know them for ever."""
+"""Renamed settings -> the names under which ids, fingerprints and judgements know them for ever, and old files hold."""
 CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
 
-
-def under_former_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted names, in the form that is hashed."""
-    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}
-
-
-def under_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the dotted names of any version."""
-    return {CURRENT_NAMES.get(name, name): value for name, value in values.items()}
-
-
-def current(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested mapping of any version's config.json, as this version would write it."""
-    nested = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for former, name in CURRENT_NAMES.items():
-        group, _, key = former.partition(".")
-        if isinstance(old := nested.get(group), dict) and key in old:
-            st.put(nested, name, old.pop(key))
-    return nested
-
-
 _DEFAULTS = flat(TrialConfig())
-ADDED = {"data.files": None}
-"""Settings that came after judgements were first kept, with the value at which they change none of these."""
+ADDED = {"data.files": None}  # came after judgements were first kept; the value at which it changes none of them
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
 
-    Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
-    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup given as a share
-    stays out too, as does a muon_lr equal to lr: recipes that train alike have one id.
+    Defaults stay out, so a setting that a later version adds renames no finished trial. The price: a default never
+    changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
     said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
     if said["optim.muon_lr"] == said["optim.lr"]:
@@ -426,7 +378,8 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     if config.optim.clip_kind == "zclip":
         differing["optim.clip_kind"] = "zclip, capped"  # plain zclip named trials that were not held to optim.clip
-    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": under_former_names(differing)}
+    settings = st.renamed(differing, FORMER_NAMES)
+    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": settings}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -436,10 +389,7 @@ def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
 
 
 def known_ids(config: TrialConfig, data_fingerprint: str) -> set[str]:
-    """The ids under which versions of this format have stored a trial of these settings and data.
-
-    Two with `clip_kind` zclip, which at first was not held to `optim.clip`, and had an id of its own.
-    """
+    """Every id of such a trial in this format: two with zclip, which at first was not held to `optim.clip`."""
     first = canonical(config, data_fingerprint).replace('"zclip, capped"', '"zclip"')
     return {trial_id(config, data_fingerprint), hashlib.sha256(first.encode()).hexdigest()[:10]}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.settings import Problem, nearest, read_value
+from stabstudy.settings import Problem, nearest, read_value, renamed
 from stabstudy.store import StoreError
 
 LARGEST_STEP = 2**53
@@ -122,7 +122,7 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):
         if block[name] is not None and not least <= block[name] <= LARGEST_STEP:
             raise StoreError(f"{path}: external.{name}: must be from {least} to 2^53")
-    block = {**block, "settings": cfg.under_current_names(block["settings"])}
+    block = {**block, "settings": renamed(block["settings"], cfg.CURRENT_NAMES)}
     if problem := next((p for n, v in block["settings"].items() if (p := check(n, v)[1])), None):
         raise StoreError(f"{path}: external.settings: {problem}")
     if not all(isinstance(v, bool | int | float | str) for v in block["others"].values()):

@@ -81,12 +81,20 @@ def group(cls: type[T], *, only: str | None = None) -> T:
 
 
 def named_fields(cls: type, above: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every setting of the class and of the groups in it, by its dotted name, in order."""
+    """Every setting of the class and of the groups in it, by its dotted name, in order.
+
+    Raises TypeError where its type is not one that `read_value` knows: a typo fails when the class is defined.
+    """
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.default):
             yield from named_fields(type(field.default), f"{above}{field.name}.")
-        else:
-            yield above + field.name, field
+            continue
+        hint = hints[field.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not set(members) <= {int, float, bool, str, type(None)}:
+            raise TypeError(f"{cls.__name__}.{field.name}: unsupported type {hint}")
+        yield above + field.name, field
 
 
 def check(values: Any, broken: Iterable[Problem]) -> None:
@@ -183,6 +191,21 @@ def put(nested: dict[str, Any], name: str, value: Any) -> None:
         target[key] = value
 
 
+def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Values by dotted names, with these names replaced."""
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def renamed_below(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A nested mapping, with these dotted names (GROUP.KEY) replaced."""
+    nested = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for old, new in names.items():
+        group, _, key = old.partition(".")
+        if isinstance(inner := nested.get(group), dict) and key in inner:
+            put(nested, new, inner.pop(key))
+    return nested
+
+
 def read_value(
     name: str, hint: str, rules: Mapping[str, Any], value: Any, problems: list[Problem], default: Any
 ) -> Any:
@@ -264,13 +287,3 @@ def line(text: str) -> str:
     """The text as one line of a message: safe, and at most 2,000 characters, of its two ends where there are more."""
     whole, half = safe(text), LONGEST // 2
     return whole if len(whole) <= LONGEST else f"{whole[:half]} ... {whole[-half:]}"
-
-
-def check_annotations(cls: type) -> None:
-    """Raises TypeError where a setting's type is not one that `read_value` knows."""
-    for name, hint in typing.get_type_hints(cls).items():
-        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if dataclasses.is_dataclass(hint):
-            check_annotations(typing.cast(type, hint))
-        elif not set(members) <= {int, float, bool, str, type(None)}:
-            raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")

@@ -96,7 +96,7 @@ def test_a_zipf_table_holds_each_rank_in_its_proportion(exponent: int) -> None:
 def test_the_text_is_pinned() -> None:
     defaults = {"tail_milli": 1000}
     everything_on = {
-        "vocab": 500,
+        "vocabulary": 500,
         "zipf_milli": 1100,
         "order": 2,
         "branching": 40,
@@ -141,7 +141,7 @@ def test_the_defaults_compress_like_web_text_and_take_a_second_per_megabyte_at_m
 
 @pytest.mark.parametrize("exponent", [0, 700, 1300])
 def test_zipf_is_the_exponent_of_the_word_frequencies(exponent: int) -> None:
-    text = made(vocab=50, order=0, copy_permille=0, zipf_milli=exponent)[:-1]  # the last one ends inside a word
+    text = made(vocabulary=50, order=0, copy_permille=0, zipf_milli=exponent)[:-1]  # the last one ends inside a word
     counts = Counter(itertools.chain.from_iterable(map(words, text)))
     frequencies = sorted(counts.values(), reverse=True)
     slope = np.polyfit(np.log(np.arange(1, 51)), np.log(frequencies), 1)[0]
@@ -161,13 +161,13 @@ def successors(documents: list[str], context: int) -> list[int]:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_order_is_the_number_of_words_that_choose_the_next_among_branching(order: int) -> None:
-    text = made(vocab=30, order=order, branching=3, zipf_milli=0, copy_permille=0)
+    text = made(vocabulary=30, order=order, branching=3, zipf_milli=0, copy_permille=0)
     assert max(successors(text, order)) == 3  # that much context decides
     assert max(successors(text, order - 1)) > 3  # less does not
 
 
 def test_order_zero_has_no_context() -> None:
-    text = made(vocab=30, order=0, zipf_milli=0, copy_permille=0)
+    text = made(vocabulary=30, order=0, zipf_milli=0, copy_permille=0)
     assert min(successors(text, 1)) == 30
 
 
@@ -268,4 +268,6 @@ def test_a_long_tail_stays_within_the_bounds(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("vocab", [2, 300])
 def test_vocab_is_the_number_of_distinct_words(vocab: int) -> None:
-    assert len(set(itertools.chain.from_iterable(map(words, made(vocab=vocab, order=0, zipf_milli=0)[:-1])))) == vocab
+    assert (
+        len(set(itertools.chain.from_iterable(map(words, made(vocabulary=vocab, order=0, zipf_milli=0)[:-1])))) == vocab
+    )

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from stabstudy.config import DataConfig, under_former_names
+from stabstudy.config import FORMER_NAMES, DataConfig
 from stabstudy.data import files, hub, pysrc, rows, synthetic, tokenizer
 from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError
 from stabstudy.data.rows import RowCount
+from stabstudy.settings import renamed
 
 VERSION = 1
 """Goes into every fingerprint. Raised when a reader comes to give other text for the same files."""
@@ -103,8 +104,9 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
         case "pysrc":
             return {"content": pysrc.digest()}
         case "synthetic":
-            knobs = under_former_names({f"data.synthetic.{k}": v for k, v in asdict(config.synthetic).items()})
-            return {k.removeprefix("data."): v for k, v in knobs.items()} | {"generator": synthetic.VERSION}
+            knobs = {f"data.synthetic.{name}": value for name, value in asdict(config.synthetic).items()}
+            former = {name.removeprefix("data."): value for name, value in renamed(knobs, FORMER_NAMES).items()}
+            return former | {"generator": synthetic.VERSION}
         case "hf":
             return hub.identity(config, memory)
         case "jsonl" | "parquet":

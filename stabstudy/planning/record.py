@@ -21,7 +21,7 @@ from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.planning.document import UNREADABLE
 from stabstudy.planning.findings import Findings
 from stabstudy.planning.sweepfile import PRIMARY
-from stabstudy.settings import ConfigError, Problem
+from stabstudy.settings import ConfigError, Problem, renamed
 
 HEADER = "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
@@ -103,7 +103,7 @@ def changes(before: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     was, now = before.get("settings"), body["settings"]
     if not isinstance(was, dict):
         return []
-    was = cfg.under_current_names(was)
+    was = renamed(was, cfg.CURRENT_NAMES)
     differing = [k for k in now if k in was and was[k] != now[k]]
     return [f"{k}: {now[k]!r} now, {was[k]!r} in the launch before; the study holds trials of both" for k in differing]
 
@@ -126,7 +126,7 @@ def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
 
 def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the data by their names below `data`, which an older version may have written."""
-    named = cfg.under_current_names({f"data.{k}": v for k, v in settings.items()})
+    named = renamed({f"data.{k}": v for k, v in settings.items()}, cfg.CURRENT_NAMES)
     return {k.removeprefix("data."): v for k, v in named.items()}
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import entries, live, locks, store, trace
-from stabstudy.config import current, under_current_names
+from stabstudy.config import CURRENT_NAMES
 from stabstudy.planning import words
+from stabstudy.settings import renamed, renamed_below
 from stabstudy.store import State, TrialFolder
 
 UNKNOWN = "?"
@@ -58,7 +59,7 @@ def _axes(study: store.StudyFolder) -> list[str]:
         axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
-    return list(under_current_names(axes)) if isinstance(axes, dict) else []
+    return list(renamed(axes, CURRENT_NAMES)) if isinstance(axes, dict) else []
 
 
 def _found(folder: TrialFolder) -> Listed:
@@ -77,7 +78,7 @@ def _found(folder: TrialFolder) -> Listed:
     return Listed(
         folder,
         state,
-        current(settings) if isinstance(settings, dict) else {},
+        renamed_below(settings, CURRENT_NAMES) if isinstance(settings, dict) else {},
         choices if isinstance(choices, dict) else {},
     )
 
