@@ -21,8 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stabstudy import disk, live, locks, store, trace
+from stabstudy.config import CURRENT_NAMES
 from stabstudy.planning import words
 from stabstudy.planning.words import count, duration, judged, safe
+from stabstudy.settings import renamed, renamed_below
 from stabstudy.store import State, TrialFolder
 
 PLAIN_SECONDS = 15.0
@@ -195,7 +197,7 @@ def _axes(study: store.StudyFolder) -> list[str]:
         axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
-    return list(axes) if isinstance(axes, dict) else []
+    return list(renamed(axes, CURRENT_NAMES)) if isinstance(axes, dict) else []
 
 
 def _found(folder: TrialFolder) -> Listed:
@@ -212,7 +214,10 @@ def _found(folder: TrialFolder) -> Listed:
         said = {}
     settings, choices = said.get("config"), said.get("choices")
     return Listed(
-        folder, state, settings if isinstance(settings, dict) else {}, choices if isinstance(choices, dict) else {}
+        folder,
+        state,
+        renamed_below(settings, CURRENT_NAMES) if isinstance(settings, dict) else {},
+        choices if isinstance(choices, dict) else {},
     )
 
 
