@@ -62,7 +62,7 @@ def words(trials: int, pack: str, launcher: str) -> list[str]:
     rates = max(1, min(40, trials // 10))
     seeds = -(-trials // rates)
     grid = ",".join(f"{1e-3 * (1 + i / rates):.6f}" for i in range(rates))
-    tiny = ["data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2"]
+    tiny = ["data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2"]
     tiny += ["model.depth=1", "train.batch_size=4", "train.steps=8", "optim.warmup_steps=0", "train.eval_sequences=4"]
     where = ["study=soak", "results_dir=results", f"launcher={launcher}", f"compute.pack={pack}"]
     return ["sweep=quickstart", *tiny, *where, "optim.clip=1.0", f"optim.lr={grid}", f"seeds={seeds}"]

@@ -1,10 +1,9 @@
-"""The settings of one trial, frozen and checked, and the id that names the trial.
+"""The settings of a trial, frozen and checked; the rules between them; the id that names the trial.
 
-A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs (`compute`) and how
-a study is called never reach it, so they never change a `trial_id`. `from_dict` is the only way in from YAML, the
-command line or a file; it collects every problem instead of stopping at the first.
-
-The standard library only: the plan, `--help` and every config error must answer without numpy, torch or ray.
+A `TrialConfig` holds everything that changes what is trained, and nothing else: where a trial runs and how a study is
+called never change a `trial_id`. `from_dict` is the only way in from YAML or the command line. Each group stands in the
+order in which a researcher thinks; comments carry unit and trap. The standard library only: the plan, `--help` and
+every config error must answer without numpy, torch or ray.
 """
 
 from __future__ import annotations
@@ -13,68 +12,212 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from stabstudy import combinations
-from stabstudy.groups import (
-    CLIP_KINDS,
-    COMPILE_FROM,
-    FAMILIES,
-    FFNS,
-    INITS,
-    OF_FAMILY,
-    PLACEMENTS,
-    SCHEDULES,
-    SPIKE_SKIP_FROM,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
-from stabstudy.settings import ConfigError, Problem, check_annotations, nearest, read_group, read_value, setting, show
+from stabstudy import settings as st
+from stabstudy.settings import Problem, group, setting
 
-__all__ = [
-    "CLIP_KINDS",
-    "COMPILE_FROM",
-    "DataConfig",
-    "FAMILIES",
-    "FFNS",
-    "FORMAT_VERSION",
-    "GROUPS",
-    "INITS",
-    "ModelConfig",
-    "OF_FAMILY",
-    "OptimConfig",
-    "PLACEMENTS",
-    "SCHEDULES",
-    "SPIKE_SKIP_FROM",
-    "TrainConfig",
-    "TrialConfig",
-    "canonical",
-    "cell_id",
-    "flat",
-    "from_dict",
-    "known_ids",
-    "setting_names",
-    "stored",
-    "to_dict",
-    "trial_id",
-]
+FORMAT_VERSION = 1  # of a study's files and of the form that `trial_id` hashes; old versions stay readable
 
-FORMAT_VERSION = 1
-"""Version of every file of a study and of the canonical form that `trial_id` hashes. Old versions stay readable."""
+FAMILIES = ("lingua", "llama", "qwen3", "gemma3")
+OF_FAMILY: dict[str, dict[str, Any]] = {  # what a Hugging Face family fixes, so that a trial's record is true
+    "llama": {"qk_norm": False, "norm_placement": "pre", "ffn": "swiglu"},
+    "qwen3": {"qk_norm": True, "norm_placement": "pre", "ffn": "swiglu"},
+    "gemma3": {"qk_norm": True, "norm_placement": "sandwich", "ffn": "geglu", "tied": True},
+}
+INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
+PLACEMENTS = ("pre", "reordered", "sandwich", "post")
+FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
+OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}  # numbers remembered of a parameter, at most
+SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
+PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
+CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
+COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: about where compiling is earned back at dim 64
+SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
+MOST_DECAY = 0.02  # share of every weight that a step of independent decay may take
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
+
+    family: str = setting("lingua", choices=FAMILIES)  # the others: transformers' own layers, by training/families.py
+    depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
+    dim: int = setting(64, ge=2, le=65_536)  # residual width
+    n_heads: int = setting(4, ge=1, le=1024)
+    n_kv_heads: int | None = setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
+    ffn_multiplier: float = setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim (no gate: of 4 * dim)
+    multiple_of: int = setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
+    norm_eps: float = setting(1e-5, gt=0, le=1)
+    rope_theta: float = setting(10_000.0, gt=0, le=1e9)
+    qk_norm: bool = setting(False)  # RMSNorm on queries and keys of each head, before RoPE
+    init: str = setting("lingua", choices=INITS)
+    tied: bool = setting(False)  # the output matrix is the embedding
+    logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
+    # of attention scores; takes memory for seq_len^2
+    attn_softcap: float | None = setting(None, gt=0, le=1e6, only="family=lingua", because="sdpa has no cap")
+    embed_scale: float = setting(1.0, gt=0, le=65_536, only="family=lingua", because="gemma3 multiplies by sqrt(dim)")
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
+    ffn: str = setting("swiglu", choices=FFNS)  # geglu: gated by tanh gelu; squared_relu, gelu (by erf): no gate, 4*dim
+    # inverse_depth: branches / depth; deepnorm: with norm_placement post
+    residual_scale: str = setting("none", choices=("none", "inverse_depth", "deepnorm"), only="family=lingua")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def gated(self) -> bool:
+        return self.ffn in ("swiglu", "geglu")
+
+    @property
+    def ffn_dim(self) -> int:
+        """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256).
+
+        The 2/3 pays for the third matrix of a gate; without a gate it is 4 * dim: about as many parameters.
+        """
+        width = int(2 * (4 * self.dim) / 3) if self.gated else 4 * self.dim
+        hidden = int(width * self.ffn_multiplier)
+        return self.multiple_of * -(-hidden // self.multiple_of)
+
+    def parameters(self, vocab: int) -> int:
+        """Number of parameters, embeddings included."""
+        kv_dim = self.kv_heads * self.head_dim
+        ffn_matrices = 3 if self.gated else 2
+        layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + ffn_matrices * self.dim * self.ffn_dim + 2 * self.dim
+        layer += 2 * self.head_dim if self.qk_norm else 0
+        layer += 2 * self.dim if self.norm_placement == "sandwich" else 0
+        return self.depth * layer + self.dim + (1 if self.tied else 2) * vocab * self.dim
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and the clip."""
+
+    # stable_adamw: a tensor's update is divided by max(1, RMS_t); muon: for the layers' matrices, AdamW for the rest;
+    # lion: the sign of a momentum, which wants a smaller lr and a larger weight_decay
+    kind: str = setting("adamw", choices=tuple(OPTIMIZERS))
+    lr: float = setting(3e-3, ge=0, le=10)  # peak learning rate
+    # lr times (batch_size / base_batch) ** 0 | 1/2 | 1
+    lr_rule: str = setting("none", choices=("none", "sqrt_batch", "linear_batch"))
+    # sequences per step for which lr is meant
+    base_batch: int | None = setting(None, ge=1, le=10**7, only="lr_rule=sqrt_batch,linear_batch")
+    allow_zero_lr: bool = setting(False, only="lr=0")  # a control trial that measures and never learns
+    weight_decay: float = setting(0.1, ge=0, le=1000)
+    # w -= lr_t*wd*w | w -= (lr_t/lr)*wd*w: of equal strength where the independent wd is lr times the coupled one
+    decay_mode: str = setting("coupled", choices=("coupled", "independent"))
+    # matrices: all but the norms; matrices_no_embed: nor the embedding (OLMo 2); all: the norms too, as Lingua does
+    decay_params: str = setting("matrices", choices=("matrices", "matrices_no_embed", "all"))
+    beta1: float = setting(0.9, ge=0, lt=1)
+    beta2: float = setting(0.95, ge=0, lt=1)
+    eps: float = setting(1e-8, gt=0, le=1, only="kind=adamw,stable_adamw,muon")
+    muon_lr: float | None = setting(None, gt=0, le=10, only="kind=muon")  # peak for Muon's matrices; null: lr
+    muon_momentum: float = setting(0.95, ge=0, lt=1, only="kind=muon")  # Nesterov's
+    # lr for a matrix, see training/muon.py
+    muon_adjust_lr: str = setting("match_rms_adamw", choices=("match_rms_adamw", "original"), only="kind=muon")
+    warmup_steps: int | None = setting(20, ge=0, le=10**9)  # linear; step i (0-based) uses (i+1)/warmup_steps of lr
+    warmup_share: float | None = setting(None, ge=0, le=1)  # of train.steps, instead of warmup_steps (then null)
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    min_lr_ratio: float = setting(0.1, ge=0, le=1)  # the schedule ends at this share of lr
+    decay_share: float = setting(0.1, gt=0, le=1, only="schedule=wsd")  # of the steps after warmup
+    decay_shape: str = setting("linear", choices=("linear", "cosine", "one_minus_sqrt"), only="schedule=wsd")
+    clip: float | None = setting(1.0, gt=0, le=1e9)  # global-norm threshold; null: clipping off, whatever the kind
+    # norm: at clip; zclip: at clip or lower (clip 1e9: by its own rule alone); adagc: at clip in its first 100 steps;
+    # agc: never, so clip is 1.0 (on) or null
+    clip_kind: str = setting("norm", choices=CLIP_KINDS)
+
+    @property
+    def matrix_lr_ratio(self) -> float:
+        """Muon's learning rate over AdamW's; exactly 1 where there is one for both."""
+        return 1.0 if self.muon_lr is None else self.muon_lr / self.lr
+
+    def warmup(self, steps: int) -> int:
+        """Warmup steps of a run of `steps`: warmup_steps, or round(warmup_share * steps)."""
+        if self.warmup_share is not None:
+            return round(self.warmup_share * steps)
+        return 0 if self.warmup_steps is None else self.warmup_steps
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The synthetic source: mechanisms, one knob each; integers, so that the text is bit-exact everywhere."""
+
+    bytes: int = setting(2_000_000, ge=1000, le=10**11)
+    vocabulary: int = setting(20_000, ge=2, le=65_536)  # distinct words
+    zipf_milli: int = setting(900, ge=0, le=4000)  # exponent of the word frequencies, in thousandths
+    order: int = setting(1, ge=0, le=3)  # words of context that choose the next word
+    branching: int = setting(256, ge=1, le=65_536, only="order=1,2,3")  # successors of each context
+    copy_permille: int = setting(10, ge=0, le=1000)  # words that start a copy from earlier in their document
+    nesting: int = setting(3, ge=0, le=16)  # deepest bracket nesting
+    flip_ppm: int = setting(0, ge=0, le=1_000_000)  # bytes replaced by a random byte
+    burst_permille: int = setting(0, ge=0, le=1000)  # documents that are noise from start to end
+    duplicate_permille: int = setting(0, ge=0, le=1000)  # documents that repeat an earlier one
+    alphabet_permille: int = setting(0, ge=0, le=1000)  # documents written in an alphabet of their own
+    tail_milli: int = setting(1000, ge=0, le=10_000)  # spread of the document lengths, in thousandths
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from. `conf/data/*.yaml` are presets of it."""
+
+    source: str = setting("pysrc", choices=SOURCES)
+    path: str | None = setting(None, only="source=text,jsonl,parquet,lingua,hf")  # file, folder, or hub name (hf)
+    # a glob below the folder, e.g. **/*.rst; null: the usual names of the source
+    files: str | None = setting(None, only="source=text,jsonl,parquet")
+    text_column: str = setting("text", only="source=jsonl,parquet,hf")
+    hub_config: str | None = setting(None, only="source=hf")  # the dataset's configuration, e.g. sample-10BT
+    hub_split: str = setting("train", only="source=hf")
+    hub_revision: str | None = setting(None, only="source=hf")  # commit sha; null pins nothing and is warned about
+    max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
+    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf")  # share that is skipped
+    tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
+    seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
+    validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
+    synthetic: SyntheticConfig = group(SyntheticConfig, only="source=synthetic")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision, and how often evaluations, probes and checkpoints are made."""
+
+    steps: int = setting(200, ge=1, le=10**9)  # optimizer steps
+    batch_size: int = setting(8, ge=1, le=10**7)  # sequences per optimizer step
+    micro_batch_size: int | None = setting(None, ge=1, le=10**7)  # sequences per forward; null: batch_size
+    # Weights, their gradients and moments are fp32 in all. bf16, fp16: autocast, which leaves the residual stream and
+    # the norms in fp32; bf16_stream: these in bf16 too, as Lingua, torchtitan and Megatron train
+    precision: str = setting("fp32", choices=PRECISIONS)
+    z_loss: float = setting(0.0, ge=0, le=1)  # weight of mean(logsumexp(logits)^2); never part of the recorded loss
+    skip_nonfinite: bool = setting(False)  # a non-finite gradient: skip the step (true) or end the trial (false)
+    skip_spikes: bool = setting(False)  # leave out the update where loss or norm is 6 sd above the last 128 steps
+    compile: str = setting("off", choices=("off", "on", "auto"))  # true: on; auto: on from COMPILE_FROM steps on
+    eval_every: int = setting(50, ge=1, le=10**9)  # steps between validation losses
+    eval_sequences: int = setting(32, ge=1, le=10**6)  # of the fixed set that the validation loss is measured on
+    # tokens of the fixed set that init_loss and final_loss are measured on: all of the validation part if it has fewer
+    final_eval_tokens: int = setting(16_384, ge=1, le=10**9)
+    probe_every: int = setting(10, ge=1, le=10**9)  # steps between probes of attention logits, update size, ...
+    checkpoint_every: int = setting(100, ge=1, le=10**9)
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
 
 @dataclass(frozen=True)
 class TrialConfig:
     """One training, seed included."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    model: ModelConfig = group(ModelConfig)
+    optim: OptimConfig = group(OptimConfig)
+    data: DataConfig = group(DataConfig)
+    train: TrainConfig = group(TrainConfig)
     seed: int = setting(0, ge=0, le=2**63 - 1)
 
     @property
@@ -93,15 +236,11 @@ class TrialConfig:
     @property
     def decay_per_step(self) -> float:
         """The share that weight decay takes of a matrix of the layers in one update at the peak learning rate."""
-        independent = self.optim.decay_mode == "independent"
-        return self.optim.weight_decay * (1.0 if independent else self.peak_matrix_lr)
+        return self.optim.weight_decay * (1.0 if self.optim.decay_mode == "independent" else self.peak_matrix_lr)
 
     @property
     def decay_timescale(self) -> float | None:
-        """Steps at the peak learning rate in which decay alone divides those matrices by e; null: no decay.
-
-        1 / (lr * weight_decay): AdamW as a moving average of its updates over so many steps (arXiv 2405.13698).
-        """
+        """Steps in which decay alone divides those matrices by e (arXiv 2405.13698); null: no decay."""
         return 1 / self.decay_per_step if self.decay_per_step else None
 
     @property
@@ -111,11 +250,7 @@ class TrialConfig:
 
     @property
     def compiled(self) -> bool:
-        """Whether the loss function is compiled, where there is a compiler.
-
-        `auto` looks at the planned steps and at nothing else. Compiled and eager sums differ in their last bits, which
-        training amplifies, so cells that are compared must not differ in it, and steps is what cells rarely differ in.
-        """
+        """Whether the loss is compiled, where there is a compiler: by steps alone, in which cells rarely differ."""
         t = self.train
         return t.compile == "on" or (t.compile == "auto" and t.steps >= COMPILE_FROM)
 
@@ -133,44 +268,81 @@ class TrialConfig:
         return self.tokens_per_step * self.train.steps
 
 
-GROUPS: dict[str, type] = {"model": ModelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig}
+SETTINGS = dict(st.named_fields(TrialConfig))  # by their dotted names, in the order of the classes
+GROUPS = tuple(f.name for f in dataclasses.fields(TrialConfig) if f.name != "seed")
 
 
 def setting_names() -> list[str]:
-    """Every setting under its dotted name, in the order of the classes above."""
-    return [f"{g}.{f.name}" for g, cls in GROUPS.items() for f in dataclasses.fields(cls)] + ["seed"]
+    """Every setting's dotted name, in order."""
+    return list(SETTINGS)
+
+
+def _broken(config: TrialConfig) -> Iterator[Problem]:
+    """Combinations that cannot train, and settings without effect: these would make two cells of one recipe."""
+    m, o, d, t = config.model, config.optim, config.data, config.train
+    if m.dim % m.n_heads:
+        yield Problem("model.dim, model.n_heads", "dim must be divisible by n_heads")
+    elif m.head_dim % 2:
+        yield Problem("model.dim, model.n_heads", "dim / n_heads must be even (RoPE rotates pairs)", str(m.head_dim))
+    if m.n_heads % m.kv_heads:
+        yield Problem("model.n_heads, model.n_kv_heads", "n_heads must be divisible by n_kv_heads")
+    if m.residual_scale == "deepnorm" and m.norm_placement != "post":
+        rule = "deepnorm needs norm_placement post (without it the residual stream grows as (2*depth)^(depth/2))"
+        yield Problem("model.residual_scale, model.norm_placement", rule)
+    if m.residual_scale == "inverse_depth" and m.depth == 1:
+        yield Problem("model.residual_scale, model.depth", "inverse_depth has no effect at depth 1")
+    for key, value in OF_FAMILY.get(m.family, {}).items():
+        if getattr(m, key) != value:
+            how = f"in a zip where families differ, or use the preset model={m.family}"
+            rule = f"must be {st.spelt(value)} with family {m.family} (set model.{key}={st.spelt(value)}, {how})"
+            yield Problem(f"model.{key}", rule)
+    if (o.warmup_steps is None) == (o.warmup_share is None):
+        yield Problem("optim.warmup_steps, optim.warmup_share", "set one of them; the other must be null")
+    elif config.warmup_steps > t.steps:
+        yield Problem("optim.warmup_steps, train.steps", "the warmup must end within the run")
+    if o.schedule == "inv_sqrt" and config.warmup_steps == 0:
+        yield Problem("optim.schedule, optim.warmup_steps", "inv_sqrt scales by the warmup: needs warmup_steps >= 1")
+    if o.lr == 0 and not o.allow_zero_lr:
+        rule = "must be a finite number in (0, 10] (0 only with optim.allow_zero_lr=true: a control trial)"
+        yield Problem("optim.lr", rule)
+    if o.lr == 0 and o.muon_lr is not None:
+        yield Problem("optim.muon_lr", "must be null where optim.lr is 0 (a control trial)")
+    if o.lr == 0 and o.decay_mode == "independent":
+        yield Problem("optim.decay_mode", "independent decay needs optim.lr > 0 (it follows lr_t / lr)", "optim.lr 0")
+    elif o.decay_mode == "independent" and config.decay_per_step > MOST_DECAY:
+        coupled = f"{o.weight_decay:g} coupled: {o.weight_decay * config.peak_matrix_lr:.3g}"
+        rule = "independent decay removes this share of every weight in each step, without the factor lr: "
+        rule += f"must be at most {MOST_DECAY:g} (as strong as {coupled})"
+        got = f"{o.weight_decay:g}, {100 * config.decay_per_step:.3g} % per step"
+        yield Problem("optim.weight_decay, optim.decay_mode", rule, got)
+    if o.lr_rule != "none" and o.base_batch is None:
+        yield Problem("optim.lr_rule, optim.base_batch", f"{o.lr_rule} needs the base_batch that lr is meant for")
+    if o.clip is None and o.clip_kind != OptimConfig.clip_kind:
+        yield Problem("optim.clip_kind", "has an effect only where optim.clip is on", f"{o.clip_kind} and clip null")
+    if o.clip_kind == "agc" and o.clip not in (None, OptimConfig.clip):
+        rule = f"clip_kind agc has bounds of its own: must be {OptimConfig.clip:g} (on) or null (off)"
+        yield Problem("optim.clip", rule)
+    if t.batch_size % t.micro_batch:
+        yield Problem("train.batch_size, train.micro_batch_size", "batch_size must be divisible by micro_batch_size")
+    if t.skip_spikes and t.steps <= SPIKE_SKIP_FROM:
+        rule = f"skips nothing in the first {SPIKE_SKIP_FROM} steps: train.steps must be larger"
+        yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
+    if d.source not in ("pysrc", "synthetic") and not d.path:
+        yield Problem("data.path", f"source {d.source} needs a path", "null")
+    if d.files is not None and (not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/")):
+        yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
-    """The nested mapping as a TrialConfig. Unknown keys, wrong types and broken rules make one ConfigError of all.
-
-    Settings left out take their default. Integers are taken for floats and numeric text for floats (YAML reads 1e-3
-    as text in some readers); nothing else is converted: 3.0 is not a depth and `no` is not a number.
-    """
-    config = stored(values)
-    if problems := list(combinations.problems(config)):
-        raise ConfigError(problems)
+    """The nested mapping, on top of the defaults. Raises ConfigError of all unknown keys, wrong types, broken rules."""
+    config = st.read(TrialConfig, values, CURRENT_NAMES)
+    st.check(config, _broken(config))
     return config
 
 
 def stored(values: Mapping[str, Any]) -> TrialConfig:
-    """The settings of a trial on disk: as `from_dict`, without the rules between settings, some of which are newer."""
-    problems: list[Problem] = []
-    parts: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in GROUPS:
-            if isinstance(value, Mapping):
-                parts[key] = read_group(key, GROUPS[key], value, problems, setting_names())
-            else:
-                problems.append(Problem(key, "must be a mapping of settings", show(value)))
-        elif key == "seed":
-            field = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed")
-            parts[key] = read_value("seed", "int", field.metadata, value, problems, 0)
-        else:
-            problems.append(Problem(str(key), f"is not a setting{nearest(str(key), [*GROUPS, 'seed'])}"))
-    if problems:
-        raise ConfigError(problems)
-    return TrialConfig(**parts)
+    """The settings of a trial on disk, of whatever age: without the rules between settings, some of which are newer."""
+    return st.read(TrialConfig, st.renamed_below(values, CURRENT_NAMES))
 
 
 def to_dict(config: TrialConfig) -> dict[str, Any]:
@@ -180,26 +352,25 @@ def to_dict(config: TrialConfig) -> dict[str, Any]:
 
 def flat(config: TrialConfig) -> dict[str, Any]:
     """Every setting under its dotted name, derived ones resolved (micro_batch_size, n_kv_heads, warmup_steps)."""
-    settings = {name: getattr(getattr(config, group), key) for name, group, key in _PLACES}
+    values = {name: attrgetter(name)(config) for name in SETTINGS}
     derived = {"model.n_kv_heads": config.model.kv_heads, "train.micro_batch_size": config.train.micro_batch}
-    derived["optim.warmup_steps"] = config.warmup_steps
-    return settings | derived | {"seed": config.seed}
+    return values | derived | {"optim.warmup_steps": config.warmup_steps}
 
 
-_PLACES = [(f"{g}.{f.name}", g, f.name) for g, cls in GROUPS.items() for f in dataclasses.fields(cls)]
+FORMER_NAMES = {f"data.synthetic.{f.name}": f"data.synth_{f.name}" for f in dataclasses.fields(SyntheticConfig)}
+FORMER_NAMES["data.synthetic.vocabulary"] = "data.synth_vocab"
+"""Renamed settings -> the names under which ids, fingerprints and judgements know them for ever, and old files hold."""
+CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
+
 _DEFAULTS = flat(TrialConfig())
-
-
-ADDED = {"data.files": None}
-"""Settings that came after judgements were first kept, with the value at which they change none of these."""
+ADDED = {"data.files": None}  # came after judgements were first kept; the value at which it changes none of them
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     """The text that names a trial: sorted JSON of what differs from the defaults, data fingerprint, format version.
 
-    Defaults stay out, so a setting that a later version adds (its default reproducing the past) renames no finished
-    trial. The price: a default never changes within one FORMAT_VERSION (pinned by a test). A warmup given as a share
-    stays out too, as does a muon_lr equal to lr: recipes that train alike have one id.
+    Defaults stay out, so a setting that a later version adds renames no finished trial. The price: a default never
+    changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
     said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
     if said["optim.muon_lr"] == said["optim.lr"]:
@@ -207,7 +378,8 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     if config.optim.clip_kind == "zclip":
         differing["optim.clip_kind"] = "zclip, capped"  # plain zclip named trials that were not held to optim.clip
-    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": differing}
+    settings = st.renamed(differing, FORMER_NAMES)
+    body = {"format": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "settings": settings}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -217,18 +389,11 @@ def trial_id(config: TrialConfig, data_fingerprint: str) -> str:
 
 
 def known_ids(config: TrialConfig, data_fingerprint: str) -> set[str]:
-    """The ids under which versions of this format have stored a trial of these settings and data.
-
-    Two with `clip_kind` zclip, which at first was not held to `optim.clip`, and had an id of its own.
-    """
+    """Every id of such a trial in this format: two with zclip, which at first was not held to `optim.clip`."""
     first = canonical(config, data_fingerprint).replace('"zclip, capped"', '"zclip"')
     return {trial_id(config, data_fingerprint), hashlib.sha256(first.encode()).hexdigest()[:10]}
 
 
 def cell_id(config: TrialConfig, data_fingerprint: str) -> str:
     """The id that the replicates (seeds) of one cell share."""
-    return trial_id(dataclasses.replace(config, seed=0), data_fingerprint)
-
-
-for _group in GROUPS.values():
-    check_annotations(_group)  # a typo in a type fails when this module loads
+    return trial_id(replace(config, seed=0), data_fingerprint)

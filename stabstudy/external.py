@@ -9,12 +9,12 @@ source, and a row that the source lacks is null.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.settings import Problem, nearest, read_value
+from stabstudy.settings import Problem, nearest, read_value, renamed
 from stabstudy.store import StoreError
 
 LARGEST_STEP = 2**53
@@ -95,11 +95,9 @@ def check(name: str, value: Any) -> tuple[Any, Problem | None]:
     """The value of a setting as its rules want it, or what they refuse."""
     if name not in cfg.setting_names():
         return None, Problem(name, f"is not a setting{nearest(name, cfg.setting_names())}")
-    group, _, key = name.partition(".")
-    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    found = next(f for f in fields(cls) if f.name == (key or group))
     problems: list[Problem] = []
-    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    field = cfg.SETTINGS[name]
+    checked = read_value(name, str(field.type), field.metadata, value, problems, None)
     return checked, problems[0] if problems else None
 
 
@@ -124,6 +122,7 @@ def read_external(body: Mapping[str, Any], path: Path) -> ExternalLog | None:
     for name, least in (("stride", 1), ("first_step", 0), ("steps_planned", 1)):
         if block[name] is not None and not least <= block[name] <= LARGEST_STEP:
             raise StoreError(f"{path}: external.{name}: must be from {least} to 2^53")
+    block = {**block, "settings": renamed(block["settings"], cfg.CURRENT_NAMES)}
     if problem := next((p for n, v in block["settings"].items() if (p := check(n, v)[1])), None):
         raise StoreError(f"{path}: external.settings: {problem}")
     if not all(isinstance(v, bool | int | float | str) for v in block["others"].values()):

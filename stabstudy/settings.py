@@ -14,8 +14,10 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,8 +56,8 @@ class Issues:
     Problems stop the launch; warnings are shown and the launch goes on. Each is kept once, in order.
     """
 
-    problems: list[Problem] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def refuse(self, setting: str, rule: str, got: str = "", origin: str = "") -> None:
         """Note a problem; `origin` says where the value was written."""
@@ -96,9 +98,15 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[str, ...] | None = None,
+    only: str | None = None,
+    because: str | None = None,
 ) -> Any:
-    """A dataclass field with its default and the rules that `read_group` holds a value to."""
-    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    """A dataclass field with its default and the rules that `read_group` holds a value to.
+
+    `only`: where alone it has an effect, by another setting of its group (`source=text,jsonl`); see `check`.
+    `because`: why it has none elsewhere.
+    """
+    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices, "only": only, "because": because}
     return dataclasses.field(default=default, metadata={k: v for k, v in rules.items() if v is not None})
 
 
@@ -110,36 +118,135 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (known: {', '.join(known)})" if known and len(known) <= 24 else ""
 
 
-def read_group(
-    group: str, cls: type[T], values: Mapping[str, Any], problems: list[Problem], known: Sequence[str] = ()
-) -> T:
-    """The mapping as `cls`, a dataclass of `setting` fields; what is wrong is appended to `problems`.
+def group(cls: type[T], *, only: str | None = None) -> T:
+    """A dataclass field that holds a group of settings, the frozen dataclass `cls`, at its defaults."""
+    return dataclasses.field(default=cls(), metadata={"only": only} if only else {})
 
-    `known`: dotted names of other groups' settings, among which a misplaced one is looked for.
+
+def named_fields(cls: type, above: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every setting of the class and of the groups in it, by its dotted name, in order.
+
+    Raises TypeError where its type is not one that `read_value` knows: a typo fails when the class is defined.
     """
-    hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    read: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{group}.{key}"
-        if key not in fields:
-            problems.append(Problem(name, f"is not a setting{_nearest_setting(name, list(fields), known)}"))
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from named_fields(type(field.default), f"{above}{field.name}.")
             continue
-        field = fields[key]
-        read[key] = read_value(name, hints[key], field.metadata, value, problems, field.default)
-    return cls(**read)
+        hint = hints[field.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not set(members) <= {int, float, bool, str, type(None)}:
+            raise TypeError(f"{cls.__name__}.{field.name}: unsupported type {hint}")
+        yield above + field.name, field
+
+
+def check(values: Any, broken: Iterable[Problem]) -> None:
+    """Raises ConfigError for broken rules between settings, and for settings that have no effect.
+
+    Those of the first that show no value received get those of the settings that they name.
+    """
+    problems = []
+    for problem in broken:
+        given = (spelt(attrgetter(name)(values)) for name in problem.setting.split(", "))
+        problems.append(problem if problem.got else dataclasses.replace(problem, got=" and ".join(given)))
+    if problems := [*problems, *_idle(values)]:
+        raise ConfigError(problems)
+
+
+def _idle(values: Any, above: str = "") -> Iterator[Problem]:
+    """The settings that are not at their default, though their rule `only` says that they have no effect."""
+    for field in dataclasses.fields(values):
+        name, value, rules = above + field.name, getattr(values, field.name), field.metadata
+        key, _, listed = rules.get("only", "").partition("=")
+        if key and (other := spelt(getattr(values, key))) not in (allowed := listed.split(",")):
+            why = f" ({rules['because']})" if "because" in rules else ""
+            rule = f"has an effect with {key}{'s' if len(allowed) > 1 else ''} {', '.join(allowed)} only{why}"
+            yield from (Problem(n, rule, f"{key} {other}") for n in _changed(name, value, field.default))
+        elif dataclasses.is_dataclass(value):
+            yield from _idle(value, f"{name}.")
+
+
+def _changed(name: str, value: Any, default: Any) -> Iterator[str]:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _changed(f"{name}.{field.name}", getattr(value, field.name), getattr(default, field.name))
+    elif value != default:
+        yield name
+
+
+def read(cls: type[T], values: Mapping[str, Any], former: Mapping[str, str] = MappingProxyType({})) -> T:
+    """The mapping as `cls`, a dataclass of groups of settings. Raises ConfigError of all that is wrong.
+
+    `former`: dotted names that settings had -> those that they have now.
+    """
+    problems: list[Problem] = []
+    read = read_group("", cls, values, problems, [name for name, _ in named_fields(cls)], former)
+    if problems:
+        raise ConfigError(problems)
+    return read
+
+
+def read_group(
+    group: str,
+    cls: type[T],
+    values: Any,
+    problems: list[Problem],
+    known: Sequence[str] = (),
+    former: Mapping[str, str] = MappingProxyType({}),
+) -> T:
+    """The mapping as `cls`, a dataclass of `setting` and `group` fields; what is wrong is appended to `problems`.
+
+    `known`: dotted names of other groups' settings, among which a misplaced one is looked for; `former` as in `read`.
+    """
+    if not isinstance(values, Mapping):
+        problems.append(Problem(group, "must be a mapping of settings", show(values)))
+        return cls()
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{group}.{key}" if group else str(key)
+        if (field := fields.get(key)) is None:
+            near = f" (did you mean {former[name]}?)" if name in former else _nearest_setting(name, list(fields), known)
+            problems.append(Problem(name, f"is not a setting{near}"))
+        elif dataclasses.is_dataclass(field.default):
+            made[key] = read_group(name, type(field.default), value, problems, known, former)
+        else:
+            made[key] = read_value(name, str(field.type), field.metadata, value, problems, field.default)
+    return cls(**made)
 
 
 def _nearest_setting(name: str, siblings: list[str], known: Sequence[str]) -> str:
     """The nearest names among the group's own settings, else among all: `model.lr` should find `optim.lr`."""
-    group, _, key = name.partition(".")
+    group, dot, key = name.rpartition(".")
+    own = [f"{group}{dot}{s}" for s in siblings]
     same_key = [n for n in known if n.endswith(f".{key}")]
-    close = same_key or [f"{group}.{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
-    return (
-        f" (did you mean {', '.join(close)}?)"
-        if close
-        else nearest(name, [*(f"{group}.{s}" for s in siblings), *known])
-    )
+    close = same_key or [f"{group}{dot}{s}" for s in difflib.get_close_matches(key, siblings, n=3, cutoff=0.5)]
+    return f" (did you mean {', '.join(close)}?)" if close else nearest(name, [*own, *known])
+
+
+def put(nested: dict[str, Any], name: str, value: Any) -> None:
+    """Set the value under its dotted name, with the groups on the way there. What is no group is left as it is."""
+    *groups, key = name.split(".")
+    target: Any = nested
+    for group in groups:
+        target = target.setdefault(group, {}) if isinstance(target, dict) else None
+    if isinstance(target, dict):
+        target[key] = value
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Values by dotted names, with these names replaced."""
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def renamed_below(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A nested mapping, with these dotted names (GROUP.KEY) replaced."""
+    nested = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for old, new in names.items():
+        group, _, key = old.partition(".")
+        if isinstance(inner := nested.get(group), dict) and key in inner:
+            put(nested, new, inner.pop(key))
+    return nested
 
 
 def read_value(
@@ -202,6 +309,13 @@ def show(value: Any) -> str:
     return short(repr(value), 60)
 
 
+def spelt(value: Any) -> str:
+    """The value as YAML spells it, numbers in at most 6 digits."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def short(text: str, most: int = 200) -> str:
     """The text, or its first characters and dots."""
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -216,14 +330,6 @@ def line(text: str) -> str:
     """The text as one line of a message: safe, and at most 2,000 characters, of its two ends where there are more."""
     whole, half = safe(text), LONGEST // 2
     return whole if len(whole) <= LONGEST else f"{whole[:half]} ... {whole[-half:]}"
-
-
-def check_annotations(cls: type) -> None:
-    """Raises TypeError where a setting's type is not one that `read_value` knows."""
-    for name, hint in typing.get_type_hints(cls).items():
-        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if not set(members) <= {int, float, bool, str, type(None)}:
-            raise TypeError(f"{cls.__name__}.{name}: unsupported type {hint}")
 
 
 class DataError(Exception):

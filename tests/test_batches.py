@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy.config import DataConfig, TrainConfig, TrialConfig
+from stabstudy.config import DataConfig, SyntheticConfig, TrainConfig, TrialConfig
 from stabstudy.data.batches import BLOCKS, Batches, open_batches
 from stabstudy.data.counter import permuted
 from stabstudy.data.tokens import Corpus, prepare
@@ -178,7 +178,7 @@ def test_the_final_evaluation_is_as_large_as_asked_or_all_there_is(asked: int, w
 
 
 def test_a_trial_has_the_final_evaluation_of_its_settings(tmp_path: Path) -> None:
-    data = DataConfig(source="synthetic", synth_bytes=100_000, seq_len=64)
+    data = DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=100_000), seq_len=64)
 
     def of(tokens: int, sequences: int = 32) -> Batches:
         train = TrainConfig(final_eval_tokens=tokens, eval_sequences=sequences)
@@ -202,7 +202,7 @@ def test_validation_is_a_few_contiguous_blocks_spread_over_the_corpus() -> None:
 
 def test_the_evaluation_and_the_order_are_pinned(tmp_path: Path) -> None:
     """Pinned: with another hash or order, the trials of older studies can no longer be compared with new ones."""
-    text = prepare(DataConfig(source="synthetic", synth_bytes=100_000), tmp_path)
+    text = prepare(DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=100_000)), tmp_path)
     b = Batches(text, 64, 8, 0, 0.05, 32)
     assert b.eval_hash == "c02df11ce8ac84ac"
     assert [w.index for w in b.windows(0)] == [531, 619, 201, 404, 1352, 1239, 1161, 1491]

@@ -261,7 +261,7 @@ def test_everything_at_once_stops_nothing(tmp_path: Path, monkeypatch: Any, caps
 
 def test_the_supply_is_looked_up_where_the_launch_tokenizes(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path / "cache"))
-    data = ["data=synthetic", "data.synth_bytes=20000", "seeds=1"]
+    data = ["data=synthetic", "data.synthetic.bytes=20000", "seeds=1"]
     (before,) = make_plan(data, tmp_path).warnings
     trial = make_plan(data, tmp_path).trials[0]
     assert "at least" in before and sources.fingerprint(trial.config.data) == trial.data_fingerprint

@@ -14,7 +14,15 @@ from lone import AMONG, Lone
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
-from stabstudy.config import COMPILE_FROM, DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import (
+    COMPILE_FROM,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    SyntheticConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from stabstudy.data import sources
 from stabstudy.planning import compute, preview
 from stabstudy.planning.plan import make_plan
@@ -30,7 +38,7 @@ from stabstudy.training.trial import Engine, Trial
 SMALL = TrialConfig(
     model=ModelConfig(depth=2, dim=16, n_heads=2, qk_norm=True),
     optim=OptimConfig(warmup_steps=3),
-    data=DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16),
+    data=DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=16),
     train=TrainConfig(steps=8, batch_size=4, checkpoint_every=3, probe_every=3, eval_every=4, eval_sequences=6),
 )
 

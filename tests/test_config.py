@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stabstudy import config as cfg
 from stabstudy.config import ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.data import sources
 from stabstudy.settings import ConfigError
 
 
@@ -47,12 +48,29 @@ LATER = {
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 
+SYNTH = {
+    "bytes": "synth_bytes",
+    "vocabulary": "synth_vocab",
+    "zipf_milli": "synth_zipf_milli",
+    "order": "synth_order",
+    "branching": "synth_branching",
+    "copy_permille": "synth_copy_permille",
+    "nesting": "synth_nesting",
+    "flip_ppm": "synth_flip_ppm",
+    "burst_permille": "synth_burst_permille",
+    "duplicate_permille": "synth_duplicate_permille",
+    "alphabet_permille": "synth_alphabet_permille",
+    "tail_milli": "synth_tail_milli",
+}
+"""Settings of `data.synthetic`, and the names below `data` that they had at first."""
+
 
 def test_the_default_trial_keeps_its_id():
     # defaults stay out of the hash: changing one silently changes what old ids mean, and needs a new FORMAT_VERSION
     assert cfg.FORMAT_VERSION == 1
     assert cfg.trial_id(TrialConfig(), "0" * 16) == "7b1826b0e7"
     first = cfg.to_dict(TrialConfig())
+    first["data"] |= {SYNTH[name]: value for name, value in first["data"].pop("synthetic").items()}
     for name, default in LATER.items():
         group, key = name.split(".")
         assert first[group].pop(key) == default
@@ -60,6 +78,78 @@ def test_the_default_trial_keeps_its_id():
     first["train"]["compile"] = False  # as it was spelt before there was auto
     defaults = json.dumps(first, sort_keys=True)
     assert hashlib.sha256(defaults.encode()).hexdigest()[:16] == "b4c4043b17169f56"
+
+
+OLD_IDS = [
+    # below data as settings were called at commit a681208: id for a fingerprint of f * 16, fingerprint of the text
+    ({}, "72776e9ab2", "77ff2e522076f5a2"),
+    ({"synth_bytes": 5000}, "62775c374d", "11fa8558736c0e54"),
+    ({"synth_vocab": 300}, "5f1299bc8e", "4fb758d16ac302f9"),
+    ({"synth_zipf_milli": 800}, "431ba9ab81", "1438bd5593e9065e"),
+    ({"synth_order": 2}, "87f253c8a4", "bc62aa2707fbbde8"),
+    ({"synth_branching": 16}, "594bedb4aa", "06c770b078071383"),
+    ({"synth_copy_permille": 20}, "7d7e0c4279", "5cdf970018b43bbf"),
+    ({"synth_nesting": 2}, "1027d2b5cd", "3ad0c4c6963c2281"),
+    ({"synth_flip_ppm": 10}, "c6269c190d", "14c9d997b973e2a0"),
+    ({"synth_burst_permille": 3}, "84bb7621a3", "5935ebf0bdf7e1b5"),
+    ({"synth_duplicate_permille": 4}, "1e2f9bdea1", "098267cfcdc6d890"),
+    ({"synth_alphabet_permille": 5}, "752ec43d88", "386080208abca13d"),
+    ({"synth_tail_milli": 900}, "11a11f5f5f", "edacca61b6b7550e"),
+    ({"synth_flip_ppm": 1000}, "33f590dc70", "9f6b0ce96482eda6"),
+    ({"synth_burst_permille": 20}, "a38a48e6ae", "01ec8a639f8960db"),
+    ({"synth_duplicate_permille": 300}, "2438f529bc", "3ea8b3f1eac0b76f"),
+    ({"synth_alphabet_permille": 100}, "be24b698c9", "34cdbe501c4339b7"),
+    ({"synth_tail_milli": 3000}, "d697b7dc53", "3d908c16c761747d"),
+]
+"""The synthetic source alone, each of its knobs, and the presets; ids and fingerprints that this commit gave."""
+
+
+@pytest.mark.parametrize(("old", "trial_id", "fingerprint"), OLD_IDS)
+def test_renamed_settings_keep_the_ids_and_fingerprints_of_their_time(
+    old: dict[str, int], trial_id: str, fingerprint: str
+):
+    now = {name: name_then for name, name_then in SYNTH.items() if name_then in old}
+    written = {"data": {"source": "synthetic", **old}}
+    config = cfg.from_dict({"data": {"source": "synthetic", "synthetic": {n: old[then] for n, then in now.items()}}})
+    assert cfg.stored(written) == cfg.stored(cfg.to_dict(config)) == config
+    assert cfg.trial_id(config, "f" * 16) == trial_id
+    assert sources.fingerprint(config.data) == fingerprint
+    assert json.loads(cfg.canonical(config, ""))["settings"] == {
+        "data.source": "synthetic", **{f"data.{name}": value for name, value in old.items()}
+    }  # fmt: skip
+
+
+def test_other_ids_of_their_time():
+    """Of the same commit: what no renaming touches."""
+    hub = {"source": "hf", "path": "allenai/c4", "hub_config": "en"}
+    muon = {"kind": "muon", "lr": 0.02, "muon_lr": 0.02, "clip_kind": "zclip"}
+    known = {"145f329f8f": {}, "9f274e776d": {"optim": {"lr": 0.01}, "seed": 3}, "d33d971353": {"data": hub}}
+    known |= {"6569ff7867": {"optim": muon}}
+    assert {cfg.trial_id(cfg.from_dict(values), "f" * 16): values for values in known.values()} == known
+
+
+def test_all_renamed_settings_at_once_keep_their_id():
+    old = {k: v for values, _, _ in OLD_IDS[1:13] for k, v in values.items()}
+    assert set(old) == set(SYNTH.values())
+    config = cfg.stored({"data": {"source": "synthetic", **old}, "optim": {"lr": 0.01}, "seed": 3})
+    assert cfg.trial_id(config, "f" * 16) == "161cee2192"
+    assert {n: v for n, v in cfg.flat(config).items() if n.startswith("data.synthetic.")} == {
+        f"data.synthetic.{name}": old[then] for name, then in SYNTH.items()
+    }
+
+
+@pytest.mark.parametrize(("name", "then"), SYNTH.items())
+def test_a_former_name_is_read_on_disk_and_refused_elsewhere(name: str, then: str):
+    assert cfg.FORMER_NAMES[f"data.synthetic.{name}"] == f"data.{then}"
+    line = f"data.{then}: is not a setting (did you mean data.synthetic.{name}?)"
+    assert problems_of({"data": {"source": "synthetic", then: 5}}) == [line]
+
+
+def test_renaming_hides_no_misspelt_setting_of_a_file():
+    with pytest.raises(ConfigError, match=r"^data.synth_vocabs: is not a setting"):
+        cfg.stored({"data": {"synth_vocabs": 5}})
+    with pytest.raises(ConfigError, match=r"^data: must be a mapping of settings, got 3$"):
+        cfg.stored({"data": 3})
 
 
 def test_the_id_is_the_documented_hash():
@@ -171,7 +261,8 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ),
         (
             {"model": {**QWEN3, "embed_scale": 8}},
-            "model.embed_scale: has an effect with family lingua only, got family qwen3",
+            "model.embed_scale: has an effect with family lingua only (gemma3 multiplies by sqrt(dim)), "
+            "got family qwen3",
         ),
         (
             {"model": {**QWEN3, "residual_scale": "inverse_depth"}},
@@ -183,8 +274,8 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ({"model": {**GEMMA3, "norm_placement": "pre"}}, "model.norm_placement: must be sandwich with family gemma3"),
         (
             {"model": {**GEMMA3, "embed_scale": 8}},
-            "model.embed_scale: has an effect with family lingua only, got family gemma3, which multiplies by "
-            "sqrt(dim) itself",
+            "model.embed_scale: has an effect with family lingua only (gemma3 multiplies by sqrt(dim)), "
+            "got family gemma3",
         ),
         (
             {"optim": {"decay_share": 0.5}},
@@ -216,21 +307,44 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
             {"optim": {"muon_adjust_lr": "original", "kind": "stable_adamw"}},
             "optim.muon_adjust_lr: has an effect with kind muon only, got kind stable_adamw",
         ),
-        ({"optim": {"kind": "lion", "eps": 1e-6}}, "optim.eps: has no effect with kind lion, got 1e-06"),
+        (
+            {"optim": {"kind": "lion", "eps": 1e-6}},
+            "optim.eps: has an effect with kinds adamw, stable_adamw, muon only, got kind lion",
+        ),
         (
             {"optim": {"base_batch": 8}},
-            "optim.base_batch: has an effect with optim.lr_rule only, got 8 and lr_rule none",
+            "optim.base_batch: has an effect with lr_rules sqrt_batch, linear_batch only, got lr_rule none",
         ),
         (
             {"optim": {"lr_rule": "sqrt_batch"}},
-            "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, got null",
+            "optim.lr_rule, optim.base_batch: sqrt_batch needs the base_batch that lr is meant for, "
+            "got sqrt_batch and null",
         ),
         (
-            {"data": {"synth_bytes": 5000}},
-            "data.synth_bytes: has an effect with source synthetic only, got source pysrc",
+            {"data": {"synthetic": {"bytes": 5000}}},
+            "data.synthetic.bytes: has an effect with source synthetic only, got source pysrc",
+        ),
+        (
+            {"data": {"source": "synthetic", "synthetic": {"order": 0, "branching": 7}}},
+            "data.synthetic.branching: has an effect with orders 1, 2, 3 only, got order 0",
+        ),
+        (
+            {"data": {"synthetic": {"vocab": 5}}},
+            "data.synthetic.vocab: is not a setting (did you mean data.synthetic.vocabulary?)",
+        ),
+        ({"data": {"flip_ppm": 5}}, "data.flip_ppm: is not a setting (did you mean data.synthetic.flip_ppm?)"),
+        ({"data": {"synthetic": 5}}, "data.synthetic: must be a mapping of settings, got 5"),
+        (
+            {"data": {"source": "synthetic", "synthetic": {"order": 4}}},
+            "data.synthetic.order: must be a whole number in [0, 3], got 4",
+        ),
+        ({"data": {"hub_split": "x"}}, "data.hub_split: has an effect with source hf only, got source pysrc"),
+        (
+            {"data": {"path": "x"}},
+            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf only, got source pysrc",
         ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
-        ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has no effect unless optim.lr is 0"),
+        ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has an effect with lr 0 only, got lr 1"),
         (
             {"optim": {"clip": None, "clip_kind": "zclip"}},
             "optim.clip_kind: has an effect only where optim.clip is on, got zclip and clip null",

@@ -19,7 +19,7 @@ from stabstudy.cli import outlets
 from stabstudy.sweeping import ray_backend
 
 TINY = [
-    "optim.lr=1e-3,1e-2", "seeds=1", "study=s", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16",
+    "optim.lr=1e-3,1e-2", "seeds=1", "study=s", "data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16",
     "model.dim=16", "model.n_heads=2", "model.depth=1", "train.batch_size=4", "optim.warmup_steps=3",
     "train.checkpoint_every=10", "train.eval_sequences=8",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from stabstudy import config as cfg
 from stabstudy.analysis import export, page, recipe, yaml_text
 from stabstudy.analysis.blocks import Code
 from stabstudy.analysis.study import Study
-from stabstudy.groups import PRECISIONS
+from stabstudy.config import PRECISIONS
 from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 
@@ -195,12 +195,22 @@ NOWHERE = {
             "data.hub_config",
             "data.hub_split",
             "data.hub_revision",
-            "data.synth_bytes",
-            "data.synth_vocab",
+            "data.synthetic.bytes",
+            "data.synthetic.vocabulary",
         ),
-        *("data.synth_zipf_milli", "data.synth_order", "data.synth_branching", "data.synth_copy_permille"),
-        *("data.synth_nesting", "data.synth_flip_ppm", "data.synth_burst_permille", "data.synth_duplicate_permille"),
-        *("data.synth_alphabet_permille", "data.synth_tail_milli"),
+        *(
+            "data.synthetic.zipf_milli",
+            "data.synthetic.order",
+            "data.synthetic.branching",
+            "data.synthetic.copy_permille",
+        ),
+        *(
+            "data.synthetic.nesting",
+            "data.synthetic.flip_ppm",
+            "data.synthetic.burst_permille",
+            "data.synthetic.duplicate_permille",
+        ),
+        *("data.synthetic.alphabet_permille", "data.synthetic.tail_milli"),
     ),
     "of how a trial is evaluated and measured, not of how it trains": (
         *("data.validation_share", "train.eval_every", "train.eval_sequences", "train.final_eval_tokens"),
@@ -251,11 +261,9 @@ def test_a_key_carries_each_setting_or_a_note_names_it(name: str) -> None:
 
 def test_every_choice_is_tried() -> None:
     nowhere = {name for names in NOWHERE.values() for name in names}
-    for group, cls in cfg.GROUPS.items():
-        for field in dataclasses.fields(cls):
-            name = f"{group}.{field.name}"
-            if "choices" in field.metadata and name not in nowhere:
-                assert {c.value for c in CASES[name]} == set(field.metadata["choices"]) - {field.default}, name
+    for name, field in cfg.SETTINGS.items():
+        if "choices" in field.metadata and name not in nowhere:
+            assert {c.value for c in CASES[name]} == set(field.metadata["choices"]) - {field.default}, name
 
 
 def test_the_walk_notices_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_every_point_is_reached(
     (tmp_path / "sweeps" / "check.yaml").write_text("# @package _global_\n# Is every point reached?\nsweep: {}\n")
     monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    words = ["data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2"]
+    words = ["data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2"]
     words += ["model.depth=2", "train.batch_size=4", "train.steps=8", "optim.warmup_steps=3", "train.eval_sequences=8"]
     made = make_plan(["sweep=check", "launcher=local", "seeds=1", *words], tmp_path)
     assert launch(made, lambda line: None).code == 0

@@ -276,7 +276,7 @@ def test_a_trial_judges_itself_as_its_files_would(tmp_path: Path) -> None:
         {
             "model": {"depth": 1, "dim": 16, "n_heads": 2},
             "optim": {"lr": 3e-3, "warmup_steps": 3},
-            "data": {"source": "synthetic", "synth_bytes": 40_000, "seq_len": 16},
+            "data": {"source": "synthetic", "synthetic": {"bytes": 40_000}, "seq_len": 16},
             "train": {"steps": 70, "batch_size": 2, "probe_every": 35, "eval_every": 70, "eval_sequences": 4},
         }
     )

@@ -33,7 +33,7 @@ sweep:
     optim.clip: [1.0, null]
 """
 TINY = [
-    "sweep=check", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
+    "sweep=check", "data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
     "model.depth=2", "train.batch_size=4", "train.steps=30", "optim.warmup_steps=3", "train.checkpoint_every=10",
     "train.eval_sequences=8",
 ]  # fmt: skip

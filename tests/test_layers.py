@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("failpoints", "leftovers", "settings", "wording", "groups", "combinations", "config", "shape"),
+    *("failpoints", "leftovers", "settings", "wording", "config", "shape"),
     *("trace", "live", "finished", "entries", "disk", "locks", "store", "external"),
 }
 
@@ -36,9 +36,7 @@ MAY = {
     "failpoints": May(set()),
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
-    "groups": May({"settings"}),
-    "combinations": May({"groups", "settings", "config"}),  # config for its type alone
-    "config": May({"combinations", "groups", "settings"}),
+    "config": May({"settings"}),
     "shape": May({"config"}),
     "trace": May({"failpoints"}, {"numpy"}),
     "binary": May({"trace"}, {"numpy"}),
@@ -182,7 +180,7 @@ def test_nobody_imports_who_it_may_not():
 
 PLANTED = {
     "config.py": ("import numpy", "config.py:1: imports numpy"),
-    "stability/x.py": ("from stabstudy import groups", "stability/x.py:1: imports stabstudy.groups"),
+    "stability/x.py": ("from stabstudy import shape", "stability/x.py:1: imports stabstudy.shape"),
     "data/x.py": ("def f():\n    import torch", "data/x.py:2: imports torch"),
     "data/y.py": ("import transformers", "data/y.py:1: imports transformers when it is loaded, not inside a function"),
     "training/x.py": ("import ray", "training/x.py:1: imports ray"),

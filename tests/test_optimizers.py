@@ -10,7 +10,7 @@ import torch
 from pack_parts import KINDS, LR, PARTS, RULES, SHAPES, STEPS, K, Pack
 from torch import Tensor
 
-from stabstudy import groups
+from stabstudy import config as cfg
 from stabstudy.config import OptimConfig, TrialConfig
 from stabstudy.training import stack
 from stabstudy.training.adamw import AdamW
@@ -256,9 +256,9 @@ def test_update_sizes_are_those_of_the_real_update() -> None:
 
 
 def test_the_tables_name_the_same_optimizers_and_what_they_remember() -> None:
-    assert OPTIMIZERS.keys() == groups.OPTIMIZERS.keys() == set(KINDS)
+    assert OPTIMIZERS.keys() == cfg.OPTIMIZERS.keys() == set(KINDS)
     count = sum(math.prod(s) for s in SHAPES.values())
-    for kind, moments in groups.OPTIMIZERS.items():
+    for kind, moments in cfg.OPTIMIZERS.items():
         kept = {t.data_ptr(): t[0].numel() for n, t in Pack(kind).optimizer.state.items() if "/step/" not in n}
         total = sum(kept.values())
         assert total < moments * count if kind == "muon" else total == moments * count

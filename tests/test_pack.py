@@ -17,7 +17,7 @@ from trials import BASE, Make, assert_same, poison, records, vary
 from stabstudy import config as cfg
 from stabstudy import locks, store, trace
 from stabstudy.analysis.tables import read_tables
-from stabstudy.config import DataConfig, TrialConfig
+from stabstudy.config import DataConfig, SyntheticConfig, TrialConfig
 from stabstudy.stability.rules import Rules
 from stabstudy.training import muon, pack
 from stabstudy.training.driver import HostFeed
@@ -62,7 +62,9 @@ def members(config: TrialConfig, count: int = 8) -> list[TrialConfig]:
             config.optim, lr=lr, warmup_steps=warmup, weight_decay=decay, clip=clip, decay_params=params,
             beta1=beta1, beta2=beta2, schedule="linear" if seed % 2 else config.optim.schedule,
         )  # fmt: skip
-        data = DataConfig(source="synthetic", synth_bytes=40_000, synth_order=seed % 2, seq_len=config.data.seq_len)
+        data = DataConfig(
+            source="synthetic", synthetic=SyntheticConfig(bytes=40_000, order=seed % 2), seq_len=config.data.seq_len
+        )
         train = dataclasses.replace(config.train, z_loss=config.train.z_loss * (1 + seed))
         model = dataclasses.replace(config.model, init=cfg.INITS[seed % 3])
         made.append(TrialConfig(model=model, optim=optim, data=data, train=train, seed=seed))

@@ -371,6 +371,17 @@ def test_conditions_are_names_of_settings(ask, written: str, problem: str):
 # exclusions
 
 
+def test_a_group_within_a_group_is_set_swept_pinned_and_excluded(ask):
+    text = "# @package _global_\n# Is it?\ndefaults:\n  - override /data: synthetic_flips\n"
+    text += "data: {seq_len: 64, synthetic: {order: 2, nesting: '${data.synthetic.order}'}}\nsweep:\n"
+    text += "  grid: {data.synthetic.vocabulary: [300, 400]}\n  exclude: ['data.synthetic.vocabulary == 400']\n"
+    plan = ask(text, "data.synthetic.flip_ppm=0,9", "data.synthetic.bytes=15000")
+    names = [f"data.synthetic.{name}" for name in ("vocabulary", "flip_ppm", "bytes", "order", "nesting", "tail_milli")]
+    assert values(plan, *names) == [(300, 0, 15_000, 2, 2, 1000), (300, 9, 15_000, 2, 2, 1000)]
+    assert {a.name for a in plan.axes} == {"data.synthetic.vocabulary", "data.synthetic.flip_ppm"}
+    assert values(ask(text), *names) == [(300, 1000, 2_000_000, 2, 2, 1000)], "the preset's"
+
+
 def test_exclude_leaves_cells_out_but_no_case(ask):
     text = block(
         "grid: {model.depth: [2, 4], optim.lr: [1e-3, 3e-3]}\n"

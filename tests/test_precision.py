@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from lone import AMONG, Lone
 from torch import Tensor, nn
 
-from stabstudy.config import OF_FAMILY, ModelConfig, OptimConfig, TrainConfig, TrialConfig
-from stabstudy.groups import PRECISIONS
+from stabstudy.config import OF_FAMILY, PRECISIONS, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training import families, stack
 from stabstudy.training.objective import IGNORE
 

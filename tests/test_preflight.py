@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stabstudy import sweep
-from stabstudy.config import FAMILIES, OF_FAMILY, DataConfig, ModelConfig, TrainConfig, TrialConfig
+from stabstudy.config import FAMILIES, OF_FAMILY, DataConfig, ModelConfig, SyntheticConfig, TrainConfig, TrialConfig
 from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import preflight as before
@@ -25,7 +25,7 @@ from stabstudy.training import families, objective, probes
 from stabstudy.training.objective import IGNORE, MINIMISED
 
 CPU = torch.device("cpu")
-DATA = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16)
+DATA = DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=16)
 TRAIN = TrainConfig(batch_size=4, eval_sequences=6, precision="bf16")
 
 

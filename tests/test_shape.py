@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import pytest
@@ -46,11 +47,14 @@ def test_a_setting_splits_packs_where_it_must_be_equal_and_nowhere_else(name: st
     """One setting is changed at a time, on the dataclasses themselves: no table of ours says how."""
     one = TrialConfig()
     group, _, key = name.rpartition(".")
-    owner = getattr(one, group) if group else one
+    owner = operator.attrgetter(group)(one) if group else one
     (field,) = [f for f in dataclasses.fields(owner) if f.name == key or f.name == name]
-    value = another(getattr(owner, field.name), field)
-    changed = dataclasses.replace(owner, **{field.name: value})
-    two = dataclasses.replace(one, **{group: changed}) if group else changed
+    changed: Any = dataclasses.replace(owner, **{field.name: another(getattr(owner, field.name), field)})
+    while group:  # from the innermost group outwards
+        outer, _, inner = group.rpartition(".")
+        changed = dataclasses.replace(operator.attrgetter(outer)(one) if outer else one, **{inner: changed})
+        group = outer
+    two = changed
     assert two != one
     expected = [name] if name in shape.EQUAL or name in ("optim.clip_kind", "train.z_loss") else []
     if name == "train.batch_size":

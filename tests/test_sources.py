@@ -699,8 +699,9 @@ def test_hub_names_are_fingerprinted_by_what_they_ask_for() -> None:
 
 def test_synthetic_is_fingerprinted_by_its_knobs_and_its_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     base = DataConfig(source="synthetic")
-    knobs = [f.name for f in dataclasses.fields(DataConfig) if f.name.startswith("synth_")]
-    turned = [dataclasses.replace(base, **{k: getattr(base, k) + 1}) for k in knobs]  # type: ignore[arg-type]
+    own = base.synthetic
+    knobs = [f.name for f in dataclasses.fields(own)]
+    turned = [dataclasses.replace(base, synthetic=dataclasses.replace(own, **{k: getattr(own, k) + 1})) for k in knobs]
     seen = {fingerprint(c) for c in (base, *turned)}
     monkeypatch.setattr(synthetic, "VERSION", synthetic.VERSION + 1)
     assert len(seen | {fingerprint(base)}) == len(knobs) + 2

@@ -107,7 +107,7 @@ def test_null_is_a_level_and_comes_last() -> None:
 
 def test_a_group_choice_stands_for_the_settings_that_follow_it(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
-    for name, data in (("pysrc", {}), ("synthetic", {"source": "synthetic", "synth_order": 2})):
+    for name, data in (("pysrc", {}), ("synthetic", {"source": "synthetic", "synthetic": {"order": 2}})):
         for length in (64, 128):
             config = planted.settings(data={**data, "seq_len": length})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name, "model": "tiny"})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_batches import corpus
 from test_tokens import small_bpe
 
-from stabstudy.config import DataConfig
+from stabstudy.config import DataConfig, SyntheticConfig
 from stabstudy.data.batches import Batches, Supply, most_tokens, supply, training_windows
 from stabstudy.data.sources import fingerprint
 from stabstudy.data.tokens import prepare
@@ -35,12 +35,12 @@ def written(source: str, folder: Path) -> DataConfig:
 
 
 SYNTHETIC: list[dict[str, Any]] = [
-    {}, {"synth_tail_milli": 0}, {"synth_tail_milli": 10_000}, {"synth_burst_permille": 1000},
-    {"synth_vocab": 2, "synth_tail_milli": 10_000}, {"synth_duplicate_permille": 1000}, {"synth_nesting": 0},
+    {}, {"tail_milli": 0}, {"tail_milli": 10_000}, {"burst_permille": 1000},
+    {"vocabulary": 2, "tail_milli": 10_000}, {"duplicate_permille": 1000}, {"nesting": 0},
 ]  # fmt: skip
 CONFIGS = [
     *({"source": s} for s in ("text", "jsonl", "lingua", "pysrc")),
-    *({"source": "synthetic", **k} for k in SYNTHETIC),
+    *({"source": "synthetic", "knobs": k} for k in SYNTHETIC),
 ]
 
 
@@ -50,7 +50,7 @@ def test_the_bound_holds_and_is_near(values: dict[str, Any], tmp_path: Path) -> 
     if source in ("text", "jsonl", "lingua"):
         config = written(source, tmp_path / "in")
     else:
-        config = DataConfig(**values, synth_bytes=60_000)
+        config = DataConfig(source, synthetic=SyntheticConfig(**{"bytes": 60_000} | values.get("knobs", {})))
     there = len(prepare(config, tmp_path / "cache").tokens)
     bound = most_tokens(config)
     assert bound is not None and there <= bound
@@ -85,7 +85,9 @@ def test_what_no_size_tells(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seq_len", "share"), [(8, 0.05), (16, 0.4), (64, 0.05)])
 def test_the_cache_knows_exactly(seq_len: int, share: float, tmp_path: Path) -> None:
-    config = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=seq_len, validation_share=share)
+    config = DataConfig(
+        source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=seq_len, validation_share=share
+    )
     name = fingerprint(config)
     before = supply(config, name, tmp_path)
     b = Batches(prepare(config, tmp_path), seq_len, 1, 0, share, 1)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stabstudy.config import DataConfig
+from stabstudy.config import SyntheticConfig
 from stabstudy.data import synthetic
 from stabstudy.data.counter import chosen, draws, key_of
 from stabstudy.data.synthetic import FRACTION, TABLE_BITS, exp2, log2, zipf_table
@@ -25,8 +25,7 @@ SIZE = 300_000
 
 def made(**knobs: Any) -> list[str]:
     """Documents of the defaults but for these knobs; of one length unless asked, which is much faster to make."""
-    settings = {"synth_bytes": SIZE, "synth_tail_milli": 0} | {f"synth_{k}": v for k, v in knobs.items()}
-    return list(synthetic.documents(DataConfig(source="synthetic", **settings)))
+    return list(synthetic.documents(SyntheticConfig(**{"bytes": SIZE, "tail_milli": 0} | knobs)))
 
 
 def words(document: str) -> list[str]:
@@ -97,7 +96,7 @@ def test_a_zipf_table_holds_each_rank_in_its_proportion(exponent: int) -> None:
 def test_the_text_is_pinned() -> None:
     defaults = {"tail_milli": 1000}
     everything_on = {
-        "vocab": 500,
+        "vocabulary": 500,
         "zipf_milli": 1100,
         "order": 2,
         "branching": 40,
@@ -131,7 +130,7 @@ def test_a_document_does_not_depend_on_how_many_are_made_at_once(monkeypatch: py
 
 def test_the_defaults_compress_like_web_text_and_take_a_second_per_megabyte_at_most() -> None:
     start = time.process_time()
-    text = "".join(synthetic.documents(DataConfig(source="synthetic"))).encode()
+    text = "".join(synthetic.documents(SyntheticConfig())).encode()
     assert time.process_time() - start < len(text) / 1e6
     ratio = len(lzma.compress(text)) / len(text)
     assert 0.27 < ratio < 0.33  # 0.294; 300 rows of C4: 0.327; the standard library's source: 0.19
@@ -142,7 +141,7 @@ def test_the_defaults_compress_like_web_text_and_take_a_second_per_megabyte_at_m
 
 @pytest.mark.parametrize("exponent", [0, 700, 1300])
 def test_zipf_is_the_exponent_of_the_word_frequencies(exponent: int) -> None:
-    text = made(vocab=50, order=0, copy_permille=0, zipf_milli=exponent)[:-1]  # the last one ends inside a word
+    text = made(vocabulary=50, order=0, copy_permille=0, zipf_milli=exponent)[:-1]  # the last one ends inside a word
     counts = Counter(itertools.chain.from_iterable(map(words, text)))
     frequencies = sorted(counts.values(), reverse=True)
     slope = np.polyfit(np.log(np.arange(1, 51)), np.log(frequencies), 1)[0]
@@ -162,13 +161,13 @@ def successors(documents: list[str], context: int) -> list[int]:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_order_is_the_number_of_words_that_choose_the_next_among_branching(order: int) -> None:
-    text = made(vocab=30, order=order, branching=3, zipf_milli=0, copy_permille=0)
+    text = made(vocabulary=30, order=order, branching=3, zipf_milli=0, copy_permille=0)
     assert max(successors(text, order)) == 3  # that much context decides
     assert max(successors(text, order - 1)) > 3  # less does not
 
 
 def test_order_zero_has_no_context() -> None:
-    text = made(vocab=30, order=0, zipf_milli=0, copy_permille=0)
+    text = made(vocabulary=30, order=0, zipf_milli=0, copy_permille=0)
     assert min(successors(text, 1)) == 30
 
 
@@ -269,4 +268,6 @@ def test_a_long_tail_stays_within_the_bounds(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("vocab", [2, 300])
 def test_vocab_is_the_number_of_distinct_words(vocab: int) -> None:
-    assert len(set(itertools.chain.from_iterable(map(words, made(vocab=vocab, order=0, zipf_milli=0)[:-1])))) == vocab
+    assert (
+        len(set(itertools.chain.from_iterable(map(words, made(vocabulary=vocab, order=0, zipf_milli=0)[:-1])))) == vocab
+    )

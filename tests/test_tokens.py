@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from stabstudy.config import DataConfig
+from stabstudy.config import DataConfig, SyntheticConfig
 from stabstudy.data import files, tokenizer, tokens
 from stabstudy.data.tokenizer import Tokenizer
 from stabstudy.data.tokens import default_cache_dir, existing_cache_dir, prepare
@@ -419,7 +419,7 @@ def build_at_once(config: DataConfig, cache: Path, barrier: Barrier, results: Qu
 
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     spawn = mp.get_context("spawn")
-    config = DataConfig(source="synthetic", synth_bytes=400_000)
+    config = DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=400_000))
     barrier, results = spawn.Barrier(4), spawn.Queue()
     workers = [spawn.Process(target=build_at_once, args=(config, tmp_path, barrier, results)) for _ in range(4)]
     for worker in workers:

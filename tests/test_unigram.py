@@ -20,7 +20,7 @@ from scipy.stats import entropy
 
 from stabstudy import config as cfg
 from stabstudy import store
-from stabstudy.config import DataConfig
+from stabstudy.config import DataConfig, SyntheticConfig
 from stabstudy.data import batches, sources, tokens
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.tokens import Corpus, prepare
@@ -43,7 +43,7 @@ def targets(b: Batches) -> list[int]:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Corpus:
-    return prepare(DataConfig(source="synthetic", synth_bytes=60_000), tmp_path)
+    return prepare(DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=60_000)), tmp_path)
 
 
 def test_it_is_the_entropy_of_what_is_trained_on(text: Corpus) -> None:
@@ -125,7 +125,7 @@ def test_an_old_cache_is_upgraded_without_its_text(text: Corpus, counts: list[in
     assert sorted(before) == ["docs.bin", "meta.json", "tokens.bin"]
     monkeypatch.setattr(tokens, "build_cache", lambda *a: pytest.fail("tokenized again"))
     first = Batches(text, 16, 4, 0, 0.2, 4).unigram_entropy
-    again = prepare(DataConfig(source="synthetic", synth_bytes=60_000), text.folder.parent.parent)
+    again = prepare(DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=60_000)), text.folder.parent.parent)
     assert Batches(again, 16, 2, 5, 0.2, 8).unigram_entropy == first, "seed, batch and evaluation do not matter"
     assert len(counts) == 1
     assert {p.name: p.stat().st_mtime_ns for p in text.folder.iterdir()} | before == {
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_written_serves_all_the_same(text: Corpus, monkey
 
 
 def test_a_rebuilt_cache_forgets_it(text: Corpus, monkeypatch: Any) -> None:
-    config = DataConfig(source="synthetic", synth_bytes=60_000)
+    config = DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=60_000))
     assert Batches(text, 16, 4, 0, 0.2, 4).unigram_entropy
     (text.folder / "meta.json").write_text("{")
     monkeypatch.setattr(tokens, "_verified", set())
@@ -207,7 +207,7 @@ def test_a_rebuilt_cache_forgets_it(text: Corpus, monkeypatch: Any) -> None:
 TRIAL = cfg.TrialConfig(
     model=cfg.ModelConfig(depth=1, dim=16, n_heads=2),
     optim=cfg.OptimConfig(warmup_steps=3),
-    data=DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16),
+    data=DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=16),
     train=cfg.TrainConfig(steps=12, batch_size=4, checkpoint_every=4, eval_sequences=6),
 )
 

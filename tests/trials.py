@@ -13,12 +13,12 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
-from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import DataConfig, ModelConfig, OptimConfig, SyntheticConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.training.driver import HostFeed
 from stabstudy.training.step import Stepper
 
-DATA = DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16)
+DATA = DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=16)
 BASE = TrialConfig(
     model=ModelConfig(depth=2, dim=16, n_heads=2),
     optim=OptimConfig(lr=3e-3, warmup_steps=3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import pandas as pd
@@ -83,10 +83,8 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
 
 
 def _setting_kind(name: str) -> str:
-    group, _, key = name.partition(".")
-    cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    hint = next(str(f.type) for f in fields(cls) if f.name == (key or group))
-    return {"str": "text"}.get(kind := hint.partition(" ")[0], kind)
+    kind = str(cfg.SETTINGS[name].type).partition(" ")[0]
+    return {"str": "text"}.get(kind, kind)
 
 
 def frame(rows: Sequence[Mapping[str, object]], kinds: Mapping[str, str]) -> pd.DataFrame:

@@ -113,7 +113,7 @@ def _fixed(study: Study) -> Iterator[tuple[str, str]]:
         return
     synthetic = "synthetic" in set(study.trials["data.source"])
     for name in setting_names():
-        hidden = name == "seed" or (name.startswith("data.synth_") and not synthetic)
+        hidden = name == "seed" or (name.startswith("data.synthetic.") and not synthetic)
         values = [] if hidden else list({plain(v): None for v in study.trials[name]})
         if len(values) == 1 and not (study.ingested and values[0] is None):
             yield name, words.level(values[0], name)

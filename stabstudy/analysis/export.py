@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from stabstudy import config as cfg
@@ -161,9 +160,8 @@ def _threshold(s: Settings, off: float) -> float:
 
 def _peak(s: Settings) -> float:
     """The learning rate after `optim.lr_rule`, which other trainers do not have."""
-    nested = {group: {f.name: s[f"{group}.{f.name}"] for f in fields(cls)} for group, cls in cfg.GROUPS.items()}
-    nested["optim"]["warmup_share"] = None  # what it comes to stands in warmup_steps
-    return cfg.stored(nested).peak_lr
+    optim = cfg.OptimConfig(lr=s["optim.lr"], lr_rule=s["optim.lr_rule"], base_batch=s["optim.base_batch"])
+    return cfg.TrialConfig(optim=optim, train=cfg.TrainConfig(batch_size=s["train.batch_size"])).peak_lr
 
 
 def _coupled(s: Settings) -> float:

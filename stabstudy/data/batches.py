@@ -349,7 +349,8 @@ def _pysrc(config: DataConfig) -> int:
 
 def _synthetic(config: DataConfig) -> int:
     shortest = 3 * SHORTEST  # bytes of a document: words of two letters and more, each with a separator
-    return config.synth_bytes + MARKS * (config.synth_bytes // shortest + 1)
+    size = config.synthetic.bytes
+    return size + MARKS * (size // shortest + 1)
 
 
 def _text(config: DataConfig) -> int:

@@ -11,7 +11,7 @@ the stream: it is read once, in its order, into the token cache.
 The sources of text: the documents of each, its fingerprint, its size, and whether it can be used.
 
     pysrc       the Python standard library's source text (the default: real text without a download)
-    synthetic   made from integers; knobs synth_*
+    synthetic   made from integers; knobs data.synthetic.*
     text        a .txt file, or a folder of them; one document per file
     jsonl       {"text": ...} per line, also .gz .zst .zstd; a file or a folder
     parquet     one text column; a file or a folder
@@ -29,16 +29,17 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stabstudy.config import DataConfig
+from stabstudy.config import FORMER_NAMES, DataConfig
 from stabstudy.data import files, rows, synthetic, tokenizer
 from stabstudy.data.files import Memory
 from stabstudy.data.rows import RowCount, text_or_reason
-from stabstudy.settings import DataError
+from stabstudy.settings import DataError, renamed
 from stabstudy.wording import first_line
 
 # Tests are stripped by some distributions; the rest is not the library's or is written by each machine's own build.
@@ -216,7 +217,7 @@ def _everything(config: DataConfig, count: RowCount) -> Iterator[str]:
         case "pysrc":
             yield from python_documents()
         case "synthetic":
-            yield from synthetic.documents(config)
+            yield from synthetic.documents(config.synthetic)
         case "hf":
             yield from hub_documents(config, count)
         case _:
@@ -229,8 +230,9 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
         case "pysrc":
             return {"content": python_digest()}
         case "synthetic":
-            knobs = {k: v for k, v in vars(config).items() if k.startswith("synth_")}
-            return knobs | {"generator": synthetic.VERSION}
+            knobs = {f"data.synthetic.{name}": value for name, value in asdict(config.synthetic).items()}
+            former = {name.removeprefix("data."): value for name, value in renamed(knobs, FORMER_NAMES).items()}
+            return former | {"generator": synthetic.VERSION}
         case "hf":
             return hub_identity(config, memory)
         case "jsonl" | "parquet":

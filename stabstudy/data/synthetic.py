@@ -8,7 +8,7 @@ Random bytes are 7-bit, so that noisy text is still ASCII and reads the same und
 
 Synthetic text from integers alone: the same bytes on every machine, one knob per mechanism.
 
-A document is a Markov chain of words: the last `synth_order` words choose `synth_branching` successors (by a hash, so
+A document is a Markov chain of words: the last `order` words choose `branching` successors (by a hash, so
 no table of them exists), a Zipf law chooses among these. Over that lie copies of earlier stretches and nested brackets;
 `noise` comes last. Each mechanism draws from a stream of its own, so turning one knob leaves the others' choices in
 place, and two cells of a sweep differ by that mechanism only.
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.config import DataConfig
+from stabstudy.config import SyntheticConfig
 from stabstudy.data.counter import GOLDEN, U64, chosen, draws, key_of, mix64
 
 Int = NDArray[np.int64]
@@ -79,7 +79,7 @@ def exp2(x: Int) -> Int:
 Bytes = NDArray[np.uint8]
 
 
-def add_noise(config: DataConfig, index: U64, text: Bytes, ends: Int) -> list[bytes]:
+def add_noise(config: SyntheticConfig, index: U64, text: Bytes, ends: Int) -> list[bytes]:
     """The documents `index`, whose clean text lies one behind the other in `text` (changed in place)."""
     sizes = np.diff(ends, prepend=0)
     starts = ends - sizes
@@ -97,9 +97,9 @@ def noise_stream(name: str, index: U64) -> U64:
     return draws(np.uint64(key_of(*name.encode())), index)
 
 
-def _permute_letters(config: DataConfig, index: U64, text: Bytes, starts: Int, ends: Int) -> None:
+def _permute_letters(config: SyntheticConfig, index: U64, text: Bytes, starts: Int, ends: Int) -> None:
     """Whole documents in an alphabet of their own: a substitution cipher of a-z."""
-    for d in np.flatnonzero(chosen(noise_stream("alphabet", index), config.synth_alphabet_permille, 1000)):
+    for d in np.flatnonzero(chosen(noise_stream("alphabet", index), config.alphabet_permille, 1000)):
         key = noise_stream("letters", index[d : d + 1])
         cipher = np.arange(256, dtype=np.uint8)
         cipher[ord("a") : ord("z") + 1] = ord("a") + np.argsort(
@@ -108,24 +108,24 @@ def _permute_letters(config: DataConfig, index: U64, text: Bytes, starts: Int, e
         text[starts[d] : ends[d]] = cipher[text[starts[d] : ends[d]]]
 
 
-def _burst(config: DataConfig, text: Bytes, owner: U64, place: U64) -> None:
+def _burst(config: SyntheticConfig, text: Bytes, owner: U64, place: U64) -> None:
     """Whole documents of random bytes."""
-    hit = chosen(noise_stream("burst", owner), config.synth_burst_permille, 1000)
+    hit = chosen(noise_stream("burst", owner), config.burst_permille, 1000)
     text[hit] = draws(noise_stream("burst bytes", owner[hit]), place[hit]) >> np.uint64(57)
 
 
-def _flip(config: DataConfig, text: Bytes, owner: U64, place: U64) -> None:
+def _flip(config: SyntheticConfig, text: Bytes, owner: U64, place: U64) -> None:
     """Single bytes replaced by random ones (one in 128 of which is the old one)."""
-    if config.synth_flip_ppm:
+    if config.flip_ppm:
         draw = draws(noise_stream("flip", owner), place)
-        hit = chosen(draw, config.synth_flip_ppm, 1_000_000)
+        hit = chosen(draw, config.flip_ppm, 1_000_000)
         text[hit] = draw[hit] & np.uint64(127)
 
 
-def _repeats(config: DataConfig, index: U64) -> list[int]:
+def _repeats(config: SyntheticConfig, index: U64) -> list[int]:
     """For each document of the block, the one whose text it has: itself, or an earlier one."""
     draw = noise_stream("duplicate", index)
-    repeats = chosen(draw, config.synth_duplicate_permille, 1000)
+    repeats = chosen(draw, config.duplicate_permille, 1000)
     source: list[int] = []
     for d, pick in enumerate(draw.tolist()):
         source.append(source[pick % d] if d and repeats[d] else d)
@@ -158,9 +158,9 @@ class _Tables:
     piece_start: Int  # [pieces + 1]
 
 
-def documents(config: DataConfig) -> Iterator[str]:
-    """Documents of together exactly `synth_bytes` bytes; the last one is cut to fit."""
-    tables, left, first = _tables(config), config.synth_bytes, 0
+def documents(config: SyntheticConfig) -> Iterator[str]:
+    """Documents of together exactly `bytes` bytes; the last one is cut to fit."""
+    tables, left, first = _tables(config), config.bytes, 0
     while left > 0:
         for document in _block(config, tables, first):
             if left > 0:
@@ -169,7 +169,7 @@ def documents(config: DataConfig) -> Iterator[str]:
         first += BLOCK
 
 
-def _block(config: DataConfig, tables: _Tables, first: int) -> list[bytes]:
+def _block(config: SyntheticConfig, tables: _Tables, first: int) -> list[bytes]:
     """Documents first .. first+BLOCK-1. Each depends on its index alone, a duplicate also on its block."""
     index = np.arange(first, first + BLOCK, dtype=np.uint64)
     lengths = _lengths(config, index)
@@ -181,24 +181,24 @@ def _block(config: DataConfig, tables: _Tables, first: int) -> list[bytes]:
     return add_noise(config, index, text, ends)
 
 
-def _lengths(config: DataConfig, index: U64) -> Int:
+def _lengths(config: SyntheticConfig, index: U64) -> Int:
     """Words per document: log2 is 8 plus a near-normal deviate (a sum of four uniforms) times the tail knob."""
     draw = _stream("length", index)
     uniforms = np.stack([draw >> np.uint64(16 * i) & np.uint64(0xFFFF) for i in range(4)]).astype(np.int64)
     deviation = (uniforms.sum(axis=0) - 2 * 0xFFFF) * 113_511  # 2^32 / (2^16 * sqrt(4/12)): 1 sd is 2^32
-    log2_words = (MEDIAN_LOG2_WORDS << FRACTION) + deviation * config.synth_tail_milli // 1000
+    log2_words = (MEDIAN_LOG2_WORDS << FRACTION) + deviation * config.tail_milli // 1000
     return np.clip(exp2(np.minimum(log2_words, 30 << FRACTION)), SHORTEST, LONGEST)
 
 
-def _words(config: DataConfig, tables: _Tables, index: U64, lengths: Int) -> Int:
+def _words(config: SyntheticConfig, tables: _Tables, index: U64, lengths: Int) -> Int:
     """Word numbers [longest, documents]; documents in falling order of length."""
     choice = draws(_stream("word", index), np.arange(lengths[0], dtype=np.uint64)[:, None])
     branch = tables.branch[choice >> np.uint64(64 - TABLE_BITS)].astype(np.uint64)
     source = _copies(config, index, lengths)
     words, context = np.zeros(branch.shape, np.int64), np.zeros(len(index), np.uint64)
-    remembered = np.uint64((1 << 17 * config.synth_order) - 1)  # 17 bits a word: 0 stands for "before the start"
+    remembered = np.uint64((1 << 17 * config.order) - 1)  # 17 bits a word: 0 stands for "before the start"
     for t, live in enumerate(_live(lengths)):
-        seen = context[:live] * np.uint64(GOLDEN) + branch[t, :live] if config.synth_order else choice[t, :live]
+        seen = context[:live] * np.uint64(GOLDEN) + branch[t, :live] if config.order else choice[t, :live]
         fresh = tables.word[mix64(seen) >> np.uint64(64 - TABLE_BITS)]
         copied = words[np.maximum(source[t, :live], 0), np.arange(live)]
         words[t, :live] = np.where(source[t, :live] >= 0, copied, fresh)
@@ -206,20 +206,20 @@ def _words(config: DataConfig, tables: _Tables, index: U64, lengths: Int) -> Int
     return words
 
 
-def _copies(config: DataConfig, index: U64, lengths: Int) -> Int:
+def _copies(config: SyntheticConfig, index: U64, lengths: Int) -> Int:
     """For each word the earlier position that it repeats, or -1. A copy is 4 to 19 words, unless a new one starts."""
     time = np.arange(lengths[0], dtype=np.int64)[:, None]
     draw = draws(_stream("copy", index), time.astype(np.uint64))
     run = 4 + (draw & np.uint64(15)).astype(np.int64)
     source = (draw >> np.uint64(4) & np.uint64(0xFFFFFF)).astype(np.int64) * time >> 24  # uniform in [0, time)
-    begins = chosen(draw, config.synth_copy_permille, 1000) & (time > 0)
+    begins = chosen(draw, config.copy_permille, 1000) & (time > 0)
     begin = np.maximum.accumulate(np.where(begins, time, -1), axis=0)  # of the copy that could still be going on
     since, start = time - begin, np.maximum(begin, 0)
     going_on = (begin >= 0) & (since < np.take_along_axis(run, start, axis=0))
     return np.where(going_on, np.take_along_axis(source, start, axis=0) + since, -1)
 
 
-def _brackets(config: DataConfig, index: U64, lengths: Int) -> Int:
+def _brackets(config: SyntheticConfig, index: U64, lengths: Int) -> Int:
     """For each word a bracket piece, or 0: opened before it or closed behind it, well nested, all closed at the end."""
     draw = draws(_stream("bracket", index), np.arange(lengths[0], dtype=np.uint64)[:, None])
     wish, kind = (draw >> np.uint64(56)).astype(np.int64), (draw & np.uint64(3)).astype(np.int64)
@@ -227,7 +227,7 @@ def _brackets(config: DataConfig, index: U64, lengths: Int) -> Int:
     for t, live in enumerate(_live(lengths)):
         d, s, left = depth[:live], stack[:live], lengths[:live] - t  # left: words to come, this one included
         closes = (d > 0) & ((wish[t, :live] >= 208) | (left <= d))
-        opens = ~closes & (wish[t, :live] < 12) & (d < config.synth_nesting) & (left > d + 1)
+        opens = ~closes & (wish[t, :live] < 12) & (d < config.nesting) & (left > d + 1)
         found[t, :live] = opens * (_OPEN + kind[t, :live]) + closes * (_CLOSE + (s & 3))
         stack[:live] = np.where(opens, s << 2 | kind[t, :live], s >> 2 * closes)
         depth[:live] += opens.astype(np.int64) - closes
@@ -261,11 +261,11 @@ def _stream(name: str, index: U64) -> U64:
     return noise_stream(f"text {VERSION} {name}", index)
 
 
-def _tables(config: DataConfig) -> _Tables:
-    pieces = ["", *_SEPARATORS, *_BRACKETS, *_lexicon(config.synth_vocab)]
+def _tables(config: SyntheticConfig) -> _Tables:
+    pieces = ["", *_SEPARATORS, *_BRACKETS, *_lexicon(config.vocabulary)]
     return _Tables(
-        word=zipf_table(config.synth_vocab, config.synth_zipf_milli),
-        branch=zipf_table(config.synth_branching, config.synth_zipf_milli),
+        word=zipf_table(config.vocabulary, config.zipf_milli),
+        branch=zipf_table(config.branching, config.zipf_milli),
         pieces=np.frombuffer("".join(pieces).encode("ascii"), np.uint8),
         piece_start=np.cumsum([0, *map(len, pieces)]),
     )

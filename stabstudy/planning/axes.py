@@ -7,7 +7,6 @@ command line leaves the cases as they are: they are cells of their own, not part
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +15,14 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy.config import GROUPS, TrialConfig, setting_names
+from stabstudy.config import CURRENT_NAMES, GROUPS, SETTINGS, setting_names
 from stabstudy.planning import compose
 from stabstudy.settings import Issues, nearest
 
 MAX_VALUES = 10_000
 """Of one axis; a longer one is a typing error, and must not be enumerated to find out."""
 
-MAX_SEED = next(f for f in dataclasses.fields(TrialConfig) if f.name == "seed").metadata["le"]
+MAX_SEED = SETTINGS["seed"].metadata["le"]
 
 
 EXCLUSIVE = {"optim.warmup_steps": "optim.warmup_share", "optim.warmup_share": "optim.warmup_steps"}
@@ -60,11 +59,13 @@ def check_name(name: str, origin: str, issues: Issues) -> bool:
 
 def suggestion(name: str, others: Sequence[str] = ()) -> str:
     """' (did you mean optim.lr?)' for a misspelt setting: the same key in another group, else the nearest names."""
+    if name in CURRENT_NAMES:
+        return f" (did you mean {CURRENT_NAMES[name]}?)"
     key = name.rpartition(".")[2]
     same_key = [known for known in setting_names() if known.rpartition(".")[2] == key]
     if same_key:
         return f" (did you mean {', '.join(same_key)}?)"
-    return nearest(name, [*setting_names(), *GROUPS, *others]) or " (every setting: conf/ and stabstudy/groups.py)"
+    return nearest(name, [*setting_names(), *GROUPS, *others]) or " (every setting: conf/ and stabstudy/config.py)"
 
 
 def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, issues: Issues) -> list[Chosen]:
@@ -123,9 +124,7 @@ def as_setting(name: str, value: Any) -> Any:
 
 def kind(name: str) -> str:
     """The declared type of a setting: int, float, bool or str; 'preset' for a group."""
-    group, _, key = name.partition(".")
-    types = {f.name: str(f.type) for f in dataclasses.fields(GROUPS[group])} if group in GROUPS else {}
-    return types[key].split(" |")[0] if key in types else "int" if name == "seed" else "preset"
+    return str(SETTINGS[name].type).split(" |")[0] if name in SETTINGS else "preset"
 
 
 def _spaced(name: str, written: dict[Any, Any], origin: str, issues: Issues) -> list[float] | None:

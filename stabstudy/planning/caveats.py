@@ -134,7 +134,7 @@ def _mixed_decay(configs: Sequence[TrialConfig]) -> Iterator[str]:
 def _text(data: DataConfig) -> str:
     """The name of a text: its path, or its source, and how much of it is read where the settings limit it."""
     name = " ".join(filter(None, (data.path, data.hub_config))) or data.source
-    size = data.max_bytes or (data.synth_bytes if data.source == "synthetic" else None)
+    size = data.max_bytes or (data.synthetic.bytes if data.source == "synthetic" else None)
     return name if size is None else f"{name} ({wording.amount(size)}B)"
 
 

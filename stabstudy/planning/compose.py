@@ -29,7 +29,7 @@ import stabstudy
 from stabstudy import disk, store
 from stabstudy.config import GROUPS
 from stabstudy.planning.document import Document, check
-from stabstudy.settings import ConfigError, Problem, nearest
+from stabstudy.settings import ConfigError, Problem, nearest, put
 from stabstudy.wording import first_line
 
 HEAD = 64 * 1024
@@ -184,10 +184,7 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
     """
     nested = copy.deepcopy(values)
     for name, value in settings.items():
-        group, _, key = name.rpartition(".")
-        target = nested.setdefault(group, {}) if group else nested
-        if isinstance(target, dict):  # else the file put a scalar where a group belongs, which is reported as that
-            target[key] = value
+        put(nested, name, value)  # a file's scalar where a group belongs stays, and is reported as that
     texts = list(_interpolations(nested))
     parts = {k: v for k, v in nested.items() if any(k in text for text in texts) or any(_interpolations(v))}
     try:
@@ -201,9 +198,10 @@ def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
 
 def follows(base: Base, setting: str) -> bool:
     """Whether the files give the setting as a reference to another one."""
-    group, _, key = setting.rpartition(".")
-    values = base.values.get(group, {}) if group else base.values
-    return isinstance(values, dict) and any(_interpolations(values.get(key)))
+    value: Any = base.values
+    for key in setting.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return any(_interpolations(value))
 
 
 def missing(nested: Nested, prefix: str = "") -> list[str]:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 from stabstudy import disk as entries
 from stabstudy import store, trace
-from stabstudy.config import TrialConfig
-from stabstudy.groups import OPTIMIZERS
+from stabstudy.config import OPTIMIZERS, TrialConfig
 from stabstudy.planning import compute
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import Problem

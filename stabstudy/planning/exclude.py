@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.config import GROUPS, setting_names
+from stabstudy.config import CURRENT_NAMES, GROUPS, setting_names
 from stabstudy.settings import ConfigError, Problem, nearest
 
 MAX_LENGTH = 500
@@ -89,6 +89,8 @@ def _check(node: ast.expr, text: str, names: set[str], problems: list[Problem]) 
 
 
 def _near(dotted: str) -> str:
+    if dotted in CURRENT_NAMES:
+        return f" (did you mean {CURRENT_NAMES[dotted]}?)"
     known = known_names()
     same_key = [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
     return f" (did you mean {', '.join(same_key)}?)" if same_key else nearest(dotted, known)

@@ -24,7 +24,7 @@ from stabstudy import store
 from stabstudy.config import GROUPS, from_dict, setting_names
 from stabstudy.planning import axes, compose, compute, document
 from stabstudy.planning.axes import Choices, Chosen
-from stabstudy.settings import ConfigError, Issues, Problem, read_group, setting
+from stabstudy.settings import ConfigError, Issues, Problem, put, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
 """What is trained where no sweep is named and no setting of a trial is given."""
@@ -223,10 +223,11 @@ def _unreadable(argument: str) -> Problem:
         return Problem(name, "is not an override: write KEY=VALUE, or see --help for the flags", repr(argument))
     if name == "study":
         return Problem(name, store.check_name(text) or "must be quoted", repr(text))
-    group, _, key = name.rpartition(".")
     if name in setting_names() and axes.kind(name) != "str":
         try:
-            from_dict({group: {key: text}} if group else {key: text})
+            nested: dict[str, Any] = {}
+            put(nested, name, text)
+            from_dict(nested)
         except ConfigError as error:
             return error.problems[0]
     quote = "quote a value that holds any of ~ , = { } [ ] ( ) ' \" or a space at its end, as \"KEY='VALUE'\""

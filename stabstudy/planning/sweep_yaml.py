@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
 from stabstudy import disk, store
-from stabstudy.config import DataConfig
+from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.planning.document import UNREADABLE
 from stabstudy.planning.sweepfile import PRIMARY
-from stabstudy.settings import ConfigError, Issues, Problem
+from stabstudy.settings import ConfigError, Issues, Problem, renamed
 
 HEADER = "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
@@ -103,6 +102,7 @@ def changes(before: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     was, now = before.get("settings"), body["settings"]
     if not isinstance(was, dict):
         return []
+    was = renamed(was, cfg.CURRENT_NAMES)
     differing = [k for k in now if k in was and was[k] != now[k]]
     return [f"{k}: {now[k]!r} now, {was[k]!r} in the launch before; the study holds trials of both" for k in differing]
 
@@ -119,7 +119,14 @@ def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str]
 def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     written = before.get("data")
     listed = written if isinstance(written, list) else []
-    return [r for r in listed if isinstance(r, dict) and "fingerprint" in r and _is_flat(r.get("settings"))]
+    kept = [r for r in listed if isinstance(r, dict) and "fingerprint" in r and _is_flat(r.get("settings"))]
+    return [r | {"settings": _current(r["settings"])} for r in kept]
+
+
+def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the data by their names below `data`, which an older version may have written."""
+    named = renamed({f"data.{k}": v for k, v in settings.items()}, cfg.CURRENT_NAMES)
+    return {k.removeprefix("data."): v for k, v in named.items()}
 
 
 def _is_flat(settings: Any) -> bool:
@@ -127,8 +134,9 @@ def _is_flat(settings: Any) -> bool:
 
 
 def _differing(data: DataConfig) -> dict[str, Any]:
-    default = asdict(DataConfig())
-    return {"source": data.source, **{k: v for k, v in asdict(data).items() if v != default[k]}}
+    values, default = (cfg.flat(TrialConfig(data=d)) for d in (data, DataConfig()))
+    differing = {k.removeprefix("data."): v for k, v in values.items() if v != default[k]}
+    return {"source": data.source, **differing}
 
 
 def _key(settings: Mapping[str, Any]) -> str:

@@ -84,15 +84,22 @@ def _check_shape(doc: Document, loader: ConfigLoader) -> None:
         if key in doc.content:
             issues.refuse(key, rule, origin=doc.where(key))
     for group in compose.PRESET_GROUPS:
-        for name, value in _mapping(doc.content.get(group, {}), group, doc, issues).items():
-            if isinstance(value, dict | list):
-                issues.refuse(f"{group}.{name}", "must be one value", repr(value), doc.where(f"{group}.{name}"))
+        _check_values(_mapping(doc.content.get(group, {}), group, doc, issues), group, doc, issues)
     entries = doc.content.get("defaults", [])
     for entry in entries if isinstance(entries, list) else [entries]:
         problem = _default_problem(entry, loader)
         if problem:
             issues.take([problem], doc.where("defaults"))
     issues.stop()
+
+
+def _check_values(values: dict[str, Any], group: str, doc: Document, issues: Issues) -> None:
+    for key, value in values.items():
+        name = f"{group}.{key}"
+        if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in setting_names()):
+            _check_values(value, name, doc, issues)
+        elif isinstance(value, dict | list):
+            issues.refuse(name, "must be one value", repr(value), doc.where(name))
 
 
 def _default_problem(entry: Any, loader: ConfigLoader) -> Problem | None:

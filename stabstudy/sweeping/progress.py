@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from stabstudy import disk, live, locks, store, trace, wording
-from stabstudy.settings import safe
+from stabstudy.config import CURRENT_NAMES
+from stabstudy.settings import renamed, renamed_below, safe
 from stabstudy.store import State, TrialFolder
 from stabstudy.wording import count, duration, short_value
 
@@ -207,7 +208,7 @@ def _axes(study: store.StudyFolder) -> list[str]:
         axes = store.read_sealed(study.provenance_file).get("axes")
     except store.StoreError:
         return []
-    return list(axes) if isinstance(axes, dict) else []
+    return list(renamed(axes, CURRENT_NAMES)) if isinstance(axes, dict) else []
 
 
 def _found(folder: TrialFolder) -> Listed:
@@ -224,7 +225,10 @@ def _found(folder: TrialFolder) -> Listed:
         said = {}
     settings, choices = said.get("config"), said.get("choices")
     return Listed(
-        folder, state, settings if isinstance(settings, dict) else {}, choices if isinstance(choices, dict) else {}
+        folder,
+        state,
+        renamed_below(settings, CURRENT_NAMES) if isinstance(settings, dict) else {},
+        choices if isinstance(choices, dict) else {},
     )
 
 

@@ -18,8 +18,8 @@ sweep:
     optim.lr: [1e-3, 1e-2, 1e-1]
     optim.clip: [1.0, null]
 """
-TINY = ["sweep=check", "data=synthetic", "data.synth_bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
-        "model.depth=2", "train.batch_size=4", "optim.warmup_steps=3",
+TINY = ["sweep=check", "data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16", "model.dim=16",
+        "model.n_heads=2", "model.depth=2", "train.batch_size=4", "optim.warmup_steps=3",
         "train.eval_sequences=8", "study=check"]  # fmt: skip
 
 

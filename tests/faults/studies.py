@@ -10,13 +10,13 @@ from faults import children
 from faults.killer import Child
 from stabstudy import config as cfg
 from stabstudy import store
-from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.config import DataConfig, ModelConfig, OptimConfig, SyntheticConfig, TrainConfig, TrialConfig
 from stabstudy.data import sources
 
 BASE = TrialConfig(
     model=ModelConfig(depth=2, dim=16, n_heads=2),
     optim=OptimConfig(lr=3e-3, warmup_steps=3),
-    data=DataConfig(source="synthetic", synth_bytes=40_000, seq_len=16),
+    data=DataConfig(source="synthetic", synthetic=SyntheticConfig(bytes=40_000), seq_len=16),
     train=TrainConfig(steps=60, batch_size=4, probe_every=7, eval_every=20, checkpoint_every=9, eval_sequences=6),
 )
 LR, CLIPS, SEEDS = (1e-3, 1e-2, 0.1, 3.0), (1.0, None), (0, 1, 2)
