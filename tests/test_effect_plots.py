@@ -11,9 +11,9 @@ import planted
 import pytest
 
 from stabstudy.analysis import axis_figures, curve_plots, effect_plots, style, words
-from stabstudy.analysis.blocks import Absent
 from stabstudy.analysis.effect_figures import figures
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.elements import Absent
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 

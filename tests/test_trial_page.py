@@ -14,9 +14,10 @@ import planted
 import pytest
 from test_page import PAYLOADS, Page, _bytes, read
 
-from stabstudy.analysis import links, trial_page, trial_tables, words
+from stabstudy.analysis import words
 from stabstudy.analysis.levels import plain
-from stabstudy.analysis.sentences import REASONS
+from stabstudy.analysis.report import links, trial_page, trial_tables
+from stabstudy.analysis.report.findings import REASONS
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.stability.explain import DIVERGED

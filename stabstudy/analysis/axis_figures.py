@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.levels import Level, at_level
 from stabstudy.analysis.study import Study

@@ -11,15 +11,15 @@ from stabstudy.analysis import (
     map_figures,
     norm_figures,
     plots,
-    runs,
     style,
     trace_figures,
     words,
 )
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.levels import Level
+from stabstudy.analysis.report import runs_page as runs
 from stabstudy.analysis.study import Study
 
 CURVES = (

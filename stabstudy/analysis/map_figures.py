@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import map_plots, plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, at_levels, level_texts, pooled
 from stabstudy.analysis.levels import Level, split

@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import batches, compare, importance, ingested, rates, sensitivity, survival, words
+from stabstudy.analysis import compare, external_runs, importance, rates, sensitivity, shared_batches, survival, words
 from stabstudy.analysis.columns import frame, spike_kinds, trial_kinds
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
@@ -66,7 +66,7 @@ class Study:
         groups = ["study", *dict.fromkeys(g for tables in each.values() for g in tables.groups)]
         trials = [row | _named(name, row) for name, tables in each.items() for row in tables.trials]
         spikes = [row | _named(name, row) for name, tables in each.items() for row in tables.spikes]
-        ratios = batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
+        ratios = shared_batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
         whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes, ratios))
         whole._parts = dict(zip(names, studies, strict=True))
         varied = dict.fromkeys(axis for study in studies for axis in study.axes)
@@ -152,7 +152,7 @@ class Study:
         if rows is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         log = self.log(trial_id)
-        return rows if log is None else ingested.in_source_steps(rows, log)
+        return rows if log is None else external_runs.in_source_steps(rows, log)
 
     def batch(self, trial_id: str, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
         """What a step of a trial read: a row per sequence, with its first `document`, how many it touches, its `text`.
@@ -283,23 +283,23 @@ class Study:
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by, list(self.grid.axes))
 
-    def batch_share(self) -> batches.BatchShare:
-        """How much of the roughness of the gradient norm is the batch; see `batches.batch_share`.
+    def batch_share(self) -> shared_batches.BatchShare:
+        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`.
 
         Example:
             share = study.batch_share()
             share.reason or (share.share, share.same, share.same_pairs, share.other, share.other_pairs)
         """
-        return batches.batch_share(self.tables.trials, self.tables.ratios)
+        return shared_batches.batch_share(self.tables.trials, self.tables.ratios)
 
     def batch_effects(self) -> pd.DataFrame:
-        """How high each batch lifts the norms of the trials that read it, highest first; see `batches.batch_effects`.
+        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`).
 
         Example:
             highest = study.batch_effects().iloc[0]
             study.batch(highest["trial_id"], highest["step"])  # its text
         """
-        return batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
+        return shared_batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`."""

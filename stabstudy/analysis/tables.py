@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from stabstudy import config as cfg
 from stabstudy import entries, failpoints, trace
-from stabstudy.analysis import ingested
-from stabstudy.analysis.batches import Ratios, mark
+from stabstudy.analysis import external_runs
 from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis.shared_batches import Ratios, mark
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.leftovers import sweep_abandoned
@@ -79,7 +79,7 @@ class _Trial:
     @property
     def rows_planned(self) -> int:
         planned: int = self.settings["train.steps"]
-        return planned if self.log is None else ingested.rows_planned(self.log, self.state)
+        return planned if self.log is None else external_runs.rows_planned(self.log, self.state)
 
 
 def read_tables(folder: StudyFolder) -> Tables:
@@ -110,10 +110,10 @@ def read_tables(folder: StudyFolder) -> Tables:
         computed += kept is None
     groups = [g for g in cfg.GROUPS if any(g in _choices(t.body) for t in trials)]
     logs = {t.folder.trial_id: t.log for t in trials if t.log is not None}
-    external = ingested.differing(logs.values())
+    external = external_runs.differing(logs.values())
     for row in rows:
         if log := logs.get(row["trial_id"]):
-            row |= {column: ingested.other(log, column, kind) for column, kind in external.items()}
+            row |= {column: external_runs.other(log, column, kind) for column, kind in external.items()}
     ratios = Ratios(functools.partial(_norm, folder), rules)
     mark(rows, spikes, ratios)
     return Tables(rules, groups, rows, spikes, ratios, sorted(damaged, key=lambda d: d.trial_id), computed, external)
@@ -182,7 +182,7 @@ def _open(folder: TrialFolder) -> _Trial:
     state = folder.read_state()
     if own is None:
         assert log is not None
-        return _Trial(folder, None, ingested.settings(log), body, state, log)
+        return _Trial(folder, None, external_runs.settings(log), body, state, log)
     return _Trial(folder, own, cfg.flat(own), body, state, None)
 
 
@@ -217,9 +217,9 @@ def _judge(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
         summary = judge_trial(rows, probes, Source(t.config, t.state), rules)
     else:
         assert t.log is not None
-        summary = summarise(rows, probes, ingested.facts(t.log, t.state, rows), rules)
+        summary = summarise(rows, probes, external_runs.facts(t.log, t.state, rows), rules)
         if t.settings["optim.warmup_steps"] is None:
-            ingested.unknown_warmup(summary.columns, summary.spikes)
+            external_runs.unknown_warmup(summary.columns, summary.spikes)
     notes = [r.note for r in (record, probes) if r is not None and r.note]
     return _row(t, summary, "; ".join(notes) or None)
 

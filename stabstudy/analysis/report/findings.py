@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, recipe, runs, words
-from stabstudy.analysis.blocks import Finding
+from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.effects import claims, simple_effects
+from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
+from stabstudy.analysis.report import runs_page
 from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
@@ -71,7 +72,7 @@ def findings(study: Study) -> list[Finding]:
     if not (study.trials["state"] == "done").any():
         return []
     if study.ingested:
-        return [runs.findings(study)]
+        return [runs_page.findings(study)]
     answers = (
         Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study))),
@@ -83,7 +84,7 @@ def findings(study: Study) -> list[Finding]:
 def warnings(study: Study) -> list[str]:
     """What limits the numbers."""
     if study.ingested:
-        return [*_missing(study), *runs.warnings(study)]
+        return [*_missing(study), *runs_page.warnings(study)]
     return [*_missing(study), *_incomparable(study), *_few(study)]
 
 

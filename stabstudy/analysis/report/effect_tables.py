@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import runs, sentences, words
-from stabstudy.analysis.blocks import Block, Table, Text
-from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis import words
 from stabstudy.analysis.effects import CLEAR, claims, contrasts, interactions
+from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
+from stabstudy.analysis.report import findings, runs_page
+from stabstudy.analysis.report.cell_tables import interval, value
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
 
@@ -25,7 +26,7 @@ METHOD = (
 def effect_blocks(study: Study) -> Iterator[Block]:
     """The section: the table of `effects.claims`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
-        yield Text(runs.NO_PAIRS)
+        yield Text(runs_page.NO_PAIRS)
         return
     rows = records(claims(*study.tested())) if study.grid.axes else []
     if not rows:
@@ -63,7 +64,7 @@ def _effect(row: Row) -> tuple[str, ...]:
         words.label(row["axis"]),
         _step(row["axis"], row) if known else words.NOTHING,
         COLUMNS[row["metric"]].label,
-        sentences.change(row) if known else words.NOTHING,
+        findings.change(row) if known else words.NOTHING,
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
         reading(row),
@@ -80,7 +81,7 @@ def _contrasts(study: Study) -> Iterator[Block]:
             words.level(r["level"], r["axis"]),
             words.level(r["best"], r["axis"]),
             COLUMNS[r["metric"]].label,
-            sentences.change(r),
+            findings.change(r),
             words.number(r["p_holm"], 2),
         )
         for r in records(contrasts(*study.tested()))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Table, Text
+from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 from stabstudy import entries
-from stabstudy.analysis import csv_files, render, trial_page
-from stabstudy.analysis.blocks import Report
-from stabstudy.analysis.links import TRIALS
-from stabstudy.analysis.markdown import markdown
+from stabstudy.analysis.elements import Report
+from stabstudy.analysis.report import csv_files, html, trial_page
+from stabstudy.analysis.report.links import TRIALS
+from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.workers import spread
 from stabstudy.leftovers import sweep_abandoned
@@ -47,7 +47,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "cells.csv", csv_files.of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", render.index(report))
+    write_text(folder / "index.html", html.index(report))
     return folder / "index.html"
 
 
@@ -77,11 +77,11 @@ def _pages(study: Study, trials: Set[str], drawn: Set[str], folder: Path, ids: S
         file = folder / f"{trial_id}.html"
         names.append(file.name)
         if trial_id in drawn:
-            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), render.trial(page, ""))
+            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), html.trial(page, ""))
             if source.encode() not in _start(file):
-                write_text(file, render.trial(trial_page.with_figures(study, page), source))
+                write_text(file, html.trial(trial_page.with_figures(study, page), source))
         else:
-            text = render.trial(page, "")
+            text = html.trial(page, "")
             if not file.exists() or file.read_bytes() != text.encode():
                 write_text(file, text)
     return names

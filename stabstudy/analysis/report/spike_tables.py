@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Table, Text
+from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.rules import Rules

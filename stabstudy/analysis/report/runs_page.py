@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Finding, Table, Text
+from stabstudy.analysis.elements import Block, Finding, Table, Text
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.study import Study
 from stabstudy.external import FORMATS, ExternalLog

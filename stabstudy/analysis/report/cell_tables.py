@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Table
+from stabstudy.analysis.elements import Table
 from stabstudy.analysis.levels import records
+from stabstudy.analysis.report.trial_tables import rule
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.trial_tables import rule
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 

@@ -9,24 +9,23 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 
-from stabstudy.analysis import (
+from stabstudy.analysis import recipe, words
+from stabstudy.analysis.elements import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis.figures import figures
+from stabstudy.analysis.levels import records
+from stabstudy.analysis.report import (
     cell_tables,
     design_tables,
     drivers,
     effect_tables,
     export,
-    recipe,
-    runs,
-    sentences,
+    findings,
+    runs_page,
     spike_tables,
     trial_page,
     trial_tables,
-    words,
 )
-from stabstudy.analysis.blocks import Absent, Block, Code, Count, Figure, Report, Section, Table, Text
-from stabstudy.analysis.figures import figures
-from stabstudy.analysis.levels import records
-from stabstudy.analysis.links import paged
+from stabstudy.analysis.report.links import paged
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
@@ -37,16 +36,16 @@ MOST_FAILED = 50
 
 def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
-    numbers = sentences.counts(study)
+    numbers = findings.counts(study)
     states = dict(_states(study))
     shown = {kind: n for kind, n in numbers.items() if n or kind in VERDICTS}
     return Report(
         study=words.clean(study.name, 80),
         question=words.clean(study.question),
-        headline=sentences.headline(study),
+        headline=findings.headline(study),
         counts=[Count(kind, n, trial_page.SIGNS[kind]) for kind, n in shown.items()],
-        findings=sentences.findings(study),
-        warnings=sentences.warnings(study) + _mixed_engines(states),
+        findings=findings.findings(study),
+        warnings=findings.warnings(study) + _mixed_engines(states),
         sections=[s for s in _sections(study, states) if s.blocks],
         trials=paged(study),
     )
@@ -54,7 +53,7 @@ def report(study: Study) -> Report:
 
 def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     if study.ingested:
-        yield Section("read", "What was read", list(runs.read(study)))
+        yield Section("read", "What was read", list(runs_page.read(study)))
         yield Section("design", "Settings and rules", list(design_tables.design(study)))
     else:
         yield Section("recipe", "Recipe to copy", list(_recipe(study)))

@@ -20,8 +20,8 @@ import jinja2
 from markupsafe import Markup
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
-from stabstudy.analysis.links import TRIALS, linked
+from stabstudy.analysis.elements import Code, Figure, Report, Table, TrialPage
+from stabstudy.analysis.report.links import TRIALS, linked
 
 _PLAIN = " <>/:=;,.()'-_"
 """Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""

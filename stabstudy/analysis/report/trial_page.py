@@ -10,8 +10,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Set
 
-from stabstudy.analysis import plots, spike_tables, steps, style, trace_figures, trace_plots, trial_tables, words
-from stabstudy.analysis.blocks import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis import plots, steps, style, trace_figures, trace_plots, words
+from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis.report import spike_tables, trial_tables
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from stabstudy import config as cfg
 from stabstudy.analysis.recipe import Settings
-from stabstudy.analysis.yaml_text import scalar
+from stabstudy.analysis.report.yaml_text import scalar
 
 NO_KEY = ("train.z_loss", "train.skip_nonfinite", "train.skip_spikes")
 """What neither of the two has. (A gradient that is not finite ends our run by default, and spoils theirs.)"""

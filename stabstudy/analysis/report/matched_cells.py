@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.blocks import Block, Figure, Table, Text
-from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis.elements import Block, Figure, Table, Text
 from stabstudy.analysis.levels import Level, keys, split
 from stabstudy.analysis.paired import t_interval
+from stabstudy.analysis.report.cell_tables import interval, value
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS

@@ -12,10 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.analysis import export_notes, yaml_text
-from stabstudy.analysis.export_notes import LINGUA_WSD_FLOOR, warmup_alone
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.recipe import Settings
+from stabstudy.analysis.report import export_notes, yaml_text
+from stabstudy.analysis.report.export_notes import LINGUA_WSD_FLOOR, warmup_alone
 
 Export = tuple[str, list[str]]
 """YAML, and notes on what its keys do not reproduce."""

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Table
+from stabstudy.analysis.elements import Table
 from stabstudy.analysis.levels import levels_of, plain
-from stabstudy.analysis.sentences import REASONS
+from stabstudy.analysis.report.findings import REASONS
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS

@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, sentences, style, words
-from stabstudy.analysis.blocks import Block, Count, Finding, Report, Section, Table, Text
-from stabstudy.analysis.cell_tables import interval, value
+from stabstudy.analysis import compare, style, words
 from stabstudy.analysis.effects import CLEAR, REPORTED, effects
+from stabstudy.analysis.elements import Block, Count, Finding, Report, Section, Table, Text
 from stabstudy.analysis.levels import Level, levels_of, records
-from stabstudy.analysis.matched_cells import AXIS, matched_figures, matched_tables
 from stabstudy.analysis.paired import holm
+from stabstudy.analysis.report import findings
+from stabstudy.analysis.report.cell_tables import interval, value
+from stabstudy.analysis.report.matched_cells import AXIS, matched_figures, matched_tables
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
@@ -92,7 +93,7 @@ def _sections(
 def _studies(studies: Sequence[Study]) -> Table:
     rows = []
     for study in studies:
-        numbers = sentences.counts(study)
+        numbers = findings.counts(study)
         rows.append(
             (
                 words.clean(study.name, 60),
@@ -197,7 +198,7 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
             at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
             reading = "" if row["p_holm"] < CLEAR else "no difference found: "
             p = words.number(row["p_holm"], 2)
-            yield f"{name}, {at}: {reading}{sentences.change(row)} (p {p}, Holm)."
+            yield f"{name}, {at}: {reading}{findings.change(row)} (p {p}, Holm)."
 
 
 def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:

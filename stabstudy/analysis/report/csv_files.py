@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Table
+from stabstudy.analysis.elements import Table
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
