@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_recipe import CLIP, DEPTH, LR, ROUGH, UNTRAINED, at, cells, change, rates
 
-from stabstudy.analysis import effects
+from stabstudy.analysis import effects, words
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.report import findings, runs_page
 from stabstudy.analysis.study import Study
@@ -270,7 +270,7 @@ def test_an_effect_that_depends_on_another_axis_is_given_at_each_of_its_levels()
         difference = own[1e-1] - own[1e-2]
         half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / math.sqrt(3)
         mean, low, high = difference.mean(), difference.mean() - half, difference.mean() + half
-        parts.append(f"{findings._signed(mean)} [{findings._signed(low)}, {findings._signed(high)}]")
+        parts.append(f"{words._signed(mean)} [{words._signed(low)}, {words._signed(high)}]")
         assert f"{parts[-1]}{' nat/token' if on else ''} at {name}" in rate
 
 

@@ -13,7 +13,7 @@ import scipy.stats
 from stabstudy import report as command
 from stabstudy.analysis import words
 from stabstudy.analysis.elements import Figure, Report, Table, Text
-from stabstudy.analysis.report import comparison_page, findings, matched_cells
+from stabstudy.analysis.report import comparison_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -69,7 +69,7 @@ def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
         r for r in comparison_page._claims(whole, comparison_page._comparable(whole)) if r["metric"] == "final_loss"
     )
     assert row["estimate"] == pytest.approx(-0.2002) and row["p_holm"] < 1e-6
-    text = f"Final validation loss, low → high: {findings.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
+    text = f"Final validation loss, low → high: {words.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
     assert text in differences.sentences and text.startswith("Final validation loss, low → high: -0.200 [-0.2")
 
 
@@ -140,7 +140,7 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
     why = "Learning rate: 0.01 and 0.1 in low, 0.5 and 0.6 in far. Seed: 0, 1 and 2 in low, 7 in far."
     assert f"{comparison_page.UNPAIRED} {why}" in texts
-    assert texts.count(matched_cells.NO_CELL) == 2  # in place of figures and of tables
+    assert texts.count(comparison_page.NO_CELL) == 2  # in place of figures and of tables
     assert [f.sentences for f in made.findings] == [[comparison_page.UNPAIRED]]
 
 

@@ -16,9 +16,9 @@ from test_page import PAYLOADS, Page, _bytes, read
 
 from stabstudy.analysis import words
 from stabstudy.analysis.levels import plain
-from stabstudy.analysis.report import links, trial_page, trial_tables
-from stabstudy.analysis.report.findings import REASONS
+from stabstudy.analysis.report import html, study_page, trial_page, trial_tables
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.words import REASONS, RULES
 from stabstudy.report import write_report
 from stabstudy.stability.explain import DIVERGED
 from stabstudy.stability.summary import COLUMNS
@@ -73,7 +73,7 @@ def test_every_trial_has_a_page_the_damaged_one_too(path: Path, study: Study) ->
 def test_every_mention_is_a_link(path: Path, study: Study) -> None:
     html = (path / "report" / "index.html").read_text()
     body = re.sub(" data-marks='[^']*'|(?s:<pre.*?</pre>)", "", html[html.index("<body>") : html.index("<script>")])
-    for trial_id in links.paged(study):
+    for trial_id in study_page.paged(study):
         linked = f'<a href="trials/{trial_id}.html">{trial_id}</a>'
         assert linked in body and trial_id not in body.replace(linked, "")
     (every,) = [t for t in read(html).tables if t[0][0] == "trial" and "verdict or state" in t[0]]
@@ -95,7 +95,7 @@ def test_links_of_every_page_resolve(path: Path) -> None:
 def test_only_known_ids_become_links_and_text_is_escaped() -> None:
     known = frozenset({"0123456789"})
     text = "0123456789, x0123456789, 0123456789a, 9876543210 <b>"
-    assert str(links.linked(text, known, "trials/")) == (
+    assert str(html.linked(text, known, "trials/")) == (
         '<a href="trials/0123456789.html">0123456789</a>, x0123456789, 0123456789a, 9876543210 &lt;b&gt;'
     )
 
@@ -189,7 +189,7 @@ def test_a_verdict_and_its_absence_stand_in_words(values: dict[str, object], tex
 
 
 def test_every_rule_and_reason_has_words() -> None:
-    assert set(trial_tables.RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
+    assert set(RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
     assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "norm_after_clipping", "all_zero", "strided"}
 
 

@@ -13,11 +13,18 @@ from collections.abc import Sequence
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.columns import trial_kinds
-from stabstudy.analysis.kinds import Kind, estimate, exposures, kind_of
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain, records
-from stabstudy.analysis.paired import FLIPS_FROM, Estimate, holm, sign_flip_p, t_interval
-from stabstudy.stability.sensitivity import STABLE_MARGIN, Refused
+from stabstudy.analysis.paired import (
+    FLIPS_FROM,
+    Estimate,
+    Kind,
+    estimate,
+    exposures,
+    holm,
+    kind_of,
+    sign_flip_p,
+    t_interval,
+)
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
@@ -30,14 +37,20 @@ STRIDE = "log_stride"
 BY_RULES = ("spike_", "severity", "warn_")
 """Beginnings of the names of statistics that the rules of detection define (`detector_id`)."""
 
+STABLE_MARGIN = 0.2
+"""nat/token above the best loss at which a setting still counts as working (ours)."""
+
 SCHEDULER = "scheduler"
 """The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
 
 
+class Refused(ValueError):
+    """The statistic cannot be given; the message has the reason."""
+
+
 def statistics() -> list[str]:
     """The statistics that have a mean: numbers, final_loss in its capped form only."""
-    kinds = trial_kinds([])
-    return [n for n in COLUMNS if kinds[n] in ("int", "float") and n != "final_loss"]
+    return [n for n, column in COLUMNS.items() if column.kind in ("int", "float") and n != "final_loss"]
 
 
 def counted(metric: str) -> bool:

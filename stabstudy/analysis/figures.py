@@ -16,9 +16,9 @@ from stabstudy.analysis import (
     words,
 )
 from stabstudy.analysis.elements import Absent, Figure, Table
-from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.levels import Level
+from stabstudy.analysis.paired import Kind, kind_of
 from stabstudy.analysis.report import runs_page as runs
 from stabstudy.analysis.study import Study
 

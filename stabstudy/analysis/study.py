@@ -19,10 +19,18 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import compare, external_runs, importance, rates, sensitivity, shared_batches, survival, words
-from stabstudy.analysis.columns import frame, spike_kinds, trial_kinds
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
-from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
+from stabstudy.analysis.tables import (
+    Damaged,
+    Tables,
+    frame,
+    read_record,
+    read_tables,
+    spike_kinds,
+    trial_kinds,
+    write_tables,
+)
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
@@ -235,7 +243,7 @@ class Study:
         return compare.underperform(self.trials)
 
     def sensitivity(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """LR sensitivity and what belongs to it, over the grid without named cases; see `stability.sensitivity`.
+        """LR sensitivity and what belongs to it, over the grid without named cases; see `sensitivity`.
 
         A row per combination of the levels of `by` (None: of every other axis), other axes averaged per seed.
 

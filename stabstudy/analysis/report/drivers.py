@@ -9,15 +9,15 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import words
+from stabstudy.analysis.compare import STABLE_MARGIN
 from stabstudy.analysis.elements import Block, Code, Table, Text
 from stabstudy.analysis.importance import APART, too_few
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.paired import holm
-from stabstudy.analysis.sensitivity import LR, LR_MEANING
+from stabstudy.analysis.sensitivity import BASIN_MARGIN, LR, LR_MEANING
 from stabstudy.analysis.shared_batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
-from stabstudy.stability.sensitivity import BASIN_MARGIN, STABLE_MARGIN
 
 MOST_REASONS = 12
 MOST_BATCHES = 10

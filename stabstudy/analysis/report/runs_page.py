@@ -93,7 +93,7 @@ def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
         norms = words.NOTHING if log is None else str(int(np.isfinite(trace["grad_norm"]).sum()))
         name = words.clean(row["case"], 60)
         kind = FORMATS[row["log_format"]].name
-        rows.append((name, kind, steps, str(row["log_stride"]), norms, *(_shown(n, row[n]) for n in SHOWN)))
+        rows.append((name, kind, steps, str(row["log_stride"]), norms, *(words.value(n, row[n]) for n in SHOWN)))
     return Table("Runs", heads, tuple(rows), frozenset(heads[2:-1]))
 
 
@@ -137,12 +137,6 @@ def _clipping(norm: NDArray[np.float64], row: dict[str, Any]) -> str:
     threshold, setting = default
     share = words.percent(float(np.mean(norm > threshold)))
     return f" {share} of them lie above {words.level(threshold)}, that trainer's default; its {setting} is not known."
-
-
-def _shown(name: str, value: Any) -> str:
-    if isinstance(value, str) or value is None:
-        return value or words.NOTHING
-    return words.statistic(value, COLUMNS[name].unit)
 
 
 def _logs(study: Study) -> Iterator[tuple[str, ExternalLog]]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Set
 
 from stabstudy.analysis import plots, steps, style, trace_figures, trace_plots, words
 from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
-from stabstudy.analysis.report import spike_tables, trial_tables
+from stabstudy.analysis.report import trial_tables
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain
@@ -149,9 +149,9 @@ def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
 
 
 def _spikes(study: Study, row: Row) -> Iterator[Block]:
-    if (table := spike_tables.trial_spikes(study, row["trial_id"])) is not None:
+    if (table := trial_tables.trial_spikes(study, row["trial_id"])) is not None:
         yield table
-        yield Text(spike_tables.legend(study.rules))
+        yield Text(trial_tables.legend(study.rules))
     elif row["spike_events"] is None:
         yield Text("Not judged: no step is evaluable.")
     else:

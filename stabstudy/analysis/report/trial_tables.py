@@ -1,4 +1,4 @@
-"""Tables about single trials: all of a study's, and what is known of one."""
+"""Tables of trials and spikes: all trials of a study, its highest spikes, what is known of one trial."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import Table
-from stabstudy.analysis.levels import levels_of, plain
-from stabstudy.analysis.report.findings import REASONS
+from stabstudy.analysis.elements import Block, Table, Text
+from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
+from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.trace import Rows
 
@@ -21,18 +22,6 @@ STATISTICS = (
     "grad_norm_log_sd", "clip_share", "attn_logit_peak",
 )  # fmt: skip
 """Shown of every trial where all stand in one table."""
-
-RULES = {
-    "R1": "long spike",
-    "R2": "recurring spikes",
-    "R1+R2": "long and recurring spikes",
-    "nonfinite": "a value not finite",
-    "above_init": "loss above that of the untrained model",
-    "persistent": "loss rose and stayed",
-    "above_unigram": "loss back above the entropy of single tokens",
-    "no_recovery": "loss ended far above its best",
-}
-"""`verdict_rule` -> what it means, short; `rough` is its own word."""
 
 MOST_PROBES = 60
 
@@ -51,7 +40,7 @@ def all_trials(study: Study) -> Table:
             words.level(row["seed"]),
             ended(row),
             str(row["steps_done"]),
-            *(_value(name, row[name]) for name in STATISTICS),
+            *(words.value(name, row[name]) for name in STATISTICS),
         )
         for cell_id in study.cells.index
         for row in study.rows_by_cell[cell_id]
@@ -66,14 +55,11 @@ def ended(row: Mapping[str, Any]) -> str:
         return words.clean(row["state"], 40)
     if row["verdict"] is None:
         reason = row["verdict_reason"]
-        return "not judged" if reason is None else f"not judged: {REASONS.get(reason, words.clean(reason, 40))}"
-    notes = [note for note in (rule(row["verdict_rule"]), "sampling noise" if row["sampling_noise"] else "") if note]
+        return "not judged" if reason is None else f"not judged: {words.REASONS.get(reason, words.clean(reason, 40))}"
+    notes = [
+        note for note in (words.rule(row["verdict_rule"]), "sampling noise" if row["sampling_noise"] else "") if note
+    ]
     return f"{row['verdict']} ({'; '.join(notes)})" if notes else str(row["verdict"])
-
-
-def rule(code: str | None) -> str:
-    """The rule that made a verdict, in words and as its code; empty where the verdict's own word says it all."""
-    return f"{RULES[code]}, {code}" if code in RULES else ""
 
 
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:
@@ -103,7 +89,7 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
             words.level(r["seed"]),
             "this trial" if r["trial_id"] == row["trial_id"] else r["trial_id"],
             ended(r),
-            *(_value(name, r[name]) for name in STATISTICS),
+            *(words.value(name, r[name]) for name in STATISTICS),
         )
         for r in same
     )
@@ -113,7 +99,7 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
 def statistics(row: Mapping[str, Any]) -> Table:
     """Every statistic with its name, value, unit and meaning."""
     rows = tuple(
-        (d.label, name, _value(name, row[name]), "" if d.unit == "fraction" else d.unit, d.meaning)
+        (d.label, name, words.value(name, row[name]), "" if d.unit == "fraction" else d.unit, d.meaning)
         for name, d in COLUMNS.items()
     )
     heads = ("shown as", "column", "value", "unit", "meaning")
@@ -142,10 +128,101 @@ def _over_layers(rows: Rows, name: str, pick: np.ufunc) -> Any:
     return pick.reduce(values, axis=1) if values.shape[1] else np.full(len(rows), np.nan)
 
 
-def _value(metric: str, value: Any) -> str:
-    value = plain(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, str):
-        return words.clean(value)
-    return words.statistic(value, COLUMNS[metric].unit)
+MOST_SPIKES = 12
+"""Spikes of each series that the table of a study shows."""
+
+_PROPERTIES = ("recovers after (steps)", "class", "flagged as", "batch", "in warmup", "coupled spike")
+
+
+def highest_spikes(study: Study) -> Iterator[Block]:
+    """The section: how many spikes there are, and the highest of each series."""
+    if not len(study.spikes):
+        yield Text("No spike was found in any trial.")
+        return
+    grad, loss = (study.spikes[study.spikes["series"] == series] for series in ("grad", "loss"))
+    yield Text(
+        f"{words.count(len(grad), 'spike')} of the gradient norm and {len(loss)} of the loss, in all trials that have "
+        f"a record, done or not. {legend(study.rules)}"
+    )
+    if study.trials["approximate"].any():
+        yield Text(
+            "Approximate where a log leaves steps out: steps are those of the source, and how long a spike lasted "
+            "is known to within the stride."
+        )
+    if len(grad):
+        yield _highest(study, "Gradient norm", grad, "peak_ratio", "peak / recent level")
+    if len(loss):
+        yield _highest(study, "Loss", loss, "peak_delta", "peak - recent level (nat)")
+
+
+def trial_spikes(study: Study, trial_id: str) -> Table | None:
+    """Every spike of a trial, in order; None where it has none."""
+    spikes = study.spikes_by_trial.get(trial_id, [])
+    if not spikes:
+        return None
+    numbers = ("start", "end", "peak at", "peak", "recent level", "peak / recent level", "peak - recent level (nat)")
+    rows = tuple(
+        (
+            "gradient norm" if s["series"] == "grad" else "loss",
+            *(str(s[name]) for name in ("start", "end", "peak_step")),
+            *(words.number(s[name]) for name in ("peak", "level", "peak_ratio", "peak_delta")),
+            *_properties(s),
+        )
+        for s in spikes
+    )
+    heads = ("series", *numbers, *_PROPERTIES)
+    return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset((*numbers, _PROPERTIES[0])))
+
+
+def legend(rules: Rules) -> str:
+    """What the heads of the tables mean."""
+    return (
+        f"Recent level: the median of the {rules.level} steps before. Recovers after: steps from the first flagged one "
+        f"to {rules.recovery_steps} values in a row near it; over: not by the end. Class, by that time: narrow, wide, "
+        "malignant, or open (cut off by the end). Flagged as: surprise, unusual for this trial; absolute, a norm of "
+        f"{rules.ratio:g} times its recent level and median; or both. Batch: whether the other trials that read the "
+        "same batch stood high too."
+    )
+
+
+def _highest(study: Study, name: str, spikes: pd.DataFrame, height: str, head: str) -> Table:
+    shown = spikes.sort_values([height, "trial_id", "start"], ascending=[False, True, True]).head(MOST_SPIKES)
+    rows = tuple(
+        (
+            s["trial_id"],
+            study.describe(s["trial_id"]),
+            f"{s['start']}" if s["start"] == s["end"] else f"{s['start']}-{s['end']}",
+            *(words.number(s[column]) for column in ("peak", height)),
+            *_properties(s),
+        )
+        for s in records(shown)
+    )
+    numbers = ("flagged steps", "peak", head)
+    title = f"{name}: the {len(rows)} highest" if len(rows) > 1 else name
+    return Table(title, ("trial", "which", *numbers, *_PROPERTIES), rows, frozenset((*numbers, _PROPERTIES[0])))
+
+
+def _properties(spike: Mapping[str, Any]) -> tuple[str, ...]:
+    """What _PROPERTIES names; null where not every step was logged, or the other trials of a batch are too few."""
+    return (
+        _duration(spike),
+        spike["class"] or words.NOTHING,
+        spike["part"] or words.NOTHING,
+        _yes_or_no(spike["batch"]),
+        _yes_or_no(spike["in_warmup"]),
+        "none" if spike["partner"] is None else f"{_other(spike['series'])} at {spike['partner']}",
+    )
+
+
+def _duration(spike: Mapping[str, Any]) -> str:
+    if spike["duration"] is None:
+        return words.NOTHING
+    return f"{spike['duration']}" if spike["recovered"] else f"over {spike['duration']}"
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return words.NOTHING if value is None else "yes" if value else "no"
+
+
+def _other(series: str) -> str:
+    return "loss" if series == "grad" else "norm"
