@@ -94,7 +94,6 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
     from stabstudy.analysis import words
-    from stabstudy.analysis.report.findings import counts
     from stabstudy.analysis.report.publish import publish
     from stabstudy.analysis.report.study_page import report
     from stabstudy.analysis.study import update_tables
@@ -106,7 +105,7 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     made = report(study)
     progress("writing the page, and one for each trial")
     page = publish(study, made, folder.report if out is None else out)
-    found = counts(study)
+    found = study.outcomes
     say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
     for outcome, number in found.items():
         if number:

@@ -594,8 +594,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_foreign_text_stays_text(hostile: Path, path: Path) -> None:
-    html = (hostile / "report" / "index.html").read_text()
-    shown = read(html)
+    shown = read((hostile / "report" / "index.html").read_text())
     allowed = {tag for tag, _ in read((path / "report" / "index.html").read_text()).tags}
     assert {tag for tag, _ in shown.tags} <= allowed and [tag for tag, _ in shown.tags].count("script") == 1
     for _, attrs in shown.tags:
@@ -642,11 +641,11 @@ def test_policy_allows_our_one_script_and_no_request(path: Path) -> None:
     own = "".join((html.TEMPLATES / name).read_text() for name in ("tables.js", "figures.js"))
     assert not re.search("fetch|XMLHttpRequest|import|eval|innerHTML|https?:", own.replace(SVG_NAMESPACE, ""))
     for file in [path / "report" / "index.html", *(path / "report" / "trials").iterdir()]:
-        html = file.read_text()
-        page = read(html)
+        text = file.read_text()
+        page = read(text)
         (policy,) = [a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-        (css,) = re.findall("<style>(.*?)</style>", html.partition("<body>")[0], re.DOTALL)
-        (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+        (css,) = re.findall("<style>(.*?)</style>", text.partition("<body>")[0], re.DOTALL)
+        (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
         assert script == own and [t for t, _ in page.tags].count("script") == 1
         assert policy == (
             f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(css)}'; script-src "

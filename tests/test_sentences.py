@@ -70,7 +70,7 @@ def test_the_headline_counts_every_trial_once() -> None:
         "without a verdict: 3 too short, 3 untrained (the loss never came below the entropy of single tokens), 3 "
         "unfinished and 3 failed."
     )
-    assert sum(findings.counts(tabled.study(rows)).values()) == len(rows) == 24
+    assert sum(tabled.study(rows).outcomes.values()) == len(rows) == 24
 
 
 def test_a_study_without_a_verdict_has_no_findings_to_make_up() -> None:

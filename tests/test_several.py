@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from stabstudy import report as command
-from stabstudy.analysis import words
+from stabstudy.analysis import study_statistics, words
 from stabstudy.analysis.elements import Figure, Report, Table, Text
 from stabstudy.analysis.report import comparison_page
 from stabstudy.analysis.study import Study
@@ -65,9 +65,9 @@ def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
     assert interval.startswith("-0.201")
     (differences,) = made.findings
     whole = Study.concat(two)
-    row = next(
-        r for r in comparison_page._claims(whole, comparison_page._comparable(whole)) if r["metric"] == "final_loss"
-    )
+    metrics = study_statistics.comparable(whole.trials)
+    claims = study_statistics.study_effects(whole.trials, whole.axes, metrics)
+    row = next(r for r in claims if r["metric"] == "final_loss")
     assert row["estimate"] == pytest.approx(-0.2002) and row["p_holm"] < 1e-6
     text = f"Final validation loss, low → high: {words.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
     assert text in differences.sentences and text.startswith("Final validation loss, low → high: -0.200 [-0.2")
@@ -77,10 +77,10 @@ def test_an_effect_starts_from_the_first_study() -> None:
     """As the table of paired differences does; the model orders names by their letters."""
     row = {"a": "high", "b": "low", "scale": "difference", "estimate": 0.2, "low": 0.1, "high": 0.4}
     turned = {"a": "low", "b": "high", "scale": "difference", "estimate": -0.2, "low": -0.4, "high": -0.1}
-    assert comparison_page._turned("low", row) == turned and comparison_page._turned("high", row) == row
+    assert study_statistics.effect_from("low", row) == turned and study_statistics.effect_from("high", row) == row
     ratio = {"scale": "ratio", "estimate": 2.0, "low": 1.0, "high": 4.0}
-    turned_ratio = comparison_page._turned("low", row | {"scale": "ratio", "estimate": 0.5, "low": 0.25, "high": 1.0})
-    assert turned_ratio == turned | ratio
+    row |= {"scale": "ratio", "estimate": 0.5, "low": 0.25, "high": 1.0}
+    assert study_statistics.effect_from("low", row) == turned | ratio
 
 
 def test_the_other_order_turns_every_sign(two: list[Study]) -> None:

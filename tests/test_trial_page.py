@@ -18,6 +18,7 @@ from stabstudy.analysis import words
 from stabstudy.analysis.levels import plain
 from stabstudy.analysis.report import html, study_page, trial_page, trial_tables
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import outcome
 from stabstudy.analysis.words import REASONS, RULES
 from stabstudy.report import write_report
 from stabstudy.stability.explain import DIVERGED
@@ -55,7 +56,7 @@ def page_of(path: Path, trial_id: str) -> Page:
 
 
 def ended(study: Study, kind: str) -> str:
-    return next(t for t in study.trials.index if trial_page.kind(study.row(t)) == kind)
+    return next(t for t in study.trials.index if outcome(study.row(t)) == kind)
 
 
 def links_of(page: Page) -> list[str]:
@@ -234,7 +235,7 @@ def test_the_notable_are_drawn_and_the_rest_say_how_to(
     path: Path, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = trial_page.notable(study)
-    kinds = [trial_page.kind(study.row(t)) for t in order]
+    kinds = [outcome(study.row(t)) for t in order]
     assert order[0] == study.typical() and kinds[1:] == ["diverged", "failed", "rough", "rough", "stable"]
     monkeypatch.setattr(trial_page, "MOST_DRAWN", 2)
     copy = tmp_path / path.name

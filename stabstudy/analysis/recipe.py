@@ -203,7 +203,7 @@ def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str])
         return list(known)
     whole = float(effects.effects(trials, ["cell"], ["final_loss"])["p"].iloc[0])
     if whole >= TIED / max(1, len(study.grid.axes) * len(effects.REPORTED)):
-        claims = effects.claims(*study.tested())
+        claims = study.claims()
         clear = claims.loc[claims["clear"] & (claims["metric"] == "final_loss"), "axis"]
         levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in known}
         apart = [c for c in apart if levels[c] != levels[known[0]]]

@@ -66,6 +66,14 @@ class Tables:
     computed: int = 0  # trials that were judged now, their own judgement being none, or of another state or other rules
     external: Mapping[str, str] = field(default_factory=dict)  # columns of ingested runs alone -> their type
 
+    @property
+    def trial_frame(self) -> pd.DataFrame:
+        return frame(self.trials, trial_kinds(self.groups, self.external))
+
+    @property
+    def spike_frame(self) -> pd.DataFrame:
+        return frame(self.spikes, spike_kinds())
+
 
 @dataclass(frozen=True)
 class _Trial:

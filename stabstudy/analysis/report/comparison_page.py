@@ -7,26 +7,20 @@ what the axis stands for, and are listed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.effects import CLEAR, REPORTED, effects
+from stabstudy.analysis import study_statistics as statistics
+from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Block, Count, Figure, Finding, Report, Section, Table, Text
-from stabstudy.analysis.levels import Level, keys, levels_of, records, split
-from stabstudy.analysis.paired import holm, t_interval
-from stabstudy.analysis.report import findings
+from stabstudy.analysis.levels import levels_of, split
+from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import STUDY as AXIS
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
-
-BY_DETECTOR = ("spike_abs_rate",)
-"""Statistics compared here that depend on the detector and on the logging stride."""
 
 UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
 
@@ -37,8 +31,8 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     `pages`: the way from this report's folder to each study's own page.
     """
     whole = Study.concat(studies)
-    metrics = _comparable(whole)
-    table = _differences(whole, metrics)
+    metrics = statistics.comparable(whole.trials)
+    table = statistics.paired_differences(whole.trials, whole.axes, metrics)
     names = whole.axes[AXIS]
     return Report(
         study=" against ".join(words.clean(name, 60) for name in names),
@@ -75,13 +69,6 @@ def _differ(column: Any) -> bool:
     return len({frozenset(levels_of(values)) for _, values in column}) > 1
 
 
-def _comparable(whole: Study) -> list[str]:
-    trials = whole.trials
-    strides = trials["log_stride"].nunique() if "log_stride" in trials else 1
-    mixed = trials["detector_id"].nunique() > 1 or strides > 1
-    return [m for m in REPORTED if not (mixed and m in BY_DETECTOR)]
-
-
 def _sections(
     studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
 ) -> Iterator[Section]:
@@ -94,7 +81,7 @@ def _sections(
 def _studies(studies: Sequence[Study]) -> Table:
     rows = []
     for study in studies:
-        numbers = findings.counts(study)
+        numbers = study.outcomes
         rows.append(
             (
                 words.clean(study.name, 60),
@@ -110,40 +97,14 @@ def _studies(studies: Sequence[Study]) -> Table:
 
 def _settings(whole: Study) -> Iterator[Block]:
     """Settings that differ between the studies and within none of them."""
-    by_study = {name: whole.trials[whole.trials[AXIS] == name] for name in whole.axes[AXIS]}
-    rows = []
-    for setting in setting_names():
-        levels = {name: levels_of(trials[setting]) for name, trials in by_study.items()}
-        if setting != "seed" and all(len(v) == 1 for v in levels.values()) and len({v[0] for v in levels.values()}) > 1:
-            rows.append((setting, *(words.level(v[0], setting) for v in levels.values())))
+    names = [name for name in setting_names() if name != "seed"]
+    levels = statistics.settings_apart(whole.trials, whole.axes[AXIS], names)
+    rows = tuple((name, *(words.level(v, name) for v in each)) for name, each in levels.items())
     if rows:
-        heads = ("setting", *(words.clean(name, 60) for name in by_study))
-        yield Table("Settings that differ between the studies and are the same within each", heads, tuple(rows))
+        heads = ("setting", *(words.clean(name, 60) for name in whole.axes[AXIS]))
+        yield Table("Settings that differ between the studies and are the same within each", heads, rows)
     else:
         yield Text("No setting that is the same within each study differs between the studies.")
-
-
-def _differences(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of `compare.levels` along the study axis, with the first study as `a`."""
-    first = whole.axes[AXIS][0]
-    differences = []
-    for metric in metrics:
-        rows = records(compare.levels(whole.trials, list(whole.axes), AXIS, metric))
-        kept = [row for row in rows if row["pairs"] and first in (row["a"], row["b"])]
-        differences += [{"metric": metric, **_from(first, row)} for row in kept]
-    return differences
-
-
-def _from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
-    """The row with `first` as its `a`."""
-    if row["a"] == first:
-        return row
-    low, high = (None if row[end] is None else -row[end] for end in ("high", "low"))
-    turned = {"difference": -row["difference"], "low": low, "high": high, "positive": 1 - row["positive"]}
-    swapped = {
-        f"{name}{one}": row[f"{name}{other}"] for name in ("", "mean_", "diverged_") for one, other in ("ab", "ba")
-    }
-    return row | turned | swapped
 
 
 def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
@@ -191,7 +152,7 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
     if not table:
         yield UNPAIRED
         return
-    for row in _claims(whole, metrics):
+    for row in statistics.study_effects(whole.trials, whole.axes, metrics):
         name = _capital(words.STATISTICS[row["metric"]])
         if row["p_holm"] is None:
             yield f"{name}: not tested ({row['note']})."
@@ -202,38 +163,9 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
             yield f"{name}, {at}: {reading}{words.change(row)} (p {p}, Holm)."
 
 
-def _claims(whole: Study, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """The effects of the study axis on matched trials, all other axes as factors; Holm over the statistics.
-
-    Matched: trials of the same seed, data and levels in at least two studies. A statistic that cannot be compared
-    between these (see `compare.alike`) is left out. Where an effect involves the first study, it starts there.
-    """
-    axes = [a for a in whole.axes if a != AXIS]
-    others = ["seed", *axes, "data_fingerprint"]
-    done = whole.trials[(whole.trials["state"] == "done") & whole.trials["seed"].notna()]
-    matched = done[done.groupby(others, dropna=False)[AXIS].transform("nunique") > 1]
-    groups = matched.groupby(others, dropna=False)
-    usable = [m for m in metrics if not any((groups[c].nunique() > 1).any() for c in compare.alike(m, matched))]
-    rows = [r for r in records(effects(matched, [AXIS, *axes], usable)) if r["axis"] == AXIS]
-    adjusted = holm([math.nan if r["p"] is None else r["p"] for r in rows])
-    first = whole.axes[AXIS][0]
-    return [_turned(first, r) | {"p_holm": None if math.isnan(p) else p} for r, p in zip(rows, adjusted, strict=True)]
-
-
-def _turned(first: Level, row: dict[str, Any]) -> dict[str, Any]:
-    """The effect as that from the study `first` to the other one, where it ends at `first`."""
-    if row["b"] != first:
-        return row
-    ends = [row[name] for name in ("estimate", "high", "low")]
-    turned = [-v if row["scale"] == "difference" else 1 / v if v else math.inf for v in ends]
-    return row | dict(zip(("estimate", "low", "high"), turned, strict=True)) | {"a": row["b"], "b": row["a"]}
-
-
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
-
-AXIS = "study"
 
 FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
 """Statistic, and whether on a log scale: one figure each."""
@@ -251,7 +183,7 @@ def matched_figures(whole: Study) -> Iterator[Block]:
     if x is None:
         yield Text("No setting varies within the studies: there is no axis to draw a statistic against.")
         return
-    shared = _shared(whole)
+    shared = whole.part(statistics.in_shared_cells(whole.trials, whole.axes), whole.axes)
     done = int((whole.trials["state"] == "done").sum())
     if not len(shared.trials):
         yield Text(NO_CELL)
@@ -275,17 +207,6 @@ def matched_figures(whole: Study) -> Iterator[Block]:
             name = f"studies-{metric.replace('_', '-')}"
             svg = style.draw(ax.figure)  # type: ignore[arg-type]
             yield Figure(name, against, svg, f"Line chart. {values}.", caption, table)
-
-
-def _shared(whole: Study) -> Study:
-    """The done trials of cells that at least two studies hold: means over other ones would differ for their cells."""
-    done = whole.trials[whole.trials["state"] == "done"]
-    cells = keys(done, [a for a in whole.axes if a != AXIS])
-    studies: dict[tuple[Level, ...], set[str]] = {}
-    for cell, study in zip(cells, done[AXIS], strict=True):
-        studies.setdefault(cell, set()).add(study)
-    ids = {str(t) for t, cell in zip(done.index, cells, strict=True) if len(studies[cell]) > 1}
-    return whole._part(ids, whole.axes)
 
 
 def _figure_table(whole: Study, metric: str, x: str) -> Table:
@@ -320,40 +241,26 @@ def matched_tables(whole: Study) -> Iterator[Block]:
     heads = (*map(words.heading, axes), *statistics, *verdicts)
     title = "Cells in at least two studies: means over done seeds, with the 95 % interval"
     yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
-    changes = tuple(_changes(whole, axes))
+    changes = tuple(_changes(whole))
     if changes:
         heads = (*map(words.heading, axes), "studies", "seeds", *(COLUMNS[m].label for m in CELL))
         title = "Differences in each of these cells, paired by seed, with the 95 % t-interval (from 2 seeds on)"
         yield Table(title, heads, changes, frozenset(heads) - {"studies"})
 
 
-def _changes(whole: Study, axes: dict[str, list[Level]]) -> Iterator[tuple[str, ...]]:
-    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did.
-
-    As in `compare.levels`, the trials of a pair read the same data.
-    """
-    first, *others = whole.axes[AXIS]
-    done = whole.trials[whole.trials["state"] == "done"]
-    for levels, trials in split(done, axes):
-        seeded = trials[trials["seed"].notna()]
-        by_study = {name: members.set_index("seed") for name, members in seeded.groupby(AXIS)}
-        for other in others:
-            if first in by_study and other in by_study:
-                a, b = by_study[first], by_study[other]
-                same = a["data_fingerprint"].eq(b["data_fingerprint"].reindex(a.index))
-                seeds = list(a.index[same])
-                if seeds:
-                    texts = [words.level(v, x) for x, v in zip(axes, levels, strict=True)]
-                    pair = f"{words.clean(first, 60)} → {words.clean(other, 60)}"
-                    yield *texts, pair, str(len(seeds)), *(_change(a.loc[seeds], b.loc[seeds], m) for m in CELL)
+def _changes(whole: Study) -> Iterator[tuple[str, ...]]:
+    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did."""
+    axes = [a for a in whole.axes if a != AXIS]
+    for cell in statistics.cell_changes(whole.trials, whole.axes, CELL):
+        texts = [words.level(v, a) for a, v in zip(axes, cell.levels, strict=True)]
+        pair = f"{words.clean(cell.first, 60)} → {words.clean(cell.other, 60)}"
+        yield *texts, pair, str(cell.seeds), *(_change(m, change) for m, change in cell.changes.items())
 
 
-def _change(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> str:
+def _change(metric: str, e: Estimate | None) -> str:
     """`0.02 (-0.01 to 0.05)`; a dash where the two cannot be compared."""
-    if compare.mixed(pd.concat([a, b]), metric):
+    if e is None:
         return words.NOTHING
-    differences = np.subtract(compare.values(b, metric), compare.values(a, metric))
-    e = t_interval([d for d in differences if math.isfinite(d)])
     ends = "" if words.is_null(e.low) else f" ({words.interval(metric, e.low, e.high)})"
     return f"{words.value(metric, e.mean)}{ends}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import words
-from stabstudy.analysis.effects import CLEAR, claims, contrasts, interactions
+from stabstudy.analysis.effects import CLEAR, contrasts, interactions
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import runs_page
@@ -28,7 +28,7 @@ def effect_blocks(study: Study) -> Iterator[Block]:
     if study.ingested:
         yield Text(runs_page.NO_PAIRS)
         return
-    rows = records(claims(*study.tested())) if study.grid.axes else []
+    rows = records(study.claims()) if study.grid.axes else []
     if not rows:
         yield Text("No axis varies, so there is nothing to compare.")
         return

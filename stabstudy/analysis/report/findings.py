@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, recipe, words
+from stabstudy.analysis import compare, recipe, study_statistics, words
 from stabstudy.analysis.compare import STABLE_MARGIN
-from stabstudy.analysis.effects import claims, simple_effects
+from stabstudy.analysis.effects import simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
@@ -27,29 +27,15 @@ MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
 
 
-def counts(study: Study) -> dict[str, int]:
-    """How many trials have which verdict or state. Each trial, the damaged ones too, is counted once."""
-    done = study.trials[study.trials["state"] == "done"]
-    by_verdict = {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    states = study.trials["state"]
-    failed = states.isin(("failed", "oom", "timeout", "disk_full"))
-    return by_verdict | {
-        "not judged": len(done) - sum(by_verdict.values()),
-        "unfinished": int((states != "done").sum() - failed.sum()),
-        "failed": int(failed.sum()),
-        "damaged": len(study.damaged),
-    }
-
-
 def headline(study: Study) -> str:
     """One sentence: the counts."""
-    numbers = counts(study)
+    numbers = study.outcomes
     if not (total := sum(numbers.values())):
         return "The study holds no trial yet."
     rest = _without_verdict(study, numbers)
     if not (judged := sum(numbers[v] for v in VERDICTS)):
         return f"None of {words.count(total, 'trial')} has a verdict: {rest}."
-    noise = study.trials.loc[compare.by_noise(study.trials), "verdict"].value_counts()
+    noise = study_statistics.verdicts_by_noise(study.trials)
     by_noise = {v: f" ({noise[v]} by sampling noise)" if v in noise else "" for v in VERDICTS}
     named = [f"{numbers[v]} {v}{by_noise[v]}" for v in VERDICTS if numbers[v]]
     tail = f"; without a verdict: {rest}" if rest else ""
@@ -85,9 +71,8 @@ def _without_verdict(study: Study, numbers: Mapping[str, int]) -> str:
 
 def _reasons(study: Study) -> list[str]:
     """`2 too short`: why done trials have no verdict."""
-    done = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].isna()]
-    numbers = done["verdict_reason"].fillna("not judged").value_counts()
-    return [f"{n} {words.REASONS.get(str(reason), reason)}" for reason, n in sorted(numbers.items())]
+    numbers = study_statistics.without_verdict(study.trials)
+    return [f"{n} {words.REASONS.get(reason, reason)}" for reason, n in numbers.items()]
 
 
 def _limits(study: Study) -> Iterator[str]:
@@ -165,16 +150,16 @@ def _behind(study: Study) -> Iterator[str]:
 
 def _warned(study: Study) -> Iterator[str]:
     """How many stable trials crossed a warning level: what may become unstable later."""
-    stable = study.trials[study.trials["verdict"] == "stable"]
-    crossed = {name: int(stable[name].notna().sum()) for name in WARNINGS}
+    crossed = study_statistics.warned(study.trials)
     if any(crossed.values()):
         parts = [f"in {n} {WARNINGS[name]}" for name, n in crossed.items() if n]
-        yield f"Stable so far, with a warning: of {words.count(len(stable), 'stable trial')}, {', '.join(parts)}."
+        stable = words.count(study.outcomes["stable"], "stable trial")
+        yield f"Stable so far, with a warning: of {stable}, {', '.join(parts)}."
 
 
 def _changes(study: Study) -> Iterator[str]:
     """Each axis in turn: the changes that can be told from chance, or that none was found, with its interval."""
-    rows = records(claims(*study.tested()))
+    rows = records(study.claims())
     axes, metrics = (list(dict.fromkeys(r[name] for r in rows)) for name in ("axis", "metric"))
     idle = [m for m in metrics if all(r["p_holm"] is None for r in rows if r["metric"] == m)]
     untested: dict[str, list[str]] = {}
@@ -229,7 +214,7 @@ def _capital(text: str) -> str:
 
 
 def _missing(study: Study) -> Iterator[str]:
-    numbers = counts(study)
+    numbers = study.outcomes
     if numbers["damaged"]:
         ids = words.listing([d.trial_id for d in study.damaged[:5]])
         yield f"{words.count(numbers['damaged'], 'trial')} damaged and left out of every number: {ids}."

@@ -38,7 +38,7 @@ MOST_FAILED = 50
 
 def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
-    numbers = findings.counts(study)
+    numbers = study.outcomes
     states = dict(_states(study))
     shown = {kind: n for kind, n in numbers.items() if n or kind in VERDICTS}
     return Report(
