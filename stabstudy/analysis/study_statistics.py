@@ -100,6 +100,11 @@ def first_spikes(trials: pd.DataFrame, axes: Sequence[str]) -> dict[str, tuple[s
     return {axis: (t, p) for (axis, t), p in zip(times.items(), adjusted, strict=True)}
 
 
+def one_stride(trials: pd.DataFrame) -> bool:
+    """Whether statistics of these trials may stand in one figure: all were logged at the same interval."""
+    return bool(trials[compare.STRIDE].nunique() == 1)
+
+
 def comparable(trials: pd.DataFrame) -> list[str]:
     """The reported statistics that studies may be compared in: not spikes by different rules or logging strides."""
     strides = trials[compare.STRIDE].nunique() if compare.STRIDE in trials else 1

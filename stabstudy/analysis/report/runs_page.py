@@ -78,11 +78,6 @@ def warnings(study: Study) -> list[str]:
     return caveats
 
 
-def one_stride(study: Study) -> bool:
-    """Whether statistics of its runs may stand in one figure."""
-    return study.trials["log_stride"].nunique() == 1
-
-
 def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
     heads = ("run", "log", "steps", "every", "rows with a norm", *(COLUMNS[n].label for n in SHOWN))
     rows = []
