@@ -385,6 +385,17 @@ def test_ingested_runs_have_their_own_findings(monkeypatch: pytest.MonkeyPatch) 
     assert findings.warnings(study)[-1] == "a caveat"
 
 
+def test_a_run_of_zeros_is_not_one_without_a_gradient_norm() -> None:
+    """Its loss was not judged either: the caveat counts what the table of verdicts counts under that name."""
+    rows = change(rates((1e-3, 2.6), (1e-2, 2.5)), lambda r: True, log_format="hf", verdict=None, grad_norm_max=1.0)
+    blind = change(rows, at(1e-3, 0), grad_norm_max=None, verdict_reason="no_gradient_norm")
+    blind = change(blind, at(1e-3, 1), grad_norm_max=None, verdict="diverged")
+    rows = change(blind, at(1e-2, 0), grad_norm_max=None, verdict_reason="all_zero")
+    study = tabled.study(rows)
+    study.log = lambda trial_id: None  # type: ignore[method-assign]
+    assert runs_page.warnings(study) == ["2 runs without a gradient norm: only the loss was judged."]
+
+
 # A study on disk
 
 

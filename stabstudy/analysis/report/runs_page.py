@@ -68,7 +68,8 @@ def warnings(study: Study) -> list[str]:
     if n := int(gaps.sum()):
         caveats.append(f"Approximate: of {words.count(n, 'run')} a tenth of the steps or more was not logged.")
     clipped = [trial_id for trial_id, log in _logs(study) if log.after_clipping]
-    if blind := int(study.trials["grad_norm_max"].drop(clipped).isna().sum()):
+    zero = study.trials["verdict_reason"].eq("all_zero").fillna(False)  # of these the loss was not judged either
+    if blind := int((study.trials["grad_norm_max"].isna() & ~zero).drop(clipped).sum()):
         caveats.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
     if n := len(clipped):
         caveats.append(
