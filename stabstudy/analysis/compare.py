@@ -103,7 +103,7 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean of a statistic over trials and its 95 % interval, as `kinds.estimate` has them for its kind.
+    """The mean of a statistic over trials and its 95 % interval, as `paired.estimate` has them for its kind.
 
     Unknown where it would mix what cannot be compared (see `alike`).
     """
@@ -116,7 +116,7 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
 
     Columns: `case`, a column per axis, `n` trials, `n_done`, how many have each of the VERDICTS, and for each
     statistic X the mean over its done trials as `X` with its 95 % interval `X_low`, `X_high`, both as its kind wants
-    them (`kinds.estimate`); the interval is null under two seeds, and where under ten values are all equal.
+    them (`paired.estimate`); the interval is null under two seeds, and where under ten values are all equal.
     """
     rows = []
     for cell_id, members in trials.groupby("cell_id", sort=True):

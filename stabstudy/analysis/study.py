@@ -66,7 +66,7 @@ class Study:
         """Several studies as one, whose first axis is `study`; its trials and cells are named <study>/<id>.
 
         What varies within one of them is an axis of the whole. Statistics keep the rules of their own study: see
-        `several.warnings` for what may not be compared. Raises ValueError for equal names or fewer than two studies.
+        `comparison_page.warnings` for what may not be compared. Raises ValueError for equal names or under two studies.
         """
         names = [study.name for study in studies]
         if len(set(names)) < max(2, len(names)):
