@@ -238,9 +238,8 @@ def blocked(modules: set[str], code: str) -> subprocess.CompletedProcess[str]:
 
 
 def modules_of(part: str) -> list[str]:
-    return [
-        f"stabstudy.{part}.{p.stem}" for p in sorted((ROOT / "stabstudy" / part).glob("*.py")) if p.stem != "__init__"
-    ]
+    files = [p for p in sorted((ROOT / "stabstudy" / part).rglob("*.py")) if p.stem != "__init__"]
+    return [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
 
 
 @pytest.mark.parametrize(

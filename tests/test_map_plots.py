@@ -9,7 +9,7 @@ import pytest
 from matplotlib import colors
 
 from stabstudy.analysis import map_figures, map_plots, plots, style
-from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.layout import layout_of
 from stabstudy.analysis.study import Study
 

@@ -11,7 +11,7 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy.analysis import norm_figures, norm_plots, plots
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.study import Study
 from stabstudy.config import TrialConfig
 from stabstudy.stability.detectors import measured

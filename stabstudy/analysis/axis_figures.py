@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from stabstudy.analysis import compare, plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
-from stabstudy.analysis.kinds import Kind, kind_of
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.levels import Level, at_level
+from stabstudy.analysis.paired import Kind, kind_of
 from stabstudy.analysis.study import Study
 
 AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")

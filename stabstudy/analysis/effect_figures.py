@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, curve_plots, drivers, effect_plots, sentences, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis import compare, curve_plots, effect_plots, style, words
+from stabstudy.analysis import survival as drivers
+from stabstudy.analysis import words as sentences
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import Study

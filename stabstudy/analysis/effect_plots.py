@@ -7,10 +7,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import compare, marks, sentences, style, words
+from stabstudy.analysis import compare, marks, style, words
+from stabstudy.analysis import words as sentences
 from stabstudy.analysis.effects import CLEAR
-from stabstudy.analysis.kinds import scale_of
 from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.paired import scale_of
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS

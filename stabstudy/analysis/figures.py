@@ -11,15 +11,15 @@ from stabstudy.analysis import (
     map_figures,
     norm_figures,
     plots,
-    runs,
     style,
     trace_figures,
     words,
 )
-from stabstudy.analysis.blocks import Absent, Figure, Table
-from stabstudy.analysis.kinds import Kind, kind_of
+from stabstudy.analysis import study_statistics as runs
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.layout import Layout, at_levels, layout_of, level_texts, points, pooled
 from stabstudy.analysis.levels import Level
+from stabstudy.analysis.paired import Kind, kind_of
 from stabstudy.analysis.study import Study
 
 CURVES = (
@@ -42,7 +42,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
     if not (study.trials["state"] == "done").any():
         yield Absent("Every figure", "no trial is done yet: there is nothing to draw")
         return
-    if study.ingested and not runs.one_stride(study):
+    if study.ingested and not runs.one_stride(study.trials):
         yield Absent(OVER_AXES, "the runs were logged at different strides, so their statistics differ")
     elif layout is None:
         yield Absent(OVER_AXES, "no setting is known to differ" if study.ingested else "nothing varies but the seed")

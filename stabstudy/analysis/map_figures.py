@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import map_plots, plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
-from stabstudy.analysis.kinds import Kind, kind_of
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.layout import Layout, at_levels, level_texts, pooled
 from stabstudy.analysis.levels import Level, split
 from stabstudy.analysis.map_plots import DIVERGED
+from stabstudy.analysis.paired import Kind, kind_of
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
 

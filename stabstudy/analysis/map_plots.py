@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import compare, style, words
-from stabstudy.analysis.kinds import EXPOSURE
 from stabstudy.analysis.levels import Level, levels_of, records, split
+from stabstudy.analysis.paired import EXPOSURE
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS

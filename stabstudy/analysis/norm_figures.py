@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stabstudy.analysis import norm_plots, style, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.norm_plots import LOSS_AGREES, MICRO_BATCH, NORM_AGREES, Split
 from stabstudy.analysis.study import Study
 

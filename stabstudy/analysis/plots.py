@@ -22,12 +22,11 @@ import pandas as pd
 from stabstudy.analysis import compare, marks, style, words
 from stabstudy.analysis.curve_plots import first_spikes, sensitivity
 from stabstudy.analysis.effect_plots import clip_shares, clipping, effects, parallel
-from stabstudy.analysis.kinds import EXPOSURE
 from stabstudy.analysis.layer_plots import layer_map
 from stabstudy.analysis.levels import at_level, levels_of, split
 from stabstudy.analysis.map_plots import stability_map, verdict_map
 from stabstudy.analysis.norm_plots import accumulation, norm_ratios
-from stabstudy.analysis.paired import Estimate
+from stabstudy.analysis.paired import EXPOSURE, Estimate
 from stabstudy.analysis.positions import Positions
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.trace_plots import trace, traces, trial

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Drawing
+from stabstudy.analysis.elements import Drawing
 from stabstudy.analysis.levels import ordered
 from stabstudy.analysis.marks import marks
 

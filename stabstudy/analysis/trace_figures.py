@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy.analysis import layer_plots, plots, style, trial_tables, words
-from stabstudy.analysis.blocks import Absent, Figure, Table
+from stabstudy.analysis import layer_plots, plots, style, words
+from stabstudy.analysis import words as trial_tables
+from stabstudy.analysis.elements import Absent, Figure, Table
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
