@@ -31,9 +31,9 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy import finished, store
-from stabstudy.analysis import page
 from stabstudy.analysis.figures import registry
-from stabstudy.analysis.publish import publish
+from stabstudy.analysis.report import study_page
+from stabstudy.analysis.report.publish import publish
 from stabstudy.analysis.study import update_tables
 from stabstudy.analysis.tables import read_record
 from stabstudy.analysis.workers import spread
@@ -108,7 +108,7 @@ def _start_workers() -> None:
 
 
 def _imported(items: list[int]) -> list[int]:
-    for name in ("matplotlib.figure", "stabstudy.analysis.publish"):
+    for name in ("matplotlib.figure", "stabstudy.analysis.report.publish"):
         importlib.import_module(name)
     return items
 
@@ -132,8 +132,8 @@ def measure(folder: Path, reading: float) -> dict[str, float]:
     marks = [time.perf_counter()]
     study = update_tables(store.StudyFolder(folder))
     marks.append(time.perf_counter())
-    with unittest.mock.patch.object(page, "figures", timed):
-        made = page.report(study)
+    with unittest.mock.patch.object(study_page, "figures", timed):
+        made = study_page.report(study)
     marks.append(time.perf_counter())
     publish(study, made, folder / "report")
     marks.append(time.perf_counter())

@@ -91,9 +91,8 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
     from stabstudy.analysis import words
-    from stabstudy.analysis.page import report
-    from stabstudy.analysis.publish import publish
-    from stabstudy.analysis.sentences import counts
+    from stabstudy.analysis.report.publish import publish
+    from stabstudy.analysis.report.study_page import report
     from stabstudy.analysis.study import update_tables
 
     progress = say if (n := len(folder.trials())) >= LARGE else _nothing
@@ -103,7 +102,7 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     made = report(study)
     progress("writing the page, and one for each trial")
     page = publish(study, made, folder.report if out is None else out)
-    found = counts(study)
+    found = study.outcomes
     say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
     for outcome, number in found.items():
         if number:
@@ -118,13 +117,13 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
 
 def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -> None:
     """The report on several studies, in `out`; `pages` are those of each."""
-    from stabstudy.analysis import several
-    from stabstudy.analysis.publish import publish
+    from stabstudy.analysis.report import comparison_page
+    from stabstudy.analysis.report.publish import publish
     from stabstudy.analysis.study import Study
 
     studies = [Study(folder) for folder in folders]
     ways = [urllib.parse.quote(os.path.relpath(page, out)) for page in pages]
-    page = publish(Study.concat(studies), several.report(studies, ways), out)
+    page = publish(Study.concat(studies), comparison_page.report(studies, ways), out)
     cli.say(f"comparison: {page}")
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from stabstudy import config as cfg
-from stabstudy.analysis.batches import Ratios
-from stabstudy.analysis.columns import trial_kinds
+from stabstudy.analysis.shared_batches import Ratios
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.tables import Tables
+from stabstudy.analysis.tables import Tables, trial_kinds
 from stabstudy.stability.rules import Rules
 from stabstudy.store import StudyFolder
 

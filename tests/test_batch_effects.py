@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from stabstudy.analysis import batches, drivers, trial_tables, words
-from stabstudy.analysis.batches import Ratios, batch_effects, batch_share, log_ratios, mark
-from stabstudy.analysis.blocks import Code, Table, Text
+from stabstudy.analysis import shared_batches, words
+from stabstudy.analysis.elements import Code, Table, Text
+from stabstudy.analysis.report import drivers, trial_tables
+from stabstudy.analysis.shared_batches import Ratios, batch_effects, batch_share, log_ratios, mark
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.rules import Rules
@@ -92,7 +93,7 @@ def test_workers_are_sent_no_records(study: Study) -> None:
 
 
 def test_records_are_read_once_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "KEPT", 500)
+    monkeypatch.setattr(shared_batches, "KEPT", 500)
     calls: list[str] = []
 
     def norm(trial_id: str) -> Floats:
@@ -223,7 +224,7 @@ def test_equal_records_are_one_trial() -> None:
 def test_of_many_trials_an_even_choice_is_correlated(
     seeds: int, each: int, pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "MOST_TRIALS", 6)
+    monkeypatch.setattr(shared_batches, "MOST_TRIALS", 6)
     rng = np.random.default_rng(8)
     rows, norms = study_of(lambda seed, n: rng.normal(0, 0.3, 200), seeds, each)
     found = batch_share(rows, ratios(norms))
@@ -257,7 +258,7 @@ def test_the_batch_that_lifts_all_is_first() -> None:
 
 def test_nothing_in_common_is_an_empty_table() -> None:
     table = batch_effects([trial("a"), trial("b", 1)], [], ratios({t: noise(t) for t in "ab"}))
-    assert len(table) == 0 and list(table.columns) == list(batches.EFFECTS)
+    assert len(table) == 0 and list(table.columns) == list(shared_batches.EFFECTS)
 
 
 # Marks
@@ -562,7 +563,7 @@ def test_the_share_on_a_gpu(shared_data: Path) -> None:
     assert found.same == pytest.approx(0.68, abs=0.05) and found.other == pytest.approx(0.07, abs=0.05)
     assert (found.same_pairs, found.other_pairs) == (3 * 16 * 15 // 2, 3 * 16 * 16)
     # between depths, whose weights differ from the start: the batch, not the start
-    between = batches._correlations([some.full(row["trial_id"]) for row in calm])
+    between = shared_batches._correlations([some.full(row["trial_id"]) for row in calm])
     pairs = [
         between[i, j]
         for (i, a), (j, b) in itertools.combinations(enumerate(calm), 2)

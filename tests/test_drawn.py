@@ -10,11 +10,11 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis import several
-from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.figures import maps, single_axes, study_curves, traces
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.figures.registry import OVER_SETTINGS
+from stabstudy.analysis.report import comparison_page
 from stabstudy.analysis.study import Study
 
 MAIN = Layout("optim.lr", None, [], [])
@@ -214,7 +214,7 @@ def test_studies_beside_each_other(tmp_path: Path, study: Study) -> None:
     path = planted.plant_study(tmp_path / "other", seeds=(0, 1, 2))
     diverge(path, 6, 0.5, 2)
     planted.plant_trial(path, planted.settings(2, 1e-4))
-    report = several.report([study, Study.load(path)])
+    report = comparison_page.report([study, Study.load(path)])
     figures = {b.name: b for s in report.sections for b in s.blocks if isinstance(b, Figure)}
     for name, in_means in (("studies-final-loss", 40), ("studies-grad-norm-log-sd", 36)):
         figure = figures[name]

@@ -12,8 +12,8 @@ import planted
 import pytest
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Absent, Figure
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import clip_thresholds, effect_plots, registry, single_axes, study_curves, style
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import records
@@ -70,7 +70,7 @@ def test_the_forest_draws_each_effect_and_its_interval(noisy: Study, metric: str
 
 def test_two_seeds_have_their_intervals(noisy: Study) -> None:
     """The error is that of all trials: two seeds leave nine degrees of freedom here."""
-    two = noisy._part(set(noisy.trials.index[noisy.trials["seed"] < 2]), noisy.axes)
+    two = noisy.part(set(noisy.trials.index[noisy.trials["seed"] < 2]), noisy.axes)
     rows = [r for r in records(two.effects()) if r["metric"] == "final_loss"]
     bars = [line for line in effect_plots.effects(two).get_lines() if len(set(line.get_ydata())) == 1]
     assert [tuple(b.get_xdata()) for b in bars if b.get_gid() is None] == [(r["low"], r["high"]) for r in rows]

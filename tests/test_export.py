@@ -19,8 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from stabstudy import config as cfg
-from stabstudy.analysis import export, page, recipe, yaml_text
-from stabstudy.analysis.blocks import Code
+from stabstudy.analysis import recipe
+from stabstudy.analysis.elements import Code
+from stabstudy.analysis.report import export, study_page
 from stabstudy.analysis.study import Study
 from stabstudy.config import PRECISIONS
 from stabstudy.planning.plan import make_plan
@@ -387,7 +388,7 @@ def test_overrides_say_a_share_of_warmup_in_steps(tmp_path: Path) -> None:
     + ["1-sqrt", "zh-é", "sample-10BT", True, False, None, 1, 0, -3, 1e-3, 1e-8, 3e22, 0.1, 5.0, math.inf],
 )
 def test_every_reader_takes_a_value_for_what_it_is(value: Any) -> None:
-    text = yaml_text.scalar(value)
+    text = export.yaml_scalar(value)
     read = [yaml.safe_load(f"k: {text}")["k"], OmegaConf.create(f"k: {text}").k]
     if value != math.inf:  # which Hydra spells inf; no setting has it
         read.append(OverridesParser.create().parse_override(f"+k={text}").value())
@@ -397,7 +398,7 @@ def test_every_reader_takes_a_value_for_what_it_is(value: Any) -> None:
 
 
 def test_no_control_character_comes_out() -> None:
-    text = yaml_text.scalar("a\u202e\n\x1bé")
+    text = export.yaml_scalar("a\u202e\n\x1bé")
     assert text.isprintable() and yaml.safe_load(text) == "a\u202e\n\x1bé"
 
 
@@ -457,7 +458,7 @@ def test_the_page_comments_what_the_keys_leave_out(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.01))
     study = Study.load(tmp_path / "s")
-    _, *others = [b for b in page._recipe(study) if isinstance(b, Code)]
+    _, *others = [b for b in study_page._recipe(study) if isinstance(b, Code)]
     for block, exporter in zip(others, (export.lingua, export.hugging_face), strict=True):
         text, remarks = exporter(recipe.recipes(study)[0].settings)
         assert yaml.safe_load(block.text) == yaml.safe_load(text)

@@ -14,7 +14,7 @@ from torch import nn, optim, zeros
 from transformers.optimization import get_scheduler
 
 from stabstudy import config as cfg
-from stabstudy.analysis import export
+from stabstudy.analysis.report import export
 from stabstudy.training import schedule as lr_schedule
 
 Curve = Callable[[int], float]

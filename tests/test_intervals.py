@@ -14,10 +14,11 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 from statsmodels.stats.rates import confint_poisson
 
-from stabstudy.analysis import compare, kinds
-from stabstudy.analysis.kinds import Kind, kind_of
+from stabstudy.analysis import compare, paired
 from stabstudy.analysis.paired import (
     Estimate,
+    Kind,
+    kind_of,
     log_interval,
     poisson_interval,
     rate_interval,
@@ -123,7 +124,7 @@ def table(**columns: list[float]) -> pd.DataFrame:
     ],
 )
 def test_the_kind_of_a_statistic(metric: str, kind: Kind, scale: str) -> None:
-    assert kind_of(metric) is kind and kinds.scale_of(metric) == scale
+    assert kind_of(metric) is kind and paired.scale_of(metric) == scale
 
 
 BOUNDS = {Kind.RATIO: (0, math.inf), Kind.RATE: (0, math.inf), Kind.COUNT: (0, math.inf)}
@@ -170,7 +171,7 @@ def covered(
     draw: Callable[[np.random.Generator, int], list[float]], truth: float, n: int, times: int, metric: str
 ) -> float:
     rng = np.random.default_rng(n)
-    found = (kinds.estimate(metric, draw(rng, n), [100.0] * n) for _ in range(times))
+    found = (paired.estimate(metric, draw(rng, n), [100.0] * n) for _ in range(times))
     return float(np.mean([e.low <= truth <= e.high for e in found]))
 
 

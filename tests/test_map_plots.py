@@ -9,7 +9,7 @@ import pytest
 from matplotlib import colors
 
 from stabstudy.analysis import plots
-from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.figures import maps, style, verdict_maps
 from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.study import Study

@@ -11,7 +11,7 @@ import pytest
 
 from stabstudy import config as cfg
 from stabstudy.analysis import plots
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import norms
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.study import Study

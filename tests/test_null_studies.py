@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tabled
 
-from stabstudy.analysis import effects, sentences
+from stabstudy.analysis import effects
+from stabstudy.analysis.report import findings
 from stabstudy.analysis.study import Study
 
 LEVELS: dict[str, tuple[Any, ...]] = {
@@ -51,7 +52,7 @@ def noise(rng: np.random.Generator, axes: int, seeds: int = 3, effect: float = 0
 
 def changes(study: Study) -> list[str]:
     """The sentences of the first screen that state a change, or that one cell is better than another."""
-    screen = {finding.about: finding.sentences for finding in sentences.findings(study)}
+    screen = {finding.about: finding.sentences for finding in findings.findings(study)}
     told_apart = [text for text in screen["What to use"] if BETTER.search(text)]
     return [text for text in screen["What the axes changed"] if not NO_CHANGE.search(text)] + told_apart
 

@@ -19,13 +19,14 @@ import planted
 import pytest
 import scipy.stats
 
-from stabstudy.analysis import design_tables, effect_tables, render, sentences, words
-from stabstudy.analysis.blocks import Figure, Text
+from stabstudy.analysis import words
 from stabstudy.analysis.effects import contrasts, interactions
+from stabstudy.analysis.elements import Figure, Text
 from stabstudy.analysis.figures import maps, verdict_maps
 from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.report import effect_tables, findings, html, study_page
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.stability.columns import COLUMNS
@@ -156,7 +157,7 @@ def test_counts_are_those_of_the_table(page: Page, study: Study) -> None:
         "failed": 1, "damaged": 1,
     }  # fmt: skip
     assert (verdicts["stable"], verdicts["spiky"], verdicts["rough"]) == (7, 1, 4)
-    assert page.headings[1] == (2, sentences.headline(study))
+    assert page.headings[1] == (2, findings.headline(study))
     assert page.headings[1][1].startswith("Of 13 judged trials: 7 stable, 1 spiky, 4 rough and 1 diverged; ")
     assert words.GLOSSARY in page.text
 
@@ -265,7 +266,7 @@ def test_trials_that_diverged_early_lack_statistics_and_say_so(tmp_path: Path) -
                 final_loss=None, stop_reason="diverged", logit=(4e7 + seed * 1e6) / depth,
             )  # fmt: skip
     study = Study.load(tmp_path / "s")
-    texts = [sentence for finding in sentences.findings(study) for sentence in finding.sentences]
+    texts = [sentence for finding in findings.findings(study) for sentence in finding.sentences]
     (depth,) = (text for text in texts if "epth 2 to 4" in text)
     assert "no effect found: " in depth and not any("e+" in text for text in texts)
     notes = study.effects().set_index(["axis", "metric"])["note"]
@@ -354,10 +355,10 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
 def test_findings_answer_the_question(page: Page, study: Study) -> None:
     text = " ".join(page.items)
     assert planted.QUESTION in page.text
-    assert [f.about for f in sentences.findings(study)] == ["What is stable", "What to use", "What the axes changed"]
+    assert [f.about for f in findings.findings(study)] == ["What is stable", "What to use", "What the axes changed"]
     assert page.items[6:] == [
-        *(sentence for finding in sentences.findings(study) for sentence in finding.sentences),
-        *sentences.warnings(study),
+        *(sentence for finding in findings.findings(study) for sentence in finding.sentences),
+        *findings.warnings(study),
     ]
     assert "Depth 2: every trial is stable up to learning rate 0.01" in text and "at 0.1, 2 of 2 are not" in text
     assert "the grid has a hole at learning rate 0.5, seed 1 (failed)" in text
@@ -380,7 +381,7 @@ def test_a_precision_says_what_it_is(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16", "bf16_stream"):
         config = planted.settings()
         planted.plant_trial(tmp_path / "s", replace(config, train=replace(config.train, precision=precision)))
-    texts = [b.text for b in design_tables.design(Study.load(tmp_path / "s")) if isinstance(b, Text)]
+    texts = [b.text for b in study_page.design(Study.load(tmp_path / "s")) if isinstance(b, Text)]
     assert any("Precision bf16: autocast" in t and "residual stream" in t and "fp32" in t for t in texts)
     assert any("Precision bf16_stream:" in t and "residual stream and outputs of norms in bf16" in t for t in texts)
     assert not any("Precision fp32" in t for t in texts)
@@ -390,7 +391,7 @@ def test_nothing_differs_is_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for lr, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)):
         planted.plant_trial(tmp_path / "s", planted.settings(lr=lr, seed=seed), logit=4.0)
-    found = sentences.findings(Study.load(tmp_path / "s"))
+    found = findings.findings(Study.load(tmp_path / "s"))
     assert [f.about for f in found] == ["What is stable", "What to use", "What the axes changed"]
     said = " ".join(text for f in found for text in f.sentences)
     assert "very trial is stable up to learning rate 0.01" in said and "no larger one was tried." in said
@@ -402,7 +403,7 @@ def test_the_whole_grid_unstable_is_said(tmp_path: Path) -> None:
     for lr in (1e-2, 1e-1):
         config = planted.settings(lr=lr)
         planted.plant_trial(tmp_path / "s", config, nonfinite_at=60, final_loss=math.nan, stop_reason="diverged")
-    stable, use, *_ = sentences.findings(Study.load(tmp_path / "s"))
+    stable, use, *_ = findings.findings(Study.load(tmp_path / "s"))
     assert "at 0.01, 1 of 1 is not" in stable.sentences[0]
     assert use.about == "What to use" and [text.startswith("No recipe: ") for text in use.sentences] == [True]
 
@@ -437,7 +438,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-3))
     planted.plant_trial(tmp_path / "s", planted.settings(lr=1e-2), eval_hash="other", fingerprint="0" * 16)
-    said = sentences.warnings(Study.load(tmp_path / "s"))
+    said = findings.warnings(Study.load(tmp_path / "s"))
     assert "Losses were measured on 2 different evaluation sets: compare them where data are equal." in said
     assert "Trials with the same data settings saw different data (their fingerprints differ)." in said
 
@@ -445,7 +446,7 @@ def test_differing_batches_and_data_are_said(tmp_path: Path) -> None:
 def test_missing_seeds_are_said(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,))
     planted.plant_trial(folder, planted.settings(lr=0.5, seed=0))
-    assert "1 of 4 cells lacks seeds that others have (2)." in sentences.warnings(Study.load(folder))
+    assert "1 of 4 cells lacks seeds that others have (2)." in findings.warnings(Study.load(folder))
 
 
 def test_a_study_without_a_done_trial_says_so(tmp_path: Path) -> None:
@@ -595,8 +596,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_foreign_text_stays_text(hostile: Path, path: Path) -> None:
-    html = (hostile / "report" / "index.html").read_text()
-    shown = read(html)
+    shown = read((hostile / "report" / "index.html").read_text())
     allowed = {tag for tag, _ in read((path / "report" / "index.html").read_text()).tags}
     assert {tag for tag, _ in shown.tags} <= allowed and [tag for tag, _ in shown.tags].count("script") == 1
     for _, attrs in shown.tags:
@@ -640,14 +640,14 @@ def _digest(text: str) -> str:
 
 
 def test_policy_allows_our_one_script_and_no_request(path: Path) -> None:
-    own = "".join((render.TEMPLATES / name).read_text() for name in ("tables.js", "figures.js"))
+    own = "".join((html.TEMPLATES / name).read_text() for name in ("tables.js", "figures.js"))
     assert not re.search("fetch|XMLHttpRequest|import|eval|innerHTML|https?:", own.replace(SVG_NAMESPACE, ""))
     for file in [path / "report" / "index.html", *(path / "report" / "trials").iterdir()]:
-        html = file.read_text()
-        page = read(html)
+        text = file.read_text()
+        page = read(text)
         (policy,) = [a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-        (css,) = re.findall("<style>(.*?)</style>", html.partition("<body>")[0], re.DOTALL)
-        (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+        (css,) = re.findall("<style>(.*?)</style>", text.partition("<body>")[0], re.DOTALL)
+        (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
         assert script == own and [t for t, _ in page.tags].count("script") == 1
         assert policy == (
             f"default-src 'none'; img-src data:; style-src 'sha256-{_digest(css)}'; script-src "

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
-from stabstudy.analysis import effects, export, recipe
+from stabstudy.analysis import effects, recipe
 from stabstudy.analysis.recipe import NoRecipe, Recipe
+from stabstudy.analysis.report import export
 from stabstudy.analysis.study import Study
 
 LR, CLIP, DEPTH = "optim.lr", "optim.clip", "model.depth"

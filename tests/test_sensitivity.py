@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy.stability import sensitivity as sens
-from stabstudy.stability.sensitivity import LossCurve, Refused
+from stabstudy.analysis import sensitivity as sens
+from stabstudy.analysis.compare import Refused
+from stabstudy.analysis.sensitivity import LossCurve
 
 GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 """That of arXiv 2309.14322."""

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_recipe import CLIP, DEPTH, LR, ROUGH, UNTRAINED, at, cells, change, rates
 
-from stabstudy.analysis import effects, runs, sentences
-from stabstudy.analysis.blocks import Finding
+from stabstudy.analysis import effects, words
+from stabstudy.analysis.elements import Finding
+from stabstudy.analysis.report import findings, runs_page
 from stabstudy.analysis.study import Study
 
 STABLE, USE, CHANGED = "What is stable", "What to use", "What the axes changed"
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 
 def screen(rows: list[Row], about: str, **how: Any) -> list[str]:
     """The sentences under one head."""
-    answers = {finding.about: list(finding.sentences) for finding in sentences.findings(tabled.study(rows, **how))}
+    answers = {finding.about: list(finding.sentences) for finding in findings.findings(tabled.study(rows, **how))}
     return answers.get(about, [])
 
 
@@ -64,21 +65,21 @@ def test_the_headline_counts_every_trial_once() -> None:
         (2.0, 2.5, PENDING),
     )  # fmt: skip
     rows = change(rows, at(3e-3, 0), sampling_noise=True)
-    assert sentences.headline(tabled.study(rows)) == (
+    assert findings.headline(tabled.study(rows)) == (
         "Of 12 judged trials: 3 stable, 3 spiky (3 by sampling noise), 3 rough (1 by sampling noise) and 3 diverged; "
         "without a verdict: 3 too short, 3 untrained (the loss never came below the entropy of single tokens), 3 "
         "unfinished and 3 failed."
     )
-    assert sum(sentences.counts(tabled.study(rows)).values()) == len(rows) == 24
+    assert sum(tabled.study(rows).outcomes.values()) == len(rows) == 24
 
 
 def test_a_study_without_a_verdict_has_no_findings_to_make_up() -> None:
-    assert sentences.headline(tabled.study([])) == "The study holds no trial yet."
+    assert findings.headline(tabled.study([])) == "The study holds no trial yet."
     waiting = tabled.study(rates((1e-3, 2.5, PENDING), seeds=(0,)))
-    assert sentences.headline(waiting) == "None of 1 trial has a verdict: 1 unfinished."
-    assert sentences.findings(waiting) == []
+    assert findings.headline(waiting) == "None of 1 trial has a verdict: 1 unfinished."
+    assert findings.findings(waiting) == []
     short = tabled.study(rates((1e-3, 2.5, SHORT)))
-    assert sentences.headline(short) == "None of 3 trials has a verdict: 3 too short."
+    assert findings.headline(short) == "None of 3 trials has a verdict: 3 too short."
 
 
 # What is stable
@@ -269,7 +270,7 @@ def test_an_effect_that_depends_on_another_axis_is_given_at_each_of_its_levels()
         difference = own[1e-1] - own[1e-2]
         half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / math.sqrt(3)
         mean, low, high = difference.mean(), difference.mean() - half, difference.mean() + half
-        parts.append(f"{sentences._signed(mean)} [{sentences._signed(low)}, {sentences._signed(high)}]")
+        parts.append(f"{words._signed(mean)} [{words._signed(low)}, {words._signed(high)}]")
         assert f"{parts[-1]}{' nat/token' if on else ''} at {name}" in rate
 
 
@@ -301,7 +302,7 @@ def test_one_seed_tests_nothing() -> None:
     assert screen(rows, CHANGED) == [
         "Learning rate and clip threshold: not tested (one seed: no scatter between seeds to test against)."
     ]
-    assert "One seed: no interval and no test is possible; a difference may be chance." in sentences.warnings(
+    assert "One seed: no interval and no test is possible; a difference may be chance." in findings.warnings(
         tabled.study(rows)
     )
 
@@ -343,8 +344,8 @@ def test_every_axis_is_answered_whatever_is_missing(rng: int, keep: float, seeds
     kinds: list[Row] = [{}, {}, {}, ROUGH, UNTRAINED, FAILED, SHORT, {"verdict": "diverged", "n_evaluable": 9}]
     rows = [row | kinds[draw.integers(len(kinds))] for row in rows if draw.random() < keep]
     study = tabled.study(rows)
-    answers = {finding.about: list(finding.sentences) for finding in sentences.findings(study)}
-    texts = [*itertools.chain(*answers.values()), sentences.headline(study), *sentences.warnings(study)]
+    answers = {finding.about: list(finding.sentences) for finding in findings.findings(study)}
+    texts = [*itertools.chain(*answers.values()), findings.headline(study), *findings.warnings(study)]
     assert all(text.endswith(".") and not re.search(r"None(?! of)|\bnan\b", text) for text in texts)
     changed = " ".join(answers.get(CHANGED, [])).lower()
     assert not answers or all(axis in changed for axis in _varied(study))
@@ -362,26 +363,37 @@ def test_what_limits_the_numbers() -> None:
     rows = change(rows, at(1e-1, 2), **FAILED)
     rows = change(rows, at(1e-1, 0), verdict="diverged", n_evaluable=6, epochs=2.5)
     rows = [row for row in rows if not at(1e-2, 2)(row)]
-    assert sentences.warnings(tabled.study(rows)) == [
+    assert findings.warnings(tabled.study(rows)) == [
         "Trials in no mean: 1 failed (see Trials without a result).",
         "1 of 3 cells lacks seeds that others have (3).",
         "Stable trials have as few as 148 evaluable steps: what is stable in them may be unstable in longer ones "
         "(margins are stated from 200 on).",
         "The training part was read up to 2.50 times (epochs).",
     ]
-    assert sentences.warnings(tabled.study(rates((1e-3, 2.6), (1e-2, 2.5)))) == []
+    assert findings.warnings(tabled.study(rates((1e-3, 2.6), (1e-2, 2.5)))) == []
 
 
 # Runs of other trainers
 
 
 def test_ingested_runs_have_their_own_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "findings", lambda study: Finding("The runs", ["a sentence"]))
-    monkeypatch.setattr(runs, "warnings", lambda study: ["a caveat"])
+    monkeypatch.setattr(runs_page, "findings", lambda study: Finding("The runs", ["a sentence"]))
+    monkeypatch.setattr(runs_page, "warnings", lambda study: ["a caveat"])
     rows = change(rates((1e-3, 2.6), (1e-2, 2.5)), lambda r: True, log_format="hf", seed=None)
     study = tabled.study(rows)
-    assert sentences.findings(study) == [Finding("The runs", ["a sentence"])]
-    assert sentences.warnings(study)[-1] == "a caveat"
+    assert findings.findings(study) == [Finding("The runs", ["a sentence"])]
+    assert findings.warnings(study)[-1] == "a caveat"
+
+
+def test_a_run_of_zeros_is_not_one_without_a_gradient_norm() -> None:
+    """Its loss was not judged either: the caveat counts what the table of verdicts counts under that name."""
+    rows = change(rates((1e-3, 2.6), (1e-2, 2.5)), lambda r: True, log_format="hf", verdict=None, grad_norm_max=1.0)
+    blind = change(rows, at(1e-3, 0), grad_norm_max=None, verdict_reason="no_gradient_norm")
+    blind = change(blind, at(1e-3, 1), grad_norm_max=None, verdict="diverged")
+    rows = change(blind, at(1e-2, 0), grad_norm_max=None, verdict_reason="all_zero")
+    study = tabled.study(rows)
+    study.log = lambda trial_id: None  # type: ignore[method-assign]
+    assert runs_page.warnings(study) == ["2 runs without a gradient norm: only the loss was judged."]
 
 
 # A study on disk
@@ -389,8 +401,8 @@ def test_ingested_runs_have_their_own_findings(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_planted_study_reads_as_it_was_planted(tmp_path: Path) -> None:
     study = Study.load(planted.plant_study(tmp_path / "s", seeds=(0, 1, 2), steps=300))
-    assert sentences.headline(study) == "Of 18 judged trials: 11 stable, 1 spiky and 6 rough."
-    answers = {finding.about: finding.sentences for finding in sentences.findings(study)}
+    assert findings.headline(study) == "Of 18 judged trials: 11 stable, 1 spiky and 6 rough."
+    answers = {finding.about: finding.sentences for finding in findings.findings(study)}
     assert answers[STABLE][:2] == [
         "Depth 2: every trial is stable up to learning rate 0.01; at 0.1, 3 of 3 are not.",
         "Depth 6: every trial is stable up to learning rate 1e-3; at 0.01, 1 of 3 is not.",

@@ -11,8 +11,9 @@ import pytest
 import scipy.stats
 
 from stabstudy import report as command
-from stabstudy.analysis import matched_cells, sentences, several, words
-from stabstudy.analysis.blocks import Figure, Report, Table, Text
+from stabstudy.analysis import study_statistics, words
+from stabstudy.analysis.elements import Figure, Report, Table, Text
+from stabstudy.analysis.report import comparison_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
@@ -56,7 +57,7 @@ def test_the_whole_has_the_study_as_its_first_axis(two: list[Study]) -> None:
 
 
 def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
-    made = several.report(two)
+    made = comparison_page.report(two)
     losses = [r for r in table(made, "Paired differences").rows if r[1] == "final loss"]
     ((studies, _, means, change, interval, pairs, seeds),) = losses
     assert (studies, pairs, seeds) == ("low → high", "6", "3")
@@ -64,9 +65,11 @@ def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
     assert interval.startswith("-0.201")
     (differences,) = made.findings
     whole = Study.concat(two)
-    row = next(r for r in several._claims(whole, several._comparable(whole)) if r["metric"] == "final_loss")
+    metrics = study_statistics.comparable(whole.trials)
+    claims = study_statistics.study_effects(whole.trials, whole.axes, metrics)
+    row = next(r for r in claims if r["metric"] == "final_loss")
     assert row["estimate"] == pytest.approx(-0.2002) and row["p_holm"] < 1e-6
-    text = f"Final validation loss, low → high: {sentences.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
+    text = f"Final validation loss, low → high: {words.change(row)} (p {words.number(row['p_holm'], 2)}, Holm)."
     assert text in differences.sentences and text.startswith("Final validation loss, low → high: -0.200 [-0.2")
 
 
@@ -74,29 +77,29 @@ def test_an_effect_starts_from_the_first_study() -> None:
     """As the table of paired differences does; the model orders names by their letters."""
     row = {"a": "high", "b": "low", "scale": "difference", "estimate": 0.2, "low": 0.1, "high": 0.4}
     turned = {"a": "low", "b": "high", "scale": "difference", "estimate": -0.2, "low": -0.4, "high": -0.1}
-    assert several._turned("low", row) == turned and several._turned("high", row) == row
-    assert several._turned("low", row | {"scale": "ratio", "estimate": 0.5, "low": 0.25, "high": 1.0}) == turned | {
-        "scale": "ratio", "estimate": 2.0, "low": 1.0, "high": 4.0
-    }  # fmt: skip
+    assert study_statistics.effect_from("low", row) == turned and study_statistics.effect_from("high", row) == row
+    ratio = {"scale": "ratio", "estimate": 2.0, "low": 1.0, "high": 4.0}
+    row |= {"scale": "ratio", "estimate": 0.5, "low": 0.25, "high": 1.0}
+    assert study_statistics.effect_from("low", row) == turned | ratio
 
 
 def test_the_other_order_turns_every_sign(two: list[Study]) -> None:
     ((*_, change, interval, _, _),) = [
-        r for r in table(several.report(two[::-1]), "Paired differences").rows if r[1] == "final loss"
+        r for r in table(comparison_page.report(two[::-1]), "Paired differences").rows if r[1] == "final loss"
     ]
     assert change == "0.200" and interval.endswith("0.201")
 
 
 def test_a_single_seed_tests_nothing_and_says_so(tmp_path: Path) -> None:
     alone = [plant(tmp_path / name, decay, gain, seeds=1) for name, decay, gain in (("a", 0.1, 0.0), ("b", 0.3, 0.2))]
-    (finding,) = several.report(alone).findings
+    (finding,) = comparison_page.report(alone).findings
     reason = "not tested (one seed: no scatter between seeds to test against)."
     assert f"Final validation loss: {reason}" in finding.sentences
     assert all(sentence.endswith(reason) for sentence in finding.sentences)
 
 
 def test_what_differs_between_them_is_named(two: list[Study]) -> None:
-    made = several.report(two)
+    made = comparison_page.report(two)
     assert table(made, "Settings that differ").rows == (("optim.weight_decay", "0.1", "0.3"),)
     cells = table(made, "Cells in at least two").rows
     assert [row[0] for row in cells] == ["0.01", "0.1"] and all(row[-1] == "3 stable" for row in cells)
@@ -109,7 +112,7 @@ def test_what_differs_between_them_is_named(two: list[Study]) -> None:
 
 def test_losses_on_other_batches_are_not_compared(tmp_path: Path, two: list[Study]) -> None:
     other = plant(tmp_path / "other", 0.3, 0.2, eval_hash="a" * 16)
-    made = several.report([two[0], other])
+    made = comparison_page.report([two[0], other])
     assert "The evaluation sets differ: losses are shown, and not compared." in made.warnings
     compared = {row[1] for row in table(made, "Paired differences").rows}
     assert "final loss" not in compared and "roughness" in compared
@@ -121,7 +124,7 @@ def test_spike_rates_of_other_rules_are_not_compared(
     monkeypatch.setattr("stabstudy.analysis.tables.Rules", lambda: Rules(k_grad=7.0))
     other = plant(tmp_path / "other", 0.3, 0.2)
     assert other.rules.k_grad == 7.0
-    made = several.report([two[0], other])
+    made = comparison_page.report([two[0], other])
     assert any("detector_id" in w for w in made.warnings)
     compared = {row[1] for row in table(made, "Paired differences").rows}
     assert COLUMNS["spike_abs_rate"].label not in compared and "roughness" in compared
@@ -133,19 +136,19 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     planted.plant_frame(tmp_path / "far")
     for lr in (0.5, 0.6):
         planted.plant_trial(tmp_path / "far", planted.settings(2, lr, seed=7))
-    made = several.report([two[0], Study.load(tmp_path / "far")])
+    made = comparison_page.report([two[0], Study.load(tmp_path / "far")])
     texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
     why = "Learning rate: 0.01 and 0.1 in low, 0.5 and 0.6 in far. Seed: 0, 1 and 2 in low, 7 in far."
-    assert f"{several.UNPAIRED} {why}" in texts
-    assert texts.count(matched_cells.NO_CELL) == 2  # in place of figures and of tables
-    assert [f.sentences for f in made.findings] == [[several.UNPAIRED]]
+    assert f"{comparison_page.UNPAIRED} {why}" in texts
+    assert texts.count(comparison_page.NO_CELL) == 2  # in place of figures and of tables
+    assert [f.sentences for f in made.findings] == [[comparison_page.UNPAIRED]]
 
 
 def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:
     """The planted difference: 0.2 nat lower, a little more for each seed."""
     head, *rest = [
-        table(several.report(two), "Differences in each").columns,
-        *table(several.report(two), "Differences in each").rows,
+        table(comparison_page.report(two), "Differences in each").columns,
+        *table(comparison_page.report(two), "Differences in each").rows,
     ]
     at = head.index("final loss (capped)")
     differences = [-(0.2 + 0.001 * seed * 0.2) for seed in range(3)]
@@ -158,7 +161,7 @@ def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:
 
 def test_cells_on_other_evaluation_batches_have_no_change_of_loss(tmp_path: Path, two: list[Study]) -> None:
     other = plant(tmp_path / "elsewhere", 0.1, 0.0, eval_hash="another")
-    found = table(several.report([two[0], other]), "Differences in each")
+    found = table(comparison_page.report([two[0], other]), "Differences in each")
     assert {row[found.columns.index("final loss (capped)")] for row in found.rows} == {words.NOTHING}
     assert words.NOTHING not in {row[found.columns.index("roughness")] for row in found.rows}
 
@@ -170,7 +173,7 @@ def test_cells_on_other_data_are_not_paired(tmp_path: Path, two: list[Study]) ->
             {"model": {"depth": 2}, "optim": {"lr": lr, "warmup_steps": 10}, "train": {"steps": 120}}
         )
         planted.plant_trial(tmp_path / "moved", config, fingerprint="a" * 16)
-    made = several.report([two[0], Study.load(tmp_path / "moved")])
+    made = comparison_page.report([two[0], Study.load(tmp_path / "moved")])
     tables = [b.title for s in made.sections for b in s.blocks if isinstance(b, Table)]
     assert any(t.startswith("Cells in") for t in tables) and not any(
         t.startswith("Differences in each") for t in tables
@@ -181,8 +184,8 @@ def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study]) -
     planted.plant_frame(tmp_path / "short")
     planted.plant_trial(tmp_path / "short", planted.settings(2, 0.01, steps=100))
     said = "Trials have different numbers of steps: final losses and largest values are those of different lengths."
-    assert said in several.report([two[0], Study.load(tmp_path / "short")]).warnings
-    assert said not in several.report(two).warnings
+    assert said in comparison_page.report([two[0], Study.load(tmp_path / "short")]).warnings
+    assert said not in comparison_page.report(two).warnings
 
 
 def test_equal_names_are_refused(two: list[Study]) -> None:

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from stabstudy import config as cfg
 from stabstudy import encodings
-from stabstudy.analysis import compare, export, levels, recipe
-from stabstudy.analysis.columns import spike_kinds, trial_kinds
+from stabstudy.analysis import compare, levels, recipe
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
+from stabstudy.analysis.report import export
 from stabstudy.analysis.study import Study, update_tables
+from stabstudy.analysis.tables import spike_kinds, trial_kinds
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS, Source, judge_trial, write_summary

@@ -19,8 +19,9 @@ from tabled import trial
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, effects, importance, rates, sensitivity, sentences, survival
+from stabstudy.analysis import compare, effects, importance, rates, sensitivity, survival
 from stabstudy.analysis.levels import records
+from stabstudy.analysis.report import findings
 from stabstudy.analysis.study import Study
 
 
@@ -251,7 +252,7 @@ def test_counts_are_compared_as_rates(tmp_path: Path) -> None:
 def test_records_of_different_strides_are_warned_about(tmp_path: Path) -> None:
     study = Study.load(planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,)))
     study.trials["log_stride"] = [1, 10, 10]
-    (said,) = [s for s in sentences.warnings(study) if "Logged" in s]
+    (said,) = [s for s in findings.warnings(study) if "Logged" in s]
     assert said.startswith("Logged every 1 and 10 steps: statistics of records with different strides are never")
 
 

@@ -113,8 +113,8 @@ def test_gpt2_reads_back(shared_data: Path) -> None:
 
 
 def test_the_page_of_a_trial_with_a_spike_says_how(tmp_path: Path) -> None:
-    from stabstudy.analysis import trial_page
-    from stabstudy.analysis.blocks import Code
+    from stabstudy.analysis.elements import Code
+    from stabstudy.analysis.report import trial_page
 
     folder = planted.plant_study(tmp_path / "s", steps=200)
     study = Study.load(folder)

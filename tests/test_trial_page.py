@@ -14,10 +14,12 @@ import planted
 import pytest
 from test_page import PAYLOADS, Page, _bytes, read
 
-from stabstudy.analysis import links, trial_page, trial_tables, words
+from stabstudy.analysis import words
 from stabstudy.analysis.levels import plain
-from stabstudy.analysis.sentences import REASONS
+from stabstudy.analysis.report import html, study_page, trial_page, trial_tables
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import outcome
+from stabstudy.analysis.words import REASONS, RULES
 from stabstudy.report import write_report
 from stabstudy.stability.explain import DIVERGED
 from stabstudy.stability.summary import COLUMNS
@@ -54,7 +56,7 @@ def page_of(path: Path, trial_id: str) -> Page:
 
 
 def ended(study: Study, kind: str) -> str:
-    return next(t for t in study.trials.index if trial_page.kind(study.row(t)) == kind)
+    return next(t for t in study.trials.index if outcome(study.row(t)) == kind)
 
 
 def links_of(page: Page) -> list[str]:
@@ -72,7 +74,7 @@ def test_every_trial_has_a_page_the_damaged_one_too(path: Path, study: Study) ->
 def test_every_mention_is_a_link(path: Path, study: Study) -> None:
     html = (path / "report" / "index.html").read_text()
     body = re.sub(" data-marks='[^']*'|(?s:<pre.*?</pre>)", "", html[html.index("<body>") : html.index("<script>")])
-    for trial_id in links.paged(study):
+    for trial_id in study_page.paged(study):
         linked = f'<a href="trials/{trial_id}.html">{trial_id}</a>'
         assert linked in body and trial_id not in body.replace(linked, "")
     (every,) = [t for t in read(html).tables if t[0][0] == "trial" and "verdict or state" in t[0]]
@@ -94,7 +96,7 @@ def test_links_of_every_page_resolve(path: Path) -> None:
 def test_only_known_ids_become_links_and_text_is_escaped() -> None:
     known = frozenset({"0123456789"})
     text = "0123456789, x0123456789, 0123456789a, 9876543210 <b>"
-    assert str(links.linked(text, known, "trials/")) == (
+    assert str(html.linked(text, known, "trials/")) == (
         '<a href="trials/0123456789.html">0123456789</a>, x0123456789, 0123456789a, 9876543210 &lt;b&gt;'
     )
 
@@ -188,7 +190,7 @@ def test_a_verdict_and_its_absence_stand_in_words(values: dict[str, object], tex
 
 
 def test_every_rule_and_reason_has_words() -> None:
-    assert set(trial_tables.RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
+    assert set(RULES) == {"R1", "R2", "R1+R2", *DIVERGED}
     assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "norm_after_clipping", "all_zero", "strided"}
 
 
@@ -233,7 +235,7 @@ def test_the_notable_are_drawn_and_the_rest_say_how_to(
     path: Path, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = trial_page.notable(study)
-    kinds = [trial_page.kind(study.row(t)) for t in order]
+    kinds = [outcome(study.row(t)) for t in order]
     assert order[0] == study.typical() and kinds[1:] == ["diverged", "failed", "rough", "rough", "stable"]
     monkeypatch.setattr(trial_page, "MOST_DRAWN", 2)
     copy = tmp_path / path.name

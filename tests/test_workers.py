@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 
 from stabstudy.analysis import tables, workers
-from stabstudy.analysis.page import report
-from stabstudy.analysis.publish import publish
+from stabstudy.analysis.report.publish import publish
+from stabstudy.analysis.report.study_page import report
 from stabstudy.analysis.study import Study
 from stabstudy.store import StudyFolder
 

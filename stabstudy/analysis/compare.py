@@ -13,11 +13,18 @@ from collections.abc import Sequence
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.columns import trial_kinds
-from stabstudy.analysis.kinds import Kind, estimate, exposures, kind_of
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain, records
-from stabstudy.analysis.paired import FLIPS_FROM, Estimate, holm, sign_flip_p, t_interval
-from stabstudy.stability.sensitivity import STABLE_MARGIN, Refused
+from stabstudy.analysis.paired import (
+    FLIPS_FROM,
+    Estimate,
+    Kind,
+    estimate,
+    exposures,
+    holm,
+    kind_of,
+    sign_flip_p,
+    t_interval,
+)
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
@@ -30,14 +37,20 @@ STRIDE = "log_stride"
 BY_RULES = ("spike_", "severity", "warn_")
 """Beginnings of the names of statistics that the rules of detection define (`detector_id`)."""
 
+STABLE_MARGIN = 0.2
+"""nat/token above the best loss at which a setting still counts as working (ours)."""
+
 SCHEDULER = "scheduler"
 """The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
 
 
+class Refused(ValueError):
+    """The statistic cannot be given; the message has the reason."""
+
+
 def statistics() -> list[str]:
     """The statistics that have a mean: numbers, final_loss in its capped form only."""
-    kinds = trial_kinds([])
-    return [n for n in COLUMNS if kinds[n] in ("int", "float") and n != "final_loss"]
+    return [n for n, column in COLUMNS.items() if column.kind in ("int", "float") and n != "final_loss"]
 
 
 def counted(metric: str) -> bool:
@@ -90,7 +103,7 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean of a statistic over trials and its 95 % interval, as `kinds.estimate` has them for its kind.
+    """The mean of a statistic over trials and its 95 % interval, as `paired.estimate` has them for its kind.
 
     Unknown where it would mix what cannot be compared (see `alike`).
     """
@@ -103,7 +116,7 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
 
     Columns: `case`, a column per axis, `n` trials, `n_done`, how many have each of the VERDICTS, and for each
     statistic X the mean over its done trials as `X` with its 95 % interval `X_low`, `X_high`, both as its kind wants
-    them (`kinds.estimate`); the interval is null under two seeds, and where under ten values are all equal.
+    them (`paired.estimate`); the interval is null under two seeds, and where under ten values are all equal.
     """
     rows = []
     for cell_id, members in trials.groupby("cell_id", sort=True):

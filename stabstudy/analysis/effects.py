@@ -28,9 +28,8 @@ import pandas as pd
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import column, incomparable
 from stabstudy.analysis.factors import Error, Family, Floats, Ints, Model
-from stabstudy.analysis.kinds import EXPOSURE, Kind, exposures, kind_of, scale_of, shift_of
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records
-from stabstudy.analysis.paired import exponential, holm
+from stabstudy.analysis.paired import EXPOSURE, Kind, exponential, exposures, holm, kind_of, scale_of, shift_of
 
 REPORTED = ("final_loss", "spike_abs_rate", "grad_norm_log_sd", "attn_logit_peak")
 """The statistics whose changes a report states."""

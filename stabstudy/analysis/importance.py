@@ -18,13 +18,12 @@ import numpy as np
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import mixed
+from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.compare import values as values_of
 from stabstudy.analysis.factors import Error, Floats, Ints, Model
 from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.paired import holm
 from stabstudy.analysis.workers import spread
-from stabstudy.stability.sensitivity import Refused
 
 OBJECTIVES = {"final_loss": False, "spike_abs_rate": False, "grad_norm_log_sd": True, "attn_logit_peak": True}
 """Statistic -> whether its logarithm is explained: those that reach over decades would else be all largest values."""

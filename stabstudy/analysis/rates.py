@@ -19,9 +19,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import mixed
+from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.levels import Level, at_level, levels_of
-from stabstudy.stability.sensitivity import Refused
 
 FEWEST_SEEDS = 3
 FEWEST_SPIKES = 10  # per term of the model

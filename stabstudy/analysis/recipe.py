@@ -20,10 +20,10 @@ import pandas as pd
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, effects, words
+from stabstudy.analysis.compare import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
-from stabstudy.stability.sensitivity import STABLE_MARGIN
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
@@ -203,7 +203,7 @@ def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str])
         return list(known)
     whole = float(effects.effects(trials, ["cell"], ["final_loss"])["p"].iloc[0])
     if whole >= TIED / max(1, len(study.grid.axes) * len(effects.REPORTED)):
-        claims = effects.claims(*study.tested())
+        claims = study.claims()
         clear = claims.loc[claims["clear"] & (claims["metric"] == "final_loss"), "axis"]
         levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in known}
         apart = [c for c in apart if levels[c] != levels[known[0]]]

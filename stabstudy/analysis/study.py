@@ -11,23 +11,32 @@ Where a notebook starts:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import batches, compare, importance, ingested, rates, sensitivity, survival, words
-from stabstudy.analysis.columns import frame, spike_kinds, trial_kinds
-from stabstudy.analysis.effects import REPORTED, effects
+from stabstudy.analysis import (
+    compare,
+    effects,
+    external_runs,
+    importance,
+    rates,
+    sensitivity,
+    shared_batches,
+    study_statistics,
+    survival,
+    words,
+)
+from stabstudy.analysis.effects import REPORTED
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
-from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
 
@@ -57,7 +66,7 @@ class Study:
         """Several studies as one, whose first axis is `study`; its trials and cells are named <study>/<id>.
 
         What varies within one of them is an axis of the whole. Statistics keep the rules of their own study: see
-        `several.warnings` for what may not be compared. Raises ValueError for equal names or fewer than two studies.
+        `comparison_page.warnings` for what may not be compared. Raises ValueError for equal names or under two studies.
         """
         names = [study.name for study in studies]
         if len(set(names)) < max(2, len(names)):
@@ -66,7 +75,7 @@ class Study:
         groups = ["study", *dict.fromkeys(g for tables in each.values() for g in tables.groups)]
         trials = [row | _named(name, row) for name, tables in each.items() for row in tables.trials]
         spikes = [row | _named(name, row) for name, tables in each.items() for row in tables.spikes]
-        ratios = batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
+        ratios = shared_batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
         whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes, ratios))
         whole._parts = dict(zip(names, studies, strict=True))
         varied = dict.fromkeys(axis for study in studies for axis in study.axes)
@@ -110,12 +119,12 @@ class Study:
 
         Null is null, but a float that was not finite reads as NaN too: `nonfinite_steps` and `verdict` tell them apart.
         """
-        return frame(self.tables.trials, trial_kinds(self.tables.groups, self.tables.external)).set_index("trial_id")
+        return self.tables.trial_frame.set_index("trial_id")
 
     @cached_property
     def spikes(self) -> pd.DataFrame:
         """A row per spike, with the trial_id and cell_id it belongs to."""
-        return frame(self.tables.spikes, spike_kinds())
+        return self.tables.spike_frame
 
     @cached_property
     def axes(self) -> dict[str, list[Level]]:
@@ -131,12 +140,12 @@ class Study:
     def grid(self) -> Study:
         """The study without its named cases, where that leaves anything: what figures over axes show."""
         ids = set(self.trials.index[self.trials["case"].isna()])
-        return self if len(ids) in (0, len(self.trials)) else self._part(ids, None)
+        return self if len(ids) in (0, len(self.trials)) else self.part(ids)
 
     def where(self, fixed: Mapping[str, Level]) -> Study:
         """The part of the study at these levels. Its remaining axes keep their levels, so a gap stays visible."""
         kept = reduce(lambda trials, item: at_level(trials, *item), fixed.items(), self.trials)
-        return self._part(set(kept.index), {k: v for k, v in self.axes.items() if k not in fixed})
+        return self.part(set(kept.index), {k: v for k, v in self.axes.items() if k not in fixed})
 
     def row(self, trial_id: str) -> dict[str, Any]:
         """A trial's row of `trials` as a dictionary, null as None. Raises KeyError."""
@@ -152,7 +161,7 @@ class Study:
         if rows is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         log = self.log(trial_id)
-        return rows if log is None else ingested.in_source_steps(rows, log)
+        return rows if log is None else external_runs.in_source_steps(rows, log)
 
     def batch(self, trial_id: str, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
         """What a step of a trial read: a row per sequence, with its first `document`, how many it touches, its `text`.
@@ -165,19 +174,13 @@ class Study:
             spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
             study.batch(spike["trial_id"], spike["peak_step"])
         """
-        from stabstudy.data import batches as text  # here and not above: all other questions do without
-
         self._known(trial_id)
         name, _, rest = trial_id.partition("/")
         if rest:
             return self._parts[name].batch(rest, step, cache_dir)
         if self.ingested:
             raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
-        config, body = self.folder.trial(trial_id).read_own()
-        cache = None if cache_dir is None else Path(cache_dir)
-        sequences = text.text_of_step(config, int(step), body["data_fingerprint"], cache)
-        rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in sequences]
-        return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
+        return shared_batches.sequences(self.folder.trial(trial_id), int(step), cache_dir)
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
@@ -211,7 +214,11 @@ class Study:
 
     def effects(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
         """What each axis changed in each statistic, tested as one family: `p_holm`; see `effects.effects`."""
-        return effects(*self.tested(metrics))
+        return effects.effects(*self.tested(metrics))
+
+    def claims(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
+        """The rows of `effects`, with what may be stated of them: see `effects.claims`."""
+        return effects.claims(*self.tested(metrics))
 
     def tested(self, metrics: Sequence[str] = REPORTED) -> tuple[pd.DataFrame, list[str], list[str]]:
         """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics."""
@@ -235,7 +242,7 @@ class Study:
         return compare.underperform(self.trials)
 
     def sensitivity(self, by: str | Sequence[str] | None = None) -> pd.DataFrame:
-        """LR sensitivity and what belongs to it, over the grid without named cases; see `stability.sensitivity`.
+        """LR sensitivity and what belongs to it, over the grid without named cases; see `sensitivity`.
 
         A row per combination of the levels of `by` (None: of every other axis), other axes averaged per seed.
 
@@ -283,55 +290,48 @@ class Study:
         self._check(by, list(self.grid.axes), "axis")
         return survival.first_spikes(self.grid.trials, by, list(self.grid.axes))
 
-    def batch_share(self) -> batches.BatchShare:
-        """How much of the roughness of the gradient norm is the batch; see `batches.batch_share`.
+    def first_spikes(self) -> dict[str, tuple[survival.FirstSpikes, float]]:
+        """`time_to_first_spike` along every axis, each with its p corrected for all of them (Holm)."""
+        return study_statistics.first_spikes(self.grid.trials, list(self.grid.axes))
+
+    def batch_share(self) -> shared_batches.BatchShare:
+        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`.
 
         Example:
             share = study.batch_share()
             share.reason or (share.share, share.same, share.same_pairs, share.other, share.other_pairs)
         """
-        return batches.batch_share(self.tables.trials, self.tables.ratios)
+        return shared_batches.batch_share(self.tables.trials, self.tables.ratios)
 
     def batch_effects(self) -> pd.DataFrame:
-        """How high each batch lifts the norms of the trials that read it, highest first; see `batches.batch_effects`.
+        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`).
 
         Example:
             highest = study.batch_effects().iloc[0]
             study.batch(highest["trial_id"], highest["step"])  # its text
         """
-        return batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
+        return shared_batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`."""
         return importance.importance(self.grid.trials, list(self.grid.axes))
 
+    @cached_property
+    def outcomes(self) -> dict[str, int]:
+        """How many trials have which verdict or state. Each trial, the damaged ones too, is counted once."""
+        return study_statistics.outcomes(self._rows.values(), len(self.damaged))
+
     def worst(self) -> str | None:
         """The roughest done trial: the worst verdict, and of those the largest norm over median."""
-        return next(iter(self._by_roughness()), None)
+        return next(iter(study_statistics.by_roughness(self._done)), None)
 
     def roughest(self, most: int) -> list[str]:
-        """The roughest trial of each cell with an unstable trial, roughest first, at most so many; at least `worst`.
-
-        A trial without a verdict is here only where none is known to be rougher.
-        """
-        ranked = self._by_roughness()
-        rough = [t for t in ranked if self._rows[t]["verdict"] in VERDICTS[1:]]
-        first = {self._rows[t]["cell_id"]: t for t in reversed(rough or ranked[:1])}
-        return sorted(first.values(), key=ranked.index)[:most]
-
-    def _by_roughness(self) -> list[str]:
-        rank = {verdict: -i for i, verdict in enumerate(VERDICTS)}
-        calm = {t: (rank.get(row["verdict"], 1), -(row["grad_norm_max_over_median"] or 0.0)) for t, row in self._done()}
-        return sorted(calm, key=lambda t: (*calm[t], t))
+        """The roughest trial of each cell with an unstable trial, roughest first, at most so many; at least `worst`."""
+        return study_statistics.roughest(self._done, most)
 
     def typical(self) -> str | None:
         """The done trial with the median of largest norm over median, those of the worst trial's cell left out."""
-        if (worst := self.worst()) is None:
-            return None
-        cell = self._rows[worst]["cell_id"]
-        rough = {t: row["grad_norm_max_over_median"] for t, row in self._done() if row["cell_id"] != cell}
-        ranked = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
-        return ranked[(len(ranked) - 1) // 2] if ranked else None
+        return study_statistics.typical(self._done)
 
     def describe(self, trial_id: str) -> str:
         """The trial in words: its level on each axis, and its seed."""
@@ -359,10 +359,11 @@ class Study:
             spikes.setdefault(row["trial_id"], []).append(row)
         return spikes
 
-    def _done(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        return ((t, row) for t, row in self._rows.items() if row["state"] == "done")
+    @property
+    def _done(self) -> dict[str, dict[str, Any]]:
+        return {t: row for t, row in self._rows.items() if row["state"] == "done"}
 
-    def _part(self, ids: set[str], axes: Mapping[str, list[Level]] | None) -> Study:
+    def part(self, ids: set[str], axes: Mapping[str, list[Level]] | None = None) -> Study:
         """These trials and their spikes; `axes` None: whatever still differs."""
         whole = self.tables
         trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))

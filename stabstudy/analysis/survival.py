@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from stabstudy.analysis import words
 from stabstudy.analysis.compare import mixed
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of
 from stabstudy.analysis.paired import share_interval
@@ -221,3 +222,14 @@ def _excess(time: Floats, event: Bools, group: Ints, last: int) -> tuple[Floats,
     alone = np.eye(last) * (weight @ share)[..., None, :]
     variance = alone - np.swapaxes(share * weight[:, None], -1, -2) @ share
     return excess, variance
+
+
+def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
+    """What confounds the curves of an axis, and the trials that are in none of them."""
+    if not times.balanced:
+        yield (
+            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
+            "its p does not."
+        )
+    if times.unseen:
+        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."

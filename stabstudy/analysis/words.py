@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
+from stabstudy.stability.columns import COLUMNS
 from stabstudy.wording import count as count  # beside the other words of a page
 
 NOTHING = "–"
@@ -34,6 +36,28 @@ STATISTICS = {
     "attn_logit_peak": "largest attention logit",
 }
 """Names for sentences and figures; the tables' heads are the shorter labels of `stability.columns`."""
+
+REASONS = {
+    "untrained": "untrained (the loss never came below the entropy of single tokens)",
+    "too_short": "too short",
+    "no_gradient_norm": "without a gradient norm",
+    "norm_after_clipping": "with gradient norms after clipping alone",
+    "all_zero": "with a loss of 0 throughout",
+    "strided": "logged with gaps",
+}
+"""Why a done trial has no verdict, in words."""
+
+RULES = {
+    "R1": "long spike",
+    "R2": "recurring spikes",
+    "R1+R2": "long and recurring spikes",
+    "nonfinite": "a value not finite",
+    "above_init": "loss above that of the untrained model",
+    "persistent": "loss rose and stayed",
+    "above_unigram": "loss back above the entropy of single tokens",
+    "no_recovery": "loss ended far above its best",
+}
+"""`verdict_rule` -> what it means, short; `rough` is its own word."""
 
 GLOSSARY = (
     "Trial: one training run. Cell: one combination of settings; its trials differ in the seed alone. Axis: a setting "
@@ -104,6 +128,18 @@ def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
     return f"{number(mean, digits)} ± {number((high - low) / 2, 2)}"
 
 
+def value(metric: str, field: Any) -> str:
+    """A statistic of a trial or a mean of it: a number as its unit wants it, yes or no, or clean text."""
+    if isinstance(field, bool):
+        return "yes" if field else "no"
+    return clean(field) if isinstance(field, str) else statistic(field, COLUMNS[metric].unit)
+
+
+def interval(metric: str, low: Any, high: Any) -> str:
+    """`0.1 to 0.3`; a dash where there is none."""
+    return NOTHING if is_null(low) or is_null(high) else f"{value(metric, low)} to {value(metric, high)}"
+
+
 def level(value: Any, setting: str = "") -> str:
     """An axis value as people type it: 3e-3, 0.1, 6, pysrc; null is `off` for the clip threshold."""
     if is_null(value):
@@ -128,6 +164,30 @@ def label(setting: str) -> str:
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def rule(code: str | None) -> str:
+    """The rule that made a verdict, in words and as its code; empty where the verdict's own word says it all."""
+    return f"{RULES[code]}, {code}" if code in RULES else ""
+
+
+def step(axis: str, a: object, b: object) -> str:
+    """`learning rate 1e-3 to 0.03`."""
+    return f"{label(axis)} {level(a, axis)} to {level(b, axis)}"
+
+
+def change(row: Mapping[str, Any], unit: bool = True) -> str:
+    """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it."""
+    if row["scale"] == "difference":
+        of = COLUMNS[row["metric"]].unit if unit else ""
+        low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
+        return f"{mean} [{low}, {high}]{f' {of}' if of not in ('', '1') else ''}"
+    low, mean, high = (number(row[name]) for name in ("low", "estimate", "high"))
+    return f"×{mean} [{low}, {high}]"
+
+
+def _signed(value: Any) -> str:
+    return NOTHING if is_null(value) else f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def load(study: str) -> str:

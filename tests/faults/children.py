@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import stabstudy.analysis.page  # noqa: F401  # imported once, in the server
-import stabstudy.analysis.publish  # noqa: F401
+import stabstudy.analysis.report.publish  # noqa: F401
+import stabstudy.analysis.report.study_page  # noqa: F401  # imported once, in the server
 import stabstudy.planning.plan  # noqa: F401
 import stabstudy.planning.preview  # noqa: F401
 import stabstudy.sweeping.launch  # noqa: F401

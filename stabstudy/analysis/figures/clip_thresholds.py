@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import levels_of

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, points, pooled
 from stabstudy.analysis.figures.style import Positions
-from stabstudy.analysis.kinds import EXPOSURE, Kind, kind_of
 from stabstudy.analysis.levels import Level, at_level, levels_of
-from stabstudy.analysis.paired import Estimate
+from stabstudy.analysis.paired import EXPOSURE, Estimate, Kind, kind_of
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stabstudy.analysis import compare, sentences, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis import compare, words
 from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout
-from stabstudy.analysis.kinds import scale_of
 from stabstudy.analysis.levels import plain, records
+from stabstudy.analysis.paired import scale_of
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
@@ -56,7 +56,7 @@ def effects(
         )  # fmt: skip
     differences = scale_of(metric) == "difference"
     ax.axvline(0.0 if differences else 1.0, color=style.MUTED, linewidth=1.0)
-    ax.set_yticks(range(len(rows)), [style.plain(sentences.step(r["axis"], r["a"], r["b"])) for r in rows])
+    ax.set_yticks(range(len(rows)), [style.plain(words.step(r["axis"], r["a"], r["b"])) for r in rows])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.margins(x=0.1)
     name = style.plain(words.STATISTICS.get(metric, metric))
@@ -116,8 +116,8 @@ def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         f"{words.count(tested, 'test')}; open mark: no effect found, or suggestive at most."
         f"{f' Left out: {lacking}.' if lacking else ''}"
     )
-    steps = [sentences.step(r["axis"], r["a"], r["b"]) for r in rows]
-    changes = [f"{words.STATISTICS[r['metric']]} {sentences.change(r)}" for r in rows]
+    steps = [words.step(r["axis"], r["a"], r["b"]) for r in rows]
+    changes = [f"{words.STATISTICS[r['metric']]} {words.change(r)}" for r in rows]
     alt = f"Forest plot. {'; '.join(f'{step}: {change}' for step, change in zip(steps, changes, strict=True))}."
     heads = ("axis", "statistic", "scale", "effect", "low", "high", "p (Holm)")
     numbers = (

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, pooled
 from stabstudy.analysis.figures.style import Positions
-from stabstudy.analysis.kinds import EXPOSURE, Kind, kind_of
 from stabstudy.analysis.levels import Level, levels_of, split
+from stabstudy.analysis.paired import EXPOSURE, Kind, kind_of
 from stabstudy.analysis.study import Study
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS

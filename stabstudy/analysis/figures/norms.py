@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from stabstudy import config as cfg
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import Level, at_level, keys

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from stabstudy.analysis import runs
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis import study_statistics
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import (
     clip_thresholds,
     curves,
@@ -48,7 +48,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
     if not (study.trials["state"] == "done").any():
         yield Absent("Every figure", "no trial is done yet: there is nothing to draw")
         return
-    if study.ingested and not runs.one_stride(study):
+    if study.ingested and not study_statistics.one_stride(study.trials):
         yield Absent(ALL_OVER_SETTINGS, "the runs were logged at different strides, so their statistics differ")
     elif layout is None:
         reason = "no setting is known to differ" if study.ingested else "nothing varies but the seed"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.figures.layout import Layout
-from stabstudy.analysis.kinds import Kind, kind_of
 from stabstudy.analysis.levels import Level, at_level
+from stabstudy.analysis.paired import Kind, kind_of
 from stabstudy.analysis.study import Study
 
 AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stabstudy.analysis import drivers, sentences, words
-from stabstudy.analysis.blocks import Absent, Figure
+from stabstudy.analysis import survival, words
+from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout, at_levels
 from stabstudy.analysis.figures.style import Positions
@@ -124,7 +124,7 @@ def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
     """` Paired by seed, depth 2 to 6: 0.02 (-0.01 to 0.05).`, of each recipe that has an interval."""
     rows = [r for r in records(study.sensitivity_difference(x)) if r["low"] is not None and r["seeds"] >= INTERVAL_FROM]
     changes = [
-        f"{', '.join(filter(None, (sentences.step(x, r['a'], r['b']), _where(r, others))))}: {_change(r)}"
+        f"{', '.join(filter(None, (words.step(x, r['a'], r['b']), _where(r, others))))}: {_change(r)}"
         for r in rows[:MOST_CHANGES]
     ]
     return f" Paired by seed, {'; '.join(changes)}." if changes else ""
@@ -160,7 +160,7 @@ def first_spike_figures(study: Study, layout: Layout) -> Iterator[Figure | Absen
         f"Kaplan-Meier: the estimated share of trials that had no spike of the gradient norm and did not diverge, per "
         f"level of {words.label(axis)}, all other axes pooled. {words.count(seen, 'trial')}, {diverged} of which "
         "diverged before a spike. Steps down: first spikes and divergences; ticks: trials that ended without either."
-        f"{''.join(f' {caveat}' for caveat in drivers.caveats(axis, times))}"
+        f"{''.join(f' {caveat}' for caveat in survival.caveats(axis, times))}"
     )
     title, picture = f"Time to the first spike, by {words.label(axis)}", first_spikes(study, axis, times)
     heads = (words.heading(axis), "step", "at risk", "free", "low", "high")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stabstudy.analysis import blocks, words
+from stabstudy.analysis import elements, words
 from stabstudy.analysis.figures.tooltips import marks
 from stabstudy.analysis.levels import ordered
 
@@ -145,10 +145,10 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def draw(figure: Figure, png: bool = True) -> blocks.Drawing:
+def draw(figure: Figure, png: bool = True) -> elements.Drawing:
     """The figure in both forms, and its marks."""
     svg = to_svg(figure)  # drawn first: the layout is settled by drawing
-    return blocks.Drawing(svg, to_png(figure) if png else None, marks(figure))
+    return elements.Drawing(svg, to_png(figure) if png else None, marks(figure))
 
 
 def report_figure(
@@ -161,7 +161,7 @@ def report_figure(
     rows: Iterable[tuple[str, ...]],
     texts: Collection[str] = (),
     png: bool = True,
-) -> blocks.Figure:
+) -> elements.Figure:
     """A figure of a report: the picture, its words, and its numbers as a folded table of `heads` and `rows`.
 
     `drawn`: the picture, or any of its Axes. `texts`: the heads of columns of words; the others are set flush right.
@@ -169,8 +169,8 @@ def report_figure(
     """
     picture: Any = drawn.figure  # that of a Figure is itself
     numeric = frozenset(heads).difference(texts)
-    table = blocks.Table("Numbers of this figure", tuple(heads), tuple(rows), numeric, folded=True)
-    return blocks.Figure(name, title, draw(picture, png), alt, caption, table)
+    table = elements.Table("Numbers of this figure", tuple(heads), tuple(rows), numeric, folded=True)
+    return elements.Figure(name, title, draw(picture, png), alt, caption, table)
 
 
 def ordered_colours(n: int) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stabstudy.analysis import blocks, trial_tables, words
+from stabstudy.analysis import elements, words
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
@@ -192,7 +192,7 @@ def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
         )  # fmt: skip
 
 
-def figures(study: Study) -> Iterator[blocks.Figure]:
+def figures(study: Study) -> Iterator[elements.Figure]:
     """The roughest trials and a typical one, side by side."""
     titles = {t: f"Roughest{_why(study, t)}: {study.describe(t)}" for t in study.roughest(MOST_ROUGH)}
     if typical := study.typical():
@@ -225,7 +225,7 @@ def figures(study: Study) -> Iterator[blocks.Figure]:
 
 def _why(study: Study, trial_id: str) -> str:
     row = study.row(trial_id)
-    rule = trial_tables.rule(row["verdict_rule"])
+    rule = words.rule(row["verdict_rule"])
     return f" ({row['verdict']}{f': {rule}' if rule else ''})" if row["verdict"] else ""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.blocks import Figure
+from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.figures import maps, style
 from stabstudy.analysis.figures.layout import Layout, at_levels, combinations, level_texts, panels
 from stabstudy.analysis.levels import Level, records

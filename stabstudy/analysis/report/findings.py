@@ -10,56 +10,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, recipe, runs, words
-from stabstudy.analysis.blocks import Finding
-from stabstudy.analysis.effects import claims, simple_effects
+from stabstudy.analysis import compare, recipe, study_statistics, words
+from stabstudy.analysis.compare import STABLE_MARGIN
+from stabstudy.analysis.effects import simple_effects
+from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
+from stabstudy.analysis.report import runs_page
 from stabstudy.analysis.study import DEPTH, Study
-from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
-from stabstudy.stability.sensitivity import STABLE_MARGIN
 from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
-
-REASONS = {
-    "untrained": "untrained (the loss never came below the entropy of single tokens)",
-    "too_short": "too short",
-    "no_gradient_norm": "without a gradient norm",
-    "norm_after_clipping": "with gradient norms after clipping alone",
-    "all_zero": "with a loss of 0 throughout",
-    "strided": "logged with gaps",
-}
-"""Why a done trial has no verdict, in words."""
 
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
 
 
-def counts(study: Study) -> dict[str, int]:
-    """How many trials have which verdict or state. Each trial, the damaged ones too, is counted once."""
-    done = study.trials[study.trials["state"] == "done"]
-    by_verdict = {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    states = study.trials["state"]
-    failed = states.isin(("failed", "oom", "timeout", "disk_full"))
-    return by_verdict | {
-        "not judged": len(done) - sum(by_verdict.values()),
-        "unfinished": int((states != "done").sum() - failed.sum()),
-        "failed": int(failed.sum()),
-        "damaged": len(study.damaged),
-    }
-
-
 def headline(study: Study) -> str:
     """One sentence: the counts."""
-    numbers = counts(study)
+    numbers = study.outcomes
     if not (total := sum(numbers.values())):
         return "The study holds no trial yet."
     rest = _without_verdict(study, numbers)
     if not (judged := sum(numbers[v] for v in VERDICTS)):
         return f"None of {words.count(total, 'trial')} has a verdict: {rest}."
-    noise = study.trials.loc[compare.by_noise(study.trials), "verdict"].value_counts()
+    noise = study_statistics.verdicts_by_noise(study.trials)
     by_noise = {v: f" ({noise[v]} by sampling noise)" if v in noise else "" for v in VERDICTS}
     named = [f"{numbers[v]} {v}{by_noise[v]}" for v in VERDICTS if numbers[v]]
     tail = f"; without a verdict: {rest}" if rest else ""
@@ -71,7 +47,7 @@ def findings(study: Study) -> list[Finding]:
     if not (study.trials["state"] == "done").any():
         return []
     if study.ingested:
-        return [runs.findings(study)]
+        return [runs_page.findings(study)]
     answers = (
         Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study))),
@@ -83,27 +59,8 @@ def findings(study: Study) -> list[Finding]:
 def warnings(study: Study) -> list[str]:
     """What limits the numbers."""
     if study.ingested:
-        return [*_missing(study), *runs.warnings(study)]
+        return [*_missing(study), *runs_page.warnings(study)]
     return [*_missing(study), *_incomparable(study), *_few(study)]
-
-
-def step(axis: str, a: object, b: object) -> str:
-    """`learning rate 1e-3 to 0.03`."""
-    return f"{words.label(axis)} {words.level(a, axis)} to {words.level(b, axis)}"
-
-
-def change(row: Row, unit: bool = True) -> str:
-    """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it."""
-    if row["scale"] == "difference":
-        of = COLUMNS[row["metric"]].unit if unit else ""
-        low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
-        return f"{mean} [{low}, {high}]{f' {of}' if of not in ('', '1') else ''}"
-    low, mean, high = (words.number(row[name]) for name in ("low", "estimate", "high"))
-    return f"×{mean} [{low}, {high}]"
-
-
-def _signed(value: Any) -> str:
-    return words.NOTHING if words.is_null(value) else f"{'+' if value > 0 else ''}{words.number(value)}"
 
 
 def _without_verdict(study: Study, numbers: Mapping[str, int]) -> str:
@@ -114,9 +71,8 @@ def _without_verdict(study: Study, numbers: Mapping[str, int]) -> str:
 
 def _reasons(study: Study) -> list[str]:
     """`2 too short`: why done trials have no verdict."""
-    done = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].isna()]
-    numbers = done["verdict_reason"].fillna("not judged").value_counts()
-    return [f"{n} {REASONS.get(str(reason), reason)}" for reason, n in sorted(numbers.items())]
+    numbers = study_statistics.without_verdict(study.trials)
+    return [f"{n} {words.REASONS.get(reason, reason)}" for reason, n in numbers.items()]
 
 
 def _limits(study: Study) -> Iterator[str]:
@@ -194,16 +150,16 @@ def _behind(study: Study) -> Iterator[str]:
 
 def _warned(study: Study) -> Iterator[str]:
     """How many stable trials crossed a warning level: what may become unstable later."""
-    stable = study.trials[study.trials["verdict"] == "stable"]
-    crossed = {name: int(stable[name].notna().sum()) for name in WARNINGS}
+    crossed = study_statistics.warned(study.trials)
     if any(crossed.values()):
         parts = [f"in {n} {WARNINGS[name]}" for name, n in crossed.items() if n]
-        yield f"Stable so far, with a warning: of {words.count(len(stable), 'stable trial')}, {', '.join(parts)}."
+        stable = words.count(study.outcomes["stable"], "stable trial")
+        yield f"Stable so far, with a warning: of {stable}, {', '.join(parts)}."
 
 
 def _changes(study: Study) -> Iterator[str]:
     """Each axis in turn: the changes that can be told from chance, or that none was found, with its interval."""
-    rows = records(claims(*study.tested()))
+    rows = records(study.claims())
     axes, metrics = (list(dict.fromkeys(r[name] for r in rows)) for name in ("axis", "metric"))
     idle = [m for m in metrics if all(r["p_holm"] is None for r in rows if r["metric"] == m)]
     untested: dict[str, list[str]] = {}
@@ -213,7 +169,7 @@ def _changes(study: Study) -> Iterator[str]:
         if clear := [r for r in tested if r["clear"]]:
             yield from _by_step(axis, [(r, *_change(study, r)) for r in clear])
         elif tested:
-            none = [(r, "no effect found: ", change(r)) for r in tested]
+            none = [(r, "no effect found: ", words.change(r)) for r in tested]
             lacking = [f"{_name(r)} ({r['note']})" for r in own if r["p_holm"] is None]
             yield from _by_step(axis, none, f"; not tested: {words.listing(lacking)}" if lacking else "")
         else:
@@ -230,7 +186,7 @@ def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "")
     sentences: dict[str, list[str]] = {}
     for row, how, text in changes:
         chosen = " (lowest to highest value)" if (row["note"] or "").startswith("highest against lowest") else ""
-        at = f"{_capital(step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
+        at = f"{_capital(words.step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
         sentences.setdefault(at, []).append(f"{_name(row)} {text}")
     for i, (at, texts) in enumerate(sentences.items(), 1):
         yield f"{at}{'; '.join(texts)}{more if i == len(sentences) else ''}."
@@ -239,12 +195,12 @@ def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "")
 def _change(study: Study, row: Row) -> tuple[str, str]:
     """What it depends on, and the change; where it depends on another axis, at each level of that one alone."""
     if (other := row["other"]) is None:
-        return "", change(row)
+        return "", words.change(row)
     trials, axes, (metric,) = study.tested([row["metric"]])
     table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), other))
     known = [r for r in table if r["estimate"] is not None]
     shown = known if len(known) <= MOST_LEVELS or not ordered(r[other] for r in known) else [known[0], known[-1]]
-    at = [f"{change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown]
+    at = [f"{words.change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown]
     return f", depending on {words.label(other)}: ", words.listing(at) or "not known at any one of its levels"
 
 
@@ -258,7 +214,7 @@ def _capital(text: str) -> str:
 
 
 def _missing(study: Study) -> Iterator[str]:
-    numbers = counts(study)
+    numbers = study.outcomes
     if numbers["damaged"]:
         ids = words.listing([d.trial_id for d in study.damaged[:5]])
         yield f"{words.count(numbers['damaged'], 'trial')} damaged and left out of every number: {ids}."

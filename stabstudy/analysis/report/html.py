@@ -1,4 +1,4 @@
-"""Blocks as HTML: the page of a study and the page of a trial.
+"""Reports as HTML: the page of a study, or of their comparison, and the page of a trial.
 
 Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
 allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Code, Figure, Report, Table, TrialPage
-from stabstudy.analysis.links import TRIALS, linked
+from stabstudy.analysis.elements import TRIALS, Code, Figure, Report, Table, TrialPage, split_ids
 
 _PLAIN = " <>/:=;,.()'-_"
 """Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""
@@ -38,6 +37,18 @@ def index(report: Report) -> str:
 def trial(page: TrialPage, source: str) -> str:
     """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
     return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
+
+
+def linked(text: str, trials: Set[str], folder: str) -> Markup:
+    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names."""
+    parts = split_ids(text)
+    if len(parts) == 1:
+        return escape(text)
+    return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
+
+
+def _link(trial_id: str, folder: str) -> Markup:
+    return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
 
 
 def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:

@@ -10,11 +10,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Set
 
-from stabstudy.analysis import plots, spike_tables, trial_tables, words
-from stabstudy.analysis.blocks import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
+from stabstudy.analysis import plots, words
+from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
 from stabstudy.analysis.figures import layers as layer_figures
 from stabstudy.analysis.figures import style, tooltips, traces
+from stabstudy.analysis.report import trial_tables
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import outcome
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.explain import Recipe, explain
 from stabstudy.trace import DamagedRecord, Rows
@@ -33,22 +35,15 @@ NOISE = (
 )
 """What a verdict by the batches means."""
 
-_FAILED = ("failed", "oom", "timeout", "disk_full")
-
-
-def kind(row: Row) -> str:
-    """Which of SIGNS the trial is."""
-    if row["state"] == "done":
-        return row["verdict"] or "not judged"
-    return "failed" if row["state"] in _FAILED else "unfinished"
-
 
 def notable(study: Study) -> list[str]:
     """The trials whose pages have figures: the typical one, then diverged, failed, rough, spiky and other ones."""
     rank = {name: i for i, name in enumerate(("diverged", "failed", "rough", "spiky"))}
     rows = [study.row(t) for t in study.trials.index]
     recorded = [r for r in rows if r["steps_done"]]
-    recorded.sort(key=lambda r: (rank.get(kind(r), len(rank)), -(r["grad_norm_max_over_median"] or 0.0), r["trial_id"]))
+    recorded.sort(
+        key=lambda r: (rank.get(outcome(r), len(rank)), -(r["grad_norm_max_over_median"] or 0.0), r["trial_id"])
+    )
     typical = study.typical()
     ids = [r["trial_id"] for r in recorded]
     return list(dict.fromkeys([*([typical] if typical in ids else []), *ids]))[:MOST_DRAWN]
@@ -75,8 +70,8 @@ def page(study: Study, trial_id: str, trials: Set[str], drawn: bool) -> TrialPag
         trial_id=trial_id,
         study=_name(study),
         title=study.describe(trial_id),
-        verdict=kind(row),
-        sign=SIGNS[kind(row)],
+        verdict=outcome(row),
+        sign=SIGNS[outcome(row)],
         sentences=list(_sentences(study, row)),
         sections=list(_sections(study, row, drawn)),
         trials=trials,
@@ -150,9 +145,9 @@ def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
 
 
 def _spikes(study: Study, row: Row) -> Iterator[Block]:
-    if (table := spike_tables.trial_spikes(study, row["trial_id"])) is not None:
+    if (table := trial_tables.trial_spikes(study, row["trial_id"])) is not None:
         yield table
-        yield Text(spike_tables.legend(study.rules))
+        yield Text(trial_tables.legend(study.rules))
     elif row["spike_events"] is None:
         yield Text("Not judged: no step is evaluable.")
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Finding, Table, Text
+from stabstudy.analysis.elements import Block, Finding, Table, Text
 from stabstudy.analysis.levels import levels_of, records
 from stabstudy.analysis.study import Study
 from stabstudy.external import FORMATS, ExternalLog
@@ -68,7 +68,8 @@ def warnings(study: Study) -> list[str]:
     if n := int(gaps.sum()):
         caveats.append(f"Approximate: of {words.count(n, 'run')} a tenth of the steps or more was not logged.")
     clipped = [trial_id for trial_id, log in _logs(study) if log.after_clipping]
-    if blind := int(study.trials["grad_norm_max"].drop(clipped).isna().sum()):
+    zero = study.trials["verdict_reason"].eq("all_zero").fillna(False)  # of these the loss was not judged either
+    if blind := int((study.trials["grad_norm_max"].isna() & ~zero).drop(clipped).sum()):
         caveats.append(f"{words.count(blind, 'run')} without a gradient norm: only the loss was judged.")
     if n := len(clipped):
         caveats.append(
@@ -76,11 +77,6 @@ def warnings(study: Study) -> list[str]:
             "loss was judged."
         )
     return caveats
-
-
-def one_stride(study: Study) -> bool:
-    """Whether statistics of its runs may stand in one figure."""
-    return study.trials["log_stride"].nunique() == 1
 
 
 def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
@@ -93,7 +89,7 @@ def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
         norms = words.NOTHING if log is None else str(int(np.isfinite(trace["grad_norm"]).sum()))
         name = words.clean(row["case"], 60)
         kind = FORMATS[row["log_format"]].name
-        rows.append((name, kind, steps, str(row["log_stride"]), norms, *(_shown(n, row[n]) for n in SHOWN)))
+        rows.append((name, kind, steps, str(row["log_stride"]), norms, *(words.value(n, row[n]) for n in SHOWN)))
     return Table("Runs", heads, tuple(rows), frozenset(heads[2:-1]))
 
 
@@ -137,12 +133,6 @@ def _clipping(norm: NDArray[np.float64], row: dict[str, Any]) -> str:
     threshold, setting = default
     share = words.percent(float(np.mean(norm > threshold)))
     return f" {share} of them lie above {words.level(threshold)}, that trainer's default; its {setting} is not known."
-
-
-def _shown(name: str, value: Any) -> str:
-    if isinstance(value, str) or value is None:
-        return value or words.NOTHING
-    return words.statistic(value, COLUMNS[name].unit)
 
 
 def _logs(study: Study) -> Iterator[tuple[str, ExternalLog]]:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from stabstudy.analysis import words
-from stabstudy.analysis.blocks import Block, Code, Figure, Report, Table
-from stabstudy.analysis.links import TRIALS, split_ids
+from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, split_ids
 
 Link = Callable[[str], str]
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import words
-from stabstudy.analysis.batches import HIGH, STREAM, BatchShare
-from stabstudy.analysis.blocks import Block, Code, Table, Text
+from stabstudy.analysis import survival, words
+from stabstudy.analysis.compare import STABLE_MARGIN
+from stabstudy.analysis.elements import Block, Code, Table, Text
 from stabstudy.analysis.importance import APART, too_few
 from stabstudy.analysis.levels import records
-from stabstudy.analysis.paired import holm
-from stabstudy.analysis.sensitivity import LR, LR_MEANING
+from stabstudy.analysis.sensitivity import BASIN_MARGIN, LR, LR_MEANING
+from stabstudy.analysis.shared_batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.survival import FirstSpikes
-from stabstudy.stability.sensitivity import BASIN_MARGIN, STABLE_MARGIN
 
 MOST_REASONS = 12
 MOST_BATCHES = 10
@@ -110,7 +109,7 @@ def spikes(study: Study) -> Iterator[Block]:
     if not grid.axes or not (grid.trials["state"] == "done").any():
         return
     yield from _rates(study)
-    yield from _first(study, list(grid.axes))
+    yield from _first(study)
     yield from _batches(study)
     yield from _importance(study, list(grid.axes))
 
@@ -134,36 +133,25 @@ def _rates(study: Study) -> Iterator[Block]:
     yield Table("Ratios of spike rates", heads, rows, frozenset(heads[2:]))
 
 
-def _first(study: Study, axes: list[str]) -> Iterator[Block]:
-    times = {axis: study.time_to_first_spike(axis) for axis in axes}
-    if not any(len(t.levels) and (t.levels["spiked"] + t.levels["diverged"]).any() for t in times.values()):
+def _first(study: Study) -> Iterator[Block]:
+    times = study.first_spikes()
+    if not any(len(t.levels) and (t.levels["spiked"] + t.levels["diverged"]).any() for t, _ in times.values()):
         yield Text("Time to the first spike: no trial spiked or diverged.")
         return
     yield Text(
         "Time to the first spike (Kaplan-Meier): the estimated share of trials without a spike and without divergence "
         "up to the step named, all other axes pooled; a trial that ends without either is censored at its last step. "
         "Intervals: Greenwood's, or exact where all or none had one. p: log-rank test over the levels of an axis, "
-        f"among trials equal in all other axes, corrected (Holm) for {words.count(len(axes), 'test')}."
+        f"among trials equal in all other axes, corrected (Holm) for {words.count(len(times), 'test')}."
     )
-    adjusted = dict(zip(axes, holm([float("nan") if t.p is None else t.p for t in times.values()]), strict=True))
     heads = ("axis", "level", "trials", "spiked", "diverged", "free of both", "95 % interval", "up to step", "p (Holm)")
-    rows = tuple(row for axis, t in times.items() for row in _free(axis, t, adjusted[axis]))
+    rows = tuple(row for axis, (t, p) in times.items() for row in _free(axis, t, p))
     yield Table("Trials free of spikes", heads, rows, frozenset(heads[2:]))
-    for axis, t in times.items():
+    for axis, (t, _) in times.items():
         if t.reason is not None:
             yield Text(f"No test along {words.label(axis)}: {t.reason}.")
-    yield from map(Text, dict.fromkeys(caveat for axis, t in times.items() for caveat in caveats(axis, t)))
-
-
-def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
-    """What confounds the curves of an axis, and the trials that are in none of them."""
-    if not times.balanced:
-        yield (
-            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
-            "its p does not."
-        )
-    if times.unseen:
-        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
+    caveats = (caveat for axis, (t, _) in times.items() for caveat in survival.caveats(axis, t))
+    yield from map(Text, dict.fromkeys(caveats))
 
 
 def _free(axis: str, times: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:

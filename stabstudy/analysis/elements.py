@@ -6,8 +6,20 @@ a block is plain text that may come from a file; whoever writes it out escapes i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+
+TRIALS = "trials/"
+"""The folder of the trials' pages, beside the study's page."""
+
+TRIAL_ID = re.compile(r"(?<![0-9A-Za-z_])([0-9a-f]{10})(?![0-9A-Za-z_])")
+"""The id of a trial, which nothing else looks like: so no element has to say where its links are."""
+
+
+def split_ids(text: str) -> list[str]:
+    """The text in parts, of which every second one looks like the id of a trial."""
+    return TRIAL_ID.split(text)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,6 +44,7 @@ from numpy.typing import NDArray
 
 from stabstudy.stability.detectors import jump
 from stabstudy.stability.rules import Rules
+from stabstudy.store import TrialFolder
 
 STREAM = ("data_fingerprint", "data.seq_len", "data.validation_share", "train.batch_size")
 """Beside the seed, all that a batch depends on."""
@@ -337,3 +339,14 @@ def _spike_steps(spikes: Iterable[Row]) -> dict[str, list[int]]:
     for spike in spikes:
         at.setdefault(spike["trial_id"], []).extend({spike[end] for end in ENDS})
     return at
+
+
+def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
+    """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
+    from stabstudy.data import batches  # here and not above: all other questions do without
+
+    config, body = trial.read_own()
+    cache = None if cache_dir is None else Path(cache_dir)
+    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
+    rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
+    return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])

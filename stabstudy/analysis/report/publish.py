@@ -1,18 +1,23 @@
-"""Writes a report: its page, one for each trial, Markdown, figures and tables, each file whole or not at all."""
+"""The files of a report: its page, one for each trial, Markdown, figures and tables, each whole or not at all."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import io
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from stabstudy import disk
-from stabstudy.analysis import csv_files, render, trial_page
-from stabstudy.analysis.blocks import Report
-from stabstudy.analysis.links import TRIALS
-from stabstudy.analysis.markdown import markdown
+from stabstudy.analysis import words
+from stabstudy.analysis.elements import TRIALS, Report, Table
+from stabstudy.analysis.report import html, trial_page
+from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.workers import spread
 from stabstudy.leftovers import sweep_abandoned
@@ -43,11 +48,11 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     for part in (folder, folder / "figures", folder / TRIALS):
         sweep_abandoned(part)
-    write_text(folder / "trials.csv", csv_files.of_frame(study.trials.reset_index()))
-    write_text(folder / "cells.csv", csv_files.of_frame(study.cells.reset_index()))
-    write_text(folder / "spikes.csv", csv_files.of_frame(study.spikes))
+    write_text(folder / "trials.csv", csv_of_frame(study.trials.reset_index()))
+    write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
+    write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", render.index(report))
+    write_text(folder / "index.html", html.index(report))
     return folder / "index.html"
 
 
@@ -57,7 +62,7 @@ def _figures(report: Report) -> Iterator[tuple[str, bytes]]:
         yield f"figures/{figure.name}.svg", figure.drawing.svg.encode()
         if figure.drawing.png is not None:
             yield f"figures/{figure.name}.png", figure.drawing.png
-        yield f"figures/{figure.name}.csv", csv_files.of_table(figure.table).encode()
+        yield f"figures/{figure.name}.csv", csv_of_table(figure.table).encode()
 
 
 def _trials(study: Study, report: Report, folder: Path) -> list[str]:
@@ -77,11 +82,11 @@ def _pages(study: Study, trials: Set[str], drawn: Set[str], folder: Path, ids: S
         file = folder / f"{trial_id}.html"
         names.append(file.name)
         if trial_id in drawn:
-            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), render.trial(page, ""))
+            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), html.trial(page, ""))
             if source.encode() not in _start(file):
-                write_text(file, render.trial(trial_page.with_figures(study, page), source))
+                write_text(file, html.trial(trial_page.with_figures(study, page), source))
         else:
-            text = render.trial(page, "")
+            text = html.trial(page, "")
             if not file.exists() or file.read_bytes() != text.encode():
                 write_text(file, text)
     return names
@@ -106,3 +111,42 @@ def _remove_others(folder: Path, kept: set[str], old: str) -> None:
         for file in folder.iterdir():
             if file.name not in kept and re.fullmatch(old, file.name):
                 file.unlink()
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_of_frame(frame: pd.DataFrame) -> str:
+    """A table as CSV: every column at full precision; the index is left out."""
+    return _csv(list(map(str, frame.columns)), frame.itertuples(index=False, name=None))
+
+
+def csv_of_table(table: Table) -> str:
+    """A shown table as CSV: the table as it is shown; a dash is null."""
+    rows = ([None if field == words.NOTHING else field for field in row] for row in table.rows)
+    return _csv(table.columns, rows)
+
+
+def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows([_field(value) for value in row] for row in rows)
+    return out.getvalue()
+
+
+def _field(value: Any) -> Any:
+    if words.is_null(value):
+        return ""
+    if isinstance(value, str):
+        text = words.clean(value, 1000)
+        return f"'{text}" if text.startswith(_FORMULA) and not _number(text) else text
+    return value
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,17 +1,18 @@
-"""Tables of what each axis changed: effects, contrasts of levels, interactions, paired differences."""
+"""Tables over several trials: cells, effects of axes, contrasts of levels, interactions, paired differences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import runs, sentences, words
-from stabstudy.analysis.blocks import Block, Table, Text
-from stabstudy.analysis.cell_tables import interval, value
-from stabstudy.analysis.effects import CLEAR, claims, contrasts, interactions
+from stabstudy.analysis import words
+from stabstudy.analysis.effects import CLEAR, contrasts, interactions
+from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
+from stabstudy.analysis.report import runs_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
 
@@ -25,9 +26,9 @@ METHOD = (
 def effect_blocks(study: Study) -> Iterator[Block]:
     """The section: the table of `effects.claims`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
-        yield Text(runs.NO_PAIRS)
+        yield Text(runs_page.NO_PAIRS)
         return
-    rows = records(claims(*study.tested())) if study.grid.axes else []
+    rows = records(study.claims()) if study.grid.axes else []
     if not rows:
         yield Text("No axis varies, so there is nothing to compare.")
         return
@@ -63,7 +64,7 @@ def _effect(row: Row) -> tuple[str, ...]:
         words.label(row["axis"]),
         _step(row["axis"], row) if known else words.NOTHING,
         COLUMNS[row["metric"]].label,
-        sentences.change(row) if known else words.NOTHING,
+        words.change(row) if known else words.NOTHING,
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
         reading(row),
@@ -80,7 +81,7 @@ def _contrasts(study: Study) -> Iterator[Block]:
             words.level(r["level"], r["axis"]),
             words.level(r["best"], r["axis"]),
             COLUMNS[r["metric"]].label,
-            sentences.change(r),
+            words.change(r),
             words.number(r["p_holm"], 2),
         )
         for r in records(contrasts(*study.tested()))
@@ -141,9 +142,9 @@ def _difference(axis: str, metric: str, row: Row, flips: bool) -> tuple[str, ...
         words.label(axis),
         _step(axis, row),
         COLUMNS[metric].label,
-        f"{value(metric, row['mean_a'])} → {value(metric, row['mean_b'])}",
-        value(metric, row["difference"]),
-        interval(metric, row["low"], row["high"]),
+        f"{words.value(metric, row['mean_a'])} → {words.value(metric, row['mean_b'])}",
+        words.value(metric, row["difference"]),
+        words.interval(metric, row["low"], row["high"]),
         str(row["pairs"]),
         str(row["seeds"]),
         words.percent(row["positive"]),
@@ -154,3 +155,76 @@ def _difference(axis: str, metric: str, row: Row, flips: bool) -> tuple[str, ...
 
 def _step(axis: str, row: Row) -> str:
     return f"{words.level(row['a'], axis)} → {words.level(row['b'], axis)}"
+
+
+STATISTICS = (
+    "spike_events", "spike_abs_rate", "grad_norm_max_over_median", "grad_norm_log_sd", "clip_share",
+    "attn_logit_peak",
+)  # fmt: skip
+"""Shown per cell beside the final loss: the mean over its done trials."""
+
+MOST_OPEN = 24
+"""Rows up to which the table is open from the start."""
+
+
+def cells(study: Study) -> Iterator[Table]:
+    """Means and verdicts of every cell; then the intervals, which would make one table three screens wide."""
+    rows, heads = records(study.cells.reset_index()), _heads(study)
+    numbers = ("seeds", "final loss", *(COLUMNS[name].label for name in STATISTICS))
+    rules = _rules(study)
+    means = tuple((*_which(row, study), _verdicts(row, rules), _seeds(row), *_means(row)) for row in rows)
+    title = (
+        f"{words.count(len(rows), 'cell')}: means over the done seeds (geometric of norms, ratios and logits), ± half "
+        "the 95 % interval (from 2 seeds on)"
+    )
+    right = frozenset((*heads, *numbers)) - {"case"}
+    yield Table(title, (*heads, "verdicts", *numbers), means, right, folded=len(rows) > MOST_OPEN)
+    ends = tuple((*_which(row, study), *_intervals(row)) for row in rows)
+    title = "95 % intervals of these means (those of every statistic: cells.csv)"
+    yield Table(title, (*heads, *numbers[1:]), ends, right, folded=True)
+
+
+def _heads(study: Study) -> tuple[str, ...]:
+    return (*(["case"] if _has_cases(study) else []), *map(words.heading, study.axes))
+
+
+def _which(row: Mapping[str, Any], study: Study) -> tuple[str, ...]:
+    case = [words.clean(row["case"] or "", 40)] if _has_cases(study) else []
+    return (*case, *(words.level(row[a], a) for a in study.axes))
+
+
+def _has_cases(study: Study) -> bool:
+    return bool(study.cells["case"].notna().any())
+
+
+def _rules(study: Study) -> dict[Any, str]:
+    """(cell, verdict) -> in parentheses, the rules by which its trials got it, and how many by sampling noise."""
+    by_verdict = study.trials[study.trials["verdict"].notna()].groupby(["cell_id", "verdict"])
+    texts = {}
+    for at, members in by_verdict:
+        rules = sorted({text for code in members["verdict_rule"].dropna() if (text := words.rule(code))})
+        noise = int(members["sampling_noise"].fillna(False).sum())
+        notes = [*rules, *([f"{noise} by sampling noise"] if noise else [])]
+        texts[at] = f" ({'; '.join(notes)})" if notes else ""
+    return texts
+
+
+def _verdicts(row: Mapping[str, Any], rules: Mapping[Any, str]) -> str:
+    named = [f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]]
+    return ", ".join(named) or words.NOTHING
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    """How many are done, of how many where some are not."""
+    return str(row["n"]) if row["n"] == row["n_done"] else f"{row['n_done']} of {row['n']}"
+
+
+def _means(row: Mapping[str, Any]) -> Iterator[str]:
+    yield words.estimate(row["final_loss_capped"], row["final_loss_capped_low"], row["final_loss_capped_high"], 4)
+    for name in STATISTICS:
+        yield words.value(name, row[name])
+
+
+def _intervals(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("final_loss_capped", *STATISTICS):
+        yield words.interval(name, row[f"{name}_low"], row[f"{name}_high"])

@@ -1,0 +1,275 @@
+"""The page that compares studies: effects of the study, matched cells, differences paired by seed, caveats.
+
+Studies are put together as one whose first axis is `study`. Trials are paired across it as across any other axis: same
+seed, same level of everything that varies within a study. Settings that differ between the studies and within none are
+what the axis stands for, and are listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from stabstudy.analysis import compare, style, words
+from stabstudy.analysis import study_statistics as statistics
+from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.elements import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis.levels import levels_of, split
+from stabstudy.analysis.paired import Estimate
+from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import STUDY as AXIS
+from stabstudy.config import setting_names
+from stabstudy.stability.summary import COLUMNS
+from stabstudy.stability.verdict import VERDICTS
+
+UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
+
+
+def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
+    """The comparison of at least two studies of different names; the first is what the others are compared with.
+
+    `pages`: the way from this report's folder to each study's own page.
+    """
+    whole = Study.concat(studies)
+    metrics = statistics.comparable(whole.trials)
+    table = statistics.paired_differences(whole.trials, whole.axes, metrics)
+    names = whole.axes[AXIS]
+    return Report(
+        study=" against ".join(words.clean(name, 60) for name in names),
+        question="",
+        headline=f"Comparison of {len(names)} studies.",
+        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
+        findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
+        warnings=list(warnings(whole)),
+        sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
+        pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
+    )
+
+
+def warnings(whole: Study) -> Iterator[str]:
+    """What keeps a number of one study from being compared with that of another."""
+    trials = whole.trials
+    by_study = trials.groupby(AXIS)
+    if _differ(by_study["eval_hash"]):
+        yield "The evaluation sets differ: losses are shown, and not compared."
+    if _differ(by_study["data_fingerprint"]):
+        yield "The studies read different data."
+    if trials["detector_id"].nunique() > 1:
+        yield "The rules for spikes differ (detector_id): spike rates and verdicts are shown, and not compared."
+    if "log_stride" in trials and trials["log_stride"].nunique() > 1:
+        yield "The logging intervals differ: rates of spikes are shown, and not compared."
+    if _differ(by_study["train.batch_size"]) or _differ(by_study["data.seq_len"]):
+        yield "Steps hold different numbers of tokens, so rates per step differ in meaning."
+    if _differ(by_study["train.steps"]):
+        yield "Trials have different numbers of steps: final losses and largest values are those of different lengths."
+
+
+def _differ(column: Any) -> bool:
+    """Whether the sets of values of a grouped column are not the same in every group."""
+    return len({frozenset(levels_of(values)) for _, values in column}) > 1
+
+
+def _sections(
+    studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
+) -> Iterator[Section]:
+    yield Section("studies", "The studies", [_studies(studies), *_settings(whole)])
+    yield Section("differences", "Differences", list(_difference_blocks(whole, metrics, table)))
+    yield Section("figures", "Figures", list(matched_figures(whole)))
+    yield Section("cells", "Matched cells", list(matched_tables(whole)))
+
+
+def _studies(studies: Sequence[Study]) -> Table:
+    rows = []
+    for study in studies:
+        numbers = study.outcomes
+        rows.append(
+            (
+                words.clean(study.name, 60),
+                words.clean(study.question) or words.NOTHING,
+                *(str(numbers[v]) for v in VERDICTS),
+                str(sum(numbers.values()) - sum(numbers[v] for v in VERDICTS)),
+                study.rules.detector_id,
+            )
+        )
+    heads = ("study", "question", *VERDICTS, "others", "detector")
+    return Table("Studies", heads, tuple(rows), frozenset((*VERDICTS, "others")))
+
+
+def _settings(whole: Study) -> Iterator[Block]:
+    """Settings that differ between the studies and within none of them."""
+    names = [name for name in setting_names() if name != "seed"]
+    levels = statistics.settings_apart(whole.trials, whole.axes[AXIS], names)
+    rows = tuple((name, *(words.level(v, name) for v in each)) for name, each in levels.items())
+    if rows:
+        heads = ("setting", *(words.clean(name, 60) for name in whole.axes[AXIS]))
+        yield Table("Settings that differ between the studies and are the same within each", heads, rows)
+    else:
+        yield Text("No setting that is the same within each study differs between the studies.")
+
+
+def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
+    if not table:
+        yield Text(" ".join([UNPAIRED, *_disjoint(whole)]))
+        return
+    yield Text(
+        "A pair is two trials of different studies with the same seed and the same level of everything that varies "
+        "within a study. Differences are averaged per seed; the interval is Student's over seeds."
+    )
+    rows = tuple(
+        (
+            f"{words.clean(r['a'], 60)} → {words.clean(r['b'], 60)}",
+            COLUMNS[r["metric"]].label,
+            f"{words.value(r['metric'], r['mean_a'])} → {words.value(r['metric'], r['mean_b'])}",
+            words.value(r["metric"], r["difference"]),
+            words.interval(r["metric"], r["low"], r["high"]),
+            str(r["pairs"]),
+            str(r["seeds"]),
+        )
+        for r in table
+    )
+    numbers = ("mean", "change", "95 % interval", "pairs", "seeds")
+    yield Table("Paired differences", ("studies", "statistic", *numbers), rows, frozenset(numbers))
+    for metric in REPORTED:
+        if metric not in metrics:
+            yield Text(f"{words.STATISTICS[metric]}: not compared (see above).")
+
+
+def _disjoint(whole: Study) -> Iterator[str]:
+    """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` lists them."""
+    for axis in [a for a in [*whole.axes, "seed"] if a != AXIS]:
+        levels = {name: levels_of(whole.trials.loc[whole.trials[AXIS] == name, axis]) for name in whole.axes[AXIS]}
+        if not set.intersection(*map(set, levels.values())):
+            each = [
+                f"{words.listing([words.level(v, axis) for v in own])} in {words.clean(name, 60)}"
+                for name, own in levels.items()
+            ]
+            label = words.label(axis)
+            yield f"{label[0].upper()}{label[1:]}: {', '.join(each)}."
+
+
+def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
+    """The differences by statistic with their intervals: stated, not found, or not tested."""
+    if not table:
+        yield UNPAIRED
+        return
+    for row in statistics.study_effects(whole.trials, whole.axes, metrics):
+        name = _capital(words.STATISTICS[row["metric"]])
+        if row["p_holm"] is None:
+            yield f"{name}: not tested ({row['note']})."
+        else:
+            at = f"{words.clean(row['a'], 60)} → {words.clean(row['b'], 60)}"
+            reading = "" if row["p_holm"] < CLEAR else "no difference found: "
+            p = words.number(row["p_holm"], 2)
+            yield f"{name}, {at}: {reading}{words.change(row)} (p {p}, Holm)."
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
+"""Statistic, and whether on a log scale: one figure each."""
+
+CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
+"""Statistics of the tables."""
+
+NO_CELL = "No cell is in two studies."
+
+
+def matched_figures(whole: Study) -> Iterator[Block]:
+    """A statistic against the main axis, a line per study, over the done trials of shared cells."""
+    axes = [a for a in whole.axes if a != AXIS]
+    x = "optim.lr" if "optim.lr" in axes else axes[0] if axes else None
+    if x is None:
+        yield Text("No setting varies within the studies: there is no axis to draw a statistic against.")
+        return
+    shared = whole.part(statistics.in_shared_cells(whole.trials, whole.axes), whole.axes)
+    done = int((whole.trials["state"] == "done").sum())
+    if not len(shared.trials):
+        yield Text(NO_CELL)
+        return
+    alone = done - len(shared.trials)
+    rest = f" Left out: {words.count(alone, 'done trial')} of cells that only one study has." if alone else ""
+    pooled = [words.label(a) for a in axes if a != x]
+    over = f", averaged over {words.listing(pooled)}" if pooled else ""
+    for metric, log_y in FIGURES:
+        drawn = curves.drawable(shared.trials, metric)
+        if len(drawn):
+            ax = curves.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
+            against = f"{curves.metric_label(metric)} against {words.label(x)}"
+            against = against[0].upper() + against[1:]
+            caption = (
+                f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
+                f"intervals (from {curves.BAND_FROM} trials on).{rest}"
+            )
+            table = _figure_table(shared, metric, x)
+            values = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
+            name = f"studies-{metric.replace('_', '-')}"
+            svg = style.draw(ax.figure)  # type: ignore[arg-type]
+            yield Figure(name, against, svg, f"Line chart. {values}.", caption, table)
+
+
+def _figure_table(whole: Study, metric: str, x: str) -> Table:
+    rows = []
+    for (study, level), trials in split(
+        curves.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
+    ):
+        e = curves.mean_of(trials, metric)
+        diverged = int((trials["verdict"] == "diverged").sum())
+        numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
+        rows.append((words.clean(study, 60), words.level(level, x), *numbers))
+    heads = ("study", words.heading(x), curves.metric_label(metric), "low", "high", "n in the mean", "diverged")
+    return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
+
+
+def matched_tables(whole: Study) -> Iterator[Block]:
+    """A row per combination of levels that at least two studies hold, and the paired differences there."""
+    axes = {a: levels for a, levels in whole.axes.items() if a != AXIS}
+    names = whole.axes[AXIS]
+    rows = []
+    done = whole.trials[whole.trials["state"] == "done"]
+    for levels, trials in split(done, axes):
+        parts = [trials[trials[AXIS] == name] for name in names]
+        if sum(map(bool, map(len, parts))) > 1:
+            texts = [words.level(v, a) for a, v in zip(axes, levels, strict=True)]
+            rows.append((*texts, *(_cell(part, m) for m in CELL for part in parts), *map(_verdicts, parts)))
+    if not rows:
+        yield Text(NO_CELL)
+        return
+    statistics = [f"{COLUMNS[m].label}: {words.clean(n, 30)}" for m in CELL for n in names]
+    verdicts = [f"verdicts: {words.clean(n, 30)}" for n in names]
+    heads = (*map(words.heading, axes), *statistics, *verdicts)
+    title = "Cells in at least two studies: means over done seeds, with the 95 % interval"
+    yield Table(title, heads, tuple(rows), frozenset(heads) - frozenset(verdicts))
+    changes = tuple(_changes(whole))
+    if changes:
+        heads = (*map(words.heading, axes), "studies", "seeds", *(COLUMNS[m].label for m in CELL))
+        title = "Differences in each of these cells, paired by seed, with the 95 % t-interval (from 2 seeds on)"
+        yield Table(title, heads, changes, frozenset(heads) - {"studies"})
+
+
+def _changes(whole: Study) -> Iterator[tuple[str, ...]]:
+    """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did."""
+    axes = [a for a in whole.axes if a != AXIS]
+    for cell in statistics.cell_changes(whole.trials, whole.axes, CELL):
+        texts = [words.level(v, a) for a, v in zip(axes, cell.levels, strict=True)]
+        pair = f"{words.clean(cell.first, 60)} → {words.clean(cell.other, 60)}"
+        yield *texts, pair, str(cell.seeds), *(_change(m, change) for m, change in cell.changes.items())
+
+
+def _change(metric: str, e: Estimate | None) -> str:
+    """`0.02 (-0.01 to 0.05)`; a dash where the two cannot be compared."""
+    if e is None:
+        return words.NOTHING
+    ends = "" if words.is_null(e.low) else f" ({words.interval(metric, e.low, e.high)})"
+    return f"{words.value(metric, e.mean)}{ends}"
+
+
+def _cell(trials: Any, metric: str) -> str:
+    e = compare.mean(trials, metric)
+    return words.estimate(e.mean, e.low, e.high) if COLUMNS[metric].unit != "fraction" else words.percent(e.mean)
+
+
+def _verdicts(trials: Any) -> str:
+    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
+    return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING
