@@ -1,8 +1,7 @@
-"""Disks and what stands on them: full ones, and entries of a study's folders that must not be written to.
+"""Room on a disk, and obstacles in a study's folders: entries that must not be written to.
 
-Kinds of entries in a study's folders: a link, or a folder or device in the place of a file, is never written to.
-
-Writing through a link changes files outside the study; reading a pipe waits for ever.
+A link, or a folder or device in the place of a file, is never written to: writing through a link changes files outside
+the study, and reading a pipe waits for ever.
 """
 
 from __future__ import annotations
@@ -96,8 +95,8 @@ def check_report_folder(folder: Path) -> None:
 def _wrong(folder: Path, files: Collection[str], folders: Collection[str], links: bool) -> Iterator[str]:
     if not folder.is_dir():
         return
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         path = folder / entry.name
         if entry.name not in (*files, *folders) and not entry.name.endswith(".tmp"):

@@ -1,4 +1,4 @@
-"""Encodings of live records: fixed-width blocks with checksums, and the JSON lines of older studies.
+r"""Encodings of live records: fixed-width blocks with checksums, and the JSON lines of older studies.
 
     file    header, block, block, ...
     header  "STABLIVE", u4 bytes of the text, u4 crc32 of all other bytes of the header, the text: JSON with the format,
@@ -9,9 +9,8 @@
 
 Everything is little-endian. A null cell holds zeros, so that equal rows are equal bytes.
 
-Live records of studies that older versions began: one JSON object per line, read and cut but no longer written.
-
-Bare NaN and Infinity are numbers, null means "not applicable". A kill leaves at most one torn last line.
+JSON lines, one object per line, are read and cut but no longer written. In them bare NaN and Infinity are numbers, null
+means "not applicable", and a kill leaves at most one torn last line.
 """
 
 from __future__ import annotations
@@ -194,11 +193,11 @@ def _described(text: bytes) -> Layout:
         if body["format"] != FORMAT:
             raise DamagedRecord(f"format {body['format']}, this version reads up to {FORMAT}")
         fields = tuple(Field(f["name"], f["kind"], f["entries"], tuple(f["codes"])) for f in body["columns"])
-        found = Layout(body["record"], fields)
-        assert found.dtype.itemsize
+        layout = Layout(body["record"], fields)
+        assert layout.dtype.itemsize
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"its header describes no record ({type(error).__name__})") from error
-    return found
+    return layout
 
 
 def rows_of_block(data: bytes, at: int) -> int | None:

@@ -97,9 +97,9 @@ def check(name: str, value: Any) -> tuple[Any, Problem | None]:
         return None, Problem(name, f"is not a setting{nearest(name, cfg.setting_names())}")
     group, _, key = name.partition(".")
     cls = cfg.GROUPS[group] if key else cfg.TrialConfig
-    found = next(f for f in fields(cls) if f.name == (key or group))
+    setting = next(f for f in fields(cls) if f.name == (key or group))
     problems: list[Problem] = []
-    checked = read_value(name, str(found.type), found.metadata, value, problems, None)
+    checked = read_value(name, str(setting.type), setting.metadata, value, problems, None)
     return checked, problems[0] if problems else None
 
 

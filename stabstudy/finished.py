@@ -81,8 +81,8 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
     import pyarrow.parquet as pq
 
     data = None if sha256 is None else path.read_bytes()
-    if data is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., in state.json {str(sha256)[:12]}...")
+    if data is not None and (actual := hashlib.sha256(data).hexdigest()) != sha256:
+        raise DamagedRecord(f"{path}: sha256 is {actual[:12]}..., in state.json {str(sha256)[:12]}...")
     try:
         source = pa.BufferReader(path.read_bytes() if data is None else data)
         file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -97,8 +97,8 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
         raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
     if missing := [c.name for c in schema.columns if not c.nullable and c.name not in file.schema_arrow.names]:
         raise DamagedRecord(f"{path}: lacks the column {', '.join(missing)}")
-    asked = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
-    return _from_arrow(table, replace(schema, columns=tuple(asked)))
+    present = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
+    return _from_arrow(table, replace(schema, columns=tuple(present)))
 
 
 def _to_arrow(rows: Rows) -> pa.Table:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
-    *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
+    *("trace", "live", "finished", "disk", "outlet", "locks", "store", "external"),
 }
 
 
@@ -40,23 +40,18 @@ MAY = {
     "config": May({"combinations", "groups", "settings"}),
     "shape": May({"config"}),
     "trace": May({"failpoints"}, {"numpy"}),
-    "binary": May({"trace"}, {"numpy"}),
-    "json_lines": May({"trace", "failpoints"}, {"numpy"}),
-    "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
+    "encodings": May({"trace", "failpoints"}, {"numpy"}),
+    "live": May({"trace", "encodings", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "seals": May(set()),
-    "entries": May(set()),
     "state_fields": May(set()),
     "disk": May(set()),
     "outlet": May(set()),
     "locks": May(set()),
-    "store": May(
-        {"config", "settings", "disk", "locks", "entries", "seals", "state_fields", "trace", "finished", "live"}
-    ),
+    "store": May({"config", "settings", "disk", "locks", "state_fields", "trace", "finished", "live"}),
     "leftovers": May({"live", "locks", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
         {"config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},

@@ -1,12 +1,8 @@
 """Readers of logs that programs write: JSON lines, CSV, JSON, Parquet, Trainer states, TensorBoard's event files.
 
-CSV, JSON and Parquet with any columns.
-
-Hugging Face Trainer's trainer_state.json and LLaMA-Factory's trainer_log.jsonl, one run with one or both of them.
-
-Lingua's metrics.jsonl.
-
-TensorBoard event files, through TensorBoard's own reader (the extra `tensorboard`).
+A table (CSV, JSON lines, JSON, Parquet) has any columns. Hugging Face Trainer's trainer_state.json and LLaMA-Factory's
+trainer_log.jsonl are one run, with one or both of them; Lingua's metrics.jsonl has names of its own. Event files are
+read by TensorBoard's own reader (the extra `tensorboard`). Text files may be gzip, and cut at any byte.
 """
 
 from __future__ import annotations
@@ -71,11 +67,11 @@ def json_rows(path: Path, raw: Raw) -> Iterator[dict[str, Any]]:
 
 def line_keys(path: Path) -> list[str]:
     """Every key of the JSON objects in the first hundred lines."""
-    found: dict[str, None] = {}
+    keys: dict[str, None] = {}
     with open_log(path) as f:
         for _ in range(100):
-            found |= dict.fromkeys(flat(parse_line(f.readline(2**20)) or {}))
-    return list(found)
+            keys |= dict.fromkeys(flat(parse_line(f.readline(2**20)) or {}))
+    return list(keys)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -89,13 +85,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys."""
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
+            pairs |= flat(value, f"{above}{key}.")
         else:
-            found[f"{above}{key}"] = value
-    return found
+            pairs[f"{above}{key}"] = value
+    return pairs
 
 
 def _inflated(data: bytes) -> bytes:
@@ -144,9 +140,9 @@ def table_columns(path: Path) -> list[str]:
         return list(_parquet(path).schema_arrow.names)
     if log_suffix(path) in _TEXT:
         return _header(path)[0]
-    if not (found := line_keys(path)):
+    if not (keys := line_keys(path)):
         raise LogError("is empty" if path.stat().st_size == 0 else "has no line that is a JSON object")
-    return found
+    return keys
 
 
 def _rows(path: Path, raw: Raw) -> Iterator[Mapping[str, Any]]:

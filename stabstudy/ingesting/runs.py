@@ -1,6 +1,6 @@
-"""One run, from its files to a trial in a study's folder; and the study that ingested runs make.
+"""Runs from log files to trials of a study, and the study that they make.
 
-The study that ingested runs make: whether a folder may hold it, and what is written there.
+A trial is named by its logged rows. Whether a folder may hold the study is decided before anything is read.
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ class Run:
         return sum(getattr(p, name) is not None for p in self.grid.points)
 
 
-def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any], allow_loss: bool = False) -> list[Run]:
-    """The runs of a source; `said`: settings that the user gives. Raises LogError or OSError.
+def read(source: Source, columns: Mapping[str, str], options: Mapping[str, Any], allow_loss: bool = False) -> list[Run]:
+    """The runs of a source; `options`: settings that the user gives. Raises LogError or OSError.
 
     A source that loses more rows than is tolerable is an error unless that is allowed.
     """
     raws = source.read(columns)
-    found = beside.find(source.folder, raws[0].steps_planned)
-    return [_read(source, raw, found, said, allow_loss) for raw in raws]
+    settings = beside.find(source.folder, raws[0].steps_planned)
+    return [_read(source, raw, settings, options, allow_loss) for raw in raws]
 
 
-def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, Any], allow_loss: bool) -> Run:
-    raw.log_every = raw.log_every or beside.log_every(found)
-    found = found if source.alone else beside.Settings()
+def _read(source: Source, raw: Raw, beside_log: beside.Settings, options: Mapping[str, Any], allow_loss: bool) -> Run:
+    raw.log_every = raw.log_every or beside.log_every(beside_log)
+    beside_log = beside_log if source.alone else beside.Settings()
     own = beside.held(raw.settings, raw.steps_planned)
     if raw.steps_planned:
         own.put("train.steps", raw.steps_planned, "steps planned")
-    known = found.known | own.known | dict(said)
+    known = beside_log.known | own.known | dict(options)
     if "optim.clip" in known:
         known.setdefault("optim.clip_kind", "norm")
     rows = sum(p.counts for p in raw.points) + raw.lost
@@ -95,14 +95,14 @@ def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, A
     log = ExternalLog(
         run="",
         format=raw.format,
-        files={str(path): file_sha256(path) for path in (*source.files, *found.files)},
+        files={str(path): file_sha256(path) for path in (*source.files, *beside_log.files)},
         first_step=grid.first_step,
         stride=grid.stride,
         steps_planned=known.get("train.steps"),
         settings=known,
-        others=found.others | own.others,
+        others=beside_log.others | own.others,
         left_out=dict(+raw.left_out),
-        notes=(*raw.notes, *found.notes, *own.notes),
+        notes=(*raw.notes, *beside_log.notes, *own.notes),
         moved={str(row): step for row, step in grid.moved.items()},
         after_clipping=cut is not None or (raw.after_clipping and any(p.grad_norm is not None for p in points)),
     )
@@ -234,14 +234,14 @@ def open_study(path: Path, name: str) -> store.StudyFolder:
     return study
 
 
-def write_study(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
+def write_study(study: store.StudyFolder, runs: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
     """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
-    disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in found])
+    disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in runs])
     study.path.mkdir(parents=True, exist_ok=True)
     with locks.lock(study.path):
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
             store.write_sealed(study.provenance_file, _provenance(study, argv))
-        outcomes = Counter(write_run(study, run) for run in found)
+        outcomes = Counter(write_run(study, run) for run in runs)
         if outcomes.keys() - {"unchanged"}:
             store.write_sealed(study.provenance_file, _provenance(study, argv))
     return outcomes
