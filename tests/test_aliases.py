@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from stabstudy.ingesting.aliases import ALIASES, CHART, NOT, PATTERNS, place, plain
-from stabstudy.ingesting.frameworks import FRAMEWORKS
+from stabstudy.ingesting.aliases import ALIASES, CHART, FRAMEWORKS, NOT, PATTERNS, place, plain
 
 KINDS = ("step", "loss", "grad_norm", "lr")
 
