@@ -28,8 +28,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import failpoints
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, from_dicts
+from stabstudy import disk
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, check_steps, from_dicts
 
 FORMAT = 1
 MAGIC, MARKER = b"STABLIVE", b"BLK\xff"
@@ -161,7 +161,7 @@ def to_rows(table: Table, layout: Layout, schema: Schema, note: str = "") -> Row
             raise DamagedRecord(f"{schema.name}: {column.name} is null or not there")
         columns[column.name] = _values(table, field, null, bit is not None)
         nulls[column.name] = null
-    _check_steps(columns["step"], schema)
+    check_steps(columns["step"], schema)
     return Rows(schema, columns, nulls, note)
 
 
@@ -269,14 +269,6 @@ def _texts(codes: NDArray[np.uint8], null: NDArray[np.bool_], field: Field) -> N
     return texts[np.where(null, len(field.codes), codes)]
 
 
-def _check_steps(steps: NDArray[np.int64], schema: Schema) -> None:
-    expected = np.arange(len(steps)) if schema.contiguous else np.concatenate(([0], steps[:-1] + 1))[: len(steps)]
-    wrong = np.flatnonzero(steps != expected if schema.contiguous else steps < expected)
-    if len(wrong):
-        at = wrong[0]
-        raise DamagedRecord(f"{schema.name}: step {steps[at]} where {expected[at]} was expected")
-
-
 TAIL = 64 * 1024
 """Bytes at the end of a file in which its last whole line lies: no write was longer."""
 
@@ -307,13 +299,7 @@ def cut_json_lines(path: Path, schema: Schema, next_step: int) -> tuple[int, int
                 dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
                 break
             keep += len(line)
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, keep)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.truncate_file(path, keep)
     return dropped, size - keep
 
 

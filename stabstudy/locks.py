@@ -1,4 +1,4 @@
-"""Locks on folders: flock, free the instant their holder dies, with the holder's name for the others."""
+"""Locks on folders and files: flock, free the instant their holder dies, with the holder's name for the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +36,19 @@ def lock(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def wait(file: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Hold a lock file; where it is taken, call `busy` and wait for it."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _flocked(fd, fcntl.LOCK_EX):
+            busy()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def check_free(folder: Path) -> None:
     """Raises LockHeldError where a process holds the folder's lock now. Needs no right to write, and makes nothing."""
     if is_locked(folder):
@@ -53,12 +66,9 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _flocked(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
-    return False
 
 
 def now() -> str:
@@ -73,9 +83,16 @@ def _holder(fd: int) -> str:
 def _acquired(fd: int) -> bool:
     # `is_locked` of another process holds the lock for microseconds: that must not look like a launch at work
     for _ in range(TRIES):
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _flocked(fd, fcntl.LOCK_EX):
             return True
-        except BlockingIOError:
-            time.sleep(0.01)
+        time.sleep(0.01)
     return False
+
+
+def _flocked(fd: int, kind: int) -> bool:
+    """Whether the lock was to be had at once."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

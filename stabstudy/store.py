@@ -324,9 +324,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes, synced: trace.Synced = "folder") -> None:
-    """As `write_text`; `synced`: see `trace.replace_file`."""
-    trace.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
+def write_bytes(path: Path, data: bytes, synced: disk.Synced = "folder") -> None:
+    """As `write_text`; `synced`: see `disk.replace_file`."""
+    disk.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
 
 
 SEAL = "content_sha256"

@@ -141,7 +141,7 @@ def walk(root: Path, wanted: Callable[[str], bool]) -> list[DataFile]:
 def digest(files: list[DataFile], memory: Memory | None = None, partly: bool = False) -> str:
     """sha256 of the files' names, sizes and content; in a large file 16 evenly spread blocks stand for its content.
 
-    An edit between the blocks is seen with a `memory` (see `edits`). `partly`: perhaps not all of the files is read, so
+    An edit between the blocks is seen with a `memory`. `partly`: perhaps not all of the files is read, so
     that they are remembered only if they are small together.
     """
     size = sum(file.size for file in files)

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,14 +32,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import store
+from stabstudy import disk, locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory, Progress, Say
 from stabstudy.data.rows import RowCount
 from stabstudy.data.tokenizer import Ids, Tokenizer
 from stabstudy.settings import DataError
-from stabstudy.trace import sync_folder
 
 FORMAT = 1
 
@@ -114,19 +113,10 @@ def count(fingerprint: str, cache_dir: Path) -> int | None:
     return meta.tokens if meta.format == FORMAT and meta.fingerprint == fingerprint else None
 
 
-@contextlib.contextmanager
-def lock(folder: Path, say: Say = lambda line: None) -> Iterator[None]:
-    """Hold the lock file beside a corpus (flock: free the instant its holder dies); wait for it, with a line."""
-    fd = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("data: another process is preparing this data; waiting for it")
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def lock(folder: Path, say: Say = lambda line: None) -> AbstractContextManager[None]:
+    """Hold the lock file beside a corpus; wait for it, with a line."""
+    message = "data: another process is preparing this data; waiting for it"
+    return locks.wait(folder.with_suffix(".lock"), lambda: say(message))
 
 
 def _folder(cache_dir: Path, fingerprint: str) -> Path:
@@ -149,9 +139,8 @@ def _open(folder: Path, fingerprint: str) -> Corpus:
     return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder)
 
 
-_verified: set[tuple[Path, int]] = (
-    set()
-)  # meta.json files, by time of change, whose checksums this process has seen right
+_verified: set[tuple[Path, int]] = set()
+"""meta.json files, by time of change, whose checksums this process has seen right."""
 
 
 def _read_meta(path: Path) -> Meta:
@@ -242,7 +231,7 @@ def build_cache(config: DataConfig, folder: Path, fingerprint: str, memory: Memo
         if folder.exists():
             folder.rename(tmp / "damaged")
         tmp.rename(folder)
-        sync_folder(folder.parent)
+        disk.sync_folder(folder.parent)
         shutil.rmtree(folder / "damaged", ignore_errors=True)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)

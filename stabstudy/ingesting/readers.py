@@ -24,6 +24,7 @@ from stabstudy.ingesting import several
 from stabstudy.ingesting.choice import listed
 from stabstudy.ingesting.points import LogError, Point, Raw, whole
 from stabstudy.ingesting.series import settle
+from stabstudy.settings import first_line
 
 _GZIP = b"\x1f\x8b"
 
@@ -151,8 +152,8 @@ def _rows(path: Path, raw: Raw) -> Iterator[Mapping[str, Any]]:
         yield from map(flat, _parquet_rows(path))
     elif suffix in _TEXT:
         yield from _csv_rows(path, raw)
-    elif suffix == ".json" and (listed := _listed(path)) is not None:
-        yield from map(flat, listed)
+    elif suffix == ".json" and (objects := _listed(path)) is not None:
+        yield from map(flat, objects)
     else:
         yield from json_rows(path, raw)
 
@@ -227,7 +228,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise LogError(f"is not a Parquet file ({str(error).splitlines()[0]})") from error
+        raise LogError(f"is not a Parquet file ({first_line(error)})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -237,7 +238,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         for batch in _parquet(path).iter_batches():
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise LogError(f"is a damaged Parquet file ({str(error).splitlines()[0]})") from error
+        raise LogError(f"is a damaged Parquet file ({first_line(error)})") from error
 
 
 def read_trainer(state: Path | None, log: Path | None, given: Mapping[str, str]) -> Raw:

@@ -26,7 +26,7 @@ from stabstudy.ingesting import beside
 from stabstudy.ingesting.points import Raw
 from stabstudy.ingesting.search import Source
 from stabstudy.ingesting.series import Grid, cap, on_grid, reveal, settle
-from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
+from stabstudy.trace import LOG, DamagedRecord, Rows, as_array
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _read(source: Source, raw: Raw, beside_log: beside.Settings, options: Mappin
     log = ExternalLog(
         run="",
         format=raw.format,
-        files={str(path): file_sha256(path) for path in (*source.files, *beside_log.files)},
+        files={str(path): disk.file_sha256(path) for path in (*source.files, *beside_log.files)},
         first_step=grid.first_step,
         stride=grid.stride,
         steps_planned=known.get("train.steps"),

@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabstudy import disk as entries
 from stabstudy import store, trace
 from stabstudy.config import TrialConfig
+from stabstudy.disk import trial_obstacle
 from stabstudy.groups import OPTIMIZERS
 from stabstudy.planning import machine
 from stabstudy.planning.compute import Compute
@@ -120,9 +120,7 @@ def slots(compute: Compute, launcher: str) -> int | None:
 def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
     operations = spent = 0.0
-    finished = [
-        f for f in study.trials() if f.finished(trace.TRACE).exists() and not entries.trial_obstacle(f.path, True)
-    ]
+    finished = [f for f in study.trials() if f.finished(trace.TRACE).exists() and not trial_obstacle(f.path, True)]
     for folder in finished[:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)
