@@ -20,6 +20,74 @@ from typing import Literal
 
 from stabstudy import failpoints
 
+Synced = Literal["folder", "file", "nothing"]
+"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> str:
+    """fsync a written file; returns its sha256."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return file_sha256(path)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
+
+    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged. Where
+    writing fails, the temporary file is removed.
+    """
+    beside = path.with_name(tmp or f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as f:
+            f.write(data)
+            f.flush()
+            failpoints.of_file(path, "written")
+            if synced != "nothing":
+                os.fsync(f.fileno())
+                failpoints.of_file(path, "synced")
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a full disk it would take what is left
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # that of a write has none
+            error.filename = str(path)
+        raise
+    failpoints.of_file(path, "renamed")
+    if synced == "folder":
+        sync_folder(path.parent)
+        failpoints.of_file(path, "folder_synced")
+
+
+def truncate_file(path: Path, size: int) -> None:
+    """Cut a record to its first bytes, durably."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        failpoints.hit("cut.truncate")
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 STATE_BYTES = 1 << 13
@@ -124,71 +192,3 @@ def not_a_file(path: Path) -> str | None:
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "a device")
-
-
-Synced = Literal["folder", "file", "nothing"]
-"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in blocks."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_file(path: Path) -> str:
-    """fsync a written file; returns its sha256."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return file_sha256(path)
-
-
-def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives power loss."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
-    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
-
-    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged. Where
-    writing fails, the temporary file is removed.
-    """
-    beside = path.with_name(tmp or f"{path.name}.tmp")
-    try:
-        with beside.open("wb") as f:
-            f.write(data)
-            f.flush()
-            failpoints.of_file(path, "written")
-            if synced != "nothing":
-                os.fsync(f.fileno())
-                failpoints.of_file(path, "synced")
-        beside.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # on a full disk it would take what is left
-            beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # that of a write has none
-            error.filename = str(path)
-        raise
-    failpoints.of_file(path, "renamed")
-    if synced == "folder":
-        sync_folder(path.parent)
-        failpoints.of_file(path, "folder_synced")
-
-
-def truncate_file(path: Path, size: int) -> None:
-    """Cut a record to its first bytes, durably."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

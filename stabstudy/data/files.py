@@ -113,7 +113,7 @@ def existing(path: str) -> Path:
         root = Path(path).expanduser()
         root.stat()
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError("data.path", f"must exist and be readable ({_reason(error)})", repr(path)) from error
+        raise DataError("data.path", f"must exist and be readable ({cause(error)})", repr(path)) from error
     return root
 
 
@@ -160,7 +160,7 @@ def digest(files: list[DataFile], memory: Memory | None = None, partly: bool = F
             if memory is not None and file.size > whole:
                 name = memory.content(name, file.path)
         except OSError as error:
-            raise DataError("data.path", f"must be readable ({_reason(error)})", str(file.path)) from error
+            raise DataError("data.path", f"must be readable ({cause(error)})", str(file.path)) from error
         total.update(json.dumps([file.name, file.size, name]).encode())
     return total.hexdigest()
 
@@ -185,7 +185,7 @@ def _lines(candidates: list[DataFile]) -> list[DataFile]:
             with file.path.open("rb") as f:
                 line = f.readline(LONGEST).lstrip(b"\xef\xbb\xbf \t\r\n") or f.readline(LONGEST).lstrip()
         except OSError as error:
-            raise DataError("data.path", f"must be readable ({_reason(error)})", str(file.path)) from error
+            raise DataError("data.path", f"must be readable ({cause(error)})", str(file.path)) from error
         if not line.startswith(b"{") or (len(line) < LONGEST and not _is_json(line)):
             kind = "is a JSON array" if line.startswith(b"[") else "does not begin with a line that is a JSON object"
             rule = f"{file.path} {kind}: JSON lines have one object on each line; data.files names those to read"
@@ -221,10 +221,11 @@ def _stretches(size: int, whole: int) -> Iterator[tuple[int, int]]:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise DataError("data.path", f"must be readable ({_reason(error)})", str(error.filename)) from error
+    raise DataError("data.path", f"must be readable ({cause(error)})", str(error.filename)) from error
 
 
-def _reason(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """Why something could not be read, in a few words."""
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
 
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.data.files import cause
 from stabstudy.settings import DataError, first_line, show
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def _locate(name: str) -> _Place:
     try:
         place = _place(name)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder not ours, a user not there
-        reason = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise DataError("data.tokenizer", f"cannot be looked for ({reason}); {FORMS}", show(name)) from error
+        raise DataError("data.tokenizer", f"cannot be looked for ({cause(error)}); {FORMS}", show(name)) from error
     if place.kind == "auto" and not place.files and not HUB_NAME.fullmatch(name):
         raise DataError("data.tokenizer", f"is not there, and not the form of a hub name; {FORMS}", show(name))
     return place

@@ -1,6 +1,7 @@
-"""Settings found beside a log: under our names where they mean exactly the same, else under their own.
+"""Settings of a run, from files beside its log and from its rows: under our names where they mean the same.
 
-Nothing is assumed: what no file holds, or holds in a form that our rules refuse, stays unknown.
+A value whose meaning is not exactly that of ours stands under its own name. Nothing is assumed: what no file holds, or
+holds in a form that our rules refuse, stays unknown.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Settings:
             self.known[name] = checked
 
 
-def find(folder: Path, steps_planned: int | None) -> Settings:
+def from_files(folder: Path, steps_planned: int | None) -> Settings:
     """The settings in the files FILES of a run's folder."""
     values: dict[str, Any] = {}
     settings = Settings()
@@ -94,7 +95,7 @@ def find(folder: Path, steps_planned: int | None) -> Settings:
     return settings
 
 
-def held(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
+def from_rows(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
     """The settings of a run in the rows of a log; the learning rate is that of the whole run if it never changes."""
     settings = Settings()
     values = {_OF_ROWS.get(name.lower(), name.lower()): value for name, value in values.items()}
