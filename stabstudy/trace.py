@@ -199,8 +199,8 @@ def as_array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[n
 
 def check_steps(steps: NDArray[np.int64], schema: Schema) -> None:
     """Raises DamagedRecord unless steps are 0, 1, 2, ... or, where gaps are legal, increase from 0 on."""
-    expected = np.arange(len(steps)) if schema.contiguous else np.concatenate(([0], steps[:-1] + 1))[: len(steps)]
-    wrong = np.flatnonzero(steps != expected if schema.contiguous else steps < expected)
+    before = np.arange(len(steps)) - 1 if schema.contiguous else np.concatenate(([-1], steps))[:-1]
+    wrong = np.flatnonzero(steps != before + 1 if schema.contiguous else steps <= before)
     if len(wrong):
         at = wrong[0]
-        raise DamagedRecord(f"{schema.name}: step {steps[at]} where {expected[at]} was expected")
+        raise DamagedRecord(f"{schema.name}: step {steps[at]} where {int(before[at]) + 1} was expected")
