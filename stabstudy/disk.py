@@ -1,18 +1,92 @@
-"""Disks and what stands on them: full ones, and entries of a study's folders that must not be written to.
+"""Files on disk: durable writes, room for them, and entries of a study's folders that must not be written to.
 
-Kinds of entries in a study's folders: a link, or a folder or device in the place of a file, is never written to.
+A file that is replaced is there whole or not at all, after a power cut too.
 
-Writing through a link changes files outside the study; reading a pipe waits for ever.
+A link, or a folder or device in the place of a file, is never written to: writing through a link changes files outside
+the study, and reading a pipe waits for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal
+
+from stabstudy import failpoints
+
+Synced = Literal["folder", "file", "nothing"]
+"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> str:
+    """fsync a written file; returns its sha256."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return file_sha256(path)
+
+
+def sync_folder(path: Path) -> None:
+    """fsync a folder, so that a rename in it survives power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
+    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
+
+    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged. Where
+    writing fails, the temporary file is removed.
+    """
+    beside = path.with_name(tmp or f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as f:
+            f.write(data)
+            f.flush()
+            failpoints.of_file(path, "written")
+            if synced != "nothing":
+                os.fsync(f.fileno())
+                failpoints.of_file(path, "synced")
+        beside.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # on a full disk it would take what is left
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # that of a write has none
+            error.filename = str(path)
+        raise
+    failpoints.of_file(path, "renamed")
+    if synced == "folder":
+        sync_folder(path.parent)
+        failpoints.of_file(path, "folder_synced")
+
+
+def truncate_file(path: Path, size: int) -> None:
+    """Cut a record to its first bytes, durably."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        failpoints.hit("cut.truncate")
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -96,8 +170,8 @@ def check_report_folder(folder: Path) -> None:
 def _wrong(folder: Path, files: Collection[str], folders: Collection[str], links: bool) -> Iterator[str]:
     if not folder.is_dir():
         return
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         path = folder / entry.name
         if entry.name not in (*files, *folders) and not entry.name.endswith(".tmp"):

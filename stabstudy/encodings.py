@@ -1,4 +1,4 @@
-"""Encodings of live records: fixed-width blocks with checksums, and the JSON lines of older studies.
+r"""Encodings of live records: fixed-width blocks with checksums, and the JSON lines of older studies.
 
     file    header, block, block, ...
     header  "STABLIVE", u4 bytes of the text, u4 crc32 of all other bytes of the header, the text: JSON with the format,
@@ -9,9 +9,8 @@
 
 Everything is little-endian. A null cell holds zeros, so that equal rows are equal bytes.
 
-Live records of studies that older versions began: one JSON object per line, read and cut but no longer written.
-
-Bare NaN and Infinity are numbers, null means "not applicable". A kill leaves at most one torn last line.
+JSON lines, one object per line, are read and cut but no longer written. In them bare NaN and Infinity are numbers, null
+means "not applicable", and a kill leaves at most one torn last line.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, cut_file, from_dicts
+from stabstudy import disk
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, check_steps, from_dicts
 
 FORMAT = 1
 MAGIC, MARKER = b"STABLIVE", b"BLK\xff"
@@ -161,7 +161,7 @@ def to_rows(table: Table, layout: Layout, schema: Schema, note: str = "") -> Row
             raise DamagedRecord(f"{schema.name}: {column.name} is null or not there")
         columns[column.name] = _values(table, field, null, bit is not None)
         nulls[column.name] = null
-    _check_steps(columns["step"], schema)
+    check_steps(columns["step"], schema)
     return Rows(schema, columns, nulls, note)
 
 
@@ -193,11 +193,11 @@ def _described(text: bytes) -> Layout:
         if body["format"] != FORMAT:
             raise DamagedRecord(f"format {body['format']}, this version reads up to {FORMAT}")
         fields = tuple(Field(f["name"], f["kind"], f["entries"], tuple(f["codes"])) for f in body["columns"])
-        found = Layout(body["record"], fields)
-        assert found.dtype.itemsize
+        layout = Layout(body["record"], fields)
+        assert layout.dtype.itemsize
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"its header describes no record ({type(error).__name__})") from error
-    return found
+    return layout
 
 
 def rows_of_block(data: bytes, at: int) -> int | None:
@@ -269,14 +269,6 @@ def _texts(codes: NDArray[np.uint8], null: NDArray[np.bool_], field: Field) -> N
     return texts[np.where(null, len(field.codes), codes)]
 
 
-def _check_steps(steps: NDArray[np.int64], schema: Schema) -> None:
-    expected = np.arange(len(steps)) if schema.contiguous else np.concatenate(([0], steps[:-1] + 1))[: len(steps)]
-    wrong = np.flatnonzero(steps != expected if schema.contiguous else steps < expected)
-    if len(wrong):
-        at = wrong[0]
-        raise DamagedRecord(f"{schema.name}: step {steps[at]} where {expected[at]} was expected")
-
-
 TAIL = 64 * 1024
 """Bytes at the end of a file in which its last whole line lies: no write was longer."""
 
@@ -307,7 +299,7 @@ def cut_json_lines(path: Path, schema: Schema, next_step: int) -> tuple[int, int
                 dropped = 0 if row is None else 1 + sum(1 for rest in f if rest.endswith(b"\n"))
                 break
             keep += len(line)
-    cut_file(path, keep)
+    disk.truncate_file(path, keep)
     return dropped, size - keep
 
 

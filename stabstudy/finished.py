@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import live
-from stabstudy.trace import Column, DamagedRecord, Rows, Schema, Synced, as_array, replace_file
+from stabstudy import disk, live
+from stabstudy.settings import first_line
+from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, check_steps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,10 +32,10 @@ def read_whole(live_path: Path, schema: Schema) -> Rows:
     return rows
 
 
-def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: Synced = "folder") -> str:
+def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: disk.Synced = "folder") -> str:
     """The rows as a finished record, whole or not at all. Returns the sha256 that belongs into the trial's state.
 
-    `synced`: see `trace.replace_file`; the folder must be when the state is written.
+    `synced`: see `disk.replace_file`; the folder must be when the state is written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -54,7 +55,7 @@ def write(rows: Rows, parquet: Path, metadata: Mapping[str, str], synced: Synced
         write_statistics=False,  # one row group, always read whole
     )
     data = memoryview(sink.getvalue())
-    replace_file(parquet, data, synced=synced)
+    disk.replace_file(parquet, data, synced=synced)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -81,8 +82,8 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
     import pyarrow.parquet as pq
 
     data = None if sha256 is None else path.read_bytes()
-    if data is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise DamagedRecord(f"{path}: sha256 is {found[:12]}..., in state.json {str(sha256)[:12]}...")
+    if data is not None and (actual := hashlib.sha256(data).hexdigest()) != sha256:
+        raise DamagedRecord(f"{path}: sha256 is {actual[:12]}..., in state.json {str(sha256)[:12]}...")
     try:
         source = pa.BufferReader(path.read_bytes() if data is None else data)
         file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -90,15 +91,15 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
         wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
         table = file.read(columns=wanted, use_threads=False)  # which cost more than they save on one trial
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DamagedRecord(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise DamagedRecord(f"{path}: {first_line(error)}") from error
     if meta.get("record") != schema.name:
         raise DamagedRecord(f"{path}: holds {meta.get('record', 'no known record')}, not {schema.name}")
     if not meta.get("format", "").isdigit() or int(meta["format"]) > FORMAT:
         raise DamagedRecord(f"{path}: format {meta.get('format')}, this version reads up to {FORMAT}")
     if missing := [c.name for c in schema.columns if not c.nullable and c.name not in file.schema_arrow.names]:
         raise DamagedRecord(f"{path}: lacks the column {', '.join(missing)}")
-    asked = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
-    return _from_arrow(table, replace(schema, columns=tuple(asked)))
+    present = [c for c in schema.columns if columns is None or c.name in columns or c.name == "step"]
+    return _from_arrow(table, replace(schema, columns=tuple(present)))
 
 
 def _to_arrow(rows: Rows) -> pa.Table:
@@ -157,7 +158,7 @@ def _from_arrow(table: pa.Table, schema: Schema) -> Rows:
             columns[column.name] = data.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         else:
             columns[column.name] = data.fill_null(np.nan).to_numpy(zero_copy_only=False)
-    _check_steps(columns["step"], schema)
+    check_steps(columns["step"], schema)
     return Rows(schema, columns, nulls)
 
 
@@ -170,9 +171,3 @@ def _floats(data: Any, null: NDArray[np.bool_], column: Column) -> NDArray[Any]:
     table = np.full((len(data), width), np.nan)
     table[~null] = data.flatten().fill_null(np.nan).to_numpy(zero_copy_only=False).reshape(len(lengths), width)
     return table
-
-
-def _check_steps(steps: NDArray[Any], schema: Schema) -> None:
-    wrong = np.any(steps != np.arange(len(steps))) if schema.contiguous else np.any(np.diff(steps) <= 0)
-    if wrong:
-        raise DamagedRecord(f"{schema.name}: steps are not {'contiguous' if schema.contiguous else 'increasing'}")

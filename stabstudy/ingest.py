@@ -31,27 +31,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     from stabstudy import disk
-    from stabstudy.ingesting import choice
-    from stabstudy.ingesting import runs as study
+    from stabstudy.ingesting import choice, runs
     from stabstudy.locks import LockHeldError
     from stabstudy.store import StoreError
 
     folder = args.results_dir.expanduser() / args.study
     try:
         columns, settings = choice.parse_columns(args.columns), choice.parse_settings(args.set)
-        opened = study.open_study(folder, args.study)
+        study = runs.open_study(folder, args.study)
     except (StoreError, ValueError) as error:
         return cli.fail("ingest", cli.BAD_INPUT, str(error))
-    runs, code = _read(args.path, columns, settings, args.allow_loss)
-    if not runs:
+    usable, code = _read(args.path, columns, settings, args.allow_loss)
+    if not usable:
         return cli.fail("ingest", code, "no log could be used, nothing was written")
     try:
-        outcomes = study.write_study(opened, runs, ["python", "-m", "stabstudy.ingest", *given])
+        outcomes = runs.write_study(study, usable, ["python", "-m", "stabstudy.ingest", *given])
     except (OSError, LockHeldError) as error:
         return cli.fail("ingest", cli.ENVIRONMENT, disk.describe(error) if isinstance(error, OSError) else str(error))
     except StoreError as error:
         return cli.fail("ingest", cli.BAD_INPUT, str(error))
-    _say_meanings(runs)
+    _say_meanings(usable)
     cli.say(f"{_counted(outcomes)} in {folder}; next: python -m stabstudy.report {shlex.quote(str(folder))}")
     return cli.PARTIAL if code else cli.OK
 

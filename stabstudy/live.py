@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stabstudy import encodings, failpoints
+from stabstudy import disk, encodings, failpoints
 from stabstudy.encodings import Layout, Table, from_rows, record_type, records, to_rows
-from stabstudy.trace import DamagedRecord, Rows, Schema, cut_file, no_rows, replace_file, sync_folder
+from stabstudy.trace import DamagedRecord, Rows, Schema, no_rows
 
 __all__ = ["Writer", "cut", "find", "from_rows", "last_step", "read", "record_type", "records", "to_rows", "upgrade"]
 
@@ -163,14 +163,14 @@ def cut(path: Path, schema: Schema, next_step: int) -> tuple[int, int]:
         return encodings.cut_json_lines(file, schema, next_step)
     content = _scan(path.read_bytes(), path)
     if content.layout is None:
-        cut_file(path, 0)
+        disk.truncate_file(path, 0)
         return 0, content.size
     table = content.table()
     late = np.flatnonzero(table["step"] >= next_step)
     kept = int(late[0]) if len(late) else len(table)
     size = content.end_of(kept)
     if size is not None:
-        cut_file(path, size)
+        disk.truncate_file(path, size)
     else:
         size = _replace(path, content.layout, table[:kept])
     return len(table) - kept, content.size - size
@@ -230,7 +230,7 @@ def _settle(path: Path, schema: Schema) -> bool:
     if not all(_begins_with(new, old, name) for name in schema.names):
         raise DamagedRecord(f"{path}: lacks rows that {older.name} has; one of the two must go")
     older.unlink()
-    sync_folder(path.parent)
+    disk.sync_folder(path.parent)
     return True
 
 
@@ -336,5 +336,5 @@ def _replace(path: Path, layout: Layout, table: Table) -> int:
     step = max(1, (MAX_WRITE - encodings.BLOCK.size) // layout.dtype.itemsize)
     parts = [table[i : i + step] for i in range(0, len(table), step)]
     data = layout.header + b"".join(encodings.framed(part.tobytes(), len(part)) for part in parts)
-    replace_file(path, data)
+    disk.replace_file(path, data)
     return len(data)

@@ -1,6 +1,4 @@
-"""The files of results/<study>/, the states of a trial, and atomic writes.
-
-The files of results/<study>/, the states of a trial, locks, and atomic writes.
+"""The files of results/<study>/: their names, the states of a trial, and atomic, sealed writes.
 
     results/<study>/
       sweep.yaml  provenance.json            as composed and launched
@@ -13,7 +11,8 @@ The files of results/<study>/, the states of a trial, locks, and atomic writes.
         checkpoint/  log.txt  .lock
       trials.parquet  spikes.parquet  report/
 
-The files are the truth: no process memory, Ray or Optuna state is ever needed to know where a study stands.
+The files are the truth: no process memory, Ray or Optuna state is ever needed to know where a study stands. JSON files
+are sealed with a checksum of their content, so that an edit by hand is seen.
 """
 
 from __future__ import annotations
@@ -30,36 +29,6 @@ from typing import Any
 from stabstudy import config as cfg
 from stabstudy import disk, finished, live, locks, state_fields, trace
 from stabstudy.settings import ConfigError
-
-SEAL = "content_sha256"
-
-
-def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The object with its checksum as the last entry. Raises ValueError for numbers that strict JSON lacks."""
-    content = {k: v for k, v in body.items() if k != SEAL}
-    return {**content, SEAL: _digest(content)}
-
-
-def opened(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The object without its checksum. Raises ValueError where that is another one; one without any is older."""
-    content = {k: v for k, v in body.items() if k != SEAL}
-    if SEAL in body and body[SEAL] != _digest(content):  # NaN, which the reader takes, raises ValueError too
-        raise ValueError("was changed since it was written (its checksum is another one)")
-    return content
-
-
-def encode_float(value: float | None) -> float | str | None:
-    """NaN and infinities as text, as strict JSON needs."""
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """First 16 hex digits of the sha256 of the values, however they are laid out in the file."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -181,8 +150,8 @@ class TrialFolder:
         except ConfigError as error:
             raise StoreError(f"{self.config_file}: {error.problems[0]}") from error
         if self.trial_id not in cfg.known_ids(settings, data):
-            made = cfg.trial_id(settings, data)
-            raise StoreError(f"{self.config_file}: was changed: its settings and data make trial {made}")
+            name = cfg.trial_id(settings, data)
+            raise StoreError(f"{self.config_file}: was changed: its settings and data make trial {name}")
         if "cell_id" in body and body["cell_id"] not in cfg.known_ids(replace(settings, seed=0), data):
             raise StoreError(f"{self.config_file}: was changed: belongs to cell {body['cell_id']}")
         return settings, body
@@ -355,17 +324,47 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes, synced: trace.Synced = "folder") -> None:
-    """As `write_text`; `synced`: see `trace.replace_file`."""
-    trace.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
+def write_bytes(path: Path, data: bytes, synced: disk.Synced = "folder") -> None:
+    """As `write_text`; `synced`: see `disk.replace_file`."""
+    disk.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
+
+
+SEAL = "content_sha256"
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with its checksum as the last entry. Raises ValueError for numbers that strict JSON lacks."""
+    content = {k: v for k, v in body.items() if k != SEAL}
+    return {**content, SEAL: _digest(content)}
+
+
+def opened(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without its checksum. Raises ValueError where that is another one; one without any is older."""
+    content = {k: v for k, v in body.items() if k != SEAL}
+    if SEAL in body and body[SEAL] != _digest(content):  # NaN, which the reader takes, raises ValueError too
+        raise ValueError("was changed since it was written (its checksum is another one)")
+    return content
+
+
+def encode_float(value: float | None) -> float | str | None:
+    """NaN and infinities as text, as strict JSON needs."""
+    if value is None or (value == value and abs(value) != float("inf")):
+        return value
+    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the sha256 of the values, however they are laid out in the file."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sweep_leftovers(folder: Path) -> list[str]:
     """Remove the `*.tmp` of a writer that was killed. Only under the folder's lock. Returns the names."""
-    found = sorted(p for p in folder.glob("*.tmp") if p.is_file())
-    for p in found:
+    leftovers = sorted(p for p in folder.glob("*.tmp") if p.is_file())
+    for p in leftovers:
         p.unlink()
-    return [p.name for p in found]
+    return [p.name for p in leftovers]
 
 
 def _state_from(body: dict[str, Any], path: Path) -> State:

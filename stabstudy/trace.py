@@ -2,7 +2,7 @@
 
 Two tables share one mechanism. The *trace* has one row per optimizer step, no gaps, no sentinels; *probes* has one row
 on each step where something costly was measured. While the trial runs, rows are blocks of binary records (`live`; of an
-older study JSON lines, `json_lines`). When it ends, `finished.write` makes one Parquet file of them.
+older study JSON lines, `encodings`). When it ends, `finished.write` makes one Parquet file of them.
 
 Null and NaN are different answers: `clip_scale` null means "clipping was off", NaN "the norm was not finite". Every
 form keeps them apart (`Rows.is_null`).
@@ -10,23 +10,14 @@ form keeps them apart (`Rows.is_null`).
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import failpoints
-
 Kind = Literal["int", "float", "text", "floats"]
-Synced = Literal["folder", "file", "nothing"]
-"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
-
 SKIPS = ("amp", "nonfinite", "spike", "no_targets")
 """The policies that skip an update. Where a skip is a number, 0 is none, and policy i is i + 1."""
 
@@ -177,70 +168,6 @@ def no_rows(schema: Schema) -> Rows:
     return from_dicts([], schema)
 
 
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in blocks."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_file(path: Path) -> str:
-    """fsync a written file; returns its sha256."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return file_sha256(path)
-
-
-def cut_file(path: Path, size: int) -> None:
-    """Cut a file to its first bytes; fsyncs."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        failpoints.hit("cut.truncate")
-        os.ftruncate(fd, size)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives power loss."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes | memoryview, tmp: str | None = None, synced: Synced = "folder") -> None:
-    """Write a file whole or not at all: a temporary neighbour, fsync, rename, fsync of the folder.
-
-    Until the folder is synced, a power cut may bring the old file back. An unsynced file it may leave damaged. Where
-    writing fails, the temporary file is removed.
-    """
-    beside = path.with_name(tmp or f"{path.name}.tmp")
-    try:
-        with beside.open("wb") as f:
-            f.write(data)
-            f.flush()
-            failpoints.of_file(path, "written")
-            if synced != "nothing":
-                os.fsync(f.fileno())
-                failpoints.of_file(path, "synced")
-        beside.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # on a full disk it would take what is left
-            beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # that of a write has none
-            error.filename = str(path)
-        raise
-    failpoints.of_file(path, "renamed")
-    if synced == "folder":
-        sync_folder(path.parent)
-        failpoints.of_file(path, "folder_synced")
-
-
 def from_dicts(rows: Sequence[Mapping[str, Any]], schema: Schema, note: str = "") -> Rows:
     """Rows given as one mapping each; a column that a row lacks is null. Raises DamagedRecord, see `as_array`."""
     columns: dict[str, NDArray[Any]] = {}
@@ -268,3 +195,12 @@ def as_array(values: list[Any], column: Column) -> tuple[NDArray[Any], NDArray[n
         if v is not None:
             table[i] = v
     return table, null
+
+
+def check_steps(steps: NDArray[np.int64], schema: Schema) -> None:
+    """Raises DamagedRecord unless steps are 0, 1, 2, ... or, where gaps are legal, increase from 0 on."""
+    before = np.arange(len(steps)) - 1 if schema.contiguous else np.concatenate(([-1], steps))[:-1]
+    wrong = np.flatnonzero(steps != before + 1 if schema.contiguous else steps <= before)
+    if len(wrong):
+        at = wrong[0]
+        raise DamagedRecord(f"{schema.name}: step {steps[at]} where {int(before[at]) + 1} was expected")

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from stabstudy.ingesting.aliases import ALIASES, CHART, NOT, PATTERNS, place, plain
-from stabstudy.ingesting.frameworks import FRAMEWORKS
+from stabstudy.ingesting.aliases import ALIASES, CHART, FRAMEWORKS, NOT, PATTERNS, place, plain
 
 KINDS = ("step", "loss", "grad_norm", "lr")
 
@@ -118,14 +117,8 @@ LOOK_ALIKES = {
     "step": ["epoch", "consumed_tokens", "consumed_samples", "_runtime", "step_time", "step_avg", "warmup_steps"]
     + ["eval_steps", "total_steps", "max_steps", "batch_size", "steps_per_second", "acc_step", "logging_steps"],
     "loss": ["eval_loss", "val/loss", "valid_loss", "test loss", "z_loss", "aux_loss", "train/ZLoss", "loss_scale"]
-    + [
-        "router Z loss",
-        "load balancing loss",
-        "kl_loss",
-        "critic/vf_loss",
-        "train_loss_epoch",
-        "loss_metrics/global_max_loss",
-    ],
+    + ["router Z loss", "load balancing loss", "kl_loss", "critic/vf_loss", "train_loss_epoch"]
+    + ["loss_metrics/global_max_loss"],
     "grad_norm": ["grad_norm_after_clip", "post_clip_grad_norm", "clipped_grad_norm", "param_norm", "params norm"]
     + ["max_grad_norm", "update_norm", "weight_norm", "critic/grad_norm", "layers/0/grad_norm", "actv_norm"]
     + ["grad_norm_threshold", "grad_norm_var", "grad-norm vs samples", "lr=1e-2 - train/grad_norm"],

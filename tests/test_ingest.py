@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from stabstudy import ingest, locks, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
-from stabstudy.ingesting import beside, readers
 from stabstudy.ingesting import points as log_values
+from stabstudy.ingesting import readers, run_settings
 from stabstudy.ingesting.points import LogError, Point, Raw
 from stabstudy.ingesting.series import Grid, on_grid, settle
 from stabstudy.store import StoreError, write_sealed
@@ -541,7 +541,7 @@ def test_settings_are_known_or_null(tmp_path: Path) -> None:
          adam_beta2=0.999, adam_epsilon=1e-8, bf16=True, fp16=False, per_device_train_batch_size=4,
          gradient_accumulation_steps=8, lr_scheduler_type="cosine", output_dir="x", hub_token="hf_abcdefg")  # fmt: skip
     plain(tmp_path / "config.json", json.dumps({"num_hidden_layers": 12, "hidden_size": 768}))
-    found = beside.find(tmp_path, steps_planned=95)
+    found = run_settings.from_files(tmp_path, steps_planned=95)
     assert found.known == {
         "optim.lr": 5e-5, "optim.clip": 1.0, "optim.clip_kind": "norm", "optim.warmup_steps": 10, "seed": 7,
         "optim.weight_decay": 0.0, "optim.beta2": 0.999, "optim.eps": 1e-8, "train.precision": "bf16",
@@ -565,7 +565,7 @@ def test_settings_are_known_or_null(tmp_path: Path) -> None:
 )
 def test_a_setting_follows(values: dict[str, object], name: str, known: object, tmp_path: Path) -> None:
     args(tmp_path, **values)
-    found = beside.find(tmp_path, steps_planned=100).known
+    found = run_settings.from_files(tmp_path, steps_planned=100).known
     assert name in found and found[name] == known
 
 
@@ -577,7 +577,7 @@ def test_a_setting_follows(values: dict[str, object], name: str, known: object, 
 )  # fmt: skip
 def test_a_setting_stays_unknown(values: dict[str, object], name: str, tmp_path: Path) -> None:
     args(tmp_path, **values)
-    assert name not in beside.find(tmp_path, steps_planned=100).known
+    assert name not in run_settings.from_files(tmp_path, steps_planned=100).known
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "x: !!python/object:os.system {}", "", "- 1", "a: \x00"])

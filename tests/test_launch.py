@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stabstudy import live, locks, store, trace
+from stabstudy import disk, live, locks, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping.launch import Outcome, label, launch
@@ -129,7 +129,7 @@ def plant_foreign_checkpoint(trial: store.TrialFolder) -> None:
     at = trial.checkpoints / "step-00000000"
     at.mkdir(parents=True)
     safetensors.torch.save_file({"x": torch.zeros(1)}, at / "tensors.safetensors")
-    sha = trace.file_sha256(at / "tensors.safetensors")
+    sha = disk.file_sha256(at / "tensors.safetensors")
     store.write_json(at / "state.json", {"format": 1, "trial_id": "0123456789", "next_step": 0, "sha256": sha})
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("failpoints", "leftovers", "settings", "wording", "config", "shape"),
-    *("trace", "live", "finished", "entries", "disk", "locks", "store", "external"),
+    *("trace", "live", "finished", "disk", "locks", "store", "external"),
 }
 
 
@@ -38,25 +38,20 @@ MAY = {
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
     "config": May({"settings"}),
     "shape": May({"config"}),
-    "trace": May({"failpoints"}, {"numpy"}),
-    "binary": May({"trace"}, {"numpy"}),
-    "json_lines": May({"trace"}, {"numpy"}),
-    "live": May({"trace", "binary", "json_lines", "failpoints"}, {"numpy"}),
-    "finished": May({"trace", "live"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
-    "seals": May(set()),
-    "entries": May(set()),
+    "trace": May(set(), {"numpy"}),
+    "encodings": May({"trace", "disk"}, {"numpy"}),
+    "live": May({"trace", "encodings", "disk", "failpoints"}, {"numpy"}),
+    "finished": May({"trace", "live", "disk", "wording"}, {"numpy", "pyarrow"}, late={"pyarrow"}),
     "state_fields": May(set()),
-    "disk": May(set()),
+    "disk": May({"failpoints"}),
     "locks": May(set()),
-    "store": May(
-        {"config", "settings", "disk", "locks", "entries", "seals", "state_fields", "trace", "finished", "live"}
-    ),
+    "store": May({"config", "settings", "disk", "locks", "state_fields", "trace", "finished", "live"}),
     "leftovers": May({"live", "locks", "store", "trace"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
-    "stability": May({"trace", "config", "seals", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
+    "stability": May({"trace", "config", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings", "trace", "store", "locks", "wording"},
+        {"config", "settings", "disk", "locks", "store", "wording"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),

@@ -121,7 +121,7 @@ if stage == "fsync":
 elif stage == "replace":
     Path.replace = die
 else:
-    store.trace.sync_folder = die
+    store.disk.sync_folder = die
 store.write_json(path, {"step": 2})
 """
 

@@ -161,13 +161,8 @@ SAMPLES: dict[str, tuple[str, list[Row]]] = {
     "ms-swift": (
         "{'loss': 2.3, 'grad_norm': 1.1, 'learning_rate': 1e-05, 'global_step/max_steps': '5/100', 'percentage': '5.00%'}\n",
         [
-            {
-                "global_step/max_steps": "5",
-                "max_steps": "100",
-                "loss": "2.3",
-                "grad_norm": "1.1",
-                "learning_rate": "1e-05",
-            }
+            {"global_step/max_steps": "5", "max_steps": "100"}
+            | {"loss": "2.3", "grad_norm": "1.1", "learning_rate": "1e-05"}
         ],
     ),
     "NeMo-RL": (

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from live_rows import compact, write
 
 from stabstudy import encodings, finished, live
-from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Rows, Schema
+from stabstudy.trace import PROBES, TRACE, Column, DamagedRecord, Rows, Schema, check_steps
 
 TINY = Schema("tiny", (Column("step", "int", "", ""), Column("x", "float", "", "", True)), contiguous=True)
 ODD = [0.1, -0.0, 5e-324, 1.7976931348623157e308, 1 / 3, math.nan, math.inf, -math.inf, None]
@@ -237,3 +237,10 @@ def test_a_file_that_is_no_parquet_is_damage(tmp_path: Path, content: bytes) -> 
     (tmp_path / "t.parquet").write_bytes(content)
     with pytest.raises(DamagedRecord):
         finished.read_parquet(tmp_path / "t.parquet", TRACE)
+
+
+@pytest.mark.parametrize("steps", [[-1, 2], [3, 3], [5, 4], [2**63 - 1, 4]])
+def test_steps_that_do_not_increase_are_damage_also_at_the_end_of_int64(steps: list[int]) -> None:
+    check_steps(np.array([0, 7, 2**63 - 1]), PROBES)
+    with pytest.raises(DamagedRecord, match=r"probes: step -?\d+ where \d+ was expected"):
+        check_steps(np.array(steps), PROBES)

@@ -19,7 +19,7 @@ import torch
 from trials import BASE, Crash, Make, assert_same, at_step, poison, records, vary
 
 from stabstudy import config as cfg
-from stabstudy import failpoints, live, locks, store, trace
+from stabstudy import disk, failpoints, live, locks, store, trace
 from stabstudy.analysis.study import update_tables
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
@@ -348,7 +348,7 @@ def rewritten(at: Path, tensors: dict[str, Any] | None = None, **changes: Any) -
     """The checkpoint with other content and right checksums."""
     if tensors is not None:
         safetensors.torch.save_file(tensors, at / "tensors.safetensors")
-        changes["sha256"] = trace.file_sha256(at / "tensors.safetensors")
+        changes["sha256"] = disk.file_sha256(at / "tensors.safetensors")
     store.write_sealed(at / "state.json", store.read_json(at / "state.json") | changes)
 
 

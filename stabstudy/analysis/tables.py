@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy import config as cfg
-from stabstudy import disk, failpoints, trace
+from stabstudy import disk, failpoints
 from stabstudy.analysis import external_runs
 from stabstudy.analysis.shared_batches import Ratios, mark
 from stabstudy.analysis.workers import spread
@@ -275,7 +275,7 @@ def _unchanged(t: _Trial) -> bool:
     """Whether the records are finished and are the files that the state names. Raises DamagedRecord for other files."""
     finished = [(t.folder.finished(schema), t.state.records.get(schema.name)) for schema in (TRACE, PROBES)]
     for file, known in finished:
-        if known and file.exists() and (found := trace.file_sha256(file)) != known["sha256"]:
+        if known and file.exists() and (found := disk.file_sha256(file)) != known["sha256"]:
             raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {known['sha256'][:12]}...")
     return bool(finished[0][1]) and all(file.exists() for file, known in finished if known)
 
@@ -314,10 +314,10 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     pq.write_table(table, tmp, compression="zstd", write_page_checksum=True)
     failpoints.hit("table.written")
-    trace.sync_file(tmp)
+    disk.sync_file(tmp)
     tmp.replace(path)
     failpoints.hit("table.renamed")
-    trace.sync_folder(path.parent)
+    disk.sync_folder(path.parent)
 
 
 @dataclass(frozen=True)

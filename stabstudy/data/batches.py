@@ -1,12 +1,4 @@
-"""The batches of a trial: a pure function of (seed, step); the fixed evaluation part; how many tokens there are.
-
-    <cache>/tokens/<key>/unigram-<seq_len>-<validation_share>.json    beside the tokens: which of them are trained on
-                                                                      depends on these two settings
-
-A trial whose loss never falls below it has learned nothing that could become unstable, and one whose loss ends above it
-after having been below has lost what it had learned.
-
-The batches of a trial: a pure function of (seed, step), and the fixed part that only measures.
+"""The batches of a trial, the text and unigram entropy of its data, and how many tokens there are.
 
 The corpus is cut into windows of seq_len + 1 tokens at stride seq_len (the last token of one is the first of the next:
 each position is a target once). A few contiguous blocks of windows, spread over the corpus, are held out to validate;
@@ -14,13 +6,15 @@ the window on either side of a block is used for nothing, so no token is in both
 
 Sequence i of step s is number w = s * batch_size + i of an endless list: epoch w // n of the n training windows, in the
 order of a permutation keyed by (seed, epoch). So a trial has no data state to save, splitting a batch changes nothing,
-and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes the order.
+and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes the order, and nothing has to be recorded
+to show later what the model read at a spike (`text_of_step`).
 
-The text of the sequences of one step, to trace a spike back to what the model read.
+The unigram entropy is what a model pays that knows no context. A trial whose loss never falls below it has learned
+nothing that could become unstable, and one whose loss ends above it after having been below has lost what it had
+learned. Which tokens are trained on depends on two settings, so it is kept beside them as
+<cache>/tokens/<key>/unigram-<seq_len>-<validation_share>.json.
 
-Which tokens those are is a pure function of the trial's settings (see `batches`), so nothing was recorded for it.
-
-The number of training tokens: exact from the token cache, else an upper bound from the size of the text.
+The number of training tokens (`supply`) is exact from the token cache, else an upper bound from the size of the text.
 """
 
 from __future__ import annotations
@@ -44,52 +38,6 @@ from stabstudy.data.files import Say
 from stabstudy.data.synthetic import SHORTEST
 from stabstudy.data.tokens import Corpus
 from stabstudy.settings import DataError
-
-CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
-Span = tuple[int, int]  # first position, first position behind it
-
-
-def unigram_entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_share: float) -> float:
-    """-sum p ln p over the tokens at these positions, in nat/token; they are the targets of one training epoch.
-
-    Counted once for each (corpus, seq_len, validation_share), by one process while others wait, and kept beside the
-    tokens. Where the cache cannot be written it is counted each time.
-    """
-    path = corpus.folder / f"unigram-{seq_len}-{validation_share!r}.json"
-    targets = sum(stop - start for start, stop in spans)
-    value = _read(path, targets, corpus.vocab_size)
-    if value is None:
-        with contextlib.suppress(OSError), tokens.lock(corpus.folder):
-            value = _read(path, targets, corpus.vocab_size)  # another process may have counted meanwhile
-            if value is None:
-                value = measure_entropy(corpus, spans)
-                store.sweep_leftovers(corpus.folder)
-                store.write_json(path, {"unigram_entropy": value, "targets": targets})
-    return measure_entropy(corpus, spans) if value is None else value
-
-
-def measure_entropy(corpus: Corpus, spans: Sequence[Span]) -> float:
-    """As `entropy`, from the tokens themselves."""
-    counts = np.zeros(corpus.vocab_size, np.int64)
-    for start, stop in spans:
-        for position in range(start, stop, CHUNK):
-            chunk = corpus.tokens[position : min(position + CHUNK, stop)]
-            counts += np.bincount(chunk, minlength=corpus.vocab_size)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
-
-
-def _read(path: Path, targets: int, vocab_size: int) -> float | None:
-    """The number in the file; None where there is no file, or none that can be true of these targets."""
-    try:
-        body = store.read_json(path)
-    except store.StoreError:
-        return None
-    value = body.get("unigram_entropy")
-    if body.get("targets") != targets or not isinstance(value, float):
-        return None
-    return value if 0 <= value <= math.log(vocab_size) + 1e-9 else None
-
 
 Int = NDArray[np.int64]
 Stretch = tuple[int, int]  # first window, first window behind it
@@ -268,16 +216,62 @@ def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:
     of windows and the share decides.
     """
     held = max(1, int(windows * share))
-    blocks = min(BLOCKS, held)
-    found = []
-    for b in range(blocks):
-        low, high = b * windows // blocks, (b + 1) * windows // blocks
-        size = min((b + 1) * held // blocks - b * held // blocks, high - low)
+    count = min(BLOCKS, held)
+    blocks = []
+    for b in range(count):
+        low, high = b * windows // count, (b + 1) * windows // count
+        size = min((b + 1) * held // count - b * held // count, high - low)
         start = low + (high - low - size) // 2
-        found.append((start, start + size))
-    edges = [(-2, -1), *found, (windows + 1, windows + 2)]  # one window is left unused on either side of a block
+        blocks.append((start, start + size))
+    edges = [(-2, -1), *blocks, (windows + 1, windows + 2)]  # one window is left unused on either side of a block
     free = [(before[1] + 1, after[0] - 1) for before, after in zip(edges, edges[1:], strict=False)]
-    return found, [(start, stop) for start, stop in free if stop > start]
+    return blocks, [(start, stop) for start, stop in free if stop > start]
+
+
+CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
+Span = tuple[int, int]  # first position, first position behind it
+
+
+def unigram_entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_share: float) -> float:
+    """-sum p ln p over the tokens at these positions, in nat/token; they are the targets of one training epoch.
+
+    Counted once for each (corpus, seq_len, validation_share), by one process while others wait, and kept beside the
+    tokens. Where the cache cannot be written it is counted each time.
+    """
+    path = corpus.folder / f"unigram-{seq_len}-{validation_share!r}.json"
+    targets = sum(stop - start for start, stop in spans)
+    value = _read(path, targets, corpus.vocab_size)
+    if value is None:
+        with contextlib.suppress(OSError), tokens.lock(corpus.folder):
+            value = _read(path, targets, corpus.vocab_size)  # another process may have counted meanwhile
+            if value is None:
+                value = measure_entropy(corpus, spans)
+                store.sweep_leftovers(corpus.folder)
+                store.write_json(path, {"unigram_entropy": value, "targets": targets})
+    return measure_entropy(corpus, spans) if value is None else value
+
+
+def measure_entropy(corpus: Corpus, spans: Sequence[Span]) -> float:
+    """As `entropy`, from the tokens themselves."""
+    counts = np.zeros(corpus.vocab_size, np.int64)
+    for start, stop in spans:
+        for position in range(start, stop, CHUNK):
+            chunk = corpus.tokens[position : min(position + CHUNK, stop)]
+            counts += np.bincount(chunk, minlength=corpus.vocab_size)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _read(path: Path, targets: int, vocab_size: int) -> float | None:
+    """The number in the file; None where there is no file, or none that can be true of these targets."""
+    try:
+        body = store.read_json(path)
+    except store.StoreError:
+        return None
+    value = body.get("unigram_entropy")
+    if body.get("targets") != targets or not isinstance(value, float):
+        return None
+    return value if 0 <= value <= math.log(vocab_size) + 1e-9 else None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""Random numbers and permutations that are functions of a key and a counter, in exact 64-bit integers.
+"""Counter-based random numbers and permutations: functions of a key and an index, in exact 64-bit integers.
 
 No state to save, no order of calls to keep, the same on every machine and with every version of every library: what a
 stored study means may not depend on how NumPy draws this year. Draw n of key k is output n of the published splitmix64
 generator started at k (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195).
 
-A keyed permutation of 0..n-1 that answers for any index alone: shuffling without a list.
-
-A Feistel network permutes the numbers of a fixed count of bits; an image outside 0..n-1 is sent through again until it
-falls inside (cycle walking: Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9), which keeps it a permutation.
+A keyed permutation of 0..n-1 answers for any index alone, so shuffling needs no list. A Feistel network permutes the
+numbers of a fixed count of bits; an image outside 0..n-1 is sent through again until it falls inside (cycle walking:
+Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9), which keeps it a permutation.
 """
 
 from __future__ import annotations

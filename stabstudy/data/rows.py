@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from stabstudy.config import DataConfig
-from stabstudy.data.files import DataFile
+from stabstudy.data.files import DataFile, cause
 from stabstudy.settings import DataError
 from stabstudy.wording import first_line
 
@@ -65,7 +65,7 @@ def texts(config: DataConfig, file: DataFile, count: RowCount) -> Iterator[str]:
         else:
             yield from _json_rows(file, LINGUA_KEYS if config.source == "lingua" else (config.text_column,), count)
     except OSError as error:
-        raise DataError("data.path", f"{file.path}: cannot be read: {error.strerror or first_line(error)}") from error
+        raise DataError("data.path", f"{file.path}: cannot be read: {cause(error)}") from error
 
 
 def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:

@@ -1,14 +1,4 @@
-"""The sources of text: the documents of each, its fingerprint, its size, and whether it can be used.
-
-It differs between Python versions (3.11.2 and 3.11.7 share 520 of 659 files) and distributions, so results on it are
-compared only where the fingerprint agrees.
-
-Text from the Hugging Face hub, or from a local folder laid out like a hub dataset, through `datasets`, streaming.
-
-No dataset's own code ever runs: `datasets` 4 removed that ability, and older versions are refused. Nothing trains from
-the stream: it is read once, in its order, into the token cache.
-
-The sources of text: the documents of each, its fingerprint, its size, and whether it can be used.
+"""Sources of text: the documents of each, its fingerprint, and whether it can be used.
 
     pysrc       the Python standard library's source text (the default: real text without a download)
     synthetic   made from integers; knobs data.synthetic.*
@@ -16,9 +6,15 @@ The sources of text: the documents of each, its fingerprint, its size, and wheth
     jsonl       {"text": ...} per line, also .gz .zst .zstd; a file or a folder
     parquet     one text column; a file or a folder
     lingua      a folder of Lingua's *.chunk.*.jsonl: every chunk, in order
-    hf          a dataset of the Hugging Face hub, streamed once (needs `datasets`)
+    hf          a dataset of the Hugging Face hub, or a local folder laid out like one, streamed (needs `datasets`)
 
 The order of the documents is fixed (files by name, rows as stored), so a fingerprint stands for one sequence of text.
+
+pysrc differs between Python versions (3.11.2 and 3.11.7 share 520 of 659 files) and distributions, so results on it are
+compared only where the fingerprint agrees.
+
+No dataset's own code ever runs: `datasets` 4 removed that ability, and older versions are refused. Nothing trains from
+a stream: it is read once, in its order, into the token cache.
 """
 
 from __future__ import annotations

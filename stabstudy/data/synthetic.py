@@ -1,20 +1,14 @@
 """Synthetic text from integers alone: the same bytes on every machine, one knob per mechanism.
 
-Fixed point throughout: a number x stands as the integer x * 2^32.
-
-Noise for synthetic text, one knob for each kind, in this order: letters permuted, bursts, flipped bytes, duplicates.
-
-Random bytes are 7-bit, so that noisy text is still ASCII and reads the same under every tokenizer's UTF-8.
-
-Synthetic text from integers alone: the same bytes on every machine, one knob per mechanism.
-
 A document is a Markov chain of words: the last `order` words choose `branching` successors (by a hash, so
 no table of them exists), a Zipf law chooses among these. Over that lie copies of earlier stretches and nested brackets;
-`noise` comes last. Each mechanism draws from a stream of its own, so turning one knob leaves the others' choices in
-place, and two cells of a sweep differ by that mechanism only.
+noise comes last, one knob for each kind, in this order: letters permuted, bursts, flipped bytes, duplicates. Each
+mechanism draws from a stream of its own, so turning one knob leaves the others' choices in place, and two cells of a
+sweep differ by that mechanism only.
 
-No float and no library generator takes part. The text is ASCII. Documents are made 256 at a time, one word of each per
-step of a loop, which is what makes this fast enough in NumPy (about 2 MB/s).
+No float and no library generator takes part: a number x stands as the fixed-point integer x * 2^32. The text is ASCII,
+random bytes too (7-bit), so that it reads the same under every tokenizer's UTF-8. Documents are made 256 at a time, one
+word of each per step of a loop, which is what makes this fast enough in NumPy (about 2 MB/s).
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Tokenizers: bytes, local BPE files, and those of `transformers` by name.
-
-Left to themselves they try each file six times, for a minute and with two lines for each failure.
-
-Tokenizers: bytes, local BPE files, and those of `transformers` by name.
+"""Tokenizers (bytes, local BPE files, those of `transformers` by name) and whether their hub can be reached.
 
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`
@@ -10,6 +6,9 @@ Tokenizers: bytes, local BPE files, and those of `transformers` by name.
     NAME, NAME@REVISION, DIR    through `transformers.AutoTokenizer`; code that comes with a tokenizer is never run
 
 Text cannot forge a document's border: special tokens that are spelled out in it are tokenized as ordinary text.
+
+The hub is asked once, for at most SECONDS, before its libraries are: left to themselves they try each file six times,
+for a minute and with two lines for each failure.
 """
 
 from __future__ import annotations
@@ -32,63 +31,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.data.files import cause
 from stabstudy.settings import DataError, show
 from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import tokenizers
-
-
-SECONDS = 5.0
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-LOGGERS = ("huggingface_hub", "transformers", "datasets", "filelock", "httpx", "urllib3")
-
-
-def hub_forbidden() -> str:
-    """The variable that keeps the hub's libraries offline; "" where none does."""
-    return next((f"${n} is set" for n in OFFLINE if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")), "")
-
-
-def why_no_hub() -> str:
-    """Why the hub cannot be reached from here; "" where it answers, whatever it says. Takes at most SECONDS."""
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    reasons = [f"{endpoint} did not answer within {SECONDS:g} s"]
-    # in a thread, which nobody waits for: looking up a name has no time limit of its own
-    asked = threading.Thread(target=lambda: reasons.append(_asked(endpoint)), daemon=True)
-    asked.start()
-    asked.join(SECONDS)
-    return reasons[-1]
-
-
-def _asked(endpoint: str) -> str:
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=SECONDS).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # it answered
-    except urllib.error.URLError as error:
-        if not isinstance(error.reason, OSError) or "CERTIFICATE" in str(error.reason).upper():
-            return (
-                ""  # it answered; whom to trust is a question for the libraries, which have certificates of their own
-            )
-        return f"{endpoint}: {error.reason.strerror or error.reason}"
-    except (OSError, HTTPException, ValueError) as error:
-        return f"{endpoint}: {error}"
-    return ""
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Nothing below an error from the libraries, while it lasts."""
-    levels = {name: logging.getLogger(name).level for name in LOGGERS}
-    try:
-        for name in LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
 
 Ids = NDArray[np.integer[Any]]
 
@@ -180,8 +128,7 @@ def _locate(name: str) -> _Place:
     try:
         place = _place(name)
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder not ours, a user not there
-        reason = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise DataError("data.tokenizer", f"cannot be looked for ({reason}); {FORMS}", show(name)) from error
+        raise DataError("data.tokenizer", f"cannot be looked for ({cause(error)}); {FORMS}", show(name)) from error
     if place.kind == "auto" and not place.files and not HUB_NAME.fullmatch(name):
         raise DataError("data.tokenizer", f"is not there, and not the form of a hub name; {FORMS}", show(name))
     return place
@@ -211,10 +158,10 @@ def _in_folder(folder: Path) -> _Place:
     for vocab, merges in PAIRS:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return _Place("pair", (folder / vocab, folder / merges))
-    found = tuple(sorted({path for pattern in AUTO_FILES for path in folder.glob(pattern) if path.is_file()}))
-    if not found:
+    paths = tuple(sorted({path for pattern in AUTO_FILES for path in folder.glob(pattern) if path.is_file()}))
+    if not paths:
         raise DataError("data.tokenizer", f"the folder holds no tokenizer; {FORMS}", str(folder))
-    return _Place("auto", found, str(folder))
+    return _Place("auto", paths, str(folder))
 
 
 def _file(name: str) -> Path:
@@ -328,3 +275,54 @@ def _explained(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "wants to run code of its own, which is never run"
     return f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
+
+
+SECONDS = 5.0
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+LOGGERS = ("huggingface_hub", "transformers", "datasets", "filelock", "httpx", "urllib3")
+
+
+def hub_forbidden() -> str:
+    """The variable that keeps the hub's libraries offline; "" where none does."""
+    return next((f"${n} is set" for n in OFFLINE if os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE")), "")
+
+
+def why_no_hub() -> str:
+    """Why the hub cannot be reached from here; "" where it answers, whatever it says. Takes at most SECONDS."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    reasons = [f"{endpoint} did not answer within {SECONDS:g} s"]
+    # in a thread, which nobody waits for: looking up a name has no time limit of its own
+    thread = threading.Thread(target=lambda: reasons.append(_asked(endpoint)), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return reasons[-1]
+
+
+def _asked(endpoint: str) -> str:
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        urllib.request.urlopen(request, timeout=SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # it answered
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, OSError) or "CERTIFICATE" in str(error.reason).upper():
+            return (
+                ""  # it answered; whom to trust is a question for the libraries, which have certificates of their own
+            )
+        return f"{endpoint}: {error.reason.strerror or error.reason}"
+    except (OSError, HTTPException, ValueError) as error:
+        return f"{endpoint}: {error}"
+    return ""
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Nothing below an error from the libraries, while it lasts."""
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    try:
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,6 +1,6 @@
-"""The choice of columns: which is the step, the loss, the gradient norm and the learning rate, by names and values.
+"""Choice of columns: which is the step, the loss, the gradient norm and the learning rate, by names and values.
 
-The values of the options --columns and --set.
+The user's word (the options --columns and --set, read here too) goes before every name that is known.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ class _Step:
 
 
 def _steps(rows: Rows, carrying: Sequence[int], columns: Sequence[str], runs: Sequence[Hashable]) -> list[_Step]:
-    found = [_step(name, rows, carrying, runs) for name in columns if is_step(name)]
-    return sorted((s for s in found if s.share or not carrying), key=lambda s: s.rank)
+    steps = [_step(name, rows, carrying, runs) for name in columns if is_step(name)]
+    return sorted((s for s in steps if s.share or not carrying), key=lambda s: s.rank)
 
 
 def _step(name: str, rows: Rows, carrying: Sequence[int], runs: Sequence[Hashable]) -> _Step:

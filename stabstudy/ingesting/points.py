@@ -1,6 +1,6 @@
-"""Logged rows: numbers as logs spell them, and points with a step, a loss, a gradient norm and a learning rate.
+"""Logged rows: as a reader gives them, and as points with a step, a loss, a gradient norm and a learning rate.
 
-Logged rows: as a reader gives them, and as points with a step, a loss, a gradient norm and a learning rate.
+Numbers are read as trainers spell them ("1e-3", "1,000", "-nan(ind)"), steps also as `10/500`.
 """
 
 from __future__ import annotations
@@ -14,48 +14,6 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from stabstudy.external import LARGEST_STEP
-
-_NAN = re.compile(r"[+-]?(?:\.nan|q?s?nan(?:\(\w*\))?|1\.#(?:qnan|snan|ind|nan)0*)", re.IGNORECASE)
-_INFINITE = re.compile(r"([+-]?)(?:\.?inf(?:inity)?|1\.#inf0*)", re.IGNORECASE)
-_THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[,_'\u2019 \u00a0\u2009\u202f]\d{3})+)(\.\d*)?")
-_OF_ALL = re.compile(r"([^/]+)/([^/]+)")
-
-
-def real(value: Any) -> float | None:
-    """A number, also as text ("NaN", "1e-3", "1,000", "-nan(ind)"); None for anything else, true and false included."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return _spelt(value.strip()) if isinstance(value, str) else None
-
-
-def whole(value: Any) -> int | None:
-    """A step: a whole number in [0, 2^53], also written 10.0, as text or `10/500`; None for anything else."""
-    if isinstance(value, str) and (parts := _OF_ALL.fullmatch(value)):
-        return whole(parts[1]) if whole(parts[2]) is not None else None
-    number = value if type(value) is int else real(value)
-    if number is None or not 0 <= number <= LARGEST_STEP or number != int(number):
-        return None
-    return int(number)
-
-
-def planned(value: Any) -> int | None:
-    """The number of all steps in a step that is written `10/500`."""
-    parts = _OF_ALL.fullmatch(value) if isinstance(value, str) else None
-    return whole(parts[2]) or None if parts else None
-
-
-def _spelt(text: str) -> float | None:
-    if _NAN.fullmatch(text):
-        return math.nan
-    if sign := _INFINITE.fullmatch(text):
-        return -math.inf if sign[1] == "-" else math.inf
-    if parts := _THOUSANDS.fullmatch(text):
-        return float(parts[1] + re.sub(r"\D", "", parts[2]) + (parts[3] or ""))
-    return None
-
 
 Row = Mapping[str, Any]
 """A row under the source's own names."""
@@ -107,11 +65,11 @@ class Raw:
 
     def columns(self) -> list[str]:
         """Every name in the rows, in the order in which they appear."""
-        found: dict[str, None] = {}
+        names: dict[str, None] = {}
         for row in self.rows:
-            if row.keys() - found.keys():
-                found |= dict.fromkeys(row)
-        return list(found)
+            if row.keys() - names.keys():
+                names |= dict.fromkeys(row)
+        return list(names)
 
     def lose(self, what: str, n: int = 1) -> None:
         """Count rows that were left out and should not have been."""
@@ -158,3 +116,45 @@ class Raw:
         if any(word in _ELSEWHERE for word in words):
             return "evaluation rows"
         return "summary rows" if self.format.startswith("trainer_") else "neither loss nor norm"
+
+
+_NAN = re.compile(r"[+-]?(?:\.nan|q?s?nan(?:\(\w*\))?|1\.#(?:qnan|snan|ind|nan)0*)", re.IGNORECASE)
+_INFINITE = re.compile(r"([+-]?)(?:\.?inf(?:inity)?|1\.#inf0*)", re.IGNORECASE)
+_THOUSANDS = re.compile(r"([+-]?\d{1,3})((?:[,_'\u2019 \u00a0\u2009\u202f]\d{3})+)(\.\d*)?")
+_OF_ALL = re.compile(r"([^/]+)/([^/]+)")
+
+
+def real(value: Any) -> float | None:
+    """A number, also as text ("NaN", "1e-3", "1,000", "-nan(ind)"); None for anything else, true and false included."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return _spelt(value.strip()) if isinstance(value, str) else None
+
+
+def whole(value: Any) -> int | None:
+    """A step: a whole number in [0, 2^53], also written 10.0, as text or `10/500`; None for anything else."""
+    if isinstance(value, str) and (parts := _OF_ALL.fullmatch(value)):
+        return whole(parts[1]) if whole(parts[2]) is not None else None
+    number = value if type(value) is int else real(value)
+    if number is None or not 0 <= number <= LARGEST_STEP or number != int(number):
+        return None
+    return int(number)
+
+
+def planned(value: Any) -> int | None:
+    """The number of all steps in a step that is written `10/500`."""
+    parts = _OF_ALL.fullmatch(value) if isinstance(value, str) else None
+    return whole(parts[2]) or None if parts else None
+
+
+def _spelt(text: str) -> float | None:
+    if _NAN.fullmatch(text):
+        return math.nan
+    if sign := _INFINITE.fullmatch(text):
+        return -math.inf if sign[1] == "-" else math.inf
+    if parts := _THOUSANDS.fullmatch(text):
+        return float(parts[1] + re.sub(r"\D", "", parts[2]) + (parts[3] or ""))
+    return None

@@ -1,12 +1,8 @@
 """Readers of logs that programs write: JSON lines, CSV, JSON, Parquet, Trainer states, TensorBoard's event files.
 
-CSV, JSON and Parquet with any columns.
-
-Hugging Face Trainer's trainer_state.json and LLaMA-Factory's trainer_log.jsonl, one run with one or both of them.
-
-Lingua's metrics.jsonl.
-
-TensorBoard event files, through TensorBoard's own reader (the extra `tensorboard`).
+A table (CSV, JSON lines, JSON, Parquet) has any columns. Hugging Face Trainer's trainer_state.json and LLaMA-Factory's
+trainer_log.jsonl are one run, with one or both of them; Lingua's metrics.jsonl has names of its own. Event files are
+read by TensorBoard's own reader (the extra `tensorboard`). Text files may be gzip, and cut at any byte.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ from stabstudy.ingesting import several
 from stabstudy.ingesting.choice import listed
 from stabstudy.ingesting.points import LogError, Point, Raw, whole
 from stabstudy.ingesting.series import settle
+from stabstudy.settings import first_line
 
 _GZIP = b"\x1f\x8b"
 
@@ -71,11 +68,11 @@ def json_rows(path: Path, raw: Raw) -> Iterator[dict[str, Any]]:
 
 def line_keys(path: Path) -> list[str]:
     """Every key of the JSON objects in the first hundred lines."""
-    found: dict[str, None] = {}
+    keys: dict[str, None] = {}
     with open_log(path) as f:
         for _ in range(100):
-            found |= dict.fromkeys(flat(parse_line(f.readline(2**20)) or {}))
-    return list(found)
+            keys |= dict.fromkeys(flat(parse_line(f.readline(2**20)) or {}))
+    return list(keys)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -89,13 +86,13 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys."""
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
+            pairs |= flat(value, f"{above}{key}.")
         else:
-            found[f"{above}{key}"] = value
-    return found
+            pairs[f"{above}{key}"] = value
+    return pairs
 
 
 def _inflated(data: bytes) -> bytes:
@@ -144,9 +141,9 @@ def table_columns(path: Path) -> list[str]:
         return list(_parquet(path).schema_arrow.names)
     if log_suffix(path) in _TEXT:
         return _header(path)[0]
-    if not (found := line_keys(path)):
+    if not (keys := line_keys(path)):
         raise LogError("is empty" if path.stat().st_size == 0 else "has no line that is a JSON object")
-    return found
+    return keys
 
 
 def _rows(path: Path, raw: Raw) -> Iterator[Mapping[str, Any]]:
@@ -155,8 +152,8 @@ def _rows(path: Path, raw: Raw) -> Iterator[Mapping[str, Any]]:
         yield from map(flat, _parquet_rows(path))
     elif suffix in _TEXT:
         yield from _csv_rows(path, raw)
-    elif suffix == ".json" and (listed := _listed(path)) is not None:
-        yield from map(flat, listed)
+    elif suffix == ".json" and (objects := _listed(path)) is not None:
+        yield from map(flat, objects)
     else:
         yield from json_rows(path, raw)
 
@@ -231,7 +228,7 @@ def _parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise LogError(f"is not a Parquet file ({str(error).splitlines()[0]})") from error
+        raise LogError(f"is not a Parquet file ({first_line(error)})") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -241,7 +238,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         for batch in _parquet(path).iter_batches():
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise LogError(f"is a damaged Parquet file ({str(error).splitlines()[0]})") from error
+        raise LogError(f"is a damaged Parquet file ({first_line(error)})") from error
 
 
 def read_trainer(state: Path | None, log: Path | None, given: Mapping[str, str]) -> Raw:

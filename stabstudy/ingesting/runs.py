@@ -1,6 +1,6 @@
-"""One run, from its files to a trial in a study's folder; and the study that ingested runs make.
+"""Runs from log files to trials of a study, and the study that they make.
 
-The study that ingested runs make: whether a folder may hold it, and what is written there.
+A trial is named by its logged rows. Whether a folder may hold the study is decided before anything is read.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy as np
 from stabstudy import config as cfg
 from stabstudy import disk, finished, locks, store
 from stabstudy.external import ExternalLog, has_gaps, read_external
-from stabstudy.ingesting import beside
+from stabstudy.ingesting import run_settings
 from stabstudy.ingesting.points import Raw
 from stabstudy.ingesting.search import Source
 from stabstudy.ingesting.series import Grid, cap, on_grid, reveal, settle
-from stabstudy.trace import LOG, DamagedRecord, Rows, as_array, file_sha256
+from stabstudy.trace import LOG, DamagedRecord, Rows, as_array
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,23 @@ class Run:
         return sum(getattr(p, name) is not None for p in self.grid.points)
 
 
-def read(source: Source, columns: Mapping[str, str], said: Mapping[str, Any], allow_loss: bool = False) -> list[Run]:
-    """The runs of a source; `said`: settings that the user gives. Raises LogError or OSError.
+def read(source: Source, columns: Mapping[str, str], options: Mapping[str, Any], allow_loss: bool = False) -> list[Run]:
+    """The runs of a source; `options`: settings that the user gives. Raises LogError or OSError.
 
     A source that loses more rows than is tolerable is an error unless that is allowed.
     """
     raws = source.read(columns)
-    found = beside.find(source.folder, raws[0].steps_planned)
-    return [_read(source, raw, found, said, allow_loss) for raw in raws]
+    settings = run_settings.from_files(source.folder, raws[0].steps_planned)
+    return [_read(source, raw, settings, options, allow_loss) for raw in raws]
 
 
-def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, Any], allow_loss: bool) -> Run:
-    raw.log_every = raw.log_every or beside.log_every(found)
-    found = found if source.alone else beside.Settings()
-    own = beside.held(raw.settings, raw.steps_planned)
+def _read(source: Source, raw: Raw, beside: run_settings.Settings, options: Mapping[str, Any], allow_loss: bool) -> Run:
+    raw.log_every = raw.log_every or run_settings.log_every(beside)
+    beside = beside if source.alone else run_settings.Settings()
+    own = run_settings.from_rows(raw.settings, raw.steps_planned)
     if raw.steps_planned:
         own.put("train.steps", raw.steps_planned, "steps planned")
-    known = found.known | own.known | dict(said)
+    known = beside.known | own.known | dict(options)
     if "optim.clip" in known:
         known.setdefault("optim.clip_kind", "norm")
     rows = sum(p.counts for p in raw.points) + raw.lost
@@ -95,14 +95,14 @@ def _read(source: Source, raw: Raw, found: beside.Settings, said: Mapping[str, A
     log = ExternalLog(
         run="",
         format=raw.format,
-        files={str(path): file_sha256(path) for path in (*source.files, *found.files)},
+        files={str(path): disk.file_sha256(path) for path in (*source.files, *beside.files)},
         first_step=grid.first_step,
         stride=grid.stride,
         steps_planned=known.get("train.steps"),
         settings=known,
-        others=found.others | own.others,
+        others=beside.others | own.others,
         left_out=dict(+raw.left_out),
-        notes=(*raw.notes, *found.notes, *own.notes),
+        notes=(*raw.notes, *beside.notes, *own.notes),
         moved={str(row): step for row, step in grid.moved.items()},
         after_clipping=cut is not None or (raw.after_clipping and any(p.grad_norm is not None for p in points)),
     )
@@ -128,7 +128,55 @@ def named(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, log=replace(run.log, run=name)) for run, name in zip(runs, names, strict=True)]
 
 
-def write_run(study: store.StudyFolder, run: Run) -> str:
+QUESTION = "Runs trained elsewhere, read from their logs."
+KIND = "ingested"
+
+
+def open_study(path: Path, name: str) -> store.StudyFolder:
+    """The folder of the study, which need not exist. Raises StoreError where it may not become one, or is another's."""
+    if rule := store.check_name(name):
+        raise store.StoreError(f"--study {name!r}: {rule}")
+    study = store.StudyFolder(path)
+    if path.is_symlink():
+        raise store.StoreError(f"{path}: is a link, results are written to real folders only")
+    if not path.exists():
+        return study
+    if not path.is_dir():
+        raise store.StoreError(f"{path}: is a file")
+    if study.provenance_file.exists() and store.read_sealed(study.provenance_file).get("kind") == KIND:
+        return study
+    if study.sweep_file.exists():
+        raise store.StoreError(f"{path}: holds the study of a sweep: choose another name with --study NAME")
+    if any(not p.name.startswith(".") for p in path.iterdir()):
+        raise store.StoreError(f"{path}: is not a study of this program, and not empty")
+    return study
+
+
+def write_study(study: store.StudyFolder, runs: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
+    """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
+    disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in runs])
+    study.path.mkdir(parents=True, exist_ok=True)
+    with locks.lock(study.path):
+        if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
+        outcomes = Counter(_write_run(study, run) for run in runs)
+        if outcomes.keys() - {"unchanged"}:
+            store.write_sealed(study.provenance_file, _provenance(study, argv))
+    return outcomes
+
+
+def _provenance(study: store.StudyFolder, argv: Sequence[str]) -> dict[str, object]:
+    return {
+        "format": cfg.FORMAT_VERSION,
+        "kind": KIND,
+        "study": study.name,
+        "question": QUESTION,
+        "argv": list(argv),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in ("stabstudy", "pyarrow")}},
+    }
+
+
+def _write_run(study: store.StudyFolder, run: Run) -> str:
     """Write the trial, or leave it as it is: new | grown | changed | unchanged. Under the study's lock.
 
     The trial of an earlier, shorter state of the same log gives way to it.
@@ -208,51 +256,3 @@ def _scale(norm: float, clip: float) -> float:
 
 def _name(run: Run, depth: int) -> str:
     return "/".join(reversed(run.name_parts[:depth]))
-
-
-QUESTION = "Runs trained elsewhere, read from their logs."
-KIND = "ingested"
-
-
-def open_study(path: Path, name: str) -> store.StudyFolder:
-    """The folder of the study, which need not exist. Raises StoreError where it may not become one, or is another's."""
-    if rule := store.check_name(name):
-        raise store.StoreError(f"--study {name!r}: {rule}")
-    study = store.StudyFolder(path)
-    if path.is_symlink():
-        raise store.StoreError(f"{path}: is a link, results are written to real folders only")
-    if not path.exists():
-        return study
-    if not path.is_dir():
-        raise store.StoreError(f"{path}: is a file")
-    if study.provenance_file.exists() and store.read_sealed(study.provenance_file).get("kind") == KIND:
-        return study
-    if study.sweep_file.exists():
-        raise store.StoreError(f"{path}: holds the study of a sweep: choose another name with --study NAME")
-    if any(not p.name.startswith(".") for p in path.iterdir()):
-        raise store.StoreError(f"{path}: is not a study of this program, and not empty")
-    return study
-
-
-def write_study(study: store.StudyFolder, found: Sequence[Run], argv: Sequence[str]) -> Counter[str]:
-    """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
-    disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in found])
-    study.path.mkdir(parents=True, exist_ok=True)
-    with locks.lock(study.path):
-        if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
-            store.write_sealed(study.provenance_file, _provenance(study, argv))
-        outcomes = Counter(write_run(study, run) for run in found)
-        if outcomes.keys() - {"unchanged"}:
-            store.write_sealed(study.provenance_file, _provenance(study, argv))
-    return outcomes
-
-
-def _provenance(study: store.StudyFolder, argv: Sequence[str]) -> dict[str, object]:
-    return {
-        "format": cfg.FORMAT_VERSION,
-        "kind": KIND,
-        "study": study.name,
-        "question": QUESTION,
-        "argv": list(argv),
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in ("stabstudy", "pyarrow")}},
-    }

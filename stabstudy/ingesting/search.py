@@ -65,11 +65,11 @@ class Search:
 def search(path: Path, given: Mapping[str, str]) -> Search:
     """The runs at a path: the file itself, or what a folder holds. Raises LogError where that is nothing."""
     if path.is_dir():
-        found = Search()
-        found.sources += _within(path, given, found.passed_over)
-        if found.sources:
-            return found
-        why = f"; {'; '.join(found.passed_over[:MOST_SHOWN])}" if found.passed_over else ""
+        content = Search()
+        content.sources += _within(path, given, content.passed_over)
+        if content.sources:
+            return content
+        why = f"; {'; '.join(content.passed_over[:MOST_SHOWN])}" if content.passed_over else ""
         raise LogError(f"holds no training log (looked for {LOOKED_FOR}){why}")
     if not path.is_file():
         raise LogError("does not exist" if not path.exists() else "is not a file")

@@ -1,8 +1,7 @@
-"""The series of a run: each step once, restarts undone, sentinels as what they mean, on a regular grid.
+"""The series of a run: each step once, restarts undone, hidden values revealed, on a regular grid.
 
-Values by which trainers say "not finite", and gradient norms that can only be those after clipping.
-
-A regular grid of steps, and the points of a log on it.
+`settle` sorts out steps that a log holds more than once. `reveal` undoes the values by which trainers say "not finite",
+and `cap` tells gradient norms that can only be those after clipping. `on_grid` gives each point its place.
 """
 
 from __future__ import annotations
@@ -156,17 +155,17 @@ def reveal(points: Sequence[Point], raw: Raw) -> list[Point]:
         raw.notes.append(HIDDEN.format(where=f"from step {points[end].step} to the end, with no gradient norm above 0"))
     elif end == 0 and points and not any(p.grad_norm is not None and not math.isfinite(p.grad_norm) for p in points):
         raw.notes.append(ZERO)
-    found = [_revealed(p, i in lost, end == 0) for i, p in enumerate(points)]
-    if not lost and any(math.isnan(b.loss or 0) and a.loss == 0 for a, b in zip(points, found, strict=True)):
+    revealed = [_revealed(p, i in lost, end == 0) for i, p in enumerate(points)]
+    if not lost and any(math.isnan(b.loss or 0) and a.loss == 0 for a, b in zip(points, revealed, strict=True)):
         raw.notes.append(HIDDEN.format(where="with a gradient norm that is not finite"))
-    negative = [p for p in found if p.grad_norm is not None and p.grad_norm < 0]
+    negative = [p for p in revealed if p.grad_norm is not None and p.grad_norm < 0]
     if negative:
         raw.left_out[NEGATIVE] += len(negative)
-    norms = {p.grad_norm for p in found} - {None}
+    norms = {p.grad_norm for p in revealed} - {None}
     if norms and all(norm is not None and norm <= 0 for norm in norms):  # an engine that gave none
-        raw.left_out[UNMEASURED] += sum(p.grad_norm == 0 for p in found)
-        found = [p._replace(grad_norm=None) for p in found]
-    return [p for p in map(_without_negative, found) if p.counts]
+        raw.left_out[UNMEASURED] += sum(p.grad_norm == 0 for p in revealed)
+        revealed = [p._replace(grad_norm=None) for p in revealed]
+    return [p for p in map(_without_negative, revealed) if p.counts]
 
 
 def _zeros_from(points: Sequence[Point]) -> int:
@@ -307,13 +306,13 @@ def _crowded(points: Sequence[Point], kept: Iterable[Point]) -> set[int]:
 def _stride(points: Sequence[Point], gaps: Sequence[int], raw: Raw) -> int:
     """What the source says of itself, where its steps (`gaps` between them, sorted) agree, else their median."""
     median = statistics.median_low(gaps)
-    said = raw.log_every
-    if said is None or said == median or len(points) < 2:
+    every = raw.log_every
+    if every is None or every == median or len(points) < 2:
         return median
-    fits = sum(gap % said == 0 for gap in gaps) >= 0.9 * len(gaps)
-    if fits and sum(gaps) / said < FULLEST * len(points):
-        return said
-    raw.notes.append(f"its settings say a row every {said} steps; most rows are {median} apart")
+    fits = sum(gap % every == 0 for gap in gaps) >= 0.9 * len(gaps)
+    if fits and sum(gaps) / every < FULLEST * len(points):
+        return every
+    raw.notes.append(f"its settings say a row every {every} steps; most rows are {median} apart")
     return median
 
 

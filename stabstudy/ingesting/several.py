@@ -1,8 +1,6 @@
 """Several runs or ranks in one log, told apart; the rows that are training; and the points of each run.
 
-The rows of a log that are its training: no evaluations, no other ranks, of micro-batches the last.
-
-Several runs or ranks in one log, told apart; and the points of each.
+Of the rows of a log its training are those of no evaluation, of one rank, and of a step's micro-batches the last.
 """
 
 from __future__ import annotations
@@ -19,152 +17,6 @@ from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_known, is_log
 from stabstudy.ingesting.points import LogError, Raw, Row, real, whole
 from stabstudy.ingesting.series import same, settle
 
-NOTE = "a chart export of W&B"
-
-
-def is_chart(columns: Sequence[str]) -> bool:
-    """Whether columns are those of a chart export: `RUN - METRIC` with its __MIN and __MAX."""
-    return bool(_values_of_chart(columns))
-
-
-def _values_of_chart(columns: Sequence[str]) -> list[str]:
-    named = [c for c in columns if re.fullmatch(CHART, c) and not c.endswith(("__MIN", "__MAX"))]
-    return [c for c in named if f"{c}__MIN" in columns or is_known(c.rpartition(" - ")[2])]
-
-
-def charts(raw: Raw, columns: Sequence[str], given: Mapping[str, str]) -> list[Raw]:
-    """A log per run of a table with columns `RUN - METRIC`, `RUN - METRIC__MIN` and `__MAX`; none for another table."""
-    ours = _values_of_chart(columns)
-    if not ours or set(given.values()) & set(ours):
-        return []
-    shared = [c for c in columns if not re.fullmatch(CHART, c)]
-    names: dict[str, dict[str, str]] = {}
-    for column in ours:
-        run, _, metric = column.rpartition(" - ")
-        names.setdefault(run, {})[metric] = column
-    return [_of_chart(raw, run, metrics, shared) for run, metrics in names.items()]
-
-
-def _of_chart(raw: Raw, run: str, metrics: Mapping[str, str], shared: Sequence[str]) -> Raw:
-    rows: list[Row] = [
-        {c: row.get(c) for c in shared} | {metric: row.get(column) for metric, column in metrics.items()}
-        for row in raw.rows
-        if any(row.get(column) not in (None, "") for column in metrics.values())
-    ]
-    return Raw(raw.format, rows=rows, run=run, left_out=Counter(raw.left_out), lost=raw.lost, notes=[NOTE])
-
-
-PHASE = ("split", "phase", "mode", "stage", "subset", "set", "prefix", "type", "kind", "event", "job_type")
-"""Columns that may say whether a row is of training or evaluation."""
-
-_TRAINING = re.compile(r"(train|training|tr)\w*", re.IGNORECASE)
-_MICRO = re.compile(r".*(micro|iter|batch).*")
-MICRO_BATCHES = "micro-batches of a step before its last"
-RUN_NAMES, RANK_NAMES = ({plain(name) for name in names} for names in (RUN, RANK))
-"""Plain names of columns that say which run, or which process, a row is of."""
-
-
-def training_rows(raw: Raw, columns: Sequence[str]) -> Raw:
-    """Without the rows that a column calls those of an evaluation."""
-    for name in (c for c in columns if plain(c) in PHASE or c.lower() in PHASE):
-        words = {v for v in distinct_values(raw.rows, name) if isinstance(v, str)}
-        training = {word for word in words if _TRAINING.fullmatch(word)}
-        if training and words - training:
-            kept = [row for row in raw.rows if row.get(name) in training or row.get(name) in (None, "")]
-            raw.left_out["evaluation rows"] += len(raw.rows) - len(kept)
-            raw.rows = kept
-    return raw
-
-
-def refuse_runs_table(rows: Sequence[Row], columns: Sequence[str], marks: Sequence[str]) -> None:
-    """Raises LogError for a table with a row per run."""
-    exported = len(set(columns) & set(RUNS_TABLE)) > 1  # whose names may repeat
-    most = len(rows) / 2 if exported else len(rows)
-    if not (names := [c for c in marks if plain(c) in RUN_NAMES and len(distinct_values(rows, c)) >= most]):
-        return
-    rising = any(rises([whole(row.get(c)) for row in rows]) for c in columns if is_step(c))
-    if exported or not rising:
-        raise LogError(f"has a row per run ({names[0]}), no steps: it is no log; export the history of the runs")
-
-
-def rises(steps: Sequence[int | None]) -> bool:
-    """Whether most rows have a step, and each a later one."""
-    known = [s for s in steps if s is not None]
-    return 2 * len(known) > len(steps) and all(a < b for a, b in itertools.pairwise(known))
-
-
-def rows_of_one_rank(raw: Raw, choice: Choice, marks: Sequence[str]) -> Raw:
-    """The rows of the rank that logs most, of equal ones the first."""
-    of_rows = row_keys(raw.rows, marks)
-    if len(set(of_rows)) < 2:
-        return raw
-    names = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
-    counts = Counter(
-        key for key, row in zip(of_rows, raw.rows, strict=True) if any(real(row.get(n)) is not None for n in names)
-    )
-    best = min(counts, key=lambda key: (-counts[key], _ordered(key)))
-    kept = [row for key, row in zip(of_rows, raw.rows, strict=True) if key == best]
-    raw.left_out["rows of other ranks"] += len(raw.rows) - len(kept)
-    raw.notes.append(f"{called(marks, best)} of {len(counts)} is taken")
-    raw.rows = kept
-    return raw
-
-
-def _ordered(key: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple((whole(v) is None, whole(v) or 0, str(v)) for v in key)
-
-
-def counts_micro_batches(rows: Sequence[Row], choice: Choice, columns: Sequence[str]) -> bool:
-    """Whether steps repeat in rows next to each other while another column counts on: rows of micro-batches."""
-    step = choice.names["step"]
-    steps = [s for row in rows if (s := whole(row.get(step))) is not None]
-    if len(set(steps)) == len(steps):
-        return False
-    others = [c for c in columns if c != step and (is_step(c) or _MICRO.fullmatch(plain(c)))]
-    return any(rises([whole(row.get(c)) for row in rows]) for c in others) and all(
-        a <= b for a, b in itertools.pairwise(steps)
-    )
-
-
-def rows_with_steps(raw: Raw, choice: Choice, columns: Sequence[str]) -> Raw:
-    """With one row for each step where a row is one micro-batch of it: what its last rows say."""
-    if not counts_micro_batches(raw.rows, choice, columns):
-        return raw
-    names = [name for ours in ("loss", "grad_norm") if (name := choice.names.get(ours))]
-    steps: dict[Hashable, dict[str, Any]] = {}
-    earlier = 0
-    for i, row in enumerate(raw.rows):
-        step = whole(row.get(choice.names["step"]))
-        known = steps.setdefault(("no step", i) if step is None else step, {})
-        again = [n for n in names if real(known.get(n)) is not None and real(row.get(n)) is not None]
-        earlier += bool(again)
-        known |= {name: value for name, value in row.items() if value not in (None, "")}
-    if earlier:  # else the rows are halves of a step
-        raw.left_out[MICRO_BATCHES] += earlier
-        raw.rows = [*steps.values()]
-    return raw
-
-
-def distinct_values(rows: Sequence[Row], name: str) -> set[Hashable]:
-    """What a column holds, without gaps."""
-    return {v for row in rows if (v := row.get(name)) not in (None, "") and isinstance(v, bool | int | float | str)}
-
-
-def row_keys(rows: Sequence[Row], marks: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Of each row, what its columns `marks` hold."""
-    return [
-        tuple(v if isinstance(v := row.get(name), int | float | str | None) else str(v) for name in marks)
-        for row in rows
-    ]
-
-
-def called(marks: Sequence[str], key: Sequence[Any]) -> str:
-    """A run by what tells it apart: a text alone as it is, all else with its name."""
-    if len(key) == 1 and isinstance(key[0], str) and real(key[0]) is None:
-        return key[0]
-    return ", ".join(f"{mark}={value}" for mark, value in zip(marks, key, strict=True) if value not in (None, ""))
-
-
 _NOT_A_RUN = re.compile(r".*(epoch|time|date|token|acc|norm|loss|second|progress|mem|per_).*")
 MOST_RUNS = 0.2
 """A column tells runs apart if it has at most so many values for each row."""
@@ -173,23 +25,23 @@ MOST_RUNS = 0.2
 def runs(raw: Raw, given: Mapping[str, str]) -> list[Raw]:
     """The runs in a log, each with its points. Raises LogError where it is none, or holds several that it mixes."""
     columns = raw.columns()
-    if exported := charts(raw, columns, given):
+    if exported := _charts(raw, columns, given):
         return [_filled(chart, choose(chart.rows, chart.columns(), given, [0] * len(chart.rows))) for chart in exported]
-    raw = training_rows(raw, columns)
-    marks = [c for c in columns if plain(c) in RUN_NAMES | RANK_NAMES and len(distinct_values(raw.rows, c)) > 1]
-    refuse_runs_table(raw.rows, columns, marks)
-    choice = choose(raw.rows, columns, given, row_keys(raw.rows, marks))
+    raw = _training_rows(raw, columns)
+    marks = [c for c in columns if plain(c) in RUN_NAMES | RANK_NAMES and len(_distinct_values(raw.rows, c)) > 1]
+    _refuse_runs_table(raw.rows, columns, marks)
+    choice = choose(raw.rows, columns, given, _row_keys(raw.rows, marks))
     marks = [mark for mark in marks if mark not in given.values()]
     if marks and _mixes(raw.rows, choice, marks):
-        raw = rows_of_one_rank(raw, choice, [c for c in marks if plain(c) in RANK_NAMES])
+        raw = _rows_of_one_rank(raw, choice, [c for c in marks if plain(c) in RANK_NAMES])
         marks = [c for c in marks if plain(c) in RUN_NAMES]
         marks = marks if _mixes(raw.rows, choice, marks) else []
     else:
         marks = []
-    if not counts_micro_batches(raw.rows, choice, columns):
+    if not _counts_micro_batches(raw.rows, choice, columns):
         marks = _sufficient(raw, choice, columns, marks)
     if not marks:
-        return [_filled(rows_with_steps(raw, choice, columns), choice)]
+        return [_filled(_rows_with_steps(raw, choice, columns), choice)]
     return [_filled(part, choice) for part in _split(raw, choice, marks)]
 
 
@@ -232,7 +84,7 @@ def _planned(raw: Raw) -> int | None:
 def _mixes(rows: Sequence[Row], choice: Choice, marks: Sequence[str]) -> bool:
     """Whether steps repeat with other values, or go back, more often than within the runs that `marks` tell apart."""
     whole_log = _repeats(rows, choice, [()] * len(rows))
-    return bool(marks) and whole_log > _repeats(rows, choice, row_keys(rows, marks))
+    return bool(marks) and whole_log > _repeats(rows, choice, _row_keys(rows, marks))
 
 
 def _repeats(rows: Sequence[Row], choice: Choice, keys: Sequence[Hashable]) -> int:
@@ -253,7 +105,7 @@ def _repeats(rows: Sequence[Row], choice: Choice, keys: Sequence[Hashable]) -> i
 
 def _sufficient(raw: Raw, choice: Choice, columns: Sequence[str], marks: list[str]) -> list[str]:
     """The marks, and as many further columns as it takes that no run would be refused for rows that it mixes."""
-    if not marks and rises([whole(row.get(choice.names["step"])) for row in raw.rows]):
+    if not marks and _rises([whole(row.get(choice.names["step"])) for row in raw.rows]):
         return marks
     others: list[str] | None = None
     while lost := _lost(raw, choice, marks):
@@ -271,13 +123,13 @@ def _may_mark(column: str, rows: Sequence[Row], choice: Choice, marks: Sequence[
         return False
     if _NOT_A_RUN.fullmatch(plain(column)) or any(place(o, column) is not None for o in COLUMNS[:3]):
         return False
-    return 1 < len(distinct_values(rows, column)) <= MOST_RUNS * len(rows)
+    return 1 < len(_distinct_values(rows, column)) <= MOST_RUNS * len(rows)
 
 
 def _lost(raw: Raw, choice: Choice, marks: Sequence[str]) -> int:
     """How many rows would be lost because steps repeat within the runs that `marks` tell apart."""
     parts: dict[Hashable, Raw] = {}
-    for row, key in zip(raw.rows, row_keys(raw.rows, marks), strict=True):
+    for row, key in zip(raw.rows, _row_keys(raw.rows, marks), strict=True):
         parts.setdefault(key, Raw(raw.format)).rows.append(row)
     for part in parts.values():
         part.take_all(choice.names)
@@ -289,7 +141,7 @@ def _lost(raw: Raw, choice: Choice, marks: Sequence[str]) -> int:
 def _split(raw: Raw, choice: Choice, marks: Sequence[str]) -> list[Raw]:
     parts: dict[tuple[Any, ...], list[Row]] = {}
     measured = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
-    for row, key in zip(raw.rows, row_keys(raw.rows, marks), strict=True):
+    for row, key in zip(raw.rows, _row_keys(raw.rows, marks), strict=True):
         if any(v not in (None, "") for v in key):
             parts.setdefault(key, []).append(row)
         elif any(real(row.get(name)) is not None for name in measured):
@@ -303,7 +155,7 @@ def _split(raw: Raw, choice: Choice, marks: Sequence[str]) -> list[Raw]:
             left_out=Counter(raw.left_out),
             notes=[*raw.notes, *names],
             lost=-(-raw.lost * len(rows) // len(raw.rows)),
-            run=called(marks, key),
+            run=_called(marks, key),
             settings=_constants(rows, choice),
         )
         for key, rows in parts.items()
@@ -314,8 +166,8 @@ def _constants(rows: Sequence[Row], choice: Choice) -> dict[str, Any]:
     """What every row of a run says alike: its settings."""
     measured = {choice.names.get(ours) for ours in ("step", "loss", "grad_norm")}
     columns = dict.fromkeys(name for row in rows for name in row)
-    found = {c: values.pop() for c in columns if c not in measured and len(values := distinct_values(rows, c)) == 1}
-    return {name: _number(value) for name, value in found.items() if isinstance(value, bool | int | float | str)}
+    values = ((column, _distinct_values(rows, column)) for column in columns if column not in measured)
+    return {column: _number(distinct.pop()) for column, distinct in values if len(distinct) == 1}
 
 
 def _number(value: Any) -> Any:
@@ -324,3 +176,149 @@ def _number(value: Any) -> Any:
     if number is None:
         return value
     return int(number) if isinstance(number, float) and whole(number) is not None else number
+
+
+NOTE = "a chart export of W&B"
+
+
+def is_chart(columns: Sequence[str]) -> bool:
+    """Whether columns are those of a chart export: `RUN - METRIC` with its __MIN and __MAX."""
+    return bool(_values_of_chart(columns))
+
+
+def _values_of_chart(columns: Sequence[str]) -> list[str]:
+    named = [c for c in columns if re.fullmatch(CHART, c) and not c.endswith(("__MIN", "__MAX"))]
+    return [c for c in named if f"{c}__MIN" in columns or is_known(c.rpartition(" - ")[2])]
+
+
+def _charts(raw: Raw, columns: Sequence[str], given: Mapping[str, str]) -> list[Raw]:
+    """A log per run of a table with columns `RUN - METRIC`, `RUN - METRIC__MIN` and `__MAX`; none for another table."""
+    ours = _values_of_chart(columns)
+    if not ours or set(given.values()) & set(ours):
+        return []
+    shared = [c for c in columns if not re.fullmatch(CHART, c)]
+    names: dict[str, dict[str, str]] = {}
+    for column in ours:
+        run, _, metric = column.rpartition(" - ")
+        names.setdefault(run, {})[metric] = column
+    return [_of_chart(raw, run, metrics, shared) for run, metrics in names.items()]
+
+
+def _of_chart(raw: Raw, run: str, metrics: Mapping[str, str], shared: Sequence[str]) -> Raw:
+    rows: list[Row] = [
+        {c: row.get(c) for c in shared} | {metric: row.get(column) for metric, column in metrics.items()}
+        for row in raw.rows
+        if any(row.get(column) not in (None, "") for column in metrics.values())
+    ]
+    return Raw(raw.format, rows=rows, run=run, left_out=Counter(raw.left_out), lost=raw.lost, notes=[NOTE])
+
+
+PHASE = ("split", "phase", "mode", "stage", "subset", "set", "prefix", "type", "kind", "event", "job_type")
+"""Columns that may say whether a row is of training or evaluation."""
+
+_TRAINING = re.compile(r"(train|training|tr)\w*", re.IGNORECASE)
+_MICRO = re.compile(r".*(micro|iter|batch).*")
+MICRO_BATCHES = "micro-batches of a step before its last"
+RUN_NAMES, RANK_NAMES = ({plain(name) for name in names} for names in (RUN, RANK))
+"""Plain names of columns that say which run, or which process, a row is of."""
+
+
+def _training_rows(raw: Raw, columns: Sequence[str]) -> Raw:
+    """Without the rows that a column calls those of an evaluation."""
+    for name in (c for c in columns if plain(c) in PHASE or c.lower() in PHASE):
+        words = {v for v in _distinct_values(raw.rows, name) if isinstance(v, str)}
+        training = {word for word in words if _TRAINING.fullmatch(word)}
+        if training and words - training:
+            kept = [row for row in raw.rows if row.get(name) in training or row.get(name) in (None, "")]
+            raw.left_out["evaluation rows"] += len(raw.rows) - len(kept)
+            raw.rows = kept
+    return raw
+
+
+def _refuse_runs_table(rows: Sequence[Row], columns: Sequence[str], marks: Sequence[str]) -> None:
+    """Raises LogError for a table with a row per run."""
+    exported = len(set(columns) & set(RUNS_TABLE)) > 1  # whose names may repeat
+    most = len(rows) / 2 if exported else len(rows)
+    if not (names := [c for c in marks if plain(c) in RUN_NAMES and len(_distinct_values(rows, c)) >= most]):
+        return
+    rising = any(_rises([whole(row.get(c)) for row in rows]) for c in columns if is_step(c))
+    if exported or not rising:
+        raise LogError(f"has a row per run ({names[0]}), no steps: it is no log; export the history of the runs")
+
+
+def _rises(steps: Sequence[int | None]) -> bool:
+    """Whether most rows have a step, and each a later one."""
+    known = [s for s in steps if s is not None]
+    return 2 * len(known) > len(steps) and all(a < b for a, b in itertools.pairwise(known))
+
+
+def _rows_of_one_rank(raw: Raw, choice: Choice, marks: Sequence[str]) -> Raw:
+    """The rows of the rank that logs most, of equal ones the first."""
+    of_rows = _row_keys(raw.rows, marks)
+    if len(set(of_rows)) < 2:
+        return raw
+    names = [choice.names[ours] for ours in ("loss", "grad_norm") if ours in choice.names]
+    counts = Counter(
+        key for key, row in zip(of_rows, raw.rows, strict=True) if any(real(row.get(n)) is not None for n in names)
+    )
+    best = min(counts, key=lambda key: (-counts[key], _ordered(key)))
+    kept = [row for key, row in zip(of_rows, raw.rows, strict=True) if key == best]
+    raw.left_out["rows of other ranks"] += len(raw.rows) - len(kept)
+    raw.notes.append(f"{_called(marks, best)} of {len(counts)} is taken")
+    raw.rows = kept
+    return raw
+
+
+def _ordered(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple((whole(v) is None, whole(v) or 0, str(v)) for v in key)
+
+
+def _counts_micro_batches(rows: Sequence[Row], choice: Choice, columns: Sequence[str]) -> bool:
+    """Whether steps repeat in rows next to each other while another column counts on: rows of micro-batches."""
+    step = choice.names["step"]
+    steps = [s for row in rows if (s := whole(row.get(step))) is not None]
+    if len(set(steps)) == len(steps):
+        return False
+    others = [c for c in columns if c != step and (is_step(c) or _MICRO.fullmatch(plain(c)))]
+    return any(_rises([whole(row.get(c)) for row in rows]) for c in others) and all(
+        a <= b for a, b in itertools.pairwise(steps)
+    )
+
+
+def _rows_with_steps(raw: Raw, choice: Choice, columns: Sequence[str]) -> Raw:
+    """With one row for each step where a row is one micro-batch of it: what its last rows say."""
+    if not _counts_micro_batches(raw.rows, choice, columns):
+        return raw
+    names = [name for ours in ("loss", "grad_norm") if (name := choice.names.get(ours))]
+    steps: dict[Hashable, dict[str, Any]] = {}
+    earlier = 0
+    for i, row in enumerate(raw.rows):
+        step = whole(row.get(choice.names["step"]))
+        known = steps.setdefault(("no step", i) if step is None else step, {})
+        again = [n for n in names if real(known.get(n)) is not None and real(row.get(n)) is not None]
+        earlier += bool(again)
+        known |= {name: value for name, value in row.items() if value not in (None, "")}
+    if earlier:  # else the rows are halves of a step
+        raw.left_out[MICRO_BATCHES] += earlier
+        raw.rows = [*steps.values()]
+    return raw
+
+
+def _distinct_values(rows: Sequence[Row], name: str) -> set[Hashable]:
+    """What a column holds, without gaps."""
+    return {v for row in rows if (v := row.get(name)) not in (None, "") and isinstance(v, bool | int | float | str)}
+
+
+def _row_keys(rows: Sequence[Row], marks: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Of each row, what its columns `marks` hold."""
+    return [
+        tuple(v if isinstance(v := row.get(name), int | float | str | None) else str(v) for name in marks)
+        for row in rows
+    ]
+
+
+def _called(marks: Sequence[str], key: Sequence[Any]) -> str:
+    """A run by what tells it apart: a text alone as it is, all else with its name."""
+    if len(key) == 1 and isinstance(key[0], str) and real(key[0]) is None:
+        return key[0]
+    return ", ".join(f"{mark}={value}" for mark, value in zip(marks, key, strict=True) if value not in (None, ""))

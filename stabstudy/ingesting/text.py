@@ -103,23 +103,23 @@ def is_named(path: Path) -> bool:
 
 def read(path: Path, given: Mapping[str, str]) -> list[Raw]:
     """The runs in a text log. `given`: ours -> the log's name, for those that are not known by their names."""
-    if not (found := list(rows(path))):
+    if not (logged := list(rows(path))):
         raise LogError("has no line of `name: value` pairs with a loss or gradient norm that is known by its name")
-    return several.runs(Raw("text", rows=[*found]), given)
+    return several.runs(Raw("text", rows=[*logged]), given)
 
 
 def is_log(path: Path) -> bool:
     """Whether the beginning of a file reads as a training log: prose, code and settings do not. Raises OSError."""
     with open_log(path) as f:
         lines = list(itertools.islice(_lines(f), EXAMINED))
-    found = list(_rows(lines))
-    steps = {value for row in found for key, value in row.items() if _kind(key) == "step"}
-    usual, repeats = Counter(tuple(row) for row in found).most_common(1)[0] if found else ((), 0)
+    logged = list(_rows(lines))
+    steps = {value for row in logged for key, value in row.items() if _kind(key) == "step"}
+    usual, repeats = Counter(tuple(row) for row in logged).most_common(1)[0] if logged else ((), 0)
     bare = {"loss", "lr"} <= {_kind(key) for key in usual}  # transformers' lines, which have no step
     if repeats < FEWEST or (len(steps) < FEWEST and (steps or not bare)):
         return False
     first = next(i for i, line in enumerate(lines) if _parse(line).kinds & {"loss", "grad_norm"})
-    return len(found) >= DENSITY * sum(line[:1].strip() != "" for line in lines[first:])
+    return len(logged) >= DENSITY * sum(line[:1].strip() != "" for line in lines[first:])
 
 
 def _rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:

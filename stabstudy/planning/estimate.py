@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stabstudy import disk as entries
 from stabstudy import store, trace
 from stabstudy.config import OPTIMIZERS, TrialConfig
+from stabstudy.disk import trial_obstacle
 from stabstudy.planning import compute
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import Problem
@@ -119,9 +119,7 @@ def slots(resources: Compute, launcher: str) -> int | None:
 def measured_rate(study: store.StudyFolder, limit: int = 16) -> float | None:
     """Operations per second of up to `limit` finished trials of the study, from their traces; None without any."""
     operations = spent = 0.0
-    finished = [
-        f for f in study.trials() if f.finished(trace.TRACE).exists() and not entries.trial_obstacle(f.path, True)
-    ]
+    finished = [f for f in study.trials() if f.finished(trace.TRACE).exists() and not trial_obstacle(f.path, True)]
     for folder in finished[:limit]:
         try:
             rows = folder.rows(trace.TRACE, verify=False)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stabstudy import failpoints, store
-from stabstudy.trace import file_sha256, sync_file, sync_folder
+from stabstudy.disk import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
 KEEP = 2

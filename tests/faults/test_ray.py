@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def begun(folder: Path, cache: Path, rng: random.Random) -> Launch:
     return launch
 
 
+@contextlib.contextmanager
+def running_launch(folder: Path, cache: Path, rng: random.Random) -> Iterator[Launch]:
+    """A launch that has some rows, and none of whose processes is left behind."""
+    launch = begun(folder, cache, rng)
+    try:
+        yield launch
+    finally:
+        kill_marked(launch.mark)
+        launch.process.wait()
+
+
 def gone(mark: str, seconds: float) -> bool:
     """Whether all processes of a launch end in this time."""
     limit = time.monotonic() + seconds
@@ -117,8 +129,7 @@ def resumed(launch: Launch, whole: Path, cache: Path) -> list[str]:
 def lost_ray(running: Part, folder: Path, whole: Path, cache: Path, name: str) -> None:
     """Kill a part of Ray that a launch cannot do without."""
     for rng in running.injections():
-        launch = begun(folder / f"f{running.tried}", cache, rng)
-        try:
+        with running_launch(folder / f"f{running.tried}", cache, rng) as launch:
             before = launch.rows()
             running.count(kill_marked(launch.mark, name) > 0 and launch.process.poll() is None)
             code = code_within(launch, DRIVER_SECONDS)
@@ -128,9 +139,6 @@ def lost_ray(running: Part, folder: Path, whole: Path, cache: Path, name: str) -
             running.check(gone(launch.mark, AGENT_SECONDS), f"I6 left: {list(marked(launch.mark).values())}"[:300])
             after = launch.rows()
             running.check(all(after[t] >= before[t] for t in before), "I1 rows are lost")
-        finally:
-            kill_marked(launch.mark)
-            launch.process.wait()
         running.add(resumed(launch, whole, cache))
 
 
@@ -148,8 +156,7 @@ def test_worker(part: Begin, tmp_path: Path, whole: Path, cache: Path) -> None:
     """The launch goes on without it and trains its trial again."""
     with part("worker") as running:
         for rng in running.injections():
-            launch = begun(tmp_path / f"f{running.tried}", cache, rng)
-            try:
+            with running_launch(tmp_path / f"f{running.tried}", cache, rng) as launch:
                 training = [s for t in launch.study.trials() if (s := t.read_state()).status == "running"]
                 running.count(bool(training))
                 if training:
@@ -158,9 +165,6 @@ def test_worker(part: Begin, tmp_path: Path, whole: Path, cache: Path) -> None:
                 running.check(code == 0, f"exit {code}: {launch.words[-200:]}")
                 running.check(gone(launch.mark, AGENT_SECONDS), "I6 processes are left")
                 running.check("Traceback" not in launch.words, "a traceback")
-            finally:
-                kill_marked(launch.mark)
-                launch.process.wait()
             running.add(violations(launch.study.path, whole) + of_tables(launch.study.path, whole))
 
 
@@ -168,15 +172,11 @@ def test_driver(part: Begin, tmp_path: Path, whole: Path, cache: Path) -> None:
     """Its trials stop soon, and all of Ray goes."""
     with part("driver of Ray") as running:
         for rng in running.injections():
-            launch = begun(tmp_path / f"f{running.tried}", cache, rng)
-            try:
+            with running_launch(tmp_path / f"f{running.tried}", cache, rng) as launch:
                 running.count(launch.process.poll() is None)
                 launch.process.kill()
                 running.check(free(launch, 30), "trials go on 30 s after their driver")
                 running.check(gone(launch.mark, AGENT_SECONDS), f"I6 left: {list(marked(launch.mark).values())}"[:300])
-            finally:
-                kill_marked(launch.mark)
-                launch.process.wait()
             running.add(resumed(launch, whole, cache))
 
 

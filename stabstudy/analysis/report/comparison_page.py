@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, style, words
+from stabstudy.analysis import compare, words
 from stabstudy.analysis import study_statistics as statistics
 from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.levels import levels_of, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study

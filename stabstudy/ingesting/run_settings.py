@@ -1,6 +1,7 @@
-"""Settings found beside a log: under our names where they mean exactly the same, else under their own.
+"""Settings of a run, from files beside its log and from its rows: under our names where they mean the same.
 
-Nothing is assumed: what no file holds, or holds in a form that our rules refuse, stays unknown.
+A value whose meaning is not exactly that of ours stands under its own name. Nothing is assumed: what no file holds, or
+holds in a form that our rules refuse, stays unknown.
 """
 
 from __future__ import annotations
@@ -79,69 +80,69 @@ class Settings:
             self.known[name] = checked
 
 
-def find(folder: Path, steps_planned: int | None) -> Settings:
+def from_files(folder: Path, steps_planned: int | None) -> Settings:
     """The settings in the files FILES of a run's folder."""
     values: dict[str, Any] = {}
-    found = Settings()
+    settings = Settings()
     for path in (folder / name for name in FILES):
         if path.is_file():
             try:
                 values |= flat(_read(path))
-                found.files.append(path)
+                settings.files.append(path)
             except ConfigError as error:
-                found.notes.append(f"settings in {path.name} left unknown: {error.problems[0]}")
-    _take(found, values, steps_planned)
-    return found
+                settings.notes.append(f"settings in {path.name} left unknown: {error.problems[0]}")
+    _take(settings, values, steps_planned)
+    return settings
 
 
-def held(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
+def from_rows(values: Mapping[str, Any], steps_planned: int | None) -> Settings:
     """The settings of a run in the rows of a log; the learning rate is that of the whole run if it never changes."""
-    found = Settings()
+    settings = Settings()
     values = {_OF_ROWS.get(name.lower(), name.lower()): value for name, value in values.items()}
-    _take(found, values, steps_planned)
+    _take(settings, values, steps_planned)
     for name in values.keys() & set(cfg.setting_names()):
         if name != "seed":  # which was taken above
-            found.put(name, values[name], name)
-        found.others.pop(name, None)
-    return found
+            settings.put(name, values[name], name)
+        settings.others.pop(name, None)
+    return settings
 
 
-def log_every(found: Settings) -> int | None:
+def log_every(settings: Settings) -> int | None:
     """How many steps lie between two rows, by the settings."""
-    said = (found.others.get(name) for name in EVERY)
-    return next((value for value in said if type(value) is int and value > 0), None)
+    values = (settings.others.get(name) for name in EVERY)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
-def _take(found: Settings, values: Mapping[str, Any], steps_planned: int | None) -> None:
+def _take(settings: Settings, values: Mapping[str, Any], steps_planned: int | None) -> None:
     for theirs, ours in SAME.items():
         if (value := values.get(theirs)) is not None:
-            found.put(ours, value, theirs)
-    _derive(found, values, steps_planned or found.known.get("train.steps"))
+            settings.put(ours, value, theirs)
+    _derive(settings, values, steps_planned or settings.known.get("train.steps"))
     kept = {k: v for k, v in values.items() if k not in SAME.keys() | NAMES_OF_RUNS}
-    found.others = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str) and _is_plain(v)}
+    settings.others = {k: v for k, v in kept.items() if isinstance(v, bool | int | float | str) and _is_plain(v)}
 
 
-def _derive(found: Settings, values: Mapping[str, Any], steps: int | None) -> None:
+def _derive(settings: Settings, values: Mapping[str, Any], steps: int | None) -> None:
     """The settings that follow from several values."""
     number = {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     if (threshold := number.get("max_grad_norm", number.get("optim.clip"))) is not None:
         off = math.isinf(threshold) or ("max_grad_norm" in number and threshold <= 0)
-        found.put("optim.clip", None if off else threshold, "max_grad_norm")
-        found.put("optim.clip_kind", "norm", "max_grad_norm")
+        settings.put("optim.clip", None if off else threshold, "max_grad_norm")
+        settings.put("optim.clip_kind", "norm", "max_grad_norm")
     if (warmup := _warmup(number, steps)) is not None:
-        found.put("optim.warmup_steps", warmup, "warmup_steps")
+        settings.put("optim.warmup_steps", warmup, "warmup_steps")
     if batch := _product(number, _BATCH):
-        found.put("train.batch_size", batch, "batch size")
+        settings.put("train.batch_size", batch, "batch size")
     for flag, precision in (("bf16", "bf16"), ("fp16", "fp16")):
         if values.get(flag) is True:
-            found.put("train.precision", precision, flag)
+            settings.put("train.precision", precision, flag)
     # Lingua's model_dtype is FSDP's param_dtype: weights are cast, so the residual stream is bf16 too
     if (kind := values.get("distributed.model_dtype")) in ("bf16", "fp32"):
-        found.put("train.precision", "bf16_stream" if kind == "bf16" else "fp32", "distributed.model_dtype")
+        settings.put("train.precision", "bf16_stream" if kind == "bf16" else "fp32", "distributed.model_dtype")
     if "model.seed" not in number and "seed" in number:
-        found.put("seed", number["seed"], "seed")
+        settings.put("seed", number["seed"], "seed")
     elif "model.seed" in number and number["model.seed"] == number.get("data.seed"):
-        found.put("seed", number["model.seed"], "model.seed")  # Lingua's own `seed` changes neither weights nor data
+        settings.put("seed", number["model.seed"], "model.seed")  # Lingua's own `seed` changes neither weights nor data
 
 
 _BATCH = (
@@ -160,12 +161,12 @@ def _product(number: Mapping[str, Any], lines: tuple[tuple[str, ...], ...]) -> i
 
 def _warmup(number: Mapping[str, Any], steps: int | None) -> int | None:
     """Trainer's rule: warmup_steps where it is 1 or more, else the share of all steps, rounded up."""
-    given: float | None = number.get("warmup_steps")
+    warmup: float | None = number.get("warmup_steps")
     ratio: float = number.get("warmup_ratio", 0)
-    if given is not None and given >= 1:
-        return int(given) if given == int(given) else None
-    share = given or ratio  # transformers 5 takes warmup_steps below 1 for the share
-    if given is None and "warmup_ratio" not in number:
+    if warmup is not None and warmup >= 1:
+        return int(warmup) if warmup == int(warmup) else None
+    share = warmup or ratio  # transformers 5 takes warmup_steps below 1 for the share
+    if warmup is None and "warmup_ratio" not in number:
         return None
     return 0 if not share else None if steps is None else math.ceil(steps * share)
 
