@@ -27,8 +27,6 @@ from stabstudy.trace import file_sha256, sync_file, sync_folder
 
 FORMAT = 1
 KEEP = 2
-MOMENTS = ("adam/", "lion/", "muon/")
-"""What the names of an optimizer's moments begin with."""
 
 
 class CheckpointError(Exception):
@@ -85,7 +83,7 @@ def restore(
 
     Returns (next_step, tensors, notes): next_step 0 and no tensors where none can be used, a note for each one that
     was not used. Raises CheckpointError for a checkpoint of a newer version, of another trial, of other `shapes`, or
-    with weights or moments that are no numbers.
+    with weights that are not finite or another tensor that holds NaN.
     """
     notes: list[str] = []
     for path in _newest_first(folder):
@@ -148,8 +146,8 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], labe
     wrong += [name for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
     if wrong:
         raise CheckpointError(f"checkpoint {label} is of another model: {', '.join(wrong[:3])}")
-    # the square of a huge gradient may be infinite, and training goes on; a moment that is NaN never recovers
-    bad = [k for k, t in tensors.items() if k.startswith("model/") and not bool(t.isfinite().all())]
-    bad += [k for k, t in tensors.items() if k.startswith(MOMENTS) and bool(t.isnan().any())]
+    # the square of a huge gradient may be infinite, and training goes on; a memory that is NaN never recovers
+    sound = {k: t.isfinite() if k.startswith("model/") else ~t.isnan() for k, t in tensors.items()}
+    bad = [name for name, holds in sound.items() if not bool(holds.all())]
     if bad:
         raise CheckpointError(f"nonfinite checkpoint {label}: {', '.join(bad[:3])}")
