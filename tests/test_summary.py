@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.stability.detectors import Block
+from stabstudy.stability.detectors import Block, LiveSpikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS
-from stabstudy.stability.summary import LiveSpikes, Summary, TrialFacts, Value, summarise
+from stabstudy.stability.summary import Summary, TrialFacts, Value, summarise
 from stabstudy.trace import Rows
 
 RULES = Rules()

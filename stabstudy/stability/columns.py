@@ -309,4 +309,4 @@ SPIKES: dict[str, Definition] = {
         "its share of the energy that all parts have above their baselines", "fraction", "as attrib_peak", "its share"
     ),
 }
-"""Columns of spikes.parquet that a trial knows of its spikes, in the order of `events.Spike`."""
+"""Columns of spikes.parquet that a trial knows of its spikes, in the order of `spikes.Spike`."""

@@ -23,12 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
+from stabstudy.stability.detectors import Bools, Floats
 from stabstudy.stability.rules import Published
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 BLOCK = 4096
 """Windows sorted at once: 2 MiB of 64 values each, however long the series is."""
@@ -199,9 +196,9 @@ def stops(loss: Known, p: Published, size: int) -> Marks:
     """llm-foundry's KillLossSpike, over the loss: twice the mean of the window five times in a row; or high losses.
 
     High: after two windows, at least half of the window is above min(10, the largest loss of the first window). The
-    window, max(100, 5 % of T), must be full; every finite loss enters it after it was judged. `flagged`: it would stop
-    the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite ends the
-    row, published and here: `verdict` calls that divergence.
+    window of `size`, max(100, 5 % of T), must be full; every finite loss enters it after it was judged. `flagged`: it
+    would stop the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite
+    ends the row, published and here: `verdict` calls that divergence.
     """
     finite, x, (n, mean, _) = loss.finite, loss.x, loss.windows[size]
     at = np.arange(len(x))
