@@ -16,11 +16,11 @@ from series import learning, lognormal, trace_rows
 
 from stabstudy import config as cfg
 from stabstudy.finished import values_sha256
-from stabstudy.stability import summary as judgement
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import (
+    SUMMARY_FORMAT,
     Source,
     Summary,
     judge_trial,
@@ -177,8 +177,8 @@ def rewritten(folder: TrialFolder, change: Callable[[dict[str, Any]], object]) -
 @pytest.mark.parametrize(
     "change",
     [
-        lambda body: body.update(format=judgement.SUMMARY_FORMAT + 1),
-        lambda body: body.update(format=judgement.SUMMARY_FORMAT - 1),
+        lambda body: body.update(format=SUMMARY_FORMAT + 1),
+        lambda body: body.update(format=SUMMARY_FORMAT - 1),
         lambda body: body.pop("columns"),
         lambda body: body.update(columns=None),
         lambda body: body.update(columns=[]),

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.machine import NotReadyError, cores
+from stabstudy.settings import first_line
 from stabstudy.sweeping.worker import tune_pack
 
 START_TRIES = 3
@@ -49,7 +50,6 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # nothing from raylet or workers is printed here: trials have log.txt
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-
 
 ORDERLY_SECONDS = 5.0
 """After the end of input: where a round is at work, its launch was killed, and the round ends with it."""
@@ -209,7 +209,7 @@ def _start(compute: Compute, temporary: str) -> None:
         try:
             ray.init(address=compute.address, **settings)
         except Exception as error:
-            raise NotReadyError(f"compute.address={compute.address}: {_first_line(error)}") from error
+            raise NotReadyError(f"compute.address={compute.address}: {first_line(error)}") from error
         return
     for tried in range(1, START_TRIES + 1):
         try:
@@ -218,7 +218,7 @@ def _start(compute: Compute, temporary: str) -> None:
         except Exception as error:
             ray.shutdown()
             if tried == START_TRIES:
-                raise NotReadyError(f"Ray did not start in {START_TRIES} tries: {_first_line(error)}") from error
+                raise NotReadyError(f"Ray did not start in {START_TRIES} tries: {first_line(error)}") from error
 
 
 def _services() -> list[tuple[str, str, int]]:
@@ -248,11 +248,6 @@ def _slots(compute: Compute) -> int:
         raise NotReadyError(f"compute.gpus_per_pack={gpus:g}: Ray has {cards:g} GPUs; {hint}")
     fits = int(cpus // compute.cpus_per_pack)
     return min(fits, int(cards / gpus + 1e-9)) if gpus else fits
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 if __name__ == "__main__":
