@@ -352,14 +352,16 @@ def rewritten(at: Path, tensors: dict[str, Any] | None = None, **changes: Any) -
     store.write_sealed(at / "state.json", store.read_json(at / "state.json") | changes)
 
 
-@pytest.mark.parametrize("name", ["model/embed.weight", "adam/exp_avg/embed.weight", "adam/exp_avg_sq/embed.weight"])
+@pytest.mark.parametrize(
+    "name", ["model/embed.weight", "adam/exp_avg/embed.weight", "adam/exp_avg_sq/embed.weight", "scaler/loss_scale"]
+)
 def test_a_checkpoint_with_nan_fails_the_trial(make: Make, run: Run, name: str) -> None:
     """Its bytes and checksum are right: resuming from it would train nothing but NaN."""
     folder = make(BASE)
     run(folder, crash_at(6))
     at = max(folder.checkpoints.iterdir())
     tensors = safetensors.torch.load_file(at / "tensors.safetensors")
-    tensors[name][0, 0] = math.nan
+    tensors[name].view(-1)[0] = math.nan
     rewritten(at, tensors)
     state = run(folder)
     assert state.status == "failed" and state.error is not None
