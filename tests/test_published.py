@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from series import Floats, lognormal
 
 from stabstudy.stability import published
-from stabstudy.stability.published import BLOCK, Known, Marks, SigmaRule
+from stabstudy.stability.detectors import Marks
+from stabstudy.stability.published import BLOCK, Known, SigmaRule
 from stabstudy.stability.rules import Published
 
 relaxed = settings(deadline=None)

@@ -15,7 +15,8 @@ import pytest
 from series import Floats, autoregressive, decay, gaussian, lognormal
 
 from stabstudy.stability import published
-from stabstudy.stability.published import Known, Marks, SigmaRule
+from stabstudy.stability.detectors import Marks
+from stabstudy.stability.published import Known, SigmaRule
 from stabstudy.stability.rules import Published
 
 P = Published()

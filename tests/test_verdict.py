@@ -447,7 +447,7 @@ def readings(absolute: Sequence[int], evaluable: int) -> Flags:
     """Flags with these absolute ones; all steps could be judged."""
     steps, nan = np.arange(evaluable), np.full(evaluable, math.nan)
     none, high = np.zeros(evaluable, dtype=bool), np.isin(steps, absolute)
-    return Flags(high, none, high, none, ~none, nan, nan)
+    return Flags(high, ~none, none, high, none, nan, nan)
 
 
 def apart(stretches: int, gap: int = 5) -> list[int]:

@@ -94,16 +94,11 @@ def proven(skip: NDArray[np.uint8]) -> Bools:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """The answer for each step; shape [steps], or [trials, steps] of a block."""
+class Marks:
+    """A rule's answer for each step; shape [steps], or [trials, steps] of a block."""
 
-    flagged: Bools  # surprise or absolute
-    surprise: Bools
-    absolute: Bools
-    dip: Bools
+    flagged: Bools
     evaluable: Bools
-    level: Floats  # exp m5 (norm) or m5 (loss); NaN where no value came before, or the step has none
-    z: Floats  # (e - c) / s where |e| >= jump, else NaN
 
     @property
     def n_evaluable(self) -> int:
@@ -112,6 +107,22 @@ class Flags:
     @property
     def n_flagged(self) -> int:
         return int(self.flagged.sum())
+
+    @property
+    def share(self) -> float | None:
+        """Flagged steps per evaluable step; None where no step is evaluable."""
+        return self.n_flagged / self.n_evaluable if self.n_evaluable else None
+
+
+@dataclass(frozen=True)
+class Flags(Marks):
+    """The answer of `jump`: a step is flagged where it is a surprise or absolute."""
+
+    surprise: Bools
+    absolute: Bools
+    dip: Bools
+    level: Floats  # exp m5 (norm) or m5 (loss); NaN where no value came before, or the step has none
+    z: Floats  # (e - c) / s where |e| >= jump, else NaN
 
     @property
     def n_absolute(self) -> int:

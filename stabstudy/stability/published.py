@@ -24,32 +24,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from stabstudy.stability.detectors import Bools, Floats
+from stabstudy.stability.detectors import Bools, Floats, Marks
 from stabstudy.stability.rules import Published
 
 BLOCK = 4096
 """Windows sorted at once: 2 MiB of 64 values each, however long the series is."""
-
-
-@dataclass(frozen=True)
-class Marks:
-    """A rule's answers to a series, shape [steps]."""
-
-    flagged: Bools
-    evaluable: Bools
-
-    @property
-    def n_evaluable(self) -> int:
-        return int(self.evaluable.sum())
-
-    @property
-    def n_flagged(self) -> int:
-        return int(self.flagged.sum())
-
-    @property
-    def share(self) -> float | None:
-        """Flagged steps per evaluable step; None where no step is evaluable."""
-        return self.n_flagged / self.n_evaluable if self.n_evaluable else None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 
 from stabstudy.stability import published
 from stabstudy.stability.columns import FEWEST, SETTLED, TREND, Value
-from stabstudy.stability.detectors import Bools, Flags, Floats, usual_level
-from stabstudy.stability.published import Known, Marks
+from stabstudy.stability.detectors import Bools, Flags, Floats, Marks, usual_level
+from stabstudy.stability.published import Known
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import Spike
 from stabstudy.stability.verdict import lowest_rate
