@@ -149,7 +149,7 @@ def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: floa
 def test_measuring_growth_changes_no_bit(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, left_out = make(BASE, "measured"), make(BASE, "left_out")
     run(measured)
-    monkeypatch.setattr("stabstudy.training.pack.growth", lambda *a: [(None, None)])
+    monkeypatch.setattr("stabstudy.training.pack.growth_exponents", lambda *a: [(None, None)])
     assert run(left_out).growth_act is None
     for a, b in zip(records(measured), records(left_out), strict=True):
         assert_same(a, b)

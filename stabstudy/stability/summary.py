@@ -79,7 +79,7 @@ class TrialFacts:
     warmup_steps: int
     clip: float | None  # threshold; None: clipping off
     status: str  # of the trial, see store.STATUSES
-    stop_reason: str | None  # complete | diverged | scheduler, of a trial that is done
+    stop_reason: str | None  # complete | diverged | log_ended, of a trial that is done
     init_loss: float | None
     final_loss: float | None
     approximate: bool = False  # the source did not log every step on its grid

@@ -280,7 +280,7 @@ class Verdict:
     verdict: str | None  # stable | spiky | rough | diverged
     rule: str | None = None  # the code, `rough`, or those of R1+R2 that hold; null for stable
     reason: str | None = None  # too_short, no_gradient_norm, strided, untrained, or the state that is not done
-    partial: bool | None = None  # a scheduler stopped it, or its log ends early: judged as seen
+    partial: bool | None = None  # its log ends early: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
 
@@ -305,11 +305,11 @@ def judge(
         loss: Spikes of the loss.
         rules: Those of all the former.
         status: Of the trial; only a `done` one is judged.
-        stop_reason: complete | diverged | scheduler, of a trial that is done.
+        stop_reason: complete | diverged | log_ended, of a trial that is done.
     """
     if status != "done":
         return Verdict(None, reason=status)
-    partial = stop_reason in ("scheduler", "log_ended")
+    partial = stop_reason == "log_ended"
     if divergence.code is not None:
         return Verdict("diverged", divergence.code, None, partial, divergence.code, divergence.step)
     if not (np.isfinite(norm) & (norm > 0)).any():
