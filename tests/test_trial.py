@@ -190,7 +190,7 @@ def act_early(monkeypatch: pytest.MonkeyPatch) -> None:
         (clipping, "Z_LIMIT", 0.1),
         (clipping, "ADAGC_FIRST", 3),
         (clipping, "SPIKE_SKIP_FROM", 3),
-        (clipping, "SIGMAS", 0.1),
+        (clipping, "SKIP_SIGMAS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
 
