@@ -39,7 +39,7 @@ CASES = {
         "test_spikes::test_a_permanent_shift_is_one_malignant_spike_and_then_the_new_level",
     ],
     "5. open when a scheduler stops the trial": [
-        "test_summary::test_a_spike_open_when_a_scheduler_stops_the_trial_is_censored",
+        "test_summary::test_a_spike_open_where_the_log_ends_is_censored",
     ],
     "6. resumed = unbroken; live = offline = replayed": [
         "test_trial::test_stopped_and_resumed_equals_uninterrupted",
