@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import disk, live
-from stabstudy.settings import first_line
+from stabstudy.wording import first_line
 from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, check_steps
 
 if TYPE_CHECKING:

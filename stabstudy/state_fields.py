@@ -12,7 +12,7 @@ from typing import Any
 MOST = 2**63 - 1
 RECORDS = {"trace", "probes"}
 VALUES = "values_sha256"
-STOP_REASONS = ("complete", "diverged", "scheduler", "log_ended")
+STOP_REASONS = ("complete", "diverged", "log_ended")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any], bool]

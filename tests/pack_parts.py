@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stabstudy.config import ModelConfig, OptimConfig, TrialConfig
 from stabstudy.training.clipping import ClipRule, clip_rule, global_norm, tensor_norms
-from stabstudy.training.optimizers import Optimizer, optimizer
+from stabstudy.training.optimizers import OPTIMIZERS, Optimizer, optimizer
 
 K, STEPS = 5, 12
 MODEL = ModelConfig(depth=1, dim=8, n_heads=2, n_kv_heads=1, multiple_of=4)
@@ -23,7 +23,7 @@ PARTS = {"layers.0.attention.wqkv.weight": [8, 4, 4]}
 """Rows of q, k and v, by hand: 2 query heads and 1 key head of 4."""
 LR = (3e-3, 0.02, 1e-3, 0.01, 5e-3)  # peaks
 RULES = ("norm", "zclip", "adagc", "agc")
-KINDS = ("adamw", "stable_adamw", "muon", "lion")
+KINDS = tuple(OPTIMIZERS)
 
 
 def configs(kind: str, rule: str = "norm") -> list[TrialConfig]:

@@ -19,7 +19,7 @@ CASES = {
     "1. shorter than min_fill; zero, one, all-NaN rows": [
         "test_detectors::test_a_series_shorter_than_the_fill_is_not_evaluable",
         "test_summary::test_what_cannot_be_measured_is_null_and_not_zero_or_nan",
-        "test_spike_columns::test_a_window_never_filled_is_null",
+        "test_statistics::test_a_window_never_filled_is_null",
     ],
     "2. constant, then x1.9 and x2.1; zeros and negatives; a decay and x10 in it": [
         "test_detectors::test_after_a_constant_series_the_smallest_jump_decides",
@@ -34,18 +34,18 @@ CASES = {
     ],
     "4. first evaluable step, the 13th; distances 5, 10, 11, 50; lasting x3 and x10": [
         "test_detectors::test_a_spike_on_the_first_evaluable_step_is_found",
-        "test_events::test_two_steps_of_twenty_times_in_noise",
+        "test_spikes::test_two_steps_of_twenty_times_in_noise",
         "test_detectors::test_a_permanent_shift_is_flagged_until_the_level_has_followed",
-        "test_events::test_a_permanent_shift_is_one_malignant_spike_and_then_the_new_level",
+        "test_spikes::test_a_permanent_shift_is_one_malignant_spike_and_then_the_new_level",
     ],
     "5. open when a scheduler stops the trial": [
-        "test_summary::test_a_spike_open_when_a_scheduler_stops_the_trial_is_censored",
+        "test_summary::test_a_spike_open_where_the_log_ends_is_censored",
     ],
     "6. resumed = unbroken; live = offline = replayed": [
         "test_trial::test_stopped_and_resumed_equals_uninterrupted",
         "test_detectors::test_any_cut_into_blocks_of_any_trials_gives_the_same_bits",
-        "test_events::test_live_counts_are_the_offline_counts_after_every_block",
-        "test_events::test_the_recorder_of_a_pack_counts_as_the_report_will",
+        "test_spikes::test_live_counts_are_the_offline_counts_after_every_block",
+        "test_spikes::test_the_recorder_of_a_pack_counts_as_the_report_will",
         "test_judgement::test_a_trial_judges_itself_as_its_files_would",
     ],
     "7. a log at stride 10": ["test_strided::test_every_tenth_step", "test_strided::test_it_is_never_called_stable"],
@@ -63,7 +63,7 @@ CASES = {
         "test_step::test_tensor_norms_sum_to_the_global_norm_and_group_by_layer",
     ],
     "11. spikes at random: coupled as often as by chance": [
-        "test_events::test_independent_spikes_are_coupled_as_often_as_by_chance",
+        "test_spikes::test_independent_spikes_are_coupled_as_often_as_by_chance",
     ],
     "13. other evaluation batch, other detector": [
         "test_study::test_losses_on_different_evaluation_batches_are_never_compared",

@@ -104,7 +104,7 @@ def test_a_long_spike_and_one_that_is_not_over() -> None:
     norm[200:215] *= 10
     assert told(norm)[0] == "Spiky: a spike lasted more than 10 steps, or was not over at the end (R1)."
     assert ", was over after 15 steps, and the loss did not follow." in told(norm)[1]
-    partial = dataclasses.replace(FACTS, stop_reason="scheduler", steps_planned=800)
+    partial = dataclasses.replace(FACTS, stop_reason="log_ended", steps_planned=800)
     assert told(norm, facts=partial)[0].startswith("Spiky as far as it ran: ")
 
 

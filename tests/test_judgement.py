@@ -16,11 +16,11 @@ from series import learning, lognormal, trace_rows
 
 from stabstudy import config as cfg
 from stabstudy.finished import values_sha256
-from stabstudy.stability import summary as judgement
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import (
+    SUMMARY_FORMAT,
     Source,
     Summary,
     judge_trial,
@@ -97,7 +97,7 @@ def test_a_judgement_by_other_rules(kept: Kept) -> None:
 
 OF_STATE: dict[str, Any] = {
     "status": "failed",
-    "stop_reason": "scheduler",
+    "stop_reason": "log_ended",
     "init_loss": 5.0,
     "final_loss": 3.0,
     "growth_act": 0.1,
@@ -177,8 +177,8 @@ def rewritten(folder: TrialFolder, change: Callable[[dict[str, Any]], object]) -
 @pytest.mark.parametrize(
     "change",
     [
-        lambda body: body.update(format=judgement.SUMMARY_FORMAT + 1),
-        lambda body: body.update(format=judgement.SUMMARY_FORMAT - 1),
+        lambda body: body.update(format=SUMMARY_FORMAT + 1),
+        lambda body: body.update(format=SUMMARY_FORMAT - 1),
         lambda body: body.pop("columns"),
         lambda body: body.update(columns=None),
         lambda body: body.update(columns=[]),
@@ -233,7 +233,7 @@ def test_the_facts_are_those_of_settings_and_state(kept: Kept) -> None:
         "train": {"steps": 90},
     }
     config = cfg.from_dict({**values, "optim": {**values["optim"], "clip_kind": "adagc"}})
-    state = State("a", "done", stop_reason="scheduler", init_loss=5.0, final_loss=2.0, growth_act=0.1, growth_grad=0.2)
+    state = State("a", "done", stop_reason="log_ended", init_loss=5.0, final_loss=2.0, growth_act=0.1, growth_grad=0.2)
     state = dataclasses.replace(state, unigram_entropy=3.0, train_tokens=1000)
     facts = Source(config, state).facts
     assert (facts.steps_planned, facts.warmup_steps, facts.clip, facts.clip_kind, facts.beta2) == (
@@ -244,7 +244,7 @@ def test_the_facts_are_those_of_settings_and_state(kept: Kept) -> None:
         0.99,
     )
     assert facts.timescale == pytest.approx(5000)
-    assert (facts.status, facts.stop_reason, facts.init_loss, facts.final_loss) == ("done", "scheduler", 5.0, 2.0)
+    assert (facts.status, facts.stop_reason, facts.init_loss, facts.final_loss) == ("done", "log_ended", 5.0, 2.0)
     assert (facts.unigram_entropy, facts.train_tokens, facts.growth_act, facts.growth_grad) == (3.0, 1000, 0.1, 0.2)
     assert (facts.approximate, facts.stride, facts.first_step) == (False, 1, 0)
     independent = cfg.from_dict({"optim": {**values["optim"], "decay_mode": "independent", "weight_decay": 1e-4}})

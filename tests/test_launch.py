@@ -20,7 +20,7 @@ from rich.console import Console
 from stabstudy import disk, live, locks, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
-from stabstudy.sweeping.launch import Outcome, label, launch
+from stabstudy.sweeping.launch import Outcome, _git, label, launch
 from stabstudy.sweeping.progress import Board
 
 SWEEP = """\
@@ -277,21 +277,19 @@ def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
 def test_only_changed_code_makes_a_checkout_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
-    from stabstudy.sweeping import launch as provenance
-
     for name in ("stabstudy/module.py", "results/example/trials.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     identity = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "stabstudy" / "provenance.py"))
-    clean = provenance._git()
+    monkeypatch.setattr("stabstudy.sweeping.launch.__file__", str(tmp_path / "stabstudy" / "launch.py"))
+    clean = _git()
     assert clean is not None and len(clean["commit"]) == 40 and clean["dirty_patch"] == ""
     (tmp_path / "results" / "example" / "trials.csv").unlink()
-    assert provenance._git() == clean
+    assert _git() == clean
     (tmp_path / "stabstudy" / "module.py").write_text("2\n")
-    changed = provenance._git()
+    changed = _git()
     assert changed is not None and len(changed["dirty_patch"]) == 12 and changed["commit"] == clean["commit"]
 
 

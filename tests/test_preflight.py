@@ -20,7 +20,7 @@ from stabstudy import sweep
 from stabstudy.config import FAMILIES, OF_FAMILY, DataConfig, ModelConfig, SyntheticConfig, TrainConfig, TrialConfig
 from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.settings import ConfigError
-from stabstudy.sweeping import preflight as before
+from stabstudy.sweeping import preflight
 from stabstudy.training import families, objective, probes
 from stabstudy.training.objective import IGNORE, MINIMISED
 
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exact(apart: tuple[float, float]) -> bool:
-    return apart[0] <= before.LOSS_APART and apart[1] <= before.NORM_APART
+    return apart[0] <= preflight.LOSS_APART and apart[1] <= preflight.NORM_APART
 
 
 @pytest.mark.parametrize(
@@ -107,19 +107,19 @@ def test_each_distinct_foreign_model_is_asked_about_once_with_the_smallest_batch
     small, large = config("llama", batch_size=2), config("llama", batch_size=64)
     deeper = dataclasses.replace(large, model=dataclasses.replace(large.model, depth=3))
     given = [large, config("lingua"), dataclasses.replace(small, seed=1), config("gemma3"), deeper, small]
-    assert before.models(given) == [given[2], config("gemma3"), deeper]
-    before.preflight([config("lingua")], Compute(), Path("nowhere"), pytest.fail)  # nothing to ask
+    assert preflight.foreign_models(given) == [given[2], config("gemma3"), deeper]
+    preflight.check_models([config("lingua")], Compute(), Path("nowhere"), pytest.fail)  # nothing to ask
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, *apart: tuple[float, float]) -> list[str]:
-    monkeypatch.setattr(before, "_measured", lambda configs, compute, cache_dir: list(apart))
+    monkeypatch.setattr(preflight, "_measured", lambda configs, compute, cache_dir: list(apart))
     return []
 
 
 def test_all_that_are_not_exact_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said = answer(monkeypatch, (1e-7, 2e-7), (1.5e-3, 0.74), (math.nan, math.nan))
     with pytest.raises(ConfigError) as caught:
-        before.preflight([config(f) for f in OF_FAMILY], Compute(), Path("nowhere"), said.append)
+        preflight.check_models([config(f) for f in OF_FAMILY], Compute(), Path("nowhere"), said.append)
     rule, most = "16x2 is not exact under gradient accumulation", "(at most 1e-05 and 0.0001 are rounding)"
     apart = "one batch whole and split, loss differs by"
     assert [str(p) for p in caught.value.problems] == [
@@ -169,7 +169,7 @@ def test_without_transformers_it_is_the_machine(cache: Path, tmp_path: Path, mon
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(sweep.__file__).parent.parent)]))
     reason = "the pre-flight of model.family could not run: ImportError: none here"
     with pytest.raises(NotReadyError, match=reason):
-        before.preflight([config("llama")], Compute(), cache, lambda line: None)
+        preflight.check_models([config("llama")], Compute(), cache, lambda line: None)
 
 
 SABOTAGE = """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stabstudy.config import OF_FAMILY, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.training import families
 from stabstudy.training.objective import IGNORE
+from stabstudy.training.optimizers import OPTIMIZERS
 from stabstudy.training.step import OF_STEP, Stepper, stacked
 
 V, T, B = 61, 16, 32
@@ -359,7 +360,7 @@ def test_stable_adamw_by_hand(mode: str, params: str, neighbours: int) -> None:
 
 
 @among
-@pytest.mark.parametrize("kind", ["adamw", "stable_adamw", "muon", "lion"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_every_optimizer_forgets_a_nonfinite_gradient(kind: str, bad: float, neighbours: int) -> None:
     """The steps around it are those of a trial that never had it."""
@@ -424,7 +425,7 @@ def decayed_by(stepper: Lone, lr: float) -> tuple[set[str], dict[str, tuple[Tens
 
 @among
 @pytest.mark.parametrize("mode", ["coupled", "independent"])
-@pytest.mark.parametrize("kind", ["adamw", "stable_adamw", "muon", "lion"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("which", "tied", "decayed"),
     [

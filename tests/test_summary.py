@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from series import Floats, learning, lognormal, probe_rows, trace_rows
 
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.stability.detectors import Block
+from stabstudy.stability.detectors import Block, LiveSpikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS
-from stabstudy.stability.summary import LiveSpikes, Summary, TrialFacts, Value, summarise
+from stabstudy.stability.summary import Summary, TrialFacts, Value, summarise
 from stabstudy.trace import Rows
 
 RULES = Rules()
@@ -111,7 +111,7 @@ def test_identity_and_provenance() -> None:
 
 @pytest.mark.parametrize(
     ("status", "reason", "expected"),
-    [("done", "diverged", "diverged"), ("done", "scheduler", "scheduler"), ("done", None, "complete")]
+    [("done", "diverged", "diverged"), ("done", "log_ended", "log_ended"), ("done", None, "complete")]
     + [("failed", None, "failed"), ("oom", "complete", "oom")],
 )
 def test_stop_reason_is_the_state_of_a_trial_not_done(status: str, reason: str | None, expected: str) -> None:
@@ -242,9 +242,9 @@ def test_spike_rows_are_coupled_and_named() -> None:
     assert {row["detector_id"] for row in found.spikes} == {RULES.detector_id}
 
 
-def test_a_spike_open_when_a_scheduler_stops_the_trial_is_censored() -> None:
+def test_a_spike_open_where_the_log_ends_is_censored() -> None:
     """A level that has risen is flagged until the median of five has followed; one that still rises at every step."""
-    facts = with_facts(stop_reason="scheduler")
+    facts = with_facts(stop_reason="log_ended")
     for end, flags, verdict in (([6.0] * 6, 3, ("stable", None)), ([6.0 * 4**i for i in range(6)], 6, ("spiky", "R1"))):
         found = summarise(trace_rows([2.5] * 126, [1.0] * 120 + end), None, facts, RULES)
         (spike,) = found.spikes

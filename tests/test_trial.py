@@ -149,7 +149,7 @@ def test_the_recorded_learning_rate_is_the_effective_one(rule: str, factor: floa
 def test_measuring_growth_changes_no_bit(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     measured, left_out = make(BASE, "measured"), make(BASE, "left_out")
     run(measured)
-    monkeypatch.setattr("stabstudy.training.pack.growth", lambda *a: [(None, None)])
+    monkeypatch.setattr("stabstudy.training.pack.growth_exponents", lambda *a: [(None, None)])
     assert run(left_out).growth_act is None
     for a, b in zip(records(measured), records(left_out), strict=True):
         assert_same(a, b)
@@ -190,7 +190,7 @@ def act_early(monkeypatch: pytest.MonkeyPatch) -> None:
         (clipping, "Z_LIMIT", 0.1),
         (clipping, "ADAGC_FIRST", 3),
         (clipping, "SPIKE_SKIP_FROM", 3),
-        (clipping, "SIGMAS", 0.1),
+        (clipping, "SKIP_SIGMAS", 0.1),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -352,14 +352,16 @@ def rewritten(at: Path, tensors: dict[str, Any] | None = None, **changes: Any) -
     store.write_sealed(at / "state.json", store.read_json(at / "state.json") | changes)
 
 
-@pytest.mark.parametrize("name", ["model/embed.weight", "adam/exp_avg/embed.weight", "adam/exp_avg_sq/embed.weight"])
+@pytest.mark.parametrize(
+    "name", ["model/embed.weight", "adam/exp_avg/embed.weight", "adam/exp_avg_sq/embed.weight", "scaler/loss_scale"]
+)
 def test_a_checkpoint_with_nan_fails_the_trial(make: Make, run: Run, name: str) -> None:
     """Its bytes and checksum are right: resuming from it would train nothing but NaN."""
     folder = make(BASE)
     run(folder, crash_at(6))
     at = max(folder.checkpoints.iterdir())
     tensors = safetensors.torch.load_file(at / "tensors.safetensors")
-    tensors[name][0, 0] = math.nan
+    tensors[name].view(-1)[0] = math.nan
     rewritten(at, tensors)
     state = run(folder)
     assert state.status == "failed" and state.error is not None

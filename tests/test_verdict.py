@@ -447,7 +447,7 @@ def readings(absolute: Sequence[int], evaluable: int) -> Flags:
     """Flags with these absolute ones; all steps could be judged."""
     steps, nan = np.arange(evaluable), np.full(evaluable, math.nan)
     none, high = np.zeros(evaluable, dtype=bool), np.isin(steps, absolute)
-    return Flags(high, none, high, none, ~none, nan, nan)
+    return Flags(high, ~none, none, high, none, nan, nan)
 
 
 def apart(stretches: int, gap: int = 5) -> list[int]:
@@ -636,7 +636,7 @@ def test_only_a_trial_that_is_done_is_judged(status: str) -> None:
     assert verdict(monitor=watch(planted(500, 7.5)), status=status) == Verdict(None, reason=status)
 
 
-@pytest.mark.parametrize(("stop_reason", "partial"), [("scheduler", True), ("log_ended", True), ("complete", False)])
+@pytest.mark.parametrize(("stop_reason", "partial"), [("log_ended", True), ("complete", False)])
 def test_stopped_early_is_judged_as_seen(stop_reason: str, partial: bool) -> None:
     for absolute, word in (([], "stable"), (apart(20), "rough")):
         found = verdict(stop_reason=stop_reason, absolute=absolute)

@@ -24,7 +24,7 @@ from stabstudy.ingesting import several
 from stabstudy.ingesting.choice import listed
 from stabstudy.ingesting.points import LogError, Point, Raw, whole
 from stabstudy.ingesting.series import settle
-from stabstudy.settings import first_line
+from stabstudy.wording import first_line
 
 _GZIP = b"\x1f\x8b"
 

@@ -18,5 +18,5 @@ count stands alone here, and roughness is measured by the absolute rate.
 Beside our rules stand the published ones, exactly as published but for their defects, so that a study can be set beside
 the numbers of others.
 
-    rules -> detectors | published -> events -> attribution, verdict -> summary -> judgement
+    rules -> detectors | published -> spikes, divergence -> verdict -> statistics -> summary
 """

@@ -1,6 +1,4 @@
-"""The next steps of several trials, as the live detectors and the divergence monitor take them.
-
-The primary detector `jump`: steps of the gradient norm or the loss that stand out from the steps before them.
+"""The primary detector `jump`: steps of the gradient norm or the loss that stand out from the steps before them.
 
     y     logarithm of the value (grad_norm), or the value itself (loss)
     m5    median of the (up to) 5 values before: the local level, so that a slow rise or decay is no spike
@@ -15,8 +13,8 @@ A step is flagged where it is a surprise or absolute. Every finite value enters 
 finite values came before it. W is 64 always, so a trial's flags do not depend on how long it or its neighbours train.
 
 One implementation judges a block of steps of several trials, given the values before it (`Tail`). A running trial hands
-it blocks as they come, a report whole series: any cut into blocks gives the same bits. The windows are sorted only
-where the cheaper condition holds (e >= jump, or x >= 3 exp m5), which is what makes it cost a microsecond a step.
+it a `Block` of rows as they come, a report whole series: any cut into blocks gives the same bits. The windows are
+sorted only where the cheaper condition holds (e >= jump, or x >= 3 exp m5), which makes it cost a microsecond a step.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ from stabstudy.stability.rules import Rules, Series
 from stabstudy.trace import SKIPS, Rows
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 SPIKE, NO_TARGETS = SKIPS.index("spike") + 1, SKIPS.index("no_targets") + 1
@@ -47,7 +46,7 @@ class Block:
     loss: Floats  # [K, n], nat/token
     norm: Floats  # [K, n], before clipping
     skip: NDArray[np.uint8]  # [K, n]; 0: none, else 1 + the policy's place in `trace.SKIPS`
-    rows: NDArray[np.int64] | None = None  # [K], how many of the n rows a trial has; None: all of them
+    rows: Ints | None = None  # [K], how many of the n rows a trial has; None: all of them
     loss_null: Bools | None = None  # [K, n]; None: no null
     norm_null: Bools | None = None
 
@@ -69,7 +68,7 @@ class Block:
         return None if self.rows is None else np.arange(self.loss.shape[1]) < self.rows[:, None]
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Ints:
         """Rows of each trial, shape [K]."""
         return np.full(len(self.loss), self.loss.shape[1]) if self.rows is None else self.rows
 
@@ -95,16 +94,11 @@ def proven(skip: NDArray[np.uint8]) -> Bools:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """The answer for each step; shape [steps], or [trials, steps] of a block."""
+class Marks:
+    """A rule's answer for each step; shape [steps], or [trials, steps] of a block."""
 
-    flagged: Bools  # surprise or absolute
-    surprise: Bools
-    absolute: Bools
-    dip: Bools
+    flagged: Bools
     evaluable: Bools
-    level: Floats  # exp m5 (norm) or m5 (loss); NaN where no value came before, or the step has none
-    z: Floats  # (e - c) / s where |e| >= jump, else NaN
 
     @property
     def n_evaluable(self) -> int:
@@ -113,6 +107,22 @@ class Flags:
     @property
     def n_flagged(self) -> int:
         return int(self.flagged.sum())
+
+    @property
+    def share(self) -> float | None:
+        """Flagged steps per evaluable step; None where no step is evaluable."""
+        return self.n_flagged / self.n_evaluable if self.n_evaluable else None
+
+
+@dataclass(frozen=True)
+class Flags(Marks):
+    """The answer of `jump`: a step is flagged where it is a surprise or absolute."""
+
+    surprise: Bools
+    absolute: Bools
+    dip: Bools
+    level: Floats  # exp m5 (norm) or m5 (loss); NaN where no value came before, or the step has none
+    z: Floats  # (e - c) / s where |e| >= jump, else NaN
 
     @property
     def n_absolute(self) -> int:
@@ -128,7 +138,7 @@ class Tail:
     """What a block needs of the values before it: the last finite ones, and how many there were."""
 
     y: Floats  # [trials, window + level]; NaN on the left where there were fewer
-    count: NDArray[np.int64]  # [trials]
+    count: Ints  # [trials]
 
     @staticmethod
     def empty(trials: int, rules: Rules) -> Tail:
@@ -165,6 +175,38 @@ def jump_block(values: Floats, before: Tail, rules: Rules, series: Series) -> tu
             for field in fields(Flags):
                 getattr(flags, field.name)[np.ix_(rows, steps)] = getattr(part, field.name)
     return flags, Tail(y, count)
+
+
+class LiveSpikes:
+    """The detector on K running trials. Give it every row of their traces, in order, in blocks of any length."""
+
+    def __init__(self, rules: Rules, trials: int = 1):
+        self._rules = rules
+        self._tails = {"grad": Tail.empty(trials, rules), "loss": Tail.empty(trials, rules)}
+        self._steps = np.zeros(trials, np.int64)
+        self._last_flag = np.full(trials, -rules.merge_gap - 1)
+        self.spike_events = np.zeros(trials, np.int64)  # spikes of the gradient norm so far
+
+    def update(self, block: Block) -> Bools:
+        """Take the next rows; True, shape [K], for a trial of which a step of either series is flagged.
+
+        Null, or a step that does not count: not measured.
+        """
+        counted = None if not block.skip.any() else proven(block.skip)
+        counted = block.live if counted is None else counted if block.live is None else counted & block.live
+        norm, loss = (x if counted is None else np.where(counted, x, np.nan) for x in (block.norm, block.loss))
+        grad, self._tails["grad"] = jump_block(norm, self._tails["grad"], self._rules, "grad")
+        lost, self._tails["loss"] = jump_block(loss, self._tails["loss"], self._rules, "loss")
+        self._count(grad.flagged)
+        self._steps = self._steps + block.lengths
+        return np.asarray((grad.flagged | lost.flagged).any(axis=1))
+
+    def _count(self, flagged: Bools) -> None:
+        for k, i in zip(*(at.tolist() for at in np.nonzero(flagged)), strict=True):
+            step = int(self._steps[k]) + i
+            if step - self._last_flag[k] > self._rules.merge_gap:
+                self.spike_events[k] += 1
+            self._last_flag[k] = step
 
 
 def usual(values: Floats, step: int, rules: Rules, series: Series) -> tuple[float, float]:
@@ -212,7 +254,7 @@ def stretches(flags: Bools, gap: int) -> list[tuple[int, int]]:
     return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
 
 
-def _judge(x: Floats, tail: Floats, count: NDArray[np.int64], rules: Rules, series: Series) -> tuple[Flags, Floats]:
+def _judge(x: Floats, tail: Floats, count: Ints, rules: Rules, series: Series) -> tuple[Flags, Floats]:
     """The flags of values [trials, n] that are all usable, and the tail behind them."""
     trials, n = x.shape
     y = np.concatenate([tail, _y(x, series)], axis=1)  # value i of the block at window + level + i

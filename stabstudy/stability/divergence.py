@@ -1,19 +1,18 @@
-"""Tests of a loss for divergence: its moving mean far above its lowest value, and a persistent rise.
+"""Tests of a running loss for divergence: its moving mean above the untrained model's loss, and a persistent rise.
 
     mean := mean + 2 / (ema_steps + 1) * (loss - mean), from the first loss on
 
 Every loss has the one before it in its mean, so there is a loop. It goes over the steps where there are many trials,
 and over the trials, in plain numbers, where there are few: the same operations either way, so the same bits.
 
-The test for a persistent rise: losses in a row that stand far above the mean of those before them.
+A rise is persistent where `limit` losses in a row stand out: each at `persistent_ratio` times the reference or more,
+and `persistent_rise` above it. The reference is the mean of the last max(reference_low, reference_share * T) losses
+before the stretch; it is frozen while the stretch lasts, which is until a loss does not stand out. The stretch then
+becomes part of the next reference. So the reference of a loss depends only on those before it, whatever stretches there
+were, and all of a block are found at once.
 
-A loss stands out where it is at `persistent_ratio` times the reference, and `persistent_rise` above it. The reference
-is the mean of the last max(reference_low, reference_share * T) losses before the stretch; it is frozen while the
-stretch lasts, which is until a loss does not stand out. The stretch then becomes part of the next reference.
-
-So the reference of a loss depends only on those before it, whatever stretches there were, and all of a block are found
-at once. Sums are of whole numbers in units of 2^-40 nat, in two int64: 2^40 * high + low. They are exact, so that a
-huge loss leaves no rounding error behind when it leaves the window, and any cut into blocks gives the same bits.
+Sums are of whole numbers in units of 2^-40 nat, in two int64: 2^40 * high + low. They are exact, so that a huge loss
+leaves no rounding error behind when it leaves the window, and any cut into blocks gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,11 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.stability.detectors import Bools, Floats, Ints
 from stabstudy.stability.rules import Rules
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 MANY = 40  # trials from which a step of all of them costs less than a step of each
 

@@ -38,8 +38,8 @@ def explain(columns: Row, spikes: Sequence[Row], recipe: Recipe, rules: Rules) -
     """Sentences on a trial: its verdict, what may become unstable, its spikes, its clipping.
 
     Args:
-        columns: The trial's statistics, keyed as `summary.COLUMNS`; None is null.
-        spikes: Its spikes, keyed as `events.SPIKE_COLUMNS`.
+        columns: The trial's statistics, keyed as `columns.COLUMNS`; None is null.
+        spikes: Its spikes, keyed as `spikes.SPIKE_COLUMNS`.
         recipe: Settings to relate the numbers to.
         rules: Those that made the statistics.
     """

@@ -6,12 +6,9 @@ Where the published code has a defect, ours keeps the rule and drops the defect:
 | rule           | published defect                                       | here                                     |
 |----------------|--------------------------------------------------------|------------------------------------------|
 | all            | a NaN enters the window or the moving mean, and blinds | what is not finite is not evaluable, and |
-|                | the rule for the next W steps (ZClip, llm.c: for ever) | enters nothing                           |
-| `llmc`         | running float sums drift; rolling back an outlier      | no running sums; an outlier stays in, as |
-|                | restores the wrong slot                                | with llm.c's threshold at its default    |
-| `llmc`, pandas | x is in its own window: z is at most sqrt(W - 1)       | kept in `llmc`: it is the rule           |
+|                | the rule for the next W steps (ZClip: for ever)        | enters nothing                           |
 | `zclip`        | the higher the spike, the lower the norm it is cut to  | kept: only the flag is recorded          |
-| `foundry_kill` | NaN >= x is false: a run of NaN goes on                | such a run is `nonfinite` by `verdict`   |
+| `stops`        | NaN >= x is false: a run of NaN goes on                | such a run is `nonfinite` by `verdict`   |
 
 An adaptive rule's count falls as training gets rougher: never report one alone. Values beyond 1e150 have no squares:
 what they entered flags nothing.
@@ -26,36 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
+from stabstudy.stability.detectors import Bools, Floats, Marks
 from stabstudy.stability.rules import Published
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 BLOCK = 4096
 """Windows sorted at once: 2 MiB of 64 values each, however long the series is."""
-
-
-@dataclass(frozen=True)
-class Marks:
-    """A rule's answers to a series, shape [steps]."""
-
-    flagged: Bools
-    evaluable: Bools
-
-    @property
-    def n_evaluable(self) -> int:
-        return int(self.evaluable.sum())
-
-    @property
-    def n_flagged(self) -> int:
-        return int(self.flagged.sum())
-
-    @property
-    def share(self) -> float | None:
-        """Flagged steps per evaluable step; None where no step is evaluable."""
-        return self.n_flagged / self.n_evaluable if self.n_evaluable else None
 
 
 @dataclass(frozen=True)
@@ -64,24 +37,18 @@ class SigmaRule:
 
     k: float
     window: int
-    fill: int  # values needed before the first judgement (`inclusive`: x is one of them)
+    fill: int  # values needed before the first judgement
     two_sided: bool = False  # at least k, to either side
-    sample: bool = False  # standard deviation with n - 1
     flat: float = 0.0  # a smaller standard deviation proves nothing
-    inclusive: bool = False  # x is in its own window
-
-
-def olmo_paper(p: Published) -> SigmaRule:
-    """OLMo 2's spike score (arXiv 2501.00656, 3.1): 7 standard deviations from the mean of the last 1000 values.
-
-    For the norm and for the loss; reported in percent of the steps. The paper does not say whether x is in the window
-    (here it is not), nor what holds before it is full (here nothing): undefined for trials of up to 1000 steps.
-    """
-    return SigmaRule(p.olmo_k, p.olmo_window, p.olmo_window, two_sided=True)
 
 
 def olmo7(p: Published, steps_planned: int) -> SigmaRule:
-    """`olmo_paper` made to fit short trials: the window follows their length, and half of it is enough to begin."""
+    """OLMo 2's spike score (arXiv 2501.00656, 3.1): 7 standard deviations from the mean of the last 1000 values.
+
+    For the norm and for the loss; the paper reports percent of the steps. It does not say whether x is in the window
+    (here it is not), nor what holds before that is full: so that short trials have a score, the window follows their
+    length here, and half of it is enough to begin.
+    """
     window = p.olmo7_window(steps_planned)
     return SigmaRule(p.olmo_k, window, window // p.olmo7_fill_divisor, two_sided=True)
 
@@ -93,24 +60,6 @@ def olmo_core(p: Published) -> SigmaRule:
     and the score is per step, where ours is per evaluable step.
     """
     return SigmaRule(p.core_k, p.core_window, p.core_window, flat=p.core_flat)
-
-
-def skipstep(p: Published) -> SigmaRule:
-    """Skip-step optimizers: as `olmo_core`, sample deviation, once half of the window (64 values) came before.
-
-    OLMo-core counts the current value: it begins with 63 before it. Levanter has the population's deviation, and 129
-    values in its window. Published, a NaN in the window makes every comparison false, which in OLMo-core means "skip":
-    about 128 ordinary steps.
-    """
-    return SigmaRule(p.core_k, p.core_window, p.core_window // 2, sample=True, flat=p.core_flat)
-
-
-def llmc(k: float = 3.0) -> SigmaRule:
-    """llm.c's outlier detector: z > k in a full ring of 64 that holds x itself, so z <= sqrt(63) = 7.94.
-
-    The threshold is the caller's; 3 is ours.
-    """
-    return SigmaRule(k, 64, 64, inclusive=True)
 
 
 class Moments(NamedTuple):
@@ -131,29 +80,24 @@ class Known:
 
     @staticmethod
     @np.errstate(over="ignore", invalid="ignore")
-    def of(several: Sequence[Floats], sizes: Collection[int], inclusive: bool = False) -> list[Known]:
+    def of(several: Sequence[Floats], sizes: Collection[int]) -> list[Known]:
         """Of series [steps]; of those that lack the same steps all at once, which is cheaper."""
         finite = np.isfinite(several[0])
         if any(np.any(np.isfinite(values) != finite) for values in several[1:]):
-            return [known for values in several for known in Known.of([values], sizes, inclusive)]
+            return [known for values in several for known in Known.of([values], sizes)]
         x = np.stack([values[finite] for values in several])
-        windows = _moments(x, sizes, inclusive)
+        windows = _moments(x, sizes)
         return [
             Known(finite, row, {size: Moments(w.n, w.mean[i], w.squares[i]) for size, w in windows.items()})
             for i, row in enumerate(x)
         ]
 
 
-def sigma(values: Floats, rule: SigmaRule) -> Marks:
-    """Steps that stand out by `rule`; never where x is the mean itself."""
-    return outliers(Known.of([values], [rule.window], rule.inclusive)[0], rule)
-
-
 @np.errstate(over="ignore", invalid="ignore")
 def outliers(known: Known, rule: SigmaRule) -> Marks:
-    """As `sigma`, of a series whose windows of this size, with x in them or not, are known."""
+    """Steps that stand out by `rule`, of a series whose windows of its size are known; never where x is the mean."""
     x, (n, mean, squares) = known.x, known.windows[rule.window]
-    deviation = np.sqrt(squares / np.maximum(n - rule.sample, 1))
+    deviation = np.sqrt(squares / np.maximum(n, 1))
     distance, judged = x - mean, n >= rule.fill
     far = np.abs(distance) >= rule.k * deviation if rule.two_sided else distance > rule.k * deviation
     proven = (distance != 0) & (deviation >= rule.flat) & (deviation < np.inf)
@@ -226,21 +170,15 @@ def gss_ratio(values: Floats) -> Floats:
     return ratio
 
 
-def foundry_kill(loss: Floats, p: Published, steps_planned: int) -> Marks:
+@np.errstate(over="ignore", invalid="ignore")
+def stops(loss: Known, p: Published, size: int) -> Marks:
     """llm-foundry's KillLossSpike, over the loss: twice the mean of the window five times in a row; or high losses.
 
     High: after two windows, at least half of the window is above min(10, the largest loss of the first window). The
-    window, max(100, 5 % of T), must be full; every finite loss enters it after it was judged. `flagged`: it would stop
-    the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite ends the
-    row, published and here: `verdict` calls that divergence.
+    window of `size`, max(100, 5 % of T), must be full; every finite loss enters it after it was judged. `flagged`: it
+    would stop the run here. It condemns bumps that recover, so it is an alarm and no verdict. A loss that is not finite
+    ends the row, published and here: `verdict` calls that divergence.
     """
-    size = p.foundry_window(steps_planned)
-    return stops(Known.of([loss], [size])[0], p, size)
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def stops(loss: Known, p: Published, size: int) -> Marks:
-    """As `foundry_kill`, of a loss whose windows of its size are known."""
     finite, x, (n, mean, _) = loss.finite, loss.x, loss.windows[size]
     at = np.arange(len(x))
     judged = n == size
@@ -254,8 +192,8 @@ def stops(loss: Known, p: Published, size: int) -> Marks:
     return Marks(marks.flagged | (row >= p.foundry_row), marks.evaluable)
 
 
-def _moments(x: Floats, sizes: Collection[int], inclusive: bool) -> dict[int, Moments]:
-    """Of the last `size` values before each one (`inclusive`: it is the last of them), or of all where there are fewer.
+def _moments(x: Floats, sizes: Collection[int]) -> dict[int, Moments]:
+    """Of the last `size` values before each one, or of all where there are fewer.
 
     Of series [..., steps]. Stretches of 1, 2, 4, 8 ... values are merged from their halves, and windows of any size
     from those: log2(size) passes. Nothing is ever taken from a sum, so what is not in the window cannot show; equal
@@ -267,7 +205,7 @@ def _moments(x: Floats, sizes: Collection[int], inclusive: bool) -> dict[int, Mo
     while True:
         for size in windows:
             if size & width:  # its next part ends so many steps back
-                windows[size] = _merged(windows[size], stretch, size % width + (0 if inclusive else 1))
+                windows[size] = _merged(windows[size], stretch, size % width + 1)
         if 2 * width > max(sizes):
             return windows
         stretch = _merged(stretch, stretch, width)

@@ -1,10 +1,9 @@
 """Spikes made of flagged steps: start, end, height, length, what they rose from, and the part of the model that leads.
 
-The part of the model that a spike of the gradient norm comes from: the one that leads, and the one that dominates.
-
-Every entry of `layer_grad_norm` is judged by `jump` like the norm itself. Which group dominates is a question of
-energy *above* the group's own baseline: the share of the energy alone names the largest group (the head holds 59 % of
-it in a quiet step), however small its part in the spike.
+A spike of the gradient norm is attributed to two parts of the model: the one that leads, and the one that dominates.
+Every entry of `layer_grad_norm` is judged by `jump` like the norm itself. Which one dominates is a question of energy
+*above* its own baseline: the share of the energy alone names the largest part (the head holds 59 % of it in a quiet
+step), however small its share of the spike.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import Flags, Tail, jump_block, stretches, usual, usual_level
+from stabstudy.stability.detectors import Flags, Floats, Tail, jump_block, stretches, usual, usual_level
 from stabstudy.stability.rules import Rules, Series
 
 SpikeClass = Literal["narrow", "wide", "malignant", "open"]
@@ -39,15 +37,13 @@ class Spike:
     part: Part  # which conditions of the detector its steps fulfil
     peak_ratio: float | None  # grad only: peak / level
     peak_delta: float | None  # loss only: peak - level
-    duration: (
-        int  # steps from `start` until the series is back, see `find_spikes`; to the end of the trace if it is not
-    )
+    duration: int  # steps from `start` until the series is back (see `find_spikes`), or to the end of the trace
     recovered: bool
     spike_class: SpikeClass
     in_warmup: bool
     partner: int | None = None  # start of the coupled spike in the other series
     lag: int | None = None  # start of the loss spike - start of the grad spike
-    attrib_first: str | None = None  # grad only: part of the model that was flagged first (see `attribution`)
+    attrib_first: str | None = None  # grad only: part of the model that was flagged first (see `attribute`)
     attrib_peak: str | None = None  # grad only: part with the most energy above its own baseline at the peak
     attrib_peak_share: float | None = None  # its share of all energy above baselines
 
@@ -61,7 +57,7 @@ SPIKE_COLUMNS = tuple("class" if f.name == "spike_class" else f.name for f in fi
 
 
 def find_spikes(
-    values: NDArray[np.float64], flags: Flags, warmup_steps: int, steps_planned: int, rules: Rules, series: Series
+    values: Floats, flags: Flags, warmup_steps: int, steps_planned: int, rules: Rules, series: Series
 ) -> list[Spike]:
     """The spikes of one series, in order.
 
@@ -173,9 +169,6 @@ def _classify(duration: int, recovered: bool, limit: int, narrow: int) -> SpikeC
     if not recovered:
         return "open"
     return "narrow" if duration <= narrow else "wide"
-
-
-Floats = NDArray[np.float64]
 
 
 def attribute(spikes: list[Spike], groups: Floats, rules: Rules) -> list[Spike]:

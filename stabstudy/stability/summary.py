@@ -1,27 +1,22 @@
 """The summary of one trial: its row of trials.parquet and its spikes, made once at its end and kept as `summary.json`.
 
-It does so where its stride is above 1, and where a tenth of the places on its grid or more have no row.
-
-Detectors, windows and rates count logged rows: a flagged row is a flagged row, and the share of rows that are flagged
-estimates that of the steps. Row numbers become steps here, and what needs every step becomes null:
-
-    how long a spike lasts, so its class and its recovery: most spikes are shorter than a stride
-    what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead
-    foundry_kill, `persistent` and R1: so many steps in a row (`verdict`)
-
-R2 counts spikes of the norm and of the loss as one where they are coupled by rows: rather too few than too many.
-
-The statistics of one trial, a row of trials.parquet, and its spikes.
-
-Null (None) means "not applicable" or "not measurable", never zero; see `COLUMNS`. A number that is NaN was
-measured and was not finite. "Settled" are the finite steps from max(warmup_steps, 25) on.
-
-The judgement of a trial of our own, made once at its end and kept in its folder as `summary.json`.
-
     summary.json    {format, detector_id, source_sha256, columns: its statistics, spikes: a row each}, in one line
 
 A report reads it. Only where it is missing (older studies), was made by other rules, or belongs to another state of the
 trial is the trial judged anew, by the same function.
+
+Null (None) means "not applicable" or "not measurable", never zero; see `COLUMNS`. A number that is NaN was measured and
+was not finite. "Settled" are the finite steps from max(warmup_steps, 25) on.
+
+A log may leave steps out: its stride is above 1, or a tenth of the places on its grid or more have no row. Detectors,
+windows and rates then count logged rows: a flagged row is a flagged row, and the share of rows that are flagged
+estimates that of the steps. Row numbers become steps at the end (`source_columns`), and what needs every step null:
+
+    how long a spike lasts, so its class and its recovery: most spikes are shorter than a stride
+    what follows within 2 to 8 steps: the lag of the loss, the coupled share, the layers that lead
+    llm-foundry's stop, `persistent` and R1: so many steps in a row (`verdict`)
+
+R2 counts spikes of the norm and of the loss as one where they are coupled by rows: rather too few than too many.
 """
 
 from __future__ import annotations
@@ -33,19 +28,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.config import TrialConfig
 from stabstudy.stability import statistics
 from stabstudy.stability.columns import COLUMNS, Definition, Value
-from stabstudy.stability.detectors import Block, Tail, jump, jump_block, measured, proven
+from stabstudy.stability.detectors import Floats, jump, measured
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS, attribute, couple, find_spikes
 from stabstudy.stability.verdict import MonitorFacts, Verdict, divergence, judge
 from stabstudy.store import State, StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
+
+__all__ = ["COLUMNS", "Definition", "Summary", "TrialFacts", "Value", "summarise"]
 
 NEED_EVERY_STEP = (
     *("spike_narrow", "spike_wide", "spike_malignant", "spike_open"),
@@ -75,26 +71,6 @@ class SourceSteps:
         return None if row is None else self.moved.get(row, self.first_step + self.stride * row)
 
 
-def source_columns(columns: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
-    """The statistics of a trial whose rows are those steps; `steps_done` is the number of the last one."""
-    found = dict(columns) | {name: steps.of(columns[name]) for name in _STEPS}
-    rows = columns["steps_done"]
-    if rows and (steps.stride > 1 or steps.first_step):  # every step from 0 on: as many as there are rows
-        found["steps_done"] = steps.of(rows - 1)
-    if (slope := columns["grad_norm_tail_slope"]) is not None:
-        found["grad_norm_tail_slope"] = slope / steps.stride
-    return found | ({} if steps.every_step else dict.fromkeys(NEED_EVERY_STEP))
-
-
-def source_spike(spike: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
-    """A row of spikes.parquet, likewise."""
-    found = dict(spike) | {name: steps.of(spike[name]) for name in _SPIKE_STEPS}
-    return found | ({} if steps.every_step else dict.fromkeys(SPIKES_NEED_EVERY_STEP))
-
-
-__all__ = ["COLUMNS", "Definition", "LiveSpikes", "Summary", "TrialFacts", "Value", "summarise"]
-
-
 @dataclass(frozen=True)
 class TrialFacts:
     """Facts about a trial that its trace does not hold."""
@@ -103,7 +79,7 @@ class TrialFacts:
     warmup_steps: int
     clip: float | None  # threshold; None: clipping off
     status: str  # of the trial, see store.STATUSES
-    stop_reason: str | None  # complete | diverged | scheduler, of a trial that is done
+    stop_reason: str | None  # complete | diverged | log_ended, of a trial that is done
     init_loss: float | None
     final_loss: float | None
     approximate: bool = False  # the source did not log every step on its grid
@@ -135,42 +111,10 @@ class TrialFacts:
 
 @dataclass(frozen=True)
 class Summary:
-    """A trial's row, with exactly the keys of `COLUMNS`, and its spikes (`events.SPIKE_COLUMNS` and detector_id)."""
+    """A trial's row, with exactly the keys of `COLUMNS`, and its spikes (`spikes.SPIKE_COLUMNS` and detector_id)."""
 
     columns: dict[str, Value]
     spikes: list[dict[str, Any]]
-
-
-class LiveSpikes:
-    """The detector on K running trials. Give it every row of their traces, in order, in blocks of any length."""
-
-    def __init__(self, rules: Rules, trials: int = 1):
-        self._rules = rules
-        self._tails = {"grad": Tail.empty(trials, rules), "loss": Tail.empty(trials, rules)}
-        self._steps = np.zeros(trials, np.int64)
-        self._last_flag = np.full(trials, -rules.merge_gap - 1)
-        self.spike_events = np.zeros(trials, np.int64)  # spikes of the gradient norm so far
-
-    def update(self, block: Block) -> NDArray[np.bool_]:
-        """Take the next rows; True, shape [K], for a trial of which a step of either series is flagged.
-
-        Null, or a step that does not count: not measured.
-        """
-        counted = None if not block.skip.any() else proven(block.skip)
-        counted = block.live if counted is None else counted if block.live is None else counted & block.live
-        norm, loss = (x if counted is None else np.where(counted, x, np.nan) for x in (block.norm, block.loss))
-        grad, self._tails["grad"] = jump_block(norm, self._tails["grad"], self._rules, "grad")
-        lost, self._tails["loss"] = jump_block(loss, self._tails["loss"], self._rules, "loss")
-        self._count(grad.flagged)
-        self._steps = self._steps + block.lengths
-        return np.asarray((grad.flagged | lost.flagged).any(axis=1))
-
-    def _count(self, flagged: NDArray[np.bool_]) -> None:
-        for k, i in zip(*(at.tolist() for at in np.nonzero(flagged)), strict=True):
-            step = int(self._steps[k]) + i
-            if step - self._last_flag[k] > self._rules.merge_gap:
-                self.spike_events[k] += 1
-            self._last_flag[k] = step
 
 
 def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules) -> Summary:
@@ -236,7 +180,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     return Summary({name: columns[name] for name in COLUMNS}, rows)
 
 
-def _reason(verdict: Verdict, loss: NDArray[np.float64], after_clipping: bool) -> str | None:
+def _reason(verdict: Verdict, loss: Floats, after_clipping: bool) -> str | None:
     """Why there is no verdict; of norms that are no measure, what they are."""
     if verdict.reason != "no_gradient_norm":
         return verdict.reason
@@ -249,6 +193,23 @@ def _reason(verdict: Verdict, loss: NDArray[np.float64], after_clipping: bool) -
 def _tokens(trace: Rows) -> int | None:
     """Targets seen up to the last row; None where the record has none."""
     return None if not len(trace) or trace.is_null("tokens")[-1] else int(trace["tokens"][-1])
+
+
+def source_columns(columns: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
+    """The statistics of a trial whose rows are those steps; `steps_done` is the number of the last one."""
+    row = dict(columns) | {name: steps.of(columns[name]) for name in _STEPS}
+    rows = columns["steps_done"]
+    if rows and (steps.stride > 1 or steps.first_step):  # every step from 0 on: as many as there are rows
+        row["steps_done"] = steps.of(rows - 1)
+    if (slope := columns["grad_norm_tail_slope"]) is not None:
+        row["grad_norm_tail_slope"] = slope / steps.stride
+    return row | ({} if steps.every_step else dict.fromkeys(NEED_EVERY_STEP))
+
+
+def source_spike(spike: Mapping[str, Any], steps: SourceSteps) -> dict[str, Any]:
+    """A row of spikes.parquet, likewise."""
+    row = dict(spike) | {name: steps.of(spike[name]) for name in _SPIKE_STEPS}
+    return row | ({} if steps.every_step else dict.fromkeys(SPIKES_NEED_EVERY_STEP))
 
 
 SUMMARY_FORMAT = 3

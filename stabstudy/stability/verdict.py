@@ -1,6 +1,7 @@
 """The verdict on a trial, and the monitor that finds the first divergence code of each of K trials.
 
-Divergence codes, tested in this order at each step (the last two at the end); the first that fires is kept:
+Divergence is a result, not a failure of the trial. Its codes are tested in this order at each step (the last two at the
+end); the first that fires is kept:
 
     nonfinite      loss, gradient norm or weights not finite in a step that was not skipped, or too many skips in a row
                    (those of `train.skip_spikes` do not count)
@@ -15,11 +16,9 @@ A null loss or norm was not measured and proves nothing. The losses of skipped s
 `train.skip_spikes` skipped: they are finite, and the model's. One step of one running trial, packs of trials and whole
 recorded series go the same way, and any cut into blocks gives the same bits.
 
-The verdict on a trial: `stable`, `spiky`, `rough`, `diverged`, or none.
+The verdict is the first that holds:
 
-Diverged is a result, not a failure of the trial. The verdict is the first that holds:
-
-    diverged  any code of divergence but `ok` (see `monitor`)
+    diverged  any code of divergence but `ok`
     rough     the norm stands at three times its recent level and median (absolute flags) too often: stretches of such
               steps, flags at most 4 apart being one, have a rate whose lower 95 % Poisson bound exceeds .25 % of the
               evaluable steps
@@ -45,15 +44,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block, Flags, proven, stretches
+from stabstudy.stability.detectors import (
+    NO_TARGETS,
+    SPIKE,
+    Block,
+    Bools,
+    Flags,
+    Floats,
+    Ints,
+    proven,
+    stretches,
+)
 from stabstudy.stability.divergence import MovingMean, PersistentRise, Recent
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import Spike
 from stabstudy.trace import Rows
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 LIVE_CODES = ("nonfinite", "above_init", "persistent")
 """Those that a step can show, in the order of their tests."""
@@ -119,11 +124,8 @@ class DivergenceMonitor:
             rise = self._rise.update(block.loss, lengths) if whole else self._find_rise(block.loss, usable)
         self._tail.append((block.loss if whole else np.where(usable, block.loss, np.nan))[None], lengths)
         calm = not (lost.any() or above.any() or (rise < n).any())
-        fired = (
-            -np.ones(len(rise), np.int64)
-            if calm
-            else self._keep_first(np.stack([_first(lost), _first(above), rise]), n)
-        )
+        never = np.full(len(rise), -1)
+        fired = never if calm else self._keep_first(np.stack([_first(lost), _first(above), rise]), n)
         self.steps = self.steps + lengths
         return fired
 
@@ -278,14 +280,14 @@ class Verdict:
     verdict: str | None  # stable | spiky | rough | diverged
     rule: str | None = None  # the code, `rough`, or those of R1+R2 that hold; null for stable
     reason: str | None = None  # too_short, no_gradient_norm, strided, untrained, or the state that is not done
-    partial: bool | None = None  # a scheduler stopped it, or its log ends early: judged as seen
+    partial: bool | None = None  # its log ends early: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
 
 
 def judge(
     divergence: Divergence,
-    norm: NDArray[np.float64],
+    norm: Floats,
     flags: Flags,
     grad: list[Spike],
     loss: list[Spike],
@@ -296,18 +298,18 @@ def judge(
     """The verdict on a trial.
 
     Args:
-        divergence: Of the finished monitor (see `monitor.divergence`).
+        divergence: Of the finished monitor (see `divergence`).
         norm: grad_norm, shape [steps], NaN where it was not measured.
         flags: Those of `jump` on it.
-        grad: Spikes of grad_norm, coupled to those of the loss (see `events.couple`).
+        grad: Spikes of grad_norm, coupled to those of the loss (see `spikes.couple`).
         loss: Spikes of the loss.
         rules: Those of all the former.
         status: Of the trial; only a `done` one is judged.
-        stop_reason: complete | diverged | scheduler, of a trial that is done.
+        stop_reason: complete | diverged | log_ended, of a trial that is done.
     """
     if status != "done":
         return Verdict(None, reason=status)
-    partial = stop_reason in ("scheduler", "log_ended")
+    partial = stop_reason == "log_ended"
     if divergence.code is not None:
         return Verdict("diverged", divergence.code, None, partial, divergence.code, divergence.step)
     if not (np.isfinite(norm) & (norm > 0)).any():

@@ -1,7 +1,5 @@
 """The launch of a plan: prepare the data once, write the study's files and provenance, train what is not done.
 
-The launch of a plan: prepare the data once, write the study's files, train what is not done.
-
 Relaunching is resuming, because nothing but the files decides what is left to do.
 """
 
@@ -30,58 +28,11 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
-from stabstudy.sweeping import preflight as cluster
-from stabstudy.sweeping.preflight import preflight
-from stabstudy.sweeping.progress import Board
+from stabstudy.sweeping import preflight
+from stabstudy.sweeping.progress import Board, settings_text
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.worker import PackFailed, StopRequest, stop_on_signals, train_pack
 from stabstudy.wording import short_value
-
-PACKAGES = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
-
-
-def provenance(plan: Plan) -> dict[str, Any]:
-    """The body of provenance.json, as of now."""
-    return {
-        "format": cfg.FORMAT_VERSION,
-        "study": plan.study,
-        "question": plan.question,
-        "axes": {axis.name: list(axis.values) for axis in plan.axes},
-        "conditions": None if plan.conditions is None else list(plan.conditions),
-        "argv": list(plan.argv),
-        "launcher": plan.launcher,
-        "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: compute.package_version(p) for p in PACKAGES}},
-        "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
-        "git": _git(),
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _git() -> dict[str, str] | None:
-    """Commit of the code and a hash of what differs from it; None outside a checkout or without git.
-
-    Studies under results/ are not code: a change there is left out.
-    """
-    try:
-        commit = _ask_git("rev-parse", "HEAD").strip()
-        patch = _ask_git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "dirty_patch": hashlib.sha256(patch.encode()).hexdigest()[:12] if patch else ""}
-
-
-def _ask_git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""
@@ -107,9 +58,9 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     study = store.StudyFolder(plan.folder)
     whole, _ = intact(plan, study)
     if plan.launcher == "ray" and plan.compute.address is not None:
-        cluster.check_cluster(plan.compute.address)
+        preflight.check_cluster(plan.compute.address)
     prepare_data(plan, cache_dir, say)
-    preflight([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
+    preflight.check_models([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
     with locks.lock(study.path):
         whole, left_alone = intact(plan, study)
@@ -242,6 +193,52 @@ def write_study(study: store.StudyFolder, plan: Plan, say: Callable[[str], None]
             store.write_sealed(folder.config_file, body)
 
 
+PACKAGES = ("stabstudy", "torch", "ray", "hydra-core", "numpy", "transformers")
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """The body of provenance.json, as of now."""
+    return {
+        "format": cfg.FORMAT_VERSION,
+        "study": plan.study,
+        "question": plan.question,
+        "axes": {axis.name: list(axis.values) for axis in plan.axes},
+        "conditions": None if plan.conditions is None else list(plan.conditions),
+        "argv": list(plan.argv),
+        "launcher": plan.launcher,
+        "launched": locks.now(),
+        "versions": {"python": platform.python_version(), **{p: compute.package_version(p) for p in PACKAGES}},
+        "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
+        "git": _git(),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _git() -> dict[str, str] | None:
+    """Commit of the code and a hash of what differs from it; None outside a checkout or without git.
+
+    Studies under results/ are not code: a change there is left out.
+    """
+    try:
+        commit = _ask_git("rev-parse", "HEAD").strip()
+        patch = _ask_git("diff", "HEAD", "--", ":(top)", ":(top,exclude)results")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty_patch": hashlib.sha256(patch.encode()).hexdigest()[:12] if patch else ""}
+
+
+def _ask_git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+
 def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
     """A trial whose process has vanished is `interrupted`, so that status and report name it rightly."""
     folders = [study.trial(trial_id) for trial_id in ids]
@@ -258,7 +255,6 @@ def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
 
 def label(trial: PlannedTrial, plan: Plan) -> str:
     """The trial's values on the plan's axes, e.g. 'depth=4 lr=0.01 clip=off seed=1'."""
-    words = [trial.case] if trial.case else []
-    for axis, value in zip(plan.axes, plan.values(trial), strict=True):
-        words.append(f"{axis.name.rsplit('.', 1)[-1]}={short_value(value)}")
-    return " ".join([*words, f"seed={trial.config.seed}"])
+    names = [*(axis.name for axis in plan.axes), "seed"]
+    settings = settings_text(names, [*plan.values(trial), trial.config.seed])
+    return f"{trial.case} {settings}" if trial.case else settings

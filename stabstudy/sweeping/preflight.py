@@ -1,6 +1,7 @@
 """Checks before a launch: foreign models exact under accumulation, a Ray cluster that answers and takes our token.
 
-Pre-flight of a launch: models that are not ours must be exact under gradient accumulation, or nothing starts.
+Each is a process of its own: one that may import torch, one whose Ray core may print its failures. What does not pass
+is told in one line, before anything is created.
 """
 
 from __future__ import annotations
@@ -108,17 +109,17 @@ LOSS_APART, NORM_APART = 1e-5, 1e-4
 """Largest relative differences that are float summation order; what was measured is a hundredth of them."""
 
 
-def preflight(configs: Sequence[TrialConfig], compute: Compute, cache_dir: Path, say: Callable[[str], None]) -> None:
+def check_models(configs: Sequence[TrialConfig], compute: Compute, cache_dir: Path, say: Callable[[str], None]) -> None:
     """Measure each distinct model of a foreign family among the configs, in a process that may import torch.
 
     Raises ConfigError with every model that is not exact; NotReadyError where that cannot be found out.
     """
-    chosen = models(configs)
-    if not chosen:
+    foreign = foreign_models(configs)
+    if not foreign:
         return
-    say(f"pre-flight: checking gradient accumulation of {', '.join(_label(c.model) for c in chosen)}")
+    say(f"pre-flight: checking gradient accumulation of {', '.join(_label(c.model) for c in foreign)}")
     problems = []
-    for config, (loss, norm) in zip(chosen, _measured(chosen, compute, cache_dir), strict=True):
+    for config, (loss, norm) in zip(foreign, _measured(foreign, compute, cache_dir), strict=True):
         apart = f"one batch whole and split, loss differs by {loss:.1e}, gradient norm by {norm:.1e}"
         if loss <= LOSS_APART and norm <= NORM_APART:  # NaN is not
             say(f"pre-flight: {_label(config.model)} is exact: {apart}")
@@ -133,28 +134,33 @@ def _label(model: ModelConfig) -> str:
     return f"{model.family} {model.dim}x{model.depth}"
 
 
-def models(configs: Sequence[TrialConfig]) -> list[TrialConfig]:
+def foreign_models(configs: Sequence[TrialConfig]) -> list[TrialConfig]:
     """One config for each distinct model of a foreign family: that of the smallest batch."""
-    found: dict[ModelConfig, TrialConfig] = {}
+    by_model: dict[ModelConfig, TrialConfig] = {}
     for config in sorted(configs, key=lambda c: c.tokens_per_step):
         if config.model.family != "lingua":
-            found.setdefault(config.model, config)
-    return list(found.values())
+            by_model.setdefault(config.model, config)
+    return list(by_model.values())
 
 
 def _measured(configs: Sequence[TrialConfig], compute: Compute, cache_dir: Path) -> list[tuple[float, float]]:
     """Of each config the relative differences of loss and gradient norm."""
-    asked = {
+    request = {
         "cache_dir": str(cache_dir.resolve()),
         "device": "cuda" if compute.gpus_per_pack and compute.address is None else "cpu",
         "threads": compute.threads,
         "configs": [cfg.to_dict(config) for config in configs],
     }
     command = [sys.executable, "-m", "stabstudy.training.probes"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode or len(lines) != len(configs):
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = said[-1][:300] if said else f"its process ended with {done.returncode}"
+    process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    lines = process.stdout.splitlines()
+    if process.returncode or len(lines) != len(configs):
+        reason = last_line(process.stderr) or f"its process ended with {process.returncode}"
         raise NotReadyError(f"the pre-flight of model.family could not run: {reason}")
     return [tuple(json.loads(line)) for line in lines]
+
+
+def last_line(output: str) -> str:
+    """The last line of a process's output that is not blank, at most 300 characters; "" where there is none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -1,6 +1,6 @@
 """Progress of a study: the live table of a launch, and `--status` from the files alone.
 
-Progress of a study (`--status`), from its files alone: while it runs, after it, or from another shell.
+`--status` works while the study runs, after it, and from another shell.
 """
 
 from __future__ import annotations
@@ -116,16 +116,16 @@ class Board:
     def summary(self) -> str:
         counts = Counter(self.finished.values())
         left = self.seconds_left()
-        words = [f"{len(self.finished)} of {len(self.labels)} trials ended"]
+        parts = [f"{len(self.finished)} of {len(self.labels)} trials ended"]
         running = [f"{row.step}/{row.steps}" for row in self.running.values() if row.steps]
         if running and self._live is None:
-            words.append(f"{len(running)} running (step {', '.join(running[:4])}{', ...' if len(running) > 4 else ''})")
+            parts.append(f"{len(running)} running (step {', '.join(running[:4])}{', ...' if len(running) > 4 else ''})")
         if self.already_done:
-            words.append(f"{self.already_done} done before")
-        words += [f"{n} {outcome}" for outcome, n in sorted(counts.items())]
+            parts.append(f"{self.already_done} done before")
+        parts += [f"{n} {outcome}" for outcome, n in sorted(counts.items())]
         if left is not None and len(self.finished) < len(self.labels):
-            words.append(f"about {duration(left)} left")
-        return ", ".join(words)
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(parts)
 
     def __rich__(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -143,7 +143,9 @@ class Board:
             )
         if len(self.running) > ROWS:
             table.add_row("...", f"and {len(self.running) - ROWS} more")
-        return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
+        return Group(
+            Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim")
+        )
 
     def _speak_now_and_then(self) -> None:
         if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:
@@ -173,7 +175,7 @@ def show_status(folder: Path) -> None:
     """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is not a study."""
     study = store.open_study(folder)
     axes = _axes(study)
-    listed = sorted(map(_found, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
+    listed = sorted(map(_listed, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
     if listed:
         rows = [_row(trial, axes) for trial in listed]
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
@@ -211,7 +213,7 @@ def _axes(study: store.StudyFolder) -> list[str]:
     return list(renamed(axes, CURRENT_NAMES)) if isinstance(axes, dict) else []
 
 
-def _found(folder: TrialFolder) -> Listed:
+def _listed(folder: TrialFolder) -> Listed:
     """The trial; one whose state cannot be read counts as failed, with the reason."""
     try:
         if wrong := disk.trial_obstacle(folder.path, links=True):
@@ -220,28 +222,21 @@ def _found(folder: TrialFolder) -> Listed:
     except store.StoreError as error:
         state = State(folder.trial_id, status="failed", error={"kind": "StoreError", "message": str(error)})
     try:
-        said = folder.read_config()
+        body = folder.read_config()
     except store.StoreError:
-        said = {}
-    settings, choices = said.get("config"), said.get("choices")
-    return Listed(
-        folder,
-        state,
-        renamed_below(settings, CURRENT_NAMES) if isinstance(settings, dict) else {},
-        choices if isinstance(choices, dict) else {},
-    )
+        body = {}
+    settings, choices = (x if isinstance(x := body.get(name), dict) else {} for name in ("config", "choices"))
+    return Listed(folder, state, renamed_below(settings, CURRENT_NAMES), choices)
 
 
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
-    shown = [
-        f"{n.rpartition('.')[2]}={short_value(v)}" for n, v in zip((*axes, "seed"), trial.values(axes), strict=True)
-    ]
     reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
     verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
     steps = f"{reached}/{short_value(_at(trial.settings, 'train.steps'))}"
-    return [trial.folder.trial_id, " ".join(shown), state.status, steps, verdict, spikes]
+    settings = settings_text((*axes, "seed"), trial.values(axes))
+    return [trial.folder.trial_id, settings, state.status, steps, verdict, spikes]
 
 
 def _at(nested: Any, dotted: str) -> Any:
@@ -255,6 +250,12 @@ def _rank(value: Any) -> tuple[int, float, str]:
     """Sorts numbers by size before text, and null last."""
     number = isinstance(value, int | float)
     return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
+
+
+def settings_text(names: Sequence[str], values: Sequence[Any]) -> str:
+    """'depth=4 lr=0.01 clip=off seed=1', of dotted names; null is off."""
+    pairs = zip(names, values, strict=True)
+    return " ".join(f"{name.rpartition('.')[2]}={short_value(value)}" for name, value in pairs)
 
 
 def _live_steps(trial: TrialFolder) -> int:

@@ -1,6 +1,7 @@
-"""Temporary folders of a launch, removed with it; those of a process that was killed go with the next one.
+"""The Ray backend of a launch: rounds of packs, handed to the process that talks to Ray, and watched from outside.
 
-The Ray backend of a launch: rounds of packs, handed to the process that talks to Ray, and watched from outside.
+Its files are temporary: a folder of this process, removed with it; those of a process that was killed go with the next
+one.
 """
 
 from __future__ import annotations
@@ -26,46 +27,9 @@ from typing import Any
 
 from stabstudy import locks, store
 from stabstudy.planning.compute import Compute, NotReadyError
+from stabstudy.sweeping.preflight import last_line
 from stabstudy.sweeping.rounds import Rounds, Service, Watch
 from stabstudy.sweeping.worker import StopRequest
-
-PREFIX = "stabstudy-"  # short: the path of a socket below it must stay below 107 characters
-_numbers = itertools.count()
-YOUNG_SECONDS = 60.0
-"""A folder may not be locked yet by the process that has just made it."""
-
-
-def session() -> Path:
-    """A folder in `scratch`, which is not made yet and nobody else has."""
-    return scratch() / str(next(_numbers))
-
-
-@cache
-def scratch() -> Path:
-    """The folder of this process, for as long as it lives. Its lock tells that it is in use, whatever pids are reused.
-
-    First removes those of this user that nobody holds.
-    """
-    remove_abandoned_scratch(Path(tempfile.gettempdir()))
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    held = contextlib.ExitStack()
-    held.enter_context(locks.lock(folder))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(held.close)
-    return folder
-
-
-def remove_abandoned_scratch(parent: Path) -> None:
-    """Remove the scratch folders in it whose process is gone. A link is left alone."""
-    for folder in parent.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            status = folder.lstat()
-            young = time.time() - status.st_mtime < YOUNG_SECONDS
-            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-            used = (folder / ".lock").exists()  # else it is of a version without locks, whose process may live
-            if ours and used and not young and not locks.is_locked(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
 
 POLL_SECONDS = 0.2
 ROUND_PACKS = 500
@@ -140,8 +104,8 @@ class Driver:
         """How the process ended, with the last that it said; None while it lives."""
         if (code := self._process.poll()) is None:
             return None
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"the process that talks to Ray has ended ({code})" + (f": {lines[-1][:300]}" if lines else "")
+        last = last_line(self._log.read_text(errors="replace"))
+        return f"the process that talks to Ray has ended ({code})" + (f": {last}" if last else "")
 
     def end(self) -> None:
         """Let it shut Ray down."""
@@ -218,3 +182,41 @@ def _take(event: Mapping[str, Any], rounds: Rounds) -> None:
         rounds.progress(tuple(event["progress"]), event["report"])
     else:
         rounds.ended(tuple(event["ended"]))
+
+
+PREFIX = "stabstudy-"  # short: the path of a socket below it must stay below 107 characters
+_numbers = itertools.count()
+YOUNG_SECONDS = 60.0
+"""A folder may not be locked yet by the process that has just made it."""
+
+
+def session() -> Path:
+    """A folder in `scratch`, which is not made yet and nobody else has."""
+    return scratch() / str(next(_numbers))
+
+
+@cache
+def scratch() -> Path:
+    """The folder of this process, for as long as it lives. Its lock tells that it is in use, whatever pids are reused.
+
+    First removes those of this user that nobody holds.
+    """
+    remove_abandoned_scratch(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    held = contextlib.ExitStack()
+    held.enter_context(locks.lock(folder))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(held.close)
+    return folder
+
+
+def remove_abandoned_scratch(parent: Path) -> None:
+    """Remove the scratch folders in it whose process is gone. A link is left alone."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            young = time.time() - status.st_mtime < YOUNG_SECONDS
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            used = (folder / ".lock").exists()  # else it is of a version without locks, whose process may live
+            if ours and used and not young and not locks.is_locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)

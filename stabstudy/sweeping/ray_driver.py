@@ -50,7 +50,6 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-
 ORDERLY_SECONDS = 5.0
 """After the end of input: where a round is at work, its launch was killed, and the round ends with it."""
 

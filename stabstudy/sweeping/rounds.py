@@ -1,10 +1,9 @@
 """Rounds of packs: who is trained again, with whom and how often; and the watch that ends packs which hang.
 
-The watch over a launch through Ray: it ends packs which hang, and says when a part of Ray has died.
-
-Tune's own loop cannot do it: it waits for ever for a node manager (raylet) that is gone. A pack hangs when its process
-has recorded nothing for max(compute.hang_timeout, 20 median steps). That is counted in looks of this process on the
-monotonic clock, each worth LOOK_SECONDS at most: a pause of the whole machine, or a step of the clock, is no silence.
+The watch also says when a part of Ray has died. Tune's own loop can do neither: it waits for ever for a node manager
+(raylet) that is gone. A pack hangs when its process has recorded nothing for max(compute.hang_timeout, 20 median
+steps). That is counted in looks of this process on the monotonic clock, each worth LOOK_SECONDS at most: a pause of the
+whole machine, or a step of the clock, is no silence.
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ class Rounds:
 
     def progress(self, pack: Pack, report: Mapping[str, Any]) -> None:
         """Show a heartbeat of the pack (see worker.train_pack); a member that it leaves out may have ended."""
-        told = {member["trial_id"]: member for member in report.get("members", ())}
+        members = {member["trial_id"]: member for member in report.get("members", ())}
         for trial_id in pack:
             if trial_id in self.board.finished:
                 continue
-            if trial_id in told:
-                self.board.progress(trial_id, told[trial_id])
+            if trial_id in members:
+                self.board.progress(trial_id, members[trial_id])
             elif (state := self.study.trial(trial_id).read_state()).status == "done":
                 self.board.finish(trial_id, state)
 

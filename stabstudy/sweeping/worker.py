@@ -1,9 +1,7 @@
-"""The worker in a pack's process, and stop requests: signals, what else ends a launch, and the file that tells trials.
+"""The worker in a pack's process; and stop requests: signals, what else ends a launch, the file that tells its trials.
 
 Everything that matters is written by the trials themselves into their folders; what is reported to Ray Tune only feeds
 the live table.
-
-Stop requests: the signals that end a launch, what else ends one, and the file that tells running trials.
 """
 
 from __future__ import annotations

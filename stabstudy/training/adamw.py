@@ -1,32 +1,26 @@
-"""AdamW and StableAdamW for a pack: moments, decay groups, sizes of updates.
+"""AdamW and StableAdamW for a pack: decay groups, moments, updates and their sizes.
 
-    coupled      w <- w - lr_t * wd * w            torch's AdamW, Lingua, HF: decay shrinks when lr does
-    independent  w <- w - (lr_t / lr) * wd * w     arXiv 2309.14322: decay follows the schedule but not the peak lr
+AdamW runs on torch's fused kernel. Each member has its own launches on its rows, so it is independent of the others by
+construction and equals torch's AdamW bit for bit (a test compares them). That costs less than vectors of settings
+would: at 1.3 M parameters and 128 members, 256 launches in a CUDA graph take less time than nine passes over the
+memory. Why not `torch.optim.AdamW`: making one imports the compiler, 1.8 CPU seconds in every trial's process.
 
-Here lr is the peak that the schedule multiplies, `TrialConfig.peak_lr` (`optim.lr` after `optim.lr_rule`).
-
-`matrices` decays every parameter with two or more dimensions (embeddings included) and no norm weight;
-`matrices_no_embed` leaves out the embedding too, as OLMo 2 does (arXiv 2501.00656), and with it a tied output matrix;
-`all` decays everything, as Lingua's single parameter group does. (Decay pulls a norm's weight to 0, which is the
-identity for Gemma's norms, that multiply by 1 + weight.)
-
-The memory of Adam for a pack, and the sizes of its updates.
-
-AdamW for a pack, on torch's fused kernel, with the decay groups of `decay.py`.
-
-Each member has its own launches on its rows, so a member is independent of the others by construction and equals
-torch's AdamW bit for bit (a test compares them). That costs less than vectors of settings would: at 1.3 M parameters
-and 128 members, 256 launches in a CUDA graph take less time than nine passes over the memory.
-
-Why not `torch.optim.AdamW`: making one imports the compiler, 1.8 CPU seconds in every trial's process.
-
-StableAdamW: AdamW whose update of each tensor is held back while its second moment lags (arXiv 2304.13013, alg. 2).
+StableAdamW holds an update of a tensor back while its second moment lags (arXiv 2304.13013, algorithm 2), and the decay
+with it; the trace's `lr` is lr_t, the scheduled one:
 
     RMS_t = sqrt(mean(g^2 / max(v_hat, eps^2)))      about 1 when steady
     eta   = lr_t / max(1, RMS_t)
     w    <- w - eta * wd * w - eta * m_hat / (sqrt(v_hat) + eps)
 
-The decay is held back with the update. The trace's `lr` is lr_t, the scheduled one.
+Weight decay has two meanings (`optim.decay_mode`); lr is the peak that the schedule multiplies, `TrialConfig.peak_lr`:
+
+    coupled      w <- w - lr_t * wd * w            torch's AdamW, Lingua, HF: decay shrinks when lr does
+    independent  w <- w - (lr_t / lr) * wd * w     arXiv 2309.14322: decay follows the schedule but not the peak lr
+
+and three groups (`optim.decay_params`): `matrices` decays every parameter with two or more dimensions (embeddings
+included) and no norm weight; `matrices_no_embed` leaves out the embedding too, as OLMo 2 does (arXiv 2501.00656), and
+with it a tied output matrix; `all` decays everything, as Lingua's single parameter group does. (Decay pulls a norm's
+weight to 0, which is the identity for Gemma's norms, that multiply by 1 + weight.)
 """
 
 from __future__ import annotations
@@ -54,9 +48,13 @@ def decays(config: OptimConfig, name: str, ndim: int) -> bool:
     return ndim >= 2 and not (config.decay_params == "matrices_no_embed" and layer_of(name) == "embed")
 
 
-def decay_of(config: TrialConfig, name: str, ndim: int) -> float:
-    """`decay_rate` of a parameter that AdamW's learning rate moves; 0 where its group does not decay."""
-    return decay_rate(config.optim, config.peak_lr) if decays(config.optim, name, ndim) else 0.0
+def decay_rates(configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """[K] for each of the stacked parameters: every member's `decay_rate`, 0 where its group does not decay."""
+
+    def of(config: TrialConfig, name: str, ndim: int) -> float:
+        return decay_rate(config.optim, config.peak_lr) if decays(config.optim, name, ndim) else 0.0
+
+    return [vector([of(c, name, p.ndim - 1) for c in configs], p.device) for name, p in named]
 
 
 TINY = torch.finfo(torch.float32).tiny  # the square of a small eps is 0 in float32, and 0 / 0 would be NaN
@@ -190,7 +188,7 @@ class StableAdamW:
     def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
         self.parameters = [p.detach() for _, p in named]
         self.device = self.parameters[0].device
-        self.decay_K = [vector([decay_of(c, n, p.ndim - 1) for c in configs], self.device) for n, p in named]
+        self.decay_K = decay_rates(configs, named)
         self.moments = Moments(configs, named)
         self.state = self.moments.state
 

@@ -85,7 +85,7 @@ def restore(
 
     Returns (next_step, tensors, notes): next_step 0 and no tensors where none can be used, a note for each one that
     was not used. Raises CheckpointError for a checkpoint of a newer version, of another trial, of other `shapes`, or
-    with weights or moments that are no numbers.
+    with weights that are not finite or another tensor that holds NaN.
     """
     notes: list[str] = []
     for path in _newest_first(folder):

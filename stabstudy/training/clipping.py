@@ -1,5 +1,9 @@
 """Gradient norms of a pack, the clipping rules of `optim.clip_kind`, and the skipping of spikes.
 
+Norms are measured once per step, before anything touches the gradients, by member: `norms_NK` has a row per tensor.
+torch's `clip_grad_norm_` multiplies by c/norm even when the norm is Inf or NaN, and one bad entry then turns every
+gradient into 0 or NaN without an error. Here the norm is measured, recorded, tested, and only then used:
+
     norm    g <- g * min(1, clip / (|g| + 1e-6)), |g| the global norm (torch's form)
     zclip   as `norm`, and from the 25th step on lower where a moving mean and variance of |g| say so (arXiv 2504.02507)
     adagc   the first 100 steps as `norm`; then each tensor has its own moving threshold (arXiv 2502.11034)
@@ -9,23 +13,16 @@
 clipping, whatever the kind: a threshold of infinity. The other numbers of `zclip` and `adagc` are those published. What
 is applied is recorded as `clip_scale`: norm after / norm before, 1 where nothing was clipped.
 
-Norms are measured once per step, before anything touches the gradients, by member: `norms_NK` has a row per tensor.
-torch's `clip_grad_norm_` multiplies by c/norm even when the norm is Inf or NaN, and one bad entry then turns every
-gradient into 0 or NaN without an error. Here the norm is measured, recorded, tested, and only then used.
+`train.skip_spikes` leaves out the update of a step whose loss or gradient norm stands out: above mean + 6 standard
+deviations (of a sample) of the last 128 steps, from 64 on, its own step excluded; a deviation below 1e-10 proves
+nothing. It is the rule of OLMo-core's and Levanter's skip-step but for their flaw that after one NaN in the window the
+next 128 ordinary steps are skipped. The values of a step that was skipped do enter, as published: so a new, higher
+level stops being skipped by itself.
 
-A norm that is not finite enters no memory, so it blinds no rule (in the published ZClip one NaN lets every later spike
-pass). The step that had it is left out or ends the trial, so what its gradients become does not matter; its
-`clip_scale` is that of `norm`, or NaN. Memory lives on the device in float64 and nothing here waits for it.
-
-The policy `train.skip_spikes`: leave out the update of a step whose loss or gradient norm stands out.
-
-A value stands out above mean + 6 standard deviations (of a sample) of the last 128 steps, from 64 on, its own step
-excluded; a deviation below 1e-10 proves nothing. The rule of OLMo-core's and Levanter's skip-step, but for one flaw: a
-step whose loss or norm is not finite enters nothing here, where one NaN in their window has them skip the next 128
-ordinary steps. The values of a step that this policy skipped do enter, as published: so a new, higher level stops being
-skipped by itself.
-
-All of it happens on the device, in float64, for each member of a pack by itself; nothing waits for it.
+A loss or norm that is not finite enters no memory, so it blinds no rule (in the published ZClip one NaN lets every
+later spike pass). The step that had it is left out or ends the trial, so what its gradients become does not matter; its
+`clip_scale` is that of `norm`, or NaN. Memory lives on the device in float64, for each member by itself, and nothing
+here waits for it.
 """
 
 from __future__ import annotations
@@ -42,6 +39,7 @@ from stabstudy.training.stack import beside, vector
 CLIP_EPS = 1e-6
 """torch adds it to the norm (`clip_grads_with_norm_`); kept so that clip_scale equals torch's."""
 
+SKIP_WINDOW, SKIP_SIGMAS, SKIP_FLAT = 128, 6.0, 1e-10
 Z_FIRST, Z_LIMIT, Z_KEEP, Z_EPS = 25, 2.5, 0.97, 1e-6
 ADAGC_FIRST, ADAGC_ROOM, ADAGC_KEEP = 100, 1.05, 0.98
 AGC_SHARE, AGC_FLOOR = 0.01, 1e-3
@@ -235,9 +233,6 @@ def _ratio(after_KN: Tensor, before_KN: Tensor) -> Tensor:
     return torch.where(whole == 0, 1.0, torch.linalg.vector_norm(after_KN, dim=1) / whole)
 
 
-WINDOW, SIGMAS, FLAT = 128, 6.0, 1e-10
-
-
 class SpikeSkip:
     """The last losses and norms of each member. `state` is all it remembers, by the keys of a checkpoint."""
 
@@ -245,9 +240,9 @@ class SpikeSkip:
         self.state = {
             "spike_skip/seen": torch.zeros(members, dtype=torch.float64, device=device),
             # losses, norms; a ring
-            "spike_skip/window": torch.zeros(members, 2, WINDOW, dtype=torch.float64, device=device),
+            "spike_skip/window": torch.zeros(members, 2, SKIP_WINDOW, dtype=torch.float64, device=device),
         }
-        self._places = torch.arange(WINDOW, dtype=torch.float64, device=device)
+        self._places = torch.arange(SKIP_WINDOW, dtype=torch.float64, device=device)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1 where this step of a member must be skipped, else 0 (float32 [K]); then it enters the member's window."""
@@ -256,11 +251,11 @@ class SpikeSkip:
         x_K2 = torch.stack([loss, norm], 1).double()
         finite_K = torch.isfinite(x_K2).all(1)
         filled = self._places < seen_K11
-        n_K1 = seen_K[:, None].clamp(min=2, max=WINDOW)
+        n_K1 = seen_K[:, None].clamp(min=2, max=SKIP_WINDOW)
         mean_K2 = torch.where(filled, window_K2W, 0.0).sum(2) / n_K1
         sd_K2 = (torch.where(filled, window_K2W - mean_K2[..., None], 0.0).square().sum(2) / (n_K1 - 1)).sqrt()
-        out_K2 = (x_K2 > mean_K2 + SIGMAS * sd_K2) & (sd_K2 >= FLAT)
-        entered = (self._places == seen_K11 % WINDOW) & finite_K[:, None, None]
+        out_K2 = (x_K2 > mean_K2 + SKIP_SIGMAS * sd_K2) & (sd_K2 >= SKIP_FLAT)
+        entered = (self._places == seen_K11 % SKIP_WINDOW) & finite_K[:, None, None]
         window_K2W.copy_(torch.where(entered, x_K2[..., None], window_K2W))
         spike_K = out_K2.any(1) & finite_K & (seen_K >= SPIKE_SKIP_FROM)
         seen_K.add_(finite_K)

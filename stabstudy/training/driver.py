@@ -1,17 +1,14 @@
-"""What runs the steps of a pack on its device: windows fed to it, steps run eagerly or replayed as CUDA graphs.
+"""Drivers of a pack: windows fed to the device, steps run eagerly or replayed as captured CUDA graphs.
 
 Members have batches of their own; at tick t of a pack, member k is at its step start_k + t. A member that has ended
 gets its last batch again: its row is computed and makes no update.
 
-What runs the steps of a pack: eagerly, or as replays of captured CUDA graphs.
-
-Both leave a step's vector, and a probe's, on the device until `take` brings all of them over in one copy. A captured
-step reads its windows, learning rates and who is live from tables on the device, at a place that it counts up itself,
-so that the host does nothing between two replays. There is a graph for each kind of step: a plain one, one that a probe
-belongs to, and one with a validation loss too. All of them run once before the capture, as torch asks for; what that
-changed is put back.
-
-On a CPU the captured driver calls the same functions without a graph, which is how its tables are tested.
+Both drivers leave a step's vector, and a probe's, on the device until `take` brings all of them over in one copy. A
+captured step reads its windows, learning rates and who is live from tables on the device, at a place that it counts up
+itself, so that the host does nothing between two replays. There is a graph for each kind of step: a plain one, one that
+a probe belongs to, and one with a validation loss too. All of them run once before the capture, as torch asks for; what
+that changed is put back. On a CPU the captured driver calls the same functions without a graph, which is how its tables
+are tested.
 """
 
 from __future__ import annotations
@@ -35,6 +32,33 @@ from stabstudy.training.step import Stepper
 
 RESIDENT_BYTES = 4e9
 """Of tokens, at most, that are kept on a device."""
+
+
+class Due(enum.IntEnum):
+    """What is measured after a step."""
+
+    NOTHING = 0
+    NOISE = 1  # in the step itself
+    PROBE = 2  # and the noise
+    EVALUATION = 3  # a probe with a validation loss
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One step of a pack."""
+
+    tick: int  # from where the pack began
+    lr: tuple[float, ...]  # [K]
+    live: tuple[bool, ...]  # [K]
+    due: Due = Due.NOTHING
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What some ticks in a row measured, on the host."""
+
+    steps: NDArray[np.float64]  # [ticks, K, columns]
+    probes: dict[int, NDArray[np.float64]]  # of ticks with a probe, by their place: [K, columns]
 
 
 class Feed(Protocol):
@@ -76,8 +100,8 @@ class HostFeed:
         return self._held.index_select(0, slot)[0]
 
     def _cut(self, tick: int) -> NDArray[np.int64]:
-        at = [min(start + tick, steps - 1) for start, steps in zip(self.starts, self.steps, strict=True)]
-        return np.stack([batches.batch(step) for batches, step in zip(self.batches, at, strict=True)])
+        steps = _steps_at(tick, self.starts, self.steps)
+        return np.stack([batches.batch(step) for batches, step in zip(self.batches, steps, strict=True)])
 
     def _pinned(self, tick: int, count: int) -> Tensor:
         values = torch.from_numpy(np.stack([self._cut(tick + i) for i in range(count)]))
@@ -116,12 +140,16 @@ class ResidentFeed:
         return self._gathered(self._held.index_select(0, slot)[0])
 
     def _places(self, tick: int) -> NDArray[np.int64]:
-        at = [min(start + tick, steps - 1) for start, steps in zip(self.starts, self.steps, strict=True)]
-        members = zip(self.batches, self._offsets, at, strict=True)
+        members = zip(self.batches, self._offsets, _steps_at(tick, self.starts, self.steps), strict=True)
         return np.stack([batches.positions(step) + offset for batches, offset, step in members])
 
     def _gathered(self, places_KB: Tensor) -> Tensor:
         return self._tokens[places_KB[..., None] + self._span].long()
+
+
+def _steps_at(tick: int, starts: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """The step of each member; of one that has ended its last."""
+    return [min(start + tick, last - 1) for start, last in zip(starts, steps, strict=True)]
 
 
 def feed(batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device) -> Feed:
@@ -129,36 +157,6 @@ def feed(batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int]
     size = sum({b.corpus.fingerprint: 4.0 * len(b.corpus.tokens) for b in batches}.values())
     kind = HostFeed if device.type == "cpu" or size > RESIDENT_BYTES else ResidentFeed
     return kind(batches, starts, steps, device)
-
-
-WARM_RUNS = 2
-
-
-class Due(enum.IntEnum):
-    """What is measured after a step."""
-
-    NOTHING = 0
-    NOISE = 1  # in the step itself
-    PROBE = 2  # and the noise
-    EVALUATION = 3  # a probe with a validation loss
-
-
-@dataclass(frozen=True)
-class Tick:
-    """One step of a pack."""
-
-    tick: int  # from where the pack began
-    lr: tuple[float, ...]  # [K]
-    live: tuple[bool, ...]  # [K]
-    due: Due = Due.NOTHING
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What some ticks in a row measured, on the host."""
-
-    steps: NDArray[np.float64]  # [ticks, K, columns]
-    probes: dict[int, NDArray[np.float64]]  # of ticks with a probe, by their place: [K, columns]
 
 
 class Driver(Protocol):
@@ -275,6 +273,9 @@ class Replay:
         self._play()
         if self._stepper.device.type == "cuda":
             self._stepper.grads, self._stepper.noise = self._grads, self._noise
+
+
+WARM_RUNS = 2
 
 
 def _capture(function: Callable[[], None], pool: Any) -> Callable[[], None]:

@@ -1,10 +1,9 @@
 """The decoders by family (`model.family`): ours, and Llama, Qwen3 and Gemma 3 out of transformers' own layers.
 
-The second model beside `model.Decoder`, with the same interface: tokens to logits, `walk` for the probes, parameters
-named so that `embed`, `layers.N`, `norm` and `head` are the groups of `layer_grad_norm`. Theirs are the layers; the
-embedding-layers-head loop around them stands here, because transformers' own looks for padding at every call, which
-makes a GPU wait and the compiler build a mask. Without a mask attention is torch's causal kernel. No labels ever go in:
-the loss is `step`'s, as for every model, and so is `logit_softcap`.
+All have one interface: tokens to logits, `walk` for the probes, and parameters whose names tell their layer. Of
+transformers only the layers are used; the embedding-layers-head loop around them stands here, because transformers' own
+looks for padding at every call, which makes a GPU wait and the compiler build a mask. Without a mask attention is
+torch's causal kernel. No labels ever go in: the loss is the objective's, as for every model, and so is `logit_softcap`.
 
 Not as transformers has it by default, so that a family differs from another by its architecture alone:
 
@@ -17,8 +16,6 @@ Gemma multiplies embeddings by sqrt(dim), and its norms by 1 + w: they start at 
 pulls them to the identity where it pulls other norms to 0.
 
 transformers is imported when such a model is made, never before.
-
-The decoders by family (`model.family`): what the trainer asks of a model, and one with its initial weights.
 """
 
 from __future__ import annotations
@@ -31,6 +28,39 @@ from torch import Tensor, nn
 
 from stabstudy.config import ModelConfig
 from stabstudy.training.model import Decoder, initial_matrix, initialise
+
+
+class Model(Protocol):
+    """A decoder, which is an nn.Module: token ids [B,T] to logits [B,T,V]. Its parameters are named by layer.
+
+    `embed`, `layers.N`, `norm` and `head` are the groups of `layer_grad_norm`.
+    """
+
+    layers: nn.ModuleList
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """The logits, before `logit_softcap`."""
+
+    def walk(self, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Layer by layer (q [B,H,T,K], k [B,G,T,K], residual after the layer [B,T,D]): what the probes look at."""
+
+    def readout(self, x_BTD: Tensor) -> Tensor:
+        """The logits of the stream behind the last layer."""
+
+    def named_parameters(self, prefix: str = ..., recurse: bool = ..., remove_duplicate: bool = ...) -> Iterator[Any]:
+        """As that of nn.Module."""
+
+
+def build(config: ModelConfig, vocab: int, seq_len: int, seed: int) -> Model:
+    """The decoder of the settings' family, on the CPU, with its initial weights."""
+    if config.family == "lingua":
+        ours = Decoder(config, vocab, seq_len)
+        initialise(ours, config, seed)
+        return ours
+    theirs = HfDecoder(config, vocab, seq_len)
+    initialise_hf(theirs, config, seed)
+    return theirs
+
 
 OURS = {
     "self_attn.q_proj": ("attention.wqkv", 0),
@@ -180,35 +210,3 @@ def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:
         **own,
     )
     return getattr(transformers, f"{of}ForCausalLM")(settings)
-
-
-class Model(Protocol):
-    """A decoder, which is an nn.Module: token ids [B,T] to logits [B,T,V]. Its parameters are named by layer.
-
-    `embed`, `layers.N`, `norm` and `head` are the groups of `layer_grad_norm`.
-    """
-
-    layers: nn.ModuleList
-
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """The logits, before `logit_softcap`."""
-
-    def walk(self, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Layer by layer (q [B,H,T,K], k [B,G,T,K], residual after the layer [B,T,D]): what the probes look at."""
-
-    def readout(self, x_BTD: Tensor) -> Tensor:
-        """The logits of the stream behind the last layer."""
-
-    def named_parameters(self, prefix: str = ..., recurse: bool = ..., remove_duplicate: bool = ...) -> Iterator[Any]:
-        """As that of nn.Module."""
-
-
-def build(config: ModelConfig, vocab: int, seq_len: int, seed: int) -> Model:
-    """The decoder of the settings' family, on the CPU, with its initial weights."""
-    if config.family == "lingua":
-        ours = Decoder(config, vocab, seq_len)
-        initialise(ours, config, seed)
-        return ours
-    theirs = HfDecoder(config, vocab, seq_len)
-    initialise_hf(theirs, config, seed)
-    return theirs

@@ -1,7 +1,7 @@
 """Lion: the sign of an interpolated momentum (arXiv 2302.06675, algorithm 2).
 
     c  = beta1 m + (1 - beta1) g
-    w <- w - lr_t * (sign(c) + wd * w)               decay groups and their two meanings as in `decay.py`
+    w <- w - lr_t * (sign(c) + wd * w)               decay groups and their two meanings as in `adamw.py`
     m <- beta2 m + (1 - beta2) g
 
 Every element moves by lr_t, so its learning rate is a third to a tenth of AdamW's and its decay as much larger (the
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
-from stabstudy.training.adamw import decay_of
+from stabstudy.training.adamw import decay_rates
 from stabstudy.training.stack import beside, rates, replace, vector
 
 
@@ -26,7 +26,7 @@ class Lion:
     def __init__(self, configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]]):
         self.parameters = [p.detach() for _, p in named]
         self.device = self.parameters[0].device
-        self.decay_K = [vector([decay_of(c, n, p.ndim - 1) for c in configs], self.device) for n, p in named]
+        self.decay_K = decay_rates(configs, named)
         self.beta1_K = vector([c.optim.beta1 for c in configs], self.device)
         self.beta2_K = vector([c.optim.beta2 for c in configs], self.device)
         self.state = {f"lion/{name}": torch.zeros_like(p) for (name, _), p in zip(named, self.parameters, strict=True)}

@@ -219,16 +219,16 @@ class Loop:
 
     def _due(self, n: int) -> list[Due]:
         """What the members that go on want measured after the next n steps. The last state is measured at the end."""
-        found = [Due.NOTHING] * n
+        due = [Due.NOTHING] * n
         for k in self.live:
             train, at = self.plan.configs[k].train, self._at(k)
-            for every, due in ((train.probe_every, Due.PROBE), (train.eval_every, Due.EVALUATION)):
+            for every, kind in ((train.probe_every, Due.PROBE), (train.eval_every, Due.EVALUATION)):
                 for i in range(every - 1 - at % every, n, every):
                     if at + i + 1 < train.steps:
-                        found[i] = max(found[i], due)
+                        due[i] = max(due[i], kind)
             if self._left(k) == n:
-                found[-1] = max(found[-1], Due.NOISE)
-        return found
+                due[-1] = max(due[-1], Due.NOISE)
+        return due
 
     def _at(self, k: int) -> int:
         """The next step of a member that goes on."""

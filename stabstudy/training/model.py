@@ -1,8 +1,4 @@
-"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU.
-
-The group of each parameter in the recorded norms: the embedding, each layer, the head.
-
-The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
+"""The decoder, by default as Lingua's: pre-norm RMSNorm, causal attention, RoPE, grouped queries, SwiGLU, no biases.
 
 Shapes: B sequences, T positions, D dim, H query heads, G key/value heads, K head_dim, F ffn_dim, V vocabulary, L depth.
 Facts of the architecture: facebookresearch/lingua (lingua/transformer.py); the code is ours. q, k, v are one matrix and
@@ -38,18 +34,6 @@ def capped_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cap: float)
     hidden_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
     weights_BHTT = scores_BHTT.masked_fill(hidden_TT, -math.inf).softmax(dim=-1)
     return weights_BHTT.to(v_BHTK.dtype) @ v_BHTK
-
-
-def layer_of(parameter_name: str) -> str:
-    """The group of a parameter in `layer_grad_norm`: embed, 0, 1, ..., or head (which has the final norm too)."""
-    parts = parameter_name.split(".")
-    return parts[1] if parts[0] == "layers" else "embed" if parts[0] == "embed" else "head"
-
-
-def layer_index(parameter_names: Sequence[str], depth: int) -> list[int]:
-    """For each parameter the index of its group in [embed, layer 0 .. L-1, head]; a tied matrix counts to embed."""
-    order = {"embed": 0, "head": depth + 1} | {str(i): i + 1 for i in range(depth)}
-    return [order[layer_of(name)] for name in parameter_names]
 
 
 class Attention(nn.Module):
@@ -236,6 +220,18 @@ def rotate(x_BTNK: Tensor, rotation_TK: Tensor) -> Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
     return turned.view(x_BTNK.shape).to(x_BTNK.dtype)
+
+
+def layer_of(parameter_name: str) -> str:
+    """The group of a parameter in `layer_grad_norm`: embed, 0, 1, ..., or head (which has the final norm too)."""
+    parts = parameter_name.split(".")
+    return parts[1] if parts[0] == "layers" else "embed" if parts[0] == "embed" else "head"
+
+
+def layer_index(parameter_names: Sequence[str], depth: int) -> list[int]:
+    """For each parameter the index of its group in [embed, layer 0 .. L-1, head]; a tied matrix counts to embed."""
+    order = {"embed": 0, "head": depth + 1} | {str(i): i + 1 for i in range(depth)}
+    return [order[layer_of(name)] for name in parameter_names]
 
 
 def fused_rows(config: ModelConfig) -> dict[str, list[int]]:

@@ -2,7 +2,7 @@
 
     B  <- mu B + (1 - mu) g                     mu = optim.muon_momentum
     O  = NS((1 - mu) g + mu B)                  five Newton-Schulz steps in bfloat16: near the U V^T of the SVD
-    w <- w - lr_t * decay * w - lr_t * a O      decay coupled or independent, as in `decay.py`
+    w <- w - lr_t * decay * w - lr_t * a O      decay coupled or independent, as in `adamw.py`
 
 For a matrix of A rows and B columns a is (`optim.muon_adjust_lr`)
 

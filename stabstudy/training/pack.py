@@ -1,10 +1,5 @@
 """A pack: trials of one shape trained together, from whatever states they were left in to their ends.
 
-By default glibc gives large blocks back to the system as soon as they are freed and asks for them again a moment later:
-thousands of page faults a step, each filling 4 kB with zeros. No value changes, only where it lies.
-
-A pack: trials of one shape trained together, from whatever states they were left in to their ends.
-
 Every member keeps its own folder, lock, state, records, checkpoints and verdict, and may be at a step of its own, so a
 pack that was killed goes on in any other grouping. A member that fails alone (its data, its folder) leaves the others
 to go on. A pack that does not fit into memory is halved. When half of a pack have ended, it is made anew without them,
@@ -37,18 +32,6 @@ from stabstudy.training.probes import growth_exponents
 from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper, keep_compiled, stacked
 from stabstudy.training.trial import Engine, Trial, status_of
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Numbers of two options in glibc's malloc.h."""
-
-
-def keep_freed_memory() -> bool:
-    """Never return freed memory to the system, for the rest of this process; False where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-    return False
-
 
 RING = 32
 """Steps kept back on CUDA, for one copy."""
@@ -339,3 +322,19 @@ def choose_deterministic_kernels() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Numbers of two options in glibc's malloc.h."""
+
+
+def keep_freed_memory() -> bool:
+    """Never return freed memory to the system, for the rest of this process; False where there is no glibc.
+
+    By default glibc gives large blocks back as soon as they are freed and asks for them again a moment later: thousands
+    of page faults a step, each filling 4 kB with zeros. No value changes, only where it lies.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return False

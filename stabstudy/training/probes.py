@@ -1,9 +1,9 @@
 """Measurements besides training: probes, growth of the initial weights, exactness of gradient accumulation.
 
-A probe draws no random number and changes no value of the training: it only reads weights, optimizer state and the
-gradients of the last update. It leaves one vector a member on the device.
+A probe leaves one vector a member on the device. It draws no random number and changes no value of the training: it
+only reads weights, optimizer state and the gradients of the last update.
 
-Growth exponents of the initial weights (OLMo 2, arXiv 2501.00656): whether signals grow or vanish with depth.
+Growth exponents tell of the initial weights whether signals grow or vanish with depth (OLMo 2, arXiv 2501.00656):
 
     growth_act  = log(norm(v_L) / norm(v_1)) / L      v_l: mean over all positions of the residual stream after layer l
     growth_grad = log(norm(u_L) / norm(u_1)) / L      u_l: mean over all positions of the loss's gradient there
@@ -12,13 +12,10 @@ Near 0 is good: neither vanishes nor explodes as layers are added. One forward a
 sequences of the evaluation batch, before the first update, in the training's precision. The sum of cross-entropies is
 differentiated, not their mean: the ratio is the same, and small gradients survive float16.
 
-A check that gradient accumulation is exact for a model: one real batch, whole and in pieces, one gradient.
-
-What a foreign model does with its inputs is not ours to know, and a wrong gradient hides well: a mean of micro-batch
-means has about the right loss, and Adam hides a constant factor (LLaMA-Factory issue 7743). The targets are masked to
-very unequal numbers, for equal ones would hide it all.
-
-Run as a program, in a process of its own, so that its caller needs no torch: see `main`.
+The pre-flight of a foreign model compares one real batch, whole and in pieces: what such a model does with its inputs
+is not ours to know, and a wrong gradient hides well: a mean of micro-batch means has about the right loss, and Adam
+hides a constant factor (LLaMA-Factory issue 7743). The targets are masked to very unequal numbers, for equal ones would
+hide it all. It runs as a program, in a process of its own, so that its caller needs no torch: see `main`.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from torch import Tensor, nn
 
 from stabstudy import config as cfg
 from stabstudy.data.batches import Batches, open_batches
-from stabstudy.training import clipping, families
+from stabstudy.training import families
 from stabstudy.training.clipping import global_norm, tensor_norms
 from stabstudy.training.families import Model
 from stabstudy.training.model import soft_cap
@@ -169,7 +166,7 @@ def _added(layer: nn.Module, summand: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-SEQUENCES = 8
+PREFLIGHT_SEQUENCES = 8
 """Of the trial's first batch, at most; more would take longer and show nothing else."""
 
 
@@ -178,7 +175,7 @@ def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: t
 
     At the initial weights, in fp32, on the first sequences of the trial's own data. NaN where one is not finite.
     """
-    count = min(max(2, config.train.batch_size), SEQUENCES)
+    count = min(max(2, config.train.batch_size), PREFLIGHT_SEQUENCES)
     train = replace(config.train, batch_size=count, micro_batch_size=count, precision="fp32", compile="off")
     whole = replace(config, train=train)
     split = replace(config, train=replace(train, micro_batch_size=1))
@@ -205,16 +202,16 @@ def _measured(
     stepper = Stepper([config], [model], device)
     of_pack = torch.from_numpy(windows)[None].to(device)
     scalars = stepper.accumulate(of_pack, (of_pack[..., 1:] != IGNORE).sum((1, 2)).float(), masked=True)
-    return scalars["loss"].item(), clipping.global_norm(clipping.tensor_norms(stepper.grads)).item()
+    return scalars["loss"].item(), global_norm(tensor_norms(stepper.grads)).item()
 
 
 def main() -> None:
     """Read {cache_dir, device, threads, configs} as JSON, print [loss difference, norm difference] for each config."""
-    asked = json.load(sys.stdin)
-    torch.set_num_threads(asked["threads"])
-    for values in asked["configs"]:
-        apart = accumulation_differences(cfg.from_dict(values), Path(asked["cache_dir"]), torch.device(asked["device"]))
-        print(json.dumps(apart), flush=True)
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    cache_dir, device = Path(request["cache_dir"]), torch.device(request["device"])
+    for values in request["configs"]:
+        print(json.dumps(accumulation_differences(cfg.from_dict(values), cache_dir, device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,13 @@ from numpy.typing import NDArray
 
 from stabstudy import live
 from stabstudy.config import TrialConfig
-from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block
+from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block, Floats, Ints, LiveSpikes
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
 from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
 from stabstudy.training.driver import Taken, Tick
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import OF_LAYERS, SCALARS
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 JUDGED_AT_ONCE = 32
 """Steps that the spike detector takes in one block: one at a time would cost a hundred times as much."""

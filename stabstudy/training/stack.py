@@ -1,13 +1,10 @@
 """The stacked model of a pack, in the number format of `train.precision`, and vectors of one number per member.
 
-A pack is K trials of one shape; every parameter, gradient and memory of it is one tensor [K, *shape] whose row k is
-member k's. The suffix K of a name says that a tensor has one number per member.
-
-The stacked model of a pack, in the number format of `train.precision`: the one place of every forward pass.
-
-K members of one shape are one tensor [K, ...] for each parameter. A function of the model and one member's inputs is
-run for all members at once by `vmap`, so there is no second model; with one member it is called as it is. Members share
-arithmetic and nothing else: one that turns to NaN changes no bit of the others.
+A pack is K trials of one shape: every parameter, gradient and memory of it is one tensor [K, *shape] whose row k is
+member k's. The suffix K of a name says that a tensor has one number per member. `Stack` is the one place of every
+forward pass: a function of the model and one member's inputs is run for all members at once by `vmap`, so there is no
+second model; with one member it is called as it is. Members share arithmetic and nothing else: one that turns to NaN
+changes no bit of the others.
 
     fp32         all of it
     bf16, fp16   autocast: products in 16 bits; the residual stream and what its norms put out stay in fp32
@@ -33,46 +30,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from stabstudy.training.families import Model
-
-
-def vector(values: Sequence[float], device: torch.device) -> Tensor:
-    """The numbers of the members, float64, shape [K]."""
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def rates(lr: Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Learning rates as `Optimizer.step` takes them, as a float64 vector [K]."""
-    return lr.double() if isinstance(lr, Tensor) else vector(lr, device)
-
-
-def beside(vector_K: Tensor, tensor: Tensor) -> Tensor:
-    """The vector in the tensor's precision and number of dimensions, [K, 1, ...], so that each row meets its number."""
-    return vector_K.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
-
-
-def rows(tensor: Tensor) -> Sequence[Tensor]:
-    """The members' rows as views. A pack of one is its own row: a leading 1 changes no value, and a view costs time."""
-    return [tensor] if len(tensor) == 1 else tensor.unbind()
-
-
-def replace(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
-    """Write `new` in place, but not for the members left out: chosen, as a product with 0 would let a NaN through."""
-    if tensor.device.type == "cpu":  # where reading a number is free, and torch.where takes as long as seven copies
-        _copy_rows(tensor, new, left_out_K)
-    else:
-        _choose(tensor, new, left_out_K)
-
-
-def _copy_rows(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
-    for row, new_row, left_out in zip(rows(tensor), rows(new), left_out_K.tolist(), strict=True):
-        if not left_out:
-            row.copy_(new_row)
-
-
-def _choose(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
-    old = (left_out_K > 0).view(-1, *[1] * (tensor.ndim - 1))
-    torch.where(old, tensor, new, out=tensor)
-
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -149,3 +106,42 @@ class _Host(nn.Module):
 
     def forward(self, function: Callable[..., Scalars], *inputs: Tensor) -> Scalars:
         return function(self.model, *inputs)
+
+
+def vector(values: Sequence[float], device: torch.device) -> Tensor:
+    """The numbers of the members, float64, shape [K]."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def rates(lr: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Learning rates as `Optimizer.step` takes them, as a float64 vector [K]."""
+    return lr.double() if isinstance(lr, Tensor) else vector(lr, device)
+
+
+def beside(vector_K: Tensor, tensor: Tensor) -> Tensor:
+    """The vector in the tensor's precision and number of dimensions, [K, 1, ...], so that each row meets its number."""
+    return vector_K.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
+
+
+def rows(tensor: Tensor) -> Sequence[Tensor]:
+    """The members' rows as views. A pack of one is its own row: a leading 1 changes no value, and a view costs time."""
+    return [tensor] if len(tensor) == 1 else tensor.unbind()
+
+
+def replace(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
+    """Write `new` in place, but not for the members left out: chosen, as a product with 0 would let a NaN through."""
+    if tensor.device.type == "cpu":  # where reading a number is free, and torch.where takes as long as seven copies
+        _copy_rows(tensor, new, left_out_K)
+    else:
+        _choose(tensor, new, left_out_K)
+
+
+def _copy_rows(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
+    for row, new_row, left_out in zip(rows(tensor), rows(new), left_out_K.tolist(), strict=True):
+        if not left_out:
+            row.copy_(new_row)
+
+
+def _choose(tensor: Tensor, new: Tensor, left_out_K: Tensor) -> None:
+    old = (left_out_K > 0).view(-1, *[1] * (tensor.ndim - 1))
+    torch.where(old, tensor, new, out=tensor)

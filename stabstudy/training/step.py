@@ -1,9 +1,4 @@
-"""One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision; compiled on request.
-
-Every micro-batch of a pack has one shape, so it compiles once. Evaluation and probes, whose shapes differ, are eager
-in both modes: a loss is measured the same way whatever trained the weights.
-
-One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
+"""One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
 
 The loss of a step is the sum of cross-entropies over ALL its micro-batches divided by N, the valid targets of the whole
 step, so neither loss nor gradient depends on `micro_batch_size` (the mean of micro-batch means does, and its gradient
@@ -12,6 +7,9 @@ norm is off by up to 1.9 where its loss looks right: LLaMA-Factory issue 7743).
 Nothing here waits for the device, and every tensor that outlives a step is written in place, so that a step can be
 captured once and replayed. What follows from a non-finite norm (skip the update, or freeze the weights because the
 trial ends here) is decided on the device, for each of the K members by itself.
+
+Every micro-batch of a pack has one shape, so a compiled step compiles once. Evaluation and probes, whose shapes differ,
+are always eager: a loss is measured the same way whatever trained the weights.
 """
 
 from __future__ import annotations
@@ -38,30 +36,6 @@ from stabstudy.training.optimizers import optimizer
 from stabstudy.training.stack import Scalars, Stack
 
 T = TypeVar("T")
-
-FOLDER = "compiled"
-"""Below the cache folder: compiled kernels, of which trials of equal shape make use together."""
-
-
-def keep_compiled(cache_dir: Path) -> None:
-    """Keep kernels in the cache folder, unless the user's environment names another. Call before the first compile."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / FOLDER))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
-
-
-def compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function compiled for the shapes that it is called with.
-
-    What a process compiled before is forgotten: packs of other shapes would count as recompilations, at whose limit
-    the compiler runs the function eagerly without a word. Reaching it is an error.
-    """
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    fast: Callable[..., T] = torch.compile(function, dynamic=False)
-    return fast
-
 
 SCALE_START, SCALE_GROWTH_STEPS = 2.0**16, 2000
 """fp16 loss scaling: the first scale, and the good steps after which it doubles (torch.amp.GradScaler's values)."""
@@ -156,9 +130,8 @@ class Stepper:
             for name, value in terms.items():
                 largest = name in self.objective.largest
                 value = value if largest else value / targets
-                totals[name] = (
-                    value if name not in totals else (torch.maximum if largest else torch.add)(totals[name], value)
-                )
+                join = torch.maximum if largest else torch.add
+                totals[name] = join(totals[name], value) if name in totals else value
         if watched is not None:
             self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
         return totals
@@ -228,3 +201,27 @@ def stacked(windows: Sequence[NDArray[np.int64]], device: torch.device) -> Tenso
     for row, w in zip(parts, windows, strict=True):
         row[: len(w)] = w
     return torch.from_numpy(parts).to(device)
+
+
+FOLDER = "compiled"
+"""Below the cache folder: compiled kernels, of which trials of equal shape make use together."""
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Keep kernels in the cache folder, unless the user's environment names another. Call before the first compile."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / FOLDER))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function compiled for the shapes that it is called with.
+
+    What a process compiled before is forgotten: packs of other shapes would count as recompilations, at whose limit
+    the compiler runs the function eagerly without a word. Reaching it is an error.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    fast: Callable[..., T] = torch.compile(function, dynamic=False)
+    return fast

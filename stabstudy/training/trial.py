@@ -167,12 +167,12 @@ class Trial:
         source = Source(self.config, state)
         summary = judge_trial(rows, probes, source, self.rules)
         write_summary(self.folder, summary, source, self.rules)
-        found = summary.columns
-        verdict, code, reason = (found[name] for name in ("verdict", "verdict_code", "verdict_reason"))
+        columns = summary.columns
+        verdict, code, reason = (columns[name] for name in ("verdict", "verdict_code", "verdict_reason"))
         assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(reason, str | None)
-        assert isinstance(events := found["spike_events"], int | None)
+        assert isinstance(events := columns["spike_events"], int | None)
         state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
-        self.state = replace(state, outcome=outcome(found, self.rules))
+        self.state = replace(state, outcome=outcome(columns, self.rules))
         self._end()
         failpoints.hit("finish.done")
         for schema in RECORDS:

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from reference_monitor import FIXED_POINT, ReferenceMonitor
 
 from stabstudy.stability import divergence
-from stabstudy.stability.detectors import Block
+from stabstudy.stability.detectors import Block, LiveSpikes
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import LiveSpikes
 from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
 from stabstudy.trace import SKIPS
 

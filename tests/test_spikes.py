@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from series import Floats, lognormal, ones
 
-from stabstudy.stability.detectors import Block, jump
+from stabstudy.stability.detectors import Block, LiveSpikes, jump
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS, Spike, couple, find_spikes
-from stabstudy.stability.summary import LiveSpikes
 
 RULES = Rules()
 SMALL = Rules(level=3, window=7, fill=4)
