@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import disk, live
-from stabstudy.wording import first_line
 from stabstudy.trace import Column, DamagedRecord, Rows, Schema, as_array, check_steps
+from stabstudy.wording import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -32,7 +32,6 @@ from stabstudy.sweeping import preflight
 from stabstudy.sweeping.progress import Board, settings_text
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.worker import PackFailed, StopRequest, stop_on_signals, train_pack
-from stabstudy.wording import short_value
 
 SETTLE_SECONDS = 3.0
 """How long a launch that ends waits for the processes of its trials to be gone."""

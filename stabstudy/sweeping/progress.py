@@ -143,9 +143,7 @@ class Board:
             )
         if len(self.running) > ROWS:
             table.add_row("...", f"and {len(self.running) - ROWS} more")
-        return Group(
-            Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim")
-        )
+        return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
 
     def _speak_now_and_then(self) -> None:
         if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:
