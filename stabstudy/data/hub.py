@@ -7,17 +7,15 @@ the stream: it is read once, in its order, into the token cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stabstudy import extras
 from stabstudy.config import DataConfig
 from stabstudy.data import files, network
 from stabstudy.data.edits import Memory
 from stabstudy.data.errors import DataError, first_line
 from stabstudy.data.rows import RowCount, text_or_reason
-
-OLDEST = 4  # the first major version that cannot run a dataset's own code
 
 
 def documents(config: DataConfig, count: RowCount) -> Iterator[str]:
@@ -49,16 +47,12 @@ def identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]
 
 def check(config: DataConfig) -> None:
     """Raises DataError if `datasets` is missing or could run a dataset's code. Reaches no network."""
-    try:
-        version = metadata.version("datasets")
-    except metadata.PackageNotFoundError as error:
-        rule = (
-            "needs the `datasets` library: pip install 'stabstudy[hf]' (or use a local copy: source parquet or jsonl)"
+    if reasons := extras.why_not(["datasets"]):
+        raise DataError(
+            "data.source",
+            f"{reasons[0]} (older ones can run a dataset's own code; a local copy goes by source parquet or jsonl)",
+            "hf",
         )
-        raise DataError("data.source", rule, "hf") from error
-    if int(version.split(".")[0]) < OLDEST:
-        rule = f"needs datasets >= {OLDEST}: older ones can run a dataset's own code"
-        raise DataError("data.source", rule, f"datasets {version}")
 
 
 def _rows(config: DataConfig) -> Iterator[Any]:

@@ -66,6 +66,11 @@ def fingerprint(config: DataConfig, memory: Memory | None = None) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
+def packages(config: DataConfig) -> set[str]:
+    """The optional packages that reading and tokenizing the text takes. Raises DataError for a tokenizer not there."""
+    return tokenizer.packages(config.tokenizer) | ({"datasets"} if config.source == "hf" else set())
+
+
 def check(config: DataConfig) -> None:
     """Raises DataError for what can be known without reading everything; reaches no network and trains nothing.
 
@@ -74,7 +79,6 @@ def check(config: DataConfig) -> None:
     """
     tokenizer.identity(config.tokenizer)
     if config.source == "hf":
-        hub.check(config)
         return
     if config.source == "synthetic" and config.max_bytes is None:
         return  # always has text, and making the first of it takes half a second

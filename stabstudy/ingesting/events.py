@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stabstudy import extras
 from stabstudy.ingesting import several
 from stabstudy.ingesting.points import LogError, Raw
 
 PREFIX = "events.out.tfevents."
 STEP = "step"
-INSTALL = "pip install 'stabstudy[tensorboard]'"
 
 
 class ReaderMissingError(LogError):
@@ -43,7 +43,7 @@ def _scalars(path: Path) -> Iterator[tuple[int, str, float]]:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from tensorboard.util import tensor_util
     except ModuleNotFoundError as error:
-        raise ReaderMissingError(f"needs TensorBoard's reader: {INSTALL}") from error
+        raise ReaderMissingError(f"needs TensorBoard's reader: {extras.install(['tensorboard'])}") from error
     for event in EventFileLoader(str(path)).Load():
         for value in event.summary.value:
             with contextlib.suppress(ValueError, TypeError):  # text, images

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import locks
+from stabstudy import extras, locks
 from stabstudy.planning import machine
 from stabstudy.planning.plan import Plan
 
@@ -28,7 +28,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: machine.package_version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: extras.installed(p) for p in PACKAGES}},
         "machine": {"platform": platform.platform(), "cores": machine.cores(), "processor": _processor()},
         "git": _git(),
     }
