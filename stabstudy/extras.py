@@ -16,7 +16,7 @@ EXTRAS = {
 """Extra -> the packages that the program asks for before it starts what needs them."""
 
 FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0)}
-"""Oldest releases that may run, as in pyproject.toml: older ones have known security holes, or run a dataset's code."""
+"""Oldest releases that may run: older ones have known security holes, or run a dataset's code."""
 
 
 def install(packages: Iterable[str]) -> str:
