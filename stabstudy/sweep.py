@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(flags: list[str], overrides: list[str]) -> int:
+    from stabstudy import extras
     from stabstudy.planning import machine
 
     if reason := machine.why_not_python():
@@ -75,7 +76,7 @@ def _run(flags: list[str], overrides: list[str]) -> int:
     if "--help" in flags or "-h" in flags:
         return _help()
     if "--version" in flags:
-        print(f"stabstudy {machine.package_version('stabstudy')}")
+        print(f"stabstudy {extras.installed('stabstudy')}")
         return 0
     if "--list" in flags:
         return _list()
@@ -162,6 +163,8 @@ def _explain(error: Exception, command: str) -> int:
         lines, code = [f"{'data' if isinstance(error, DataError) else 'study'}: {error}"], 2
     elif isinstance(error, NotReadyError | LockHeldError | EntryError):
         lines, code = [f"machine: {line}" for line in str(error).splitlines()], 4
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "stabstudy").startswith("stabstudy"):
+        lines, code = [f"machine: needs {error.name}, not installed here: pip install 'stabstudy[all]'"], 4
     elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
         lines, code = [f"machine: {disk.describe(error)}"], 4
     else:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
+    *("extras", "failpoints", "leftovers", "settings", "groups", "combinations", "config", "shape"),
     *("trace", "live", "finished", "entries", "disk", "outlet", "locks", "store", "external"),
 }
 
@@ -33,6 +33,7 @@ class May:
 # Data flows one way: facts | stability, data | training, analysis, planning | sweeping, report, ingest | sweep.
 MAY = {
     "__init__": May(set()),
+    "extras": May(set()),
     "failpoints": May(set()),
     "settings": May(set()),
     "groups": May({"settings"}),
@@ -58,7 +59,7 @@ MAY = {
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "seals", "store"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings", "trace", "store"},
+        {"extras", "config", "settings", "trace", "store"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stabstudy import disk, store
+from stabstudy import disk, extras, store
 from stabstudy.config import TrialConfig
+from stabstudy.data import sources
 from stabstudy.planning import caveats, estimate, machine, packs, words
 from stabstudy.planning.plan import Plan
 from stabstudy.planning.standing import intact, waiting
@@ -81,11 +82,19 @@ def check_machine(plan: Plan) -> None:
         raise machine.NotReadyError("\n".join(reasons))
 
 
+def packages(plan: Plan) -> list[str]:
+    """The optional packages that training the plan takes."""
+    configs = [trial.config for trial in plan.trials]
+    wanted = {name for data in {config.data for config in configs} for name in sources.packages(data)}
+    wanted |= {"transformers"} if any(config.model.family != "lingua" for config in configs) else set()
+    return ["torch", "safetensors", *(["ray"] if plan.launcher == "ray" else []), *sorted(wanted)]
+
+
 def why_not_here(plan: Plan) -> list[str]:
     """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
     packed = packs.packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
-    reasons = machine.why_not_versions(plan.launcher)
+    reasons = extras.why_not(packages(plan))
     reasons += filter(None, [machine.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])
     gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
     if plan.compute.address is None and gpus and not machine.gpu_memory():

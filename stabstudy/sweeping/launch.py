@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import leftovers, locks, store
+from stabstudy import extras, leftovers, locks, store
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import Supply, open_batches
@@ -50,7 +50,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: machine.package_version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: extras.installed(p) for p in PACKAGES}},
         "machine": {"platform": platform.platform(), "cores": machine.cores(), "processor": _processor()},
         "git": _git(),
     }
