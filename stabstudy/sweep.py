@@ -158,6 +158,9 @@ def _explain(error: Exception, command: str) -> int:
         code = cli.fail("data" if isinstance(error, DataError) else "study", cli.BAD_INPUT, str(error))
     elif isinstance(error, NotReadyError | LockHeldError | EntryError):
         code = cli.fail("machine", cli.ENVIRONMENT, *str(error).splitlines())
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "stabstudy").startswith("stabstudy"):
+        rule = f"needs {error.name}, not installed here: pip install 'stabstudy[all]'"
+        code = cli.fail("machine", cli.ENVIRONMENT, rule)
     elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
         code = cli.fail("machine", cli.ENVIRONMENT, disk.describe(error))
     else:

@@ -18,9 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stabstudy import sweep
+from stabstudy import extras, sweep
 from stabstudy.data import sources
 from stabstudy.planning import compose, compute, document, overrides
+from stabstudy.planning.plan import make_plan
+from stabstudy.planning.preview import why_not_here
 from stabstudy.settings import ConfigError, Issues, Problem
 
 
@@ -528,18 +530,13 @@ def test_versions(monkeypatch):
     """Row 58."""
     assert compute.why_not_python((3, 10)) == "needs Python 3.11 or newer, this is 3.10"
     assert compute.why_not_python() is None
-    assert compute.why_not_versions("ray") == []
-    monkeypatch.setattr(compute, "version", lambda name: {"torch": "2.9.1+cpu", "ray": "2.60.0"}[name])
-    assert compute.why_not_versions("ray") == ["needs torch 2.10 or newer, found 2.9.1+cpu"]
-    assert compute.why_not_versions("ray", {"ray": (3, 0)}) == ["needs ray 3.0 or newer, found 2.60.0"]
-    assert compute.why_not_versions("local", {"ray": (3, 0)}) == []
-
-
-def test_the_version_floors_are_those_of_the_package():
-    wanted = Path(__file__).parent.parent.joinpath("pyproject.toml").read_text()
-    assert all(
-        f"{name}>={'.'.join(map(str, floor))}" in wanted.replace("[tune]", "") for name, floor in compute.FLOORS.items()
-    )
+    with_ray, local = (make_plan([*ONE, f"launcher={launcher}"], Path()) for launcher in ("ray", "local"))
+    assert why_not_here(with_ray) == []
+    monkeypatch.setattr(extras, "version", lambda name: {"torch": "2.9.1+cpu", "ray": "2.60.0"}.get(name, "1.0"))
+    assert why_not_here(with_ray) == ["needs torch 2.10 or newer, found 2.9.1+cpu"]
+    monkeypatch.setattr(extras, "FLOORS", {"ray": (3, 0)})
+    assert why_not_here(with_ray) == ["needs ray 3.0 or newer, found 2.60.0"]
+    assert why_not_here(local) == []
 
 
 # flags and studies

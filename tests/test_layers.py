@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("failpoints", "leftovers", "settings", "wording", "config", "shape"),
+    *("extras", "failpoints", "leftovers", "settings", "wording", "config", "shape"),
     *("trace", "live", "finished", "disk", "locks", "store", "external"),
 }
 
@@ -33,6 +33,7 @@ class May:
 # Data flows one way: facts | stability, data | training, analysis, planning | sweeping, report, ingest | sweep.
 MAY = {
     "__init__": May(set()),
+    "extras": May(set()),
     "failpoints": May(set()),
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
@@ -51,7 +52,7 @@ MAY = {
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"config", "settings", "disk", "locks", "store", "wording"},
+        {"extras", "config", "settings", "disk", "locks", "store", "wording"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
     ),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -70,3 +73,32 @@ def test_list_and_dry_run_from_another_folder(installed: Path, tmp_path: Path):
 def test_the_version_is_the_packages(installed: Path, tmp_path: Path):
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert run(installed, tmp_path, "--version").strip() == f"stabstudy {wanted}"
+
+
+def test_the_wheel_is_typed_and_names_its_extras(installed: Path):
+    assert (installed / "stabstudy" / "py.typed").is_file()
+    (file,) = installed.glob("stabstudy-*.dist-info/METADATA")
+    head = email.message_from_string(file.read_text())
+    assert {"train", "ray", "search", "all", "test", "dev"} <= set(head.get_all("Provides-Extra", []))
+    base = [line for line in head.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert base and not [line for line in base if re.match(r"(torch|ray|optuna|scikit-learn|transformers)\b", line)]
+    assert list(installed.glob("stabstudy-*.dist-info/licenses/LICENSE"))
+
+
+def test_the_sdist_holds_what_is_tested_and_read(tmp_path: Path):
+    """Whoever has it can run the tests, read the documents, and build the same wheel."""
+    build = "import sys; from hatchling.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    root = sdist.with_name(sdist.name.removesuffix(".tar.gz"))
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    for name in tracked or ["LICENSE", "README.md", "CHANGELOG.md", "tests/test_wheel.py", "conf/trial.yaml"]:
+        assert (root / name).is_file() or not (ROOT / name).exists(), name
+    assert not list(root.rglob("__pycache__")) and not (root / ".git").exists()
+    wheel = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", wheel, str(tmp_path / "dist")], check=True, capture_output=True, cwd=root)
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(made).namelist())
+    assert {"stabstudy/py.typed", "stabstudy/conf/trial.yaml", "stabstudy/sweeps/quickstart.yaml"} <= names

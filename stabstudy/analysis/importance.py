@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from stabstudy import extras
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.compare import values as values_of
@@ -32,6 +33,9 @@ ENOUGH = 10  # trials per axis, the seed not counted; under it the shares are mo
 FEWEST = 4  # trials
 APART = 0.10  # of the variance; shares of the forest and of the analysis of variance that differ by more are not given
 CHANCE = 0.05  # p from which what the axes explain may be chance
+
+SEARCH = ("optuna", "scikit-learn")
+"""The packages of the forest; without them the shares are absent, and the report is whole but for them."""
 
 _TRIAL_S = 0.01
 """Seconds for each trial, roughly."""
@@ -59,6 +63,8 @@ def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         }
         for metric, sample, p in zip(OBJECTIVES, samples, adjusted, strict=True)
     ]
+    if reasons := extras.why_not(SEARCH):
+        rows = [row if row["reason"] else row | {"reason": reasons[0]} for row in rows]
     due = [sample for sample, row in zip(samples, rows, strict=True) if row["reason"] is None]
     shares = iter(spread(_forests, due, _TRIAL_S * len(done)))
     for row, sample in zip(rows, samples, strict=True):

@@ -27,10 +27,10 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stabstudy import extras
 from stabstudy.config import FORMER_NAMES, DataConfig
 from stabstudy.data import files, rows, synthetic, tokenizer
 from stabstudy.data.files import Memory
@@ -75,9 +75,6 @@ def _left_out(name: str) -> bool:
     return name in LEFT_OUT or any(fnmatch(name, pattern) for pattern in LEFT_OUT_PATTERNS)
 
 
-OLDEST = 4  # the first major version that cannot run a dataset's own code
-
-
 def hub_documents(config: DataConfig, count: RowCount) -> Iterator[str]:
     """The rows' text in the dataset's order. Raises DataError naming dataset and row."""
     check_hub(config)
@@ -107,16 +104,12 @@ def hub_identity(config: DataConfig, memory: Memory | None = None) -> dict[str, 
 
 def check_hub(config: DataConfig) -> None:
     """Raises DataError if `datasets` is missing or could run a dataset's code. Reaches no network."""
-    try:
-        version = metadata.version("datasets")
-    except metadata.PackageNotFoundError as error:
-        rule = (
-            "needs the `datasets` library: pip install 'stabstudy[hf]' (or use a local copy: source parquet or jsonl)"
+    if reasons := extras.why_not(["datasets"]):
+        raise DataError(
+            "data.source",
+            f"{reasons[0]} (older ones can run a dataset's own code; a local copy goes by source parquet or jsonl)",
+            "hf",
         )
-        raise DataError("data.source", rule, "hf") from error
-    if int(version.split(".")[0]) < OLDEST:
-        rule = f"needs datasets >= {OLDEST}: older ones can run a dataset's own code"
-        raise DataError("data.source", rule, f"datasets {version}")
 
 
 def _rows(config: DataConfig) -> Iterator[Any]:
@@ -190,6 +183,11 @@ def fingerprint(config: DataConfig, memory: Memory | None = None) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
 
 
+def packages(config: DataConfig) -> set[str]:
+    """The optional packages that reading and tokenizing the text takes. Raises DataError for a tokenizer not there."""
+    return tokenizer.packages(config.tokenizer) | ({"datasets"} if config.source == "hf" else set())
+
+
 def check(config: DataConfig) -> None:
     """Raises DataError for what can be known without reading everything; reaches no network and trains nothing.
 
@@ -198,7 +196,6 @@ def check(config: DataConfig) -> None:
     """
     tokenizer.identity(config.tokenizer)
     if config.source == "hf":
-        check_hub(config)
         return
     if config.source == "synthetic" and config.max_bytes is None:
         return  # always has text, and making the first of it takes half a second

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy import extras
 from stabstudy.data.files import cause
 from stabstudy.settings import DataError, show
 from stabstudy.wording import first_line
@@ -101,11 +102,18 @@ def identity(name: str) -> str:
     return hashlib.sha256(json.dumps([place.kind, content]).encode()).hexdigest()
 
 
+def packages(name: str) -> set[str]:
+    """The optional packages that loading it takes. Raises DataError for a name under which nothing can be."""
+    return {"bytes": set(), "auto": {"transformers", "tokenizers"}}.get(_locate(name).kind, {"tokenizers"})
+
+
 def load(name: str) -> Tokenizer:
     """The tokenizer of a `data.tokenizer` setting. Raises DataError."""
     place = _locate(name)
     if place.kind == "bytes":
         return Tokenizer(258, 256, 257, hashlib.sha256(b"bytes").hexdigest(), _encode_bytes, _decode_bytes)
+    if reasons := extras.why_not(packages(name)):
+        raise DataError("data.tokenizer", reasons[0], show(name))
     try:
         return _load_auto(place) if place.kind == "auto" else _load_files(place)
     except DataError:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TextIO
 
+from stabstudy import extras
 from stabstudy.ingesting import several
 from stabstudy.ingesting.choice import listed
 from stabstudy.ingesting.points import LogError, Point, Raw, whole
@@ -343,7 +344,6 @@ def read_lingua(path: Path) -> Raw:
 
 EVENTS_PREFIX = "events.out.tfevents."
 STEP = "step"
-INSTALL = "pip install 'stabstudy[tensorboard]'"
 
 
 class ReaderMissingError(LogError):
@@ -373,7 +373,7 @@ def _scalars(path: Path) -> Iterator[tuple[int, str, float]]:
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from tensorboard.util import tensor_util
     except ModuleNotFoundError as error:
-        raise ReaderMissingError(f"needs TensorBoard's reader: {INSTALL}") from error
+        raise ReaderMissingError(f"needs TensorBoard's reader: {extras.install(['tensorboard'])}") from error
     for event in EventFileLoader(str(path)).Load():
         for value in event.summary.value:
             with contextlib.suppress(ValueError, TypeError):  # text, images

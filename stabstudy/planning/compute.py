@@ -9,14 +9,12 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import re
 import shutil
 import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,6 @@ MOST = 128
 
 RENAMED = {"gpus_per_trial": "gpus_per_pack", "cpus_per_trial": "cpus_per_pack"}
 """What settings were called while every process trained one trial."""
-
-
-FLOORS = {"torch": (2, 10), "ray": (2, 59)}
-"""Oldest releases that may train, as in pyproject.toml: older ones have known security holes."""
 
 
 class NotReadyError(Exception):
@@ -138,25 +132,6 @@ def _memory_of(nvml: ctypes.CDLL, index: int) -> int:
 def why_not_python(running: tuple[int, int] = sys.version_info[:2]) -> str | None:
     """Why this Python cannot run the program, or None."""
     return None if running >= (3, 11) else f"needs Python 3.11 or newer, this is {'.'.join(map(str, running))}"
-
-
-def why_not_versions(launcher: str, floors: Mapping[str, tuple[int, ...]] = FLOORS) -> list[str]:
-    """Packages that are missing or too old to train with."""
-    needed = {name: floor for name, floor in floors.items() if name != "ray" or launcher == "ray"}
-    reasons = []
-    for name, floor in needed.items():
-        have = package_version(name)
-        if tuple(int(digits) for digits in re.findall(r"\d+", have)[:2]) < floor:
-            reasons.append(f"needs {name} {'.'.join(map(str, floor))} or newer, found {have}")
-    return reasons
-
-
-def package_version(name: str) -> str:
-    """The installed version, or "none"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
 
 
 def why_not_compile() -> str | None:

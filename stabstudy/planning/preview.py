@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from stabstudy import disk, store, wording
+from stabstudy import disk, extras, store, wording
 from stabstudy.config import TrialConfig
+from stabstudy.data import sources
 from stabstudy.planning import caveats, compute, estimate, packs
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import safe
@@ -83,11 +84,19 @@ def check_machine(plan: Plan) -> None:
         raise compute.NotReadyError("\n".join(reasons))
 
 
+def packages(plan: Plan) -> list[str]:
+    """The optional packages that training the plan takes."""
+    configs = [trial.config for trial in plan.trials]
+    wanted = {name for data in {config.data for config in configs} for name in sources.packages(data)}
+    wanted |= {"transformers"} if any(config.model.family != "lingua" for config in configs) else set()
+    return ["torch", "safetensors", *(["ray"] if plan.launcher == "ray" else []), *sorted(wanted)]
+
+
 def why_not_here(plan: Plan) -> list[str]:
     """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
     packed = packs.packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
-    reasons = compute.why_not_versions(plan.launcher)
+    reasons = extras.why_not(packages(plan))
     reasons += filter(None, [compute.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])
     gpus, cpus = plan.compute.gpus_per_pack, plan.compute.cpus_per_pack
     if plan.compute.address is None and gpus and not compute.gpu_memory():

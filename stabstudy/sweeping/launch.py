@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import cli, leftovers, locks, store
+from stabstudy import cli, extras, leftovers, locks, store
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
@@ -206,7 +206,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "argv": list(plan.argv),
         "launcher": plan.launcher,
         "launched": locks.now(),
-        "versions": {"python": platform.python_version(), **{p: compute.package_version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: extras.installed(p) for p in PACKAGES}},
         "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
         "git": _git(),
     }

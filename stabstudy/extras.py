@@ -1,0 +1,46 @@
+"""The optional packages: which extra installs each, the oldest release that serves, and what to say without it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+EXTRAS = {
+    "train": ("torch", "safetensors", "transformers", "tokenizers"),
+    "ray": ("ray",),
+    "search": ("optuna", "scikit-learn"),
+    "hf": ("datasets",),
+    "tensorboard": ("tensorboard",),
+}
+"""Extra -> the packages that the program asks for before it starts what needs them."""
+
+FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0)}
+"""Oldest releases that may run: older ones have known security holes, or run a dataset's code."""
+
+
+def install(packages: Iterable[str]) -> str:
+    """The command that installs the packages, by their extras."""
+    asked = set(packages)
+    return f"pip install 'stabstudy[{','.join(e for e, brought in EXTRAS.items() if asked & set(brought))}]'"
+
+
+def installed(package: str) -> str:
+    """The installed version, or "none"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def why_not(packages: Iterable[str]) -> list[str]:
+    """One line for all the packages that are missing, with the command, and one for each that is too old."""
+    have = {package: installed(package) for package in dict.fromkeys(packages)}
+    missing = [package for package, found in have.items() if found == "none"]
+    old = [p for p, found in have.items() if p not in missing and _numbers(found) < FLOORS.get(p, ())]
+    lines = [f"needs {' and '.join(missing)}, not installed here: {install(missing)}"] if missing else []
+    return lines + [f"needs {p} {'.'.join(map(str, FLOORS[p]))} or newer, found {have[p]}" for p in old]
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", release)[:2])
