@@ -42,7 +42,8 @@ from stabstudy import finished
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
-from stabstudy.store import State, StudyFolder
+from stabstudy.state import State
+from stabstudy.store import StudyFolder
 from stabstudy.trace import PROBES, TRACE
 from stabstudy.training.driver import Due, Taken, Tick
 from stabstudy.training.probes import OF_LAYERS, SCALARS

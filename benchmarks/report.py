@@ -39,6 +39,7 @@ from stabstudy.analysis.tables import read_record
 from stabstudy.analysis.workers import spread
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
+from stabstudy.state import State
 from stabstudy.trace import TRACE, Rows
 
 FINGERPRINT = "f" * 16
@@ -166,7 +167,7 @@ def plant_trial(folder: Path, config: cfg.TrialConfig, number: int) -> None:
     store.write_json(trial.config_file, identity | {"config": cfg.to_dict(config)} | data)
     rows = record(config, number)
     sha = finished.write(rows, trial.finished(TRACE), {"trial_id": trial.trial_id})
-    state = store.State(
+    state = State(
         trial.trial_id,
         status="done",
         step=config.train.steps,

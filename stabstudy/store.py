@@ -22,16 +22,14 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import disk, finished, live, locks, state_fields, trace
+from stabstudy import disk, finished, live, locks, trace
 from stabstudy.settings import ConfigError
-
-STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
-"""`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
+from stabstudy.state import State, from_body, to_body
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
@@ -43,53 +41,6 @@ class StoreError(Exception):
 
 class NewerFormatError(StoreError):
     """A file that a newer version wrote: nothing of it is read, and it is never written over."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One process run of a trial."""
-
-    host: str
-    pid: int
-    started: str  # UTC, ISO 8601
-    from_step: int = 0
-    dropped_rows: int = 0
-    cut_bytes: int = 0
-    ended: str | None = None
-    status: str = "running"
-    error: dict[str, Any] | None = None  # {kind, message, step}
-    engine: dict[str, Any] = field(default_factory=dict)  # torch version, device, threads, precision, attention
-
-
-@dataclass(frozen=True)
-class State:
-    """The content of `state.json`. Numbers that could be NaN are stored as text ("NaN"), never as bare tokens."""
-
-    trial_id: str
-    status: str = "pending"
-    step: int = 0  # updates made and recorded when the state was written
-    attempts: tuple[Attempt, ...] = ()
-    stop_reason: str | None = None  # complete | diverged
-    verdict: str | None = None
-    verdict_code: str | None = None
-    spike_events: int | None = None
-    init_loss: float | None = None  # on the final evaluation set, before the first update
-    final_loss: float | None = None  # same set, after the last update
-    eval_hash: str | None = None
-    records: dict[str, Any] = field(default_factory=dict)  # {"trace": {rows, sha256}, "probes": {rows, sha256}}
-    error: dict[str, Any] | None = None
-    outcome: str | None = None  # the verdict in one sentence, see stability.explain
-    format: int = cfg.FORMAT_VERSION
-    growth_act: float | None = None  # exponents of the initial weights, see training/probes.py; None: one layer
-    growth_grad: float | None = None
-    unigram_entropy: float | None = None  # H1 of the training tokens, nat/token; None: an older or ingested trial
-    train_tokens: int | None = None  # of the training part, each counted once
-    eval_tokens: int | None = None  # of the set that init_loss and final_loss are measured on
-    verdict_reason: str | None = None  # of a done trial without a verdict
-
-
-NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")
-"""Of a state: each may be a float that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +114,10 @@ class TrialFolder:
         """
         if not os.path.lexists(self.state_file):
             return State(self.trial_id)
-        state = _state_from(read_sealed(self.state_file), self.state_file)
+        try:
+            state = from_body(read_sealed(self.state_file))
+        except ValueError as error:
+            raise StoreError(f"{self.state_file}: is not a trial's state: {error}") from error
         if state.trial_id != self.trial_id:
             raise StoreError(f"{self.state_file}: belongs to trial {state.trial_id}")
         if state.status == "running" and not locks.is_locked(self.path):
@@ -171,9 +125,7 @@ class TrialFolder:
         return state
 
     def write_state(self, state: State) -> None:
-        body = asdict(state)
-        for key in NUMBERS:
-            body[key] = encode_float(body[key])
+        body = to_body(state)
         try:
             write_sealed(self.state_file, body)
         except OSError as error:
@@ -248,14 +200,6 @@ class StudyFolder:
     def trials(self) -> list[TrialFolder]:
         """Every trial that has a config.json, by id."""
         return [TrialFolder(p.parent) for p in sorted((self.path / "trials").glob("*/config.json"))]
-
-
-def close_attempt(state: State, status: str, error: dict[str, Any] | None = None) -> State:
-    """The state with its last attempt ended now, in this status."""
-    attempts = state.attempts
-    if attempts:
-        attempts = (*attempts[:-1], replace(attempts[-1], ended=locks.now(), status=status, error=error))
-    return replace(state, status=status, error=error, attempts=attempts)
 
 
 def open_study(path: Path) -> StudyFolder:
@@ -346,13 +290,6 @@ def opened(body: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def encode_float(value: float | None) -> float | str | None:
-    """NaN and infinities as text, as strict JSON needs."""
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(value)]
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     """First 16 hex digits of the sha256 of the values, however they are laid out in the file."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -365,20 +302,3 @@ def sweep_leftovers(folder: Path) -> list[str]:
     for p in leftovers:
         p.unlink()
     return [p.name for p in leftovers]
-
-
-def _state_from(body: dict[str, Any], path: Path) -> State:
-    if problem := state_fields.problem(body, STATUSES):
-        raise StoreError(f"{path}: is not a trial's state: {problem}")
-    known = {f.name for f in fields(State)}
-    attempt_keys = {f.name for f in fields(Attempt)}
-    try:
-        values = {k: v for k, v in body.items() if k in known}
-        values["attempts"] = tuple(
-            Attempt(**{k: v for k, v in a.items() if k in attempt_keys}) for a in body.get("attempts", ())
-        )
-        for key in NUMBERS:
-            values[key] = None if values.get(key) is None else float(values[key])
-        return State(**values)
-    except (TypeError, OverflowError) as error:  # a field without a default is missing; a whole number of 400 digits
-        raise StoreError(f"{path}: is not a trial's state ({error})") from error

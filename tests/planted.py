@@ -18,7 +18,8 @@ import numpy as np
 
 from stabstudy import config as cfg
 from stabstudy.config import TrialConfig
-from stabstudy.store import Attempt, State, StudyFolder, TrialFolder
+from stabstudy.state import Attempt, State
+from stabstudy.store import StudyFolder, TrialFolder
 from stabstudy.trace import PROBES, TRACE
 
 FINGERPRINT = "f" * 16

@@ -28,6 +28,7 @@ from stabstudy.planning import compute, preview
 from stabstudy.planning.plan import make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
+from stabstudy.state import Attempt, State
 from stabstudy.training import families
 from stabstudy.training.objective import IGNORE
 from stabstudy.training.pack import run_pack
@@ -109,10 +110,10 @@ def test_auto_refuses_to_mix_engines(tmp_path: Path) -> None:
 def test_the_first_attempt_decides_for_all(tmp_path: Path) -> None:
     def compiles(config: TrialConfig, engine: Engine, *choices: bool) -> bool:
         """Of the attempt after those, whose own entry is there already."""
-        attempts = tuple(store.Attempt("h", 1, "t", engine={"compiled": c}) for c in choices)
+        attempts = tuple(Attempt("h", 1, "t", engine={"compiled": c}) for c in choices)
         folder = store.StudyFolder(tmp_path / "study").trial("t")
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_state(store.State("t", attempts=(*attempts, store.Attempt("h", 2, "t"))))
+        folder.write_state(State("t", attempts=(*attempts, Attempt("h", 2, "t"))))
         member = Trial(folder, engine, Rules())
         member.config = config
         return member.compiles()

@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT
 
 from stabstudy import config as cfg
-from stabstudy import ingest, report, store, sweep
+from stabstudy import ingest, report, sweep
 from stabstudy.analysis import plots
 from stabstudy.analysis.study import Study
 from stabstudy.planning import compute
+from stabstudy.state import STATUSES
 
 README = ROOT / "README.md"
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "results/README.md", "benchmarks/README.md")]
@@ -239,7 +240,7 @@ def test_the_glossary_gives_each_word_one_meaning() -> None:
     words = [w.strip().lower() for row in re.findall(r"^\| \*\*(.+?)\*\*", text, re.MULTILINE) for w in row.split(",")]
     assert len(words) == len(set(words)) >= 25
     states = re.search(r"\*\*State\*\* \|[^|]*?: ([\w, ]+)\.", text)
-    assert states is not None and set(states[1].split(", ")) == set(store.STATUSES)
+    assert states is not None and set(states[1].split(", ")) == set(STATUSES)
 
 
 # Slurm

@@ -16,6 +16,7 @@ import pytest
 
 from stabstudy import locks, store
 from stabstudy.cli import outlets
+from stabstudy.state import State
 from stabstudy.sweeping import ray_backend
 
 TINY = [
@@ -35,7 +36,7 @@ class Running:
     study: store.StudyFolder
     mark: str
 
-    def states(self) -> list[store.State]:
+    def states(self) -> list[State]:
         return [trial.read_state() for trial in self.study.trials()]
 
     def wait_for_checkpoints(self, count: int) -> None:

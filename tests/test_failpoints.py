@@ -20,6 +20,7 @@ from stabstudy import failpoints, live, report, store, trace
 from stabstudy.failpoints import FailpointError, Fault
 from stabstudy.planning.plan import make_plan
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 from stabstudy.sweeping.launch import launch
 from stabstudy.training.loop import Progress
 from stabstudy.training.pack import run_pack
@@ -116,8 +117,8 @@ def test_a_short_write_is_cut_back(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(cache: Path) -> Callable[..., store.State]:
-    def train(folder: store.TrialFolder, stop: int | None = None) -> store.State:
+def run(cache: Path) -> Callable[..., State]:
+    def train(folder: store.TrialFolder, stop: int | None = None) -> State:
         def heartbeat(members: list[Progress]) -> bool:
             return stop is not None and members[0].step >= stop
 
@@ -138,7 +139,7 @@ def to_json_lines(folder: store.TrialFolder) -> None:
 
 
 def test_every_point_is_reached(
-    make: Make, run: Callable[..., store.State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, run: Callable[..., State], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A trial that is stopped, resumed, and ends; one with the records of an older version; a launch and its report."""
     failpoints.arm(",".join(f"{name}:sleep=0@1+" for name in failpoints.POINTS))

@@ -15,6 +15,7 @@ from trials import BASE, Make, assert_same, records, vary
 from stabstudy import store
 from stabstudy.config import TrialConfig
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 from stabstudy.training.driver import Replay
 from stabstudy.training.pack import run_pack
 from stabstudy.training.trial import Engine
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-Train = Callable[..., list[store.State]]
+Train = Callable[..., list[State]]
 LONG = vary(train={"steps": 70, "probe_every": 10, "eval_every": 25, "checkpoint_every": 30})
 
 

@@ -29,7 +29,8 @@ from stabstudy.stability.summary import (
     summarise,
     write_summary,
 )
-from stabstudy.store import Attempt, State, TrialFolder
+from stabstudy.state import Attempt, State
+from stabstudy.store import TrialFolder
 from stabstudy.trace import PROBES, TRACE, from_dicts
 
 RULES = Rules()

@@ -20,6 +20,7 @@ from rich.console import Console
 from stabstudy import disk, live, locks, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
+from stabstudy.state import State
 from stabstudy.sweeping.launch import Outcome, _git, label, launch
 from stabstudy.sweeping.progress import Board
 
@@ -53,7 +54,7 @@ def plan(folder: Path, *words: str) -> Plan:
     return make_plan([*TINY, *words], folder)
 
 
-def states(folder: Path, study: str = "check") -> list[store.State]:
+def states(folder: Path, study: str = "check") -> list[State]:
     return [t.read_state() for t in store.StudyFolder(folder / "results" / study).trials()]
 
 
@@ -185,7 +186,7 @@ def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command:
     assert sorted(p.name for p in study.path.iterdir() if p.name.startswith(".")) == [".lock"]
 
 
-def _rows(study: store.StudyFolder, state: store.State) -> int:
+def _rows(study: store.StudyFolder, state: State) -> int:
     return live.last_step(study.trial(state.trial_id).live(trace.TRACE)) + 1
 
 
@@ -266,9 +267,7 @@ def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
 def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
     text = io.StringIO()
     board = Board("study", {"a": "lr 0.1"}, 0, Console(file=text, width=160))
-    board.finish(
-        "a", store.State("a", status="done", verdict="spiky", outcome="Spiky: a spike lasted more than 10 steps.")
-    )
+    board.finish("a", State("a", status="done", verdict="spiky", outcome="Spiky: a spike lasted more than 10 steps."))
     text.truncate(0)
     board.console.print(board)
     assert text.getvalue().rstrip().splitlines()[-1] == "lr 0.1: Spiky: a spike lasted more than 10 steps."

@@ -19,6 +19,7 @@ from stabstudy import locks, store, trace
 from stabstudy.analysis.tables import read_tables
 from stabstudy.config import DataConfig, SyntheticConfig, TrialConfig
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 from stabstudy.training import muon, pack
 from stabstudy.training.driver import HostFeed
 from stabstudy.training.loop import Loop, Progress
@@ -26,7 +27,7 @@ from stabstudy.training.pack import run_pack
 from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine
 
-Train = Callable[..., list[store.State]]
+Train = Callable[..., list[State]]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def train(cache: Path) -> Train:
         folders: Sequence[store.TrialFolder],
         heartbeat: Callable[[Sequence[Progress]], bool] = lambda members: False,
         **engine: Any,
-    ) -> list[store.State]:
+    ) -> list[State]:
         return run_pack(folders, Engine(cache, **engine), Rules(), heartbeat)
 
     return run

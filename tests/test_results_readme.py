@@ -16,7 +16,8 @@ from conftest import ROOT
 from stabstudy.analysis.tables import spike_kinds
 from stabstudy.stability.columns import COLUMNS, SPIKES
 from stabstudy.stability.spikes import SPIKE_COLUMNS
-from stabstudy.store import State, StudyFolder
+from stabstudy.state import State
+from stabstudy.store import StudyFolder
 from stabstudy.trace import PROBES, TRACE
 
 PAGE = ROOT / "results" / "README.md"

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from stabstudy import disk, locks, store
+from stabstudy.state import Attempt
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.worker import StopRequest
@@ -36,7 +37,7 @@ class Work:
     def write(self, trial_id: str, status: str, begin: bool = True) -> None:
         folder = self.study.trial(trial_id)
         state = folder.read_state()
-        attempt = store.Attempt("here", 1, locks.now(), status=status)
+        attempt = Attempt("here", 1, locks.now(), status=status)
         attempts = (*state.attempts, attempt) if begin else state.attempts
         error = {"kind": "OSError", "message": "no space left: here", "step": 0} if status == "disk_full" else None
         records = {"trace": {"rows": 1, "sha256": "0" * 64}} if status == "done" else {}

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from stabstudy import config, locks, store, trace
 from stabstudy.locks import LockHeldError
-from stabstudy.store import Attempt, State, StoreError, StudyFolder, TrialFolder
+from stabstudy.state import STATUSES, Attempt, State
+from stabstudy.store import StoreError, StudyFolder, TrialFolder
 
 LIMIT = 30.0  # seconds that a process may take to start on a loaded machine
 
@@ -265,7 +266,7 @@ def test_running_with_a_free_lock_is_lost(folder: TrialFolder) -> None:
 
 
 def test_every_other_status_is_as_written(folder: TrialFolder) -> None:
-    for status in set(store.STATUSES) - {"running"}:
+    for status in set(STATUSES) - {"running"}:
         folder.write_state(replace(FULL, status=status))
         assert folder.read_state().status == status
 

@@ -17,6 +17,7 @@ import pytest
 from stabstudy import config as cfg
 from stabstudy import locks, store, sweep, trace, wording
 from stabstudy.planning.plan import make_plan
+from stabstudy.state import State
 
 SMALL = [
     "model.depth=1",
@@ -129,7 +130,7 @@ def finished(plan, trial_id: str, seconds: float) -> None:
     plain = {"tokens": 512, "seconds": seconds, "lr": 0.1, "layer_grad_norm": [1.0] * (trial.config.model.depth + 2)}
     live_rows.write(folder.live(trace.TRACE), [plain | {"step": step} for step in range(trial.config.train.steps)])
     rows, sha = live_rows.compact(folder.live(trace.TRACE), folder.finished(trace.TRACE), trace.TRACE, {})
-    state = store.State(trial_id, status="done", step=rows, verdict="stable", spike_events=3)
+    state = State(trial_id, status="done", step=rows, verdict="stable", spike_events=3)
     folder.write_state(dataclasses.replace(state, records={"trace": {"rows": rows, "sha256": sha}}))
 
 
@@ -164,7 +165,7 @@ def test_status_reads_files_alone(capsys, tmp_path, known):
             (folder.path / "trace.jsonl").write_text('{"step": 0}\n{"step": 41}\n{"step": 4')
         if status != "pending":
             error = {"kind": "X", "message": "it \x1b[31mbroke", "step": 7} if status == "failed" else None
-            folder.write_state(store.State(trial.trial_id, "failed" if error else "running", step=7, error=error))
+            folder.write_state(State(trial.trial_id, "failed" if error else "running", step=7, error=error))
     with locks.lock(study.trial(plan.trials[2].trial_id).path):
         assert sweep.main(["--status"]) == 0
     said = capsys.readouterr().out

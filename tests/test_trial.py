@@ -25,6 +25,7 @@ from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 from stabstudy.training import checkpoint, clipping, families
 from stabstudy.training.driver import Eager, HostFeed
 from stabstudy.training.loop import Loop, Progress
@@ -35,7 +36,7 @@ from stabstudy.training.trial import Engine
 
 
 @pytest.fixture(params=[1, 32], ids=["ring 1", "ring 32"])
-def run(cache: Path, request: pytest.FixtureRequest) -> Callable[..., store.State]:
+def run(cache: Path, request: pytest.FixtureRequest) -> Callable[..., State]:
     """Runs a trial; every test that takes it is made once as on a CPU, and once as on CUDA."""
 
     def train(
@@ -43,14 +44,14 @@ def run(cache: Path, request: pytest.FixtureRequest) -> Callable[..., store.Stat
         heartbeat: Heartbeat = lambda p: False,
         keep: bool = False,
         ring: int = request.param,
-    ) -> store.State:
+    ) -> State:
         engine = Engine(cache, keep_checkpoints=keep, ring=ring)
         return run_pack([folder], engine, Rules(), lambda members: heartbeat(members[0]))[0]
 
     return train
 
 
-Run = Callable[..., store.State]
+Run = Callable[..., State]
 Heartbeat = Callable[[Progress], bool]  # of the one trial
 
 

@@ -14,6 +14,7 @@ import live_rows
 import pytest
 
 from stabstudy import store, trace
+from stabstudy.state import State
 from stabstudy.sweeping import rounds
 from stabstudy.sweeping.rounds import LOOK_SECONDS, Service, Silences, Watch
 
@@ -157,7 +158,7 @@ def test_a_pack_hangs_only_where_all_its_running_members_are_silent(
         record(member, 0, 0.1)
     # a done member's lock is held until the pack ends
     records = {"trace": {"rows": 1, "sha256": "0" * 64}}
-    hang.members[2].write_state(store.State("23456789ab", status="done", records=records))
+    hang.members[2].write_state(State("23456789ab", status="done", records=records))
     watching = hang.watch()
     for written in range(1, 6):
         pass_time(watching, clock, 100)

@@ -12,7 +12,7 @@ import numpy as np
 from stabstudy import config as cfg
 from stabstudy.external import ExternalLog, has_gaps
 from stabstudy.stability.summary import TrialFacts
-from stabstudy.store import State
+from stabstudy.state import State
 from stabstudy.trace import Rows
 
 PREFIX = "external."

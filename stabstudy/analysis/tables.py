@@ -41,7 +41,8 @@ from stabstudy.stability.summary import (
     source_sha256,
     summarise,
 )
-from stabstudy.store import NewerFormatError, State, StoreError, StudyFolder, TrialFolder
+from stabstudy.state import State
+from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]

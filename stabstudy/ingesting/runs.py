@@ -26,6 +26,7 @@ from stabstudy.ingesting import run_settings
 from stabstudy.ingesting.points import Raw
 from stabstudy.ingesting.search import Source
 from stabstudy.ingesting.series import Grid, cap, on_grid, reveal, settle
+from stabstudy.state import State
 from stabstudy.trace import LOG, DamagedRecord, Rows, as_array
 
 
@@ -200,7 +201,7 @@ def _write_run(study: store.StudyFolder, run: Run) -> str:
     sha = finished.write(_rows(run), folder.finished(LOG), {"trial_id": run.trial_id})
     planned, last = run.log.steps_planned, run.last_step
     folder.write_state(
-        store.State(
+        State(
             run.trial_id,
             status="done",
             step=last,

@@ -38,7 +38,8 @@ from stabstudy.stability.detectors import Floats, jump, measured
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS, attribute, couple, find_spikes
 from stabstudy.stability.verdict import MonitorFacts, Verdict, divergence, judge
-from stabstudy.store import State, StoreError, TrialFolder, read_json, write_bytes
+from stabstudy.state import State, encode_float
+from stabstudy.store import StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
 
 __all__ = ["COLUMNS", "Definition", "Summary", "TrialFacts", "Value", "summarise"]
@@ -318,7 +319,7 @@ def _summary(body: Mapping[str, Any]) -> Summary:
 
 
 def _encoded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: store.encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
+    return {k: encode_float(v) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _decoded(spike: Mapping[str, Any]) -> dict[str, Any]:

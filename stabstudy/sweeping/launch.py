@@ -28,6 +28,7 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
+from stabstudy.state import close_attempt
 from stabstudy.sweeping import preflight
 from stabstudy.sweeping.progress import Board, settings_text
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
@@ -249,7 +250,7 @@ def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
             state = folder.read_state()
             if state.status == "lost":
                 with locks.lock(folder.path):
-                    folder.write_state(store.close_attempt(state, "interrupted"))
+                    folder.write_state(close_attempt(state, "interrupted"))
 
 
 def label(trial: PlannedTrial, plan: Plan) -> str:

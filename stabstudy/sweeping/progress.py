@@ -23,7 +23,8 @@ from rich.text import Text
 from stabstudy import disk, live, locks, store, trace, wording
 from stabstudy.config import CURRENT_NAMES
 from stabstudy.settings import renamed, renamed_below, safe
-from stabstudy.store import State, TrialFolder
+from stabstudy.state import STATUSES, State
+from stabstudy.store import TrialFolder
 from stabstudy.wording import count, duration, short_value
 
 PLAIN_SECONDS = 15.0
@@ -185,7 +186,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     counts = Counter(state.status for state in states)
     verdicts = Counter(verdict_words(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
-    parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in store.STATUSES if counts[s]]
+    parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in STATUSES if counts[s]]
     launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
     return f"{study.name}: {wording.count(len(states), 'trial', ',')}: {', '.join(parts) or 'none begun'}; {launch}"
 

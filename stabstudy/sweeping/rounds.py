@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from stabstudy import disk, live, locks, store, trace
+from stabstudy.state import State, close_attempt
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.worker import StopRequest
 
@@ -94,23 +95,23 @@ class Rounds:
         half = -(-len(again) // 2)
         self.waiting += [part for part in (tuple(again[:half]), tuple(again[half:])) if part]
 
-    def _states(self, pack: Pack) -> list[tuple[str, store.State]]:
+    def _states(self, pack: Pack) -> list[tuple[str, State]]:
         limit = time.monotonic() + FREE_SECONDS
         while any(locks.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
             time.sleep(0.05)
         return [(t, self._settled(self.study.trial(t))) for t in pack]
 
-    def _settled(self, folder: store.TrialFolder) -> store.State:
+    def _settled(self, folder: store.TrialFolder) -> State:
         """The state; that of a trial whose process was ended because it hung becomes `timeout`."""
         state, reason = folder.read_state(), self._hung.pop(folder.trial_id, None)
         if reason is None or state.status != "lost":
             return state
         error = {"kind": "Timeout", "message": reason, "step": state.step}
         with contextlib.suppress(locks.LockHeldError), locks.lock(folder.path):
-            folder.write_state(store.close_attempt(state, "timeout", error))
+            folder.write_state(close_attempt(state, "timeout", error))
         return folder.read_state()
 
-    def _is_left(self, trial_id: str, state: store.State) -> bool:
+    def _is_left(self, trial_id: str, state: State) -> bool:
         """Whether the member is to be tried again if it may; one that is not is shown as it ended."""
         begun = self._begun(state)
         if locks.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
@@ -122,7 +123,7 @@ class Rounds:
             return False
         return True
 
-    def _disk_full(self, state: store.State) -> str | None:
+    def _disk_full(self, state: State) -> str | None:
         """Why no trial can be trained here: that of this one, or, where it could not tell, what is free."""
         if state.status == "disk_full" and self._begun(state) and state.error:
             return str(state.error["message"])
@@ -130,7 +131,7 @@ class Rounds:
             return f"no space left on device: {self.study.path} ({disk.free_bytes(self.study.path)} bytes free there)"
         return None
 
-    def _begun(self, state: store.State) -> bool:
+    def _begun(self, state: State) -> bool:
         """Whether an attempt has begun in this launch; the status of an older one tells nothing of it."""
         return len(state.attempts) > self.attempts[state.trial_id]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from stabstudy import store
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 
 STOP_FILE = ".stop"
 """Exists in the study's folder while its launch is stopping: trials checkpoint and end, new ones do not begin."""
@@ -31,7 +32,7 @@ class PackFailed(Exception):
 
 def train_pack(
     trial_ids: Sequence[str], shared: Mapping[str, Any], report: Callable[[dict[str, Any]], None] | None = None
-) -> list[store.State]:
+) -> list[State]:
     """Train the trials in `shared["study"]` as one pack; returns their states.
 
     `shared` holds study, engine (Engine's fields) and rules (JSON) as text. `report` gets {"members": [the fields of

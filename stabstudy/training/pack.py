@@ -24,6 +24,7 @@ from torch import Tensor
 from stabstudy import locks, store
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
+from stabstudy.state import State
 from stabstudy.training import families, probes
 from stabstudy.training.checkpoint import Saver
 from stabstudy.training.driver import Captured, Driver, Eager, feed
@@ -40,9 +41,7 @@ CHECKPOINT_SECONDS = 60.0
 """Between two checkpoints of a pack on CUDA: 128 members every 100 steps would be 20 GB in a minute."""
 
 
-def run_pack(
-    folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules, heartbeat: Heartbeat
-) -> list[store.State]:
+def run_pack(folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules, heartbeat: Heartbeat) -> list[State]:
     """Bring trials of one shape to their ends, or as far as this attempt gets; the states returned are those on disk.
 
     A trial that is done, or that another process works on, is left alone. Every failure ends in the states, not in an

@@ -26,6 +26,7 @@ from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.stability.verdict import MonitorFacts
+from stabstudy.state import Attempt, State, close_attempt
 from stabstudy.training import checkpoint
 from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.record import Recorded
@@ -69,7 +70,7 @@ class Trial:
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
         self.folder.reserve()
-        attempt = store.Attempt(socket.gethostname(), os.getpid(), locks.now())
+        attempt = Attempt(socket.gethostname(), os.getpid(), locks.now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
         stored, described = self.folder.read_own()
@@ -220,11 +221,11 @@ class Trial:
 
     def _end(self) -> None:
         if self._has_begun:
-            self.state = store.close_attempt(self.state, self.state.status, self.state.error)
+            self.state = close_attempt(self.state, self.state.status, self.state.error)
             self._write()
             self.folder.release()
 
-    def _with_attempt(self, **changes: Any) -> store.State:
+    def _with_attempt(self, **changes: Any) -> State:
         attempt = replace(self.state.attempts[-1], **changes)
         return replace(self.state, attempts=(*self.state.attempts[:-1], attempt))
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from faults.children import files
 from faults.killer import marked
-from stabstudy import locks, store, trace
+from stabstudy import locks, trace
+from stabstudy.state import NUMBERS
 from stabstudy.store import StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import DamagedRecord, Rows
 
@@ -28,7 +29,7 @@ CLOCK = {"seconds"}
 """Of a record: the columns that a clock makes."""
 
 OF_STATE = ("status", "step", "stop_reason", "verdict", "verdict_code", "verdict_reason", "spike_events", "outcome",
-            *store.NUMBERS, "eval_hash", "train_tokens", "eval_tokens", "error")  # fmt: skip
+            *NUMBERS, "eval_hash", "train_tokens", "eval_tokens", "error")  # fmt: skip
 """Of a state: what a resumed trial has in common with one that was not interrupted. Not attempts; not the checksums of
 the records, which hash the clock's column."""
 

@@ -31,7 +31,8 @@ from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
-from stabstudy.store import State, StoreError
+from stabstudy.state import State
+from stabstudy.store import StoreError
 
 MOST_FAILED = 50
 
