@@ -17,9 +17,9 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.trace import PROBES, TRACE, widths
 from stabstudy.training import families
+from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.driver import Captured, Driver, Due, Eager, feed
 from stabstudy.training.loop import End, Heartbeat, Loop, Plan
-from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.record import Recorded, Recorder
 from stabstudy.training.step import Stepper, stacked
 

@@ -1,4 +1,6 @@
-"""Files on disk: durable writes, room for them, and entries of a study's folders that must not be written to.
+"""Files and folders on a disk: locked, written whole or not at all, synced; full disks; entries that are not written to.
+
+Files on disk: durable writes, room for them, and entries of a study's folders that must not be written to.
 
 A file that is replaced is there whole or not at all, after a power cut too.
 
@@ -10,15 +12,106 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import stat
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from stabstudy import failpoints
+
+LOCK_FILE = ".lock"
+LOCK_TRIES = 20  # 10 ms apart
+
+
+class LockHeldError(Exception):
+    """Another process works in this folder; the message names it and since when."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises LockHeldError if it is taken.
+
+    The lock file is never removed: unlinking it would let two processes lock two different files.
+    """
+    fd = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        if not _acquired(fd):
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} since {utc_now()}".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock on this file, made where there is none; `waiting` is called where another holder is awaited."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not _take(fd):
+            waiting()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def check_unlocked(folder: Path) -> None:
+    """Raises LockHeldError where a process holds the folder's lock now. Needs no right to write, and makes nothing."""
+    if is_locked(folder):
+        fd = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raise LockHeldError(f"{folder}: locked by {_holder(fd)}")
+        finally:
+            os.close(fd)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process holds the folder's lock now. Needs no right to write."""
+    try:
+        fd = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place would wait
+    except OSError:
+        return False
+    try:
+        return not _take(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
+def utc_now() -> str:
+    """UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _holder(fd: int) -> str:
+    return os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
+
+
+def _acquired(fd: int) -> bool:
+    # `is_locked` of another process holds the lock for microseconds: that must not look like a launch at work
+    for _ in range(LOCK_TRIES):
+        if _take(fd):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _take(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock was free, and is now held."""
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
 
 Synced = Literal["folder", "file", "nothing"]
 """What is durable when a file has been replaced: the file and its name, the file alone, or neither."""

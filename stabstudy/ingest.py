@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     from stabstudy import disk
+    from stabstudy.disk import LockHeldError
     from stabstudy.ingesting import choice, runs
-    from stabstudy.locks import LockHeldError
     from stabstudy.store import StoreError
 
     folder = args.results_dir.expanduser() / args.study

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import locks
+from stabstudy import disk
 
 STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
 """`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
@@ -68,7 +68,7 @@ def close_attempt(state: State, status: str, error: dict[str, Any] | None = None
     """The state with its last attempt ended now, in this status."""
     attempts = state.attempts
     if attempts:
-        attempts = (*attempts[:-1], replace(attempts[-1], ended=locks.now(), status=status, error=error))
+        attempts = (*attempts[:-1], replace(attempts[-1], ended=disk.utc_now(), status=status, error=error))
     return replace(state, status=status, error=error, attempts=attempts)
 
 

@@ -146,8 +146,7 @@ def _status(overrides: list[str]) -> int:
 def _explain(error: Exception, command: str) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
     from stabstudy import disk
-    from stabstudy.disk import EntryError
-    from stabstudy.locks import LockHeldError
+    from stabstudy.disk import EntryError, LockHeldError
     from stabstudy.planning.compute import NotReadyError
     from stabstudy.settings import ConfigError, DataError
     from stabstudy.store import StoreError

@@ -15,7 +15,7 @@ from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import Supply, open_batches
 from stabstudy.data.tokens import prepare
-from stabstudy.planning import caveats
+from stabstudy.planning import estimate
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import make_plan
 from stabstudy.sweeping.launch import prepare_data
@@ -31,7 +31,7 @@ def lines_of(
     *configs: TrialConfig, axes: tuple[str, ...] = (), supplies: dict[DataConfig, Supply | None] | None = None
 ) -> list[str]:
     known = dict.fromkeys((c.data for c in configs), PLENTY) if supplies is None else supplies
-    return list(caveats.caveats(configs, axes, known))
+    return list(estimate.caveats(configs, axes, known))
 
 
 def test_the_defaults_have_none() -> None:
@@ -175,20 +175,20 @@ def test_decay_modes_of_equal_strength_are_not() -> None:
 def test_timescales_by_hand() -> None:
     rule = {"lr_rule": "sqrt_batch", "base_batch": 2}
     ruled = config(optim={"lr": 1e-2, "weight_decay": 0.1, **rule}, train={"batch_size": 8, "steps": 100})
-    assert caveats.timescales([ruled]) == ("weight decay timescale 1/(lr*weight_decay): 500 steps, 5 times the run"), (
+    assert estimate.timescales([ruled]) == ("weight decay timescale 1/(lr*weight_decay): 500 steps, 5 times the run"), (
         "twice the rate at four times the batch"
     )
     both = [decays("coupled", 1e-2, 0.1), decays("coupled", 1e-3, 0.1), decays("coupled", 1e-3, wd=0)]
-    assert caveats.timescales(both) == (
+    assert estimate.timescales(both) == (
         "weight decay timescale 1/(lr*weight_decay): 1,000 to 10,000 steps, 5 to 50 times the run"
     )
-    assert caveats.timescales([decays("independent", 1e-3)]) == (
+    assert estimate.timescales([decays("independent", 1e-3)]) == (
         "weight decay timescale 1/weight_decay: 50 steps, 0.25 times the run"
     )
-    assert caveats.timescales([decays("independent"), decays("coupled", wd=0.1)]) == (
+    assert estimate.timescales([decays("independent"), decays("coupled", wd=0.1)]) == (
         "weight decay timescale 1/(lr*weight_decay), 1/weight_decay: 50 to 1,000 steps, 0.25 to 5 times the run"
     )
-    assert caveats.timescales([decays("coupled", wd=0)]) is None
+    assert estimate.timescales([decays("coupled", wd=0)]) is None
 
 
 # in a launch

@@ -11,7 +11,7 @@ import planted
 import pytest
 
 from stabstudy.analysis.elements import Figure
-from stabstudy.analysis.figures import maps, single_axes, study_curves, traces
+from stabstudy.analysis.figures import curves, maps, study_curves, traces
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.figures.registry import OVER_SETTINGS
 from stabstudy.analysis.report import comparison_page
@@ -195,7 +195,7 @@ def test_single_axes(tmp_path: Path) -> None:
                     diverge(tmp_path / "s", 2, lr, seed, warmup)
                 else:
                     planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, warmup=warmup))
-    figure = next(iter(single_axes.figures(Study.load(tmp_path / "s"), MAIN)))
+    figure = next(iter(curves.axis_figures(Study.load(tmp_path / "s"), MAIN)))
     assert isinstance(figure, Figure)
     assert (
         "Small marks: 9 done trials; open triangles on the upper edge: 3 diverged, 3 in the means of the loss, with "

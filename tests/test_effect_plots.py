@@ -14,7 +14,7 @@ import pytest
 from stabstudy.analysis import words
 from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import clip_thresholds, effect_plots, registry, single_axes, study_curves, style
+from stabstudy.analysis.figures import curves, effect_plots, registry, study_curves, style
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
@@ -26,7 +26,7 @@ X3 = "share of steps at 3x the recent norm (fraction)"
 
 def figures(study: Study) -> Iterator[Figure | Absent]:
     """The report's figures of effects, in its order."""
-    modules = {m.__name__ for m in (effect_plots, clip_thresholds, study_curves)}
+    modules = {m.__name__ for m in (effect_plots, effect_plots, study_curves)}
     for family in registry.OVER_SETTINGS:
         if family.__module__ in modules:
             yield from family(study, MAIN)
@@ -96,7 +96,7 @@ def test_an_interval_without_end_leaves_a_ratio_readable() -> None:
 
 
 def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None:
-    ax = clip_thresholds.clipping(study)
+    ax = effect_plots.clipping(study)
     dots = [line for line in ax.get_lines() if line.get_linestyle() == "None"]
     drawn = sorted((x, y) for line in dots for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
     kept = study.trials[study.trials["optim.clip"].notna()]
@@ -104,7 +104,7 @@ def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None
 
 
 def test_the_shares_clipped_and_their_means_are_drawn(study: Study) -> None:
-    mean, *dots = clip_thresholds.clip_shares(study).get_lines()
+    mean, *dots = effect_plots.clip_shares(study).get_lines()
     kept = study.trials[study.trials["optim.clip"].notna()]
     means = kept.groupby("optim.clip")["clip_share"].mean()
     assert list(mean.get_xdata()) == [0.5, 1.0] and list(mean.get_ydata()) == pytest.approx(list(means))
@@ -157,7 +157,7 @@ def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
             for batch in (8, 16):
                 config = planted.settings(2, lr, warmup=warmup, batch_size=batch)
                 planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + lr + warmup / 100 + batch / 1000)
-    blocks = list(single_axes.figures(Study.load(tmp_path / "s"), MAIN))
+    blocks = list(curves.axis_figures(Study.load(tmp_path / "s"), MAIN))
     assert [getattr(b, "name", "") for b in blocks[:2]] == ["against-optim-warmup-steps", "against-train-batch-size"]
     assert blocks[2:] == [Absent("Effect of weight decay and dataset", "they do not vary")]
     losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
@@ -177,7 +177,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
                     final_loss=loss + warmup / 100,
                 )  # fmt: skip
     study = Study.load(tmp_path / "s")
-    figure = next(single_axes.figures(study, MAIN))
+    figure = next(curves.axis_figures(study, MAIN))
     losses = {(row[0], *row[1:4]) for row in figure.table.rows if "loss" in row[0]}
     name = "final validation loss (nat/token), dataset"
     assert losses == {
@@ -189,7 +189,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
         tmp_path / "s", planted.settings(lr=1e-3, warmup=5, seed=1, data={"source": "pysrc"}),
         choices={"data": "pysrc"}, eval_hash="other", fingerprint="pysrc" * 2,
     )  # fmt: skip
-    figure = next(single_axes.figures(Study.load(tmp_path / "s"), MAIN))
+    figure = next(curves.axis_figures(Study.load(tmp_path / "s"), MAIN))
     assert not any("loss" in row[0] for row in figure.table.rows) and "evaluated on different sets" in figure.caption
 
 
@@ -224,6 +224,6 @@ def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
         for lr in (1e-3, 1e-2):
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
-    figure, _ = single_axes.figures(Study.load(tmp_path / "s"), MAIN)
+    figure, _ = curves.axis_figures(Study.load(tmp_path / "s"), MAIN)
     assert figure.name == "against-data" and "evaluated on different sets" in figure.caption
     assert {row[0] for row in figure.table.rows} == {"max / median", X3}

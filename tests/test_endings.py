@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from stabstudy import locks, store
+from stabstudy import disk, store
 from stabstudy.cli import outlets
 from stabstudy.state import State
 from stabstudy.sweeping import ray_backend
@@ -202,7 +202,7 @@ def test_folders_in_use_and_foreign_ones_stay(tmp_path: Path) -> None:
     link.symlink_to(gone)
     for folder in (used, gone, foreign):
         os.utime(folder, (0, 0))
-    with locks.lock(used):
+    with disk.lock(used):
         ray_backend.remove_abandoned_scratch(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"stabstudy-{n}" for n in ("foreign", "link", "used", "young")

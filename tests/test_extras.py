@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 from test_study_statistics import AXES, full_grid
 
 from stabstudy import extras
-from stabstudy.analysis.importance import importance
+from stabstudy.analysis.study_statistics import importance
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

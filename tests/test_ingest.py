@@ -24,7 +24,7 @@ from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stabstudy import ingest, locks, report, sweep
+from stabstudy import disk, ingest, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
 from stabstudy.ingesting import points as log_values
@@ -720,7 +720,7 @@ def test_a_locked_study_and_a_folder_that_cannot_be_written(tmp_path: Path, caps
 
     path = logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60)))
     study = take(tmp_path, path)
-    with locks.lock(study.folder.path):
+    with disk.lock(study.folder.path):
         assert ingest.main([str(path), "--study", "s", "--results-dir", str(tmp_path / "results")]) == 4
     assert "locked by" in capsys.readouterr().err
     plain(tmp_path / "no", "")

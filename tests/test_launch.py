@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stabstudy import disk, live, locks, store, trace
+from stabstudy import disk, live, store, trace
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
 from stabstudy.state import State
@@ -105,7 +105,7 @@ def test_too_little_data_is_refused_before_anything_is_made(folder: Path) -> Non
 def test_a_locked_study_is_refused(folder: Path) -> None:
     made = plan(folder, "launcher=local")
     made.folder.mkdir(parents=True)
-    with locks.lock(made.folder), pytest.raises(locks.LockHeldError, match=f"pid {os.getpid()}"):
+    with disk.lock(made.folder), pytest.raises(disk.LockHeldError, match=f"pid {os.getpid()}"):
         launch(made)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from trials import BASE, Make
 
-from stabstudy import failpoints, locks, store, trace
-from stabstudy.leftovers import sweep_abandoned, sweep_study, tidy_done_trial
+from stabstudy import disk, failpoints, store, trace
 from stabstudy.stability.rules import Rules
+from stabstudy.store import sweep_abandoned, sweep_study, tidy_done_trial
 from stabstudy.training.pack import run_pack
 from stabstudy.training.trial import Engine, Trial
 
@@ -54,7 +54,7 @@ def test_the_end_of_a_done_trial_is_finished(point: str, keep: bool, left: Calla
     assert folder.read_state().status == "done" and len(records) == {"finish.done": 2, "finish.unlinked": 1}.get(
         point, 0
     )
-    with locks.lock(folder.path):
+    with disk.lock(folder.path):
         assert tidy_done_trial(folder, keep) == []
     assert sorted(tidy_done_trial(folder, keep)) == expected
     assert {p.name for p in folder.path.iterdir()} == names - set(expected)

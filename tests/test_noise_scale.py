@@ -11,8 +11,8 @@ from lone import AMONG, Lone
 from torch import nn
 
 from stabstudy.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, TrialConfig
+from stabstudy.training.clipping import DECAY, MicroBatches, NoiseMeans
 from stabstudy.training.model import Decoder, initialise
-from stabstudy.training.noise_scale import DECAY, MicroBatches, NoiseMeans
 from stabstudy.training.objective import IGNORE
 
 V, T, B = 53, 12, 8

@@ -15,7 +15,7 @@ import torch
 from trials import BASE, Make, assert_same, poison, records, vary
 
 from stabstudy import config as cfg
-from stabstudy import locks, store, trace
+from stabstudy import disk, store, trace
 from stabstudy.analysis.tables import read_tables
 from stabstudy.config import DataConfig, SyntheticConfig, TrialConfig
 from stabstudy.stability.rules import Rules
@@ -318,7 +318,7 @@ def test_a_member_whose_files_were_edited_leaves_the_others(make: Make, train: T
 def test_members_that_are_done_or_locked_are_left_alone(make: Make, train: Train) -> None:
     done, locked, free = (make(dataclasses.replace(BASE, seed=s)) for s in range(3))
     before = train([done])[0]
-    with locks.lock(locked.path):
+    with disk.lock(locked.path):
         assert [s.status for s in train([done, locked, free])] == ["done", "pending", "done"]
     assert done.read_state() == before and train([locked])[0].status == "done"
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from stabstudy import config as cfg
 from stabstudy import shape, sweep
-from stabstudy.planning import compute, estimate, packs
+from stabstudy.planning import compute, estimate
+from stabstudy.planning import trials as packs
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.trials import PlannedTrial
 
@@ -113,10 +114,10 @@ def test_packs_of_one_keep_the_order_of_the_trials(gpus: Gpus) -> None:
 def test_the_share_of_a_gpu_limits_a_pack(gpus: Gpus) -> None:
     gpus(1, members=80)
     config = cfg.TrialConfig()
-    whole, quarter = (packs.most(config, Compute(gpus_per_pack=share)) for share in (1.0, 0.25))
+    whole, quarter = (packs.most_per_pack(config, Compute(gpus_per_pack=share)) for share in (1.0, 0.25))
     assert whole == 80 and 0 < quarter < 20
     gpus(1, members=0.1)
-    assert packs.most(config, GPU) == 1, "what cannot fit is refused elsewhere, or forced"
+    assert packs.most_per_pack(config, GPU) == 1, "what cannot fit is refused elsewhere, or forced"
 
 
 def test_an_own_number_is_taken_as_it_is(gpus: Gpus) -> None:
@@ -133,7 +134,7 @@ def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.
     big = cfg.from_dict({"model": {"dim": 1024, "depth": 8, "n_heads": 16}, "data": {"seq_len": 256}})
     resources = Compute(gpus_per_pack=1.0, address="auto")
     assert (
-        packs.most(big, resources)
+        packs.most_per_pack(big, resources)
         == int((16e9 - estimate.PROCESS_BYTES) / (estimate.memory(big) + estimate.checkpoint_bytes(big)))
         > 1
     )
@@ -142,9 +143,11 @@ def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.
 def test_in_words() -> None:
     packed = packs.packs(trials([2, 4, 6], 4, 3), Compute(pack=12), "ray")
     split = "a pack holds trials of one shape, these differ in model.depth"
-    assert packs.in_words(packed) == f"36 trials in 3 packs of 12: {split}"
-    assert packs.in_words(packs.packs(trials([4], 5, 1), Compute(pack=3), "ray")) == "5 trials in 2 packs of 2 or 3"
-    assert packs.in_words(packs.packs(trials([4], 5, 1), Compute(pack=8), "ray")) == "5 trials in 1 pack of 5"
+    assert packs.packs_in_words(packed) == f"36 trials in 3 packs of 12: {split}"
+    assert (
+        packs.packs_in_words(packs.packs(trials([4], 5, 1), Compute(pack=3), "ray")) == "5 trials in 2 packs of 2 or 3"
+    )
+    assert packs.packs_in_words(packs.packs(trials([4], 5, 1), Compute(pack=8), "ray")) == "5 trials in 1 pack of 5"
 
 
 DRY = ["--dry-run", "sweep=quickstart"]

@@ -18,7 +18,7 @@ from stabstudy import config as cfg
 from stabstudy import wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import compose, compute, estimate, exclude, sweep_yaml
+from stabstudy.planning import compose, compute, estimate, exclude, sweepfile
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
@@ -599,7 +599,7 @@ def test_what_was_trained_on_is_remembered_through_other_launches(ask, tmp_path)
 def test_sweep_yaml_says_what_was_asked(ask):
     plan = ask(SWEEP.replace("seeds:", "exclude: ['seed == 5']\n  seeds:"), "optim.eps=1e-5", "model.depth=2,4")
     written(plan)
-    said = sweep_yaml.read(plan.folder)
+    said = sweepfile.read_record(plan.folder)
     assert said is not None
     assert (said["sweep"], said["question"], said["trials"]) == ("own", "Which of these is rough?", 8)
     assert said["axes"] == {"model.depth": [2, 4], "optim.lr": [0.001, 0.003]}
@@ -628,7 +628,7 @@ def test_redaction_leaves_settings_alone():
         "auth_token": "t",
         "address": "ray://u:p@h",
     }
-    assert sweep_yaml.redact(body) == {
+    assert sweepfile.redact(body) == {
         "data.tokenizer": "bytes",
         "tokens": "<hidden>",
         "train": {"api_key": "<hidden>"},
@@ -636,9 +636,9 @@ def test_redaction_leaves_settings_alone():
         "address": "ray://<hidden>@h",
     }
     ours = {name: 1 for name in cfg.setting_names()}
-    assert sweep_yaml.redact(ours) == ours
+    assert sweepfile.redact(ours) == ours
     nested = cfg.to_dict(TrialConfig())
-    assert sweep_yaml.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
+    assert sweepfile.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
 
 
 # estimates

@@ -15,8 +15,8 @@ from stabstudy import live
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.trace import PROBES, TRACE, Rows, widths
+from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.driver import Taken, Tick
-from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import OF_LAYERS, SCALARS
 from stabstudy.training.record import JUDGED_AT_ONCE, Recorded, Recorder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stabstudy import disk, locks, store
+from stabstudy import disk, store
 from stabstudy.state import Attempt
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
@@ -37,7 +37,7 @@ class Work:
     def write(self, trial_id: str, status: str, begin: bool = True) -> None:
         folder = self.study.trial(trial_id)
         state = folder.read_state()
-        attempt = Attempt("here", 1, locks.now(), status=status)
+        attempt = Attempt("here", 1, disk.utc_now(), status=status)
         attempts = (*state.attempts, attempt) if begin else state.attempts
         error = {"kind": "OSError", "message": "no space left: here", "step": 0} if status == "disk_full" else None
         records = {"trace": {"rows": 1, "sha256": "0" * 64}} if status == "done" else {}
@@ -157,7 +157,7 @@ def test_a_member_whose_process_hung_is_timed_out_told_of_and_tried_again(work: 
 
 
 def test_done_and_locked_members_are_left_alone(work: Work) -> None:
-    with locks.lock(work.study.trial(IDS[1]).path):
+    with disk.lock(work.study.trial(IDS[1]).path):
         one_after_another(work.rounds([IDS[:2]]), lambda pack: work.trainer({})(pack[:1]))
         assert work.board.finished == {IDS[0]: "not judged"} and not work.board.running
         assert work.trained == [IDS[:1]]

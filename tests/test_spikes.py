@@ -311,8 +311,8 @@ def test_the_recorder_of_a_pack_counts_as_the_report_will(tmp_path: Path, ring: 
     from stabstudy import live
     from stabstudy.stability.verdict import MonitorFacts
     from stabstudy.trace import PROBES, TRACE, no_rows, widths
+    from stabstudy.training.clipping import NoiseMeans
     from stabstudy.training.driver import Taken, Tick
-    from stabstudy.training.noise_scale import NoiseMeans
     from stabstudy.training.record import JUDGED_AT_ONCE, Recorded, Recorder
 
     config = cfg.from_dict({"train": {"steps": 192}, "model": {"depth": 2}})

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_launch import SWEEP, TINY, folder  # noqa: F401  # a fixture
 
-from stabstudy import locks, report, store, sweep
+from stabstudy import disk, report, store, sweep
 
 COMMAND = [*TINY, "launcher=local", "train.steps=8", "seeds=1", "optim.lr=1e-3", "optim.clip=1.0,0.5"]
 Capture = pytest.CaptureFixture[str]
@@ -155,13 +155,13 @@ def test_a_study_that_is_being_worked_on_is_refused_before_anything_is_composed_
     made.mkdir(parents=True)
     monkeypatch.setattr("stabstudy.planning.compose.base", None)
     monkeypatch.setattr("stabstudy.data.sources.fingerprint", None)
-    with locks.lock(made):
+    with disk.lock(made):
         assert sweep.main(COMMAND) == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(rf"error: machine: {made}: locked by pid {os.getpid()} on \S+ since 20\S+", line)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    with locks.lock(made):
+    with disk.lock(made):
         assert sweep.main([*COMMAND, "optim.lrr=1"]) == 2, "what is wrong with the command comes first"
 
 
@@ -173,7 +173,7 @@ def test_a_launch_that_loses_loads_neither_torch_nor_what_trains(folder: Path) -
         "heavy = {'torch', 'ray', 'pandas', 'matplotlib', 'stabstudy.sweeping.launch'} & set(sys.modules)\n"
         "assert not heavy, heavy\nsys.exit(code)"
     )
-    with locks.lock(made):
+    with disk.lock(made):
         command = [sys.executable, "-c", code, *COMMAND]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "locked by pid" in done.stderr, done.stderr

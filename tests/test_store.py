@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stabstudy import config, locks, store, trace
-from stabstudy.locks import LockHeldError
+from stabstudy import config, disk, store, trace
+from stabstudy.disk import LockHeldError
 from stabstudy.state import STATUSES, Attempt, State
 from stabstudy.store import StoreError, StudyFolder, TrialFolder
 
@@ -259,7 +259,7 @@ def test_fields_of_a_later_version_of_this_format_are_passed_over(folder: TrialF
 def test_running_with_a_free_lock_is_lost(folder: TrialFolder) -> None:
     folder.write_state(replace(FULL, status="running"))
     assert folder.read_state().status == "lost"
-    with locks.lock(folder.path):
+    with disk.lock(folder.path):
         assert folder.read_state().status == "running"
     assert folder.read_state().status == "lost"
     assert store.read_json(folder.state_file)["status"] == "running"
@@ -299,9 +299,9 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_lock_excludes_another_process_and_names_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    assert locks.is_locked(tmp_path)
+    assert disk.is_locked(tmp_path)
     begun = time.monotonic()
-    with pytest.raises(LockHeldError, match=rf"locked by pid {holder.pid} on .+ since 20\d\d-"), locks.lock(tmp_path):
+    with pytest.raises(LockHeldError, match=rf"locked by pid {holder.pid} on .+ since 20\d\d-"), disk.lock(tmp_path):
         pass
     assert time.monotonic() - begun < 2
 
@@ -309,33 +309,33 @@ def test_a_lock_excludes_another_process_and_names_it(tmp_path: Path, holder: su
 def test_a_lock_is_free_the_moment_its_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait(LIMIT)
-    assert not locks.is_locked(tmp_path)
-    with locks.lock(tmp_path):
-        assert locks.is_locked(tmp_path)
-    assert not locks.is_locked(tmp_path) and (tmp_path / ".lock").exists()
+    assert not disk.is_locked(tmp_path)
+    with disk.lock(tmp_path):
+        assert disk.is_locked(tmp_path)
+    assert not disk.is_locked(tmp_path) and (tmp_path / ".lock").exists()
 
 
 def test_a_lock_excludes_its_own_process_too(tmp_path: Path) -> None:
-    with locks.lock(tmp_path):
-        with pytest.raises(LockHeldError, match=f"pid {os.getpid()}"), locks.lock(tmp_path):
+    with disk.lock(tmp_path):
+        with pytest.raises(LockHeldError, match=f"pid {os.getpid()}"), disk.lock(tmp_path):
             pass
-        assert locks.is_locked(tmp_path)
+        assert disk.is_locked(tmp_path)
 
 
 def test_a_lock_is_released_by_an_exception(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), locks.lock(tmp_path):
+    with pytest.raises(RuntimeError), disk.lock(tmp_path):
         raise RuntimeError
-    assert not locks.is_locked(tmp_path)
+    assert not disk.is_locked(tmp_path)
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with locks.lock(tmp_path):
+    with disk.lock(tmp_path):
         wait = "import sys; sys.stdin.read()"
         child = subprocess.Popen([sys.executable, "-c", wait], stdin=subprocess.PIPE, close_fds=False)
     end = time.monotonic() + LIMIT
-    while locks.is_locked(tmp_path) and time.monotonic() < end:
+    while disk.is_locked(tmp_path) and time.monotonic() < end:
         pass  # the kernel wakes the parent just before it closes the child's copies
-    assert child.poll() is None and not locks.is_locked(tmp_path)
+    assert child.poll() is None and not disk.is_locked(tmp_path)
     child.communicate(timeout=LIMIT)
 
 
@@ -352,7 +352,7 @@ def test_looking_at_a_lock_is_no_launch(tmp_path: Path) -> None:
         for watcher in watchers:
             assert watcher.stdout is not None and watcher.stdout.readline() == "\n"
         for _ in range(300):
-            with locks.lock(tmp_path):
+            with disk.lock(tmp_path):
                 pass
     finally:
         for watcher in watchers:
@@ -361,7 +361,7 @@ def test_looking_at_a_lock_is_no_launch(tmp_path: Path) -> None:
 
 
 def test_no_lock_file_is_no_lock_and_looking_makes_none(tmp_path: Path) -> None:
-    assert not locks.is_locked(tmp_path) and not locks.is_locked(tmp_path / "none")
+    assert not disk.is_locked(tmp_path) and not disk.is_locked(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,9 +373,9 @@ def test_a_lock_can_be_seen_without_the_right_to_write(tmp_path: Path, monkeypat
         opened.append(flags)
         return open_(path, flags)
 
-    with locks.lock(tmp_path):
+    with disk.lock(tmp_path):
         monkeypatch.setattr(os, "open", note)
-        assert locks.is_locked(tmp_path)
+        assert disk.is_locked(tmp_path)
     assert [flags & os.O_ACCMODE for flags in opened] == [os.O_RDONLY]
 
 
@@ -450,4 +450,4 @@ def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
 
 
 def test_now_is_utc() -> None:
-    assert locks.now().endswith("+00:00")
+    assert disk.utc_now().endswith("+00:00")

@@ -19,7 +19,7 @@ from tabled import trial
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, effects, importance, rates, sensitivity, survival
+from stabstudy.analysis import compare, effects, sensitivity, study_statistics, survival
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import findings
 from stabstudy.analysis.study import Study
@@ -271,7 +271,7 @@ def counts(
 
 
 def test_a_ratio_of_two_levels_by_hand() -> None:
-    model = rates.rate_model(counts({(3e-3, 1.0): [2, 3, 5], (3e-3, None): [5, 9, 16]}), ["optim.clip"])
+    model = survival.rate_model(counts({(3e-3, 1.0): [2, 3, 5], (3e-3, None): [5, 9, 16]}), ["optim.clip"])
     (row,) = records(model.ratios)
     assert (row["axis"], row["change"], model.reason) == ("optim.clip", "1 → off", None)
     assert (model.trials, model.seeds, model.spikes) == (6, 3, 40)
@@ -302,7 +302,7 @@ def test_rates_over_all_axes_against_another_fit() -> None:
         for lr in (1e-3, 1e-2, 1e-1) for depth in (2, 4, 8) for clip in (0.5, 1.0, None) for seed in (0, 1, 2)
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    model = rates.rate_model(table, ["model.depth", "optim.lr", "optim.clip"])
+    model = survival.rate_model(table, ["model.depth", "optim.lr", "optim.clip"])
     changes = [(row["axis"], row["change"]) for row in records(model.ratios)]
     assert changes == [
         ("model.depth", "per doubling"),
@@ -337,7 +337,7 @@ def test_rates_over_all_axes_against_another_fit() -> None:
     ],
 )  # fmt: skip
 def test_a_rate_model_that_says_more_than_the_data_is_refused(spikes: Any, axes: list[str], reason: str) -> None:
-    model = rates.rate_model(counts(spikes), axes)
+    model = survival.rate_model(counts(spikes), axes)
     assert reason in (model.reason or "")
     assert model.dispersion is None and not len(model.ratios)
 
@@ -345,7 +345,7 @@ def test_a_rate_model_that_says_more_than_the_data_is_refused(spikes: Any, axes:
 def test_spikes_of_different_rules_make_no_rate() -> None:
     table = counts({(1e-3, 1.0): [9, 9, 9], (1e-3, None): [9, 9, 9]})
     table.loc[0, "detector_id"] = "jump-2"
-    assert "not comparable" in (rates.rate_model(table, ["optim.clip"]).reason or "")
+    assert "not comparable" in (survival.rate_model(table, ["optim.clip"]).reason or "")
 
 
 # Times
@@ -550,7 +550,7 @@ def variance_shares(table: pd.DataFrame, values: pd.Series, names: list[str]) ->
 
 def test_shares_are_those_of_an_analysis_of_variance() -> None:
     table = full_grid()
-    found = importance.importance(table, AXES)
+    found = study_statistics.importance(table, AXES)
     loss, rate, rough, logit = records(found)
     names = [*AXES, "seed"]
     expected = variance_shares(table, table["final_loss_capped"], names)
@@ -559,7 +559,7 @@ def test_shares_are_those_of_an_analysis_of_variance() -> None:
     assert loss["optim.lr"] > 0.7 and rough["model.depth"] == pytest.approx(1.0, abs=0.02)
     assert rate["optim.lr"] is None and rate["reason"].startswith("what the axes explain may be chance (p ")
     assert (logit["optim.lr"], logit["reason"]) == (None, "every trial has the same value")
-    pd.testing.assert_frame_equal(importance.importance(table, AXES), found)
+    pd.testing.assert_frame_equal(study_statistics.importance(table, AXES), found)
 
 
 @pytest.mark.parametrize("missing", [0, 9])
@@ -570,7 +570,7 @@ def test_the_analysis_of_variance_against_statsmodels(missing: int) -> None:
     kept = np.sort(rng.permutation(len(a))[missing:])
     levels = {"a": a[kept], "b": b[kept], "c": c[kept]}
     y = 0.4 * a[kept] + 0.3 * b[kept] * (a[kept] == 1) + rng.normal(0, 0.5, len(kept))
-    shares, p = importance.analysis_of_variance(levels, y, ["a", "b"])
+    shares, p = study_statistics.analysis_of_variance(levels, y, ["a", "b"])
     table = pd.DataFrame(levels | {"y": y})
     full, null = ols("y ~ C(a) + C(b) + C(c)", table).fit(), ols("y ~ C(c)", table).fit()
     theirs = anova_lm(full, typ=2)["sum_sq"]
@@ -586,9 +586,9 @@ def test_chance_is_not_explained() -> None:
     told = 0
     for _ in range(300):
         seeds = rng.normal(0, 1, 3)[frame["seed"]]  # trials of a seed read the same data
-        noise = {name: seeds + rng.normal(0, 1, len(frame)) for name in importance.OBJECTIVES}
+        noise = {name: seeds + rng.normal(0, 1, len(frame)) for name in study_statistics.OBJECTIVES}
         columns = {compare.column(n): np.exp(0.1 * x) for n, x in noise.items()}
-        told += importance.importance(frame.assign(**columns), AXES)["reason"].isna().any()
+        told += study_statistics.importance(frame.assign(**columns), AXES)["reason"].isna().any()
     assert 0 < told <= 0.08 * 300
 
 
@@ -598,7 +598,7 @@ def test_shares_on_which_the_forest_and_the_analysis_of_variance_disagree_are_no
     loss = 2 + 0.2 * (table["model.depth"] == 6) + 0.3 * (table["optim.lr"] == 1e-1) + 0.01 * table["seed"]
     table = table.assign(final_loss_capped=loss + np.random.default_rng(0).normal(0, 0.02, len(table)))
     lopsided = table[(table["model.depth"] == 6) == (table["optim.lr"] == 1e-1) | (table["seed"] == 0)]
-    whole, part = (records(importance.importance(t, AXES))[0] for t in (table, lopsided))
+    whole, part = (records(study_statistics.importance(t, AXES))[0] for t in (table, lopsided))
     assert whole["reason"] is None and whole["optim.lr"] > 0.5
     assert part["optim.lr"] is None
     found = re.fullmatch(r"the forest and the analysis of variance disagree: (.*)", part["reason"])
@@ -607,21 +607,24 @@ def test_shares_on_which_the_forest_and_the_analysis_of_variance_disagree_are_no
 
 def test_too_few_trials_are_warned_about() -> None:
     table = full_grid(seeds=2)
-    loss, *_ = records(importance.importance(table, AXES))
+    loss, *_ = records(study_statistics.importance(table, AXES))
     assert loss["warning"] == "24 trials for 3 axes, and it needs 10 for each: mostly chance"
     assert loss["optim.lr"] > 0.5
-    one = records(importance.importance(table[:3], AXES))[0]
+    one = records(study_statistics.importance(table[:3], AXES))[0]
     assert (one["optim.lr"], one["reason"]) == (None, "3 trials, and it needs 4")
-    single = records(importance.importance(table[:4].assign(**{"optim.lr": [1.0, 2.0, 3.0, 4.0]}), AXES))[0]
+    single = records(study_statistics.importance(table[:4].assign(**{"optim.lr": [1.0, 2.0, 3.0, 4.0]}), AXES))[0]
     assert (single["optim.lr"], single["reason"]) == (None, "as many levels as trials")
     followed = table.assign(**{"optim.lr": 1.0 + table["seed"], "model.depth": 2, "optim.clip": 1.0})
-    assert records(importance.importance(followed, ["optim.lr"]))[0]["reason"] == "the axes change with the seed alone"
+    assert (
+        records(study_statistics.importance(followed, ["optim.lr"]))[0]["reason"]
+        == "the axes change with the seed alone"
+    )
 
 
 def test_shares_of_losses_on_different_batches_are_refused() -> None:
     table = full_grid()
     table.loc[0, "eval_hash"] = "other"
-    loss, _, rough, _ = records(importance.importance(table, AXES))
+    loss, _, rough, _ = records(study_statistics.importance(table, AXES))
     assert loss["reason"] == "eval_hash differs between trials: they are not comparable" and rough["reason"] is None
 
 

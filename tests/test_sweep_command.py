@@ -15,7 +15,7 @@ import live_rows
 import pytest
 
 from stabstudy import config as cfg
-from stabstudy import locks, store, sweep, trace, wording
+from stabstudy import disk, store, sweep, trace, wording
 from stabstudy.planning.plan import make_plan
 from stabstudy.state import State
 
@@ -166,7 +166,7 @@ def test_status_reads_files_alone(capsys, tmp_path, known):
         if status != "pending":
             error = {"kind": "X", "message": "it \x1b[31mbroke", "step": 7} if status == "failed" else None
             folder.write_state(State(trial.trial_id, "failed" if error else "running", step=7, error=error))
-    with locks.lock(study.trial(plan.trials[2].trial_id).path):
+    with disk.lock(study.trial(plan.trials[2].trial_id).path):
         assert sweep.main(["--status"]) == 0
     said = capsys.readouterr().out
     lines = {line.split()[0]: line for line in said.splitlines()}
@@ -196,7 +196,7 @@ def test_status_of_a_damaged_trial(capsys, tmp_path):
 
 def test_status_of_a_running_launch(capsys, tmp_path):
     (tmp_path / "results" / "s" / "trials").mkdir(parents=True)
-    with locks.lock(tmp_path / "results" / "s"):
+    with disk.lock(tmp_path / "results" / "s"):
         assert sweep.main(["--status", "study=s"]) == 0
     assert capsys.readouterr().out == "s: 0 trials: none begun; a launch is running\n"
 
@@ -210,7 +210,7 @@ def test_warnings_go_to_stderr(capsys, known):
 def test_a_locked_study_is_left_alone(capsys, small, tmp_path):
     folder = tmp_path / "results" / "small"
     folder.mkdir(parents=True)
-    with locks.lock(folder):
+    with disk.lock(folder):
         assert sweep.main(small) == 4
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: machine: {folder}: locked by pid {os.getpid()} on ") and " since " in line

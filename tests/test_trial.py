@@ -19,7 +19,7 @@ import torch
 from trials import BASE, Crash, Make, assert_same, at_step, poison, records, vary
 
 from stabstudy import config as cfg
-from stabstudy import disk, failpoints, live, locks, store, trace
+from stabstudy import disk, failpoints, live, store, trace
 from stabstudy.analysis.study import update_tables
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
@@ -27,9 +27,9 @@ from stabstudy.data.batches import open_batches
 from stabstudy.stability.rules import Rules
 from stabstudy.state import State
 from stabstudy.training import checkpoint, clipping, families
+from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.driver import Eager, HostFeed
 from stabstudy.training.loop import Loop, Progress
-from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.pack import run_pack
 from stabstudy.training.step import Stepper, stacked
 from stabstudy.training.trial import Engine
@@ -609,7 +609,7 @@ def test_a_done_trial_is_left_alone_and_a_locked_one_too(make: Make, run: Run) -
     done = run(folder)
     assert run(folder, crash_at(1)) == done
     locked = make(BASE, "locked")
-    with locks.lock(locked.path):
+    with disk.lock(locked.path):
         assert run(locked).status == "pending"
 
 

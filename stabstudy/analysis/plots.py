@@ -10,9 +10,8 @@ several Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.
 No trial is left out silently: a diverged one is an open triangle on the upper edge, a missing cell is hatched.
 """
 
-from stabstudy.analysis.figures.clip_thresholds import clip_shares, clipping
 from stabstudy.analysis.figures.curves import curves, lr_curves, metric_label
-from stabstudy.analysis.figures.effect_plots import effects, parallel
+from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects, parallel
 from stabstudy.analysis.figures.layers import layer_map
 from stabstudy.analysis.figures.layout import panels
 from stabstudy.analysis.figures.maps import stability_map

@@ -22,8 +22,6 @@ from stabstudy.analysis import (
     compare,
     effects,
     external_runs,
-    importance,
-    rates,
     sensitivity,
     shared_batches,
     study_statistics,
@@ -281,9 +279,9 @@ class Study:
         """
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
-    def rate_model(self) -> rates.RateModel:
+    def rate_model(self) -> survival.RateModel:
         """How the rate of spikes changes along every axis: `ratios`, or the `reason`; see `rates.rate_model`."""
-        return rates.rate_model(self.grid.trials, list(self.grid.axes))
+        return survival.rate_model(self.grid.trials, list(self.grid.axes))
 
     def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
         """Kaplan-Meier curves of the first spike per level of an axis: `levels`, `p`; see `survival.first_spikes`."""
@@ -314,7 +312,7 @@ class Study:
 
     def importance(self) -> pd.DataFrame:
         """The share of each statistic's variance that each axis explains; see `importance.importance`."""
-        return importance.importance(self.grid.trials, list(self.grid.axes))
+        return study_statistics.importance(self.grid.trials, list(self.grid.axes))
 
     @cached_property
     def outcomes(self) -> dict[str, int]:

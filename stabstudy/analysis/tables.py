@@ -28,7 +28,6 @@ from stabstudy.analysis import external_runs
 from stabstudy.analysis.shared_batches import Ratios, mark
 from stabstudy.analysis.workers import spread
 from stabstudy.external import ExternalLog, read_external
-from stabstudy.leftovers import sweep_abandoned
 from stabstudy.stability.columns import COLUMNS, SPIKES
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.rules import Rules
@@ -42,7 +41,7 @@ from stabstudy.stability.summary import (
     summarise,
 )
 from stabstudy.state import State
-from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder
+from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder, sweep_abandoned
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
 
 Row = dict[str, Any]

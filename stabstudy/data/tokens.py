@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy import disk, locks, store
+from stabstudy import disk, store
 from stabstudy.config import DataConfig
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory, Progress, Say
@@ -116,7 +116,7 @@ def count(fingerprint: str, cache_dir: Path) -> int | None:
 def lock(folder: Path, say: Say = lambda line: None) -> AbstractContextManager[None]:
     """Hold the lock file beside a corpus; wait for it, with a line."""
     message = "data: another process is preparing this data; waiting for it"
-    return locks.lock_file(folder.with_suffix(".lock"), lambda: say(message))
+    return disk.lock_file(folder.with_suffix(".lock"), lambda: say(message))
 
 
 def _folder(cache_dir: Path, fingerprint: str) -> Path:

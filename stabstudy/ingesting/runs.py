@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stabstudy import config as cfg
-from stabstudy import disk, finished, locks, store
+from stabstudy import disk, finished, store
 from stabstudy.external import ExternalLog, has_gaps, read_external
 from stabstudy.ingesting import run_settings
 from stabstudy.ingesting.points import Raw
@@ -157,7 +157,7 @@ def write_study(study: store.StudyFolder, runs: Sequence[Run], argv: Sequence[st
     """Write every run as a trial; how many are new, changed and unchanged. Raises LockHeldError or OSError."""
     disk.check_ingested_folders(study.path, [study.trial(run.trial_id).path for run in runs])
     study.path.mkdir(parents=True, exist_ok=True)
-    with locks.lock(study.path):
+    with disk.lock(study.path):
         if not study.provenance_file.exists():  # first, so that a folder half written is known as ours
             store.write_sealed(study.provenance_file, _provenance(study, argv))
         outcomes = Counter(_write_run(study, run) for run in runs)

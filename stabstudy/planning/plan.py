@@ -13,24 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import locks
+from stabstudy import disk
 from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import supply
-from stabstudy.planning import axes, caveats, compose, compute, estimate, overrides, packs, sweep_yaml, sweepfile
+from stabstudy.planning import axes, compose, compute, estimate, overrides, sweepfile
+from stabstudy.planning import trials as packs
 from stabstudy.planning.axes import Factor
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
-from stabstudy.planning.trials import (
-    Cell,
-    Composer,
-    PlannedTrial,
-    distinct,
-    fingerprints,
-    planned,
-    without_excluded,
-)
+from stabstudy.planning.trials import Cell, Composer, PlannedTrial, distinct, fingerprints, planned, without_excluded
 from stabstudy.settings import ConfigError, Issues
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
@@ -88,7 +81,7 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
     with compose.conf() as loader:
         request = overrides.read(given, loader, issues)
         if to_launch and not issues.problems:
-            locks.check_free(study_folder(request, cwd))
+            disk.check_unlocked(study_folder(request, cwd))
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
         product = axes.factors(sweep.factors, request.axes, request.pins)
@@ -101,18 +94,18 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
     every = planned(cells, request.seeds or sweep.seeds, known)
     trials = distinct(without_excluded(every, sweep.exclude, {*request.pins, *request.axes}, issues), issues)
     folder = study_folder(request, cwd)
-    before = sweep_yaml.belongs(folder, sweep.name, known, issues)
+    before = sweepfile.check_belongs(folder, sweep.name, known, issues)
     _check_engines([t.config for t in trials], issues)
     issues.stop()
     configs = [t.config for t in trials]
     _check_room(trials, resources, request, issues)
     varying = tuple(Axis(name, values) for name, values in axes.axis_values(product).items())
     supplies = {data: supply(data, fingerprint, cache) for data, fingerprint in known.items()}
-    for caveat in caveats.caveats(configs, [axis.name for axis in varying], supplies):
+    for caveat in estimate.caveats(configs, [axis.name for axis in varying], supplies):
         issues.warn(caveat)
-    body = _body(sweep, request, varying, trials) | {"data": sweep_yaml.data_records(before, known)}
+    body = _body(sweep, request, varying, trials) | {"data": sweepfile.data_records(before, known)}
     body |= {"compute": dataclasses.asdict(resources), "command": given}
-    for change in sweep_yaml.changes(before, body):
+    for change in sweepfile.record_changes(before, body):
         issues.warn(change)
     return Plan(
         request.study,
@@ -120,11 +113,11 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
         body["question"],
         varying,
         tuple(trials),
-        sweep_yaml.text(body),
+        sweepfile.record_text(body),
         resources,
         request.launch.launcher,
         tuple(issues.warnings),
-        tuple(sweep_yaml.redact(given)),
+        tuple(sweepfile.redact(given)),
         sweep.conditions,
         _start(request, body["choices"]) if request.sweep is None else None,
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 from stabstudy import disk, extras, store, wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import caveats, compute, estimate, packs
+from stabstudy.planning import compute, estimate
+from stabstudy.planning import trials as packs
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.settings import safe
 
@@ -38,10 +39,10 @@ def show(plan: Plan) -> None:
         packed = packs.packs(todo, plan.compute, plan.launcher)
         shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
         if shown:
-            print(packs.in_words(packed))
+            print(packs.packs_in_words(packed))
         rate = estimate.measured_rate(study)
         print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate), shown))
-    if timescales := caveats.timescales([t.config for t in plan.trials]):
+    if timescales := estimate.timescales([t.config for t in plan.trials]):
         print(timescales)
     for reason in why_not_here(plan):
         print(f"this machine cannot start it: {reason}")

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stabstudy import cli, extras, leftovers, locks, store
+from stabstudy import cli, disk, extras, store
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import Supply, open_batches
-from stabstudy.planning import compute, packs
-from stabstudy.planning.caveats import repetition
+from stabstudy.planning import compute, trials
+from stabstudy.planning.estimate import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
@@ -62,12 +62,12 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     prepare_data(plan, cache_dir, say)
     preflight.check_models([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
-    with locks.lock(study.path):
+    with disk.lock(study.path):
         whole, left_alone = intact(plan, study)
         for line in left_alone:
             say(f"damaged, left alone (remove its folder to train it again): {line}")
         write_study(study, whole, say)
-        leftovers.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
+        store.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
         outcome = _trained(whole, study, cache_dir, say, command)
     return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
 
@@ -143,7 +143,7 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
 def _run(
     plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest
 ) -> None:
-    packed = [tuple(t.trial_id for t in pack) for pack in packs.packs(todo, plan.compute, plan.launcher)]
+    packed = [tuple(t.trial_id for t in pack) for pack in trials.packs(todo, plan.compute, plan.launcher)]
     rounds = Rounds(study, packed, plan.compute.retries, board, stop)
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
@@ -206,7 +206,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "conditions": None if plan.conditions is None else list(plan.conditions),
         "argv": list(plan.argv),
         "launcher": plan.launcher,
-        "launched": locks.now(),
+        "launched": disk.utc_now(),
         "versions": {"python": platform.python_version(), **{p: extras.installed(p) for p in PACKAGES}},
         "machine": {"platform": platform.platform(), "cores": compute.cores(), "processor": _processor()},
         "git": _git(),
@@ -243,13 +243,13 @@ def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
     """A trial whose process has vanished is `interrupted`, so that status and report name it rightly."""
     folders = [study.trial(trial_id) for trial_id in ids]
     limit = time.monotonic() + SETTLE_SECONDS
-    while any(locks.is_locked(folder.path) for folder in folders) and time.monotonic() < limit:
+    while any(disk.is_locked(folder.path) for folder in folders) and time.monotonic() < limit:
         time.sleep(0.05)
     for folder in folders:
-        with contextlib.suppress(locks.LockHeldError, OSError):  # on a full disk it stays `running`, so `lost`
+        with contextlib.suppress(disk.LockHeldError, OSError):  # on a full disk it stays `running`, so `lost`
             state = folder.read_state()
             if state.status == "lost":
-                with locks.lock(folder.path):
+                with disk.lock(folder.path):
                     folder.write_state(close_attempt(state, "interrupted"))
 
 

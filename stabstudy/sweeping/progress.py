@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stabstudy import disk, live, locks, store, trace, wording
+from stabstudy import disk, live, store, trace, wording
 from stabstudy.config import CURRENT_NAMES
 from stabstudy.settings import renamed, renamed_below, safe
 from stabstudy.state import STATUSES, State
@@ -187,7 +187,7 @@ def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
     verdicts = Counter(verdict_words(state) for state in states if state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in STATUSES if counts[s]]
-    launch = "a launch is running" if locks.is_locked(study.path) else "no launch is running"
+    launch = "a launch is running" if disk.is_locked(study.path) else "no launch is running"
     return f"{study.name}: {wording.count(len(states), 'trial', ',')}: {', '.join(parts) or 'none begun'}; {launch}"
 
 

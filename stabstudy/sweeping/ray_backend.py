@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stabstudy import locks, store
+from stabstudy import disk, store
 from stabstudy.planning.compute import Compute, NotReadyError
 from stabstudy.sweeping.preflight import last_line
 from stabstudy.sweeping.rounds import Rounds, Service, Watch
@@ -171,7 +171,7 @@ def _round(driver: Driver, rounds: Rounds, study: store.StudyFolder, stop: StopR
         if reason := ended or watch.look():
             stop.end(reason)
             return
-        if stop.requested and not any(locks.is_locked(study.trial(t).path) for pack in rounds.running for t in pack):
+        if stop.requested and not any(disk.is_locked(study.trial(t).path) for pack in rounds.running for t in pack):
             return
 
 
@@ -204,7 +204,7 @@ def scratch() -> Path:
     remove_abandoned_scratch(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     held = contextlib.ExitStack()
-    held.enter_context(locks.lock(folder))
+    held.enter_context(disk.lock(folder))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(held.close)
     return folder
@@ -218,5 +218,5 @@ def remove_abandoned_scratch(parent: Path) -> None:
             young = time.time() - status.st_mtime < YOUNG_SECONDS
             ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
             used = (folder / ".lock").exists()  # else it is of a version without locks, whose process may live
-            if ours and used and not young and not locks.is_locked(folder):
+            if ours and used and not young and not disk.is_locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)

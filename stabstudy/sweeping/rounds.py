@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from stabstudy import disk, live, locks, store, trace
+from stabstudy import disk, live, store, trace
 from stabstudy.state import State, close_attempt
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.worker import StopRequest
@@ -97,7 +97,7 @@ class Rounds:
 
     def _states(self, pack: Pack) -> list[tuple[str, State]]:
         limit = time.monotonic() + FREE_SECONDS
-        while any(locks.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
+        while any(disk.is_locked(self.study.trial(t).path) for t in pack) and time.monotonic() < limit:
             time.sleep(0.05)
         return [(t, self._settled(self.study.trial(t))) for t in pack]
 
@@ -107,14 +107,14 @@ class Rounds:
         if reason is None or state.status != "lost":
             return state
         error = {"kind": "Timeout", "message": reason, "step": state.step}
-        with contextlib.suppress(locks.LockHeldError), locks.lock(folder.path):
+        with contextlib.suppress(disk.LockHeldError), disk.lock(folder.path):
             folder.write_state(close_attempt(state, "timeout", error))
         return folder.read_state()
 
     def _is_left(self, trial_id: str, state: State) -> bool:
         """Whether the member is to be tried again if it may; one that is not is shown as it ended."""
         begun = self._begun(state)
-        if locks.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
+        if disk.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
             self.board.forget(trial_id)
             return False
         if state.status == "done" or (begun and state.status == "oom"):
@@ -234,7 +234,7 @@ def _processes(study: store.StudyFolder, pack: Pack) -> dict[int, list[store.Tri
     by_pid: dict[int, list[store.TrialFolder]] = {}
     for folder in map(study.trial, pack):
         with contextlib.suppress(store.StoreError):
-            state = folder.read_state() if locks.is_locked(folder.path) else None
+            state = folder.read_state() if disk.is_locked(folder.path) else None
             if state and state.status == "running" and state.attempts[-1].host == socket.gethostname():
                 by_pid.setdefault(state.attempts[-1].pid, []).append(folder)
     return by_pid

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stabstudy import locks, store
+from stabstudy import disk, store
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
 from stabstudy.state import State
@@ -50,8 +50,8 @@ def run_pack(folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules,
     with contextlib.ExitStack() as held:
         members = []
         for folder in folders:
-            with contextlib.suppress(locks.LockHeldError):
-                held.enter_context(locks.lock(folder.path))
+            with contextlib.suppress(disk.LockHeldError):
+                held.enter_context(disk.lock(folder.path))
                 if folder.read_state().status != "done":
                     members.append(Trial(folder, engine, rules))
         _run(members, engine, rules, heartbeat)

@@ -22,8 +22,8 @@ from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block, Floats, Ints
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
 from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
+from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.driver import Taken, Tick
-from stabstudy.training.noise_scale import NoiseMeans
 from stabstudy.training.probes import OF_LAYERS, SCALARS
 
 JUDGED_AT_ONCE = 32

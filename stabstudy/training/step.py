@@ -27,10 +27,9 @@ from torch import Tensor
 
 from stabstudy.config import TrialConfig
 from stabstudy.training import clipping
-from stabstudy.training.clipping import SpikeSkip, clip_rule
+from stabstudy.training.clipping import MicroBatches, SpikeSkip, clip_rule
 from stabstudy.training.families import Model
 from stabstudy.training.model import layer_index
-from stabstudy.training.noise_scale import MicroBatches
 from stabstudy.training.objective import IGNORE, MINIMISED, objective
 from stabstudy.training.optimizers import optimizer
 from stabstudy.training.stack import Scalars, Stack

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stabstudy import config as cfg
-from stabstudy import disk, failpoints, finished, live, locks, store, trace
+from stabstudy import disk, failpoints, finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
 from stabstudy.stability.explain import outcome
 from stabstudy.stability.rules import Rules
@@ -28,7 +28,7 @@ from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.state import Attempt, State, close_attempt
 from stabstudy.training import checkpoint
-from stabstudy.training.noise_scale import NoiseMeans
+from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.record import Recorded
 
 RECORDS = (trace.TRACE, trace.PROBES)
@@ -70,7 +70,7 @@ class Trial:
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
         self.folder.reserve()
-        attempt = Attempt(socket.gethostname(), os.getpid(), locks.now())
+        attempt = Attempt(socket.gethostname(), os.getpid(), disk.utc_now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
         stored, described = self.folder.read_own()
@@ -209,7 +209,7 @@ class Trial:
     def say(self, line: str) -> None:
         """A line in the trial's log."""
         with self.folder.log_file.open("a", encoding="utf-8") as f:
-            f.write(f"{locks.now()} {line}\n")
+            f.write(f"{disk.utc_now()} {line}\n")
 
     def _recorded(self, schema: trace.Schema) -> trace.Rows:
         path = self.folder.live(schema)

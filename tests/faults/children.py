@@ -23,7 +23,7 @@ import stabstudy.analysis.report.study_page  # noqa: F401  # imported once, in t
 import stabstudy.planning.plan  # noqa: F401
 import stabstudy.planning.preview  # noqa: F401
 import stabstudy.sweeping.launch  # noqa: F401
-from stabstudy import live, locks, store, trace
+from stabstudy import disk, live, store, trace
 from stabstudy.encodings import Table
 from stabstudy.stability.rules import Rules
 from stabstudy.training import checkpoint
@@ -98,7 +98,7 @@ def save_checkpoints(acknowledge: Acknowledge, folder: Path, trial_id: str, firs
 def finish_trial(acknowledge: Acknowledge, folder: Path, cache: Path) -> None:
     """The end of a trial all of whose rows are recorded."""
     trial_folder = store.TrialFolder(folder)
-    with locks.lock(folder):
+    with disk.lock(folder):
         if trial_folder.read_state().status == "done":
             return
         trial = Trial(trial_folder, Engine(cache), Rules())
@@ -156,7 +156,7 @@ def sweep(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | 
 
 def sweep_without_a_lock(acknowledge: Acknowledge, words: Sequence[str], log: Path, go: Path | None = None) -> None:
     """For a negative control."""
-    locks.lock = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
+    disk.lock = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
     sweep(acknowledge, words, log, go)
 
 

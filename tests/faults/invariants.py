@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from faults.children import files
 from faults.killer import marked
-from stabstudy import locks, trace
+from stabstudy import disk, trace
 from stabstudy.state import NUMBERS
 from stabstudy.store import StoreError, StudyFolder, TrialFolder
 from stabstudy.trace import DamagedRecord, Rows
@@ -134,7 +134,7 @@ def of_tables(study: Path, reference: Path) -> list[str]:
 def of_leftovers(study: Path, mark: str = "") -> list[str]:
     """I6: locks, processes, temporary files and folders."""
     folders = [study, *(trial.path for trial in StudyFolder(study).trials())]
-    broken = [f"I6 {folder.name} is locked" for folder in folders if locks.is_locked(folder)]
+    broken = [f"I6 {folder.name} is locked" for folder in folders if disk.is_locked(folder)]
     broken += [f"I2 {path} is left over" for path in study.rglob("*.tmp")]
     broken += [f"I6 {name} is left over" for name in (".ray", ".stop") if (study / name).exists()]
     if mark:

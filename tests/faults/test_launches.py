@@ -13,7 +13,7 @@ from faults import children, launches
 from faults.campaign import Part
 from faults.invariants import of_interrupted_trial, of_tables, tree_hash, violations
 from faults.killer import Child, killed
-from stabstudy import failpoints, locks, store
+from stabstudy import disk, failpoints, store
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 Begin = Callable[[str], Part]
@@ -86,7 +86,7 @@ def test_one_launch_of_many_wins(part: Begin, tmp_path: Path, cache: Path) -> No
             for winner in winners:
                 winner.kill()
             began = time.monotonic()
-            while locks.is_locked(launches.study(folder)) and time.monotonic() - began < 10:
+            while disk.is_locked(launches.study(folder)) and time.monotonic() - began < 10:
                 time.sleep(0.01)
             running.check(time.monotonic() - began < 1, "the lock outlives its holder")
             running.n += at_once - 1

@@ -18,7 +18,7 @@ from faults import launches
 from faults.campaign import Part
 from faults.invariants import of_interrupted_trial, of_tables, violations
 from faults.killer import kill_marked, marked, start
-from stabstudy import live, locks, store, trace
+from stabstudy import disk, live, store, trace
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(1800)]
 Begin = Callable[[str], Part]
@@ -101,7 +101,7 @@ def free(launch: Launch, seconds: float) -> bool:
     """Whether no lock is held, in this time; a process that is killed on a loaded machine takes a while to be gone."""
     limit = time.monotonic() + seconds
     folders = [launch.study.path, *(trial.path for trial in launch.study.trials())]
-    while any(map(locks.is_locked, folders)):
+    while any(map(disk.is_locked, folders)):
         if time.monotonic() > limit:
             return False
         time.sleep(0.05)

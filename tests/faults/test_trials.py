@@ -13,8 +13,8 @@ from faults import children, launches, studies
 from faults.campaign import Part
 from faults.invariants import assert_invariants, of_interrupted_trial, tree_hash, violations
 from faults.killer import Child, killed
-from stabstudy import failpoints, locks, store
-from stabstudy.leftovers import tidy_done_trial
+from stabstudy import disk, failpoints, store
+from stabstudy.store import tidy_done_trial
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 Begin = Callable[[str], Part]
@@ -116,7 +116,7 @@ def test_a_row_of_a_killed_trial_that_is_lost_would_be_seen(
     state = trial.read_state()
     trial.write_state(store.replace(state, attempts=(*state.attempts, state.attempts[-1]), final_loss=1.0))
     (other.path / "probes.parquet").write_bytes(b"")
-    with locks.lock(other.path):
+    with disk.lock(other.path):
         broken = violations(study.path, reference, {study.path: ""})
     kinds = sorted(line.split()[0] for line in broken)
     assert kinds == ["I2", "I2", "I2", "I4", "I5", "I6", "I7"], broken

@@ -6,18 +6,7 @@ from collections.abc import Callable, Iterator
 
 from stabstudy.analysis import study_statistics
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import (
-    clip_thresholds,
-    curves,
-    effect_plots,
-    layers,
-    maps,
-    norms,
-    single_axes,
-    study_curves,
-    traces,
-    verdict_maps,
-)
+from stabstudy.analysis.figures import curves, effect_plots, layers, maps, norms, study_curves, traces, verdict_maps
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.study import Study
 
@@ -25,9 +14,9 @@ OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] 
     curves.figures,
     verdict_maps.figures,
     maps.figures,
-    single_axes.figures,
+    curves.axis_figures,
     effect_plots.effect_figures,
-    clip_thresholds.figures,
+    effect_plots.figures,
     study_curves.sensitivity_figures,
     study_curves.first_spike_figures,
     effect_plots.parallel_figures,

@@ -11,11 +11,11 @@ import pandas as pd
 from stabstudy.analysis import survival, words
 from stabstudy.analysis.compare import STABLE_MARGIN
 from stabstudy.analysis.elements import Block, Code, Table, Text
-from stabstudy.analysis.importance import APART, too_few
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.sensitivity import BASIN_MARGIN, LR, LR_MEANING
 from stabstudy.analysis.shared_batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import APART, too_few
 from stabstudy.analysis.survival import FirstSpikes
 
 MOST_REASONS = 12

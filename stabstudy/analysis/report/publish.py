@@ -1,27 +1,205 @@
-"""The files of a report: its page, one for each trial, Markdown, figures and tables, each whole or not at all."""
+"""Reports on disk: pages in HTML and Markdown, figures and tables, each file whole or not at all.
+
+Reports as HTML: the page of a study, or of their comparison, and the page of a trial.
+
+Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
+allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
+page reads the same; it sorts and filters tables, and reads values off figures.
+
+The files of a report: its page, one for each trial, Markdown, figures and tables, each whole or not at all.
+"""
 
 from __future__ import annotations
 
+import base64
 import csv
 import functools
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+import urllib.parse
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
+from markupsafe import Markup, escape
 
 from stabstudy import disk
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Report, Table
-from stabstudy.analysis.report import html, trial_page
-from stabstudy.analysis.report.markdown import markdown
+from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, TrialPage, split_ids
+from stabstudy.analysis.report import trial_page
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.workers import spread
-from stabstudy.leftovers import sweep_abandoned
-from stabstudy.store import write_bytes, write_text
+from stabstudy.store import sweep_abandoned, write_bytes, write_text
+
+Link = Callable[[str], str]
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
+
+
+def markdown(report: Report) -> str:
+    """The whole report, GitHub's dialect."""
+    return "\n".join(_lines(report)).rstrip() + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """Plain text that no reader of Markdown or HTML takes for markup."""
+    escaped = _SPECIAL.sub(r"\\\1", text)
+    return re.sub(r"^(\s*)([-+]|\d+[.)])(\s)", r"\1\\\2\3", escaped)
+
+
+def linked_markdown(text: str, trials: Container[str]) -> str:
+    """The text, escaped, with a link to the page of each of `trials` that it names."""
+    parts = split_ids(text)
+    return "".join(f"[{part}]({TRIALS}{part}.html)" if part in trials else escape_markdown(part) for part in parts)
+
+
+def _lines(report: Report) -> Iterator[str]:
+    link = functools.partial(linked_markdown, trials=report.trials)
+    yield from (f"# {escape_markdown(report.study)}", "")
+    if report.question:
+        yield from (escape_markdown(report.question), "")
+    yield from (f"**{escape_markdown(report.headline)}**", "")
+    yield from _table(("", "trials"), [(f"{c.sign} {c.kind}", str(c.number)) for c in report.counts], {"trials"}, link)
+    yield from (escape_markdown(words.GLOSSARY), "")
+    boxed = [*((f.about, f.sentences) for f in report.findings), ("Caveats", report.warnings)]
+    for heading, items in boxed:
+        if items:
+            yield from (f"**{heading}**", "", *(f"- {link(item)}" for item in items), "")
+    for section in report.sections:
+        yield from (f"## {escape_markdown(section.title)}", "")
+        for block in section.blocks:
+            yield from _block(block, link)
+
+
+def _block(block: Block, link: Link) -> Iterator[str]:
+    if isinstance(block, Table):
+        yield from (f"**{escape_markdown(block.title)}**", "")
+        yield from _table(block.columns, block.rows, block.numeric, link)
+    elif isinstance(block, Figure):
+        yield from (f"### {escape_markdown(block.title)}", "")
+        yield from (f"![{escape_markdown(block.alt)}](figures/{block.name}.svg)", "", link(block.caption), "")
+        yield from _block(block.table, link)
+    elif isinstance(block, Code):
+        yield from (f"**{escape_markdown(block.title)}**", "", *(f"    {line}" for line in block.text.splitlines()), "")
+    else:
+        yield from (link(block.text), "")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Container[str], link: Link) -> Iterator[str]:
+    yield _row(columns, link)
+    yield "|" + "|".join("---:" if c in numeric else "---" for c in columns) + "|"
+    yield from (_row(row, link) for row in rows)
+    yield ""
+
+
+def _row(cells: Sequence[str], link: Link) -> str:
+    return "| " + " | ".join(link(words.clean(c)) for c in cells) + " |"
+
+
+_PLAIN = " <>/:=;,.()'-_"
+"""Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def html_index(report: Report) -> str:
+    """The page of the study."""
+    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    return _render("index.html.j2", report.trials, TRIALS, **content)
+
+
+def html_trial(page: TrialPage, source: str) -> str:
+    """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
+    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
+
+
+def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
+    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names."""
+    parts = split_ids(text)
+    if len(parts) == 1:
+        return escape(text)
+    return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
+
+
+def _link(trial_id: str, folder: str) -> Markup:
+    return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
+
+
+def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
+    (css, css_hash), (script, script_hash) = _own("style.css"), _own("tables.js", "figures.js")
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+    link = functools.partial(linked_html, trials=trials, folder=folder)
+    page = _environment().get_template(template)
+    return page.render(
+        own,
+        linked=link,
+        rows=functools.partial(_rows, link=link),
+        image=_image,
+        json=_json,
+        trials=trials,
+        folder=folder,
+        **content,
+    )
+
+
+def _rows(table: Table, link: Callable[[str], Markup]) -> Markup:
+    """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
+    starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
+    bodies = (
+        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
+    )
+    return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    return environment
+
+
+@functools.cache
+def _own(*names: str) -> tuple[Markup, str]:
+    """Files of ours as they stand in the page, and their hash for the policy; nothing in them comes from a study."""
+    text = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
+    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(text: str) -> Markup:
+    """JSON, safe between single quotes: between double ones it would be half as long again."""
+    return Markup(text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _image(figure: Figure) -> dict[str, Any]:
+    """What an <img> needs: the drawing itself, and its size in CSS pixels so that the page does not jump."""
+    svg = figure.drawing.svg
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+    width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
+    return {"src": _data_url(svg), "width": width, "height": height}
+
+
+def _data_url(svg: str) -> Markup:
+    """The drawing as an address, safe between double quotes: less than two thirds of the length that base64 takes.
+
+    The names of glyphs are shorter than in the file: they are a tenth of a drawing.
+    """
+    needless = r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|\s*\n\s*"
+    bare = re.sub(needless, " ", svg, flags=re.DOTALL).strip().replace('"', "'")
+    bare = bare.replace("xlink:href", "href").replace("DejaVuSans-", "g")
+    return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")
+
 
 DRAWN = "4"
 """Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
@@ -52,7 +230,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", html.index(report))
+    write_text(folder / "index.html", html_index(report))
     return folder / "index.html"
 
 
@@ -82,11 +260,11 @@ def _pages(study: Study, trials: Set[str], drawn: Set[str], folder: Path, ids: S
         file = folder / f"{trial_id}.html"
         names.append(file.name)
         if trial_id in drawn:
-            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), html.trial(page, ""))
+            source = _digest(DRAWN, str(study.row(trial_id)["source_sha256"]), html_trial(page, ""))
             if source.encode() not in _start(file):
-                write_text(file, html.trial(trial_page.with_figures(study, page), source))
+                write_text(file, html_trial(trial_page.with_figures(study, page), source))
         else:
-            text = html.trial(page, "")
+            text = html_trial(page, "")
             if not file.exists() or file.read_bytes() != text.encode():
                 write_text(file, text)
     return names
