@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stabstudy import config as cfg
-from stabstudy.analysis.tables import OWN, OWN_OF_SPIKES, spike_kinds, trial_kinds
+from stabstudy.analysis.table_columns import OWN, OWN_OF_SPIKES, spike_kinds, trial_kinds
 from stabstudy.stability.columns import COLUMNS, SPIKES
 from stabstudy.trace import PROBES, TRACE, Schema
 

@@ -35,8 +35,7 @@ from stabstudy.analysis.figures import registry
 from stabstudy.analysis.report import study_page
 from stabstudy.analysis.report.publish import publish
 from stabstudy.analysis.study import update_tables
-from stabstudy.analysis.tables import read_record
-from stabstudy.analysis.workers import spread
+from stabstudy.analysis.tables import read_record, spread
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.state import State

@@ -13,7 +13,8 @@ import numpy as np
 from stabstudy import config as cfg
 from stabstudy.analysis.shared_batches import Ratios
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.tables import Tables, trial_kinds
+from stabstudy.analysis.table_columns import trial_kinds
+from stabstudy.analysis.tables import Tables
 from stabstudy.stability.rules import Rules
 from stabstudy.store import StudyFolder
 

@@ -13,7 +13,7 @@ import planted
 import pytest
 from conftest import ROOT
 
-from stabstudy.analysis.tables import spike_kinds
+from stabstudy.analysis.table_columns import spike_kinds
 from stabstudy.stability.columns import COLUMNS, SPIKES
 from stabstudy.stability.spikes import SPIKE_COLUMNS
 from stabstudy.state import State

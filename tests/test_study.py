@@ -25,7 +25,7 @@ from stabstudy.analysis import compare, levels, recipe
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
 from stabstudy.analysis.report import export
 from stabstudy.analysis.study import Study, update_tables
-from stabstudy.analysis.tables import spike_kinds, trial_kinds
+from stabstudy.analysis.table_columns import spike_kinds, trial_kinds
 from stabstudy.settings import ConfigError
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS, Source, judge_trial, write_summary

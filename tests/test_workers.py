@@ -12,7 +12,7 @@ import planted
 import pytest
 from conftest import ROOT
 
-from stabstudy.analysis import tables, workers
+from stabstudy.analysis import tables
 from stabstudy.analysis.report.publish import publish
 from stabstudy.analysis.report.study_page import report
 from stabstudy.analysis.study import Study
@@ -35,28 +35,28 @@ def refuses(numbers: list[int]) -> list[int]:
 
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(tables, "_cores", lambda: 2)
 
 
 def test_results_stand_in_the_order_of_the_items(two_cores: None) -> None:
-    found = workers.spread(squares, range(50), seconds=100)
+    found = tables.spread(squares, range(50), seconds=100)
     assert [square for square, _ in found] == [n * n for n in range(50)]
     assert os.getpid() not in {pid for _, pid in found}
 
 
-@pytest.mark.parametrize(("items", "seconds"), [(range(50), workers.WORTH_S / 2), (range(1), 100), ((), 100)])
+@pytest.mark.parametrize(("items", "seconds"), [(range(50), tables.WORTH_S / 2), (range(1), 100), ((), 100)])
 def test_little_work_starts_no_process(two_cores: None, items: range, seconds: float) -> None:
-    assert workers.spread(squares, items, seconds) == [(n * n, os.getpid()) for n in items]
+    assert tables.spread(squares, items, seconds) == [(n * n, os.getpid()) for n in items]
 
 
 def test_a_worker_that_dies_costs_no_result(two_cores: None) -> None:
     here = [os.getpid()] * 5
-    assert workers.spread(dies_elsewhere, here, seconds=100) == here
+    assert tables.spread(dies_elsewhere, here, seconds=100) == here
 
 
 def test_what_the_work_raises_is_raised(two_cores: None) -> None:
     with pytest.raises(ValueError, match="no 7"):
-        workers.spread(refuses, [7, 7], seconds=100)
+        tables.spread(refuses, [7, 7], seconds=100)
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ def test_a_report_by_several_processes_is_that_of_one(
     record.write_bytes(record.read_bytes()[:-9])
     answers = []
     for worth in (0.0, 1e9):
-        monkeypatch.setattr(workers, "WORTH_S", worth)
+        monkeypatch.setattr(tables, "WORTH_S", worth)
         study = Study(StudyFolder(tmp_path / "s"), tables.read_tables(StudyFolder(tmp_path / "s")))
         publish(study, report(study), tmp_path / f"{worth}")
         files = {p.name: p.read_bytes() for p in (tmp_path / f"{worth}").rglob("*") if p.is_file()}

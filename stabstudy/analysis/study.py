@@ -21,11 +21,11 @@ import pandas as pd
 from stabstudy.analysis import (
     compare,
     effects,
-    external_runs,
     sensitivity,
     shared_batches,
     study_statistics,
     survival,
+    table_columns,
     words,
 )
 from stabstudy.analysis.effects import REPORTED
@@ -159,7 +159,7 @@ class Study:
         if rows is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         log = self.log(trial_id)
-        return rows if log is None else external_runs.in_source_steps(rows, log)
+        return rows if log is None else table_columns.in_source_steps(rows, log)
 
     def batch(self, trial_id: str, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
         """What a step of a trial read: a row per sequence, with its first `document`, how many it touches, its `text`.

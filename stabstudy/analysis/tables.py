@@ -1,4 +1,9 @@
-"""Tables of trials and spikes, from the files of the trials; their columns and types.
+"""Tables of trials and spikes from the files of the trials, read and judged on all cores.
+
+By loky's processes and not multiprocessing's: those run the caller's script again, which a notebook, or a script
+without a `__main__` guard, does not survive.
+
+Tables of trials and spikes, from the files of the trials; their columns and types.
 
 The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A finished
 trial brings its own judgement (`summary.json`); it is judged here only where that is missing, was made by other rules
@@ -12,11 +17,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -24,11 +29,10 @@ from numpy.typing import NDArray
 
 from stabstudy import config as cfg
 from stabstudy import disk, failpoints
-from stabstudy.analysis import external_runs
+from stabstudy.analysis import table_columns
 from stabstudy.analysis.shared_batches import Ratios, mark
-from stabstudy.analysis.workers import spread
+from stabstudy.analysis.table_columns import frame, spike_kinds, trial_kinds
 from stabstudy.external import ExternalLog, read_external
-from stabstudy.stability.columns import COLUMNS, SPIKES
 from stabstudy.stability.detectors import measured
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import (
@@ -43,6 +47,52 @@ from stabstudy.stability.summary import (
 from stabstudy.state import State
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder, sweep_abandoned
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
+
+MOST = 16
+"""Workers: each holds a Python of its own (about 150 MB), and disks do not get faster by more of them."""
+
+WORTH_S = 4.0
+"""Seconds of work from which on workers pay: to start them takes one to two."""
+
+_PARTS = 4
+"""Parts for each worker, so that the last to finish is not long alone."""
+
+_IDLE_S = 30
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def spread(do: Callable[[list[Item]], list[Result]], items: Sequence[Item], seconds: float) -> list[Result]:
+    """`do(items)`, a result for each item in their order, by several processes where that pays.
+
+    `seconds` is what one process would need, roughly. `do` must give each item the same result in any company, and it,
+    the items and the results must pickle. What it raises is raised here. A worker that dies (of memory, say) costs
+    time and no result: this process then does everything.
+    """
+    items = list(items)
+    n = min(_cores(), MOST, len(items)) if seconds >= WORTH_S else 1
+    if n < 2:
+        return do(items)
+    from loky import get_reusable_executor
+
+    parts = min(len(items), _PARTS * n)
+    results: list[Result | None] = [None] * len(items)
+    try:
+        executor = get_reusable_executor(max_workers=n, timeout=_IDLE_S, env={"OMP_NUM_THREADS": "1"})
+        for start, done in enumerate(executor.map(do, [items[i::parts] for i in range(parts)])):
+            results[start::parts] = done
+    except (BrokenExecutor, OSError):
+        return do(items)
+    return results  # type: ignore[return-value]
+
+
+def _cores() -> int:
+    """Those that this process may use: affinity and the limits of a container count."""
+    from loky import cpu_count
+
+    return int(cpu_count())
+
 
 Row = dict[str, Any]
 
@@ -96,7 +146,7 @@ class _Trial:
     @property
     def rows_planned(self) -> int:
         planned: int = self.settings["train.steps"]
-        return planned if self.log is None else external_runs.rows_planned(self.log, self.state)
+        return planned if self.log is None else table_columns.rows_planned(self.log, self.state)
 
 
 def read_tables(folder: StudyFolder) -> Tables:
@@ -127,10 +177,10 @@ def read_tables(folder: StudyFolder) -> Tables:
         computed += kept is None
     groups = [g for g in cfg.GROUPS if any(g in _choices(t.body) for t in trials)]
     logs = {t.folder.trial_id: t.log for t in trials if t.log is not None}
-    external = external_runs.differing(logs.values())
+    external = table_columns.differing(logs.values())
     for row in rows:
         if log := logs.get(row["trial_id"]):
-            row |= {column: external_runs.other(log, column, kind) for column, kind in external.items()}
+            row |= {column: table_columns.other(log, column, kind) for column, kind in external.items()}
     ratios = Ratios(functools.partial(_norm, folder), rules)
     mark(rows, spikes, ratios)
     return Tables(rules, groups, rows, spikes, ratios, sorted(damaged, key=lambda d: d.trial_id), computed, external)
@@ -201,7 +251,7 @@ def _open(folder: TrialFolder) -> _Trial:
     state = folder.read_state()
     if own is None:
         assert log is not None
-        return _Trial(folder, None, external_runs.settings(log), body, state, log)
+        return _Trial(folder, None, table_columns.settings(log), body, state, log)
     return _Trial(folder, own, cfg.flat(own), body, state, None)
 
 
@@ -236,9 +286,9 @@ def _judge(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
         summary = judge_trial(rows, probes, Source(t.config, t.state), rules)
     else:
         assert t.log is not None
-        summary = summarise(rows, probes, external_runs.facts(t.log, t.state, rows), rules)
+        summary = summarise(rows, probes, table_columns.facts(t.log, t.state, rows), rules)
         if t.settings["optim.warmup_steps"] is None:
-            external_runs.unknown_warmup(summary.columns, summary.spikes)
+            table_columns.unknown_warmup(summary.columns, summary.spikes)
     notes = [r.note for r in (record, probes) if r is not None and r.note]
     return _row(t, summary, "; ".join(notes) or None)
 
@@ -318,84 +368,3 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     tmp.replace(path)
     failpoints.hit("table.renamed")
     disk.sync_folder(path.parent)
-
-
-@dataclass(frozen=True)
-class OwnColumn:
-    """A column of trials.parquet that is neither a setting nor a statistic."""
-
-    kind: str  # int | float | text | bool
-    meaning: str
-
-
-OWN = {
-    "trial_id": OwnColumn("text", "first 10 hex digits of the sha256 over settings and data fingerprint"),
-    "cell_id": OwnColumn("text", "the id that the seeds of one cell share"),
-    "case": OwnColumn("text", "name of the one-off cell in the sweep, or of the ingested run; null: part of the grid"),
-    "state": OwnColumn("text", "pending, running, done, failed, oom, timeout, disk_full, interrupted or lost"),
-    "error": OwnColumn("text", "why it is not done: kind, message and step; null: no error"),
-    "note": OwnColumn("text", "what was left out when the record was read; null: nothing"),
-    "log_format": OwnColumn("text", "kind of log that the trial was read from; null: trained here"),
-    "log_stride": OwnColumn("int", "steps from one row of its log to the next; 1: every step, as in trials of our own"),
-    "sampling_noise": OwnColumn(
-        "bool",
-        "rough or spiky by its batches: most of its absolute flags (spiky: its spikes) are where other trials of the "
-        "batch stand at 1.5 times their medians too; null: neither, or not known",
-    ),
-    "eval_hash": OwnColumn("text", "names the final evaluation set; losses of different hashes are not comparable"),
-    "eval_tokens": OwnColumn("int", "tokens of that set; null: an older or ingested trial"),
-    "data_fingerprint": OwnColumn("text", "names the text that was trained on"),
-    "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
-}
-
-
-OWN_OF_SPIKES = {
-    "trial_id": OwnColumn("text", "the trial it belongs to"),
-    "cell_id": OwnColumn("text", "that trial's cell"),
-    "batch": OwnColumn(
-        "bool",
-        "whether the batch is the likely cause: the other trials that read it stand at 1.5 times their running "
-        "medians or more where it starts or peaks; null: under two such trials, or not known what was read",
-    ),
-    "detector_id": OwnColumn("text", "name and hash of every parameter of the rules"),
-}
-"""Columns of spikes.parquet beside those of `stability.columns.SPIKES`."""
-
-
-def spike_kinds() -> dict[str, str]:
-    """Every column of spikes.parquet in its order -> int | float | text | bool."""
-    own = {name: column.kind for name, column in OWN_OF_SPIKES.items()}
-    last = {name: own.pop(name) for name in ("batch", "detector_id")}
-    return own | {name: definition.kind for name, definition in SPIKES.items()} | last
-
-
-def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Every column of trials.parquet in its order -> int | float | text | bool.
-
-    `external`: the settings of ingested runs that have no name of ours, and their types; they follow the settings.
-    """
-    settings = {name: _setting_kind(name) for name in cfg.setting_names()}
-    own = {name: column.kind for name, column in OWN.items()}
-    ends = ("sampling_noise", "eval_hash", "eval_tokens", "data_fingerprint", "source_sha256")
-    last = {name: own.pop(name) for name in ends}
-    statistics = {name: definition.kind for name, definition in COLUMNS.items()}
-    return (
-        own
-        | {"seed": settings.pop("seed")}
-        | dict.fromkeys(groups, "text")
-        | settings
-        | dict(external)
-        | statistics
-        | last
-    )
-
-
-def _setting_kind(name: str) -> str:
-    kind = str(cfg.SETTINGS[name].type).partition(" ")[0]
-    return {"str": "text"}.get(kind, kind)
-
-
-def frame(rows: Sequence[Mapping[str, object]], kinds: Mapping[str, str]) -> pd.DataFrame:
-    """The rows as a table of these columns, each of its kind; what a row lacks is null."""
-    types = {"int": "Int64", "float": "float64", "text": "object", "bool": "boolean"}
-    return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=types[k]) for n, k in kinds.items()})

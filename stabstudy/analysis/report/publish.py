@@ -31,7 +31,7 @@ from stabstudy.analysis import words
 from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, TrialPage, split_ids
 from stabstudy.analysis.report import trial_page
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.workers import spread
+from stabstudy.analysis.tables import spread
 from stabstudy.store import sweep_abandoned, write_bytes, write_text
 
 Link = Callable[[str], str]
