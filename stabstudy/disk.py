@@ -1,11 +1,8 @@
-"""Files and folders on a disk: locked, written whole or not at all, synced; full disks; entries that are not written to.
+"""Files and folders: locks, durable writes, full disks, entries that must not be written to.
 
-Files on disk: durable writes, room for them, and entries of a study's folders that must not be written to.
-
-A file that is replaced is there whole or not at all, after a power cut too.
-
-A link, or a folder or device in the place of a file, is never written to: writing through a link changes files outside
-the study, and reading a pipe waits for ever.
+A lock is flock's: free the instant its holder dies, with the holder's name in the file for the others. A file that is
+replaced is there whole or not at all, after a power cut too. A link, or a folder or device in the place of a file, is
+never written to: writing through a link changes files outside the study, and reading a pipe waits for ever.
 """
 
 from __future__ import annotations

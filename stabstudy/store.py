@@ -12,9 +12,8 @@
       trials.parquet  spikes.parquet  report/
 
 The files are the truth: no process memory, Ray or Optuna state is ever needed to know where a study stands. JSON files
-are sealed with a checksum of their content, so that an edit by hand is seen.
-
-Removal of leftover files of killed processes.
+are sealed with a checksum of their content, so that an edit by hand is seen. What killed processes left behind is
+removed here.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from stabstudy import config as cfg
 from stabstudy import shape, sweep
 from stabstudy.planning import compute, estimate
-from stabstudy.planning import trials as packs
 from stabstudy.planning.compute import Compute
-from stabstudy.planning.trials import PlannedTrial
+from stabstudy.planning.trials import Pack, PlannedTrial, most_per_pack, packs, packs_in_words
 
 Gpus = Callable[..., None]
 
@@ -31,7 +30,7 @@ def trials(depths: list[int], rates: int, seeds: int) -> list[PlannedTrial]:
     return made
 
 
-def sizes(packed: list[packs.Pack]) -> list[int]:
+def sizes(packed: list[Pack]) -> list[int]:
     return [len(pack) for pack in packed]
 
 
@@ -67,9 +66,9 @@ def test_every_trial_is_in_one_pack_and_every_rule_holds(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute, "gpu_memory", lambda: (80 * 10**9,) * slots)
         patch.setattr(compute, "cores", lambda: 64)
-        patch.setattr(packs, "MOST", pack)
+        patch.setattr("stabstudy.planning.trials.MOST", pack)
         resources = Compute(gpus_per_pack=1.0, pack="auto" if automatic else pack)
-        packed = packs.packs(every, resources, "ray")
+        packed = packs(every, resources, "ray")
     assert sorted(t.trial_id for p in packed for t in p) == sorted(t.trial_id for t in every)
     assert max(sizes(packed)) <= pack
     for one in packed:
@@ -88,19 +87,19 @@ def test_every_trial_is_in_one_pack_and_every_rule_holds(
 
 def test_packs_of_a_shape_are_even(gpus: Gpus) -> None:
     gpus(1, members=20.5)
-    assert sizes(packs.packs(trials([4], 12, 3), GPU, "ray")) == [18, 18]
+    assert sizes(packs(trials([4], 12, 3), GPU, "ray")) == [18, 18]
     gpus(4, members=500)
-    assert sizes(packs.packs(trials([4], 12, 3), GPU, "ray")) == [9, 9, 9, 9]
+    assert sizes(packs(trials([4], 12, 3), GPU, "ray")) == [9, 9, 9, 9]
 
 
 def test_a_pack_never_holds_more_than_128(gpus: Gpus) -> None:
     gpus(1, members=10_000)
-    assert sizes(packs.packs(trials([4], 129, 1), GPU, "ray")) == [64, 65]
+    assert sizes(packs(trials([4], 129, 1), GPU, "ray")) == [64, 65]
 
 
 def test_seeds_of_a_cell_stay_together(gpus: Gpus) -> None:
     gpus(4, members=500)
-    for pack in packs.packs(trials([4], 12, 3), GPU, "ray"):
+    for pack in packs(trials([4], 12, 3), GPU, "ray"):
         cells = [t.cell_id for t in pack]
         assert all(cells.count(cell) == 3 for cell in cells)
 
@@ -108,25 +107,25 @@ def test_seeds_of_a_cell_stay_together(gpus: Gpus) -> None:
 def test_packs_of_one_keep_the_order_of_the_trials(gpus: Gpus) -> None:
     """Seed by seed, so that a study stopped half-way has every cell once before any cell twice."""
     every = trials([2, 4], 3, 3)
-    assert [p[0] for p in packs.packs(every, Compute(), "ray")] == every
+    assert [p[0] for p in packs(every, Compute(), "ray")] == every
 
 
 def test_the_share_of_a_gpu_limits_a_pack(gpus: Gpus) -> None:
     gpus(1, members=80)
     config = cfg.TrialConfig()
-    whole, quarter = (packs.most_per_pack(config, Compute(gpus_per_pack=share)) for share in (1.0, 0.25))
+    whole, quarter = (most_per_pack(config, Compute(gpus_per_pack=share)) for share in (1.0, 0.25))
     assert whole == 80 and 0 < quarter < 20
     gpus(1, members=0.1)
-    assert packs.most_per_pack(config, GPU) == 1, "what cannot fit is refused elsewhere, or forced"
+    assert most_per_pack(config, GPU) == 1, "what cannot fit is refused elsewhere, or forced"
 
 
 def test_an_own_number_is_taken_as_it_is(gpus: Gpus) -> None:
     gpus(4, members=3)
-    packed = packs.packs(trials([4], 12, 1), Compute(gpus_per_pack=1.0, pack=6), "ray")
+    packed = packs(trials([4], 12, 1), Compute(gpus_per_pack=1.0, pack=6), "ray")
     assert sizes(packed) == [6, 6]
     (warning,) = estimate.crowded([[t.config for t in pack] for pack in packed], GPU, "ray")
     assert warning.startswith("compute.pack: ") and "halved" in warning
-    assert sizes(packs.packs(trials([4], 12, 1), Compute(pack=6), "ray")) == [6, 6], "on a CPU too"
+    assert sizes(packs(trials([4], 12, 1), Compute(pack=6), "ray")) == [6, 6], "on a CPU too"
 
 
 def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,20 +133,18 @@ def test_a_cluster_of_unknown_gpus_is_taken_for_a_small_one(monkeypatch: pytest.
     big = cfg.from_dict({"model": {"dim": 1024, "depth": 8, "n_heads": 16}, "data": {"seq_len": 256}})
     resources = Compute(gpus_per_pack=1.0, address="auto")
     assert (
-        packs.most_per_pack(big, resources)
+        most_per_pack(big, resources)
         == int((16e9 - estimate.PROCESS_BYTES) / (estimate.memory(big) + estimate.checkpoint_bytes(big)))
         > 1
     )
 
 
 def test_in_words() -> None:
-    packed = packs.packs(trials([2, 4, 6], 4, 3), Compute(pack=12), "ray")
+    packed = packs(trials([2, 4, 6], 4, 3), Compute(pack=12), "ray")
     split = "a pack holds trials of one shape, these differ in model.depth"
-    assert packs.packs_in_words(packed) == f"36 trials in 3 packs of 12: {split}"
-    assert (
-        packs.packs_in_words(packs.packs(trials([4], 5, 1), Compute(pack=3), "ray")) == "5 trials in 2 packs of 2 or 3"
-    )
-    assert packs.packs_in_words(packs.packs(trials([4], 5, 1), Compute(pack=8), "ray")) == "5 trials in 1 pack of 5"
+    assert packs_in_words(packed) == f"36 trials in 3 packs of 12: {split}"
+    assert packs_in_words(packs(trials([4], 5, 1), Compute(pack=3), "ray")) == "5 trials in 2 packs of 2 or 3"
+    assert packs_in_words(packs(trials([4], 5, 1), Compute(pack=8), "ray")) == "5 trials in 1 pack of 5"
 
 
 DRY = ["--dry-run", "sweep=quickstart"]

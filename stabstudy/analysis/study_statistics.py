@@ -1,17 +1,15 @@
 """Statistics of whole studies: outcomes, claims, first spikes, importance, and what two studies share.
 
-Functional ANOVA on a random forest (Hutter, Hoos & Leyton-Brown, ICML 2014) and not PED-ANOVA, which answers another
-question: what sets the best tenth of the trials apart. A forest also fits noise: where nothing but chance is at work it
-gives an axis 8 % that explains 2 %. So its shares are given only where the axes together explain more than chance (F
-test of their main effects, Holm's p below .05 over the statistics), and where a plain analysis of variance (type II
-sums of squares over the total) finds each of them within 10 percentage points; else the reason. The seed stands beside
-the axes as the measure of chance: it explains nothing, so what it seems to explain, any axis may seem to. What is
-missing to 1 is interaction and chance.
+`Study` asks for them, beside those of `compare`, `effects`, `sensitivity`, `survival` and `shared_batches`; the pages
+only word what they get.
 
-Statistics of a whole study: outcomes of its trials, ranks of roughness, first spikes, differences of studies.
-
-`Study` asks for them, beside those of `compare`, `effects`, `sensitivity`, `rates`, `survival`, `shared_batches` and
-`importance`; the pages only word what they get.
+Importance, the share of a statistic's variance that each axis explains by itself: functional ANOVA on a random forest
+(Hutter, Hoos & Leyton-Brown, ICML 2014) and not PED-ANOVA, which answers another question: what sets the best tenth of
+the trials apart. A forest also fits noise: where nothing but chance is at work it gives an axis 8 % that explains 2 %.
+So its shares are given only where the axes together explain more than chance (F test of their main effects, Holm's p
+below .05 over the statistics), and where a plain analysis of variance (type II sums of squares over the total) finds
+each of them within 10 percentage points; else the reason. The seed stands beside the axes as the measure of chance: it
+explains nothing, so what it seems to explain, any axis may seem to. What is missing to 1 is interaction and chance.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Spike rates and times to the first spike: the rate model, Kaplan-Meier curves, the log-rank test.
 
+Spike rates:
+
     E[spike_events] = n_evaluable * exp(b0 + sum over terms of b * x),   variance = dispersion * mean
 
 A quasi-Poisson model (McCullagh & Nelder, Generalized Linear Models, 1989), fitted by statsmodels. Spikes come in
@@ -7,11 +9,10 @@ bursts and trials differ in ways that no axis says, so their counts scatter more
 Pearson's chi2 / (n - p), widens the intervals by its root. Trials of different length are comparable through
 n_evaluable: the model is one of rates.
 
-Time to the first spike: Kaplan-Meier curves per level of an axis, and the log-rank test.
-
-The event is the first spike of the gradient norm, or divergence if that comes first. A trial without one is censored
-at the last step it was seen, whether it finished or a scheduler stopped it: "no spike in 200 steps" is not "no spike".
-Nothing is flagged before the first evaluable step, so each curve is 1 until then.
+Time to the first spike, a Kaplan-Meier curve per level of an axis: the event is the first spike of the gradient norm,
+or divergence if that comes first. A trial without one is censored at the last step it was seen, whether it finished or
+a scheduler stopped it: "no spike in 200 steps" is not "no spike". Nothing is flagged before the first evaluable step,
+so each curve is 1 until then.
 
 scipy gives curve and interval (Greenwood's variance on the log-log scale, Kalbfleisch & Prentice, The Statistical
 Analysis of Failure Time Data, 2002); where nobody or everybody had an event there is no such variance, and the interval

@@ -1,7 +1,4 @@
-"""Columns of a study's two tables, with their types, and the rows of trials trained elsewhere.
-
-Trials trained elsewhere as rows of the same tables; unknown settings are null.
-"""
+"""Columns of a study's two tables, with their types, and the rows of trials trained elsewhere."""
 
 from __future__ import annotations
 

@@ -1,16 +1,14 @@
 """Tables of trials and spikes from the files of the trials, read and judged on all cores.
 
-By loky's processes and not multiprocessing's: those run the caller's script again, which a notebook, or a script
-without a `__main__` guard, does not survive.
-
-Tables of trials and spikes, from the files of the trials; their columns and types.
-
 The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A finished
 trial brings its own judgement (`summary.json`); it is judged here only where that is missing, was made by other rules
 or belongs to another state, where the trial is not finished, or was trained elsewhere. The checksums of the records are
 verified on every read, so a file that rots after it was judged is still found.
 
 A study that is still running is read without any lock: each live record up to its last whole line.
+
+A large study is read by loky's processes and not multiprocessing's: those run the caller's script again, which a
+notebook, or a script without a `__main__` guard, does not survive.
 """
 
 from __future__ import annotations

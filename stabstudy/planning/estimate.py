@@ -1,14 +1,11 @@
 """Estimates and caveats of a launch, before it starts: tokens, arithmetic, time, disk, memory; what it cannot show.
 
-Each is one line, a warning that stops nothing.
-
-Estimates of what a plan costs: tokens, arithmetic, time, disk, memory.
-
-Arithmetic is that of the decoder in `training/model.py`. Time comes from finished trials of the same study where there
-are any, else from a rule of thumb that fits two measurements on one core (Zen 4, fp32, one thread): 7.2 ms a step for
-2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64 and 512 tokens; and fourteen on a GPU (H200, loss
-compiled, the step one graph), of packs of 1 to 128 trials, 4 to 8 layers of width 64 to 512, each met within a third.
-Bytes are those of the trace's format at the widths measured (208 bytes a row at 14 layer groups).
+A caveat is one line, a warning that stops nothing. Arithmetic is that of the decoder in `training/model.py`. Time comes
+from finished trials of the same study where there are any, else from a rule of thumb that fits two measurements on one
+core (Zen 4, fp32, one thread): 7.2 ms a step for 2 layers of width 32 and 256 tokens, 22.7 ms for 4 layers of width 64
+and 512 tokens; and fourteen on a GPU (H200, loss compiled, the step one graph), of packs of 1 to 128 trials, 4 to 8
+layers of width 64 to 512, each met within a third. Bytes are those of the trace's format at the widths measured (208
+bytes a row at 14 layer groups).
 """
 
 from __future__ import annotations

@@ -18,12 +18,20 @@ from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import tokens
 from stabstudy.data.batches import supply
 from stabstudy.planning import axes, compose, compute, estimate, overrides, sweepfile
-from stabstudy.planning import trials as packs
 from stabstudy.planning.axes import Factor
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
-from stabstudy.planning.trials import Cell, Composer, PlannedTrial, distinct, fingerprints, planned, without_excluded
+from stabstudy.planning.trials import (
+    Cell,
+    Composer,
+    PlannedTrial,
+    distinct,
+    fingerprints,
+    packs,
+    planned,
+    without_excluded,
+)
 from stabstudy.settings import ConfigError, Issues
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
@@ -152,7 +160,7 @@ def _check_room(trials: Sequence[PlannedTrial], resources: Compute, request: Req
     if not request.launch.force:
         issues.take(estimate.too_large([t.config for t in trials], resources))
         issues.stop()
-    packed = [[t.config for t in pack] for pack in packs.packs(trials, resources, launcher)]
+    packed = [[t.config for t in pack] for pack in packs(trials, resources, launcher)]
     for crowd in estimate.crowded(packed, resources, launcher):
         issues.warn(crowd)
     for idle in compute.idle(resources, launcher):

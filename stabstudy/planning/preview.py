@@ -10,8 +10,8 @@ from stabstudy import disk, extras, store, wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.planning import compute, estimate
-from stabstudy.planning import trials as packs
 from stabstudy.planning.plan import Plan, PlannedTrial
+from stabstudy.planning.trials import Pack, packs, packs_in_words
 from stabstudy.settings import safe
 
 SHOWN = 40
@@ -36,10 +36,10 @@ def show(plan: Plan) -> None:
     for line in damaged:
         print(f"damaged: {safe(line)}")
     if todo:
-        packed = packs.packs(todo, plan.compute, plan.launcher)
+        packed = packs(todo, plan.compute, plan.launcher)
         shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
         if shown:
-            print(packs.packs_in_words(packed))
+            print(packs_in_words(packed))
         rate = estimate.measured_rate(study)
         print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate), shown))
     if timescales := estimate.timescales([t.config for t in plan.trials]):
@@ -48,7 +48,7 @@ def show(plan: Plan) -> None:
         print(f"this machine cannot start it: {reason}")
 
 
-def _configs(packed: Sequence[packs.Pack]) -> list[list[TrialConfig]]:
+def _configs(packed: Sequence[Pack]) -> list[list[TrialConfig]]:
     return [[trial.config for trial in pack] for pack in packed]
 
 
@@ -95,7 +95,7 @@ def packages(plan: Plan) -> list[str]:
 
 def why_not_here(plan: Plan) -> list[str]:
     """What this machine lacks: packages, a folder to write, disk, a GPU, cores."""
-    packed = packs.packs(plan.trials, plan.compute, plan.launcher)
+    packed = packs(plan.trials, plan.compute, plan.launcher)
     needed = estimate.cost(_configs(packed), plan.compute, plan.launcher, None).disk
     reasons = extras.why_not(packages(plan))
     reasons += filter(None, [compute.why_not_folder(plan.folder, int(needed)), disk.study_obstacle(plan.folder)])

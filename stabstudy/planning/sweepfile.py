@@ -10,8 +10,6 @@
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 
-The record of a study's sweep (sweep.yaml), and the check of a new launch against it.
-
 A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
 added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.
 """

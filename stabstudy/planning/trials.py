@@ -1,7 +1,4 @@
-"""Trials: complete cells times seeds, named by what they are; and packs of those that are trained together.
-
-Packs: the trials to do, grouped into those that are trained together as one stacked model.
-"""
+"""Trials: complete cells times seeds, named by what they are; and packs of those that are trained together."""
 
 from __future__ import annotations
 

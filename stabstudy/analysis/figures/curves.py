@@ -1,7 +1,4 @@
-"""Figures of a statistic against an axis: learning-rate curves, and one axis at a time.
-
-Figures of one axis at a time: warmup, batch size, weight decay, dataset.
-"""
+"""Figures of a statistic against an axis: learning-rate curves, and one axis at a time (warmup, batch size, ...)."""
 
 from __future__ import annotations
 

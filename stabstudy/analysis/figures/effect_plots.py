@@ -1,6 +1,6 @@
 """Figures of what the axes changed: effects as a forest plot, parallel coordinates, clipping against its threshold.
 
-Clip threshold against the norms: the median norm and the share of clipped steps of each trial.
+Clipping: the clip threshold against the median norm and the share of clipped steps of each trial.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Reports on disk: pages in HTML and Markdown, figures and tables, each file whole or not at all.
 
-Reports as HTML: the page of a study, or of their comparison, and the page of a trial.
-
 Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
 allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
-page reads the same; it sorts and filters tables, and reads values off figures.
-
-The files of a report: its page, one for each trial, Markdown, figures and tables, each whole or not at all.
+page reads the same; it sorts and filters tables, and reads values off figures. report.md has the same blocks, for a
+pull request or a terminal.
 """
 
 from __future__ import annotations
