@@ -342,7 +342,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_looking_at_a_lock_is_no_launch(tmp_path: Path) -> None:
     """`is_locked` takes the lock for a moment; a launch that comes just then must not be turned away."""
     (tmp_path / ".lock").touch()
-    look = "import sys; from pathlib import Path; from stabstudy import store; print(flush=True)\n"
+    look = "import sys; from pathlib import Path; from stabstudy import disk; print(flush=True)\n"
     look += "while True: disk.is_locked(Path(sys.argv[1]))"
     watchers = [
         subprocess.Popen([sys.executable, "-c", look, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -354,6 +354,7 @@ def test_looking_at_a_lock_is_no_launch(tmp_path: Path) -> None:
         for _ in range(300):
             with disk.lock(tmp_path):
                 pass
+        assert all(watcher.poll() is None for watcher in watchers), "they looked all the time"
     finally:
         for watcher in watchers:
             watcher.kill()
