@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_the_console_script_has_the_commands_that_the_readme_names() -> None:
     sentence = re.search(r"^(`stabstudy \w+`.*?) are the same commands", TEXTS["README.md"], re.DOTALL | re.MULTILINE)
     assert sentence is not None
     assert re.findall(r"`(?:stabstudy )?(\w+)`", sentence[1]) == [*cli.COMMANDS]
+
+
+def test_what_the_changelog_says_has_moved_is_where_it_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| (.*`stabstudy.*) \| (.*) \|$", text, flags=re.MULTILINE)
+    moved, there = ({name for row in rows for name in re.findall(r"`(stabstudy\.[\w.]+)`", row[k])} for k in (0, 1))
+    assert len(rows) >= 8 and all(find_spec(name) for name in there)
+    assert [name for name in moved - there if find_spec(name)] == ["stabstudy.store"]  # two of its names alone
 
 
 # links and paths
