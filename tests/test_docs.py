@@ -8,7 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from stabstudy import config as cfg
 from stabstudy import ingest, report, sweep
 from stabstudy.analysis import plots
 from stabstudy.analysis.study import Study
+from stabstudy.extras import EXTRAS
 from stabstudy.planning import compute
 from stabstudy.state import STATUSES
 
@@ -73,14 +76,23 @@ def test_flags_are_those_of_the_command(
     assert used and used <= shown
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/asking.md", "docs/ingesting.md"])
-def test_exit_codes_are_those_of_the_commands(name: str) -> None:
+def test_exit_codes_are_those_of_the_commands_and_stand_once() -> None:
     from stabstudy import cli
 
-    table = TEXTS[name].split("| exit code | |")[1].split("\n\n")[0]
+    (table,) = (part.split("\n\n")[0] for text in TEXTS.values() for part in text.split("| exit code | |")[1:])
     codes = [int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in row.split(",")]
-    assert len(codes) == len(set(codes)) and set(codes) <= set(cli.EXIT_CODES)
-    assert name != "docs/asking.md" or set(codes) == set(cli.EXIT_CODES)
+    assert len(codes) == len(set(codes)) and set(codes) == set(cli.EXIT_CODES)
+
+
+def test_extras_are_those_of_pyproject_and_stand_once() -> None:
+    (table,) = (part.split("\n\n")[0] for text in TEXTS.values() for part in text.split("| extra | ")[1:])
+    rows = [[cell.strip() for cell in row.split(" |")] for row in table.splitlines()[2:]]
+    brought = {name: re.findall(r"`([\w-]+)`", row[2]) for row in rows[1:] for name in re.findall(r"`(\w+)`", row[0])}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert list(brought) == list(listed)
+    for name, packages in brought.items():
+        if name in EXTRAS:
+            assert packages == [re.match(r"[\w-]+", line)[0] for line in listed[name]]  # type: ignore[index]
 
 
 def test_the_console_script_has_the_commands_that_the_readme_names() -> None:
@@ -89,6 +101,14 @@ def test_the_console_script_has_the_commands_that_the_readme_names() -> None:
     sentence = re.search(r"^(`stabstudy \w+`.*?) are the same commands", TEXTS["README.md"], re.DOTALL | re.MULTILINE)
     assert sentence is not None
     assert re.findall(r"`(?:stabstudy )?(\w+)`", sentence[1]) == [*cli.COMMANDS]
+
+
+def test_what_the_changelog_says_has_moved_is_where_it_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| (.*`stabstudy.*) \| (.*) \|$", text, flags=re.MULTILINE)
+    moved, there = ({name for row in rows for name in re.findall(r"`(stabstudy\.[\w.]+)`", row[k])} for k in (0, 1))
+    assert len(rows) >= 8 and all(find_spec(name) for name in there)
+    assert [name for name in moved - there if find_spec(name)] == ["stabstudy.store"]  # two of its names alone
 
 
 # links and paths

@@ -265,15 +265,31 @@ def sources() -> list[Path]:
     return sorted((ROOT / "stabstudy").rglob("*.py"))
 
 
-MOST_MODULES = 130
+TABLES = ("training/optimizers.py", "analysis/figures/registry.py")
+"""Modules whose table has an entry for each file that they import from their own folder."""
+
+MOST_MODULES = 118  # beside the entries of TABLES: one more optimizer or family of figures is one more file
 
 
-def test_modules_are_few_and_small():
+def entries(table: Path) -> set[str]:
+    """The modules that a module imports from its own folder."""
+    own = ".".join(table.parent.relative_to(ROOT).parts)
+    nodes = [n for n in ast.walk(ast.parse(table.read_text())) if isinstance(n, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+    return {name.removeprefix(f"{own}.").partition(".")[0] for name in names if name.startswith(f"{own}.")}
+
+
+def test_modules_are_few():
+    listed = [name for table in TABLES for name in entries(ROOT / "stabstudy" / table)]
+    assert {"adamw", "muon", "maps", "traces"} <= set(listed)
+    assert len(sources()) - len(listed) <= MOST_MODULES
+
+
+def test_modules_are_small():
     """Size is a smell, not a law, but beyond these something has to be split, or two things are one."""
     sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
     assert not {name: size for name, size in sizes.items() if size > 400}
     assert sorted(sizes.values())[len(sizes) // 2] < 240
-    assert len(sizes) <= MOST_MODULES
 
 
 def test_no_module_name_stands_twice():

@@ -280,7 +280,7 @@ class Study:
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def rate_model(self) -> survival.RateModel:
-        """How the rate of spikes changes along every axis: `ratios`, or the `reason`; see `rates.rate_model`."""
+        """How the rate of spikes changes along every axis: `ratios`, or the `reason`; see `survival.rate_model`."""
         return survival.rate_model(self.grid.trials, list(self.grid.axes))
 
     def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
@@ -311,7 +311,7 @@ class Study:
         return shared_batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
-        """The share of each statistic's variance that each axis explains; see `importance.importance`."""
+        """The share of each statistic's variance that each axis explains; see `study_statistics.importance`."""
         return study_statistics.importance(self.grid.trials, list(self.grid.axes))
 
     @cached_property

@@ -79,7 +79,7 @@ class TrialFacts:
     steps_planned: int
     warmup_steps: int
     clip: float | None  # threshold; None: clipping off
-    status: str  # of the trial, see store.STATUSES
+    status: str  # of the trial, see state.STATUSES
     stop_reason: str | None  # complete | diverged | log_ended, of a trial that is done
     init_loss: float | None
     final_loss: float | None

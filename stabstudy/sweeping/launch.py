@@ -51,7 +51,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
-    locks.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
+    disk.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
     cache_dir = _cache_dir(plan.compute.cache_dir)

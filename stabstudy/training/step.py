@@ -73,7 +73,7 @@ class Stepper:
         self.halted = torch.zeros(self.K, device=device)  # 1 from the non-finite step that ends the trial on
         self.left_out = torch.ones(self.K, device=device)  # 1 where the last step made no update, and before the first
         self.grads: list[Tensor] = []  # of the last step, [K, ...], clipped
-        self.noise: Tensor | None = None  # [K, 2] of the last step, see noise_scale.py; None: not measured
+        self.noise: Tensor | None = None  # [K, 2] of the last step, see clipping.py; None: not measured
         self._compiled = compiled(partial(self.stack.call, self.objective)) if compile_loss else None
 
     def step(
@@ -91,7 +91,7 @@ class Stepper:
             lr: [K]; a float32 tensor where the step is captured.
             live: [K] float32; 0 where a member has ended, which makes no update any more.
             masked: whether any target is IGNORE.
-            measure_noise: whether to compare the micro-batches, see noise_scale.py.
+            measure_noise: whether to compare the micro-batches, see clipping.py.
         """
         targets = (windows_KBT[..., 1:] != IGNORE).sum((1, 2)).float()
         scalars = self.accumulate(windows_KBT, targets, masked, measure_noise)

@@ -59,7 +59,7 @@ def curves(
 ) -> Axes:
     """A statistic against axis `x`: a dot per trial, and per level of `by` a line through the means.
 
-    A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`kinds.estimate`).
+    A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`paired.estimate`).
     Done trials that share x and `by` are pooled: seeds, and any other axis (use `panels` to keep those apart). Diverged
     ones are open triangles on the upper edge; in the mean of `final_loss` they count with their capped loss, in that of
     another statistic not at all: their trace is shorter.
