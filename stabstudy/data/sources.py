@@ -60,15 +60,15 @@ def python_digest() -> str:
 def python_modules() -> list[tuple[str, Path]]:
     """(relative path with slashes, path) of every module, sorted. Raises DataError if there is none."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _left_out(name)]
         paths = (Path(folder, name) for name in names if name.endswith(".py") and not _left_out(name))
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
-    if not found:
+        modules += [(path.relative_to(root).as_posix(), path) for path in paths]
+    if not modules:
         rule = f"pysrc needs the standard library's source files, and this Python has none in {root} (zipped?)"
         raise DataError("data.source", f"{rule}: choose other data, e.g. data=synthetic", "pysrc")
-    return sorted(found)
+    return sorted(modules)
 
 
 def _left_out(name: str) -> bool:
@@ -135,10 +135,10 @@ def _rows(config: DataConfig) -> Iterator[Any]:
 
 
 def _explained(error: Exception) -> str:
-    said = first_line(error)
-    if "script" in said.lower():
-        return f"wants to run code of its own, which is never run ({said})"
-    return f"cannot be read as a dataset ({type(error).__name__}: {said})"
+    message = first_line(error)
+    if "script" in message.lower():
+        return f"wants to run code of its own, which is never run ({message})"
+    return f"cannot be read as a dataset ({type(error).__name__}: {message})"
 
 
 VERSION = 1
@@ -151,16 +151,16 @@ def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str
     `count` receives how many rows were read and skipped. Raises DataError: what is wrong, in which file and line.
     """
     count = RowCount(config.bad_rows) if count is None else count
-    left, found = config.max_bytes, False
+    left, is_there = config.max_bytes, False
     for text in filter(None, _everything(config, count)):
         if left is not None:
             left -= len(text.encode())
             if left < 0:
                 break
-        found = True
+        is_there = True
         yield text
     count.finish()
-    if not found:
+    if not is_there:
         raise _nothing(config)
 
 

@@ -82,8 +82,8 @@ def add_noise(config: SyntheticConfig, index: U64, text: Bytes, ends: Int) -> li
     _permute_letters(config, index, text, starts, ends)
     _burst(config, text, owner, place)
     _flip(config, text, owner, place)
-    made = [text[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
-    return [made[d] for d in _repeats(config, index)]
+    texts = [text[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
+    return [texts[d] for d in _repeats(config, index)]
 
 
 def noise_stream(name: str, index: U64) -> U64:

@@ -37,7 +37,7 @@ class Compute:
     """Resources of a pack, which is a process, and how a launch treats its trials. Presets: `conf/compute/*.yaml`."""
 
     address: str | None = setting(None)  # Ray cluster to join; null: start one on this machine
-    pack: int | str = setting("auto", ge=1, le=MOST)  # most trials of one shape trained together; auto: see packs.most
+    pack: int | str = setting("auto", ge=1, le=MOST)  # most trials trained together; auto: see trials.most_per_pack
     gpus_per_pack: float = setting(0.0, ge=0, le=1)  # a share of one GPU: no process uses several
     cpus_per_pack: int = setting(1, ge=1, le=1024)  # cores that Ray sets aside for a pack
     threads: int = setting(1, ge=1, le=1024)  # torch threads of a pack
@@ -82,8 +82,8 @@ def idle(compute: Compute, launcher: str) -> list[str]:
     """One line for each setting that does nothing, or harm, in this combination."""
     lines = []
     if launcher == "local":
-        said = {"address": compute.address, "max_concurrent": compute.max_concurrent}
-        lines += [f"compute.{k}: has no effect with launcher=local" for k, v in said.items() if v is not None]
+        unused = {"address": compute.address, "max_concurrent": compute.max_concurrent}
+        lines += [f"compute.{k}: has no effect with launcher=local" for k, v in unused.items() if v is not None]
     if compute.threads > compute.cpus_per_pack:
         shared = wording.count(compute.cpus_per_pack, "core", ",")
         lines.append(f"compute.threads: {compute.threads} threads of a pack share {shared}")
@@ -117,9 +117,9 @@ def gpu_memory() -> tuple[int, ...]:
         return ()
     count = ctypes.c_uint()
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    found = tuple(_memory_of(nvml, index) for index in range(count.value))
+    sizes = tuple(_memory_of(nvml, index) for index in range(count.value))
     nvml.nvmlShutdown()
-    return found if visible is None else found[: len(visible.split(","))]
+    return sizes if visible is None else sizes[: len(visible.split(","))]
 
 
 def _memory_of(nvml: ctypes.CDLL, index: int) -> int:

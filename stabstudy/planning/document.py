@@ -34,12 +34,12 @@ _PLAIN_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
 def scalar_problem(text: str) -> str | None:
     """Why this text may not be a value: an interpolation that is not allowed, a number that underflows. Or None."""
-    for found in _CALLED.finditer(text):
-        if not _ALLOWED.match(text, found.start()):
+    for match in _CALLED.finditer(text):
+        if not _ALLOWED.match(text, match.start()):
             return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, got {text!r}"
-    for found in _NUMBER.finditer(text):
-        if float(found.group()) == 0 and found.group(1).strip("0.") != "":
-            return f"{found.group()} underflows to 0"
+    for match in _NUMBER.finditer(text):
+        if float(match.group()) == 0 and match.group(1).strip("0.") != "":
+            return f"{match.group()} underflows to 0"
     return None
 
 
