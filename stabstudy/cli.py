@@ -179,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(lambda: _usage(given), "stabstudy")
     if command == "status":
         return run(lambda: _status(rest), "status")
-    return int(importlib.import_module(f"stabstudy.{command}").main(rest))
+    # within run(): a Ctrl-C may come while numpy is imported
+    return run(lambda: int(importlib.import_module(f"stabstudy.{command}").main(rest)), command)
 
 
 def _status(given: Sequence[str]) -> int:

@@ -68,6 +68,15 @@ def test_ctrl_c_is_130_and_no_traceback(capsys: Out) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_while_a_command_is_imported(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stabstudy.cli.importlib.import_module", interrupted)
+    assert cli.main([command]) == 130
+
+
 def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 // 0, "x")
@@ -96,6 +105,8 @@ def test_a_bug_is_not_hidden() -> None:
         ("sweep", ["--list", "--dry-run"], ["conf: --dry-run: not allowed with argument --list"]),
         ("sweep", ["--dry-run", "--status"], ["conf: --status: not allowed with argument --dry-run"]),
         ("sweep", ["depth_lr"], ["conf: depth_lr: is not an override: did you mean sweep=depth_lr? (from override"]),
+        ("sweep", ["sweeps/depth_lr.yaml"], ["conf: sweeps/depth_lr.yaml: is not an override: did you mean sweep=d"]),
+        ("sweep", ["sweep=sweeps/depth_lr.yaml"], ["conf: sweep: there is no such sweep (did you mean depth_lr"]),
         ("stabstudy", ["sweep", "--dryrun", "--lisst"], ["conf: --dryrun: is", "conf: --lisst: is not a flag (did"]),
     ],
 )  # fmt: skip

@@ -62,8 +62,14 @@ def find_sweep(name: str, cwd: Path) -> Path:
     """The file of the sweep. Raises ConfigError with the nearest names."""
     files = _files(cwd)
     if name not in files:
-        raise ConfigError(Problem("sweep", f"there is no such sweep{nearest(name, sorted(files))}", repr(name)))
+        near = nearest(without_folder(name), sorted(files))
+        raise ConfigError(Problem("sweep", f"there is no such sweep{near}", repr(name)))
     return files[name]
+
+
+def without_folder(path: str) -> str:
+    """The name of a sweep that is given as the path of its file."""
+    return Path(path).name.removesuffix(".yaml")
 
 
 def sweep_names(cwd: Path) -> list[str]:

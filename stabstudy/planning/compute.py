@@ -157,5 +157,5 @@ def why_not_folder(folder: Path, needed: int) -> str | None:
         return f"{existing}: cannot be written"
     free = shutil.disk_usage(existing).free
     if free < needed:
-        return f"{existing}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed"
+        return f"{existing}: {wording.amount(free)}B free, about {wording.amount(needed)}B needed"
     return None

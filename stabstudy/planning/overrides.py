@@ -220,8 +220,9 @@ def _unreadable(argument: str) -> Problem:
     """The problem of text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
     name, equals, text = argument.partition("=")
     if not equals:
-        named = name in compose.sweep_names(Path.cwd())
-        hint = f"did you mean sweep={name}?" if named else "write KEY=VALUE, or see --help for the flags"
+        sweep = compose.without_folder(name)
+        known = sweep in compose.sweep_names(Path.cwd())
+        hint = f"did you mean sweep={sweep}?" if known else "write KEY=VALUE, or see --help for the flags"
         return Problem(name, f"is not an override: {hint}")
     if name == "study":
         return Problem(name, store.check_name(text) or "must be quoted", repr(text))
