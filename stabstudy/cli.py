@@ -221,7 +221,7 @@ def _study(argument: str) -> list[str]:
 
 def _is_beside(name: str) -> bool:
     """Whether the name is that of a folder here, and of none in results/."""
-    return not Path("results", name).exists() and Path(name, "trials").is_dir()
+    return not os.path.exists(Path("results", name)) and os.path.isdir(Path(name, "trials"))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _opened(path: Path) -> StudyFolder:
         folder = open_study(path)
     except StoreError as error:
         named = Path("results", path)
-        hint = f" (did you mean {named}?)" if (named / "trials").is_dir() else ""
+        hint = f" (did you mean {named}?)" if os.path.isdir(named / "trials") else ""
         raise StoreError(f"{error}{hint}") from error
     try:
         read_sealed(folder.provenance_file)

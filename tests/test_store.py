@@ -276,8 +276,8 @@ def test_every_other_status_is_as_written(folder: TrialFolder) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from stabstudy import locks
-with locks.lock(Path(sys.argv[1])):
+from stabstudy import disk
+with disk.lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -342,8 +342,8 @@ def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_looking_at_a_lock_is_no_launch(tmp_path: Path) -> None:
     """`is_locked` takes the lock for a moment; a launch that comes just then must not be turned away."""
     (tmp_path / ".lock").touch()
-    look = "import sys; from pathlib import Path; from stabstudy import store; print(flush=True)\n"
-    look += "while True: locks.is_locked(Path(sys.argv[1]))"
+    look = "import sys; from pathlib import Path; from stabstudy import disk; print(flush=True)\n"
+    look += "while True: disk.is_locked(Path(sys.argv[1]))"
     watchers = [
         subprocess.Popen([sys.executable, "-c", look, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

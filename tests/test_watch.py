@@ -21,12 +21,12 @@ from stabstudy.sweeping.rounds import LOOK_SECONDS, Service, Silences, Watch
 HANGING = """
 import contextlib, os, socket, sys, time
 from pathlib import Path
-from stabstudy import locks, store
+from stabstudy import disk, state, store
 with contextlib.ExitStack() as held:
     for folder in map(store.TrialFolder, map(Path, sys.argv[1:])):
-        held.enter_context(locks.lock(folder.path))
-        attempt = store.Attempt(socket.gethostname(), os.getpid(), locks.now(), engine={"device": "cpu"})
-        folder.write_state(store.State(folder.trial_id, status="running", attempts=(attempt,)))
+        held.enter_context(disk.lock(folder.path))
+        attempt = state.Attempt(socket.gethostname(), os.getpid(), disk.utc_now(), engine={"device": "cpu"})
+        folder.write_state(state.State(folder.trial_id, status="running", attempts=(attempt,)))
     print("ready", flush=True)
     time.sleep(600)
 """

@@ -37,6 +37,11 @@ HEAD = 64 * 1024
 
 _PACKAGE = Path(stabstudy.__file__).resolve().parent
 
+PRESET_GROUPS = (*GROUPS, "compute")
+"""The groups of conf/. `compute` sets where trials run and is not part of a trial."""
+
+Nested = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class SweepPlace:
@@ -123,12 +128,6 @@ def _text(path: Path) -> str:
             return f.read(HEAD)
     except OSError:
         return ""
-
-
-PRESET_GROUPS = (*GROUPS, "compute")
-"""The groups of conf/. `compute` sets where trials run and is not part of a trial."""
-
-Nested = dict[str, Any]
 
 
 @dataclass(frozen=True)

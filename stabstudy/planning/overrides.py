@@ -29,6 +29,10 @@ from stabstudy.settings import ConfigError, Issues, Problem, put, read_group, se
 DEFAULT_SWEEP = "quickstart"
 """What is trained where no sweep is named and no setting of a trial is given."""
 
+LONGEST_NAME = 255
+LONGEST_PATH = 4095 - 265
+"""Of a path's parts and of the path, in bytes, less the longest path below it: of a file of a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -40,10 +44,6 @@ class Launch:
     max_trials: int = setting(10_000, ge=1, le=10**6)
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
-
-LONGEST_NAME = 255
-LONGEST_PATH = 4095 - 265
-"""Of a path's parts and of the path, in bytes, less the longest path below it: of a file of a checkpoint."""
 
 LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
 

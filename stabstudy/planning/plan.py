@@ -75,7 +75,7 @@ def make_plan(given: list[str], cwd: Path, to_launch: bool = False) -> Plan:
     """The plan of `python -m stabstudy.sweep GIVEN...` (flags taken out) typed in folder `cwd`.
 
     Raises ConfigError with every problem of the launch: its settings, and the data that they name. `to_launch`: raises
-    locks.LockHeldError where the study is being worked on, before anything is composed or any data looked at.
+    disk.LockHeldError where the study is being worked on, before anything is composed or any data looked at.
     """
     issues = Issues()
     try:

@@ -22,6 +22,9 @@ from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
 from stabstudy.settings import ConfigError, DataError, Issues, Problem
 
+ASSUMED_GPU_BYTES = 16e9
+"""Memory of a cluster's GPU, which is not known here: a small one. Training halves what does not fit."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -192,9 +195,6 @@ def without_excluded(
 
 
 Pack = tuple[PlannedTrial, ...]
-
-ASSUMED_GPU_BYTES = 16e9
-"""Memory of a cluster's GPU, which is not known here: a small one. Training halves what does not fit."""
 
 
 def packs(trials: Sequence[PlannedTrial], resources: Compute, launcher: str) -> list[Pack]:
