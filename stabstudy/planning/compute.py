@@ -37,7 +37,7 @@ class Compute:
     """Resources of a pack, which is a process, and how a launch treats its trials. Presets: `conf/compute/*.yaml`."""
 
     address: str | None = setting(None)  # Ray cluster to join; null: start one on this machine
-    pack: int | str = setting("auto", ge=1, le=MOST)  # most trials trained together; auto: see trials.most_per_pack
+    pack: int | str = setting("auto", ge=1, le=MOST)  # most trials trained together; auto: trials.most_per_pack
     gpus_per_pack: float = setting(0.0, ge=0, le=1)  # a share of one GPU: no process uses several
     cpus_per_pack: int = setting(1, ge=1, le=1024)  # cores that Ray sets aside for a pack
     threads: int = setting(1, ge=1, le=1024)  # torch threads of a pack
