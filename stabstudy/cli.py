@@ -178,8 +178,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         return run(lambda: _usage(given), "stabstudy")
     if command == "status":
-        command, rest = "sweep", ["--status", *(word for a in rest for word in _study(a))]
-    return int(importlib.import_module(f"stabstudy.{command}").main(rest))
+        return run(lambda: _status(rest), "status")
+    # within run(): a Ctrl-C may come while numpy is imported
+    return run(lambda: int(importlib.import_module(f"stabstudy.{command}").main(rest)), command)
+
+
+def _status(given: Sequence[str]) -> int:
+    """The progress of the study that is named. Raises ConfigError where several are, SystemExit for `--help`."""
+    parser = Parser("stabstudy status", COMMANDS["status"], "stabstudy status [--debug] [NAME | FOLDER | OVERRIDE ...]")
+    parser.add_argument("--debug", action="store_true", help="tracebacks behind one-line errors")
+    flags, rest = parser.parse_flags(given)
+    if len(names := [a for a in rest if "=" not in a]) > 1:
+        raise ConfigError(Problem("study", "give one name or folder", ", ".join(names)))
+    overrides = [word for a in rest for word in _study(a)]
+    return int(importlib.import_module("stabstudy.sweep").main(["--status", *["--debug"] * flags.debug, *overrides]))
 
 
 def _usage(given: Sequence[str]) -> int:
@@ -191,17 +203,25 @@ def _usage(given: Sequence[str]) -> int:
         "stabstudy COMMAND ...",
         f"commands (each has its own --help):\n{summary}\n\n",
     )
-    _, rest = parser.parse_flags(given[:1] or ["--help"])
-    rule = f"must be one of {', '.join(COMMANDS)}{nearest(rest[0], [*COMMANDS])}"
+    _, rest = parser.parse_flags(["--help"] if given[:1] in ([], ["help"]) else given[:1])
+    near = nearest(rest[0], [*COMMANDS])
+    rule = f"must be one of {', '.join(COMMANDS)}{near if 'did you mean' in near else ''}"
     raise ConfigError(Problem("command", rule, rest[0]))
 
 
 def _study(argument: str) -> list[str]:
     """The overrides that name a study given as its name or its folder; any other argument as it is."""
-    if argument.startswith("-") or "=" in argument:
+    if "=" in argument:
         return [argument]
-    folder = Path(argument)
-    return [f"study='{folder.name}'", *([f"results_dir='{folder.parent}'"] if len(folder.parts) > 1 else [])]
+    if os.sep not in argument and argument not in (".", "..") and not _is_beside(argument):
+        return [f"study='{argument}'"]
+    folder = Path(os.path.abspath(argument))
+    return [f"study='{folder.name}'", f"results_dir='{folder.parent}'"]
+
+
+def _is_beside(name: str) -> bool:
+    """Whether the name is that of a folder here, and of none in results/."""
+    return not os.path.exists(Path("results", name)) and os.path.isdir(Path(name, "trials"))
 
 
 if __name__ == "__main__":

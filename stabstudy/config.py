@@ -372,10 +372,10 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     Defaults stay out, so a setting that a later version adds renames no finished trial. The price: a default never
     changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
-    said = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
-    if said["optim.muon_lr"] == said["optim.lr"]:
-        said["optim.muon_lr"] = None
-    differing = {k: v for k, v in said.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
+    values = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
+    if values["optim.muon_lr"] == values["optim.lr"]:
+        values["optim.muon_lr"] = None
+    differing = {k: v for k, v in values.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}
     if config.optim.clip_kind == "zclip":
         differing["optim.clip_kind"] = "zclip, capped"  # plain zclip named trials that were not held to optim.clip
     settings = st.renamed(differing, FORMER_NAMES)

@@ -26,6 +26,30 @@ from stabstudy import failpoints
 LOCK_FILE = ".lock"
 LOCK_TRIES = 20  # 10 ms apart
 
+Synced = Literal["folder", "file", "nothing"]
+"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+STATE_BYTES = 1 << 13
+"""More than a trial's state takes, for a few attempts."""
+
+LEAST_BYTES = 8 * STATE_BYTES
+"""With less free, a trial cannot even begin: file systems take whole blocks."""
+
+STUDY_FILES = ("sweep.yaml", "provenance.json", "trials.parquet", "spikes.parquet", ".lock", ".stop")
+STUDY_FOLDERS = ("trials", "report", ".ray")
+TRIAL_FILES = ("config.json", "state.json", "summary.json", "log.txt", ".lock") + tuple(
+    f"{record}.{form}" for record in ("trace", "probes") for form in ("live", "jsonl", "parquet")
+)
+TRIAL_FOLDERS = ("checkpoint",)
+REPORT_FOLDERS = ("figures", "trials")
+
+
+def utc_now() -> str:
+    """UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
 
 class LockHeldError(Exception):
     """Another process works in this folder; the message names it and since when."""
@@ -83,11 +107,6 @@ def is_locked(folder: Path) -> bool:
         os.close(fd)
 
 
-def utc_now() -> str:
-    """UTC, ISO 8601, whole seconds."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def _holder(fd: int) -> str:
     return os.pread(fd, 300, 0).decode(errors="replace").strip() or "an unknown process"
 
@@ -108,10 +127,6 @@ def _take(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-Synced = Literal["folder", "file", "nothing"]
-"""What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
 
 
 def file_sha256(path: Path) -> str:
@@ -178,15 +193,6 @@ def truncate_file(path: Path, size: int) -> None:
         os.close(fd)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-STATE_BYTES = 1 << 13
-"""More than a trial's state takes, for a few attempts."""
-
-LEAST_BYTES = 8 * STATE_BYTES
-"""With less free, a trial cannot even begin: file systems take whole blocks."""
-
-
 def is_full(error: BaseException) -> bool:
     """Whether this is what a full disk, an exceeded quota or a file beyond the limit of its size raises."""
     return isinstance(error, OSError) and error.errno in FULL
@@ -216,15 +222,6 @@ def is_disk_full(path: Path) -> bool:
     """Whether there is no room for a state; a limit of a file's size and a quota do not show here."""
     free = free_bytes(path)
     return free is not None and free < LEAST_BYTES
-
-
-STUDY_FILES = ("sweep.yaml", "provenance.json", "trials.parquet", "spikes.parquet", ".lock", ".stop")
-STUDY_FOLDERS = ("trials", "report", ".ray")
-TRIAL_FILES = ("config.json", "state.json", "summary.json", "log.txt", ".lock") + tuple(
-    f"{record}.{form}" for record in ("trace", "probes") for form in ("live", "jsonl", "parquet")
-)
-TRIAL_FOLDERS = ("checkpoint",)
-REPORT_FOLDERS = ("figures", "trials")
 
 
 class EntryError(OSError):

@@ -21,8 +21,8 @@ FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0)}
 
 def install(packages: Iterable[str]) -> str:
     """The command that installs the packages, by their extras."""
-    asked = set(packages)
-    return f"pip install 'stabstudy[{','.join(e for e, brought in EXTRAS.items() if asked & set(brought))}]'"
+    needed = set(packages)
+    return f"pip install 'stabstudy[{','.join(e for e, brought in EXTRAS.items() if needed & set(brought))}]'"
 
 
 def installed(package: str) -> str:
@@ -36,8 +36,8 @@ def installed(package: str) -> str:
 def why_not(packages: Iterable[str]) -> list[str]:
     """One line for all the packages that are missing, with the command, and one for each that is too old."""
     have = {package: installed(package) for package in dict.fromkeys(packages)}
-    missing = [package for package, found in have.items() if found == "none"]
-    old = [p for p, found in have.items() if p not in missing and _numbers(found) < FLOORS.get(p, ())]
+    missing = [package for package, release in have.items() if release == "none"]
+    old = [p for p, release in have.items() if p not in missing and _numbers(release) < FLOORS.get(p, ())]
     lines = [f"needs {' and '.join(missing)}, not installed here: {install(missing)}"] if missing else []
     return lines + [f"needs {p} {'.'.join(map(str, FLOORS[p]))} or newer, found {have[p]}" for p in old]
 

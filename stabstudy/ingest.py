@@ -153,8 +153,8 @@ def _parser() -> cli.Parser:
         "trainer_log.jsonl, Lingua metrics.jsonl, CSV, JSON lines, Parquet, TensorBoard event files, text logs.",
     )
     parser.add_argument("path", type=Path, nargs="+", help="a log, or a folder that is searched for logs")
-    parser.add_argument("--study", required=True, help="name of the study; runs are added to an existing one")
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="default: results")
+    parser.add_argument("--study", metavar="NAME", required=True, help="the study; runs are added to an existing one")
+    parser.add_argument("--results-dir", metavar="DIR", type=Path, default=Path("results"), help="default: results")
     parser.add_argument(
         "--columns",
         metavar="step=iter,loss=train_loss",

@@ -72,7 +72,12 @@ def _run(args: argparse.Namespace) -> int:
 
 def _opened(path: Path) -> StudyFolder:
     """The study. Raises StoreError where there is none, or a newer version wrote it."""
-    folder = open_study(path)
+    try:
+        folder = open_study(path)
+    except StoreError as error:
+        named = Path("results", path)
+        hint = f" (did you mean {named}?)" if os.path.isdir(named / "trials") else ""
+        raise StoreError(f"{error}{hint}") from error
     try:
         read_sealed(folder.provenance_file)
     except NewerFormatError:
@@ -99,12 +104,11 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     progress(f"reading {n} trials")
     study = update_tables(folder, out)
     progress("building the page")
-    made = report(study)
+    content = report(study)
     progress("writing the page, and one for each trial")
-    page = publish(study, made, folder.report if out is None else out)
-    found = study.outcomes
-    say(f"{study.name}: {words.count(sum(found.values()), 'trial')}")
-    for outcome, number in found.items():
+    page = publish(study, content, folder.report if out is None else out)
+    say(f"{study.name}: {words.count(sum(study.outcomes.values()), 'trial')}")
+    for outcome, number in study.outcomes.items():
         if number:
             say(f"{number:6} {outcome}")
     for damaged in study.damaged:
@@ -144,6 +148,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("study", type=Path, nargs="+", help="a study's folder, such as results/quickstart")
     parser.add_argument(
         "--out",
+        metavar="DIR",
         type=Path,
         help="write report and tables here, and nothing into the study, which may be read-only "
         "(several studies: theirs into DIR/<study>)",

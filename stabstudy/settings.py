@@ -202,17 +202,17 @@ def read_group(
         problems.append(Problem(group, "must be a mapping of settings", show(values)))
         return cls()
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    made: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{group}.{key}" if group else str(key)
         if (field := fields.get(key)) is None:
             near = f" (did you mean {former[name]}?)" if name in former else _nearest_setting(name, list(fields), known)
             problems.append(Problem(name, f"is not a setting{near}"))
         elif dataclasses.is_dataclass(field.default):
-            made[key] = read_group(name, type(field.default), value, problems, known, former)
+            checked[key] = read_group(name, type(field.default), value, problems, known, former)
         else:
-            made[key] = read_value(name, str(field.type), field.metadata, value, problems, field.default)
-    return cls(**made)
+            checked[key] = read_value(name, str(field.type), field.metadata, value, problems, field.default)
+    return cls(**checked)
 
 
 def _nearest_setting(name: str, siblings: list[str], known: Sequence[str]) -> str:

@@ -37,6 +37,12 @@ from stabstudy.state import State, from_body, to_body
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 
+SEAL = "content_sha256"
+SCHEDULER = ".ray"
+"""What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
+
+_TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp")
+
 
 class StoreError(Exception):
     """A folder that is not a study, a file of a newer version, a state that cannot be read. One line."""
@@ -276,9 +282,6 @@ def write_bytes(path: Path, data: bytes, synced: disk.Synced = "folder") -> None
     disk.replace_file(path, data, f"{path.name}.{os.getpid()}.tmp", synced)
 
 
-SEAL = "content_sha256"
-
-
 def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
     """The object with its checksum as the last entry. Raises ValueError for numbers that strict JSON lacks."""
     content = {k: v for k, v in body.items() if k != SEAL}
@@ -305,12 +308,6 @@ def sweep_leftovers(folder: Path) -> list[str]:
     for p in leftovers:
         p.unlink()
     return [p.name for p in leftovers]
-
-
-SCHEDULER = ".ray"
-"""What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
-
-_TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp")
 
 
 def sweep_abandoned(folder: Path) -> list[str]:

@@ -63,9 +63,10 @@ def _answer(given: list[str]) -> int:
 def _parser() -> cli.Parser:
     usage = "python -m stabstudy.sweep [FLAG ...] [OVERRIDE ...]"
     parser = cli.Parser("python -m stabstudy.sweep", EXAMPLES, usage, f"{OVERRIDES}\n{_presets()}\n\n")
-    parser.add_argument("--list", action="store_true", help="every sweep with its question")
-    parser.add_argument("--dry-run", action="store_true", help="trials to do, time, disk; starts nothing")
-    parser.add_argument("--status", action="store_true", help="progress of a study")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="every sweep with its question")
+    instead.add_argument("--dry-run", action="store_true", help="trials to do, time, disk; starts nothing")
+    instead.add_argument("--status", action="store_true", help="progress of a study")
     parser.add_argument("--debug", action="store_true", help="tracebacks behind one-line errors")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)  # every sweep is one
     return parser

@@ -511,7 +511,7 @@ def test_a_tokenizer_of_the_hub_without_a_network(capsys, monkeypatch, tmp_path)
 
 def test_a_full_disk(capsys, monkeypatch):
     monkeypatch.setattr(compute.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    assert "0.0 GB free" in refused(capsys, *ONE, code=4)[0]
+    assert "1 kB free, about " in refused(capsys, *ONE, code=4)[0]
 
 
 def test_no_gpu(capsys, monkeypatch):

@@ -68,6 +68,15 @@ def test_ctrl_c_is_130_and_no_traceback(capsys: Out) -> None:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_ctrl_c_while_a_command_is_imported(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stabstudy.cli.importlib.import_module", interrupted)
+    assert cli.main([command]) == 130
+
+
 def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 // 0, "x")
@@ -90,6 +99,14 @@ def test_a_bug_is_not_hidden() -> None:
         ("ingest", ["x", "--study", "s", "--colums", "a=b"], ["ingest: --colums: is not a flag (did you mean --co"]),
         ("stabstudy", ["--versoin"], ["stabstudy: --versoin: is not a flag (did you mean --version?)"]),
         ("stabstudy", ["reprot", "x"], ["stabstudy: command: must be one of sweep, report, ingest, status (did you m"]),
+        ("stabstudy", ["hlp", "x"], ["stabstudy: command: must be one of sweep, report, ingest, status, got hlp"]),
+        ("stabstudy", ["status", "a", "b"], ["status: study: give one name or folder, got a, b"]),
+        ("stabstudy", ["status", "a", "--lst"], ["status: --lst: is not a flag"]),
+        ("sweep", ["--list", "--dry-run"], ["conf: --dry-run: not allowed with argument --list"]),
+        ("sweep", ["--dry-run", "--status"], ["conf: --status: not allowed with argument --dry-run"]),
+        ("sweep", ["depth_lr"], ["conf: depth_lr: is not an override: did you mean sweep=depth_lr? (from override"]),
+        ("sweep", ["sweeps/depth_lr.yaml"], ["conf: sweeps/depth_lr.yaml: is not an override: did you mean sweep=d"]),
+        ("sweep", ["sweep=sweeps/depth_lr.yaml"], ["conf: sweep: there is no such sweep (did you mean depth_lr"]),
         ("stabstudy", ["sweep", "--dryrun", "--lisst"], ["conf: --dryrun: is", "conf: --lisst: is not a flag (did"]),
     ],
 )  # fmt: skip
@@ -148,8 +165,9 @@ def test_the_package_has_no_other_lazy_name() -> None:
         stabstudy.nothing  # noqa: B018
 
 
-def test_without_a_command_it_names_them(capsys: Out) -> None:
-    assert cli.main([]) == 0
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_without_a_command_it_names_them(arguments: list[str], capsys: Out) -> None:
+    assert cli.main(arguments) == 0
     said = capsys.readouterr().out
     assert all(f"\n  {name} " in said for name in ("sweep", "report", "ingest", "status"))
 
@@ -183,7 +201,26 @@ def test_status_takes_a_name_or_a_folder(tmp_path: Path, monkeypatch: pytest.Mon
         assert capsys.readouterr().out.splitlines()[-1].startswith("s: 1 trial: ")
 
 
-@pytest.mark.parametrize("name", ["nothing", "results", "no/where", "a b", "it's"])
+def test_status_takes_a_folder_that_is_not_in_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    for folder, seeds in (("s", (0,)), ("twice", (0,)), ("results/twice", (0, 1))):
+        planted.plant_study(tmp_path / folder, depths=(2,), lrs=(1e-3,), seeds=seeds)
+    monkeypatch.chdir(tmp_path)
+    for argument, start in (("s", "s: 1 "), ("./s/", "s: 1 "), ("twice", "twice: 2 "), ("./twice", "twice: 1 ")):
+        assert cli.main(["status", argument]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"{start}trial")
+    monkeypatch.chdir(tmp_path / "s" / "trials")
+    assert cli.main(["status", ".."]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("s: 1 trial")
+
+
+def test_the_help_of_status_is_its_own(capsys: Out) -> None:
+    assert cli.main(["status", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: stabstudy status ")
+
+
+@pytest.mark.parametrize("name", ["nothing", "results", "no/where", "a b", "it's", ".", ".."])
 def test_status_of_what_is_no_study(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["status", name]) == 2

@@ -51,9 +51,8 @@ metadata.Distribution.from_name = classmethod(from_name)
 """
 TINY = [
     "data=synthetic", "data.synthetic.bytes=15000", "data.seq_len=16", "model.dim=16", "model.n_heads=2",
-    "model.depth=2",
-    "train.batch_size=4", "train.steps=30", "optim.warmup_steps=3", "train.eval_sequences=8", "optim.lr=1e-3,1e-2",
-    "study=tiny", "seeds=1",
+    "model.depth=2", "train.batch_size=4", "train.steps=30", "optim.warmup_steps=3", "train.eval_sequences=8",
+    "optim.lr=1e-3,1e-2", "study=tiny", "seeds=1",
 ]  # fmt: skip
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -24,7 +24,7 @@ from conftest import ROOT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stabstudy import disk, ingest, report, sweep
+from stabstudy import cli, disk, ingest, report, sweep
 from stabstudy.analysis.study import Study
 from stabstudy.external import ExternalLog
 from stabstudy.ingesting import points as log_values
@@ -691,6 +691,17 @@ def test_a_sweeps_folder_is_refused(tmp_path: Path, capsys: Out) -> None:
     before = everything(tmp_path / "results")
     assert ingest.main([str(path), "--study", "s", "--results-dir", str(tmp_path / "results")]) == 2
     assert "holds the study of a sweep" in capsys.readouterr().err and everything(tmp_path / "results") == before
+
+
+def test_the_status_of_an_ingested_study_says_where_it_is_judged(tmp_path: Path, capsys: Out) -> None:
+    study = take(tmp_path, logs.trainer_state(tmp_path / "run", logs.history(logs.norms(60))))
+    planted.plant_study(tmp_path / "results" / "trained", depths=(2,), lrs=(1e-3,), seeds=(0,))
+    last = []
+    for folder in (study.folder.path, tmp_path / "results" / "trained"):
+        assert cli.main(["status", str(folder)]) == 0
+        last.append(capsys.readouterr().out.splitlines()[-1])
+    assert last[0].endswith(f"are judged in the report: python -m stabstudy.report {study.folder.path}")
+    assert last[1].startswith("trained: 1 trial: 1 done")
 
 
 def test_a_sweep_does_not_train_into_an_ingested_study(tmp_path: Path, capsys: Out) -> None:

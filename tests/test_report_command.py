@@ -78,6 +78,16 @@ def test_what_is_no_study_is_refused_before_anything_is_written(
     assert not (good / "report").exists() and list((tmp_path / "empty").iterdir()) == []
 
 
+def test_a_study_given_by_its_name_is_answered_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small(tmp_path / "results" / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert main(["mine"]) == 2 and main(["yours"]) == 2
+    named, unknown = capsys.readouterr().err.splitlines()
+    assert named.endswith("trials/) (did you mean results/mine?)") and unknown.endswith("trials/)")
+
+
 def test_nothing_done_is_written_and_told_by_the_code(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     assert main([str(tmp_path / "s")]) == 3

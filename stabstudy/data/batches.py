@@ -47,6 +47,11 @@ BLOCKS = 8
 
 AHEAD = 4096  # sequences whose place is computed at once
 
+CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
+Span = tuple[int, int]  # first position, first position behind it
+MARKS = 2  # tokens of a document beside its text: bos and eos
+SHORT = 100  # bytes; documents of which no more is known are taken to be as long on average, or longer
+
 
 @dataclass(frozen=True)
 class Window:
@@ -228,10 +233,6 @@ def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:
     return blocks, [(start, stop) for start, stop in free if stop > start]
 
 
-CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
-Span = tuple[int, int]  # first position, first position behind it
-
-
 def unigram_entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_share: float) -> float:
     """-sum p ln p over the tokens at these positions, in nat/token; they are the targets of one training epoch.
 
@@ -298,10 +299,6 @@ def text_of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Pa
         SequenceText(window.start, window.documents, decode(ids))
         for window, ids in zip(batches.windows(step), batches.batch(step).tolist(), strict=True)
     ]
-
-
-MARKS = 2  # tokens of a document beside its text: bos and eos
-SHORT = 100  # bytes; documents of which no more is known are taken to be as long on average, or longer
 
 
 @dataclass(frozen=True)

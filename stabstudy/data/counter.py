@@ -19,6 +19,9 @@ U64 = NDArray[np.uint64]
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, made odd: the counter's stride
 _MASK = 2**64 - 1
 
+ROUNDS = 8  # even: the halves differ by a bit where the count of bits is odd, and end where they began
+SMALLEST = 6  # bits: on fewer, a Feistel network reaches some permutations visibly more often than others
+
 
 def mix64(x: U64) -> U64:
     """The output function of splitmix64, elementwise: a bijection of the 64-bit integers."""
@@ -43,11 +46,6 @@ def key_of(*parts: int) -> int:
 def chosen(draw: U64, share: int, of: int) -> NDArray[np.bool_]:
     """True with probability share / of (below 2^31), by the upper 32 bits of each draw."""
     return (draw >> np.uint64(32)) * np.uint64(of) < np.uint64(share << 32)
-
-
-ROUNDS = 8  # even: the halves differ by a bit where the count of bits is odd, and end where they began
-
-SMALLEST = 6  # bits: on fewer, a Feistel network reaches some permutations visibly more often than others
 
 
 def permuted(index: U64, size: int, key: U64) -> U64:

@@ -42,105 +42,6 @@ from stabstudy.wording import first_line
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload"}
 LEFT_OUT_PATTERNS = ("config-*", "_sysconfigdata*")
 
-
-def python_documents() -> Iterator[str]:
-    """One document per module, by relative path. Raises DataError where the interpreter has no source files."""
-    for _, path in python_modules():
-        yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def python_digest() -> str:
-    """sha256 of the Python version and of every module's relative path and content."""
-    total = hashlib.sha256(platform.python_version().encode())
-    for name, path in python_modules():
-        total.update(json.dumps([name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
-    return total.hexdigest()
-
-
-def python_modules() -> list[tuple[str, Path]]:
-    """(relative path with slashes, path) of every module, sorted. Raises DataError if there is none."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _left_out(name)]
-        paths = (Path(folder, name) for name in names if name.endswith(".py") and not _left_out(name))
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
-    if not found:
-        rule = f"pysrc needs the standard library's source files, and this Python has none in {root} (zipped?)"
-        raise DataError("data.source", f"{rule}: choose other data, e.g. data=synthetic", "pysrc")
-    return sorted(found)
-
-
-def _left_out(name: str) -> bool:
-    return name in LEFT_OUT or any(fnmatch(name, pattern) for pattern in LEFT_OUT_PATTERNS)
-
-
-def hub_documents(config: DataConfig, count: RowCount) -> Iterator[str]:
-    """The rows' text in the dataset's order. Raises DataError naming dataset and row."""
-    check_hub(config)
-    from datasets.exceptions import DatasetsError
-
-    try:
-        for number, row in enumerate(_rows(config), start=1):
-            count.rows += 1
-            text, reason = text_or_reason(row, (config.text_column,))
-            if reason:
-                count.skip(f"{config.path}: row {number}", reason)
-            else:
-                yield text
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError("data.path", _explained(error), str(config.path)) from error
-
-
-def hub_identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]:
-    """What the dataset is: a local folder's content, else repository, configuration, split, revision and column."""
-    named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
-    root = Path(config.path or "").expanduser()
-    if root.is_dir():
-        content = files.digest(files.walk(root, lambda path: True), memory, config.max_bytes is not None)
-        return named | {"content": content}
-    return named | {"repo": config.path, "revision": config.hub_revision}
-
-
-def check_hub(config: DataConfig) -> None:
-    """Raises DataError if `datasets` is missing or could run a dataset's code. Reaches no network."""
-    if reasons := extras.why_not(["datasets"]):
-        raise DataError(
-            "data.source",
-            f"{reasons[0]} (older ones can run a dataset's own code; a local copy goes by source parquet or jsonl)",
-            "hf",
-        )
-
-
-def _rows(config: DataConfig) -> Iterator[Any]:
-    import datasets
-
-    is_local = Path(config.path or "").expanduser().exists()
-    if not is_local and not tokenizer.hub_forbidden() and (absent := tokenizer.why_no_hub()):
-        rule = (
-            f"is not here, and the hub cannot be reached ({absent}); HF_HUB_OFFLINE=1 reads what was downloaded before"
-        )
-        raise DataError("data.path", rule, str(config.path))
-    stream = datasets.load_dataset(
-        str(Path(config.path or "").expanduser()),
-        name=config.hub_config,
-        split=config.hub_split,
-        revision=config.hub_revision,
-        streaming=True,
-    )
-    if stream.column_names and config.text_column not in stream.column_names:
-        names = ", ".join(stream.column_names)
-        raise DataError("data.text_column", f"{config.path} has only the columns {names}", config.text_column)
-    yield from stream
-
-
-def _explained(error: Exception) -> str:
-    said = first_line(error)
-    if "script" in said.lower():
-        return f"wants to run code of its own, which is never run ({said})"
-    return f"cannot be read as a dataset ({type(error).__name__}: {said})"
-
-
 VERSION = 1
 """Goes into every fingerprint. Raised when a reader comes to give other text for the same files."""
 
@@ -151,16 +52,16 @@ def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str
     `count` receives how many rows were read and skipped. Raises DataError: what is wrong, in which file and line.
     """
     count = RowCount(config.bad_rows) if count is None else count
-    left, found = config.max_bytes, False
+    left, is_there = config.max_bytes, False
     for text in filter(None, _everything(config, count)):
         if left is not None:
             left -= len(text.encode())
             if left < 0:
                 break
-        found = True
+        is_there = True
         yield text
     count.finish()
-    if not found:
+    if not is_there:
         raise _nothing(config)
 
 
@@ -242,3 +143,101 @@ def _nothing(config: DataConfig) -> DataError:
     if config.max_bytes is not None:
         return DataError("data.max_bytes", "must hold the source's first document", str(config.max_bytes))
     return DataError("data.path", "holds no text", repr(config.path))
+
+
+def python_documents() -> Iterator[str]:
+    """One document per module, by relative path. Raises DataError where the interpreter has no source files."""
+    for _, path in python_modules():
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def python_digest() -> str:
+    """sha256 of the Python version and of every module's relative path and content."""
+    total = hashlib.sha256(platform.python_version().encode())
+    for name, path in python_modules():
+        total.update(json.dumps([name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
+    return total.hexdigest()
+
+
+def python_modules() -> list[tuple[str, Path]]:
+    """(relative path with slashes, path) of every module, sorted. Raises DataError if there is none."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not _left_out(name)]
+        paths = (Path(folder, name) for name in names if name.endswith(".py") and not _left_out(name))
+        modules += [(path.relative_to(root).as_posix(), path) for path in paths]
+    if not modules:
+        rule = f"pysrc needs the standard library's source files, and this Python has none in {root} (zipped?)"
+        raise DataError("data.source", f"{rule}: choose other data, e.g. data=synthetic", "pysrc")
+    return sorted(modules)
+
+
+def _left_out(name: str) -> bool:
+    return name in LEFT_OUT or any(fnmatch(name, pattern) for pattern in LEFT_OUT_PATTERNS)
+
+
+def hub_documents(config: DataConfig, count: RowCount) -> Iterator[str]:
+    """The rows' text in the dataset's order. Raises DataError naming dataset and row."""
+    check_hub(config)
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for number, row in enumerate(_rows(config), start=1):
+            count.rows += 1
+            text, reason = text_or_reason(row, (config.text_column,))
+            if reason:
+                count.skip(f"{config.path}: row {number}", reason)
+            else:
+                yield text
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError("data.path", _explained(error), str(config.path)) from error
+
+
+def hub_identity(config: DataConfig, memory: Memory | None = None) -> dict[str, Any]:
+    """What the dataset is: a local folder's content, else repository, configuration, split, revision and column."""
+    named = {"config": config.hub_config, "split": config.hub_split, "column": config.text_column}
+    root = Path(config.path or "").expanduser()
+    if root.is_dir():
+        content = files.digest(files.walk(root, lambda path: True), memory, config.max_bytes is not None)
+        return named | {"content": content}
+    return named | {"repo": config.path, "revision": config.hub_revision}
+
+
+def check_hub(config: DataConfig) -> None:
+    """Raises DataError if `datasets` is missing or could run a dataset's code. Reaches no network."""
+    if reasons := extras.why_not(["datasets"]):
+        raise DataError(
+            "data.source",
+            f"{reasons[0]} (older ones can run a dataset's own code; a local copy goes by source parquet or jsonl)",
+            "hf",
+        )
+
+
+def _rows(config: DataConfig) -> Iterator[Any]:
+    import datasets
+
+    is_local = Path(config.path or "").expanduser().exists()
+    if not is_local and not tokenizer.hub_forbidden() and (absent := tokenizer.why_no_hub()):
+        rule = (
+            f"is not here, and the hub cannot be reached ({absent}); HF_HUB_OFFLINE=1 reads what was downloaded before"
+        )
+        raise DataError("data.path", rule, str(config.path))
+    stream = datasets.load_dataset(
+        str(Path(config.path or "").expanduser()),
+        name=config.hub_config,
+        split=config.hub_split,
+        revision=config.hub_revision,
+        streaming=True,
+    )
+    if stream.column_names and config.text_column not in stream.column_names:
+        names = ", ".join(stream.column_names)
+        raise DataError("data.text_column", f"{config.path} has only the columns {names}", config.text_column)
+    yield from stream
+
+
+def _explained(error: Exception) -> str:
+    message = first_line(error)
+    if "script" in message.lower():
+        return f"wants to run code of its own, which is never run ({message})"
+    return f"cannot be read as a dataset ({type(error).__name__}: {message})"

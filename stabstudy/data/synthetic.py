@@ -31,6 +31,21 @@ FRACTION = 32
 TABLE_BITS = 20
 """A lookup table of 2^20 entries stands for a distribution; outcomes rarer than that may have no entry."""
 
+Bytes = NDArray[np.uint8]
+VERSION = 1
+"""Goes into the fingerprint. Raised by any change that alters the text of any knobs."""
+
+BLOCK = 256  # documents made at once; a duplicate repeats a document of its own block
+MEDIAN_LOG2_WORDS = 8
+SHORTEST, LONGEST = 16, 8192  # words of a document
+_SEPARATORS = (" ", ", ", ". ", "\n")
+_BRACKETS = ("(", "[", "{", "<", ")", "]", "}", ">")
+_OPEN = 1 + len(_SEPARATORS)  # piece 0 is empty; then come separators, brackets, words
+_CLOSE = _OPEN + len(_BRACKETS) // 2
+_WORD = _OPEN + len(_BRACKETS)
+# Roughly English letter frequencies in 64 entries: six random bits choose one.
+_LETTERS = "eeeeeeettttttaaaaaoooooiiiinnnnssssrrrrhhhhlllddduuccmmfwgypbvkx"
+
 
 def zipf_table(size: int, exponent_milli: int) -> Int:
     """[2^20] the rank, from 0, that each of 2^20 equally likely outcomes means: P(rank k) ~ (k+1)^(-exponent)."""
@@ -70,9 +85,6 @@ def exp2(x: Int) -> Int:
     return rounded
 
 
-Bytes = NDArray[np.uint8]
-
-
 def add_noise(config: SyntheticConfig, index: U64, text: Bytes, ends: Int) -> list[bytes]:
     """The documents `index`, whose clean text lies one behind the other in `text` (changed in place)."""
     sizes = np.diff(ends, prepend=0)
@@ -82,8 +94,8 @@ def add_noise(config: SyntheticConfig, index: U64, text: Bytes, ends: Int) -> li
     _permute_letters(config, index, text, starts, ends)
     _burst(config, text, owner, place)
     _flip(config, text, owner, place)
-    made = [text[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
-    return [made[d] for d in _repeats(config, index)]
+    texts = [text[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
+    return [texts[d] for d in _repeats(config, index)]
 
 
 def noise_stream(name: str, index: U64) -> U64:
@@ -124,22 +136,6 @@ def _repeats(config: SyntheticConfig, index: U64) -> list[int]:
     for d, pick in enumerate(draw.tolist()):
         source.append(source[pick % d] if d and repeats[d] else d)
     return source
-
-
-VERSION = 1
-"""Goes into the fingerprint. Raised by any change that alters the text of any knobs."""
-
-BLOCK = 256  # documents made at once; a duplicate repeats a document of its own block
-MEDIAN_LOG2_WORDS = 8
-SHORTEST, LONGEST = 16, 8192  # words of a document
-
-_SEPARATORS = (" ", ", ", ". ", "\n")
-_BRACKETS = ("(", "[", "{", "<", ")", "]", "}", ">")
-_OPEN = 1 + len(_SEPARATORS)  # piece 0 is empty; then come separators, brackets, words
-_CLOSE = _OPEN + len(_BRACKETS) // 2
-_WORD = _OPEN + len(_BRACKETS)
-# Roughly English letter frequencies in 64 entries: six random bits choose one.
-_LETTERS = "eeeeeeettttttaaaaaoooooiiiinnnnssssrrrrhhhhlllddduuccmmfwgypbvkx"
 
 
 @dataclass(frozen=True)
@@ -217,15 +213,15 @@ def _brackets(config: SyntheticConfig, index: U64, lengths: Int) -> Int:
     """For each word a bracket piece, or 0: opened before it or closed behind it, well nested, all closed at the end."""
     draw = draws(_stream("bracket", index), np.arange(lengths[0], dtype=np.uint64)[:, None])
     wish, kind = (draw >> np.uint64(56)).astype(np.int64), (draw & np.uint64(3)).astype(np.int64)
-    found, depth, stack = np.zeros(wish.shape, np.int64), *np.zeros((2, len(index)), np.int64)  # stack: 2 bits a level
+    pieces, depth, stack = np.zeros(wish.shape, np.int64), *np.zeros((2, len(index)), np.int64)  # stack: 2 bits a level
     for t, live in enumerate(_live(lengths)):
         d, s, left = depth[:live], stack[:live], lengths[:live] - t  # left: words to come, this one included
         closes = (d > 0) & ((wish[t, :live] >= 208) | (left <= d))
         opens = ~closes & (wish[t, :live] < 12) & (d < config.nesting) & (left > d + 1)
-        found[t, :live] = opens * (_OPEN + kind[t, :live]) + closes * (_CLOSE + (s & 3))
+        pieces[t, :live] = opens * (_OPEN + kind[t, :live]) + closes * (_CLOSE + (s & 3))
         stack[:live] = np.where(opens, s << 2 | kind[t, :live], s >> 2 * closes)
         depth[:live] += opens.astype(np.int64) - closes
-    return found
+    return pieces
 
 
 def _live(lengths: Int) -> list[int]:

@@ -64,6 +64,10 @@ VOCABULARIES = (
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "[BOS]")  # looked for where no tokenizer_config.json names it
 EOS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]")
 
+SECONDS = 5.0
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+LOGGERS = ("huggingface_hub", "transformers", "datasets", "filelock", "httpx", "urllib3")
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -283,11 +287,6 @@ def _explained(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "wants to run code of its own, which is never run"
     return f"cannot be loaded ({type(error).__name__}: {first_line(error)})"
-
-
-SECONDS = 5.0
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-LOGGERS = ("huggingface_hub", "transformers", "datasets", "filelock", "httpx", "urllib3")
 
 
 def hub_forbidden() -> str:

@@ -42,6 +42,8 @@ from stabstudy.settings import DataError
 
 FORMAT = 1
 
+BATCH = 1 << 20  # characters tokenized at once
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -214,9 +216,6 @@ def _writable(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-BATCH = 1 << 20  # characters tokenized at once
 
 
 def build_cache(config: DataConfig, folder: Path, fingerprint: str, memory: Memory) -> None:

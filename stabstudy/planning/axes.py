@@ -165,12 +165,12 @@ def factors(own: Sequence[Factor], axes: Mapping[str, list[Chosen]], pins: Choic
 
 def axis_values(product: Sequence[Factor]) -> dict[str, tuple[Any, ...]]:
     """Every axis with its values, in order and each once."""
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for factor in product:
         for alternative in factor:
             for name, chosen in alternative.items():
-                found.setdefault(name, {})[repr(chosen.value)] = chosen.value
-    return {name: tuple(values.values()) for name, values in found.items()}
+                by_name.setdefault(name, {})[repr(chosen.value)] = chosen.value
+    return {name: tuple(values.values()) for name, values in by_name.items()}
 
 
 def check_count(product: Sequence[Factor], cases: int, seeds: int, limit: int, issues: Issues) -> bool:

@@ -37,6 +37,11 @@ HEAD = 64 * 1024
 
 _PACKAGE = Path(stabstudy.__file__).resolve().parent
 
+PRESET_GROUPS = (*GROUPS, "compute")
+"""The groups of conf/. `compute` sets where trials run and is not part of a trial."""
+
+Nested = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class SweepPlace:
@@ -60,10 +65,21 @@ def sweep_folders(cwd: Path) -> list[Path]:
 
 def find_sweep(name: str, cwd: Path) -> Path:
     """The file of the sweep. Raises ConfigError with the nearest names."""
-    found = _files(cwd)
-    if name not in found:
-        raise ConfigError(Problem("sweep", f"there is no such sweep{nearest(name, sorted(found))}", repr(name)))
-    return found[name]
+    files = _files(cwd)
+    if name not in files:
+        near = nearest(without_folder(name), sorted(files))
+        raise ConfigError(Problem("sweep", f"there is no such sweep{near}", repr(name)))
+    return files[name]
+
+
+def without_folder(path: str) -> str:
+    """The name of a sweep that is given as the path of its file."""
+    return Path(path).name.removesuffix(".yaml")
+
+
+def sweep_names(cwd: Path) -> list[str]:
+    """What `sweep=` can name from here, in order."""
+    return sorted(_files(cwd))
 
 
 def sweeps(cwd: Path) -> list[SweepPlace]:
@@ -97,10 +113,10 @@ def _shipped(folder: str, witness: str) -> Path:
 
 
 def _files(cwd: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for folder in reversed(sweep_folders(cwd)):
-        found |= {path.stem: path for path in folder.glob("*.yaml") if store.check_name(path.stem) is None}
-    return found
+        files |= {path.stem: path for path in folder.glob("*.yaml") if store.check_name(path.stem) is None}
+    return files
 
 
 def _text(path: Path) -> str:
@@ -112,12 +128,6 @@ def _text(path: Path) -> str:
             return f.read(HEAD)
     except OSError:
         return ""
-
-
-PRESET_GROUPS = (*GROUPS, "compute")
-"""The groups of conf/. `compute` sets where trials run and is not part of a trial."""
-
-Nested = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -168,13 +178,13 @@ def base(sweep: Document, choices: Mapping[str, str]) -> Base:
     overrides = ["+sweep=asked", *(f"{group}={preset}" for group, preset in sorted(choices.items()))]
     try:
         composed = compose("trial", overrides=overrides, return_hydra_config=True)
-        made = dict(composed.hydra.runtime.choices)
+        chosen = dict(composed.hydra.runtime.choices)
         values = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(Problem(sweep.name, f"cannot be composed: {first_line(error)}")) from error
     assert isinstance(values, dict)
     nested = {str(k): v for k, v in values.items() if k not in ("hydra", "sweep")}
-    return Base(nested, {g: str(made[g]) for g in PRESET_GROUPS if g in made})
+    return Base(nested, {g: str(chosen[g]) for g in PRESET_GROUPS if g in chosen})
 
 
 def resolved(values: Nested, settings: Mapping[str, Any]) -> Nested:
@@ -206,13 +216,13 @@ def follows(base: Base, setting: str) -> bool:
 
 def missing(nested: Nested, prefix: str = "") -> list[str]:
     """Dotted names of the values that are still `???`."""
-    found: list[str] = []
+    names: list[str] = []
     for key, value in nested.items():
         if isinstance(value, dict):
-            found += missing(value, f"{prefix}{key}.")
+            names += missing(value, f"{prefix}{key}.")
         elif value == "???":
-            found.append(f"{prefix}{key}")
-    return found
+            names.append(f"{prefix}{key}")
+    return names
 
 
 def _interpolations(value: Any) -> Iterator[str]:

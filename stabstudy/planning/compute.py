@@ -82,8 +82,8 @@ def idle(compute: Compute, launcher: str) -> list[str]:
     """One line for each setting that does nothing, or harm, in this combination."""
     lines = []
     if launcher == "local":
-        said = {"address": compute.address, "max_concurrent": compute.max_concurrent}
-        lines += [f"compute.{k}: has no effect with launcher=local" for k, v in said.items() if v is not None]
+        unused = {"address": compute.address, "max_concurrent": compute.max_concurrent}
+        lines += [f"compute.{k}: has no effect with launcher=local" for k, v in unused.items() if v is not None]
     if compute.threads > compute.cpus_per_pack:
         shared = wording.count(compute.cpus_per_pack, "core", ",")
         lines.append(f"compute.threads: {compute.threads} threads of a pack share {shared}")
@@ -117,9 +117,9 @@ def gpu_memory() -> tuple[int, ...]:
         return ()
     count = ctypes.c_uint()
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    found = tuple(_memory_of(nvml, index) for index in range(count.value))
+    sizes = tuple(_memory_of(nvml, index) for index in range(count.value))
     nvml.nvmlShutdown()
-    return found if visible is None else found[: len(visible.split(","))]
+    return sizes if visible is None else sizes[: len(visible.split(","))]
 
 
 def _memory_of(nvml: ctypes.CDLL, index: int) -> int:
@@ -157,5 +157,5 @@ def why_not_folder(folder: Path, needed: int) -> str | None:
         return f"{existing}: cannot be written"
     free = shutil.disk_usage(existing).free
     if free < needed:
-        return f"{existing}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed"
+        return f"{existing}: {wording.amount(free)}B free, about {wording.amount(needed)}B needed"
     return None

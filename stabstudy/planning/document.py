@@ -31,36 +31,23 @@ _ALLOWED = re.compile(rf"\$\{{\s*oc\.env\s*:\s*{ENV_PREFIX}\w*\s*\}}")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+(?![\w.])")
 _PLAIN_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 
-
-def scalar_problem(text: str) -> str | None:
-    """Why this text may not be a value: an interpolation that is not allowed, a number that underflows. Or None."""
-    for found in _CALLED.finditer(text):
-        if not _ALLOWED.match(text, found.start()):
-            return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, got {text!r}"
-    for found in _NUMBER.finditer(text):
-        if float(found.group()) == 0 and found.group(1).strip("0.") != "":
-            return f"{found.group()} underflows to 0"
-    return None
-
-
-def _ambiguous(text: str, tag: str) -> str | None:
-    """Why a plain YAML scalar is not what it looks like, or None. `tag`: the type that YAML 1.1 gives it."""
-    kind = tag.rpartition(":")[2]
-    if kind == "bool" and text.lower() not in ("true", "false"):
-        return f"{text} means a truth value in YAML: write true or false, or quote it"
-    if kind == "int" and not _PLAIN_INTEGER.fullmatch(text):
-        return f"{text} is a number in another base in YAML: write it in decimal, or quote it"
-    if kind == "float" and ":" in text:
-        return f"{text} is a number in base 60 in YAML: write it in decimal, or quote it"
-    return None
-
-
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 """What YAML readers raise: `!!bool x` is a KeyError in them, `!!timestamp x` an AttributeError."""
 
 MAX_BYTES = 2**20
 MAX_NODES = 10_000
 """With aliases written out: a file of one kilobyte can stand for a billion nodes."""
+
+
+def scalar_problem(text: str) -> str | None:
+    """Why this text may not be a value: an interpolation that is not allowed, a number that underflows. Or None."""
+    for match in _CALLED.finditer(text):
+        if not _ALLOWED.match(text, match.start()):
+            return f"only ${{oc.env:{ENV_PREFIX}...}} and plain references may be interpolated, got {text!r}"
+    for match in _NUMBER.finditer(text):
+        if float(match.group()) == 0 and match.group(1).strip("0.") != "":
+            return f"{match.group()} underflows to 0"
+    return None
 
 
 @dataclass(frozen=True)
@@ -191,3 +178,15 @@ def _walk_mapping(
         first.setdefault(key.value, line)
         yield from _walk(key, below, name, lines, seen)
         yield from _walk(value, below, name, lines, seen)
+
+
+def _ambiguous(text: str, tag: str) -> str | None:
+    """Why a plain YAML scalar is not what it looks like, or None. `tag`: the type that YAML 1.1 gives it."""
+    kind = tag.rpartition(":")[2]
+    if kind == "bool" and text.lower() not in ("true", "false"):
+        return f"{text} means a truth value in YAML: write true or false, or quote it"
+    if kind == "int" and not _PLAIN_INTEGER.fullmatch(text):
+        return f"{text} is a number in another base in YAML: write it in decimal, or quote it"
+    if kind == "float" and ":" in text:
+        return f"{text} is a number in base 60 in YAML: write it in decimal, or quote it"
+    return None

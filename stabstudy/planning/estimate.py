@@ -27,6 +27,22 @@ from stabstudy.stability.rules import Rules
 FEW_TOKENS = 128  # a step; measured: at 32, calm recipes are rough by their batches alone, at 128 none was
 APART = 1.1  # ratio of epochs from which texts of a data axis count as unequally repeated
 
+BYTE_VOCABULARY = 258
+ASSUMED_VOCABULARY = 65_536
+"""Rows of the embedding where only loading the tokenizer would tell."""
+
+CORE_FLOPS = 44e9  # a CPU core on small matrices, fp32
+GPU_FLOPS_PER_WIDTH = 6e11  # of one recent GPU on matrices of that width ...
+GPU_FLOPS = 4.5e14  # ... and at most
+STEP_SECONDS = 0.006  # what a step on a core costs beside its arithmetic
+LAYER_SECONDS = 0.00017  # the same of a pack's step on a GPU, for each layer
+START_SECONDS = 3.0  # of a trial: its model, its data, its files
+PACK_START_SECONDS = 25.0  # of a pack on a GPU: compiling, measuring the first weights, capturing the step
+BYTES_PER_PARAMETER = 12  # fp32 weight, gradient, one temporary; what the optimizer remembers comes on top
+ACTIVATION_BYTES = 84  # per token, layer and unit of width
+SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
+PROCESS_BYTES = 0.7e9  # a process with torch in it
+
 
 @dataclass(frozen=True)
 class Epochs:
@@ -151,23 +167,6 @@ def _text(data: DataConfig) -> str:
 def _range(low: float, high: float) -> str:
     first, last = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in (low, high))
     return first if first == last else f"{first} to {last}"
-
-
-BYTE_VOCABULARY = 258
-ASSUMED_VOCABULARY = 65_536
-"""Rows of the embedding where only loading the tokenizer would tell."""
-
-CORE_FLOPS = 44e9  # a CPU core on small matrices, fp32
-GPU_FLOPS_PER_WIDTH = 6e11  # of one recent GPU on matrices of that width ...
-GPU_FLOPS = 4.5e14  # ... and at most
-STEP_SECONDS = 0.006  # what a step on a core costs beside its arithmetic
-LAYER_SECONDS = 0.00017  # the same of a pack's step on a GPU, for each layer
-START_SECONDS = 3.0  # of a trial: its model, its data, its files
-PACK_START_SECONDS = 25.0  # of a pack on a GPU: compiling, measuring the first weights, capturing the step
-BYTES_PER_PARAMETER = 12  # fp32 weight, gradient, one temporary; what the optimizer remembers comes on top
-ACTIVATION_BYTES = 84  # per token, layer and unit of width
-SCORE_BYTES = 16  # per attention score where they are kept: capped, its tanh, weights, mask
-PROCESS_BYTES = 0.7e9  # a process with torch in it
 
 
 @dataclass(frozen=True)

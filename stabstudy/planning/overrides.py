@@ -29,6 +29,10 @@ from stabstudy.settings import ConfigError, Issues, Problem, put, read_group, se
 DEFAULT_SWEEP = "quickstart"
 """What is trained where no sweep is named and no setting of a trial is given."""
 
+LONGEST_NAME = 255
+LONGEST_PATH = 4095 - 265
+"""Of a path's parts and of the path, in bytes, less the longest path below it: of a file of a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -40,10 +44,6 @@ class Launch:
     max_trials: int = setting(10_000, ge=1, le=10**6)
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
-
-LONGEST_NAME = 255
-LONGEST_PATH = 4095 - 265
-"""Of a path's parts and of the path, in bytes, less the longest path below it: of a file of a checkpoint."""
 
 LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
 
@@ -76,21 +76,21 @@ class Request:
 def read(arguments: Sequence[str], loader: ConfigLoader | None, issues: Issues) -> Request:
     """The arguments as a Request. Without a loader presets are not checked and `glob` is refused."""
     parser = OverridesParser.create(config_loader=loader)
-    said: dict[str, Chosen | list[Chosen]] = {}
+    entries: dict[str, Chosen | list[Chosen]] = {}
     for argument in arguments:
-        _read_one(argument, parser, loader, said, issues)
-    launch_said = {k: said.pop(k) for k in LAUNCH_KEYS if k in said}
-    sweep = launch_said.pop("sweep", None)
-    seeds = _seeds({k: v for k, v in (*launch_said.items(), *said.items()) if k in ("seeds", "seed")}, issues)
-    said.pop("seed", None)
-    launch = _launch(launch_said, issues)
+        _read_one(argument, parser, loader, entries, issues)
+    launch_entries = {k: entries.pop(k) for k in LAUNCH_KEYS if k in entries}
+    sweep = launch_entries.pop("sweep", None)
+    seeds = _seeds({k: v for k, v in (*launch_entries.items(), *entries.items()) if k in ("seeds", "seed")}, issues)
+    entries.pop("seed", None)
+    launch = _launch(launch_entries, issues)
     _check_folder(launch, issues)
     return Request(
-        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, said)) else _name(sweep, issues),
+        DEFAULT_SWEEP if sweep is None and not any(map(_is_question, entries)) else _name(sweep, issues),
         launch,
         seeds,
-        {k: v for k, v in said.items() if isinstance(v, Chosen)},
-        {k: v for k, v in said.items() if isinstance(v, list)},
+        {k: v for k, v in entries.items() if isinstance(v, Chosen)},
+        {k: v for k, v in entries.items() if isinstance(v, list)},
     )
 
 
@@ -146,7 +146,7 @@ def _read_one(
     argument: str,
     parser: OverridesParser,
     loader: ConfigLoader | None,
-    said: dict[str, Chosen | list[Chosen]],
+    entries: dict[str, Chosen | list[Chosen]],
     issues: Issues,
 ) -> None:
     origin = f"from override {argument!r}"
@@ -163,13 +163,13 @@ def _read_one(
         issues.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
     elif override.is_sweep_override():
         written = _enumerated(override, origin, issues)
-        said[name] = axes.values(name, written, origin, loader, issues) if written is not None else []
+        entries[name] = axes.values(name, written, origin, loader, issues) if written is not None else []
     elif isinstance(override.value(), dict) and name in setting_names():
-        said[name] = axes.values(name, override.value(), origin, loader, issues)
+        entries[name] = axes.values(name, override.value(), origin, loader, issues)
     else:
         chosen = Chosen(_pinned(override, argument), origin)
         if loader is None or axes.is_possible(name, chosen, loader, issues):
-            said[name] = chosen
+            entries[name] = chosen
 
 
 def _pinned(override: Override, argument: str) -> Any:
@@ -220,7 +220,10 @@ def _unreadable(argument: str) -> Problem:
     """The problem of text outside Hydra's grammar: the setting's own rule where it has one, else how to quote."""
     name, equals, text = argument.partition("=")
     if not equals:
-        return Problem(name, "is not an override: write KEY=VALUE, or see --help for the flags", repr(argument))
+        sweep = compose.without_folder(name)
+        known = sweep in compose.sweep_names(Path.cwd())
+        hint = f"did you mean sweep={sweep}?" if known else "write KEY=VALUE, or see --help for the flags"
+        return Problem(name, f"is not an override: {hint}")
     if name == "study":
         return Problem(name, store.check_name(text) or "must be quoted", repr(text))
     if name in setting_names() and axes.kind(name) != "str":
@@ -244,23 +247,23 @@ def _value(chosen: Chosen | list[Chosen] | None, name: str, issues: Issues, defa
     return chosen.value
 
 
-def _seeds(said: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> tuple[int, ...] | None:
+def _seeds(entries: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> tuple[int, ...] | None:
     """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
-    if len(said) == 2:
+    if len(entries) == 2:
         issues.refuse("seed, seeds", "give only one of them")
-    for name, chosen in said.items():
+    for name, chosen in entries.items():
         if isinstance(chosen, list):
             return axes.seeds([c.value for c in chosen], chosen[0].origin, issues) if chosen else None
         return axes.seeds([chosen.value] if name == "seed" else chosen.value, chosen.origin, issues)
     return None
 
 
-def _launch(said: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> Launch:
-    values = {k: _value(v, k, issues, getattr(Launch, k)) for k, v in said.items() if k != "seeds"}
+def _launch(entries: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> Launch:
+    values = {k: _value(v, k, issues, getattr(Launch, k)) for k, v in entries.items() if k != "seeds"}
     problems: list[Problem] = []
     launch = read_group("launch", Launch, values, problems)
     for problem in problems:
         name = problem.setting.removeprefix("launch.")
-        chosen = said[name]
+        chosen = entries[name]
         issues.refuse(name, problem.rule, problem.got, chosen.origin if isinstance(chosen, Chosen) else "")
     return launch

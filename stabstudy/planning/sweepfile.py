@@ -40,6 +40,19 @@ KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
+RECORD_HEADER = (
+    "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
+)
+OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
+"""What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
+
+_SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+)
+_SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
+HIDDEN = "<hidden>"
+
 
 @dataclass(frozen=True)
 class SweepFile:
@@ -219,20 +232,6 @@ def _mapping(value: Any, path: str, doc: Document, issues: Issues) -> dict[str, 
         return {str(k): v for k, v in value.items()}
     issues.refuse(path, "must be a mapping", repr(value), doc.where(path))
     return {}
-
-
-RECORD_HEADER = (
-    "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
-)
-OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
-"""What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
-
-_SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
-)
-_SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
-HIDDEN = "<hidden>"
 
 
 def redact(value: Any) -> Any:

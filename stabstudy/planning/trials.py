@@ -22,6 +22,9 @@ from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
 from stabstudy.settings import ConfigError, DataError, Issues, Problem
 
+ASSUMED_GPU_BYTES = 16e9
+"""Memory of a cluster's GPU, which is not known here: a small one. Training halves what does not fit."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -193,14 +196,11 @@ def without_excluded(
 
 Pack = tuple[PlannedTrial, ...]
 
-ASSUMED_GPU_BYTES = 16e9
-"""Memory of a cluster's GPU, which is not known here: a small one. Training halves what does not fit."""
-
 
 def packs(trials: Sequence[PlannedTrial], resources: Compute, launcher: str) -> list[Pack]:
     """Every trial in one pack; packs, and the trials in each, in the order of the trials.
 
-    A pack holds trials of one shape, at most `most(...)` of them, and the packs of a shape are of even size. With
+    A pack holds trials of one shape, at most `most_per_pack(...)`, and the packs of a shape are of even size. With
     `compute.pack: auto` there are as many of them as keep all slots busy. Seeds of a cell stay together unless the
     even size cuts between them.
     """
@@ -209,17 +209,17 @@ def packs(trials: Sequence[PlannedTrial], resources: Compute, launcher: str) -> 
     counts = [-(-len(members) // most_per_pack(members[0].config, resources)) for members in shapes]
     if resources.pack == "auto":
         counts = _for_all_slots(shapes, counts, estimate.slots(resources, launcher) or 1)
-    made = [pack for members, count in zip(shapes, counts, strict=True) for pack in _even(members, count)]
-    ordered = [tuple(sorted(pack, key=lambda trial: places[trial.trial_id])) for pack in made]
+    parts = [pack for members, count in zip(shapes, counts, strict=True) for pack in _even(members, count)]
+    ordered = [tuple(sorted(pack, key=lambda trial: places[trial.trial_id])) for pack in parts]
     return sorted(ordered, key=lambda pack: places[pack[0].trial_id])
 
 
 def by_shape(trials: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
     """The trials of each shape, in order."""
-    found: dict[tuple[object, ...], list[PlannedTrial]] = {}
+    shapes: dict[tuple[object, ...], list[PlannedTrial]] = {}
     for trial in trials:
-        found.setdefault(tuple(shape.shape(trial.config).values()), []).append(trial)
-    return list(found.values())
+        shapes.setdefault(tuple(shape.shape(trial.config).values()), []).append(trial)
+    return list(shapes.values())
 
 
 def most_per_pack(config: TrialConfig, resources: Compute) -> int:
@@ -246,8 +246,8 @@ def packs_in_words(packed: Sequence[Pack]) -> str:
 
 def _splitting(configs: Sequence[TrialConfig]) -> list[str]:
     """The settings that keep these trials from being one pack."""
-    found = {name for other in configs[1:] for name in shape.differing(configs[0], other)}
-    return [name for name in setting_names() if name in found]
+    splitting = {name for other in configs[1:] for name in shape.differing(configs[0], other)}
+    return [name for name in setting_names() if name in splitting]
 
 
 def _for_all_slots(shapes: Sequence[Sequence[PlannedTrial]], counts: Sequence[int], slots: int) -> list[int]:

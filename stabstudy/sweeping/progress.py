@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -179,6 +180,8 @@ def show_status(folder: Path) -> None:
         rows = [_row(trial, axes) for trial in listed]
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
     print(summary(study, [trial.state for trial in listed]))
+    if any(trial.state.status == "done" and not trial.state.attempts for trial in listed):  # trained elsewhere
+        print(f"runs trained elsewhere are judged in the report: python -m stabstudy.report {shlex.quote(str(folder))}")
 
 
 def summary(study: store.StudyFolder, states: Sequence[State]) -> str:

@@ -33,6 +33,7 @@ from stabstudy.training.probes import growth_exponents
 from stabstudy.training.record import Recorder
 from stabstudy.training.step import Stepper, keep_compiled, stacked
 from stabstudy.training.trial import Engine, Trial, status_of
+from stabstudy.wording import first_line
 
 RING = 32
 """Steps kept back on CUDA, for one copy."""
@@ -291,7 +292,7 @@ class PackRun:
                 self.captured = False
                 for member in running:
                     member.note_engine(self._described())
-                    member.say(f"steps are not captured, they run eagerly: {str(error).splitlines()[0]}")
+                    member.say(f"steps are not captured, they run eagerly: {first_line(error)}")
         plan = Plan(
             self.places,
             tuple(member.config for member in self.members),
