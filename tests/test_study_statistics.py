@@ -104,7 +104,6 @@ def test_other_axes_are_averaged_before_the_minimum() -> None:
     [
         ({"state": "oom", "final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (oom)"),
         ({"final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (no final loss)"),
-        ({"stop_reason": "scheduler"}, "the grid has a hole at learning rate 0.03, seed 1 (stopped by a scheduler)"),
         ({"optim.lr": 0.031}, "the grid has a hole at learning rate 0.03, seed 1 (no trial)"),
         ({"eval_hash": "other"}, "its losses are on different evaluation batches"),
     ],
@@ -184,8 +183,6 @@ def test_underperform_is_against_the_best_at_an_equal_budget() -> None:
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, True]
     table.loc[4, "eval_hash"] = "other"
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, False]
-    table.loc[1, "stop_reason"] = "scheduler"
-    assert compare.underperform(table).tolist() == [False, pd.NA, False, pd.NA, False]
 
 
 # What is paired and pooled
@@ -428,7 +425,7 @@ def test_permutations_keep_their_level() -> None:
 def test_first_spikes_of_trials() -> None:
     rows = [
         trial(1e-3, seed=0, steps_done=100),  # no spike in 100 steps
-        trial(1e-3, seed=1, steps_done=40),  # stopped by a scheduler
+        trial(1e-3, seed=1, steps_done=40),  # the log ends here
         trial(1e-1, seed=0, spike_first_step=30),
         trial(1e-1, seed=1, spike_first_step=80, verdict="diverged", verdict_step=60),
         trial(1e-1, seed=2, spike_first_step=20, verdict="diverged", verdict_step=60),

@@ -40,9 +40,6 @@ BY_RULES = ("spike_", "severity", "warn_")
 STABLE_MARGIN = 0.2
 """nat/token above the best loss at which a setting still counts as working (ours)."""
 
-SCHEDULER = "scheduler"
-"""The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
-
 
 class Refused(ValueError):
     """The statistic cannot be given; the message has the reason."""
@@ -213,9 +210,9 @@ def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
     """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
 
     A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
-    length), and the same evaluation batch. Null without a final loss, and for a trial that a scheduler stopped.
+    length), and the same evaluation batch. Null without a final loss.
     """
-    loss = trials[column("final_loss")].mask(trials["stop_reason"] == SCHEDULER)
+    loss = trials[column("final_loss")]
     tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
     best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
     return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")

@@ -41,7 +41,7 @@ _ASKS_BATCH = re.compile(r"(?<![.-])\bbatch", re.IGNORECASE)
 """In a question that somebody wrote: one that the program makes of the axes says `train.batch_size`."""
 
 _READ = (
-    *("cell_id", "seed", "state", "stop_reason", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
+    *("cell_id", "seed", "state", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
     *("eval_hash", "final_loss_capped"),
 )
 """Columns that a choice is made from, beside the axes."""
@@ -180,9 +180,8 @@ def _is_stable(members: pd.DataFrame) -> bool:
 
 
 def _is_complete(members: pd.DataFrame, seeds: set[Level]) -> bool:
-    """Whether the cell has all these seeds, each trained to its end, judged, and with a final loss."""
-    ended = (members["state"] == "done") & (members["stop_reason"] != compare.SCHEDULER)
-    whole = ended & members["verdict"].notna() & members[compare.column("final_loss")].notna()
+    """Whether the cell has all these seeds, each done, judged, and with a final loss."""
+    whole = (members["state"] == "done") & members["verdict"].notna() & members[compare.column("final_loss")].notna()
     return bool(whole.all()) and set(levels_of(members["seed"])) == seeds
 
 

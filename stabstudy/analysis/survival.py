@@ -10,9 +10,8 @@ Pearson's chi2 / (n - p), widens the intervals by its root. Trials of different 
 n_evaluable: the model is one of rates.
 
 Time to the first spike, a Kaplan-Meier curve per level of an axis: the event is the first spike of the gradient norm,
-or divergence if that comes first. A trial without one is censored at the last step it was seen, whether it finished or
-a scheduler stopped it: "no spike in 200 steps" is not "no spike". Nothing is flagged before the first evaluable step,
-so each curve is 1 until then.
+or divergence if that comes first. A trial without one is censored at the last step it was seen: "no spike in 200
+steps" is not "no spike". Nothing is flagged before the first evaluable step, so each curve is 1 until then.
 
 scipy gives curve and interval (Greenwood's variance on the log-log scale, Kalbfleisch & Prentice, The Statistical
 Analysis of Failure Time Data, 2002); where nobody or everybody had an event there is no such variance, and the interval

@@ -13,7 +13,7 @@ from typing import Any
 from stabstudy.analysis import compare, words
 from stabstudy.analysis import study_statistics as statistics
 from stabstudy.analysis.effects import CLEAR, REPORTED
-from stabstudy.analysis.elements import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis.elements import Block, Count, Finding, Report, Section, Table, Text
 from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.levels import levels_of, split
 from stabstudy.analysis.paired import Estimate
@@ -144,8 +144,7 @@ def _disjoint(whole: Study) -> Iterator[str]:
                 f"{words.listing([words.level(v, axis) for v in own])} in {words.clean(name, 60)}"
                 for name, own in levels.items()
             ]
-            label = words.label(axis)
-            yield f"{label[0].upper()}{label[1:]}: {', '.join(each)}."
+            yield f"{_capital(words.label(axis))}: {', '.join(each)}."
 
 
 def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
@@ -194,33 +193,23 @@ def matched_figures(whole: Study) -> Iterator[Block]:
     pooled = [words.label(a) for a in axes if a != x]
     over = f", averaged over {words.listing(pooled)}" if pooled else ""
     for metric, log_y in FIGURES:
-        drawn = curves.drawable(shared.trials, metric)
-        if len(drawn):
-            ax = curves.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
-            against = f"{curves.metric_label(metric)} against {words.label(x)}"
-            against = against[0].upper() + against[1:]
-            caption = (
-                f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
-                f"intervals (from {curves.BAND_FROM} trials on).{rest}"
-            )
-            table = _figure_table(shared, metric, x)
-            values = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
-            name = f"studies-{metric.replace('_', '-')}"
-            svg = style.draw(ax.figure)  # type: ignore[arg-type]
-            yield Figure(name, against, svg, f"Line chart. {values}.", caption, table)
-
-
-def _figure_table(whole: Study, metric: str, x: str) -> Table:
-    rows = []
-    for (study, level), trials in split(
-        curves.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
-    ):
-        e = curves.mean_of(trials, metric)
-        diverged = int((trials["verdict"] == "diverged").sum())
-        numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
-        rows.append((words.clean(study, 60), words.level(level, x), *numbers))
-    heads = ("study", words.heading(x), curves.metric_label(metric), "low", "high", "n in the mean", "diverged")
-    return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
+        points = split(curves.drawable(shared.trials, metric), {a: whole.axes[a] for a in (AXIS, x)})
+        if not points:
+            continue
+        against = _capital(f"{curves.metric_label(metric)} against {words.label(x)}")
+        caption = (
+            f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
+            f"intervals (from {curves.BAND_FROM} trials on).{rest}"
+        )
+        heads = ("study", words.heading(x), curves.metric_label(metric), *curves.COUNTS)
+        rows = [
+            (words.clean(study, 60), words.level(level, x), *curves.mean_texts(trials, metric))
+            for (study, level), trials in points
+        ]
+        alt = f"Line chart. {'; '.join(f'{r[0]} at {r[1]}: {r[2]}' for r in rows[:12])}."
+        picture = curves.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
+        name = f"studies-{metric.replace('_', '-')}"
+        yield style.report_figure(name, against, picture, alt, caption, heads, rows, {"study"})
 
 
 def matched_tables(whole: Study) -> Iterator[Block]:
