@@ -85,11 +85,11 @@ def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
     for metric in metrics:
         if not (names := [n for n in alike(metric, trials) if n in trials]):
             continue
-        known = trials[trials[column(metric)].notna()] if column(metric) in trials else trials
-        for name in (n for n in names if known[n].nunique() > 1):
+        measured = trials[trials[column(metric)].notna()] if column(metric) in trials else trials
+        for name in (n for n in names if measured[n].nunique() > 1):
             for axis in axes:
                 others = ["seed", *(a for a in axes if a != axis)]
-                if (known.groupby(others, dropna=False)[name].nunique() > 1).any():
+                if (measured.groupby(others, dropna=False)[name].nunique() > 1).any():
                     reasons[axis, metric] = _DIFFERS[name]
     return reasons
 
@@ -104,8 +104,8 @@ def mean(trials: pd.DataFrame, metric: str) -> Estimate:
 
     Unknown where it would mix what cannot be compared (see `alike`).
     """
-    known = [] if mixed(trials, metric) else values(trials, metric)
-    return estimate(metric, known, exposures(metric, trials.head(len(known))))
+    numbers = [] if mixed(trials, metric) else values(trials, metric)
+    return estimate(metric, numbers, exposures(metric, trials.head(len(numbers))))
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -310,14 +310,14 @@ def _working(trials: pd.DataFrame, setting: str, others: Sequence[str]) -> dict[
         return {}
     means = [{v: math.fsum(losses[v]) / len(losses[v]) for v in grid} for losses in cells.values()]
     # every level of a cell has the same seeds, so a difference of its means is the mean of its paired differences
-    known = [v for v in grid if all(math.isfinite(m[v]) for m in means)]
-    if not known:
+    usable = [v for v in grid if all(math.isfinite(m[v]) for m in means)]
+    if not usable:
         return {}
-    lowest = [min(m[v] for v in known) for m in means]
-    excess = {v: math.fsum(m[v] - low for m, low in zip(means, lowest, strict=True)) / len(means) for v in known}
-    best = min(known, key=excess.__getitem__)
-    fine = {v: bool((at_level(trials, setting, v)["verdict_code"] == "ok").all()) for v in known}
-    up = itertools.takewhile(lambda v: v in known and fine[v] and excess[v] <= STABLE_MARGIN, grid[grid.index(best) :])
+    lowest = [min(m[v] for v in usable) for m in means]
+    excess = {v: math.fsum(m[v] - low for m, low in zip(means, lowest, strict=True)) / len(means) for v in usable}
+    best = min(usable, key=excess.__getitem__)
+    fine = {v: bool((at_level(trials, setting, v)["verdict_code"] == "ok").all()) for v in usable}
+    up = itertools.takewhile(lambda v: v in usable and fine[v] and excess[v] <= STABLE_MARGIN, grid[grid.index(best) :])
     one_batch = trials["eval_hash"].nunique() <= 1
     return {
         "best": best,

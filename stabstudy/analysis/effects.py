@@ -284,20 +284,20 @@ def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, An
     error = prepared.family.error(model, axis)
     squares, df = model.tests[axis]
     means = model.means(axis)
-    known = np.flatnonzero(np.isfinite(means))
-    if not df or len(known) < 2:
+    estimable = np.flatnonzero(np.isfinite(means))
+    if not df or len(estimable) < 2:
         return {"note": _aliased(prepared.axes, model, axis)}
     f, p = error.f_test(squares, df)
-    first, last = int(known[0]), int(known[-1])
+    first, last = int(estimable[0]), int(estimable[-1])
     lowest, highest = int(np.nanargmin(means)), int(np.nanargmax(means))
     turns = ordered(levels) and (_turns(model, axis, error) or (p < CLEAR and _same_ends(model, axis, error)))
-    chosen = len(known) > 2 and (turns or not ordered(levels))
+    chosen = len(estimable) > 2 and (turns or not ordered(levels))
     a, b = (lowest, highest) if turns else (min(lowest, highest), max(lowest, highest)) if chosen else (first, last)
-    pairs = math.comb(len(known), 2)
-    which = f"highest against lowest of {len(known)} levels" if chosen else f"last against first of {len(known)} levels"
+    pairs = math.comb(len(estimable), 2)
+    which = f"{'highest against lowest' if chosen else 'last against first'} of {len(estimable)} levels"
     change = _change(prepared, response, axis, (a, b), pairs if chosen else 1)
-    lost = len(set(model.axes[axis][0].tolist())) - len(known)
-    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
+    lost = len(set(model.axes[axis][0].tolist())) - len(estimable)
+    notes = [which] * (len(estimable) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
     return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
 
 
@@ -329,15 +329,15 @@ def _above_best(model: Model, axis: int, error: Error) -> dict[int, _Contrast]:
 def _turns(model: Model, axis: int, error: Error) -> bool:
     """Whether both ends of an ordered axis lie above a level between them."""
     above = _above_best(model, axis, error)
-    known = np.flatnonzero(np.isfinite(model.means(axis)))
-    return all(int(end) in above and above[int(end)].p_holm < CLEAR for end in (known[0], known[-1]))
+    estimable = np.flatnonzero(np.isfinite(model.means(axis)))
+    return all(int(end) in above and above[int(end)].p_holm < CLEAR for end in (estimable[0], estimable[-1]))
 
 
 def _same_ends(model: Model, axis: int, error: Error) -> bool:
     """Whether the first and the last level that are there do not differ clearly."""
     means = model.means(axis)
-    known = np.flatnonzero(np.isfinite(means))
-    first, last = int(known[0]), int(known[-1])
+    estimable = np.flatnonzero(np.isfinite(means))
+    first, last = int(estimable[0]), int(estimable[-1])
     return error.t_test(float(means[last] - means[first]), model.variance(axis, first, last)) >= CLEAR
 
 

@@ -147,10 +147,10 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
     if len(hashes := levels_of(pd.concat(list(cells.values()))["eval_hash"])) > 1 or hashes == [None]:
         return NoRecipe(given, "the losses were measured on different evaluation sets, or not at all")
     losses = {c: compare.mean(members, "final_loss_capped") for c, members in cells.items()}
-    known = sorted(cells, key=lambda c: (losses[c].mean, c))
-    tied = _tied(study, cells, known)
+    ranked = sorted(cells, key=lambda c: (losses[c].mean, c))
+    tied = _tied(study, cells, ranked)
     knobs = {c: _knobs(study, cells[c], given) for c in tied}
-    near = [c for c in tied if losses[c].mean <= losses[known[0]].mean + STABLE_MARGIN]
+    near = [c for c in tied if losses[c].mean <= losses[ranked[0]].mean + STABLE_MARGIN]
     margins = {c: _margin(trials, knobs[c]) for c in near}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
     chosen = max(near, key=lambda c: widths[c])  # of equally wide ones the first: they are in the order of their loss
@@ -185,7 +185,7 @@ def _is_complete(members: pd.DataFrame, seeds: set[Level]) -> bool:
     return bool(whole.all()) and set(levels_of(members["seed"])) == seeds
 
 
-def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str]) -> list[str]:
+def _tied(study: Study, cells: Mapping[str, pd.DataFrame], ranked: Sequence[str]) -> list[str]:
     """The best of the cells, which are in the order of their loss, and those not distinguishable from it.
 
     The model is final_loss ~ seed + cell, with Holm's correction over all other cells; one seed tells nothing apart.
@@ -193,20 +193,20 @@ def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str])
     best in an axis whose effect on the loss is clear in the study, or if the cells differ at all as clearly as one of
     so many tests must (Bonferroni).
     """
-    if len(known) < 2:
-        return list(known)
-    trials = pd.concat([cells[c].assign(cell=place) for place, c in enumerate(known)])
+    if len(ranked) < 2:
+        return list(ranked)
+    trials = pd.concat([cells[c].assign(cell=place) for place, c in enumerate(ranked)])
     table = effects.contrasts(trials, ["cell"], ["final_loss"])
-    apart = [known[row["level"]] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED]
+    apart = [ranked[row["level"]] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED]
     if not apart:
-        return list(known)
+        return list(ranked)
     whole = float(effects.effects(trials, ["cell"], ["final_loss"])["p"].iloc[0])
     if whole >= TIED / max(1, len(study.grid.axes) * len(effects.REPORTED)):
         claims = study.claims()
         clear = claims.loc[claims["clear"] & (claims["metric"] == "final_loss"), "axis"]
-        levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in known}
-        apart = [c for c in apart if levels[c] != levels[known[0]]]
-    return [c for c in known if c not in apart]
+        levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in ranked}
+        apart = [c for c in apart if levels[c] != levels[ranked[0]]]
+    return [c for c in ranked if c not in apart]
 
 
 def _knobs(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> dict[str, Level]:

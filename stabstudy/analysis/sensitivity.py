@@ -352,8 +352,8 @@ def _ended(rows: dict[tuple[Level, ...], Row], key: tuple[Level, ...], pooled: l
 
 def _mean(trials: list[Row], name: str, log: bool = False) -> float:
     """Mean of a statistic, or of its logarithm; NaN where one is null or has none."""
-    known = [math.nan if t[name] is None else float(t[name]) for t in trials]
-    return math.fsum(math.log(v) if log and v > 0 else math.nan if log else v for v in known) / len(known)
+    values = [math.nan if t[name] is None else float(t[name]) for t in trials]
+    return math.fsum(math.log(v) if log and v > 0 else math.nan if log else v for v in values) / len(values)
 
 
 def _growth(trials: pd.DataFrame) -> Row:

@@ -206,8 +206,8 @@ class Study:
         if by is not None:
             self._check(by, [a for a in self.axes if a != axis], f"axis beside the {words.label(axis)}")
         if compare.counted(metric):
-            known = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
-            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(known)}")
+            rates = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
+            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
         return compare.levels(self.trials, list(self.axes), axis, metric, by)
 
     def effects(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
@@ -379,10 +379,10 @@ class Study:
         if trial_id not in self.trials.index:
             raise KeyError(f"no trial {trial_id} in study {self.name}")
 
-    def _check(self, name: str, known: list[str], what: str) -> None:
+    def _check(self, name: str, names: list[str], what: str) -> None:
         """Raises KeyError for a name that is none of the known ones: with all of them, or the nearest of many."""
-        if name not in known:
-            listed = f" (it has: {', '.join(known) or 'none'})" if len(known) <= MOST_NAMED else nearest(name, known)
+        if name not in names:
+            listed = f" (it has: {', '.join(names) or 'none'})" if len(names) <= MOST_NAMED else nearest(name, names)
             raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
 
 

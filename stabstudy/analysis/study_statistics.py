@@ -105,8 +105,8 @@ class _Sample:
 
 def _sample(done: pd.DataFrame, names: Sequence[str], metric: str) -> _Sample:
     values = np.array(values_of(done, metric))
-    known = np.isfinite(values) & ((values > 0) | (not OBJECTIVES[metric]))
-    trials, values = done[known], values[known]
+    usable = np.isfinite(values) & ((values > 0) | (not OBJECTIVES[metric]))
+    trials, values = done[usable], values[usable]
     values = np.log(values) if OBJECTIVES[metric] else values
     ranks = {n: {level: i for i, level in enumerate(levels_of(trials[n]))} for n in names}
     levels = {n: np.array([own[plain(v)] for v in trials[n]]) for n, own in ranks.items() if len(own) > 1}
@@ -260,8 +260,8 @@ def typical(done: Mapping[str, Row]) -> str | None:
         return None
     cell = done[ranked[0]]["cell_id"]
     rough = {t: row["grad_norm_max_over_median"] for t, row in done.items() if row["cell_id"] != cell}
-    known = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
-    return known[(len(known) - 1) // 2] if known else None
+    rest = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
+    return rest[(len(rest) - 1) // 2] if rest else None
 
 
 def first_spikes(trials: pd.DataFrame, axes: Sequence[str]) -> dict[str, tuple[survival.FirstSpikes, float]]:

@@ -240,8 +240,8 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
     there = curve[curve["step"] <= horizon].tail(1)
     free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
     if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
-        known = int(np.count_nonzero((time >= horizon) | event))
-        low, high = share_interval(known if free else 0, known)
+        n = int(np.count_nonzero((time >= horizon) | event))
+        low, high = share_interval(n if free else 0, n)
     half = curve.loc[curve["free"] <= 0.5, "step"]
     return {
         "level": level,
@@ -274,8 +274,8 @@ def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     steps, free = curve.quantiles, curve.probabilities
     bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
     for i in np.flatnonzero((free == 0) | (free == 1)):
-        known = int(np.count_nonzero((time >= steps[i]) | event))
-        bounds[i] = share_interval(known if free[i] else 0, known)
+        n = int(np.count_nonzero((time >= steps[i]) | event))
+        bounds[i] = share_interval(n if free[i] else 0, n)
     at_risk = [int((time >= t).sum()) for t in steps]
     return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
 

@@ -106,21 +106,20 @@ PREFIX = "external."
 
 def settings(log: ExternalLog) -> dict[str, Any]:
     """Every setting under its dotted name, null where the source does not say; clipping known to be off is infinite."""
-    found = dict.fromkeys(cfg.setting_names()) | {k: v for k, v in log.settings.items() if k in cfg.setting_names()}
+    values = dict.fromkeys(cfg.setting_names()) | {k: v for k, v in log.settings.items() if k in cfg.setting_names()}
     if "optim.clip" in log.settings and log.settings["optim.clip"] is None:
-        found["optim.clip"] = math.inf
-    return found
+        values["optim.clip"] = math.inf
+    return values
 
 
 def facts(log: ExternalLog, state: State, rows: Rows) -> TrialFacts:
     """For `summarise`. A log that does not say how long the run was planned ends where it was."""
-    known = log.settings
     missing = int((rows.is_null("loss") & rows.is_null("grad_norm")).sum())
     return TrialFacts(
         steps_planned=log.steps_planned or max(1, state.step),
-        warmup_steps=known.get("optim.warmup_steps") or 0,
-        clip=known.get("optim.clip"),
-        clip_kind=known.get("optim.clip_kind") or "norm",
+        warmup_steps=log.settings.get("optim.warmup_steps") or 0,
+        clip=log.settings.get("optim.clip"),
+        clip_kind=log.settings.get("optim.clip_kind") or "norm",
         status=state.status,
         stop_reason=state.stop_reason,
         init_loss=None,

@@ -157,13 +157,13 @@ def read_tables(folder: StudyFolder) -> Tables:
         except StoreError as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
     rules = Rules()
-    found = [_kept(t, rules) for t in trials]
-    due = [t for t, answer in zip(trials, found, strict=True) if answer is None]
+    own = [_kept(t, rules) for t in trials]
+    due = [t for t, answer in zip(trials, own, strict=True) if answer is None]
     answers = iter(spread(functools.partial(_judged, rules), due, _STEP_S * sum(t.rows_planned for t in due)))
     rows: list[Row] = []
     spikes: list[Row] = []
     computed = 0
-    for t, kept in zip(trials, found, strict=True):
+    for t, kept in zip(trials, own, strict=True):
         answer = next(answers) if kept is None else kept
         if isinstance(answer, DamagedRecord):
             reason = _reason(answer, folder)
@@ -322,10 +322,10 @@ def _encodable(value: Any) -> Any:
 def _unchanged(t: _Trial) -> bool:
     """Whether the records are finished and are the files that the state names. Raises DamagedRecord for other files."""
     finished = [(t.folder.finished(schema), t.state.records.get(schema.name)) for schema in (TRACE, PROBES)]
-    for file, known in finished:
-        if known and file.exists() and (found := disk.file_sha256(file)) != known["sha256"]:
-            raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {known['sha256'][:12]}...")
-    return bool(finished[0][1]) and all(file.exists() for file, known in finished if known)
+    for file, record in finished:
+        if record and file.exists() and (sha256 := disk.file_sha256(file)) != record["sha256"]:
+            raise DamagedRecord(f"{file}: sha256 is {sha256[:12]}..., the state says {record['sha256'][:12]}...")
+    return bool(finished[0][1]) and all(file.exists() for file, record in finished if record)
 
 
 def _choices(body: Mapping[str, Any]) -> dict[str, str]:

@@ -192,9 +192,9 @@ def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
     if name in study.axes:
         levels = study.axes[name]
         return words.level(levels[0], name), words.level(levels[-1], name)
-    known = [v for v in compare.values(trials, name) if math.isfinite(v)]
+    finite = [v for v in compare.values(trials, name) if math.isfinite(v)]
     unit = COLUMNS[name].unit
-    return words.statistic(min(known, default=None), unit), words.statistic(max(known, default=None), unit)
+    return words.statistic(min(finite, default=None), unit), words.statistic(max(finite, default=None), unit)
 
 
 def _known(heights: Sequence[float]) -> list[tuple[int, float]]:
@@ -208,8 +208,8 @@ def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
 
 
 def _scaled(values: list[float]) -> list[float]:
-    known = [v for v in values if math.isfinite(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return [math.nan if not math.isfinite(v) else (v - low) / (high - low) if high > low else 0.5 for v in values]
 
 
@@ -248,8 +248,8 @@ def _name(coordinate: str) -> str:
 
 def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str, str]:
     """The ends of a coordinate, and the trials that have a value on it."""
-    known = len(trials) if name in study.axes else sum(map(math.isfinite, compare.values(trials, name)))
-    return *_ends(name, trials, study), str(known)
+    n = len(trials) if name in study.axes else sum(map(math.isfinite, compare.values(trials, name)))
+    return *_ends(name, trials, study), str(n)
 
 
 TITLE = "Clip threshold against the norms"

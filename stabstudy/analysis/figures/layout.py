@@ -103,8 +103,8 @@ def _share_y(axes: Sequence[Axes]) -> None:
 
 def combinations(study: Study, over: Sequence[str]) -> list[dict[str, Any]]:
     """The combinations of levels of these axes that hold at least one trial; one empty combination for no axes."""
-    found = split(study.trials[list(over)], {axis: study.axes[axis] for axis in over})
-    return [dict(zip(over, levels, strict=True)) for levels, _ in found]
+    parts = split(study.trials[list(over)], {axis: study.axes[axis] for axis in over})
+    return [dict(zip(over, levels, strict=True)) for levels, _ in parts]
 
 
 def panel_axes(study: Study, drawn: Sequence[str | None], limit: int = MAX_PANELS) -> list[str]:

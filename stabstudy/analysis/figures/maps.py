@@ -133,8 +133,8 @@ class Field:
 
     def counts(self, value: str) -> tuple[str, str, str]:
         """COUNTS, in words."""
-        known = self.having(value)
-        return str(known), str(self.n - known), str(self.not_stable)
+        n = self.having(value)
+        return str(n), str(self.n - n), str(self.not_stable)
 
     @property
     def verdicts(self) -> str:
@@ -233,9 +233,9 @@ def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
 
 def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
     fields = fields_of(study, layout)
-    known = [f for f in fields if f.mean(value) == f.mean(value)]
-    unknown = " Grey: no trial has the statistic." if len(known) < len(fields) else ""
-    highest = max(known, key=lambda f: f.mean(value), default=None)
+    filled = [f for f in fields if f.mean(value) == f.mean(value)]
+    unknown = " Grey: no trial has the statistic." if len(filled) < len(fields) else ""
+    highest = max(filled, key=lambda f: f.mean(value), default=None)
     top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
     pair = f"{words.label(layout.x)} and {words.label(y)}"

@@ -59,10 +59,10 @@ def norm_ratios(
     logarithmic: the distribution's upper tail is what spikes are.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    found = read_ratios(study, by).values if ratios is None else ratios
-    levels = list(found)
+    by_level = read_ratios(study, by).values if ratios is None else ratios
+    levels = list(by_level)
     for i, (level, colour) in enumerate(zip(levels, style.colours(levels), strict=True)):
-        values = np.sort(found[level])
+        values = np.sort(by_level[level])
         share = 1.0 - np.arange(len(values)) / len(values)
         drawn = _thinned(len(values))
         name = style.plain(words.level(level, by))
@@ -73,7 +73,7 @@ def norm_ratios(
     place = (ratio, 1.0)
     ax.annotate(f"×{words.number(ratio)}", place, (3, -2), textcoords="offset points", va="top",
                 xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
-    largest = max((float(v.max()) for v in found.values()), default=ratio)
+    largest = max((float(v.max()) for v in by_level.values()), default=ratio)
     ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
     if largest > RATIOS_NAMED[-1]:
         style.log_ticks(ax, across=True)
@@ -103,28 +103,28 @@ def read_ratios(study: Study, by: str) -> Ratios:
     """
     done = study.trials[study.trials["state"] == "done"]
     levels = [v for v in study.axes[by] if len(at_level(done, by, v))]
-    found = Ratios({}, [], [])
+    ratios = Ratios({}, [], [])
     for level in _evenly(levels, MOST_LEVELS):
         parts = []
         for trial_id in _evenly([str(t) for t in at_level(done, by, level).index], TRIALS_PER_LEVEL):
             rows = _trace(study, trial_id)
             if rows is not None:
                 own = ratios_of(rows, study.row(trial_id)["optim.warmup_steps"] or 0, study.rules)
-                (found.read if len(own) else found.empty).append(trial_id)
+                (ratios.read if len(own) else ratios.empty).append(trial_id)
                 parts.append(own)
         if parts and len(pooled := np.concatenate(parts)):
-            found.values[level] = pooled
-    return found
+            ratios.values[level] = pooled
+    return ratios
 
 
 def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:
     """Gradient norm over the median of the last W norms before it, at each settled step that has `fill` of them."""
     norm = measured(rows, "grad_norm")
-    known = np.isfinite(norm) & (norm > 0)
-    series = pd.Series(norm[known])
+    positive = np.isfinite(norm) & (norm > 0)
+    series = pd.Series(norm[positive])
     median = series.rolling(rules.window, min_periods=rules.fill).median().shift(1)
     ratio = (series / median).to_numpy()
-    kept = np.isfinite(ratio) & (rows["step"][known] >= warmup)
+    kept = np.isfinite(ratio) & (rows["step"][positive] >= warmup)
     answer: NDArray[np.float64] = ratio[kept]
     return answer
 
@@ -155,11 +155,11 @@ def splits(study: Study, most: int = 6) -> list[Split]:
     groups: dict[tuple[Level, ...], list[str]] = {}
     for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
         groups.setdefault(key, []).append(str(trial_id))
-    found: list[Split] = []
+    pairs: list[Split] = []
     for members in groups.values():
         ranked = sorted(members, key=lambda t: -micro_batch(study, t))
-        found += [split for t in ranked[1:] if len(found) < most and (split := _split(study, t, ranked[0]))]
-    return found[:most]
+        pairs += [split for t in ranked[1:] if len(pairs) < most and (split := _split(study, t, ranked[0]))]
+    return pairs[:most]
 
 
 def micro_batch(study: Study, trial_id: str) -> int:
@@ -174,10 +174,10 @@ def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | 
     At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
     Differences of 0 lie at the lower edge.
     """
-    found = splits(study) if pairs is None else pairs
+    shown = splits(study) if pairs is None else pairs
     ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
     floor = 1e-9
-    for i, pair in enumerate(found):
+    for i, pair in enumerate(shown):
         colour = style.CATEGORIES[i % len(style.CATEGORIES)]
         name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
         for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):

@@ -95,8 +95,8 @@ def _limits(study: Study, layout: Layout) -> list[str]:
 
 
 def _limit(row: Mapping[str, Any], x: str) -> str:
-    known = row["all_stable"] is not None
-    stable = f"Stable up to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
+    highest = row["all_stable"]
+    stable = "Not all stable at the smallest" if highest is None else f"Stable up to {words.level(highest, x)}"
     if row["first_unstable"] is None:
         return f"{stable}, no larger one was unstable"
     at, bad, there = words.level(row["first_unstable"], x), int(row["n_unstable"]), int(row["n_there"])
@@ -110,12 +110,12 @@ def _has_order(levels: Sequence[Level]) -> bool:
 def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
     from matplotlib.patches import Rectangle
 
-    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    worst = next((v for v in reversed(VERDICTS) if found[v]), None)
+    counts = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    worst = next((v for v in reversed(VERDICTS) if counts[v]), None)
     ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in found.items() if n]
-    if rest := len(trials) - sum(found.values()):
+    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in counts.items() if n]
+    if rest := len(trials) - sum(counts.values()):
         lines.append(f"○ {rest} not judged")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 
