@@ -275,7 +275,7 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
     at = {v: at_level(trials, setting, v) for v in grid}
     unstable = {v: rows[rows["verdict"].isin(VERDICTS[1:])] for v, rows in at.items()}
     stable = [v for v in grid if (at[v]["verdict"] == "stable").all() and set(levels_of(at[v]["seed"])) == seeds]
-    passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _known(at[v])]
+    passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _stable_or_untrained(at[v])]
     first = next((v for v in grid if len(unstable[v])), None)
     prefix = [v for v in itertools.takewhile(lambda v: v in (*stable, *passed_over), grid) if v in stable]
     again = [] if first is None else [v for v in stable if grid.index(v) > grid.index(first)]
@@ -291,7 +291,7 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
     }
 
 
-def _known(trials: pd.DataFrame) -> bool:
+def _stable_or_untrained(trials: pd.DataFrame) -> bool:
     """Whether every trial is stable, or untrained: none shows an instability, and of none is the answer missing."""
     return bool(((trials["verdict"] == "stable") | (trials["verdict_reason"] == "untrained")).all())
 

@@ -37,10 +37,16 @@ from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of
 from stabstudy.analysis.paired import share_interval
 
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
 FEWEST_SEEDS = 3
 FEWEST_SPIKES = 10  # per term of the model
 FACTORS = ("optim.warmup_steps", "optim.clip")
 """Axes of numbers along which a rate need not go one way: each level is a term of its own."""
+
+PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,6 @@ class RateModel:
     dispersion: float | None
     ratios: pd.DataFrame
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class _Term:
-    axis: str
-    change: str
-    x: NDArray[np.float64]  # a value per trial
 
 
 def rate_model(trials: pd.DataFrame, axes: Sequence[str]) -> RateModel:
@@ -83,6 +82,19 @@ def rate_model(trials: pd.DataFrame, axes: Sequence[str]) -> RateModel:
     return RateModel(len(done), seeds, spikes, dispersion, _table(terms, ratios))
 
 
+def logarithmic(axis: str, levels: Sequence[Level]) -> bool:
+    """Whether the axis enters the model as a logarithm."""
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in levels)
+    return numbers and axis not in FACTORS
+
+
+@dataclass(frozen=True)
+class _Term:
+    axis: str
+    change: str
+    x: Floats  # a value per trial
+
+
 def _terms(trials: pd.DataFrame, axis: str) -> Iterator[_Term]:
     levels = levels_of(trials[axis])
     if len(levels) < 2:
@@ -93,12 +105,6 @@ def _terms(trials: pd.DataFrame, axis: str) -> Iterator[_Term]:
     for level in levels[1:]:
         there = trials.index.isin(at_level(trials, axis, level).index)
         yield _Term(axis, f"{words.level(levels[0], axis)} → {words.level(level, axis)}", there.astype(np.float64))
-
-
-def logarithmic(axis: str, levels: Sequence[Level]) -> bool:
-    """Whether the axis enters the model as a logarithm."""
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in levels)
-    return numbers and axis not in FACTORS
 
 
 def _check(trials: pd.DataFrame, axes: Sequence[str], terms: list[_Term], seeds: int, spikes: int) -> None:
@@ -125,7 +131,7 @@ def _check(trials: pd.DataFrame, axes: Sequence[str], terms: list[_Term], seeds:
         raise Refused("as many terms as trials")
 
 
-def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, NDArray[np.float64]]:
+def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, Floats]:
     """Dispersion, and the ratio with its interval for each term."""
     from statsmodels.genmod.families import Poisson  # takes two seconds, and most of a study needs none of it
     from statsmodels.genmod.generalized_linear_model import GLM
@@ -142,20 +148,13 @@ def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, NDArray[np.fl
             raise Refused(f"the fit does not converge ({words.clean(warning, 80)})") from warning
 
 
-def _design(terms: list[_Term]) -> NDArray[np.float64]:
+def _design(terms: list[_Term]) -> Floats:
     return np.column_stack([np.ones_like(terms[0].x), *(t.x for t in terms)])
 
 
-def _table(terms: list[_Term], ratios: NDArray[np.float64]) -> pd.DataFrame:
+def _table(terms: list[_Term], ratios: Floats) -> pd.DataFrame:
     named = pd.DataFrame([(t.axis, t.change) for t in terms], columns=["axis", "change"])
     return named.join(pd.DataFrame(ratios, columns=["ratio", "low", "high"]))
-
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-
-PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -214,10 +213,56 @@ def first_spikes(trials: pd.DataFrame, by: str, axes: Sequence[str] = ()) -> Fir
     )
 
 
-def _numbered(items: Sequence[Hashable]) -> Ints:
-    """Each item's number, from 0 in the order of their first appearance; equal ones share it."""
-    numbers = {item: i for i, item in enumerate(dict.fromkeys(items))}
-    return np.array([numbers[item] for item in items], dtype=np.int64)
+def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
+    """The curve S(t) = prod over event times t_i <= t of (1 - d_i / n_i), and its 95 % interval, at each time.
+
+    Columns `step`, `at_risk` just before it, `free` = S, `low`, `high` (where S is 0 or 1: exact, of the trials that
+    had an event or were still seen). `time`, `event` [n]; not an event: censored, and still at risk at its own time.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where Greenwood's variance is undefined, see below
+        curve = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
+        interval = curve.confidence_interval(0.95, method="log-log")
+    steps, free = curve.quantiles, curve.probabilities
+    bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
+    for i in np.flatnonzero((free == 0) | (free == 1)):
+        n = int(np.count_nonzero((time >= steps[i]) | event))
+        bounds[i] = share_interval(n if free[i] else 0, n)
+    at_risk = [int((time >= t).sum()) for t in steps]
+    return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
+
+
+def log_rank(
+    time: Floats, event: Bools, group: Ints, stratum: Ints | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Mantel's log-rank statistic for groups 0..k-1 and its p-value: `FirstSpikes` says which.
+
+    All arrays [n]. With `stratum` 0..m-1 the groups are compared, and permuted, within each stratum alone.
+    """
+    order = np.argsort(time, kind="stable")
+    time, event, group = time[order], event[order], group[order]
+    strata = [np.arange(len(time))] if stratum is None else _members(stratum[order])
+    seen = float(_chi2(time, event, group, strata))
+    if group.max() == 1:
+        return seen, math.erfc(math.sqrt(seen / 2))
+    rng = np.random.default_rng(seed)
+    permuted = np.empty((PERMUTATIONS, len(group)), dtype=group.dtype)
+    for members in strata:
+        permuted[:, members] = rng.permuted(np.tile(group[members], (PERMUTATIONS, 1)), axis=1)
+    blocks = np.array_split(permuted, 1 + permuted.size * group.max() // 10**7)  # at most some 100 MB at a time
+    as_large = sum(int(np.sum(_chi2(time, event, rows, strata) >= seen * (1 - 1e-9))) for rows in blocks)
+    return seen, (1 + as_large) / (1 + PERMUTATIONS)
+
+
+def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
+    """What confounds the curves of an axis, and the trials that are in none of them."""
+    if not times.balanced:
+        yield (
+            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
+            "its p does not."
+        )
+    if times.unseen:
+        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
 
 
 def _observed(trials: pd.DataFrame) -> pd.DataFrame:
@@ -232,6 +277,11 @@ def _observed(trials: pd.DataFrame) -> pd.DataFrame:
         diverged=event.notna() & (spike != event),
     )
     return rows[event.notna() | (done["n_evaluable"].fillna(0) > 0)]
+
+
+def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
+    event = (rows["spiked"] | rows["diverged"]).to_numpy(dtype=bool)
+    return rows["time"].to_numpy(np.float64), event
 
 
 def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]:
@@ -256,28 +306,10 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
     }
 
 
-def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
-    event = (rows["spiked"] | rows["diverged"]).to_numpy(dtype=bool)
-    return rows["time"].to_numpy(np.float64), event
-
-
-def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
-    """The curve S(t) = prod over event times t_i <= t of (1 - d_i / n_i), and its 95 % interval, at each time.
-
-    Columns `step`, `at_risk` just before it, `free` = S, `low`, `high` (where S is 0 or 1: exact, of the trials that
-    had an event or were still seen). `time`, `event` [n]; not an event: censored, and still at risk at its own time.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # where Greenwood's variance is undefined, see below
-        curve = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
-        interval = curve.confidence_interval(0.95, method="log-log")
-    steps, free = curve.quantiles, curve.probabilities
-    bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
-    for i in np.flatnonzero((free == 0) | (free == 1)):
-        n = int(np.count_nonzero((time >= steps[i]) | event))
-        bounds[i] = share_interval(n if free[i] else 0, n)
-    at_risk = [int((time >= t).sum()) for t in steps]
-    return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
+def _numbered(items: Sequence[Hashable]) -> Ints:
+    """Each item's number, from 0 in the order of their first appearance; equal ones share it."""
+    numbers = {item: i for i, item in enumerate(dict.fromkeys(items))}
+    return np.array([numbers[item] for item in items], dtype=np.int64)
 
 
 def _test(seen: pd.DataFrame, group: Ints, stratum: Ints) -> tuple[float | None, float | None, str | None]:
@@ -293,28 +325,6 @@ def _test(seen: pd.DataFrame, group: Ints, stratum: Ints) -> tuple[float | None,
         return None, None, "no two levels were tried at equal levels of the other axes"
     chi2, p = log_rank(time, event, group, stratum)
     return chi2, p, None
-
-
-def log_rank(
-    time: Floats, event: Bools, group: Ints, stratum: Ints | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """Mantel's log-rank statistic for groups 0..k-1 and its p-value: `FirstSpikes` says which.
-
-    All arrays [n]. With `stratum` 0..m-1 the groups are compared, and permuted, within each stratum alone.
-    """
-    order = np.argsort(time, kind="stable")
-    time, event, group = time[order], event[order], group[order]
-    strata = [np.arange(len(time))] if stratum is None else _members(stratum[order])
-    seen = float(_chi2(time, event, group, strata))
-    if group.max() == 1:
-        return seen, math.erfc(math.sqrt(seen / 2))
-    rng = np.random.default_rng(seed)
-    permuted = np.empty((PERMUTATIONS, len(group)), dtype=group.dtype)
-    for members in strata:
-        permuted[:, members] = rng.permuted(np.tile(group[members], (PERMUTATIONS, 1)), axis=1)
-    blocks = np.array_split(permuted, 1 + permuted.size * group.max() // 10**7)  # at most some 100 MB at a time
-    as_large = sum(int(np.sum(_chi2(time, event, rows, strata) >= seen * (1 - 1e-9))) for rows in blocks)
-    return seen, (1 + as_large) / (1 + PERMUTATIONS)
 
 
 def _members(stratum: Ints) -> list[Ints]:
@@ -345,14 +355,3 @@ def _excess(time: Floats, event: Bools, group: Ints, last: int) -> tuple[Floats,
     alone = np.eye(last) * (weight @ share)[..., None, :]
     variance = alone - np.swapaxes(share * weight[:, None], -1, -2) @ share
     return excess, variance
-
-
-def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
-    """What confounds the curves of an axis, and the trials that are in none of them."""
-    if not times.balanced:
-        yield (
-            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
-            "its p does not."
-        )
-    if times.unseen:
-        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
