@@ -12,8 +12,7 @@ from collections.abc import Iterator, Set
 
 from stabstudy.analysis import plots, words
 from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Text, TrialPage
-from stabstudy.analysis.figures import layers as layer_figures
-from stabstudy.analysis.figures import style, tooltips, traces
+from stabstudy.analysis.figures import layers, style, tooltips, traces
 from stabstudy.analysis.report import trial_tables
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import outcome
@@ -87,12 +86,12 @@ def with_figures(study: Study, page: TrialPage) -> TrialPage:
         return dataclasses.replace(
             page, sections=[Section("trace", "Step by step", [Text(str(error))]), *page.sections]
         )
-    layers: Block | Absent = layer_figures.layer_figure(study, page.trial_id, rows)
-    if isinstance(layers, Absent):
-        layers = Text(f"{layers.what}: left out, {layers.why}.")
+    layer_map: Block | Absent = layers.layer_figure(study, page.trial_id, rows)
+    if isinstance(layer_map, Absent):
+        layer_map = Text(f"{layer_map.what}: left out, {layer_map.why}.")
     sections = [
         Section("trace", "Step by step", [_trace(study, page.trial_id, rows)]),
-        Section("layers", "Layer by layer", [layers]),
+        Section("layers", "Layer by layer", [layer_map]),
     ]
     if probes is not None and len(probes):
         sections.append(Section("probes", "Probes", [trial_tables.probes(probes)]))
