@@ -94,6 +94,11 @@ def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
     return reasons
 
 
+def verdicts(trials: pd.DataFrame) -> dict[str, int]:
+    """How many of the trials have each of the VERDICTS."""
+    return {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
+
+
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
@@ -121,7 +126,7 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         row = {"cell_id": cell_id, "case": plain(members["case"].iloc[0])}
         row |= {a: plain(members[a].iloc[0]) for a in axes}
         row |= {"n": len(members), "n_done": len(done)}
-        row |= {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        row |= verdicts(done)
         for name in statistics():
             e = mean(done, name)
             row |= {name: e.mean, f"{name}_low": e.low, f"{name}_high": e.high}
@@ -170,8 +175,7 @@ def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], ot
 
 def hole(axes: Sequence[str], levels: Sequence[Level], seed: Level, reason: str) -> str:
     """Where a trial is missing, in words, and why."""
-    named = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=True))
-    return f"the grid has a hole at {named}, seed {seed} ({reason})"
+    return f"the grid has a hole at {words.at_levels(axes, levels)}, seed {seed} ({reason})"
 
 
 def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | None) -> pd.DataFrame:

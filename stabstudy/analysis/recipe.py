@@ -267,7 +267,7 @@ def refusals(missing: Sequence[NoRecipe]) -> Iterator[str]:
 
 
 def _named(levels: Mapping[str, Level]) -> str:
-    return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in levels.items())
+    return words.at_levels(levels, levels.values())
 
 
 def _rivals(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stabstudy.stability.columns import COLUMNS
@@ -164,6 +164,11 @@ def label(setting: str) -> str:
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def at_levels(axes: Iterable[str], levels: Iterable[object]) -> str:
+    """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
+    return ", ".join(f"{label(a)} {level(v, a)}" for a, v in zip(axes, levels, strict=False))
 
 
 def rule(code: str | None) -> str:

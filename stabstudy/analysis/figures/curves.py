@@ -13,7 +13,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style, tooltips
-from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, points, pooled
+from stabstudy.analysis.figures.layout import Layout, level_texts, panels, points, pooled
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, at_level, levels_of
 from stabstudy.analysis.paired import EXPOSURE, Estimate, Kind, kind_of
@@ -72,7 +72,7 @@ def curves(
 ) -> Axes:
     """A statistic against axis `x`: a dot per trial, and per level of `by` a line through the means.
 
-    A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`kinds.estimate`).
+    A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`paired.estimate`).
     Done trials that share x and `by` are pooled: seeds, and any other axis (use `panels` to keep those apart). Diverged
     ones are open triangles on the upper edge; in the mean of `final_loss` they count with their capped loss, in that of
     another statistic not at all: their trace is shorter.
@@ -254,7 +254,7 @@ def _extremes(study: Study, layout: Layout, metric: str) -> str:
         return ""
     axes = layout.axes(study)
     ends = (end(means, key=lambda point: point[0]) for end in (min, max))
-    low, high = (f"{words.number(mean)} at {at_levels(axes, levels)}" for mean, levels in ends)
+    low, high = (f"{words.number(mean)} at {words.at_levels(axes, levels)}" for mean, levels in ends)
     return f" Lowest {low}, highest {high}."
 
 
@@ -268,7 +268,7 @@ def _alt(study: Study, layout: Layout, metric: str, against: str) -> str:
     for levels, line in list(lines.items())[:MOST_LINES]:
         low, high = min(line, key=lambda p: p[1]), max(line, key=lambda p: p[1])
         places = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (line[0], line[-1], low, high)]
-        name = at_levels(axes, levels)
+        name = words.at_levels(axes, levels)
         text = f"from {places[0]} to {places[1]}; lowest {places[2]}, highest {places[3]}."
         parts.append(f"{name}: {text}" if name else text)
     if len(lines) > MOST_LINES:

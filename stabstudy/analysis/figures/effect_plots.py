@@ -227,8 +227,7 @@ def parallel_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         return
     mixed = bool(compare.mixed(trials, "final_loss"))
     metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    verdicts = words.listing([f"{n} {v}" for v, n in counts if n])
+    verdicts = words.listing([f"{n} {v}" for v, n in compare.verdicts(trials).items() if n])
     lacking = _lacking(trials, metrics)
     rest = int((grid.trials["state"] == "done").sum()) - len(trials)
     caption = (

@@ -13,7 +13,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, pooled
+from stabstudy.analysis.figures.layout import Layout, level_texts, panels, pooled
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, levels_of, split
 from stabstudy.analysis.paired import EXPOSURE, Kind, kind_of
@@ -248,7 +248,7 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
         f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
-    peak = f" Highest: {text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
+    peak = f" Highest: {text(top, value)} at {words.at_levels(axes, highest.levels)}." if highest else ""
     name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
     picture = panels(
         study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)

@@ -11,7 +11,7 @@ import pandas as pd
 from stabstudy.analysis import survival, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.layout import Layout, at_levels
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
@@ -71,7 +71,7 @@ def sensitivity(
         at = [positions.of(r[x]) for r in rows]
         values = [r["lrs"] for r in rows]
         ends = [[_reach(r, end) for r in rows] for end in ("lrs_low", "lrs_high")]
-        name = at_levels(others, recipe)
+        name = words.at_levels(others, recipe)
         dash = style.DASHES[i % len(style.DASHES)]
         ax.errorbar(at, values, yerr=ends, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
         for place, value, row in zip(at, values, rows, strict=True):
@@ -131,7 +131,7 @@ def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
 
 
 def _where(row: dict[str, Any], axes: list[str]) -> str:
-    return at_levels(axes, (row[a] for a in axes))
+    return words.at_levels(axes, (row[a] for a in axes))
 
 
 def _change(row: dict[str, float]) -> str:

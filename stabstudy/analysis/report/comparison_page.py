@@ -38,7 +38,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
         headline=f"Comparison of {len(names)} studies.",
-        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
+        counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(whole.trials).items()],
         findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
@@ -260,5 +260,4 @@ def _cell(trials: Any, metric: str) -> str:
 
 
 def _verdicts(trials: Any) -> str:
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING
+    return ", ".join(f"{n} {v}" for v, n in compare.verdicts(trials).items() if n) or words.NOTHING

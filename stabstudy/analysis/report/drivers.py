@@ -97,7 +97,7 @@ def _reasons(what: str, rows: list[dict[str, Any]], axes: list[str]) -> Iterator
         yield Text(f"{what}: not computed: {missing[0]['reason']}.")
         return
     for row in missing[:MOST_REASONS]:
-        where = ", ".join(f"{words.label(a)} {words.level(row[a], a)}" for a in axes)
+        where = words.at_levels(axes, (row[a] for a in axes))
         yield Text(f"{what}: not computed at {where}: {row['reason']}.")
     if more := len(missing[MOST_REASONS:]):
         yield Text(f"{what}: not computed in {more} more rows.")
