@@ -131,8 +131,13 @@ def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
 def value(metric: str, field: Any) -> str:
     """A statistic of a trial or a mean of it: a number as its unit wants it, yes or no, or clean text."""
     if isinstance(field, bool):
-        return "yes" if field else "no"
+        return yes_or_no(field)
     return clean(field) if isinstance(field, str) else statistic(field, COLUMNS[metric].unit)
+
+
+def yes_or_no(answer: bool | None) -> str:
+    """An answer in one word; a dash where there is none."""
+    return NOTHING if answer is None else "yes" if answer else "no"
 
 
 def interval(metric: str, low: Any, high: Any) -> str:

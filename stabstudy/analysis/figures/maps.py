@@ -201,11 +201,11 @@ def _draw_field(
     corner = (at[0] - 0.5, at[1] - 0.5)
     ground = style.field_colour(share)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
-    unstable = [f"{n} {verdict}" for verdict, n in bad.items() if n]
+    verdicts = compare.verdicts(trials)
+    unstable = [f"{verdicts[v]} {v}" for v in VERDICTS[1:] if verdicts[v]]
     ink = style.field_text_colour(ground)
     ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
-    if bad["diverged"]:
+    if verdicts["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MICRO_BATCH = "train.micro_batch_size"
+
 MOST_LEVELS = 6
 TRIALS_PER_LEVEL = 4
 """So many traces are read for the figure of ratios, so that its cost does not grow with the study."""
@@ -39,8 +41,6 @@ RATIOS_NAMED = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 QUANTILES = (0.5, 0.99, 0.999)
 RATIOS_TITLE = "Gradient norms over their recent median"
 ACCUMULATION_TITLE = "Check of gradient accumulation"
-
-MICRO_BATCH = "train.micro_batch_size"
 
 LOSS_AGREES, NORM_AGREES = 1e-5, 1e-4
 """Relative differences at the first step within which two splits of one float32 batch agree."""
@@ -129,84 +129,6 @@ def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:
     return answer
 
 
-@dataclass(frozen=True)
-class Split:
-    """Two trials that differ in the micro-batch size alone; `loss`, `norm`: relative differences, shape [steps]."""
-
-    trial_id: str
-    partner: str  # of the largest micro-batch
-    sizes: tuple[int, int]  # of the trial and of its partner
-    precision: str
-    loss: NDArray[np.float64]
-    norm: NDArray[np.float64]
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether both are within rounding at the first step, where the weights are equal; None: not float32."""
-        if self.precision != "fp32":
-            return None
-        return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
-
-
-def splits(study: Study, most: int = 6) -> list[Split]:
-    """The first `most` pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
-    done = study.trials[study.trials["state"] == "done"]
-    others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
-    groups: dict[tuple[Level, ...], list[str]] = {}
-    for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
-        groups.setdefault(key, []).append(str(trial_id))
-    pairs: list[Split] = []
-    for members in groups.values():
-        ranked = sorted(members, key=lambda t: -micro_batch(study, t))
-        pairs += [split for t in ranked[1:] if len(pairs) < most and (split := _split(study, t, ranked[0]))]
-    return pairs[:most]
-
-
-def micro_batch(study: Study, trial_id: str) -> int:
-    """Sequences of a micro-batch; those of the batch where it is not split."""
-    row = study.row(trial_id)
-    return int(row[MICRO_BATCH] or row["train.batch_size"])
-
-
-def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | None = None) -> Axes:
-    """Largest relative difference so far of loss (lines) and gradient norm (dashed) between two splits of one batch.
-
-    At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
-    Differences of 0 lie at the lower edge.
-    """
-    shown = splits(study) if pairs is None else pairs
-    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
-    floor = 1e-9
-    for i, pair in enumerate(shown):
-        colour = style.CATEGORIES[i % len(style.CATEGORIES)]
-        name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
-        for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):
-            ax.plot(
-                np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
-            )
-    ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
-    style.log_ticks(ax)
-    style.legend_beside(ax, "micro-batch size")
-    return ax
-
-
-def _split(study: Study, trial_id: str, partner: str) -> Split | None:
-    a, b = _trace(study, trial_id), _trace(study, partner)
-    if a is None or b is None or not min(len(a), len(b)):
-        return None
-    n = min(len(a), len(b))
-    loss, norm = (np.abs(a[c][:n] - b[c][:n]) / np.abs(b[c][:n]) for c in ("loss", "grad_norm"))
-    sizes = (micro_batch(study, trial_id), micro_batch(study, partner))
-    return Split(trial_id, partner, sizes, study.row(trial_id)["train.precision"], loss, norm)
-
-
-def _trace(study: Study, trial_id: str) -> Rows | None:
-    try:
-        return study.trace(trial_id)
-    except DamagedRecord:  # it was readable when the tables were made
-        return None
-
-
 def _evenly(items: Sequence[T], most: int) -> list[T]:
     return list(items) if len(items) <= most else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
@@ -259,6 +181,84 @@ def _without_step(study: Study, trial_ids: Sequence[str]) -> str:
     return f" Without such a step: {_traces(study, trial_ids)} more." if trial_ids else ""
 
 
+def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | None = None) -> Axes:
+    """Largest relative difference so far of loss (lines) and gradient norm (dashed) between two splits of one batch.
+
+    At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
+    Differences of 0 lie at the lower edge.
+    """
+    shown = splits(study) if pairs is None else pairs
+    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
+    floor = 1e-9
+    for i, pair in enumerate(shown):
+        colour = style.CATEGORIES[i % len(style.CATEGORIES)]
+        name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
+        for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):
+            ax.plot(
+                np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
+            )
+    ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
+    style.log_ticks(ax)
+    style.legend_beside(ax, "micro-batch size")
+    return ax
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two trials that differ in the micro-batch size alone; `loss`, `norm`: relative differences, shape [steps]."""
+
+    trial_id: str
+    partner: str  # of the largest micro-batch
+    sizes: tuple[int, int]  # of the trial and of its partner
+    precision: str
+    loss: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both are within rounding at the first step, where the weights are equal; None: not float32."""
+        if self.precision != "fp32":
+            return None
+        return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
+
+
+def splits(study: Study, most: int = 6) -> list[Split]:
+    """The first `most` pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
+    done = study.trials[study.trials["state"] == "done"]
+    others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
+    groups: dict[tuple[Level, ...], list[str]] = {}
+    for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
+        groups.setdefault(key, []).append(str(trial_id))
+    pairs: list[Split] = []
+    for members in groups.values():
+        ranked = sorted(members, key=lambda t: -micro_batch(study, t))
+        pairs += [split for t in ranked[1:] if len(pairs) < most and (split := _split(study, t, ranked[0]))]
+    return pairs[:most]
+
+
+def micro_batch(study: Study, trial_id: str) -> int:
+    """Sequences of a micro-batch; those of the batch where it is not split."""
+    row = study.row(trial_id)
+    return int(row[MICRO_BATCH] or row["train.batch_size"])
+
+
+def _split(study: Study, trial_id: str, partner: str) -> Split | None:
+    a, b = _trace(study, trial_id), _trace(study, partner)
+    if a is None or b is None or not min(len(a), len(b)):
+        return None
+    n = min(len(a), len(b))
+    loss, norm = (np.abs(a[c][:n] - b[c][:n]) / np.abs(b[c][:n]) for c in ("loss", "grad_norm"))
+    sizes = (micro_batch(study, trial_id), micro_batch(study, partner))
+    return Split(trial_id, partner, sizes, study.row(trial_id)["train.precision"], loss, norm)
+
+
+def _trace(study: Study, trial_id: str) -> Rows | None:
+    try:
+        return study.trace(trial_id)
+    except DamagedRecord:  # it was readable when the tables were made
+        return None
+
+
 def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     """Pairs of trials that split the same batch differently, where micro-batch sizes differ."""
     if MICRO_BATCH not in study.axes:
@@ -286,12 +286,12 @@ def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Abse
     )
     picture, alt = accumulation(study, pairs), f"Line chart. {verdict}"
     heads = ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees")
-    rows, texts = map(_row, pairs), {*heads[:4], "agrees"}
+    rows, texts = map(_split_row, pairs), {*heads[:4], "agrees"}
     yield style.report_figure("accumulation", ACCUMULATION_TITLE, picture, alt, caption, heads, rows, texts)
 
 
-def _row(pair: Split) -> tuple[str, ...]:
+def _split_row(pair: Split) -> tuple[str, ...]:
     finite = pair.loss[np.isfinite(pair.loss)]
     numbers = (float(pair.loss[0]), float(pair.norm[0]), float(finite.max()) if len(finite) else None)
-    agrees = words.NOTHING if pair.agrees is None else "yes" if pair.agrees else "no"
-    return (pair.trial_id, str(pair.sizes[0]), str(pair.sizes[1]), pair.partner, *map(words.number, numbers), agrees)
+    texts = (pair.trial_id, *map(str, pair.sizes), pair.partner)
+    return (*texts, *map(words.number, numbers), words.yes_or_no(pair.agrees))

@@ -24,6 +24,14 @@ from stabstudy.stability.verdict import VERDICTS
 
 UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
 
+NO_CELL = "No cell is in two studies."
+
+FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
+"""Statistic, and whether on a log scale: one figure each."""
+
+CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
+"""Statistics of the tables."""
+
 
 def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     """The comparison of at least two studies of different names; the first is what the others are compared with.
@@ -164,15 +172,6 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
-"""Statistic, and whether on a log scale: one figure each."""
-
-CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
-"""Statistics of the tables."""
-
-NO_CELL = "No cell is in two studies."
 
 
 def matched_figures(whole: Study) -> Iterator[Block]:
