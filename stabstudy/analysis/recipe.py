@@ -109,11 +109,11 @@ def conditions(study: Study) -> list[str]:
     if isinstance(named, list):
         chosen = {a for a in study.axes if a in named or a.partition(".")[0] in named}
     else:
-        chosen = set(GIVEN) - (_asked(study) if _ASKS_BATCH.search(study.question) else set())
+        chosen = set(GIVEN) - (_batch_axes(study) if _ASKS_BATCH.search(study.question) else set())
     return [a for a in study.axes if a in chosen or a == "data" or a.startswith("data.")]
 
 
-def _asked(study: Study) -> set[str]:
+def _batch_axes(study: Study) -> set[str]:
     """The axes that belong to a question about the batch size."""
     sequences = study.grid.trials[BATCH] * study.grid.trials[STEPS]
     return {BATCH, STEPS} if sequences.nunique() == 1 else {BATCH}

@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 MICRO_BATCH = "train.micro_batch_size"
 
+MOST_PAIRS = 6
+"""Pairs in the check of gradient accumulation."""
+
 MOST_LEVELS = 6
 TRIALS_PER_LEVEL = 4
 """So many traces are read for the figure of ratios, so that its cost does not grow with the study."""
@@ -222,8 +225,8 @@ class Split:
         return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
 
 
-def splits(study: Study, most: int = 6) -> list[Split]:
-    """The first `most` pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
+def splits(study: Study) -> list[Split]:
+    """The first MOST_PAIRS pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
     done = study.trials[study.trials["state"] == "done"]
     others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
     groups: dict[tuple[Level, ...], list[str]] = {}
@@ -232,8 +235,8 @@ def splits(study: Study, most: int = 6) -> list[Split]:
     pairs: list[Split] = []
     for members in groups.values():
         ranked = sorted(members, key=lambda t: -micro_batch(study, t))
-        pairs += [split for t in ranked[1:] if len(pairs) < most and (split := _split(study, t, ranked[0]))]
-    return pairs[:most]
+        pairs += [split for t in ranked[1:] if len(pairs) < MOST_PAIRS and (split := _split(study, t, ranked[0]))]
+    return pairs[:MOST_PAIRS]
 
 
 def micro_batch(study: Study, trial_id: str) -> int:
