@@ -714,7 +714,7 @@ def two_studies() -> pd.DataFrame:
     return pd.DataFrame(rows, index=[f"{row['cell']}, {row['seed']}" for row in rows])
 
 
-OF_STUDIES = {"study": ["z", "b"], "optim.lr": [1e-3, 1e-2, 1e-1], "optim.clip": [1.0, None]}
+OF_STUDIES: dict[str, list[Any]] = {"study": ["z", "b"], "optim.lr": [1e-3, 1e-2, 1e-1], "optim.clip": [1.0, None]}
 
 
 def test_cells_that_two_studies_hold() -> None:

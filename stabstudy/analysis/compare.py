@@ -40,6 +40,17 @@ BY_RULES = ("spike_", "severity", "warn_")
 STABLE_MARGIN = 0.2
 """nat/token above the best loss at which a setting still counts as working (ours)."""
 
+_DIFFERS = {
+    "eval_hash": "its levels were evaluated on different batches",
+    STRIDE: "its levels were logged at different strides",
+    "detector_id": "its levels were judged by different rules",
+}
+
+_LIMITS = (
+    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
+    *("best", "best_loss", "works_to"),
+)
+
 
 class Refused(ValueError):
     """The statistic cannot be given; the message has the reason."""
@@ -53,6 +64,11 @@ def statistics() -> list[str]:
 def counted(metric: str) -> bool:
     """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
     return metric.startswith("spike_") and kind_of(metric) is Kind.COUNT
+
+
+def column(metric: str) -> str:
+    """The column that a comparison of this statistic reads."""
+    return "final_loss_capped" if metric == "final_loss" else metric
 
 
 def alike(metric: str, trials: pd.DataFrame) -> list[str]:
@@ -72,13 +88,6 @@ def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
     return [name for name in alike(metric, trials) if trials[name].nunique() > 1]
 
 
-_DIFFERS = {
-    "eval_hash": "its levels were evaluated on different batches",
-    STRIDE: "its levels were logged at different strides",
-    "detector_id": "its levels were judged by different rules",
-}
-
-
 def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, str], str]:
     """(axis, statistic) -> why it cannot be told what the axis changed in it: `alike` differs along the axis."""
     reasons = {}
@@ -94,11 +103,6 @@ def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[st
     return reasons
 
 
-def verdicts(trials: pd.DataFrame) -> dict[str, int]:
-    """How many of the trials have each of the VERDICTS."""
-    return {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
-
-
 def values(trials: pd.DataFrame, metric: str) -> list[float]:
     """The statistic of each trial as float, null as NaN; `final_loss` stands for `final_loss_capped`."""
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
@@ -111,6 +115,11 @@ def mean(trials: pd.DataFrame, metric: str) -> Estimate:
     """
     numbers = [] if mixed(trials, metric) else values(trials, metric)
     return estimate(metric, numbers, exposures(metric, trials.head(len(numbers))))
+
+
+def verdicts(trials: pd.DataFrame) -> dict[str, int]:
+    """How many of the trials have each of the VERDICTS."""
+    return {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -158,6 +167,38 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str, by
     table = pd.DataFrame([at | _pair(part, others, axis, metric, a, b) for at, part in parts for a, b in pairs])
     table["p_holm"] = holm(list(table["p"]))
     return table
+
+
+def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
+    members = [at_level(done, axis, level) for level in (a, b)]
+    first, second = (_by_partner(trials, others, metric) for trials in members)
+    diverged_a, diverged_b = (int((trials["verdict"] == "diverged").sum()) for trials in members)
+    shared = [k for k in first if k in second and math.isfinite(first[k]) and math.isfinite(second[k])]
+    per_seed: dict[Level, list[float]] = {}
+    for k in shared:
+        per_seed.setdefault(k[0], []).append(second[k] - first[k])
+    e = t_interval(means := [math.fsum(d) / len(d) for d in per_seed.values()])
+    n = len(shared)
+    return {
+        "a": a,
+        "b": b,
+        "seeds": e.n,
+        "pairs": n,
+        "mean_a": math.fsum(first[k] for k in shared) / n if n else math.nan,
+        "mean_b": math.fsum(second[k] for k in shared) / n if n else math.nan,
+        "difference": e.mean,
+        "low": e.low,
+        "high": e.high,
+        "positive": sum(second[k] > first[k] for k in shared) / n if n else math.nan,
+        "p": sign_flip_p(means) if len(means) >= FLIPS_FROM else math.nan,
+        "diverged_a": diverged_a,
+        "diverged_b": diverged_b,
+    }
+
+
+def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], float]:
+    """(seed, what a partner must share) -> the statistic."""
+    return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
 
 
 def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], others: Sequence[str]) -> None:
@@ -208,66 +249,6 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
             rows.append(row | {"reason": str(refused)})
     table = pd.DataFrame(rows)
     return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
-
-
-def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
-    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
-
-    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
-    length), and the same evaluation batch. Null without a final loss.
-    """
-    loss = trials[column("final_loss")]
-    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
-    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
-    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")
-
-
-def column(metric: str) -> str:
-    """The column that a comparison of this statistic reads."""
-    return "final_loss_capped" if metric == "final_loss" else metric
-
-
-def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
-    members = [at_level(done, axis, level) for level in (a, b)]
-    first, second = (_by_partner(trials, others, metric) for trials in members)
-    diverged_a, diverged_b = (int((trials["verdict"] == "diverged").sum()) for trials in members)
-    shared = [k for k in first if k in second and math.isfinite(first[k]) and math.isfinite(second[k])]
-    per_seed: dict[Level, list[float]] = {}
-    for k in shared:
-        per_seed.setdefault(k[0], []).append(second[k] - first[k])
-    e = t_interval(means := [math.fsum(d) / len(d) for d in per_seed.values()])
-    n = len(shared)
-    return {
-        "a": a,
-        "b": b,
-        "seeds": e.n,
-        "pairs": n,
-        "mean_a": math.fsum(first[k] for k in shared) / n if n else math.nan,
-        "mean_b": math.fsum(second[k] for k in shared) / n if n else math.nan,
-        "difference": e.mean,
-        "low": e.low,
-        "high": e.high,
-        "positive": sum(second[k] > first[k] for k in shared) / n if n else math.nan,
-        "p": sign_flip_p(means) if len(means) >= FLIPS_FROM else math.nan,
-        "diverged_a": diverged_a,
-        "diverged_b": diverged_b,
-    }
-
-
-def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tuple[Level, ...], float]:
-    """(seed, what a partner must share) -> the statistic."""
-    return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
-
-
-_LIMITS = (
-    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
-    *("best", "best_loss", "works_to"),
-)
-
-
-def by_noise(trials: pd.DataFrame) -> pd.Series[bool]:
-    """Which trials are rough or spiky by sampling noise: by their batches, and not by their settings."""
-    return trials["sampling_noise"].eq(True).fillna(False).astype(bool)
 
 
 def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
@@ -328,3 +309,20 @@ def _working(trials: pd.DataFrame, setting: str, others: Sequence[str]) -> dict[
         "best_loss": math.fsum(m[best] for m in means) / len(means) if one_batch else None,
         "works_to": next(iter(reversed(list(up))), None),
     }
+
+
+def by_noise(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Which trials are rough or spiky by sampling noise: by their batches, and not by their settings."""
+    return trials["sampling_noise"].eq(True).fillna(False).astype(bool)
+
+
+def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
+
+    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
+    length), and the same evaluation batch. Null without a final loss.
+    """
+    loss = trials[column("final_loss")]
+    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
+    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
+    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")

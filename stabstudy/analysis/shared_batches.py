@@ -218,6 +218,17 @@ def batch_effects(trials: Sequence[Row], spikes: Iterable[Row], ratios: Ratios) 
     return pd.concat(tables).sort_values(order, ascending=[False, *[True] * 6], kind="stable", ignore_index=True)
 
 
+def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
+    """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
+    from stabstudy.data import batches  # here and not above: all other questions do without
+
+    config, body = trial.read_own()
+    cache = None if cache_dir is None else Path(cache_dir)
+    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
+    rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
+    return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
+
+
 @dataclass(frozen=True)
 class _Witnesses:
     """r of trials that read the same batches, at some steps."""
@@ -340,14 +351,3 @@ def _spike_steps(spikes: Iterable[Row]) -> dict[str, list[int]]:
     for spike in spikes:
         at.setdefault(spike["trial_id"], []).extend({spike[end] for end in ENDS})
     return at
-
-
-def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
-    """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
-    from stabstudy.data import batches  # here and not above: all other questions do without
-
-    config, body = trial.read_own()
-    cache = None if cache_dir is None else Path(cache_dir)
-    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
-    rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
-    return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])

@@ -226,8 +226,7 @@ def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     steps, free = curve.quantiles, curve.probabilities
     bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
     for i in np.flatnonzero((free == 0) | (free == 1)):
-        n = int(np.count_nonzero((time >= steps[i]) | event))
-        bounds[i] = share_interval(n if free[i] else 0, n)
+        bounds[i] = _exact_interval(time, event, steps[i], free[i])
     at_risk = [int((time >= t).sum()) for t in steps]
     return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
 
@@ -289,9 +288,8 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
     curve = kaplan_meier(time, event)
     there = curve[curve["step"] <= horizon].tail(1)
     free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
-    if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
-        n = int(np.count_nonzero((time >= horizon) | event))
-        low, high = share_interval(n if free else 0, n)
+    if free in (0.0, 1.0):  # at the horizon itself, not at the last end before it
+        low, high = _exact_interval(time, event, horizon, free)
     half = curve.loc[curve["free"] <= 0.5, "step"]
     return {
         "level": level,
@@ -304,6 +302,12 @@ def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]
         "low": low,
         "high": high,
     }
+
+
+def _exact_interval(time: Floats, event: Bools, step: float, free: float) -> tuple[float, float]:
+    """That of a share `free` of 0 or 1, of the trials whose answer is known at a step."""
+    n = int(np.count_nonzero((time >= step) | event))
+    return share_interval(n if free else 0, n)
 
 
 def _numbered(items: Sequence[Hashable]) -> Ints:

@@ -135,6 +135,16 @@ def _shorter(places: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places[0])
 
 
+def _dark_style(svg: str) -> str:
+    used = sorted({c for c in re.findall(r"#[0-9a-f]{6}", svg) if c in DARK})
+    rules = "".join(
+        f'[style*="{part}: {colour}"]{{{part}:{DARK[colour]} !important}}'
+        for colour in used
+        for part in ("fill", "stroke")
+    )
+    return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure in light colours at 160 dots per inch; the same figure gives the same bytes."""
     from matplotlib import rc_context
@@ -309,13 +319,3 @@ class Positions:
     def _ticks(self) -> list[Any]:
         stride = 1 if self.categorical else math.ceil(len(self.levels) / MOST_TICKS)
         return self.levels[::stride]
-
-
-def _dark_style(svg: str) -> str:
-    used = sorted({c for c in re.findall(r"#[0-9a-f]{6}", svg) if c in DARK})
-    rules = "".join(
-        f'[style*="{part}: {colour}"]{{{part}:{DARK[colour]} !important}}'
-        for colour in used
-        for part in ("fill", "stroke")
-    )
-    return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
