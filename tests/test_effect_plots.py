@@ -26,7 +26,7 @@ X3 = "share of steps at 3x the recent norm (fraction)"
 
 def figures(study: Study) -> Iterator[Figure | Absent]:
     """The report's figures of effects, in its order."""
-    modules = {m.__name__ for m in (effect_plots, effect_plots, study_curves)}
+    modules = {m.__name__ for m in (effect_plots, study_curves)}
     for family in registry.OVER_SETTINGS:
         if family.__module__ in modules:
             yield from family(study, MAIN)

@@ -125,7 +125,6 @@ def test_a_lucky_cell_of_one_seed_never_wins() -> None:
         {"state": "failed", "verdict": None, "final_loss": None, "final_loss_capped": None},
         {"state": "pending", "verdict": None, "final_loss": None, "final_loss_capped": None},
         {"final_loss": None, "final_loss_capped": None},
-        {"stop_reason": "scheduler"},
         UNTRAINED,
         {"verdict": None, "verdict_reason": "too_short"},
     ],

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+import tabled
 from scipy import stats
 from statsmodels.duration.survfunc import SurvfuncRight, survdiff
 from statsmodels.formula.api import ols
@@ -104,7 +105,6 @@ def test_other_axes_are_averaged_before_the_minimum() -> None:
     [
         ({"state": "oom", "final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (oom)"),
         ({"final_loss_capped": None}, "the grid has a hole at learning rate 0.03, seed 1 (no final loss)"),
-        ({"stop_reason": "scheduler"}, "the grid has a hole at learning rate 0.03, seed 1 (stopped by a scheduler)"),
         ({"optim.lr": 0.031}, "the grid has a hole at learning rate 0.03, seed 1 (no trial)"),
         ({"eval_hash": "other"}, "its losses are on different evaluation batches"),
     ],
@@ -184,8 +184,6 @@ def test_underperform_is_against_the_best_at_an_equal_budget() -> None:
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, True]
     table.loc[4, "eval_hash"] = "other"
     assert compare.underperform(table).tolist() == [False, False, False, pd.NA, False]
-    table.loc[1, "stop_reason"] = "scheduler"
-    assert compare.underperform(table).tolist() == [False, pd.NA, False, pd.NA, False]
 
 
 # What is paired and pooled
@@ -428,7 +426,7 @@ def test_permutations_keep_their_level() -> None:
 def test_first_spikes_of_trials() -> None:
     rows = [
         trial(1e-3, seed=0, steps_done=100),  # no spike in 100 steps
-        trial(1e-3, seed=1, steps_done=40),  # stopped by a scheduler
+        trial(1e-3, seed=1, steps_done=40),  # the log ends here
         trial(1e-1, seed=0, spike_first_step=30),
         trial(1e-1, seed=1, spike_first_step=80, verdict="diverged", verdict_step=60),
         trial(1e-1, seed=2, spike_first_step=20, verdict="diverged", verdict_step=60),
@@ -641,3 +639,121 @@ def test_a_study_answers_all_of_it(tmp_path: Path) -> None:
     assert study.importance().set_index("metric").loc["attn_logit_peak", "optim.lr"] > 0.9
     with pytest.raises(KeyError, match="no axis"):
         study.time_to_first_spike("seed")
+
+
+# Outcomes, ranks, and what two studies share
+
+
+def test_outcomes_count_every_trial_once() -> None:
+    judged = [trial(verdict=v) for v in ("stable", "stable", "rough", "diverged", None)]
+    others = [trial(state=s, verdict=None) for s in ("failed", "oom", "timeout", "disk_full", "running", "pending")]
+    assert study_statistics.outcomes([*judged, *others], damaged=2) == {
+        **{"stable": 2, "spiky": 0, "rough": 1, "diverged": 1, "not judged": 1},
+        **{"unfinished": 2, "failed": 4, "damaged": 2},
+    }
+
+
+def test_claims_on_verdicts_count_the_trials_they_are_of() -> None:
+    rows = [
+        *(trial(seed=i, verdict=None, verdict_reason=r) for i, r in enumerate(("untrained", "too_short", "untrained"))),
+        trial(seed=3, verdict=None),
+        trial(seed=4, state="running", verdict=None, verdict_reason="running"),
+        *(trial(seed=5 + i, verdict="rough", sampling_noise=noise) for i, noise in enumerate((True, False, None))),
+        trial(seed=8, verdict="spiky", sampling_noise=True),
+        trial(seed=9, warn_attn_logit=12, warn_logit=0),
+        trial(seed=10, warn_attn_logit=3),
+        trial(seed=11, verdict="diverged", warn_attn_logit=3),
+    ]
+    trials = tabled.study(rows).trials
+    assert list(study_statistics.without_verdict(trials).items()) == [
+        ("not judged", 1), ("too_short", 1), ("untrained", 2),
+    ]  # fmt: skip
+    assert study_statistics.verdicts_by_noise(trials) == {"rough": 1, "spiky": 1}
+    assert {k: n for k, n in study_statistics.warned(trials).items() if n} == {"warn_attn_logit": 2, "warn_logit": 1}
+
+
+def ranked(**rows: tuple[str, str | None, float | None]) -> dict[str, dict[str, Any]]:
+    """Done trials, each by its cell, its verdict and its largest norm over the median."""
+    names = ("cell_id", "verdict", "grad_norm_max_over_median")
+    return {t: dict(zip(names, values, strict=True)) for t, values in rows.items()}
+
+
+def test_trials_rank_by_verdict_then_by_norm() -> None:
+    done = ranked(
+        a=("A", "stable", 5.0), b=("A", "rough", 3.0), c=("B", "diverged", None), d=("C", None, 9.0),
+        e=("D", "stable", 5.0), f=("D", "stable", 7.0), g=("A", "rough", 4.0),
+    )  # fmt: skip
+    assert study_statistics.by_roughness(done) == ["c", "g", "b", "f", "a", "e", "d"]
+    assert study_statistics.roughest(done, 3) == ["c", "g"]  # one of each cell that is not stable
+    assert study_statistics.roughest(done, 1) == ["c"]
+    assert study_statistics.typical(done) == "a"  # of 3, 4, 5, 5, 7, 9: B, where the roughest is, is left out
+    calm = ranked(a=("A", "stable", 2.0), b=("A", "stable", 3.0))
+    assert study_statistics.roughest(calm, 3) == ["b"] and study_statistics.typical(calm) is None
+    assert study_statistics.typical({}) is None
+
+
+def test_statistics_of_different_rules_or_strides_are_not_put_together() -> None:
+    trials = pd.DataFrame([trial(seed=0, log_stride=1), trial(seed=1, log_stride=1)])
+    assert study_statistics.one_stride(trials)
+    assert study_statistics.comparable(trials) == list(effects.REPORTED)
+    rest = [m for m in effects.REPORTED if m != "spike_abs_rate"]
+    assert study_statistics.comparable(trials.assign(detector_id=["jump-1", "jump-2"])) == rest
+    apart = trials.assign(log_stride=[1, 10])
+    assert not study_statistics.one_stride(apart) and study_statistics.comparable(apart) == rest
+
+
+def two_studies() -> pd.DataFrame:
+    """Study z with rates 1e-3 and 1e-2, study b with 1e-2 and 1e-1; two seeds each, clipping off at 1e-2."""
+    losses = {("z", 1e-3): (3.0, 3.1), ("z", 1e-2): (2.0, 2.1), ("b", 1e-2): (2.5, 2.7), ("b", 1e-1): (2.2, 2.2)}
+    rows = [
+        trial(lr, seed=seed, clip=None if lr == 1e-2 else 1.0, final_loss_capped=loss, study=name, log_stride=1)
+        | {"train.batch_size": 8 if name == "z" else 16, "cell": f"{name}, {lr:g}"}
+        for (name, lr), own in losses.items()
+        for seed, loss in enumerate(own)
+    ]
+    return pd.DataFrame(rows, index=[f"{row['cell']}, {row['seed']}" for row in rows])
+
+
+OF_STUDIES: dict[str, list[Any]] = {"study": ["z", "b"], "optim.lr": [1e-3, 1e-2, 1e-1], "optim.clip": [1.0, None]}
+
+
+def test_cells_that_two_studies_hold() -> None:
+    trials = two_studies()
+    shared = {"z, 0.01, 0", "z, 0.01, 1", "b, 0.01, 0", "b, 0.01, 1"}
+    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == shared
+    trials.loc["b, 0.01, 0", "state"] = "failed"
+    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == shared - {"b, 0.01, 0"}
+    trials.loc["b, 0.01, 1", "state"] = "failed"
+    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == set()
+
+
+def test_settings_that_tell_two_studies_apart() -> None:
+    names = ["train.batch_size", "train.steps", "optim.lr"]
+    assert study_statistics.settings_apart(two_studies(), ["z", "b"], names) == {"train.batch_size": [8, 16]}
+    assert study_statistics.settings_apart(two_studies(), ["b", "z"], names) == {"train.batch_size": [16, 8]}
+
+
+def test_differences_start_at_the_first_study() -> None:
+    """The names say the other order: b before z."""
+    trials = two_studies()
+    trials.loc["b, 0.01, 0", "verdict"] = "diverged"
+    (row,) = study_statistics.paired_differences(trials, OF_STUDIES, ["final_loss"])
+    assert (row["a"], row["b"], row["pairs"], row["positive"]) == ("z", "b", 2, 1.0)
+    assert (row["mean_a"], row["mean_b"], row["difference"]) == pytest.approx((2.05, 2.6, 0.55))
+    half = 12.7062 * 0.05  # Student's t of one degree of freedom, and half the distance of 0.5 and 0.6
+    assert (row["low"], row["high"]) == pytest.approx((0.55 - half, 0.55 + half), rel=1e-4)
+    assert (row["diverged_a"], row["diverged_b"]) == (0, 1)
+
+
+def test_changes_within_a_cell_are_paired_by_seed_and_data() -> None:
+    trials = two_studies()
+    (cell,) = study_statistics.cell_changes(trials, OF_STUDIES, ["final_loss"])
+    assert (cell.levels, cell.first, cell.other, cell.seeds) == ((1e-2, None), "z", "b", 2)
+    assert cell.changes["final_loss"] is not None and cell.changes["final_loss"].mean == pytest.approx(0.55)
+    trials.loc["b, 0.01, 1", "data_fingerprint"] = "other"
+    (cell,) = study_statistics.cell_changes(trials, OF_STUDIES, ["final_loss"])
+    assert cell.changes["final_loss"] is not None and cell.seeds == 1
+    assert cell.changes["final_loss"].mean == pytest.approx(0.5)
+    trials.loc["b, 0.01, 0", "eval_hash"] = "other"
+    (cell,) = study_statistics.cell_changes(trials, OF_STUDIES, ["final_loss"])
+    assert cell.changes == {"final_loss": None}

@@ -40,8 +40,16 @@ BY_RULES = ("spike_", "severity", "warn_")
 STABLE_MARGIN = 0.2
 """nat/token above the best loss at which a setting still counts as working (ours)."""
 
-SCHEDULER = "scheduler"
-"""The `stop_reason` of a trial that was not let finish: its last loss is not that of its budget."""
+_DIFFERS = {
+    "eval_hash": "its levels were evaluated on different batches",
+    STRIDE: "its levels were logged at different strides",
+    "detector_id": "its levels were judged by different rules",
+}
+
+_LIMITS = (
+    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
+    *("best", "best_loss", "works_to"),
+)
 
 
 class Refused(ValueError):
@@ -56,6 +64,11 @@ def statistics() -> list[str]:
 def counted(metric: str) -> bool:
     """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
     return metric.startswith("spike_") and kind_of(metric) is Kind.COUNT
+
+
+def column(metric: str) -> str:
+    """The column that a comparison of this statistic reads."""
+    return "final_loss_capped" if metric == "final_loss" else metric
 
 
 def alike(metric: str, trials: pd.DataFrame) -> list[str]:
@@ -75,24 +88,17 @@ def mixed(trials: pd.DataFrame, metric: str) -> list[str]:
     return [name for name in alike(metric, trials) if trials[name].nunique() > 1]
 
 
-_DIFFERS = {
-    "eval_hash": "its levels were evaluated on different batches",
-    STRIDE: "its levels were logged at different strides",
-    "detector_id": "its levels were judged by different rules",
-}
-
-
 def incomparable(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> dict[tuple[str, str], str]:
     """(axis, statistic) -> why it cannot be told what the axis changed in it: `alike` differs along the axis."""
     reasons = {}
     for metric in metrics:
         if not (names := [n for n in alike(metric, trials) if n in trials]):
             continue
-        known = trials[trials[column(metric)].notna()] if column(metric) in trials else trials
-        for name in (n for n in names if known[n].nunique() > 1):
+        measured = trials[trials[column(metric)].notna()] if column(metric) in trials else trials
+        for name in (n for n in names if measured[n].nunique() > 1):
             for axis in axes:
                 others = ["seed", *(a for a in axes if a != axis)]
-                if (known.groupby(others, dropna=False)[name].nunique() > 1).any():
+                if (measured.groupby(others, dropna=False)[name].nunique() > 1).any():
                     reasons[axis, metric] = _DIFFERS[name]
     return reasons
 
@@ -107,8 +113,13 @@ def mean(trials: pd.DataFrame, metric: str) -> Estimate:
 
     Unknown where it would mix what cannot be compared (see `alike`).
     """
-    known = [] if mixed(trials, metric) else values(trials, metric)
-    return estimate(metric, known, exposures(metric, trials.head(len(known))))
+    numbers = [] if mixed(trials, metric) else values(trials, metric)
+    return estimate(metric, numbers, exposures(metric, trials.head(len(numbers))))
+
+
+def verdicts(trials: pd.DataFrame) -> dict[str, int]:
+    """How many of the trials have each of the VERDICTS."""
+    return {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
 
 
 def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
@@ -124,7 +135,7 @@ def cells(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
         row = {"cell_id": cell_id, "case": plain(members["case"].iloc[0])}
         row |= {a: plain(members[a].iloc[0]) for a in axes}
         row |= {"n": len(members), "n_done": len(done)}
-        row |= {verdict: int((done["verdict"] == verdict).sum()) for verdict in VERDICTS}
+        row |= verdicts(done)
         for name in statistics():
             e = mean(done, name)
             row |= {name: e.mean, f"{name}_low": e.low, f"{name}_high": e.high}
@@ -156,74 +167,6 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str, by
     table = pd.DataFrame([at | _pair(part, others, axis, metric, a, b) for at, part in parts for a, b in pairs])
     table["p_holm"] = holm(list(table["p"]))
     return table
-
-
-def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], others: Sequence[str]) -> None:
-    """Raises Refused where a seed and cell of `others` lacks a done trial at one of these levels of `setting`.
-
-    Levels that have different partners cannot be averaged over them and then compared.
-    """
-    there = dict(zip(keys(trials, ["seed", *others, setting]), trials["state"], strict=True))
-    for partner in dict.fromkeys(keys(trials, ["seed", *others])):
-        for level in grid:
-            if (state := there.get((*partner, level))) != "done":
-                seed, *at = partner
-                raise Refused(hole((setting, *others), (level, *at), seed, state or "no trial"))
-
-
-def hole(axes: Sequence[str], levels: Sequence[Level], seed: Level, reason: str) -> str:
-    """Where a trial is missing, in words, and why."""
-    named = ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=True))
-    return f"the grid has a hole at {named}, seed {seed} ({reason})"
-
-
-def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | None) -> pd.DataFrame:
-    """A row per level of `by` (one row for None): how far `setting` can be raised, whatever the other axes and seeds.
-
-    `all_stable`: the largest level at which every trial is `stable`, with no level up to it at which one is not or
-    has no verdict; null: there is none. A trial that is `untrained` shows neither, so its level is passed over.
-    `evaluable`: the fewest evaluable steps of the stable trials up to it, on which it rests.
-    `first_unstable`: the smallest level with a trial that is judged and not stable; null: none seen. `n_unstable` of
-    the `n_there` trials at it are, `n_noise` of these by sampling noise. `stable_again`: the largest level above that
-    one at which every trial is stable; null, as it should be: none.
-    Losses are compared within each cell of the other axes, paired by seed, and never as means over different cells:
-    a level's excess is the mean over cells of its difference to the best level of that cell. `best`: the level of least
-    excess, `best_loss` its mean loss; null where the losses are on different evaluation batches. `works_to`: the
-    largest level such that at every level from `best` to it none diverged and the excess is within 0.2 nat.
-    `reason`: why all of this is null: the grid has a hole, so that levels have different partners.
-    """
-    others = [a for a in axes if a not in (setting, by)]
-    needed = [setting, *([] if by is None else [by]), *others, "seed", "state", "verdict", "verdict_code"]
-    trials = trials[[*needed, "verdict_reason", "sampling_noise", "n_evaluable", "eval_hash", column("final_loss")]]
-    groups = [None] if by is None else levels_of(trials[by])
-    rows = []
-    for level in groups:
-        part = trials if by is None else at_level(trials, by, level)
-        row: dict[str, Level] = {"level": level, "trials": len(part), **dict.fromkeys(_LIMITS), "reason": None}
-        try:
-            check_complete(part, setting, levels_of(part[setting]), others)
-            rows.append(row | stable_range(part, setting) | _working(part, setting, others))
-        except Refused as refused:
-            rows.append(row | {"reason": str(refused)})
-    table = pd.DataFrame(rows)
-    return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
-
-
-def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
-    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
-
-    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
-    length), and the same evaluation batch. Null without a final loss, and for a trial that a scheduler stopped.
-    """
-    loss = trials[column("final_loss")].mask(trials["stop_reason"] == SCHEDULER)
-    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
-    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
-    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")
-
-
-def column(metric: str) -> str:
-    """The column that a comparison of this statistic reads."""
-    return "final_loss_capped" if metric == "final_loss" else metric
 
 
 def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
@@ -258,15 +201,54 @@ def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tu
     return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
 
 
-_LIMITS = (
-    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
-    *("best", "best_loss", "works_to"),
-)
+def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], others: Sequence[str]) -> None:
+    """Raises Refused where a seed and cell of `others` lacks a done trial at one of these levels of `setting`.
+
+    Levels that have different partners cannot be averaged over them and then compared.
+    """
+    there = dict(zip(keys(trials, ["seed", *others, setting]), trials["state"], strict=True))
+    for partner in dict.fromkeys(keys(trials, ["seed", *others])):
+        for level in grid:
+            if (state := there.get((*partner, level))) != "done":
+                seed, *at = partner
+                raise Refused(hole((setting, *others), (level, *at), seed, state or "no trial"))
 
 
-def by_noise(trials: pd.DataFrame) -> pd.Series[bool]:
-    """Which trials are rough or spiky by sampling noise: by their batches, and not by their settings."""
-    return trials["sampling_noise"].eq(True).fillna(False).astype(bool)
+def hole(axes: Sequence[str], levels: Sequence[Level], seed: Level, reason: str) -> str:
+    """Where a trial is missing, in words, and why."""
+    return f"the grid has a hole at {words.at_levels(axes, levels)}, seed {seed} ({reason})"
+
+
+def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | None) -> pd.DataFrame:
+    """A row per level of `by` (one row for None): how far `setting` can be raised, whatever the other axes and seeds.
+
+    `all_stable`: the largest level at which every trial is `stable`, with no level up to it at which one is not or
+    has no verdict; null: there is none. A trial that is `untrained` shows neither, so its level is passed over.
+    `evaluable`: the fewest evaluable steps of the stable trials up to it, on which it rests.
+    `first_unstable`: the smallest level with a trial that is judged and not stable; null: none seen. `n_unstable` of
+    the `n_there` trials at it are, `n_noise` of these by sampling noise. `stable_again`: the largest level above that
+    one at which every trial is stable; null, as it should be: none.
+    Losses are compared within each cell of the other axes, paired by seed, and never as means over different cells:
+    a level's excess is the mean over cells of its difference to the best level of that cell. `best`: the level of least
+    excess, `best_loss` its mean loss; null where the losses are on different evaluation batches. `works_to`: the
+    largest level such that at every level from `best` to it none diverged and the excess is within 0.2 nat.
+    `reason`: why all of this is null: the grid has a hole, so that levels have different partners.
+    """
+    others = [a for a in axes if a not in (setting, by)]
+    needed = [setting, *([] if by is None else [by]), *others, "seed", "state", "verdict", "verdict_code"]
+    trials = trials[[*needed, "verdict_reason", "sampling_noise", "n_evaluable", "eval_hash", column("final_loss")]]
+    groups = [None] if by is None else levels_of(trials[by])
+    rows = []
+    for level in groups:
+        part = trials if by is None else at_level(trials, by, level)
+        row: dict[str, Level] = {"level": level, "trials": len(part), **dict.fromkeys(_LIMITS), "reason": None}
+        try:
+            check_complete(part, setting, levels_of(part[setting]), others)
+            rows.append(row | stable_range(part, setting) | _working(part, setting, others))
+        except Refused as refused:
+            rows.append(row | {"reason": str(refused)})
+    table = pd.DataFrame(rows)
+    return table.drop(columns="level") if by is None else table.rename(columns={"level": by}).set_index(by)
 
 
 def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
@@ -278,7 +260,7 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
     at = {v: at_level(trials, setting, v) for v in grid}
     unstable = {v: rows[rows["verdict"].isin(VERDICTS[1:])] for v, rows in at.items()}
     stable = [v for v in grid if (at[v]["verdict"] == "stable").all() and set(levels_of(at[v]["seed"])) == seeds]
-    passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _known(at[v])]
+    passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _stable_or_untrained(at[v])]
     first = next((v for v in grid if len(unstable[v])), None)
     prefix = [v for v in itertools.takewhile(lambda v: v in (*stable, *passed_over), grid) if v in stable]
     again = [] if first is None else [v for v in stable if grid.index(v) > grid.index(first)]
@@ -294,7 +276,7 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
     }
 
 
-def _known(trials: pd.DataFrame) -> bool:
+def _stable_or_untrained(trials: pd.DataFrame) -> bool:
     """Whether every trial is stable, or untrained: none shows an instability, and of none is the answer missing."""
     return bool(((trials["verdict"] == "stable") | (trials["verdict_reason"] == "untrained")).all())
 
@@ -313,17 +295,34 @@ def _working(trials: pd.DataFrame, setting: str, others: Sequence[str]) -> dict[
         return {}
     means = [{v: math.fsum(losses[v]) / len(losses[v]) for v in grid} for losses in cells.values()]
     # every level of a cell has the same seeds, so a difference of its means is the mean of its paired differences
-    known = [v for v in grid if all(math.isfinite(m[v]) for m in means)]
-    if not known:
+    usable = [v for v in grid if all(math.isfinite(m[v]) for m in means)]
+    if not usable:
         return {}
-    lowest = [min(m[v] for v in known) for m in means]
-    excess = {v: math.fsum(m[v] - low for m, low in zip(means, lowest, strict=True)) / len(means) for v in known}
-    best = min(known, key=excess.__getitem__)
-    fine = {v: bool((at_level(trials, setting, v)["verdict_code"] == "ok").all()) for v in known}
-    up = itertools.takewhile(lambda v: v in known and fine[v] and excess[v] <= STABLE_MARGIN, grid[grid.index(best) :])
+    lowest = [min(m[v] for v in usable) for m in means]
+    excess = {v: math.fsum(m[v] - low for m, low in zip(means, lowest, strict=True)) / len(means) for v in usable}
+    best = min(usable, key=excess.__getitem__)
+    fine = {v: bool((at_level(trials, setting, v)["verdict_code"] == "ok").all()) for v in usable}
+    up = itertools.takewhile(lambda v: v in usable and fine[v] and excess[v] <= STABLE_MARGIN, grid[grid.index(best) :])
     one_batch = trials["eval_hash"].nunique() <= 1
     return {
         "best": best,
         "best_loss": math.fsum(m[best] for m in means) / len(means) if one_batch else None,
         "works_to": next(iter(reversed(list(up))), None),
     }
+
+
+def by_noise(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Which trials are rough or spiky by sampling noise: by their batches, and not by their settings."""
+    return trials["sampling_noise"].eq(True).fillna(False).astype(bool)
+
+
+def underperform(trials: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each trial ended over 0.2 nat/token above the best of the table at an equal budget.
+
+    A flag beside the verdict: a trial that learns nothing is stable. Equal budget: as many tokens (steps x sequences x
+    length), and the same evaluation batch. Null without a final loss.
+    """
+    loss = trials[column("final_loss")]
+    tokens = trials["train.steps"] * trials["train.batch_size"] * trials["data.seq_len"]
+    best = loss.groupby([tokens, trials["eval_hash"]]).transform("min")
+    return (loss > best + STABLE_MARGIN).astype("boolean").mask(loss.isna()).rename("underperform")

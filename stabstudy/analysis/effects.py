@@ -80,8 +80,8 @@ def contrasts(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str])
     for (j, axis), response in itertools.product(enumerate(axes), prepared.responses):
         if response.problem or (axis, response.metric) in prepared.barred or not ordered(prepared.levels[j]):
             continue
-        levels, error = prepared.levels[j], prepared.family.error(response.known, j)
-        above = _above_best(response.known, j, error)
+        levels, error = prepared.levels[j], prepared.family.error(response.model, j)
+        above = _above_best(response.model, j, error)
         for c in above.values():
             half = error.half_width(c.variance, len(above))
             rows.append(
@@ -110,7 +110,7 @@ def _interactions(prepared: _Prepared) -> pd.DataFrame:
         if reason := next(filter(None, [*reasons, response.problem]), None):
             rows.append(row | {"note": reason})
             continue
-        squares, error = response.known.interactions
+        squares, error = response.model.interactions
         if error is None or not squares[i, j][1]:
             rows.append(row | {"note": "too few trials to tell"})
             continue
@@ -175,18 +175,18 @@ class _Response:
     """A statistic and its model; without one, why."""
 
     metric: str
-    model: Model | None
+    fit: Model | None
     missing: str | None  # how many trials lack it
     reason: str | None = None
 
     @property
     def problem(self) -> str | None:
-        return self.reason if self.model is None else self.model.problem
+        return self.reason if self.fit is None else self.fit.problem
 
     @property
-    def known(self) -> Model:
-        assert self.model is not None, self.reason
-        return self.model
+    def model(self) -> Model:
+        assert self.fit is not None, self.reason
+        return self.fit
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _prepare(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) 
     factors = [(_codes(trials[axis], own), len(own)) for axis, own in zip(axes, levels, strict=True)]
     seeds = _numbers(trials["seed"])
     responses = [_response(trials, seeds, factors, metric) for metric in metrics]
-    family = Family([r.known for r in responses if r.problem is None])
+    family = Family([r.model for r in responses if r.problem is None])
     return _Prepared(axes, levels, responses, family, incomparable(trials, axes, metrics))
 
 
@@ -280,24 +280,24 @@ def _half_event(rate: Floats, steps: Floats | None, factors: list[tuple[Ints, in
 
 def _effect(prepared: _Prepared, response: _Response, axis: int) -> dict[str, Any]:
     """The test of an axis, and the change to state."""
-    model, levels = response.known, prepared.levels[axis]
+    model, levels = response.model, prepared.levels[axis]
     error = prepared.family.error(model, axis)
     squares, df = model.tests[axis]
     means = model.means(axis)
-    known = np.flatnonzero(np.isfinite(means))
-    if not df or len(known) < 2:
+    estimable = np.flatnonzero(np.isfinite(means))
+    if not df or len(estimable) < 2:
         return {"note": _aliased(prepared.axes, model, axis)}
     f, p = error.f_test(squares, df)
-    first, last = int(known[0]), int(known[-1])
+    first, last = int(estimable[0]), int(estimable[-1])
     lowest, highest = int(np.nanargmin(means)), int(np.nanargmax(means))
     turns = ordered(levels) and (_turns(model, axis, error) or (p < CLEAR and _same_ends(model, axis, error)))
-    chosen = len(known) > 2 and (turns or not ordered(levels))
+    chosen = len(estimable) > 2 and (turns or not ordered(levels))
     a, b = (lowest, highest) if turns else (min(lowest, highest), max(lowest, highest)) if chosen else (first, last)
-    pairs = math.comb(len(known), 2)
-    which = f"highest against lowest of {len(known)} levels" if chosen else f"last against first of {len(known)} levels"
+    pairs = math.comb(len(estimable), 2)
+    which = f"{'highest against lowest' if chosen else 'last against first'} of {len(estimable)} levels"
     change = _change(prepared, response, axis, (a, b), pairs if chosen else 1)
-    lost = len(set(model.axes[axis][0].tolist())) - len(known)
-    notes = [which] * (len(known) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
+    lost = len(set(model.axes[axis][0].tolist())) - len(estimable)
+    notes = [which] * (len(estimable) > 2) + [f"{words.count(lost, 'level')} confounded with other axes"] * (lost > 0)
     return {"statistic": f, "p": p, "a": levels[a], "b": levels[b], "note": "; ".join(notes)} | change
 
 
@@ -305,7 +305,7 @@ def _change(
     prepared: _Prepared, response: _Response, axis: int, places: tuple[int, int], comparisons: int
 ) -> dict[str, float]:
     """From one level of an axis to another, and its interval as one of so many; NaN where a level cannot be told."""
-    model, (a, b) = response.known, places
+    model, (a, b) = response.model, places
     means = model.means(axis)
     half = prepared.family.error(model, axis).half_width(model.variance(axis, a, b), comparisons)
     return _scaled(response.metric, float(means[b] - means[a]), half)
@@ -329,15 +329,15 @@ def _above_best(model: Model, axis: int, error: Error) -> dict[int, _Contrast]:
 def _turns(model: Model, axis: int, error: Error) -> bool:
     """Whether both ends of an ordered axis lie above a level between them."""
     above = _above_best(model, axis, error)
-    known = np.flatnonzero(np.isfinite(model.means(axis)))
-    return all(int(end) in above and above[int(end)].p_holm < CLEAR for end in (known[0], known[-1]))
+    estimable = np.flatnonzero(np.isfinite(model.means(axis)))
+    return all(int(end) in above and above[int(end)].p_holm < CLEAR for end in (estimable[0], estimable[-1]))
 
 
 def _same_ends(model: Model, axis: int, error: Error) -> bool:
     """Whether the first and the last level that are there do not differ clearly."""
     means = model.means(axis)
-    known = np.flatnonzero(np.isfinite(means))
-    first, last = int(known[0]), int(known[-1])
+    estimable = np.flatnonzero(np.isfinite(means))
+    first, last = int(estimable[0]), int(estimable[-1])
     return error.t_test(float(means[last] - means[first]), model.variance(axis, first, last)) >= CLEAR
 
 

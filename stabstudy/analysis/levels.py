@@ -30,9 +30,9 @@ def plain(value: Any) -> Level:
 def levels_of(column: Iterable[Any]) -> list[Level]:
     """The distinct levels, sorted: numbers by size, text by letters, null last."""
     distinct = {plain(v) for v in column}
-    known = [v for v in distinct if v is not None]
-    numeric = all(isinstance(v, (int, float)) for v in known)
-    ordered = sorted(known) if numeric else sorted(known, key=str)
+    values = [v for v in distinct if v is not None]
+    numeric = all(isinstance(v, (int, float)) for v in values)
+    ordered = sorted(values) if numeric else sorted(values, key=str)
     return ordered + ([None] if None in distinct else [])
 
 
@@ -52,15 +52,15 @@ def axes_of(trials: pd.DataFrame, groups: list[str]) -> dict[str, list[Level]]:
 
     A group choice (`data`) that differs stands for the settings that merely follow it.
     """
-    found: dict[str, list[Level]] = {}
+    axes: dict[str, list[Level]] = {}
     ingested = "log_format" in trials and bool(trials["log_format"].notna().any())
     for name in (*_in_order(groups), *(c for c in trials.columns if str(c).startswith("external."))):
         levels = levels_of(trials[name]) if name in trials else []
         if ingested and None in levels:  # not known of every run, so nothing can be laid out along it
             continue
-        if len(levels) > 1 and not _follows(trials, name, found):
-            found[name] = levels
-    return found
+        if len(levels) > 1 and not _follows(trials, name, axes):
+            axes[name] = levels
+    return axes
 
 
 def _in_order(groups: list[str]) -> list[str]:
@@ -79,14 +79,14 @@ _WARMUPS = ("optim.warmup_steps", "optim.warmup_share")
 """Two ways to say one thing: the share is the axis where every trial has one, else the steps that it comes to."""
 
 
-def _follows(trials: pd.DataFrame, name: str, found: dict[str, list[Level]]) -> bool:
+def _follows(trials: pd.DataFrame, name: str, axes: dict[str, list[Level]]) -> bool:
     """Whether another axis already says all that `name` says."""
     if name in _DERIVED:
         return bool((trials[name] == trials[_DERIVED[name]]).all())
     if name in _WARMUPS and set(_WARMUPS) <= set(trials):
         return bool(trials["optim.warmup_share"].notna().all()) == (name == "optim.warmup_steps")
     group = _GROUP_OF.get(name)
-    if group is None or group not in found or name == group:
+    if group is None or group not in axes or name == group:
         return False
     parts = trials.groupby(group, dropna=False)[name]
     return all(len(levels_of(part)) == 1 for _, part in parts)

@@ -10,7 +10,7 @@ several Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.
 No trial is left out silently: a diverged one is an open triangle on the upper edge, a missing cell is hatched.
 """
 
-from stabstudy.analysis.figures.curves import curves, lr_curves, metric_label
+from stabstudy.analysis.figures.curves import curves, lr_curves
 from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects, parallel
 from stabstudy.analysis.figures.layers import layer_map
 from stabstudy.analysis.figures.layout import panels
@@ -22,6 +22,5 @@ from stabstudy.analysis.figures.verdict_maps import verdict_map
 
 __all__ = [
     "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "layer_map", "lr_curves",
-    "metric_label", "norm_ratios", "panels", "parallel", "sensitivity", "stability_map", "trace", "traces", "trial",
-    "verdict_map",
+    "norm_ratios", "panels", "parallel", "sensitivity", "stability_map", "trace", "traces", "trial", "verdict_map",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ _ASKS_BATCH = re.compile(r"(?<![.-])\bbatch", re.IGNORECASE)
 """In a question that somebody wrote: one that the program makes of the axes says `train.batch_size`."""
 
 _READ = (
-    *("cell_id", "seed", "state", "stop_reason", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
+    *("cell_id", "seed", "state", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
     *("eval_hash", "final_loss_capped"),
 )
 """Columns that a choice is made from, beside the axes."""
@@ -109,11 +109,11 @@ def conditions(study: Study) -> list[str]:
     if isinstance(named, list):
         chosen = {a for a in study.axes if a in named or a.partition(".")[0] in named}
     else:
-        chosen = set(GIVEN) - (_asked(study) if _ASKS_BATCH.search(study.question) else set())
+        chosen = set(GIVEN) - (_batch_axes(study) if _ASKS_BATCH.search(study.question) else set())
     return [a for a in study.axes if a in chosen or a == "data" or a.startswith("data.")]
 
 
-def _asked(study: Study) -> set[str]:
+def _batch_axes(study: Study) -> set[str]:
     """The axes that belong to a question about the batch size."""
     sequences = study.grid.trials[BATCH] * study.grid.trials[STEPS]
     return {BATCH, STEPS} if sequences.nunique() == 1 else {BATCH}
@@ -147,10 +147,10 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
     if len(hashes := levels_of(pd.concat(list(cells.values()))["eval_hash"])) > 1 or hashes == [None]:
         return NoRecipe(given, "the losses were measured on different evaluation sets, or not at all")
     losses = {c: compare.mean(members, "final_loss_capped") for c, members in cells.items()}
-    known = sorted(cells, key=lambda c: (losses[c].mean, c))
-    tied = _tied(study, cells, known)
+    ranked = sorted(cells, key=lambda c: (losses[c].mean, c))
+    tied = _tied(study, cells, ranked)
     knobs = {c: _knobs(study, cells[c], given) for c in tied}
-    near = [c for c in tied if losses[c].mean <= losses[known[0]].mean + STABLE_MARGIN]
+    near = [c for c in tied if losses[c].mean <= losses[ranked[0]].mean + STABLE_MARGIN]
     margins = {c: _margin(trials, knobs[c]) for c in near}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
     chosen = max(near, key=lambda c: widths[c])  # of equally wide ones the first: they are in the order of their loss
@@ -180,13 +180,12 @@ def _is_stable(members: pd.DataFrame) -> bool:
 
 
 def _is_complete(members: pd.DataFrame, seeds: set[Level]) -> bool:
-    """Whether the cell has all these seeds, each trained to its end, judged, and with a final loss."""
-    ended = (members["state"] == "done") & (members["stop_reason"] != compare.SCHEDULER)
-    whole = ended & members["verdict"].notna() & members[compare.column("final_loss")].notna()
+    """Whether the cell has all these seeds, each done, judged, and with a final loss."""
+    whole = (members["state"] == "done") & members["verdict"].notna() & members[compare.column("final_loss")].notna()
     return bool(whole.all()) and set(levels_of(members["seed"])) == seeds
 
 
-def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str]) -> list[str]:
+def _tied(study: Study, cells: Mapping[str, pd.DataFrame], ranked: Sequence[str]) -> list[str]:
     """The best of the cells, which are in the order of their loss, and those not distinguishable from it.
 
     The model is final_loss ~ seed + cell, with Holm's correction over all other cells; one seed tells nothing apart.
@@ -194,20 +193,20 @@ def _tied(study: Study, cells: Mapping[str, pd.DataFrame], known: Sequence[str])
     best in an axis whose effect on the loss is clear in the study, or if the cells differ at all as clearly as one of
     so many tests must (Bonferroni).
     """
-    if len(known) < 2:
-        return list(known)
-    trials = pd.concat([cells[c].assign(cell=place) for place, c in enumerate(known)])
+    if len(ranked) < 2:
+        return list(ranked)
+    trials = pd.concat([cells[c].assign(cell=place) for place, c in enumerate(ranked)])
     table = effects.contrasts(trials, ["cell"], ["final_loss"])
-    apart = [known[row["level"]] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED]
+    apart = [ranked[row["level"]] for row in records(table) if row["p_holm"] is not None and row["p_holm"] < TIED]
     if not apart:
-        return list(known)
+        return list(ranked)
     whole = float(effects.effects(trials, ["cell"], ["final_loss"])["p"].iloc[0])
     if whole >= TIED / max(1, len(study.grid.axes) * len(effects.REPORTED)):
         claims = study.claims()
         clear = claims.loc[claims["clear"] & (claims["metric"] == "final_loss"), "axis"]
-        levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in known}
-        apart = [c for c in apart if levels[c] != levels[known[0]]]
-    return [c for c in known if c not in apart]
+        levels = {c: [plain(cells[c][axis].iloc[0]) for axis in clear] for c in ranked}
+        apart = [c for c in apart if levels[c] != levels[ranked[0]]]
+    return [c for c in ranked if c not in apart]
 
 
 def _knobs(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> dict[str, Level]:
@@ -268,7 +267,7 @@ def refusals(missing: Sequence[NoRecipe]) -> Iterator[str]:
 
 
 def _named(levels: Mapping[str, Level]) -> str:
-    return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in levels.items())
+    return words.at_levels(levels, levels.values())
 
 
 def _rivals(recipe: Recipe) -> str:

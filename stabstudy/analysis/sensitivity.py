@@ -7,8 +7,8 @@ number depends on the grid, so it is stored, and different grids are never compa
 both sides of a comparison: another optimizer, batch rule or parametrisation changes what it means.
 
 What cannot be computed is `Refused` with a reason: a grid with a hole gives no number, because the missing rates are
-usually those that went wrong. A row that cannot be given
-stands in a table all the same, its statistics null, with the `reason`.
+usually those that went wrong. A row that cannot be given stands in a table all the same, its statistics null, with the
+`reason`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scipy.special import stdtrit
 
 from stabstudy import config as cfg
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import SCHEDULER, STABLE_MARGIN, Refused, check_complete, hole
+from stabstudy.analysis.compare import STABLE_MARGIN, Refused, check_complete, hole
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, records, split
 
 Floats = NDArray[np.float64]
@@ -342,22 +342,18 @@ def _curve(trials: pd.DataFrame, grid: list[Level], pooled: list[str]) -> tuple[
 
 
 def _ended(rows: dict[tuple[Level, ...], Row], key: tuple[Level, ...], pooled: list[str]) -> Row:
-    """The trial at these levels. Raises Refused where it was stopped, or has no final loss."""
+    """The trial at these levels. Raises Refused where it has no final loss."""
     trial = rows[key]
-    if trial["stop_reason"] == SCHEDULER:
-        reason = "stopped by a scheduler"
-    elif trial["final_loss_capped"] is None:
-        reason = "no final loss"
-    else:
-        return trial
-    seed, *others, lr = key
-    raise Refused(hole((LR, *pooled), (lr, *others), seed, reason))
+    if trial["final_loss_capped"] is None:
+        seed, *others, lr = key
+        raise Refused(hole((LR, *pooled), (lr, *others), seed, "no final loss"))
+    return trial
 
 
 def _mean(trials: list[Row], name: str, log: bool = False) -> float:
     """Mean of a statistic, or of its logarithm; NaN where one is null or has none."""
-    known = [math.nan if t[name] is None else float(t[name]) for t in trials]
-    return math.fsum(math.log(v) if log and v > 0 else math.nan if log else v for v in known) / len(known)
+    values = [math.nan if t[name] is None else float(t[name]) for t in trials]
+    return math.fsum(math.log(v) if log and v > 0 else math.nan if log else v for v in values) / len(values)
 
 
 def _growth(trials: pd.DataFrame) -> Row:

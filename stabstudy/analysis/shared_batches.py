@@ -32,6 +32,7 @@ cases, two rough ones in 2 to 7 %; at the three steps that lift all calm trials 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,11 +129,11 @@ def _norm_of_part(parts: Mapping[str, Ratios], trial_id: str) -> Floats:
 
 def log_ratios(norm: Floats, rules: Rules) -> Ratio:
     """r of each step, shape [steps]; NaN where the norm is not finite, or fewer than 12 finite values came before."""
-    known = np.flatnonzero(np.isfinite(norm) & (norm > 0))
-    y = pd.Series(np.log(norm[known]))
+    positive = np.flatnonzero(np.isfinite(norm) & (norm > 0))
+    y = pd.Series(np.log(norm[positive]))
     usual = y.shift(1).rolling(rules.window, min_periods=rules.fill).median()
     ratios = np.full(len(norm), np.nan, np.float32)
-    ratios[known] = y - usual
+    ratios[positive] = y - usual
     return ratios
 
 
@@ -169,9 +170,9 @@ def batch_share(trials: Sequence[Row], ratios: Ratios) -> BatchShare:
         ]
         seed, (a, b) = np.array([i for i, _ in series]), np.triu_indices(len(series), 1)
         c = _correlations([r for _, r in series])[a, b]
-        known, alike = np.isfinite(c), seed[a] == seed[b]
-        same += c[known & alike].tolist()
-        other += c[known & ~alike].tolist()
+        finite, alike = np.isfinite(c), seed[a] == seed[b]
+        same += c[finite & alike].tolist()
+        other += c[finite & ~alike].tolist()
     reason = None
     if not any(_readers(trials)):
         reason = "it is not known what the trials read"
@@ -217,6 +218,17 @@ def batch_effects(trials: Sequence[Row], spikes: Iterable[Row], ratios: Ratios) 
     return pd.concat(tables).sort_values(order, ascending=[False, *[True] * 6], kind="stable", ignore_index=True)
 
 
+def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
+    """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
+    from stabstudy.data import batches  # here and not above: all other questions do without
+
+    config, body = trial.read_own()
+    cache = None if cache_dir is None else Path(cache_dir)
+    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
+    rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
+    return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
+
+
 @dataclass(frozen=True)
 class _Witnesses:
     """r of trials that read the same batches, at some steps."""
@@ -229,8 +241,8 @@ class _Witnesses:
         """For each step whether the other trials stand at `HIGH` times their medians; None where they are too few."""
         others = [r for record, r in self.ratios.items() if record != self.record[trial_id]]
         r = np.sort(np.array(others).reshape(-1, len(self.steps))[:, np.searchsorted(self.steps, steps)], axis=0)
-        known = np.isfinite(r).sum(axis=0)  # not finite is NaN, which is sorted last
-        column = zip(r.T.tolist(), known.tolist(), strict=True)
+        counts = np.isfinite(r).sum(axis=0)  # not finite is NaN, which is sorted last
+        column = zip(r.T.tolist(), counts.tolist(), strict=True)
         return [values[(n - 1) // 2] >= math.log(HIGH) if n >= LEAST_OTHERS else None for values, n in column]
 
 
@@ -253,7 +265,7 @@ def _mark_readers(
     rough = [row["trial_id"] for row in readers if row["verdict"] == "rough"]
     absolute = {t: np.flatnonzero(jump(ratios.norm(t), ratios.rules, "grad").absolute).tolist() for t in rough}
     ends = {row["trial_id"]: [s[end] for s in spikes[row["trial_id"]] for end in ENDS] for row in readers}
-    steps = {step for asked in (*absolute.values(), *ends.values()) for step in asked}
+    steps = set(itertools.chain(*absolute.values(), *ends.values()))
     if not steps:
         return
     witnesses = _witnesses(readers, np.array(sorted(steps)), ratios)
@@ -287,11 +299,11 @@ def _correlations(series: Sequence[Ratio]) -> Floats:
         for row, r in zip(x, series, strict=True):
             part = r[start : start + BLOCK]
             row[: len(part)] = part
-        known = np.isfinite(x).astype(np.float64)
+        there = np.isfinite(x).astype(np.float64)
         x = np.nan_to_num(x, nan=0.0)
-        n += known @ known.T
-        total += x @ known.T  # of the row's series, over the steps that the column's has too
-        square += (x * x) @ known.T
+        n += there @ there.T
+        total += x @ there.T  # of the row's series, over the steps that the column's has too
+        square += (x * x) @ there.T
         product += x @ x.T
     variance = n * square - total**2
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -339,14 +351,3 @@ def _spike_steps(spikes: Iterable[Row]) -> dict[str, list[int]]:
     for spike in spikes:
         at.setdefault(spike["trial_id"], []).extend({spike[end] for end in ENDS})
     return at
-
-
-def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
-    """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
-    from stabstudy.data import batches  # here and not above: all other questions do without
-
-    config, body = trial.read_own()
-    cache = None if cache_dir is None else Path(cache_dir)
-    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
-    rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
-    return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])

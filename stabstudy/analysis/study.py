@@ -147,7 +147,7 @@ class Study:
 
     def row(self, trial_id: str) -> dict[str, Any]:
         """A trial's row of `trials` as a dictionary, null as None. Raises KeyError."""
-        self._known(trial_id)
+        self._require(trial_id)
         return {name: plain(value) for name, value in self._rows[trial_id].items()}
 
     def trace(self, trial_id: str) -> Rows:
@@ -172,7 +172,7 @@ class Study:
             spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
             study.batch(spike["trial_id"], spike["peak_step"])
         """
-        self._known(trial_id)
+        self._require(trial_id)
         name, _, rest = trial_id.partition("/")
         if rest:
             return self._parts[name].batch(rest, step, cache_dir)
@@ -182,7 +182,7 @@ class Study:
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
-        self._known(trial_id)
+        self._require(trial_id)
         trial = self.folder.trial(trial_id)
         return read_external(trial.read_config(), trial.config_file) if self.ingested else None
 
@@ -206,8 +206,8 @@ class Study:
         if by is not None:
             self._check(by, [a for a in self.axes if a != axis], f"axis beside the {words.label(axis)}")
         if compare.counted(metric):
-            known = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
-            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(known)}")
+            rates = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
+            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
         return compare.levels(self.trials, list(self.axes), axis, metric, by)
 
     def effects(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
@@ -371,18 +371,18 @@ class Study:
         return part
 
     def _record(self, trial_id: str, schema: Any) -> Rows | None:
-        self._known(trial_id)
+        self._require(trial_id)
         name, _, rest = trial_id.partition("/")
         return self._parts[name]._record(rest, schema) if rest else read_record(self.folder.trial(trial_id), schema)
 
-    def _known(self, trial_id: str) -> None:
+    def _require(self, trial_id: str) -> None:
         if trial_id not in self.trials.index:
             raise KeyError(f"no trial {trial_id} in study {self.name}")
 
-    def _check(self, name: str, known: list[str], what: str) -> None:
+    def _check(self, name: str, names: list[str], what: str) -> None:
         """Raises KeyError for a name that is none of the known ones: with all of them, or the nearest of many."""
-        if name not in known:
-            listed = f" (it has: {', '.join(known) or 'none'})" if len(known) <= MOST_NAMED else nearest(name, known)
+        if name not in names:
+            listed = f" (it has: {', '.join(names) or 'none'})" if len(names) <= MOST_NAMED else nearest(name, names)
             raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
 
 

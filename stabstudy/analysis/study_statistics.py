@@ -1,4 +1,4 @@
-"""Statistics of whole studies: outcomes, claims, first spikes, importance, and what two studies share.
+"""Statistics of whole studies: outcomes, ranks, first spikes, importance, and what two studies share.
 
 `Study` asks for them, beside those of `compare`, `effects`, `sensitivity`, `survival` and `shared_batches`; the pages
 only word what they get.
@@ -25,8 +25,7 @@ import pandas as pd
 
 from stabstudy import extras
 from stabstudy.analysis import compare, survival, words
-from stabstudy.analysis.compare import Refused, mixed
-from stabstudy.analysis.compare import values as values_of
+from stabstudy.analysis.compare import Refused
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.factors import Error, Floats, Ints, Model
 from stabstudy.analysis.levels import Level, keys, levels_of, plain, records, split
@@ -34,6 +33,17 @@ from stabstudy.analysis.paired import Estimate, holm, t_interval
 from stabstudy.analysis.tables import spread
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.verdict import VERDICTS
+
+Row = Mapping[str, Any]
+
+FAILED = ("failed", "oom", "timeout", "disk_full")
+"""States of a trial that ended by an error."""
+
+STUDY = "study"
+"""The axis of several studies put together: `Study.concat`."""
+
+BY_DETECTOR = ("spike_abs_rate",)
+"""Statistics compared between studies that depend on the detector and on the logging stride."""
 
 OBJECTIVES = {"final_loss": False, "spike_abs_rate": False, "grad_norm_log_sd": True, "attn_logit_peak": True}
 """Statistic -> whether its logarithm is explained: those that reach over decades would else be all largest values."""
@@ -48,161 +58,6 @@ SEARCH = ("optuna", "scikit-learn")
 
 _TRIAL_S = 0.01
 """Seconds for each trial, roughly."""
-
-
-def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
-    """A row per statistic of OBJECTIVES: the share of its variance that each axis and the seed explain.
-
-    Columns: `metric`, `trials`, a column per axis and `seed` (where more than one), `p` (of "no axis has an effect",
-    Holm over the statistics), `warning` where the trials are too few to trust it (under 10 per axis), `reason` where
-    the shares are null. Done trials with the statistic; a diverged trial's loss is that of the untrained model. The
-    same trials give the same shares.
-    """
-    names = [*axes, *(["seed"] if trials["seed"].nunique() > 1 else [])]
-    done = trials[trials["state"] == "done"]
-    samples = [_sample(done, names, metric) for metric in OBJECTIVES]
-    adjusted = holm([sample.p for sample in samples])
-    rows: list[dict[str, object]] = [
-        {
-            "metric": metric,
-            "trials": len(sample.values),
-            "p": p,
-            "warning": too_few(len(sample.values), len(axes)),
-            "reason": sample.reason or (None if p < CHANCE else f"what the axes explain may be chance (p {p:.2g})"),
-        }
-        for metric, sample, p in zip(OBJECTIVES, samples, adjusted, strict=True)
-    ]
-    if reasons := extras.why_not(SEARCH):
-        rows = [row if row["reason"] else row | {"reason": reasons[0]} for row in rows]
-    due = [sample for sample, row in zip(samples, rows, strict=True) if row["reason"] is None]
-    shares = iter(spread(_forests, due, _TRIAL_S * len(done)))
-    for row, sample in zip(rows, samples, strict=True):
-        if row["reason"] is None:
-            forest = next(shares)
-            row["reason"] = _disagreement(forest, sample.shares)
-            row |= {} if row["reason"] else forest
-    return pd.DataFrame(rows, columns=["metric", "trials", *names, "p", "warning", "reason"])
-
-
-def too_few(trials: int, axes: int) -> str | None:
-    """The warning where so many trials cannot carry so many axes."""
-    if trials >= ENOUGH * axes:
-        return None
-    named = f"{words.count(trials, 'trial')} for {axes} {'axis' if axes == 1 else 'axes'}"
-    return f"{named}, and it needs {ENOUGH} for each: mostly chance"
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What one statistic's shares are made from. `reason`: why there are none; then `p` is NaN."""
-
-    levels: dict[str, Ints]  # of each axis that varies (and the seed): the rank of each trial's level
-    values: Floats  # [trials], logarithms where OBJECTIVES says so
-    shares: dict[str, float]  # of the analysis of variance
-    p: float
-    reason: str | None = None
-
-
-def _sample(done: pd.DataFrame, names: Sequence[str], metric: str) -> _Sample:
-    values = np.array(values_of(done, metric))
-    known = np.isfinite(values) & ((values > 0) | (not OBJECTIVES[metric]))
-    trials, values = done[known], values[known]
-    values = np.log(values) if OBJECTIVES[metric] else values
-    ranks = {n: {level: i for i, level in enumerate(levels_of(trials[n]))} for n in names}
-    levels = {n: np.array([own[plain(v)] for v in trials[n]]) for n, own in ranks.items() if len(own) > 1}
-    try:
-        _check(trials, levels, values, metric)
-        shares, p = analysis_of_variance(levels, values, [n for n in levels if n != "seed"])
-    except Refused as refused:
-        return _Sample(levels, values, {}, float("nan"), str(refused))
-    return _Sample(levels, values, shares, p)
-
-
-def _check(trials: pd.DataFrame, levels: dict[str, Ints], values: Floats, metric: str) -> None:
-    """Raises Refused where there is nothing to explain."""
-    if different := mixed(trials, metric):
-        raise Refused(f"{words.listing(different)} differs between trials: they are not comparable")
-    if len(trials) < FEWEST:
-        raise Refused(f"{words.count(len(trials), 'trial')}, and it needs {FEWEST}")
-    if np.ptp(values) == 0:
-        raise Refused("every trial has the same value")
-    if not set(levels) - {"seed"}:
-        raise Refused("nothing varies but the seed")
-
-
-def analysis_of_variance(
-    levels: dict[str, Ints], values: Floats, tested: Sequence[str]
-) -> tuple[dict[str, float], float]:
-    """Each factor's share of the variance by itself, and the p of "none of the `tested` has an effect".
-
-    Main effects alone, type II: what a factor explains beyond all others, over the total sum of squares. On a full grid
-    the order of factors makes no difference, and the shares add up to what the model explains. p: F test of the tested
-    factors together, given the others. Raises Refused where no trial is left to estimate chance from.
-
-    Args:
-        levels: Of each factor, the number of each trial's level, shape [trials].
-        values: Shape [trials].
-        tested: Names of factors.
-    """
-    n = len(values)
-    factors = [(codes, int(codes.max()) + 1) for codes in levels.values()]
-    model = Model(values, np.ones(n), np.zeros(n, dtype=np.int64), factors)  # the seed is a factor here, and no block
-    rest, free = model.additive
-    if free <= 0:
-        raise Refused("as many levels as trials")
-    total, _ = model.rest(model.columns[:, :0])
-    shares = {name: squares / total for name, (squares, _) in zip(levels, model.tests, strict=True)}
-    kept = [model.columns[:, span] for name, span in zip(levels, model.spans, strict=True) if name not in tested]
-    null, rank = model.rest(np.concatenate([np.empty((n, 0)), *kept], axis=1))
-    explained = n - 1 - free - rank
-    if not explained:
-        raise Refused("the axes change with the seed alone")
-    if rest <= 1e-12 * total:
-        return shares, 0.0
-    return shares, Error(rest / free, free).f_test(null - rest, explained)[1]
-
-
-def _disagreement(forest: dict[str, float], plain_shares: dict[str, float]) -> str | None:
-    apart = {n: share for n, share in forest.items() if abs(share - plain_shares[n]) > APART}
-    parts = [f"{forest[n]:.0%} against {plain_shares[n]:.0%} for {words.label(n)}".replace("%", " %") for n in apart]
-    return f"the forest and the analysis of variance disagree: {words.listing(parts)}" if parts else None
-
-
-def _forests(samples: Sequence[_Sample]) -> list[dict[str, float]]:
-    return [_fanova(sample) for sample in samples]
-
-
-def _fanova(sample: _Sample) -> dict[str, float]:
-    import optuna  # here and not above: with scikit-learn it takes two seconds, and most of a study needs none of it
-    from optuna.distributions import FloatDistribution
-    from optuna.importance import FanovaImportanceEvaluator
-
-    # Each level by its rank, in a box that gives each rank the same width: fANOVA averages over the box, ignores
-    # log=True, and would weigh a level by how far it lies from the next one.
-    box = {n: FloatDistribution(-0.5, ranks.max() + 0.5) for n, ranks in sample.levels.items()}
-    loud = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study()
-    finally:
-        optuna.logging.set_verbosity(loud)
-    for i, value in enumerate(sample.values):
-        params = {n: float(ranks[i]) for n, ranks in sample.levels.items()}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=box, value=float(value)))
-    # not get_param_importances: that one scales the shares to a sum of 1, and hides how much is left unexplained
-    return dict(FanovaImportanceEvaluator(seed=0).evaluate(study))
-
-
-Row = Mapping[str, Any]
-
-FAILED = ("failed", "oom", "timeout", "disk_full")
-"""States of a trial that ended by an error."""
-
-STUDY = "study"
-"""The axis of several studies put together: `Study.concat`."""
-
-BY_DETECTOR = ("spike_abs_rate",)
-"""Statistics compared between studies that depend on the detector and on the logging stride."""
 
 
 def outcome(row: Row) -> str:
@@ -260,8 +115,8 @@ def typical(done: Mapping[str, Row]) -> str | None:
         return None
     cell = done[ranked[0]]["cell_id"]
     rough = {t: row["grad_norm_max_over_median"] for t, row in done.items() if row["cell_id"] != cell}
-    known = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
-    return known[(len(known) - 1) // 2] if known else None
+    rest = sorted((t for t in rough if rough[t] is not None), key=lambda t: (rough[t], t))
+    return rest[(len(rest) - 1) // 2] if rest else None
 
 
 def first_spikes(trials: pd.DataFrame, axes: Sequence[str]) -> dict[str, tuple[survival.FirstSpikes, float]]:
@@ -269,6 +124,149 @@ def first_spikes(trials: pd.DataFrame, axes: Sequence[str]) -> dict[str, tuple[s
     times = {axis: survival.first_spikes(trials, axis, axes) for axis in axes}
     adjusted = holm([math.nan if t.p is None else t.p for t in times.values()])
     return {axis: (t, p) for (axis, t), p in zip(times.items(), adjusted, strict=True)}
+
+
+def importance(trials: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:
+    """A row per statistic of OBJECTIVES: the share of its variance that each axis and the seed explain.
+
+    Columns: `metric`, `trials`, a column per axis and `seed` (where more than one), `p` (of "no axis has an effect",
+    Holm over the statistics), `warning` where the trials are too few to trust it (under 10 per axis), `reason` where
+    the shares are null. Done trials with the statistic; a diverged trial's loss is that of the untrained model. The
+    same trials give the same shares.
+    """
+    names = [*axes, *(["seed"] if trials["seed"].nunique() > 1 else [])]
+    done = trials[trials["state"] == "done"]
+    samples = [_sample(done, names, metric) for metric in OBJECTIVES]
+    adjusted = holm([sample.p for sample in samples])
+    rows: list[dict[str, object]] = [
+        {
+            "metric": metric,
+            "trials": len(sample.values),
+            "p": p,
+            "warning": too_few(len(sample.values), len(axes)),
+            "reason": sample.reason or (None if p < CHANCE else f"what the axes explain may be chance (p {p:.2g})"),
+        }
+        for metric, sample, p in zip(OBJECTIVES, samples, adjusted, strict=True)
+    ]
+    if reasons := extras.why_not(SEARCH):
+        rows = [row if row["reason"] else row | {"reason": reasons[0]} for row in rows]
+    due = [sample for sample, row in zip(samples, rows, strict=True) if row["reason"] is None]
+    shares = iter(spread(_forests, due, _TRIAL_S * len(done)))
+    for row, sample in zip(rows, samples, strict=True):
+        if row["reason"] is None:
+            forest = next(shares)
+            row["reason"] = _disagreement(forest, sample.shares)
+            row |= {} if row["reason"] else forest
+    return pd.DataFrame(rows, columns=["metric", "trials", *names, "p", "warning", "reason"])
+
+
+def too_few(trials: int, axes: int) -> str | None:
+    """The warning where so many trials cannot carry so many axes."""
+    if trials >= ENOUGH * axes:
+        return None
+    named = f"{words.count(trials, 'trial')} for {axes} {'axis' if axes == 1 else 'axes'}"
+    return f"{named}, and it needs {ENOUGH} for each: mostly chance"
+
+
+def analysis_of_variance(
+    levels: dict[str, Ints], values: Floats, tested: Sequence[str]
+) -> tuple[dict[str, float], float]:
+    """Each factor's share of the variance by itself, and the p of "none of the `tested` has an effect".
+
+    Main effects alone, type II: what a factor explains beyond all others, over the total sum of squares. On a full grid
+    the order of factors makes no difference, and the shares add up to what the model explains. p: F test of the tested
+    factors together, given the others. Raises Refused where no trial is left to estimate chance from.
+
+    Args:
+        levels: Of each factor, the number of each trial's level, shape [trials].
+        values: Shape [trials].
+        tested: Names of factors.
+    """
+    n = len(values)
+    factors = [(codes, int(codes.max()) + 1) for codes in levels.values()]
+    model = Model(values, np.ones(n), np.zeros(n, dtype=np.int64), factors)  # the seed is a factor here, and no block
+    rest, free = model.additive
+    if free <= 0:
+        raise Refused("as many levels as trials")
+    total, _ = model.rest(model.columns[:, :0])
+    shares = {name: squares / total for name, (squares, _) in zip(levels, model.tests, strict=True)}
+    kept = [model.columns[:, span] for name, span in zip(levels, model.spans, strict=True) if name not in tested]
+    null, rank = model.rest(np.concatenate([np.empty((n, 0)), *kept], axis=1))
+    explained = n - 1 - free - rank
+    if not explained:
+        raise Refused("the axes change with the seed alone")
+    if rest <= 1e-12 * total:
+        return shares, 0.0
+    return shares, Error(rest / free, free).f_test(null - rest, explained)[1]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one statistic's shares are made from. `reason`: why there are none; then `p` is NaN."""
+
+    levels: dict[str, Ints]  # of each axis that varies (and the seed): the rank of each trial's level
+    values: Floats  # [trials], logarithms where OBJECTIVES says so
+    shares: dict[str, float]  # of the analysis of variance
+    p: float
+    reason: str | None = None
+
+
+def _sample(done: pd.DataFrame, names: Sequence[str], metric: str) -> _Sample:
+    values = np.array(compare.values(done, metric))
+    usable = np.isfinite(values) & ((values > 0) | (not OBJECTIVES[metric]))
+    trials, values = done[usable], values[usable]
+    values = np.log(values) if OBJECTIVES[metric] else values
+    ranks = {n: {level: i for i, level in enumerate(levels_of(trials[n]))} for n in names}
+    levels = {n: np.array([own[plain(v)] for v in trials[n]]) for n, own in ranks.items() if len(own) > 1}
+    try:
+        _check(trials, levels, values, metric)
+        shares, p = analysis_of_variance(levels, values, [n for n in levels if n != "seed"])
+    except Refused as refused:
+        return _Sample(levels, values, {}, float("nan"), str(refused))
+    return _Sample(levels, values, shares, p)
+
+
+def _check(trials: pd.DataFrame, levels: dict[str, Ints], values: Floats, metric: str) -> None:
+    """Raises Refused where there is nothing to explain."""
+    if different := compare.mixed(trials, metric):
+        raise Refused(f"{words.listing(different)} differs between trials: they are not comparable")
+    if len(trials) < FEWEST:
+        raise Refused(f"{words.count(len(trials), 'trial')}, and it needs {FEWEST}")
+    if np.ptp(values) == 0:
+        raise Refused("every trial has the same value")
+    if not set(levels) - {"seed"}:
+        raise Refused("nothing varies but the seed")
+
+
+def _disagreement(forest: dict[str, float], plain_shares: dict[str, float]) -> str | None:
+    apart = {n: share for n, share in forest.items() if abs(share - plain_shares[n]) > APART}
+    parts = [f"{forest[n]:.0%} against {plain_shares[n]:.0%} for {words.label(n)}".replace("%", " %") for n in apart]
+    return f"the forest and the analysis of variance disagree: {words.listing(parts)}" if parts else None
+
+
+def _forests(samples: Sequence[_Sample]) -> list[dict[str, float]]:
+    return [_fanova(sample) for sample in samples]
+
+
+def _fanova(sample: _Sample) -> dict[str, float]:
+    import optuna  # here and not above: with scikit-learn it takes two seconds, and most of a study needs none of it
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import FanovaImportanceEvaluator
+
+    # Each level by its rank, in a box that gives each rank the same width: fANOVA averages over the box, ignores
+    # log=True, and would weigh a level by how far it lies from the next one.
+    box = {n: FloatDistribution(-0.5, ranks.max() + 0.5) for n, ranks in sample.levels.items()}
+    loud = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study()
+    finally:
+        optuna.logging.set_verbosity(loud)
+    for i, value in enumerate(sample.values):
+        params = {n: float(ranks[i]) for n, ranks in sample.levels.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=box, value=float(value)))
+    # not get_param_importances: that one scales the shares to a sum of 1, and hides how much is left unexplained
+    return dict(FanovaImportanceEvaluator(seed=0).evaluate(study))
 
 
 def one_stride(trials: pd.DataFrame) -> bool:
@@ -281,6 +279,24 @@ def comparable(trials: pd.DataFrame) -> list[str]:
     strides = trials[compare.STRIDE].nunique() if compare.STRIDE in trials else 1
     mixed = trials["detector_id"].nunique() > 1 or strides > 1
     return [m for m in REPORTED if not (mixed and m in BY_DETECTOR)]
+
+
+def in_shared_cells(trials: pd.DataFrame, axes: Iterable[str]) -> set[str]:
+    """The done trials of cells that at least two studies hold: means over other ones would differ for their cells."""
+    done = trials[trials["state"] == "done"]
+    cells = keys(done, [a for a in axes if a != STUDY])
+    studies: dict[tuple[Level, ...], set[str]] = {}
+    for cell, study in zip(cells, done[STUDY], strict=True):
+        studies.setdefault(cell, set()).add(study)
+    return {str(t) for t, cell in zip(done.index, cells, strict=True) if len(studies[cell]) > 1}
+
+
+def settings_apart(trials: pd.DataFrame, studies: Iterable[str], names: Iterable[str]) -> dict[str, list[Level]]:
+    """The settings that differ between the studies and within none of them: name -> its level in each study."""
+    parts = [trials[trials[STUDY] == study] for study in studies]
+    levels = {name: [levels_of(part[name]) for part in parts] for name in names}
+    single = {name: [own[0] for own in each] for name, each in levels.items() if all(len(own) == 1 for own in each)}
+    return {name: each for name, each in single.items() if len(set(each)) > 1}
 
 
 def paired_differences(
@@ -339,16 +355,6 @@ def effect_from(first: Level, row: dict[str, Any]) -> dict[str, Any]:
     return row | dict(zip(("estimate", "low", "high"), turned, strict=True)) | {"a": row["b"], "b": row["a"]}
 
 
-def in_shared_cells(trials: pd.DataFrame, axes: Iterable[str]) -> set[str]:
-    """The done trials of cells that at least two studies hold: means over other ones would differ for their cells."""
-    done = trials[trials["state"] == "done"]
-    cells = keys(done, [a for a in axes if a != STUDY])
-    studies: dict[tuple[Level, ...], set[str]] = {}
-    for cell, study in zip(cells, done[STUDY], strict=True):
-        studies.setdefault(cell, set()).add(study)
-    return {str(t) for t, cell in zip(done.index, cells, strict=True) if len(studies[cell]) > 1}
-
-
 @dataclass(frozen=True)
 class CellChange:
     """What another study's trials of equal seeds and data did in a cell of the first one."""
@@ -382,11 +388,3 @@ def _change(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> Estimate | None:
         return None
     differences = np.subtract(compare.values(b, metric), compare.values(a, metric))
     return t_interval([d for d in differences if math.isfinite(d)])
-
-
-def settings_apart(trials: pd.DataFrame, studies: Iterable[str], names: Iterable[str]) -> dict[str, list[Level]]:
-    """The settings that differ between the studies and within none of them: name -> its level in each study."""
-    parts = [trials[trials[STUDY] == study] for study in studies]
-    levels = {name: [levels_of(part[name]) for part in parts] for name in names}
-    single = {name: [own[0] for own in each] for name, each in levels.items() if all(len(own) == 1 for own in each)}
-    return {name: each for name, each in single.items() if len(set(each)) > 1}

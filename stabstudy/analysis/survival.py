@@ -10,9 +10,8 @@ Pearson's chi2 / (n - p), widens the intervals by its root. Trials of different 
 n_evaluable: the model is one of rates.
 
 Time to the first spike, a Kaplan-Meier curve per level of an axis: the event is the first spike of the gradient norm,
-or divergence if that comes first. A trial without one is censored at the last step it was seen, whether it finished or
-a scheduler stopped it: "no spike in 200 steps" is not "no spike". Nothing is flagged before the first evaluable step,
-so each curve is 1 until then.
+or divergence if that comes first. A trial without one is censored at the last step it was seen: "no spike in 200
+steps" is not "no spike". Nothing is flagged before the first evaluable step, so each curve is 1 until then.
 
 scipy gives curve and interval (Greenwood's variance on the log-log scale, Kalbfleisch & Prentice, The Statistical
 Analysis of Failure Time Data, 2002); where nobody or everybody had an event there is no such variance, and the interval
@@ -38,10 +37,16 @@ from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of
 from stabstudy.analysis.paired import share_interval
 
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
 FEWEST_SEEDS = 3
 FEWEST_SPIKES = 10  # per term of the model
 FACTORS = ("optim.warmup_steps", "optim.clip")
 """Axes of numbers along which a rate need not go one way: each level is a term of its own."""
+
+PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,6 @@ class RateModel:
     dispersion: float | None
     ratios: pd.DataFrame
     reason: str | None = None
-
-
-@dataclass(frozen=True)
-class _Term:
-    axis: str
-    change: str
-    x: NDArray[np.float64]  # a value per trial
 
 
 def rate_model(trials: pd.DataFrame, axes: Sequence[str]) -> RateModel:
@@ -84,6 +82,19 @@ def rate_model(trials: pd.DataFrame, axes: Sequence[str]) -> RateModel:
     return RateModel(len(done), seeds, spikes, dispersion, _table(terms, ratios))
 
 
+def logarithmic(axis: str, levels: Sequence[Level]) -> bool:
+    """Whether the axis enters the model as a logarithm."""
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in levels)
+    return numbers and axis not in FACTORS
+
+
+@dataclass(frozen=True)
+class _Term:
+    axis: str
+    change: str
+    x: Floats  # a value per trial
+
+
 def _terms(trials: pd.DataFrame, axis: str) -> Iterator[_Term]:
     levels = levels_of(trials[axis])
     if len(levels) < 2:
@@ -94,12 +105,6 @@ def _terms(trials: pd.DataFrame, axis: str) -> Iterator[_Term]:
     for level in levels[1:]:
         there = trials.index.isin(at_level(trials, axis, level).index)
         yield _Term(axis, f"{words.level(levels[0], axis)} → {words.level(level, axis)}", there.astype(np.float64))
-
-
-def logarithmic(axis: str, levels: Sequence[Level]) -> bool:
-    """Whether the axis enters the model as a logarithm."""
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0 for v in levels)
-    return numbers and axis not in FACTORS
 
 
 def _check(trials: pd.DataFrame, axes: Sequence[str], terms: list[_Term], seeds: int, spikes: int) -> None:
@@ -126,7 +131,7 @@ def _check(trials: pd.DataFrame, axes: Sequence[str], terms: list[_Term], seeds:
         raise Refused("as many terms as trials")
 
 
-def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, NDArray[np.float64]]:
+def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, Floats]:
     """Dispersion, and the ratio with its interval for each term."""
     from statsmodels.genmod.families import Poisson  # takes two seconds, and most of a study needs none of it
     from statsmodels.genmod.generalized_linear_model import GLM
@@ -143,20 +148,13 @@ def _fit(trials: pd.DataFrame, terms: list[_Term]) -> tuple[float, NDArray[np.fl
             raise Refused(f"the fit does not converge ({words.clean(warning, 80)})") from warning
 
 
-def _design(terms: list[_Term]) -> NDArray[np.float64]:
+def _design(terms: list[_Term]) -> Floats:
     return np.column_stack([np.ones_like(terms[0].x), *(t.x for t in terms)])
 
 
-def _table(terms: list[_Term], ratios: NDArray[np.float64]) -> pd.DataFrame:
+def _table(terms: list[_Term], ratios: Floats) -> pd.DataFrame:
     named = pd.DataFrame([(t.axis, t.change) for t in terms], columns=["axis", "change"])
     return named.join(pd.DataFrame(ratios, columns=["ratio", "low", "high"]))
-
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-
-PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -215,53 +213,6 @@ def first_spikes(trials: pd.DataFrame, by: str, axes: Sequence[str] = ()) -> Fir
     )
 
 
-def _numbered(items: Sequence[Hashable]) -> Ints:
-    """Each item's number, from 0 in the order of their first appearance; equal ones share it."""
-    numbers = {item: i for i, item in enumerate(dict.fromkeys(items))}
-    return np.array([numbers[item] for item in items], dtype=np.int64)
-
-
-def _observed(trials: pd.DataFrame) -> pd.DataFrame:
-    """The done trials that were at risk, with `time`, `spiked` and `diverged`; neither: censored at steps_done."""
-    done = trials[trials["state"] == "done"]
-    spike = done["spike_first_step"].astype("float64")
-    diverged = done["verdict_step"].astype("float64").where(done["verdict"] == "diverged")
-    event = pd.concat([spike, diverged], axis=1).min(axis=1)
-    rows = done.assign(
-        time=event.fillna(done["steps_done"].astype("float64")),
-        spiked=spike.notna() & (spike == event),
-        diverged=event.notna() & (spike != event),
-    )
-    return rows[event.notna() | (done["n_evaluable"].fillna(0) > 0)]
-
-
-def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]:
-    time, event = _arrays(rows)
-    curve = kaplan_meier(time, event)
-    there = curve[curve["step"] <= horizon].tail(1)
-    free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
-    if free in (0.0, 1.0):  # of those whose answer is known at the horizon itself, not at the last end before it
-        known = int(np.count_nonzero((time >= horizon) | event))
-        low, high = share_interval(known if free else 0, known)
-    half = curve.loc[curve["free"] <= 0.5, "step"]
-    return {
-        "level": level,
-        "trials": len(rows),
-        "spiked": int(rows["spiked"].sum()),
-        "diverged": int(rows["diverged"].sum()),
-        "censored": int((~event).sum()),
-        "median_step": float(half.iloc[0]) if len(half) else None,
-        "free": free,
-        "low": low,
-        "high": high,
-    }
-
-
-def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
-    event = (rows["spiked"] | rows["diverged"]).to_numpy(dtype=bool)
-    return rows["time"].to_numpy(np.float64), event
-
-
 def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     """The curve S(t) = prod over event times t_i <= t of (1 - d_i / n_i), and its 95 % interval, at each time.
 
@@ -275,25 +226,9 @@ def kaplan_meier(time: Floats, event: Bools) -> pd.DataFrame:
     steps, free = curve.quantiles, curve.probabilities
     bounds = np.column_stack([interval.low.probabilities, interval.high.probabilities])
     for i in np.flatnonzero((free == 0) | (free == 1)):
-        known = int(np.count_nonzero((time >= steps[i]) | event))
-        bounds[i] = share_interval(known if free[i] else 0, known)
+        bounds[i] = _exact_interval(time, event, steps[i], free[i])
     at_risk = [int((time >= t).sum()) for t in steps]
     return pd.DataFrame({"step": steps, "at_risk": at_risk, "free": free, "low": bounds[:, 0], "high": bounds[:, 1]})
-
-
-def _test(seen: pd.DataFrame, group: Ints, stratum: Ints) -> tuple[float | None, float | None, str | None]:
-    """chi2, p, and the reason where they are None."""
-    if mixed(seen, "spike_events"):
-        return None, None, "the trials' spikes were found by different rules or at different strides"
-    if len(set(group)) < 2:
-        return None, None, "fewer than two levels"
-    time, event = _arrays(seen)
-    if not event.any():
-        return None, None, "no trial spiked or diverged"
-    if not any(len(set(group[stratum == i])) > 1 for i in set(stratum)):
-        return None, None, "no two levels were tried at equal levels of the other axes"
-    chi2, p = log_rank(time, event, group, stratum)
-    return chi2, p, None
 
 
 def log_rank(
@@ -316,6 +251,84 @@ def log_rank(
     blocks = np.array_split(permuted, 1 + permuted.size * group.max() // 10**7)  # at most some 100 MB at a time
     as_large = sum(int(np.sum(_chi2(time, event, rows, strata) >= seen * (1 - 1e-9))) for rows in blocks)
     return seen, (1 + as_large) / (1 + PERMUTATIONS)
+
+
+def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
+    """What confounds the curves of an axis, and the trials that are in none of them."""
+    if not times.balanced:
+        yield (
+            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
+            "its p does not."
+        )
+    if times.unseen:
+        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
+
+
+def _observed(trials: pd.DataFrame) -> pd.DataFrame:
+    """The done trials that were at risk, with `time`, `spiked` and `diverged`; neither: censored at steps_done."""
+    done = trials[trials["state"] == "done"]
+    spike = done["spike_first_step"].astype("float64")
+    diverged = done["verdict_step"].astype("float64").where(done["verdict"] == "diverged")
+    event = pd.concat([spike, diverged], axis=1).min(axis=1)
+    rows = done.assign(
+        time=event.fillna(done["steps_done"].astype("float64")),
+        spiked=spike.notna() & (spike == event),
+        diverged=event.notna() & (spike != event),
+    )
+    return rows[event.notna() | (done["n_evaluable"].fillna(0) > 0)]
+
+
+def _arrays(rows: pd.DataFrame) -> tuple[Floats, Bools]:
+    event = (rows["spiked"] | rows["diverged"]).to_numpy(dtype=bool)
+    return rows["time"].to_numpy(np.float64), event
+
+
+def _level(level: Level, rows: pd.DataFrame, horizon: float) -> dict[str, Level]:
+    time, event = _arrays(rows)
+    curve = kaplan_meier(time, event)
+    there = curve[curve["step"] <= horizon].tail(1)
+    free, low, high = there[["free", "low", "high"]].to_numpy()[0] if len(there) else (1.0, math.nan, math.nan)
+    if free in (0.0, 1.0):  # at the horizon itself, not at the last end before it
+        low, high = _exact_interval(time, event, horizon, free)
+    half = curve.loc[curve["free"] <= 0.5, "step"]
+    return {
+        "level": level,
+        "trials": len(rows),
+        "spiked": int(rows["spiked"].sum()),
+        "diverged": int(rows["diverged"].sum()),
+        "censored": int((~event).sum()),
+        "median_step": float(half.iloc[0]) if len(half) else None,
+        "free": free,
+        "low": low,
+        "high": high,
+    }
+
+
+def _exact_interval(time: Floats, event: Bools, step: float, free: float) -> tuple[float, float]:
+    """That of a share `free` of 0 or 1, of the trials whose answer is known at a step."""
+    n = int(np.count_nonzero((time >= step) | event))
+    return share_interval(n if free else 0, n)
+
+
+def _numbered(items: Sequence[Hashable]) -> Ints:
+    """Each item's number, from 0 in the order of their first appearance; equal ones share it."""
+    numbers = {item: i for i, item in enumerate(dict.fromkeys(items))}
+    return np.array([numbers[item] for item in items], dtype=np.int64)
+
+
+def _test(seen: pd.DataFrame, group: Ints, stratum: Ints) -> tuple[float | None, float | None, str | None]:
+    """chi2, p, and the reason where they are None."""
+    if mixed(seen, "spike_events"):
+        return None, None, "the trials' spikes were found by different rules or at different strides"
+    if len(set(group)) < 2:
+        return None, None, "fewer than two levels"
+    time, event = _arrays(seen)
+    if not event.any():
+        return None, None, "no trial spiked or diverged"
+    if not any(len(set(group[stratum == i])) > 1 for i in set(stratum)):
+        return None, None, "no two levels were tried at equal levels of the other axes"
+    chi2, p = log_rank(time, event, group, stratum)
+    return chi2, p, None
 
 
 def _members(stratum: Ints) -> list[Ints]:
@@ -346,14 +359,3 @@ def _excess(time: Floats, event: Bools, group: Ints, last: int) -> tuple[Floats,
     alone = np.eye(last) * (weight @ share)[..., None, :]
     variance = alone - np.swapaxes(share * weight[:, None], -1, -2) @ share
     return excess, variance
-
-
-def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
-    """What confounds the curves of an axis, and the trials that are in none of them."""
-    if not times.balanced:
-        yield (
-            f"Not every {words.label(axis)} was tried equally often with all else equal: its curves mix other axes in, "
-            "its p does not."
-        )
-    if times.unseen:
-        yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."

@@ -47,7 +47,6 @@ OWN = {
     "source_sha256": OwnColumn("text", "names everything this row was computed from; equal: the row still holds"),
 }
 
-
 OWN_OF_SPIKES = {
     "trial_id": OwnColumn("text", "the trial it belongs to"),
     "cell_id": OwnColumn("text", "that trial's cell"),
@@ -60,12 +59,8 @@ OWN_OF_SPIKES = {
 }
 """Columns of spikes.parquet beside those of `stability.columns.SPIKES`."""
 
-
-def spike_kinds() -> dict[str, str]:
-    """Every column of spikes.parquet in its order -> int | float | text | bool."""
-    own = {name: column.kind for name, column in OWN_OF_SPIKES.items()}
-    last = {name: own.pop(name) for name in ("batch", "detector_id")}
-    return own | {name: definition.kind for name, definition in SPIKES.items()} | last
+PREFIX = "external."
+"""Before the source's own name of a setting that has none of ours."""
 
 
 def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
@@ -89,6 +84,13 @@ def trial_kinds(groups: Sequence[str], external: Mapping[str, str] = MappingProx
     )
 
 
+def spike_kinds() -> dict[str, str]:
+    """Every column of spikes.parquet in its order -> int | float | text | bool."""
+    own = {name: column.kind for name, column in OWN_OF_SPIKES.items()}
+    last = {name: own.pop(name) for name in ("batch", "detector_id")}
+    return own | {name: definition.kind for name, definition in SPIKES.items()} | last
+
+
 def _setting_kind(name: str) -> str:
     kind = str(cfg.SETTINGS[name].type).partition(" ")[0]
     return {"str": "text"}.get(kind, kind)
@@ -100,27 +102,22 @@ def frame(rows: Sequence[Mapping[str, object]], kinds: Mapping[str, str]) -> pd.
     return pd.DataFrame({n: pd.Series([row.get(n) for row in rows], dtype=types[k]) for n, k in kinds.items()})
 
 
-PREFIX = "external."
-"""Before the source's own name of a setting that has none of ours."""
-
-
 def settings(log: ExternalLog) -> dict[str, Any]:
     """Every setting under its dotted name, null where the source does not say; clipping known to be off is infinite."""
-    found = dict.fromkeys(cfg.setting_names()) | {k: v for k, v in log.settings.items() if k in cfg.setting_names()}
+    values = dict.fromkeys(cfg.setting_names()) | {k: v for k, v in log.settings.items() if k in cfg.setting_names()}
     if "optim.clip" in log.settings and log.settings["optim.clip"] is None:
-        found["optim.clip"] = math.inf
-    return found
+        values["optim.clip"] = math.inf
+    return values
 
 
 def facts(log: ExternalLog, state: State, rows: Rows) -> TrialFacts:
     """For `summarise`. A log that does not say how long the run was planned ends where it was."""
-    known = log.settings
     missing = int((rows.is_null("loss") & rows.is_null("grad_norm")).sum())
     return TrialFacts(
         steps_planned=log.steps_planned or max(1, state.step),
-        warmup_steps=known.get("optim.warmup_steps") or 0,
-        clip=known.get("optim.clip"),
-        clip_kind=known.get("optim.clip_kind") or "norm",
+        warmup_steps=log.settings.get("optim.warmup_steps") or 0,
+        clip=log.settings.get("optim.clip"),
+        clip_kind=log.settings.get("optim.clip_kind") or "norm",
         status=state.status,
         stop_reason=state.stop_reason,
         init_loss=None,
@@ -138,17 +135,17 @@ def rows_planned(log: ExternalLog, state: State) -> int:
     return max(1, (log.steps_planned or state.step) // log.stride)
 
 
+def in_source_steps(rows: Rows, log: ExternalLog) -> Rows:
+    """The record with the steps of the source in place of the row numbers."""
+    steps = np.array([log.step_of(row) for row in rows["step"].tolist()], rows["step"].dtype)
+    return replace(rows, columns={**rows.columns, "step": steps})
+
+
 def unknown_warmup(columns: dict[str, Any], spikes: Iterable[dict[str, Any]]) -> None:
     """Null what depends on where the warmup ended, in place, where that is not known."""
     columns |= dict.fromkeys(("grad_norm_warmup_max", "clip_share_warmup", "clip_share_after"))
     for spike in spikes:
         spike["in_warmup"] = None
-
-
-def in_source_steps(rows: Rows, log: ExternalLog) -> Rows:
-    """The record with the steps of the source in place of the row numbers."""
-    steps = np.array([log.step_of(row) for row in rows["step"].tolist()], rows["step"].dtype)
-    return replace(rows, columns={**rows.columns, "step": steps})
 
 
 def differing(logs: Iterable[ExternalLog]) -> dict[str, str]:

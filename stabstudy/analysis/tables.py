@@ -57,45 +57,13 @@ _PARTS = 4
 
 _IDLE_S = 30
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def spread(do: Callable[[list[Item]], list[Result]], items: Sequence[Item], seconds: float) -> list[Result]:
-    """`do(items)`, a result for each item in their order, by several processes where that pays.
-
-    `seconds` is what one process would need, roughly. `do` must give each item the same result in any company, and it,
-    the items and the results must pickle. What it raises is raised here. A worker that dies (of memory, say) costs
-    time and no result: this process then does everything.
-    """
-    items = list(items)
-    n = min(_cores(), MOST, len(items)) if seconds >= WORTH_S else 1
-    if n < 2:
-        return do(items)
-    from loky import get_reusable_executor
-
-    parts = min(len(items), _PARTS * n)
-    results: list[Result | None] = [None] * len(items)
-    try:
-        executor = get_reusable_executor(max_workers=n, timeout=_IDLE_S, env={"OMP_NUM_THREADS": "1"})
-        for start, done in enumerate(executor.map(do, [items[i::parts] for i in range(parts)])):
-            results[start::parts] = done
-    except (BrokenExecutor, OSError):
-        return do(items)
-    return results  # type: ignore[return-value]
-
-
-def _cores() -> int:
-    """Those that this process may use: affinity and the limits of a container count."""
-    from loky import cpu_count
-
-    return int(cpu_count())
-
+_STEP_S = 1e-5
+"""Seconds to read a step and compute its share of the statistics, roughly."""
 
 Row = dict[str, Any]
 
-_STEP_S = 1e-5
-"""Seconds to read a step and compute its share of the statistics, roughly."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -130,23 +98,6 @@ class Tables:
         return frame(self.spikes, spike_kinds())
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What a trial's own files say, records aside."""
-
-    folder: TrialFolder
-    config: cfg.TrialConfig | None  # None: trained elsewhere
-    settings: Mapping[str, Any]  # by their dotted names
-    body: Mapping[str, Any]
-    state: State
-    log: ExternalLog | None  # None: trained here
-
-    @property
-    def rows_planned(self) -> int:
-        planned: int = self.settings["train.steps"]
-        return planned if self.log is None else table_columns.rows_planned(self.log, self.state)
-
-
 def read_tables(folder: StudyFolder) -> Tables:
     """Every trial of the study. Damaged ones are named, not raised."""
     trials: list[_Trial] = []
@@ -157,13 +108,13 @@ def read_tables(folder: StudyFolder) -> Tables:
         except StoreError as error:
             damaged.append(Damaged(trial.trial_id, _reason(error, folder)))
     rules = Rules()
-    found = [_kept(t, rules) for t in trials]
-    due = [t for t, answer in zip(trials, found, strict=True) if answer is None]
+    own = [_kept(t, rules) for t in trials]
+    due = [t for t, answer in zip(trials, own, strict=True) if answer is None]
     answers = iter(spread(functools.partial(_judged, rules), due, _STEP_S * sum(t.rows_planned for t in due)))
     rows: list[Row] = []
     spikes: list[Row] = []
     computed = 0
-    for t, kept in zip(trials, found, strict=True):
+    for t, kept in zip(trials, own, strict=True):
         answer = next(answers) if kept is None else kept
         if isinstance(answer, DamagedRecord):
             reason = _reason(answer, folder)
@@ -197,20 +148,6 @@ def write_tables(folder: StudyFolder, tables: Tables) -> None:
     sweep_abandoned(folder.path)
 
 
-def _refuse_newer(path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        written = int((pq.read_schema(path).metadata or {})[b"format"])
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        return  # none, or one that cannot be read: it is made anew
-    if written > SUMMARY_FORMAT:
-        raise NewerFormatError(
-            f"{path}: format {written}, this version writes {SUMMARY_FORMAT}; --out DIR writes elsewhere"
-        )
-
-
 def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
     """A trial's record, also while the trial finishes: its live file may vanish between the look and the read."""
     for last_try in (False, True):
@@ -223,13 +160,52 @@ def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
     return None
 
 
-def _norm(folder: StudyFolder, trial_id: str) -> NDArray[np.float64]:
-    """A trial's gradient norms, [steps]; empty where its record was damaged after it was judged."""
+def spread(do: Callable[[list[Item]], list[Result]], items: Sequence[Item], seconds: float) -> list[Result]:
+    """`do(items)`, a result for each item in their order, by several processes where that pays.
+
+    `seconds` is what one process would need, roughly. `do` must give each item the same result in any company, and it,
+    the items and the results must pickle. What it raises is raised here. A worker that dies (of memory, say) costs
+    time and no result: this process then does everything.
+    """
+    items = list(items)
+    n = min(_cores(), MOST, len(items)) if seconds >= WORTH_S else 1
+    if n < 2:
+        return do(items)
+    from loky import get_reusable_executor
+
+    parts = min(len(items), _PARTS * n)
+    results: list[Result | None] = [None] * len(items)
     try:
-        rows = read_record(folder.trial(trial_id), TRACE)
-    except (DamagedRecord, StoreError):
-        rows = None
-    return measured(no_rows(TRACE) if rows is None else rows, "grad_norm")
+        executor = get_reusable_executor(max_workers=n, timeout=_IDLE_S, env={"OMP_NUM_THREADS": "1"})
+        for start, done in enumerate(executor.map(do, [items[i::parts] for i in range(parts)])):
+            results[start::parts] = done
+    except (BrokenExecutor, OSError):
+        return do(items)
+    return results  # type: ignore[return-value]
+
+
+def _cores() -> int:
+    """Those that this process may use: affinity and the limits of a container count."""
+    from loky import cpu_count
+
+    return int(cpu_count())
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a trial's own files say, records aside."""
+
+    folder: TrialFolder
+    config: cfg.TrialConfig | None  # None: trained elsewhere
+    settings: Mapping[str, Any]  # by their dotted names
+    body: Mapping[str, Any]
+    state: State
+    log: ExternalLog | None  # None: trained here
+
+    @property
+    def rows_planned(self) -> int:
+        planned: int = self.settings["train.steps"]
+        return planned if self.log is None else table_columns.rows_planned(self.log, self.state)
 
 
 _Answer = tuple[Row, list[Row]] | DamagedRecord
@@ -322,10 +298,10 @@ def _encodable(value: Any) -> Any:
 def _unchanged(t: _Trial) -> bool:
     """Whether the records are finished and are the files that the state names. Raises DamagedRecord for other files."""
     finished = [(t.folder.finished(schema), t.state.records.get(schema.name)) for schema in (TRACE, PROBES)]
-    for file, known in finished:
-        if known and file.exists() and (found := disk.file_sha256(file)) != known["sha256"]:
-            raise DamagedRecord(f"{file}: sha256 is {found[:12]}..., the state says {known['sha256'][:12]}...")
-    return bool(finished[0][1]) and all(file.exists() for file, known in finished if known)
+    for file, record in finished:
+        if record and file.exists() and (sha256 := disk.file_sha256(file)) != record["sha256"]:
+            raise DamagedRecord(f"{file}: sha256 is {sha256[:12]}..., the state says {record['sha256'][:12]}...")
+    return bool(finished[0][1]) and all(file.exists() for file, record in finished if record)
 
 
 def _choices(body: Mapping[str, Any]) -> dict[str, str]:
@@ -339,6 +315,15 @@ def _error(state: State) -> str | None:
     step = state.error.get("step")
     at = "" if step is None else f" (step {step})"
     return f"{state.error.get('kind', 'error')}: {state.error.get('message', '')}{at}"
+
+
+def _norm(folder: StudyFolder, trial_id: str) -> NDArray[np.float64]:
+    """A trial's gradient norms, [steps]; empty where its record was damaged after it was judged."""
+    try:
+        rows = read_record(folder.trial(trial_id), TRACE)
+    except (DamagedRecord, StoreError):
+        rows = None
+    return measured(no_rows(TRACE) if rows is None else rows, "grad_norm")
 
 
 def _reason(error: Exception, folder: StudyFolder) -> str:
@@ -366,3 +351,17 @@ def _write(path: Path, rows: Sequence[Row], kinds: Mapping[str, str], tables: Ta
     tmp.replace(path)
     failpoints.hit("table.renamed")
     disk.sync_folder(path.parent)
+
+
+def _refuse_newer(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        written = int((pq.read_schema(path).metadata or {})[b"format"])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return  # none, or one that cannot be read: it is made anew
+    if written > SUMMARY_FORMAT:
+        raise NewerFormatError(
+            f"{path}: format {written}, this version writes {SUMMARY_FORMAT}; --out DIR writes elsewhere"
+        )

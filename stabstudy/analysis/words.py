@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stabstudy.stability.columns import COLUMNS
@@ -131,8 +131,13 @@ def estimate(mean: Any, low: Any, high: Any, digits: int = 3) -> str:
 def value(metric: str, field: Any) -> str:
     """A statistic of a trial or a mean of it: a number as its unit wants it, yes or no, or clean text."""
     if isinstance(field, bool):
-        return "yes" if field else "no"
+        return yes_or_no(field)
     return clean(field) if isinstance(field, str) else statistic(field, COLUMNS[metric].unit)
+
+
+def yes_or_no(answer: bool | None) -> str:
+    """An answer in one word; a dash where there is none."""
+    return NOTHING if answer is None else "yes" if answer else "no"
 
 
 def interval(metric: str, low: Any, high: Any) -> str:
@@ -164,6 +169,11 @@ def label(setting: str) -> str:
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
+
+
+def at_levels(axes: Iterable[str], levels: Iterable[object]) -> str:
+    """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
+    return ", ".join(f"{label(a)} {level(v, a)}" for a, v in zip(axes, levels, strict=False))
 
 
 def rule(code: str | None) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style, tooltips
-from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, points, pooled
+from stabstudy.analysis.figures.layout import Layout, level_texts, panels, points, pooled
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, at_level, levels_of
 from stabstudy.analysis.paired import EXPOSURE, Estimate, Kind, kind_of
@@ -22,7 +22,6 @@ from stabstudy.stability.summary import COLUMNS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
 
 UNSTABLE_LOGIT = 1e4
 """Attention logits beyond which arXiv 2309.14322 saw training fail: how far from it a study stays is worth seeing."""
@@ -42,6 +41,20 @@ MOST_LINES = 12
 
 COUNTS = ("low", "high", "n in the mean", "diverged")
 """Heads of the numbers beside a mean: see `mean_texts`."""
+
+AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
+"""Axes that get a figure of their own where they vary and are not the main axis."""
+
+METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
+
+ON_LOG = ("grad_norm_max_over_median",)
+"""On a log scale: one trial at fifty would hide all others."""
+
+MOST_DATASETS = 4
+"""Datasets up to which the loss on each has a panel."""
+
+MOST_LEVELS = 7
+"""Levels of the main axis up to which each has a line; of more, all are pooled."""
 
 
 def lr_curves(study: Study, by: str | None = "model.depth", ax: Axes | None = None) -> Axes:
@@ -90,18 +103,29 @@ def curves(
     return ax
 
 
-class _Look:
-    """Colour, marker and dash of one line."""
-
-    def __init__(self, colour: str, index: int, name: str | None):
-        self.colour, self.name = colour, name
-        self.marker = style.MARKERS[index % len(style.MARKERS)]
-        self.dash = style.DASHES[index % len(style.DASHES)]
+def metric_label(metric: str) -> str:
+    """A statistic's name and unit, for the side of a figure."""
+    d = COLUMNS[metric]
+    unit = "" if d.unit in ("", "1", "ratio") else f" ({d.unit})"
+    return f"{words.STATISTICS.get(metric, d.label)}{unit}"
 
 
 def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Done trials with a value, and the diverged ones, whose value may be missing."""
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
+
+
+def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
+    """The mean that `curves` draws through these trials."""
+    counted = trials if metric == "final_loss" else trials[trials["verdict"] != "diverged"]
+    return compare.mean(counted, metric)
+
+
+def mean_texts(trials: pd.DataFrame, metric: str) -> tuple[str, ...]:
+    """The mean of `mean_of` over those of the trials that are drawn, its interval, its n, and how many diverged."""
+    drawn = drawable(trials, metric)
+    e = mean_of(drawn, metric)
+    return tuple(map(words.number, (e.mean, e.low, e.high, e.n, int((drawn["verdict"] == "diverged").sum()))))
 
 
 def marks_text(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
@@ -120,6 +144,15 @@ def marks_text(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
     if rest := len(trials) - fewest - len(diverged):
         parts.append(f"left out{'' if same else ' of one at least'}: {words.count(rest, 'trial')} without a value")
     return f"{'; '.join(parts)}."
+
+
+class _Look:
+    """Colour, marker and dash of one line."""
+
+    def __init__(self, colour: str, index: int, name: str | None):
+        self.colour, self.name = colour, name
+        self.marker = style.MARKERS[index % len(style.MARKERS)]
+        self.dash = style.DASHES[index % len(style.DASHES)]
 
 
 def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
@@ -154,19 +187,6 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
         )  # fmt: skip
 
 
-def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
-    """The mean that `curves` draws through these trials."""
-    counted = trials if metric == "final_loss" else trials[trials["verdict"] != "diverged"]
-    return compare.mean(counted, metric)
-
-
-def mean_texts(trials: pd.DataFrame, metric: str) -> tuple[str, ...]:
-    """The mean of `mean_of` over those of the trials that are drawn, its interval, its n, and how many diverged."""
-    drawn = drawable(trials, metric)
-    e = mean_of(drawn, metric)
-    return tuple(map(words.number, (e.mean, e.low, e.high, e.n, int((drawn["verdict"] == "diverged").sum()))))
-
-
 def _levels_in(trials: pd.DataFrame, positions: Positions) -> list[Any]:
     return [None if words.is_null(v) else v for v in trials[positions.setting]]
 
@@ -184,26 +204,19 @@ def _limit_to_dots(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool) -> 
         ax.set_ylim(min(seen) - pad, max(seen) + pad)
 
 
-def metric_label(metric: str) -> str:
-    """A statistic's name and unit, for the side of a figure."""
-    d = COLUMNS[metric]
-    unit = "" if d.unit in ("", "1", "ratio") else f" ({d.unit})"
-    return f"{words.STATISTICS.get(metric, d.label)}{unit}"
-
-
-def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+def curve_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     """A figure for each of CURVES against the main axis; in place of one without data, the reason."""
     grid = study.grid
     for metric, log_y, name in CURVES:
         if not len(drawable(grid.trials, metric)):
             yield Absent(name, "no done trial has it")
-        elif metric in compare.ON_EVALUATION and _mixed(grid, layout):
+        elif metric in compare.ON_EVALUATION and _mixes_losses(grid, layout):
             yield Absent(name, "a mean would mix losses on different evaluation sets")
         else:
-            yield _figure(grid, layout, metric, log_y, name)
+            yield _curve_figure(grid, layout, metric, log_y, name)
 
 
-def _figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -> Figure:
+def _curve_figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -> Figure:
     against = f"{name} against {words.label(layout.x)}"
     geometric = "geometric " if kind_of(metric) is Kind.RATIO else ""
     caption = (
@@ -223,7 +236,7 @@ def _figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -
     return style.report_figure(metric.replace("_", "-"), title, picture, alt, caption, heads, rows)
 
 
-def _mixed(study: Study, layout: Layout) -> bool:
+def _mixes_losses(study: Study, layout: Layout) -> bool:
     """Whether any point of a figure would pool losses on different evaluation batches."""
     return any(trials["eval_hash"].nunique() > 1 for _, trials in points(study, layout, "final_loss"))
 
@@ -241,7 +254,7 @@ def _extremes(study: Study, layout: Layout, metric: str) -> str:
         return ""
     axes = layout.axes(study)
     ends = (end(means, key=lambda point: point[0]) for end in (min, max))
-    low, high = (f"{words.number(mean)} at {at_levels(axes, levels)}" for mean, levels in ends)
+    low, high = (f"{words.number(mean)} at {words.at_levels(axes, levels)}" for mean, levels in ends)
     return f" Lowest {low}, highest {high}."
 
 
@@ -255,27 +268,12 @@ def _alt(study: Study, layout: Layout, metric: str, against: str) -> str:
     for levels, line in list(lines.items())[:MOST_LINES]:
         low, high = min(line, key=lambda p: p[1]), max(line, key=lambda p: p[1])
         places = [f"{words.number(y)} at {words.level(x, layout.x)}" for x, y in (line[0], line[-1], low, high)]
-        name = at_levels(axes, levels)
+        name = words.at_levels(axes, levels)
         text = f"from {places[0]} to {places[1]}; lowest {places[2]}, highest {places[3]}."
         parts.append(f"{name}: {text}" if name else text)
     if len(lines) > MOST_LINES:
         parts.append(f"{len(lines) - MOST_LINES} more lines: see the numbers of this figure.")
     return " ".join(parts)
-
-
-AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
-"""Axes that get a figure of their own where they vary and are not the main axis."""
-
-METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
-
-ON_LOG = ("grad_norm_max_over_median",)
-"""On a log scale: one trial at fifty would hide all others."""
-
-MOST_DATASETS = 4
-"""Datasets up to which the loss on each has a panel."""
-
-MOST_LEVELS = 7
-"""Levels of the main axis up to which each has a line; of more, all are pooled."""
 
 
 def axis_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -287,6 +285,26 @@ def axis_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     if (absent := [words.label(axis) for axis in AXES if axis not in study.axes]) and not study.ingested:
         verb = "it does" if len(absent) == 1 else "they do"
         yield Absent(f"Effect of {words.listing(absent)}", f"{verb} not vary")
+
+
+def _axis_figure(grid: Study, axis: str, main: str) -> Figure:
+    by = main if main in grid.axes and len(grid.axes[main]) <= MOST_LEVELS else None
+    panels = _panels(grid, axis)
+    columns = len(panels) if len(panels) < 4 else 2
+    size = (1.0 + 3.1 * columns, 3.7) if columns == len(panels) else (9.2, 0.7 + 3.0 * -(-len(panels) // 2))
+    picture = style.new_panels(len(panels), *size, columns=columns)
+    for ax, panel in zip(picture.axes, panels, strict=False):
+        curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
+        style.title(ax, panel.of)
+    style.share_legend(picture)
+    rows = [row for panel in panels for row in _axis_rows(panel, axis, by)]
+    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
+    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
+    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
+    alt = f"Line charts. {'; '.join(values)}."
+    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *COUNTS)
+    caption = _axis_caption(grid, panels, axis, by)
+    return style.report_figure(name, title, picture, alt, caption, heads, rows, {"statistic"})
 
 
 @dataclass(frozen=True)
@@ -322,26 +340,7 @@ def _mixed_losses(study: Study) -> bool:
     return bool(compare.mixed(study.trials[study.trials["state"] == "done"], "final_loss"))
 
 
-def _axis_figure(grid: Study, axis: str, main: str) -> Figure:
-    by = main if main in grid.axes and len(grid.axes[main]) <= MOST_LEVELS else None
-    panels = _panels(grid, axis)
-    columns = len(panels) if len(panels) < 4 else 2
-    size = (1.0 + 3.1 * columns, 3.7) if columns == len(panels) else (9.2, 0.7 + 3.0 * -(-len(panels) // 2))
-    picture = style.new_panels(len(panels), *size, columns=columns)
-    for ax, panel in zip(picture.axes, panels, strict=False):
-        curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
-        style.title(ax, panel.of)
-    style.share_legend(picture)
-    rows = [row for panel in panels for row in _rows(panel, axis, by)]
-    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
-    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
-    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
-    alt = f"Line charts. {'; '.join(values)}."
-    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *COUNTS)
-    return style.report_figure(name, title, picture, alt, _caption(grid, panels, axis, by), heads, rows, {"statistic"})
-
-
-def _caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> str:
+def _axis_caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> str:
     pooled = [words.label(a) for a in grid.axes if a not in (axis, by)]
     apart = ", losses never over datasets" if any(panel.of for panel in panels) else ""
     over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
@@ -358,7 +357,7 @@ def _caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> st
     )
 
 
-def _rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
+def _axis_rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
     trials = drawable(panel.study.trials, panel.metric)
     groups: list[tuple[tuple[Level, ...], pd.DataFrame]] = [((), trials)]
     if by is not None:

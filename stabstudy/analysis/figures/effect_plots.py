@@ -26,14 +26,16 @@ from stabstudy.stability.verdict import VERDICTS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+EFFECTS_TITLE = "What each axis changed"
 
 MOST_DECADES = 6
 """Decades to either side of a ratio up to which its interval is drawn."""
 
-EFFECTS_TITLE = "What each axis changed"
 PARALLEL_TITLE = "All axes at once"
 PARALLEL = ("final_loss", "grad_norm_log_sd", "spike_abs_rate")
 """Statistics beside the axes in the report's parallel coordinates."""
+
+CLIPPING_TITLE = "Clip threshold against the norms"
 
 
 def effects(
@@ -153,7 +155,7 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
     trials = judged_trials(study)
     heights = {a: _heights(trials[a], study.axes[a]) for a in study.axes}
     heights |= {m: _scaled(compare.values(trials, m)) for m in metrics}
-    lines = [_known(line) for line in zip(*(heights[n] for n in names), strict=True)]
+    lines = [_finite_points(line) for line in zip(*(heights[n] for n in names), strict=True)]
     for i, verdict in enumerate(VERDICTS):
         own = [line for line, one in zip(lines, trials["verdict"], strict=True) if one == verdict]
         if own:
@@ -187,20 +189,6 @@ def judged_trials(study: Study) -> pd.DataFrame:
     return study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
 
 
-def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
-    """The lowest and the highest value of a coordinate, in words."""
-    if name in study.axes:
-        levels = study.axes[name]
-        return words.level(levels[0], name), words.level(levels[-1], name)
-    known = [v for v in compare.values(trials, name) if math.isfinite(v)]
-    unit = COLUMNS[name].unit
-    return words.statistic(min(known, default=None), unit), words.statistic(max(known, default=None), unit)
-
-
-def _known(heights: Sequence[float]) -> list[tuple[int, float]]:
-    return [(at, y) for at, y in enumerate(heights) if math.isfinite(y)]
-
-
 def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
     places = {level: i / max(1, len(levels) - 1) for i, level in enumerate(levels)}
     spread = 0.12 / max(1, len(levels) - 1)
@@ -208,9 +196,23 @@ def _heights(column: Any, levels: Sequence[Any]) -> list[float]:
 
 
 def _scaled(values: list[float]) -> list[float]:
-    known = [v for v in values if math.isfinite(v)]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return [math.nan if not math.isfinite(v) else (v - low) / (high - low) if high > low else 0.5 for v in values]
+
+
+def _finite_points(heights: Sequence[float]) -> list[tuple[int, float]]:
+    return [(at, y) for at, y in enumerate(heights) if math.isfinite(y)]
+
+
+def _ends(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str]:
+    """The lowest and the highest value of a coordinate, in words."""
+    if name in study.axes:
+        levels = study.axes[name]
+        return words.level(levels[0], name), words.level(levels[-1], name)
+    finite = [v for v in compare.values(trials, name) if math.isfinite(v)]
+    unit = COLUMNS[name].unit
+    return words.statistic(min(finite, default=None), unit), words.statistic(max(finite, default=None), unit)
 
 
 def parallel_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -225,8 +227,7 @@ def parallel_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         return
     mixed = bool(compare.mixed(trials, "final_loss"))
     metrics = [m for m in PARALLEL if not (mixed and m in compare.ON_EVALUATION)]
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    verdicts = words.listing([f"{n} {v}" for v, n in counts if n])
+    verdicts = words.listing([f"{n} {v}" for v, n in compare.verdicts(trials).items() if n])
     lacking = _lacking(trials, metrics)
     rest = int((grid.trials["state"] == "done").sum()) - len(trials)
     caption = (
@@ -248,11 +249,8 @@ def _name(coordinate: str) -> str:
 
 def _range(name: str, trials: pd.DataFrame, study: Study) -> tuple[str, str, str]:
     """The ends of a coordinate, and the trials that have a value on it."""
-    known = len(trials) if name in study.axes else sum(map(math.isfinite, compare.values(trials, name)))
-    return *_ends(name, trials, study), str(known)
-
-
-TITLE = "Clip threshold against the norms"
+    n = len(trials) if name in study.axes else sum(map(math.isfinite, compare.values(trials, name)))
+    return *_ends(name, trials, study), str(n)
 
 
 def clipping(study: Study, ax: Axes | None = None) -> Axes:
@@ -302,15 +300,6 @@ def clip_shares(study: Study, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _draw_trials(ax: Axes, clip: Any, trials: pd.DataFrame, metric: str) -> None:
-    """The trials at one threshold, each at its value of a statistic."""
-    members = trials[trials["optim.clip"] == clip]
-    ax.plot(
-        [float(clip)] * len(members), compare.values(members, metric), marker="o", markersize=4, linestyle="none",
-        color=style.BLUE, alpha=0.7, label=tooltips.trials(members.index),
-    )  # fmt: skip
-
-
 def clipped_trials(study: Study) -> pd.DataFrame:
     """The done trials that `clipping` draws."""
     trials = _norm_clipping(study)
@@ -323,11 +312,20 @@ def _norm_clipping(study: Study) -> pd.DataFrame:
     return trials[(trials["state"] == "done") & (trials["optim.clip_kind"] == "norm") & trials["optim.clip"].notna()]
 
 
-def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
+def _draw_trials(ax: Axes, clip: Any, trials: pd.DataFrame, metric: str) -> None:
+    """The trials at one threshold, each at its value of a statistic."""
+    members = trials[trials["optim.clip"] == clip]
+    ax.plot(
+        [float(clip)] * len(members), compare.values(members, metric), marker="o", markersize=4, linestyle="none",
+        color=style.BLUE, alpha=0.7, label=tooltips.trials(members.index),
+    )  # fmt: skip
+
+
+def clipping_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     """Norms and shares side by side, of the trials that clip by the norm."""
     trials = clipped_trials(study)
     if not len(trials):
-        yield Absent(TITLE, "no done trial clips by the norm")
+        yield Absent(CLIPPING_TITLE, "no done trial clips by the norm")
         return
     groups = [(clip, members) for clip, members in trials.groupby("optim.clip")]
     rows = tuple(
@@ -354,7 +352,8 @@ def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     clipping(study, picture.axes[0])
     clip_shares(study, picture.axes[1])
     heads = ("clip threshold", "trials", "median norm, smallest", "median norm, largest", "share of steps clipped")
-    yield style.report_figure("clipping", TITLE, picture, f"Scatter plot. {'; '.join(ranges)}.", caption, heads, rows)
+    alt = f"Scatter plot. {'; '.join(ranges)}."
+    yield style.report_figure("clipping", CLIPPING_TITLE, picture, alt, caption, heads, rows)
 
 
 def _unsettled(study: Study) -> str:

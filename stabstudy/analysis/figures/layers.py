@@ -101,8 +101,8 @@ def growth(rows: Rows, spike: Mapping[str, Any]) -> list[tuple[str, float, float
     peak = norms[at][0] if at.any() else np.full(norms.shape[1], np.nan)
     median = np.median(before, axis=0) if len(before) else np.full(norms.shape[1], np.nan)
     factor = np.divide(peak, median, out=np.full(len(peak), np.nan), where=median > 0)
-    known = [np.where(np.isfinite(column), column, np.nan).tolist() for column in (peak, median, factor)]
-    return list(zip(layer_names(norms.shape[1]), *known, strict=True))
+    columns = [np.where(np.isfinite(column), column, np.nan).tolist() for column in (peak, median, factor)]
+    return list(zip(layer_names(norms.shape[1]), *columns, strict=True))
 
 
 def peak_text(rows: Rows, spike: Mapping[str, Any]) -> str:

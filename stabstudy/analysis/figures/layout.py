@@ -60,11 +60,6 @@ def level_texts(axes: Iterable[str], levels: Iterable[Level]) -> list[str]:
     return [words.level(level, axis) for axis, level in zip(axes, levels, strict=False)]
 
 
-def at_levels(axes: Iterable[str], levels: Iterable[Level]) -> str:
-    """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
-    return ", ".join(f"{words.label(a)} {words.level(v, a)}" for a, v in zip(axes, levels, strict=False))
-
-
 def pooled(layout: Layout) -> str:
     """What a point of the figures is a mean over, beside seeds."""
     return f" Averaged over {words.listing([words.label(a) for a in layout.pooled])}." if layout.pooled else ""
@@ -81,7 +76,7 @@ def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):
         draw(part, ax)
-        levels = ", ".join(f"{words.label(k)} {words.level(v, k)}" for k, v in fixed.items())
+        levels = words.at_levels(fixed, fixed.values())
         style.title(ax, ": ".join(t for t in (ax.get_title(loc="left"), levels) if t))
     _share_y(drawn)
     for i, ax in enumerate(drawn):
@@ -103,8 +98,8 @@ def _share_y(axes: Sequence[Axes]) -> None:
 
 def combinations(study: Study, over: Sequence[str]) -> list[dict[str, Any]]:
     """The combinations of levels of these axes that hold at least one trial; one empty combination for no axes."""
-    found = split(study.trials[list(over)], {axis: study.axes[axis] for axis in over})
-    return [dict(zip(over, levels, strict=True)) for levels, _ in found]
+    parts = split(study.trials[list(over)], {axis: study.axes[axis] for axis in over})
+    return [dict(zip(over, levels, strict=True)) for levels, _ in parts]
 
 
 def panel_axes(study: Study, drawn: Sequence[str | None], limit: int = MAX_PANELS) -> list[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.layout import Layout, at_levels, level_texts, panels, pooled
+from stabstudy.analysis.figures.layout import Layout, level_texts, panels, pooled
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, levels_of, split
 from stabstudy.analysis.paired import EXPOSURE, Kind, kind_of
@@ -133,8 +133,8 @@ class Field:
 
     def counts(self, value: str) -> tuple[str, str, str]:
         """COUNTS, in words."""
-        known = self.having(value)
-        return str(known), str(self.n - known), str(self.not_stable)
+        n = self.having(value)
+        return str(n), str(self.n - n), str(self.not_stable)
 
     @property
     def verdicts(self) -> str:
@@ -201,11 +201,11 @@ def _draw_field(
     corner = (at[0] - 0.5, at[1] - 0.5)
     ground = style.field_colour(share)
     ax.add_patch(Rectangle(corner, 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    bad = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS[1:]}
-    unstable = [f"{n} {verdict}" for verdict, n in bad.items() if n]
+    verdicts = compare.verdicts(trials)
+    unstable = [f"{verdicts[v]} {v}" for v in VERDICTS[1:] if verdicts[v]]
     ink = style.field_text_colour(ground)
     ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
-    if bad["diverged"]:
+    if verdicts["diverged"]:
         ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
 
 
@@ -233,9 +233,9 @@ def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
 
 def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
     fields = fields_of(study, layout)
-    known = [f for f in fields if f.mean(value) == f.mean(value)]
-    unknown = " Grey: no trial has the statistic." if len(known) < len(fields) else ""
-    highest = max(known, key=lambda f: f.mean(value), default=None)
+    filled = [f for f in fields if f.mean(value) == f.mean(value)]
+    unknown = " Grey: no trial has the statistic." if len(filled) < len(fields) else ""
+    highest = max(filled, key=lambda f: f.mean(value), default=None)
     top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
     pair = f"{words.label(layout.x)} and {words.label(y)}"
@@ -248,7 +248,7 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
         f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
-    peak = f" Highest: {text(top, value)} at {at_levels(axes, highest.levels)}." if highest else ""
+    peak = f" Highest: {text(top, value)} at {words.at_levels(axes, highest.levels)}." if highest else ""
     name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
     picture = panels(
         study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)

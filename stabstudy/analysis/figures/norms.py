@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MICRO_BATCH = "train.micro_batch_size"
+
+MOST_PAIRS = 6
+"""Pairs in the check of gradient accumulation."""
+
 MOST_LEVELS = 6
 TRIALS_PER_LEVEL = 4
 """So many traces are read for the figure of ratios, so that its cost does not grow with the study."""
@@ -39,8 +44,6 @@ RATIOS_NAMED = (0.5, 1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 QUANTILES = (0.5, 0.99, 0.999)
 RATIOS_TITLE = "Gradient norms over their recent median"
 ACCUMULATION_TITLE = "Check of gradient accumulation"
-
-MICRO_BATCH = "train.micro_batch_size"
 
 LOSS_AGREES, NORM_AGREES = 1e-5, 1e-4
 """Relative differences at the first step within which two splits of one float32 batch agree."""
@@ -59,10 +62,10 @@ def norm_ratios(
     logarithmic: the distribution's upper tail is what spikes are.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    found = read_ratios(study, by).values if ratios is None else ratios
-    levels = list(found)
+    by_level = read_ratios(study, by).values if ratios is None else ratios
+    levels = list(by_level)
     for i, (level, colour) in enumerate(zip(levels, style.colours(levels), strict=True)):
-        values = np.sort(found[level])
+        values = np.sort(by_level[level])
         share = 1.0 - np.arange(len(values)) / len(values)
         drawn = _thinned(len(values))
         name = style.plain(words.level(level, by))
@@ -73,7 +76,7 @@ def norm_ratios(
     place = (ratio, 1.0)
     ax.annotate(f"×{words.number(ratio)}", place, (3, -2), textcoords="offset points", va="top",
                 xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
-    largest = max((float(v.max()) for v in found.values()), default=ratio)
+    largest = max((float(v.max()) for v in by_level.values()), default=ratio)
     ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
     if largest > RATIOS_NAMED[-1]:
         style.log_ticks(ax, across=True)
@@ -103,108 +106,30 @@ def read_ratios(study: Study, by: str) -> Ratios:
     """
     done = study.trials[study.trials["state"] == "done"]
     levels = [v for v in study.axes[by] if len(at_level(done, by, v))]
-    found = Ratios({}, [], [])
+    ratios = Ratios({}, [], [])
     for level in _evenly(levels, MOST_LEVELS):
         parts = []
         for trial_id in _evenly([str(t) for t in at_level(done, by, level).index], TRIALS_PER_LEVEL):
             rows = _trace(study, trial_id)
             if rows is not None:
                 own = ratios_of(rows, study.row(trial_id)["optim.warmup_steps"] or 0, study.rules)
-                (found.read if len(own) else found.empty).append(trial_id)
+                (ratios.read if len(own) else ratios.empty).append(trial_id)
                 parts.append(own)
         if parts and len(pooled := np.concatenate(parts)):
-            found.values[level] = pooled
-    return found
+            ratios.values[level] = pooled
+    return ratios
 
 
 def ratios_of(rows: Rows, warmup: int, rules: Rules) -> NDArray[np.float64]:
     """Gradient norm over the median of the last W norms before it, at each settled step that has `fill` of them."""
     norm = measured(rows, "grad_norm")
-    known = np.isfinite(norm) & (norm > 0)
-    series = pd.Series(norm[known])
+    positive = np.isfinite(norm) & (norm > 0)
+    series = pd.Series(norm[positive])
     median = series.rolling(rules.window, min_periods=rules.fill).median().shift(1)
     ratio = (series / median).to_numpy()
-    kept = np.isfinite(ratio) & (rows["step"][known] >= warmup)
+    kept = np.isfinite(ratio) & (rows["step"][positive] >= warmup)
     answer: NDArray[np.float64] = ratio[kept]
     return answer
-
-
-@dataclass(frozen=True)
-class Split:
-    """Two trials that differ in the micro-batch size alone; `loss`, `norm`: relative differences, shape [steps]."""
-
-    trial_id: str
-    partner: str  # of the largest micro-batch
-    sizes: tuple[int, int]  # of the trial and of its partner
-    precision: str
-    loss: NDArray[np.float64]
-    norm: NDArray[np.float64]
-
-    @property
-    def agrees(self) -> bool | None:
-        """Whether both are within rounding at the first step, where the weights are equal; None: not float32."""
-        if self.precision != "fp32":
-            return None
-        return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
-
-
-def splits(study: Study, most: int = 6) -> list[Split]:
-    """The first `most` pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
-    done = study.trials[study.trials["state"] == "done"]
-    others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
-    groups: dict[tuple[Level, ...], list[str]] = {}
-    for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
-        groups.setdefault(key, []).append(str(trial_id))
-    found: list[Split] = []
-    for members in groups.values():
-        ranked = sorted(members, key=lambda t: -micro_batch(study, t))
-        found += [split for t in ranked[1:] if len(found) < most and (split := _split(study, t, ranked[0]))]
-    return found[:most]
-
-
-def micro_batch(study: Study, trial_id: str) -> int:
-    """Sequences of a micro-batch; those of the batch where it is not split."""
-    row = study.row(trial_id)
-    return int(row[MICRO_BATCH] or row["train.batch_size"])
-
-
-def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | None = None) -> Axes:
-    """Largest relative difference so far of loss (lines) and gradient norm (dashed) between two splits of one batch.
-
-    At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
-    Differences of 0 lie at the lower edge.
-    """
-    found = splits(study) if pairs is None else pairs
-    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
-    floor = 1e-9
-    for i, pair in enumerate(found):
-        colour = style.CATEGORIES[i % len(style.CATEGORIES)]
-        name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
-        for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):
-            ax.plot(
-                np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
-            )
-    ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
-    style.log_ticks(ax)
-    style.legend_beside(ax, "micro-batch size")
-    return ax
-
-
-def _split(study: Study, trial_id: str, partner: str) -> Split | None:
-    a, b = _trace(study, trial_id), _trace(study, partner)
-    if a is None or b is None or not min(len(a), len(b)):
-        return None
-    n = min(len(a), len(b))
-    loss, norm = (np.abs(a[c][:n] - b[c][:n]) / np.abs(b[c][:n]) for c in ("loss", "grad_norm"))
-    sizes = (micro_batch(study, trial_id), micro_batch(study, partner))
-    return Split(trial_id, partner, sizes, study.row(trial_id)["train.precision"], loss, norm)
-
-
-def _trace(study: Study, trial_id: str) -> Rows | None:
-    try:
-        return study.trace(trial_id)
-    except DamagedRecord:  # it was readable when the tables were made
-        return None
 
 
 def _evenly(items: Sequence[T], most: int) -> list[T]:
@@ -259,6 +184,84 @@ def _without_step(study: Study, trial_ids: Sequence[str]) -> str:
     return f" Without such a step: {_traces(study, trial_ids)} more." if trial_ids else ""
 
 
+def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | None = None) -> Axes:
+    """Largest relative difference so far of loss (lines) and gradient norm (dashed) between two splits of one batch.
+
+    At the first step the weights are equal, so only rounding may differ; later rounding grows with the training.
+    Differences of 0 lie at the lower edge.
+    """
+    shown = splits(study) if pairs is None else pairs
+    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
+    floor = 1e-9
+    for i, pair in enumerate(shown):
+        colour = style.CATEGORIES[i % len(style.CATEGORIES)]
+        name = f"{pair.sizes[0]} against {pair.sizes[1]} ({pair.trial_id})"
+        for values, dash, label in ((pair.loss, "-", name), (pair.norm, (0, (4, 2)), None)):
+            ax.plot(
+                np.fmax.accumulate(np.fmax(values, floor)), color=colour, linestyle=dash, linewidth=1.2, label=label
+            )
+    ax.set(yscale="log", ylim=(floor, None), xlabel="optimizer step", ylabel="largest relative difference so far")
+    style.log_ticks(ax)
+    style.legend_beside(ax, "micro-batch size")
+    return ax
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two trials that differ in the micro-batch size alone; `loss`, `norm`: relative differences, shape [steps]."""
+
+    trial_id: str
+    partner: str  # of the largest micro-batch
+    sizes: tuple[int, int]  # of the trial and of its partner
+    precision: str
+    loss: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether both are within rounding at the first step, where the weights are equal; None: not float32."""
+        if self.precision != "fp32":
+            return None
+        return bool(self.loss[0] <= LOSS_AGREES and self.norm[0] <= NORM_AGREES)
+
+
+def splits(study: Study) -> list[Split]:
+    """The first MOST_PAIRS pairs of done trials that differ in `train.micro_batch_size` alone, by their settings."""
+    done = study.trials[study.trials["state"] == "done"]
+    others = [n for n in cfg.setting_names() if n != MICRO_BATCH and n in done]
+    groups: dict[tuple[Level, ...], list[str]] = {}
+    for key, trial_id in zip(keys(done, ["data_fingerprint", *others]), done.index, strict=True):
+        groups.setdefault(key, []).append(str(trial_id))
+    pairs: list[Split] = []
+    for members in groups.values():
+        ranked = sorted(members, key=lambda t: -micro_batch(study, t))
+        pairs += [split for t in ranked[1:] if len(pairs) < MOST_PAIRS and (split := _split(study, t, ranked[0]))]
+    return pairs[:MOST_PAIRS]
+
+
+def micro_batch(study: Study, trial_id: str) -> int:
+    """Sequences of a micro-batch; those of the batch where it is not split."""
+    row = study.row(trial_id)
+    return int(row[MICRO_BATCH] or row["train.batch_size"])
+
+
+def _split(study: Study, trial_id: str, partner: str) -> Split | None:
+    a, b = _trace(study, trial_id), _trace(study, partner)
+    if a is None or b is None or not min(len(a), len(b)):
+        return None
+    n = min(len(a), len(b))
+    loss, norm = (np.abs(a[c][:n] - b[c][:n]) / np.abs(b[c][:n]) for c in ("loss", "grad_norm"))
+    sizes = (micro_batch(study, trial_id), micro_batch(study, partner))
+    return Split(trial_id, partner, sizes, study.row(trial_id)["train.precision"], loss, norm)
+
+
+def _trace(study: Study, trial_id: str) -> Rows | None:
+    try:
+        return study.trace(trial_id)
+    except DamagedRecord:  # it was readable when the tables were made
+        return None
+
+
 def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     """Pairs of trials that split the same batch differently, where micro-batch sizes differ."""
     if MICRO_BATCH not in study.axes:
@@ -286,12 +289,12 @@ def accumulation_figures(study: Study, layout: Layout) -> Iterator[Figure | Abse
     )
     picture, alt = accumulation(study, pairs), f"Line chart. {verdict}"
     heads = ("trial", "micro-batch", "against", "of trial", "loss, step 0", "norm, step 0", "loss, any step", "agrees")
-    rows, texts = map(_row, pairs), {*heads[:4], "agrees"}
+    rows, texts = map(_split_row, pairs), {*heads[:4], "agrees"}
     yield style.report_figure("accumulation", ACCUMULATION_TITLE, picture, alt, caption, heads, rows, texts)
 
 
-def _row(pair: Split) -> tuple[str, ...]:
+def _split_row(pair: Split) -> tuple[str, ...]:
     finite = pair.loss[np.isfinite(pair.loss)]
     numbers = (float(pair.loss[0]), float(pair.norm[0]), float(finite.max()) if len(finite) else None)
-    agrees = words.NOTHING if pair.agrees is None else "yes" if pair.agrees else "no"
-    return (pair.trial_id, str(pair.sizes[0]), str(pair.sizes[1]), pair.partner, *map(words.number, numbers), agrees)
+    texts = (pair.trial_id, *map(str, pair.sizes), pair.partner)
+    return (*texts, *map(words.number, numbers), words.yes_or_no(pair.agrees))

@@ -11,12 +11,12 @@ from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.study import Study
 
 OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] = (
-    curves.figures,
+    curves.curve_figures,
     verdict_maps.figures,
     maps.figures,
     curves.axis_figures,
     effect_plots.effect_figures,
-    effect_plots.figures,
+    effect_plots.clipping_figures,
     study_curves.sensitivity_figures,
     study_curves.first_spike_figures,
     effect_plots.parallel_figures,

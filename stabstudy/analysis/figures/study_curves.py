@@ -11,7 +11,7 @@ import pandas as pd
 from stabstudy.analysis import survival, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.layout import Layout, at_levels
+from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.levels import Level, levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
@@ -28,14 +28,14 @@ MOST_INSIDE = 3
 """Lines with long names up to which the legend lies among them."""
 
 
-def first_spikes(study: Study, by: str, found: FirstSpikes | None = None, ax: Axes | None = None) -> Axes:
+def first_spikes(study: Study, by: str, times: FirstSpikes | None = None, ax: Axes | None = None) -> Axes:
     """Kaplan-Meier curves per level of an axis: the estimated share of trials without a spike and without divergence.
 
-    Steps down where a trial had its first one; a tick where a trial ended without. `found`: what
+    Steps down where a trial had its first one; a tick where a trial ended without. `times`: what
     `Study.time_to_first_spike` gave, to spare making it again.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    curves = (study.time_to_first_spike(by) if found is None else found).curves
+    curves = (study.time_to_first_spike(by) if times is None else times).curves
     levels = levels_of(curves["level"]) if len(curves) else []
     for i, (level, colour) in enumerate(zip(levels, style.colours(levels), strict=True)):
         rows = curves[curves["level"].isna() if level is None else curves["level"] == level]
@@ -57,10 +57,10 @@ def sensitivity(
 
     An open mark: the best learning rate lies at an end of the grid. Recipes without the statistic are left out.
     """
-    known = [r for r in records(study.sensitivity() if table is None else table) if r["reason"] is None]
-    others = [a for a in study.grid.axes if a not in (x, "optim.lr") and known and a in known[0]]
+    recipes = [r for r in records(study.sensitivity() if table is None else table) if r["reason"] is None]
+    others = [a for a in study.grid.axes if a not in (x, "optim.lr") and recipes and a in recipes[0]]
     lines: dict[tuple[Level, ...], list[dict[str, Any]]] = {}
-    for row in known:
+    for row in recipes:
         lines.setdefault(tuple(row[a] for a in others), []).append(row)
     crowded = len(lines) > MOST_INSIDE
     if ax is None:
@@ -71,7 +71,7 @@ def sensitivity(
         at = [positions.of(r[x]) for r in rows]
         values = [r["lrs"] for r in rows]
         ends = [[_reach(r, end) for r in rows] for end in ("lrs_low", "lrs_high")]
-        name = at_levels(others, recipe)
+        name = words.at_levels(others, recipe)
         dash = style.DASHES[i % len(style.DASHES)]
         ax.errorbar(at, values, yerr=ends, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
         for place, value, row in zip(at, values, rows, strict=True):
@@ -88,8 +88,8 @@ def sensitivity(
 
 def _reach(row: dict[str, Any], end: str) -> float:
     """How far an end of the interval lies from the value; 0 where there is none, or too few seeds."""
-    known = row["lrs_high"] is not None and row["seeds"] >= INTERVAL_FROM
-    return abs(row[end] - row["lrs"]) if known else 0.0
+    interval = row["lrs_high"] is not None and row["seeds"] >= INTERVAL_FROM
+    return abs(row[end] - row["lrs"]) if interval else 0.0
 
 
 def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -100,23 +100,23 @@ def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absen
         yield Absent("LR sensitivity", "it takes several learning rates and another axis")
         return
     table = study.sensitivity()
-    known = [r for r in records(table) if r["reason"] is None]
-    if not known:
+    recipes = [r for r in records(table) if r["reason"] is None]
+    if not recipes:
         yield Absent("LR sensitivity", "not computed (see Learning-rate sensitivity)")
         return
     x = "model.depth" if "model.depth" in others else others[0]
     caption = (
         f"LR sensitivity (see Learning-rate sensitivity) against {words.label(x)}, with its 95 % interval over seeds "
-        f"(from {INTERVAL_FROM} on), of {len(known)} of {words.count(len(table), 'recipe')}. Open mark: the best "
+        f"(from {INTERVAL_FROM} on), of {len(recipes)} of {words.count(len(table), 'recipe')}. Open mark: the best "
         "learning rate is the smallest or largest tried, so a wider grid may change the number."
         f"{_untrained(grid.trials)}"
         f"{_sensitivity_changes(study, x, [a for a in others if a != x])}"
     )
-    values = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in known[:12])
+    values = "; ".join(f"{_where(r, others)}: {words.number(r['lrs'])}" for r in recipes[:12])
     title, alt = f"LR sensitivity against {words.label(x)}", f"Line chart. {values}."
     heads = (*map(words.heading, others), "LR sensitivity (nat/token)", "low", "high", "seeds")
     numbers = ("lrs", "lrs_low", "lrs_high", "seeds")
-    rows = ((*(words.level(r[a], a) for a in others), *(words.number(r[n]) for n in numbers)) for r in known)
+    rows = ((*(words.level(r[a], a) for a in others), *(words.number(r[n]) for n in numbers)) for r in recipes)
     yield style.report_figure("lr-sensitivity", title, sensitivity(study, x, table), alt, caption, heads, rows)
 
 
@@ -131,7 +131,7 @@ def _sensitivity_changes(study: Study, x: str, others: list[str]) -> str:
 
 
 def _where(row: dict[str, Any], axes: list[str]) -> str:
-    return at_levels(axes, (row[a] for a in axes))
+    return words.at_levels(axes, (row[a] for a in axes))
 
 
 def _change(row: dict[str, float]) -> str:

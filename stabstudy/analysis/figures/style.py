@@ -135,6 +135,16 @@ def _shorter(places: re.Match[str]) -> str:
     return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places[0])
 
 
+def _dark_style(svg: str) -> str:
+    used = sorted({c for c in re.findall(r"#[0-9a-f]{6}", svg) if c in DARK})
+    rules = "".join(
+        f'[style*="{part}: {colour}"]{{{part}:{DARK[colour]} !important}}'
+        for colour in used
+        for part in ("fill", "stroke")
+    )
+    return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure in light colours at 160 dots per inch; the same figure gives the same bytes."""
     from matplotlib import rc_context
@@ -200,8 +210,8 @@ def field_colour(share: float) -> str:
 
     if not math.isfinite(share):
         return UNKNOWN
-    found = to_hex(colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share))))
-    return f"#{int(found[1:], 16) ^ 1:06x}" if found in DARK else found  # one step of blue in 255: not to be seen
+    colour = to_hex(colormaps["viridis"](0.12 + 0.83 * min(1.0, max(0.0, share))))
+    return f"#{int(colour[1:], 16) ^ 1:06x}" if colour in DARK else colour  # one step of blue in 255: not to be seen
 
 
 def field_text_colour(colour: str) -> str:
@@ -225,26 +235,26 @@ def title(ax: Axes, text: str) -> None:
 def legend(ax: Axes, heading: str) -> None:
     """A legend without a frame, where the axes hold anything with a name."""
     if ax.get_legend_handles_labels()[0]:
-        made = ax.legend(title=plain(heading), title_fontsize=9, labelcolor=INK, frameon=False, handlelength=3.2)
-        made.get_title().set_color(INK)
+        box = ax.legend(title=plain(heading), title_fontsize=9, labelcolor=INK, frameon=False, handlelength=3.2)
+        box.get_title().set_color(INK)
 
 
 def legend_beside(ax: Axes, heading: str) -> None:
     """A legend to the right of the axes: for one that would hide what it names."""
     legend(ax, heading)
-    if (found := ax.get_legend()) is not None:
-        found.set_loc("center left")
-        found.set_bbox_to_anchor((1.02, 0.5))
+    if (box := ax.get_legend()) is not None:
+        box.set_loc("center left")
+        box.set_bbox_to_anchor((1.02, 0.5))
 
 
 def share_legend(figure: Figure) -> None:
     """One legend above all panels in place of one in each."""
-    legends = [found for ax in figure.axes if (found := ax.get_legend()) is not None]
+    legends = [box for ax in figure.axes if (box := ax.get_legend()) is not None]
     if len(figure.axes) > 1 and legends:
         handles, names = figure.axes[0].get_legend_handles_labels()
         heading = legends[0].get_title().get_text()
-        for found in legends:
-            found.remove()
+        for box in legends:
+            box.remove()
         shared = figure.legend(
             handles, names, title=heading, title_fontsize=9, loc="outside upper center", ncols=min(7, len(names)),
             labelcolor=INK, frameon=False, handlelength=3.2,
@@ -309,13 +319,3 @@ class Positions:
     def _ticks(self) -> list[Any]:
         stride = 1 if self.categorical else math.ceil(len(self.levels) / MOST_TICKS)
         return self.levels[::stride]
-
-
-def _dark_style(svg: str) -> str:
-    used = sorted({c for c in re.findall(r"#[0-9a-f]{6}", svg) if c in DARK})
-    rules = "".join(
-        f'[style*="{part}: {colour}"]{{{part}:{DARK[colour]} !important}}'
-        for colour in used
-        for part in ("fill", "stroke")
-    )
-    return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"

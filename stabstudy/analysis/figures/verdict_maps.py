@@ -10,7 +10,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.figures import maps, style
-from stabstudy.analysis.figures.layout import Layout, at_levels, combinations, level_texts, panels
+from stabstudy.analysis.figures.layout import Layout, combinations, level_texts, panels
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
@@ -72,7 +72,7 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
             f" Heavy line: every trial of the row is stable up to it; solid where the next {words.label(x)} was "
             f"unstable, dashed where none was. {' '.join(ranges)}"
         )
-    worst = [f"{at_levels(axes, f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
+    worst = [f"{words.at_levels(axes, f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
     alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
     picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y))
     heads = (*map(words.heading, axes), *VERDICTS, "n")
@@ -86,7 +86,7 @@ def _limits(study: Study, layout: Layout) -> list[str]:
     rows: dict[str, list[str]] = {}
     for fixed in combinations(study, layout.over):
         for level, row in limits(study.where(fixed), layout.x, y).items():
-            rows.setdefault(_limit(row, layout.x), []).append(at_levels([*fixed, y], [*fixed.values(), level]))
+            rows.setdefault(_limit(row, layout.x), []).append(words.at_levels([*fixed, y], [*fixed.values(), level]))
     return [
         f"{limit}: {'; '.join(names[:MOST_ROWS])}"
         f"{f'; and {more} more rows' if (more := len(names) - MOST_ROWS) > 0 else ''}."
@@ -95,8 +95,8 @@ def _limits(study: Study, layout: Layout) -> list[str]:
 
 
 def _limit(row: Mapping[str, Any], x: str) -> str:
-    known = row["all_stable"] is not None
-    stable = f"Stable up to {words.level(row['all_stable'], x)}" if known else "Not all stable at the smallest"
+    highest = row["all_stable"]
+    stable = "Not all stable at the smallest" if highest is None else f"Stable up to {words.level(highest, x)}"
     if row["first_unstable"] is None:
         return f"{stable}, no larger one was unstable"
     at, bad, there = words.level(row["first_unstable"], x), int(row["n_unstable"]), int(row["n_there"])
@@ -110,12 +110,12 @@ def _has_order(levels: Sequence[Level]) -> bool:
 def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
     from matplotlib.patches import Rectangle
 
-    found = {verdict: int((trials["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    worst = next((v for v in reversed(VERDICTS) if found[v]), None)
+    counts = compare.verdicts(trials)
+    worst = next((v for v in reversed(VERDICTS) if counts[v]), None)
     ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
-    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in found.items() if n]
-    if rest := len(trials) - sum(found.values()):
+    lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in counts.items() if n]
+    if rest := len(trials) - sum(counts.values()):
         lines.append(f"○ {rest} not judged")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 

@@ -10,20 +10,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, words
-from stabstudy.analysis import study_statistics as statistics
+from stabstudy.analysis import compare, study_statistics, words
 from stabstudy.analysis.effects import CLEAR, REPORTED
-from stabstudy.analysis.elements import Block, Count, Figure, Finding, Report, Section, Table, Text
+from stabstudy.analysis.elements import Block, Count, Finding, Report, Section, Table, Text
 from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.levels import levels_of, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.study_statistics import STUDY as AXIS
+from stabstudy.analysis.study_statistics import STUDY
 from stabstudy.config import setting_names
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
+
+NO_CELL = "No cell is in two studies."
+
+FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
+"""Statistic, and whether on a log scale: one figure each."""
+
+CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
+"""Statistics of the tables."""
 
 
 def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
@@ -32,14 +39,14 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     `pages`: the way from this report's folder to each study's own page.
     """
     whole = Study.concat(studies)
-    metrics = statistics.comparable(whole.trials)
-    table = statistics.paired_differences(whole.trials, whole.axes, metrics)
-    names = whole.axes[AXIS]
+    metrics = study_statistics.comparable(whole.trials)
+    table = study_statistics.paired_differences(whole.trials, whole.axes, metrics)
+    names = whole.axes[STUDY]
     return Report(
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
         headline=f"Comparison of {len(names)} studies.",
-        counts=[Count(v, int((whole.trials["verdict"] == v).sum()), style.VERDICT_SIGNS[v]) for v in VERDICTS],
+        counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(whole.trials).items()],
         findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
@@ -50,7 +57,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
 def warnings(whole: Study) -> Iterator[str]:
     """What keeps a number of one study from being compared with that of another."""
     trials = whole.trials
-    by_study = trials.groupby(AXIS)
+    by_study = trials.groupby(STUDY)
     if _differ(by_study["eval_hash"]):
         yield "The evaluation sets differ: losses are shown, and not compared."
     if _differ(by_study["data_fingerprint"]):
@@ -99,10 +106,10 @@ def _studies(studies: Sequence[Study]) -> Table:
 def _settings(whole: Study) -> Iterator[Block]:
     """Settings that differ between the studies and within none of them."""
     names = [name for name in setting_names() if name != "seed"]
-    levels = statistics.settings_apart(whole.trials, whole.axes[AXIS], names)
+    levels = study_statistics.settings_apart(whole.trials, whole.axes[STUDY], names)
     rows = tuple((name, *(words.level(v, name) for v in each)) for name, each in levels.items())
     if rows:
-        heads = ("setting", *(words.clean(name, 60) for name in whole.axes[AXIS]))
+        heads = ("setting", *(words.clean(name, 60) for name in whole.axes[STUDY]))
         yield Table("Settings that differ between the studies and are the same within each", heads, rows)
     else:
         yield Text("No setting that is the same within each study differs between the studies.")
@@ -137,15 +144,14 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
 
 def _disjoint(whole: Study) -> Iterator[str]:
     """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` lists them."""
-    for axis in [a for a in [*whole.axes, "seed"] if a != AXIS]:
-        levels = {name: levels_of(whole.trials.loc[whole.trials[AXIS] == name, axis]) for name in whole.axes[AXIS]}
+    for axis in [a for a in [*whole.axes, "seed"] if a != STUDY]:
+        levels = {name: levels_of(whole.trials.loc[whole.trials[STUDY] == name, axis]) for name in whole.axes[STUDY]}
         if not set.intersection(*map(set, levels.values())):
             each = [
                 f"{words.listing([words.level(v, axis) for v in own])} in {words.clean(name, 60)}"
                 for name, own in levels.items()
             ]
-            label = words.label(axis)
-            yield f"{label[0].upper()}{label[1:]}: {', '.join(each)}."
+            yield f"{_capital(words.label(axis))}: {', '.join(each)}."
 
 
 def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
@@ -153,7 +159,7 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
     if not table:
         yield UNPAIRED
         return
-    for row in statistics.study_effects(whole.trials, whole.axes, metrics):
+    for row in study_statistics.study_effects(whole.trials, whole.axes, metrics):
         name = _capital(words.STATISTICS[row["metric"]])
         if row["p_holm"] is None:
             yield f"{name}: not tested ({row['note']})."
@@ -168,23 +174,14 @@ def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
-"""Statistic, and whether on a log scale: one figure each."""
-
-CELL = ("final_loss_capped", "grad_norm_log_sd", "spike_abs_rate")
-"""Statistics of the tables."""
-
-NO_CELL = "No cell is in two studies."
-
-
 def matched_figures(whole: Study) -> Iterator[Block]:
     """A statistic against the main axis, a line per study, over the done trials of shared cells."""
-    axes = [a for a in whole.axes if a != AXIS]
+    axes = [a for a in whole.axes if a != STUDY]
     x = "optim.lr" if "optim.lr" in axes else axes[0] if axes else None
     if x is None:
         yield Text("No setting varies within the studies: there is no axis to draw a statistic against.")
         return
-    shared = whole.part(statistics.in_shared_cells(whole.trials, whole.axes), whole.axes)
+    shared = whole.part(study_statistics.in_shared_cells(whole.trials, whole.axes), whole.axes)
     done = int((whole.trials["state"] == "done").sum())
     if not len(shared.trials):
         yield Text(NO_CELL)
@@ -194,43 +191,33 @@ def matched_figures(whole: Study) -> Iterator[Block]:
     pooled = [words.label(a) for a in axes if a != x]
     over = f", averaged over {words.listing(pooled)}" if pooled else ""
     for metric, log_y in FIGURES:
-        drawn = curves.drawable(shared.trials, metric)
-        if len(drawn):
-            ax = curves.curves(shared, metric, x=x, by=AXIS, log_y=log_y)
-            against = f"{curves.metric_label(metric)} against {words.label(x)}"
-            against = against[0].upper() + against[1:]
-            caption = (
-                f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
-                f"intervals (from {curves.BAND_FROM} trials on).{rest}"
-            )
-            table = _figure_table(shared, metric, x)
-            values = "; ".join(f"{r[0]} at {r[1]}: {r[2]}" for r in table.rows[:12])
-            name = f"studies-{metric.replace('_', '-')}"
-            svg = style.draw(ax.figure)  # type: ignore[arg-type]
-            yield Figure(name, against, svg, f"Line chart. {values}.", caption, table)
-
-
-def _figure_table(whole: Study, metric: str, x: str) -> Table:
-    rows = []
-    for (study, level), trials in split(
-        curves.drawable(whole.trials, metric), {AXIS: whole.axes[AXIS], x: whole.axes[x]}
-    ):
-        e = curves.mean_of(trials, metric)
-        diverged = int((trials["verdict"] == "diverged").sum())
-        numbers = map(words.number, (e.mean, e.low, e.high, e.n, diverged))
-        rows.append((words.clean(study, 60), words.level(level, x), *numbers))
-    heads = ("study", words.heading(x), curves.metric_label(metric), "low", "high", "n in the mean", "diverged")
-    return Table("Numbers of this figure", heads, tuple(rows), frozenset(heads[1:]), folded=True)
+        points = split(curves.drawable(shared.trials, metric), {a: whole.axes[a] for a in (STUDY, x)})
+        if not points:
+            continue
+        against = _capital(f"{curves.metric_label(metric)} against {words.label(x)}")
+        caption = (
+            f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
+            f"intervals (from {curves.BAND_FROM} trials on).{rest}"
+        )
+        heads = ("study", words.heading(x), curves.metric_label(metric), *curves.COUNTS)
+        rows = [
+            (words.clean(study, 60), words.level(level, x), *curves.mean_texts(trials, metric))
+            for (study, level), trials in points
+        ]
+        alt = f"Line chart. {'; '.join(f'{r[0]} at {r[1]}: {r[2]}' for r in rows[:12])}."
+        picture = curves.curves(shared, metric, x=x, by=STUDY, log_y=log_y)
+        name = f"studies-{metric.replace('_', '-')}"
+        yield style.report_figure(name, against, picture, alt, caption, heads, rows, {"study"})
 
 
 def matched_tables(whole: Study) -> Iterator[Block]:
     """A row per combination of levels that at least two studies hold, and the paired differences there."""
-    axes = {a: levels for a, levels in whole.axes.items() if a != AXIS}
-    names = whole.axes[AXIS]
+    axes = {a: levels for a, levels in whole.axes.items() if a != STUDY}
+    names = whole.axes[STUDY]
     rows = []
     done = whole.trials[whole.trials["state"] == "done"]
     for levels, trials in split(done, axes):
-        parts = [trials[trials[AXIS] == name] for name in names]
+        parts = [trials[trials[STUDY] == name] for name in names]
         if sum(map(bool, map(len, parts))) > 1:
             texts = [words.level(v, a) for a, v in zip(axes, levels, strict=True)]
             rows.append((*texts, *(_cell(part, m) for m in CELL for part in parts), *map(_verdicts, parts)))
@@ -251,8 +238,8 @@ def matched_tables(whole: Study) -> Iterator[Block]:
 
 def _changes(whole: Study) -> Iterator[tuple[str, ...]]:
     """A row for each cell that the first study and another one hold: what the other's trials of equal seeds did."""
-    axes = [a for a in whole.axes if a != AXIS]
-    for cell in statistics.cell_changes(whole.trials, whole.axes, CELL):
+    axes = [a for a in whole.axes if a != STUDY]
+    for cell in study_statistics.cell_changes(whole.trials, whole.axes, CELL):
         texts = [words.level(v, a) for a, v in zip(axes, cell.levels, strict=True)]
         pair = f"{words.clean(cell.first, 60)} → {words.clean(cell.other, 60)}"
         yield *texts, pair, str(cell.seeds), *(_change(m, change) for m, change in cell.changes.items())
@@ -272,5 +259,4 @@ def _cell(trials: Any, metric: str) -> str:
 
 
 def _verdicts(trials: Any) -> str:
-    counts = [(v, int((trials["verdict"] == v).sum())) for v in VERDICTS]
-    return ", ".join(f"{n} {v}" for v, n in counts if n) or words.NOTHING
+    return ", ".join(f"{n} {v}" for v, n in compare.verdicts(trials).items() if n) or words.NOTHING

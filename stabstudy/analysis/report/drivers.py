@@ -37,9 +37,9 @@ def sensitivity(study: Study) -> Iterator[Block]:
 
 
 def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
-    known = [row for row in rows if row["reason"] is None]
-    if known:
-        rates = ", ".join(words.level(lr, LR) for lr in known[0]["grid"])
+    computed = [row for row in rows if row["reason"] is None]
+    if computed:
+        rates = ", ".join(words.level(lr, LR) for lr in computed[0]["grid"])
         yield Text(
             "LR sensitivity (arXiv 2309.14322): mean excess of the final loss over the best one, in nat/token, over "
             f"the learning rates {rates}, with its 95 % interval over seeds. It is 0 where training learns nothing at "
@@ -50,12 +50,12 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
         )
         heads = ("LR sensitivity", "seeds", "best rate", "excess above it", "largest usable rate", "basin (decades)")
         columns = (*map(words.heading, axes), *heads, "logit exponent")
-        table = tuple((*_levels(row, axes), *_recipe(row)) for row in known)
+        table = tuple((*_levels(row, axes), *_recipe(row)) for row in computed)
         yield Table("LR sensitivity by combination of settings", columns, table, frozenset(columns))
-    if edge := sum(row["opt_at_edge"] for row in known):
+    if edge := sum(row["opt_at_edge"] for row in computed):
         yield Text(
-            f"The best rate is the smallest or largest tried in {edge} of {len(known)} rows: a wider grid may change "
-            "the numbers."
+            f"The best rate is the smallest or largest tried in {edge} of {len(computed)} rows: a wider grid may "
+            "change the numbers."
         )
     if changing := [a for a in axes if a in LR_MEANING]:
         yield Text(f"{words.listing(changing)} changes the meaning of a learning rate: such rows cannot be compared.")
@@ -76,8 +76,8 @@ def _recipe(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
-    known = [row for row in rows if row["reason"] is None]
-    if known:
+    computed = [row for row in rows if row["reason"] is None]
+    if computed:
         yield Text(
             "Growth of the largest attention logit with size: the exponent of depth, and the size (parameters without "
             "embeddings) at which a parabola through its logarithm reaches 1e4 (∞: never). An extrapolation without "
@@ -85,7 +85,7 @@ def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
         )
         columns = (*map(words.heading, axes), "sizes", "depth exponent", "largest size", "reaches 1e4 at")
         numbers = ("attn_logit_depth_exponent", "largest", "predicted_unstable")
-        table = tuple((*_levels(r, axes), str(r["sizes"]), *(words.number(r[n]) for n in numbers)) for r in known)
+        table = tuple((*_levels(r, axes), str(r["sizes"]), *(words.number(r[n]) for n in numbers)) for r in computed)
         yield Table("Attention logits by size", columns, table, frozenset(columns))
     yield from _reasons("Growth of attention logits with size", rows, axes)
 
@@ -97,7 +97,7 @@ def _reasons(what: str, rows: list[dict[str, Any]], axes: list[str]) -> Iterator
         yield Text(f"{what}: not computed: {missing[0]['reason']}.")
         return
     for row in missing[:MOST_REASONS]:
-        where = ", ".join(f"{words.label(a)} {words.level(row[a], a)}" for a in axes)
+        where = words.at_levels(axes, (row[a] for a in axes))
         yield Text(f"{what}: not computed at {where}: {row['reason']}.")
     if more := len(missing[MOST_REASONS:]):
         yield Text(f"{what}: not computed in {more} more rows.")
@@ -240,7 +240,7 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
         "the seed is the measure of chance: an axis with no larger one may be chance too. The rest is interaction and "
         "chance."
     )
-    known = [row for row in records(table) if row["reason"] is None]
+    computed = [row for row in records(table) if row["reason"] is None]
     rows = tuple(
         (
             words.STATISTICS[row["metric"]],
@@ -248,7 +248,7 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
             _share(max(0.0, 1 - sum(row[n] or 0.0 for n in names))),
             str(row["trials"]),
         )
-        for row in known
+        for row in computed
     )
     numbers = (*map(words.label, names), "rest", "trials")
     if rows:

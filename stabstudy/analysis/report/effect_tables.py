@@ -59,12 +59,12 @@ def _effects(rows: Sequence[Row]) -> Iterator[Block]:
 
 
 def _effect(row: Row) -> tuple[str, ...]:
-    known = row["estimate"] is not None
+    null = row["estimate"] is None
     return (
         words.label(row["axis"]),
-        _step(row["axis"], row) if known else words.NOTHING,
+        words.NOTHING if null else _step(row["axis"], row),
         COLUMNS[row["metric"]].label,
-        words.change(row) if known else words.NOTHING,
+        words.NOTHING if null else words.change(row),
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
         reading(row),

@@ -198,8 +198,8 @@ def _change(study: Study, row: Row) -> tuple[str, str]:
         return "", words.change(row)
     trials, axes, (metric,) = study.tested([row["metric"]])
     table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), other))
-    known = [r for r in table if r["estimate"] is not None]
-    shown = known if len(known) <= MOST_LEVELS or not ordered(r[other] for r in known) else [known[0], known[-1]]
+    rows = [r for r in table if r["estimate"] is not None]
+    shown = rows if len(rows) <= MOST_LEVELS or not ordered(r[other] for r in rows) else [rows[0], rows[-1]]
     at = [f"{words.change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown]
     return f", depending on {words.label(other)}: ", words.listing(at) or "not known at any one of its levels"
 

@@ -9,6 +9,7 @@ import math
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -161,7 +162,7 @@ def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str
         if isinstance(values, dict):
             for name, value in values.items():
                 yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80) or words.NOTHING
-    for engine in _engines(states):
+    for engine in _engine_texts(states):
         yield "trained with", words.clean(engine)
     started = [str(a.started) for s in states.values() for a in s.attempts]
     ended = [str(a.ended) for s in states.values() for a in s.attempts if a.ended]
@@ -177,19 +178,23 @@ def _states(study: Study) -> Iterator[tuple[str, State]]:
             continue
 
 
-def _engines(states: Mapping[str, State]) -> list[str]:
+def _engines(states: Mapping[str, State]) -> list[dict[str, Any]]:
+    """What each done trial that says so was trained on, at its last attempt."""
     engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
-    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in engines if isinstance(e, dict) and e})
+    return [e for e in engines if isinstance(e, dict) and e]
+
+
+def _engine_texts(states: Mapping[str, State]) -> list[str]:
+    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in _engines(states)})
 
 
 def _mixed_engines(states: Mapping[str, State]) -> list[str]:
-    engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
-    known = [e for e in engines if isinstance(e, dict) and e]
-    names = sorted({name for e in known for name in e if any(e[name] != other.get(name) for other in known)})
+    engines = _engines(states)
+    names = sorted({name for e in engines for name in e if any(e[name] != other.get(name) for other in engines)})
     text = (
-        f"Trained on {len(_engines(states))} different engines, which differ in {', '.join(map(words.clean, names))} "
-        "(see Provenance): trials that are otherwise equal may differ in the last bits, and in "
-        "more after a few steps of unstable training."
+        f"Trained on {len(_engine_texts(states))} different engines, which differ in "
+        f"{', '.join(map(words.clean, names))} (see Provenance): trials that are otherwise equal may differ in the "
+        "last bits, and in more after a few steps of unstable training."
     )
     return [text] if names else []
 

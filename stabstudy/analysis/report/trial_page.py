@@ -11,9 +11,8 @@ import math
 from collections.abc import Iterator, Set
 
 from stabstudy.analysis import plots, words
-from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Table, Text, TrialPage
-from stabstudy.analysis.figures import layers as layer_figures
-from stabstudy.analysis.figures import style, tooltips, traces
+from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Text, TrialPage
+from stabstudy.analysis.figures import layers, style, tooltips, traces
 from stabstudy.analysis.report import trial_tables
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import outcome
@@ -87,12 +86,12 @@ def with_figures(study: Study, page: TrialPage) -> TrialPage:
         return dataclasses.replace(
             page, sections=[Section("trace", "Step by step", [Text(str(error))]), *page.sections]
         )
-    layers: Block | Absent = layer_figures.layer_figure(study, page.trial_id, rows)
-    if isinstance(layers, Absent):
-        layers = Text(f"{layers.what}: left out, {layers.why}.")
+    layer_map: Block | Absent = layers.layer_figure(study, page.trial_id, rows)
+    if isinstance(layer_map, Absent):
+        layer_map = Text(f"{layer_map.what}: left out, {layer_map.why}.")
     sections = [
         Section("trace", "Step by step", [_trace(study, page.trial_id, rows)]),
-        Section("layers", "Layer by layer", [layers]),
+        Section("layers", "Layer by layer", [layer_map]),
     ]
     if probes is not None and len(probes):
         sections.append(Section("probes", "Probes", [trial_tables.probes(probes)]))
@@ -166,7 +165,7 @@ def _batch_text(study: Study, trial_id: str) -> Iterator[Block]:
 def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     row = study.row(trial_id)
     spikes = study.spikes_by_trial.get(trial_id, [])
-    figure = plots.trial(study, trial_id, title="", axes=style.new_figure(10.6, 5.0, rows=2, sharex=True).axes)
+    picture = plots.trial(study, trial_id, title="", axes=style.new_figure(10.6, 5.0, rows=2, sharex=True).axes)
     norm_max, median = (words.number(row[name]) for name in ("grad_norm_max", "grad_norm_median"))
     alt = (
         f"Line charts of trial {trial_id}: {words.count(row['steps_done'], 'step')}, largest norm {norm_max} at step "
@@ -181,11 +180,13 @@ def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
     )
     names = ("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "spike_events", "clip_share")
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
-    numbers = tuple(tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
-    table = Table("Numbers of this figure", ("statistic", "value", "unit"), numbers, frozenset({"value"}), folded=True)
-    own = tooltips.steps(rows, row | {"trial_id": trial_id}, spikes, traces.absolute_steps(study, rows))
-    title = "Gradient norm and loss, step by step"
-    return Figure("trace-figure", title, style.draw(figure, png=False), alt, caption, table, own)
+    numbers = (tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
+    heads, title = ("statistic", "value", "unit"), "Gradient norm and loss, step by step"
+    figure = style.report_figure(
+        "trace-figure", title, picture, alt, caption, heads, numbers, {"statistic", "unit"}, png=False
+    )
+    steps = tooltips.steps(rows, row | {"trial_id": trial_id}, spikes, traces.absolute_steps(study, rows))
+    return dataclasses.replace(figure, steps=steps)
 
 
 def _log(study: Study, trial_id: str) -> Block:

@@ -208,8 +208,8 @@ def _properties(spike: Mapping[str, Any]) -> tuple[str, ...]:
         _duration(spike),
         spike["class"] or words.NOTHING,
         spike["part"] or words.NOTHING,
-        _yes_or_no(spike["batch"]),
-        _yes_or_no(spike["in_warmup"]),
+        words.yes_or_no(spike["batch"]),
+        words.yes_or_no(spike["in_warmup"]),
         "none" if spike["partner"] is None else f"{_other(spike['series'])} at {spike['partner']}",
     )
 
@@ -218,10 +218,6 @@ def _duration(spike: Mapping[str, Any]) -> str:
     if spike["duration"] is None:
         return words.NOTHING
     return f"{spike['duration']}" if spike["recovered"] else f"over {spike['duration']}"
-
-
-def _yes_or_no(value: bool | None) -> str:
-    return words.NOTHING if value is None else "yes" if value else "no"
 
 
 def _other(series: str) -> str:
