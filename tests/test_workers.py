@@ -87,13 +87,13 @@ def test_a_script_without_a_guard_may_use_them(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import math
-        from stabstudy.analysis import workers
+        from stabstudy.analysis import tables
 
         def roots(numbers):
             return [math.sqrt(n) for n in numbers]
 
-        workers._cores = lambda: 2
-        print("ran", workers.spread(roots, [1, 4, 9], seconds=100))
+        tables._cores = lambda: 2
+        print("ran", tables.spread(roots, [1, 4, 9], seconds=100))
         """)
     )
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
