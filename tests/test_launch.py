@@ -333,6 +333,7 @@ store.TrialFolder.write_state = write_state
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_member_that_kills_its_process_under_ray_is_found_and_the_others_end(
     folder: Path, command: Command, started: Started, monkeypatch: pytest.MonkeyPatch

@@ -164,6 +164,7 @@ class Listed:
     state: State
     settings: dict[str, Any]
     choices: dict[str, Any]
+    elsewhere: bool  # trained by another program, and ingested
 
     def values(self, axes: Sequence[str]) -> list[Any]:
         """Its value on each axis, and its seed."""
@@ -180,7 +181,7 @@ def show_status(folder: Path) -> None:
         rows = [_row(trial, axes) for trial in listed]
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
     print(summary(study, [trial.state for trial in listed]))
-    if any(trial.state.status == "done" and not trial.state.attempts for trial in listed):  # trained elsewhere
+    if any(trial.elsewhere for trial in listed):
         print(f"runs trained elsewhere are judged in the report: python -m stabstudy.report {shlex.quote(str(folder))}")
 
 
@@ -228,7 +229,7 @@ def _listed(folder: TrialFolder) -> Listed:
     except store.StoreError:
         body = {}
     settings, choices = (x if isinstance(x := body.get(name), dict) else {} for name in ("config", "choices"))
-    return Listed(folder, state, renamed_below(settings, CURRENT_NAMES), choices)
+    return Listed(folder, state, renamed_below(settings, CURRENT_NAMES), choices, "external" in body)
 
 
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
