@@ -176,7 +176,7 @@ def kl_estimate(policy_B: Tensor, reference_B: Tensor, pair_targets_BT: Tensor) 
 
 
 def losses(rewards_B: Tensor, z0: Tensor, chosen_B: Tensor, weighting: Weighting) -> Tensor:
-    """The loss of each sequence, [B]; `rewards_B` is r, without beta. 1 - sigmoid(x) as sigmoid(-x), which keeps digits."""
+    """The loss of each sequence, [B]. `rewards_B` is r, without beta; 1 - sigmoid(x) is sigmoid(-x), to more digits."""
     beta, desirable, undesirable = weighting
     gain_B = torch.where(chosen_B, rewards_B - z0, z0 - rewards_B)
     return torch.where(chosen_B, desirable, undesirable) * torch.sigmoid(-beta * gain_B)
