@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,11 +90,14 @@ def by_hand(policy: Any, reference: Any, pairs: Sequence[Pair], labels: Sequence
 
 def moved_towards(start: Any, pairs: Sequence[Pair], positive: bool) -> Any:
     """A policy whose mismatched pairs are more likely than by the reference, or less: KL above 0, or below."""
+    return toward_pairs(start, lambda net: net, micro_batch(pairs, [CHOSEN] * len(pairs)), positive)
+
+
+def toward_pairs(start: Any, logits_of: Callable[[Any], Any], rows: Rows, positive: bool) -> Any:
     policy = copy.deepcopy(start)
-    rows = micro_batch(pairs, [CHOSEN] * len(pairs))
     inputs, targets = kto.rotated(rows.inputs_BT, rows.targets_BT)
     for _ in range(5):
-        kto.log_probabilities(policy(inputs), targets).sum().backward()
+        kto.log_probabilities(logits_of(policy)(inputs), targets).sum().backward()
         with torch.no_grad():
             for p in policy.parameters():
                 p += (1 if positive else -1) * 2e-3 * p.grad
@@ -401,3 +406,70 @@ def test_a_soft_cap_bends_log_probabilities_and_not_the_largest_logit() -> None:
     for name in (MINIMISED, "logp_chosen", "logz_mean_rejected"):
         assert float(capped[name]) == pytest.approx(float(by_hand[name]), rel=1e-6)
     assert float(capped["logit_absmax_chosen"]) > 20 > 5 >= float(by_hand["logit_absmax_chosen"])
+
+
+@pytest.mark.parametrize("positive", [True, False], ids=["kl_above_0", "kl_below_0"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_loss_gradients_and_scalars_are_trls(positive: bool, tmp_path: Path) -> None:
+    """trl's KTOTrainer on the same texts, with its own tokens, padding, pairs, truncation and micro-batch."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    import datasets
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(V - 2)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *words])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    processing = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    rng = np.random.default_rng(3)
+    lengths = [(2, 3), (5, 2), (1, 4), (3, 40), (4, 1)]  # one is cut at the context
+    texts = [[" ".join(rng.choice(words, n)) for n in pair] for pair in lengths]
+    data = datasets.Dataset.from_dict(
+        {"prompt": [p for p, _ in texts], "completion": [f" {c}" for _, c in texts], "label": [x == 1 for x in LABELS]}
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    reference = LlamaForCausalLM(LlamaConfig(vocab_size=V, **shape, initializer_range=0.3))
+    settings = trl.KTOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=5,
+        max_length=T + 1,
+        beta=WEIGHTING.beta,
+        desirable_weight=WEIGHTING.desirable,
+        undesirable_weight=WEIGHTING.undesirable,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+    )
+    trainer = trl.KTOTrainer(
+        model=copy.deepcopy(reference),
+        ref_model=copy.deepcopy(reference),
+        args=settings,
+        train_dataset=data,
+        processing_class=processing,
+    )
+    pairs = [(r["prompt_ids"], r["completion_ids"]) for r in trainer.train_dataset]
+    assert [len(p) + len(c) for p, c in pairs] == [a + b + 1 for a, b in lengths]
+
+    def logits_of(net: Any) -> Callable[[Tensor], Tensor]:
+        return lambda tokens_BT: net(input_ids=tokens_BT).logits
+
+    rows = micro_batch(pairs, LABELS)
+    policy = toward_pairs(reference, logits_of, rows, positive)
+    trainer.model.load_state_dict(policy.state_dict())
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    theirs, record = gradients(loss, trainer.model), trainer._metrics["train"]
+
+    out = kto.terms(logits_of(policy), logits_of(reference), rows, WEIGHTING)  # type: ignore[arg-type]
+    ours = kto.means(out)
+    assert abs(float(ours["kl_raw"])) > 0.1 and (float(ours["kl_raw"]) > 0) is positive
+    assert float(ours["loss"]) == pytest.approx(float(loss.detach()), abs=1e-6, rel=0)
+    assert distance(gradients(out[MINIMISED] / out["sequences"], policy), theirs) < 1e-5
+    names = {"reward": "rewards", "logp": "logps"}
+    for (mine, trls), name in itertools.product(names.items(), kto.CLASSES):
+        assert float(ours[f"{mine}_{name}"]) == pytest.approx(record[f"{trls}/{name}"][0], rel=1e-5)
+    assert float(ours["kl"]) == pytest.approx(record["kl"][0], rel=1e-5, abs=1e-6)
+    assert float(ours["margin"]) == pytest.approx(record["rewards/margins"][0], rel=1e-5)
+    assert float(ours["clipped"]) == pytest.approx(0.2)
