@@ -12,6 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stabstudy.ingesting import sums
 from stabstudy.ingesting.aliases import CHART, PLANNED, RANK, RUN, RUNS_TABLE, place, plain
 from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_known, is_log, is_step, listed, rising_steps
 from stabstudy.ingesting.points import LogError, Raw, Row, real, whole
@@ -61,7 +62,7 @@ def _filled(raw: Raw, choice: Choice) -> Raw:
         kind = "tags" if raw.format == "tensorboard" else "columns"
         shown = [f"{o}={t}" for o, t in choice.names.items() if raw.format != "tensorboard" or o != "step"]
         raw.notes.append(f"{kind}: {', '.join(shown)}")
-    raw.notes += choice.notes
+    raw.notes += [*choice.notes, *sums.notes(raw)]
     raw.untaken = choice.untaken
     raw.rival_steps = rising_steps(raw.rows, raw.columns(), choice.names["step"])
     if raw.steps_planned is None:
