@@ -1,10 +1,11 @@
-"""KTO's "exploding logits" (LLaMA-Factory issue 7380): what such a number is, and what an ingested log is told of it."""
+"""KTO's "exploding logits" (LLaMA-Factory issue 7380): what such a number is, and what is said of it in a log."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import logs
 import pytest
 import series
 import torch
@@ -78,3 +79,61 @@ def test_1e8_logits_are_a_sum_over_the_tensor() -> None:
     assert float(true["logit_absmax_chosen"]) > 100 and warned(float(true["logit_absmax_chosen"])) == 0
     assert float(true["logz_mean_chosen"]) > 5 * abs(float(calm["logz_mean_chosen"]))
     assert float(true["logit_sd_chosen"]) == pytest.approx(40 * float(calm["logit_sd_chosen"]), rel=1e-4)
+
+
+LINE = {
+    "loss": 0.5806,
+    "grad_norm": 0.16,
+    "learning_rate": 4.2203e-08,
+    "logps/chosen": -1.796,
+    "logits/chosen": -202528030.0,
+    "kl": 11.29,
+}
+"""What the thread shows of its log."""
+
+
+def ingested(tmp_path: Path, rows: list[dict[str, float]], name: str = "trainer_state.json") -> Study:
+    if name.endswith(".csv"):
+        text = "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+        (source := tmp_path / name).write_text(text)
+    else:
+        source = logs.trainer_state(tmp_path / "run", rows)
+    assert ingest.main([str(source), "--study", "s", "--results-dir", str(tmp_path / "results")]) == 0
+    return Study.load(tmp_path / "results" / "s")
+
+
+def notes(study: Study) -> list[str]:
+    (trial_id,) = study.trials.index
+    log = study.log(trial_id)
+    assert log is not None
+    return list(log.notes)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "log.csv"])
+def test_the_line_of_the_thread_is_answered_in_words(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"step": 10 * (i + 1), **LINE, "grad_norm": 0.16 - 0.001 * i} for i in range(20)]
+    study = ingested(tmp_path, rows, name)
+    logits, kl = (note for note in notes(study) if "sum over" in note)
+    assert logits.startswith("logits/chosen of this size (-202,528,030) is a sum over the tensor")
+    assert "vocabulary 152,064 and 1,024 positions" in logits and "about -1.3." in logits
+    assert kl.startswith("kl (up to 11.29) is in LLaMA-Factory's logs the sum over the micro-batches")
+    printed = capsys.readouterr().out
+    assert logits in printed and kl in printed
+    page = str(list(runs_page.read(study)))
+    assert logits in page and kl in page  # not shortened
+    assert study.trials["grad_norm_max"].tolist() == [0.16] and study.trials["warn_logit"].isna().all()
+
+
+def test_means_of_logits_are_left_alone(tmp_path: Path) -> None:
+    """trl's, or ours: no sum, and so nothing is said of a KL either; nor of a column under another name."""
+    others = {"logits/chosen": -1.3, "logits/rejected": 40.0, "eval_logits/chosen": -2e8, "kl": 11.29}
+    study = ingested(tmp_path, [{"step": i + 1, **LINE, **others} for i in range(20)])
+    assert not [note for note in notes(study) if "sum over" in note]
+
+
+def test_the_largest_finite_value_counts(tmp_path: Path) -> None:
+    rows = [{"step": i + 1, **LINE, "logits/chosen": v} for i, v in enumerate([1.0, -5e6, float("nan"), 3e5] * 5)]
+    (logits, _) = (note for note in notes(ingested(tmp_path, rows)) if "sum over" in note)
+    assert "(-5,000,000)" in logits

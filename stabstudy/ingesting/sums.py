@@ -24,8 +24,8 @@ VOCABULARY, POSITIONS = 152_064, 1024
 
 def notes(raw: Raw) -> Iterator[str]:
     """Sentences for the report, none where no column of the log's rows is such a sum."""
-    largest = {name: value for name in raw.columns() if LOGITS.fullmatch(name) for value in _largest(raw, name)}
-    summed = {name: value for name, value in largest.items() if abs(value) >= SUM_FROM}
+    largest = {name: value for name in raw.columns() if (value := _largest(raw, name)) is not None}
+    summed = {name: v for name, v in largest.items() if LOGITS.fullmatch(name) and abs(v) >= SUM_FROM}
     for name, value in summed.items():
         mean = value / (VOCABULARY * POSITIONS)
         yield (
@@ -33,16 +33,17 @@ def notes(raw: Raw) -> Iterator[str]:
             f"vocabulary {VOCABULARY:,} and {POSITIONS:,} positions, for example (the log says neither), the mean is "
             f"about {mean:.2g}. Whether logits grow it does not show"
         )
-    if summed:
-        for name in filter(KL.fullmatch, raw.columns()):
-            for value in _largest(raw, name):
-                yield (
-                    f"{name} (up to {value:.4g}) is in LLaMA-Factory's logs the sum over the micro-batches and over "
-                    "the steps between two lines, and no mean: it grows with both (trl logs the mean)"
-                )
+    for name, value in largest.items() if summed else ():
+        if KL.fullmatch(name):
+            yield (
+                f"{name} (up to {value:.4g}) is in LLaMA-Factory's logs the sum over the micro-batches and over the "
+                "steps between two lines, and no mean: it grows with both (trl logs the mean)"
+            )
 
 
-def _largest(raw: Raw, name: str) -> list[float]:
-    """The finite value of the largest size, if there is one."""
-    values = [v for row in raw.rows if (v := real(row.get(name))) is not None and math.isfinite(v)]
-    return [max(values, key=abs)] if values else []
+def _largest(raw: Raw, name: str) -> float | None:
+    """The finite value of the largest size in one of the columns that may be sums."""
+    if not (LOGITS.fullmatch(name) or KL.fullmatch(name)):
+        return None
+    values = (v for row in raw.rows if (v := real(row.get(name))) is not None and math.isfinite(v))
+    return max(values, key=abs, default=None)
