@@ -26,7 +26,7 @@ Cases at the edges, of which none makes a NaN:
 
 Rows are padded on the right, where no earlier position of a causal model sees it. No shape depends on a value.
 
-Shapes: B sequences of a micro-batch, T positions, V vocabulary.
+Shapes: B sequences of a micro-batch, T positions, N = B T, V vocabulary.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ def terms(
 
 def log_probabilities(logits_BTV: Tensor, targets_BT: Tensor, cap: float | None = None) -> Tensor:
     """Of each sequence's completion, the sum over its targets, [B] float32, nat. 0 where there is no target."""
-    logits_BVT = _capped(logits_BTV, cap).transpose(1, 2)
-    return -F.cross_entropy(logits_BVT, targets_BT, reduction="none", ignore_index=IGNORE).sum(1)
+    logits_NV = _capped(logits_BTV, cap).flatten(0, 1)
+    ce_N = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none", ignore_index=IGNORE)
+    return -ce_N.view(targets_BT.shape).sum(1)
 
 
 def rotated(inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
