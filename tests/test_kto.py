@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from trials import BASE
 
@@ -282,6 +285,24 @@ def test_rows_without_a_target_are_passed_over() -> None:
     assert (targets[[1, 4]] == IGNORE).all()
 
 
+@given(st.lists(st.tuples(st.integers(1, T + 3), st.integers(0, T + 3)), min_size=1, max_size=6), st.integers(0, 99))
+def test_any_pairs_are_those_of_the_text(lengths: list[tuple[int, int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pairs = [(tokens(rng, p), tokens(rng, c)) for p, c in lengths]
+    rows = micro_batch(pairs, [CHOSEN] * len(pairs))
+    inputs, targets = kto.rotated(rows.inputs_BT, rows.targets_BT)
+    left = [(i, (p, c[: max(0, T + 1 - len(p))])) for i, (p, c) in enumerate(pairs)]
+    kept = [(i, pair) for i, pair in left if pair[1]]
+    right = dict(zip((i for i, _ in kept), zip(*rotated_by_hand([p for _, p in kept]), strict=True), strict=True))
+    for i in range(len(pairs)):
+        if i not in right or len(kept) == 1:
+            assert (targets[i] == IGNORE).all()
+            continue
+        assert targets[i].tolist() == right[i][1]
+        last = max(at for at, x in enumerate(right[i][1]) if x != IGNORE)
+        assert inputs[i, : last + 1].tolist() == right[i][0][: last + 1]
+
+
 def test_padding_rows_and_empty_completions_change_nothing_but_their_counts() -> None:
     reference, full, labels = model(), examples(9, 4), [1, 0, 1, 0]
     policy = moved(reference, 4)
@@ -354,9 +375,10 @@ def test_means_of_a_step_do_not_grow_with_it() -> None:
         assert float(fourth[name]) == pytest.approx(float(value) * (4 if name in kto.COUNTS else 1), rel=1e-6), name
 
 
-def test_members_of_a_pack_are_each_alone() -> None:
+@pytest.mark.parametrize("family", ["lingua", "llama", "qwen3", "gemma3"])
+def test_members_of_a_pack_are_each_alone(family: str) -> None:
     """Under vmap, with batches, weights and betas of their own, and a reference that all share."""
-    reference = model()
+    reference = build(dataclasses.replace(BASE.model, family=family), V, T, 0)
     nets = [moved(reference, seed) for seed in (1, 2, 3)]
     labels = (LABELS, [CHOSEN] * 5, [REJECTED, CHOSEN, REJECTED, REJECTED, NONE])
     batches = [micro_batch(examples(20 + k, 5), own) for k, own in enumerate(labels)]
