@@ -650,8 +650,9 @@ def test_a_checkpoint_that_finds_no_room_leaves_none_taken(point: str, make: Mak
     assert run(folder).status == "done"
 
 
-def test_the_disk_that_safetensors_finds_full_is_a_full_disk(make: Make, run: Run) -> None:
+def test_the_disk_that_safetensors_finds_full_is_a_full_disk(make: Make, run: Run, cache: Path) -> None:
     """It raises an exception of its own, and says so in words."""
+    open_batches(BASE, cache)  # its tokens are larger than what may be written below
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     folder = make(BASE)
@@ -665,6 +666,24 @@ def test_the_disk_that_safetensors_finds_full_is_a_full_disk(make: Make, run: Ru
     assert "File too large" in state.error["message"] and "tensors.safetensors" in state.error["message"]
     assert run(folder).status == "done"
     assert run(folder).status == "done"
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["I/O error: File too large (os error 27)", "IoError(Os { code: 27, kind: FileTooLarge, message: ... })"],
+)
+def test_the_number_of_a_safetensors_error_is_read_in_both_of_its_forms(
+    message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of 0.7 and later, and that of 0.5."""
+
+    def refuse(tensors: object, file: Path) -> None:
+        raise checkpoint.SafetensorError(f"Error while serializing: {message}")
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", refuse)
+    with pytest.raises(OSError) as caught:
+        checkpoint._fill(tmp_path, "t", {"w": torch.zeros(1)}, 1)
+    assert caught.value.errno == 27 and str(caught.value.filename).endswith("tensors.safetensors")
 
 
 def test_a_divergent_loss_stops_the_trial_early(make: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def _fill(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step:
     try:
         safetensors.torch.save_file(apart, file)
     except SafetensorError as error:
-        if (code := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (code := re.search(r"(?:os error|code:) (\d+)", str(error))) is None:  # the second: before 0.7
             raise
         number = int(code[1])  # by which a full disk is known
         raise OSError(number, os.strerror(number), str(file)) from error
