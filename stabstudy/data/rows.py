@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 LINGUA_KEYS = ("text", "content")
 ARRAY = "a JSON array is not a JSON lines file, which has one object with its text on each line"
-CHAT = "chat and preference data are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
+CHAT = "chat data are read by objective=sft data=sft data.path=..."
+CHAT_KEYS = {"completion", "messages", "conversations"}
 CONVERT = "write its objects one to a line (jq -c '.[]')"
 DOCUMENT = "one JSON document over several lines is not a JSON lines file, which has one object on each line"
 BLOCK = 1 << 18  # bytes read at once
@@ -75,7 +76,8 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
         return "", f"must be an object with {names}, is {type(row).__name__}"
     key = next((key for key in keys if key in row), None)
     if key is None:
-        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}"
+        chat = f" ({CHAT})" if not CHAT_KEYS.isdisjoint(row) else ""
+        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}{chat}"
     if not isinstance(row[key], str):
         return "", f"{key!r} must be text, is {'null' if row[key] is None else type(row[key]).__name__}"
     try:
@@ -99,7 +101,7 @@ def _whole_file(file: DataFile) -> str:
 
 
 def _json_rows(file: DataFile, keys: tuple[str, ...], count: RowCount) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(lines(file), start=1):
         if not line.strip():
             continue  # Lingua's tools leave blank lines where they joined files
         count.rows += 1
@@ -125,7 +127,7 @@ def _not_lines(file: DataFile, first: bytes, keys: tuple[str, ...]) -> str:
     return DOCUMENT if first == b"{" else ""
 
 
-def _lines(file: DataFile) -> Iterator[bytes]:
+def lines(file: DataFile) -> Iterator[bytes]:
     """The lines of a plain, gzip or zstd file, without line ends and (files get joined) byte-order marks."""
     parts: list[bytes] = []  # of the line that has not ended yet
     with file.path.open("rb") as f:
