@@ -175,7 +175,7 @@ class Batches:
         rule = "must be larger: {}, in sequences of so many tokens, has no token of a completion"
         if self.training_tokens == 0:
             raise DataError("data.seq_len", rule.format("the training part of the data"), str(self.seq_len))
-        if not (self.evaluation()[:, 1:] >= 0).any():
+        if not all((windows[:, 1:] >= 0).any() for windows in (self.evaluation(), self.final_evaluation())):
             got = f"{len(self._evaluation)} sequences"
             raise DataError("train.eval_sequences", rule.format("the evaluation set"), got)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,7 @@ def _answer(turns: list[tuple[str, str]], key: str) -> str:
 
 def _json(file: DataFile) -> Iterator[tuple[str, Any, str]]:
     """(place, row, why it is unreadable) of each row of a JSON array, which is held whole, or of JSON lines."""
-    if _begins_array(file.path):
+    if _content(file, whole=False).lstrip().startswith(b"["):
         yield from _array(file)
         return
     for number, line in enumerate(rows.lines(file), start=1):
@@ -166,14 +165,16 @@ def _json(file: DataFile) -> Iterator[tuple[str, Any, str]]:
                 yield f":{number}", None, f"must be one JSON object per line ({first_line(error)})"
 
 
-def _begins_array(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(64).removeprefix(rows.BOM).lstrip().startswith(b"[")
+def _content(file: DataFile, whole: bool) -> bytes:
+    """All of a plain or compressed file, or its first block."""
+    with file.path.open("rb") as f:
+        blocks = rows.unpacked(f, file)
+        return (b"".join(blocks) if whole else next(blocks, b"")).removeprefix(rows.BOM)
 
 
 def _array(file: DataFile) -> Iterator[tuple[str, Any, str]]:
     try:
-        values = json.loads(file.path.read_bytes().removeprefix(rows.BOM).decode())
+        values = json.loads(_content(file, whole=True).decode())
     except (ValueError, RecursionError) as error:
         raise DataError("data.path", f"{file.path}: must be a JSON array of rows ({first_line(error)})") from error
     for number, row in enumerate(values, start=1):

@@ -95,7 +95,7 @@ def check_parquet(file: DataFile, column: str) -> None:
 def _whole_file(file: DataFile) -> str:
     try:
         with file.path.open("rb") as f:
-            return b"".join(_unpacked(f, file)).removeprefix(BOM).decode()
+            return b"".join(unpacked(f, file)).removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         raise DataError("data.path", f"{file.path}: must be UTF-8, is not at byte {error.start}") from error
 
@@ -121,7 +121,7 @@ def _not_lines(file: DataFile, first: bytes, keys: tuple[str, ...]) -> str:
     """Why a file whose first line has no text is no JSON lines file at all; "" where it is one."""
     if first.startswith(b"["):
         with file.path.open("rb") as f:
-            beginning = next(_unpacked(f, file), b"")
+            beginning = next(unpacked(f, file), b"")
         texts = any(f'"{key}"'.encode() in beginning for key in keys)
         return f"{ARRAY}; {CONVERT if texts else CHAT}"
     return DOCUMENT if first == b"{" else ""
@@ -131,7 +131,7 @@ def lines(file: DataFile) -> Iterator[bytes]:
     """The lines of a plain, gzip or zstd file, without line ends and (files get joined) byte-order marks."""
     parts: list[bytes] = []  # of the line that has not ended yet
     with file.path.open("rb") as f:
-        for block in _unpacked(f, file):
+        for block in unpacked(f, file):
             head, *lines = block.split(b"\n")
             parts.append(head)
             for line in lines:
@@ -140,7 +140,8 @@ def lines(file: DataFile) -> Iterator[bytes]:
     yield b"".join(parts).removeprefix(BOM)
 
 
-def _unpacked(f: BinaryIO, file: DataFile) -> Iterator[bytes]:
+def unpacked(f: BinaryIO, file: DataFile) -> Iterator[bytes]:
+    """The content of a plain, gzip or zstd file in blocks. Raises DataError where it is damaged."""
     name, magic = file.name.lower(), f.read(4)
     f.seek(0)
     try:
