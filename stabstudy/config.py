@@ -18,7 +18,11 @@ from operator import attrgetter
 from typing import Any
 
 from stabstudy import settings as st
+from stabstudy.architecture import FAMILIES as FAMILIES
+from stabstudy.architecture import FFNS as FFNS
+from stabstudy.architecture import INITS as INITS
 from stabstudy.architecture import OF_FAMILY as OF_FAMILY
+from stabstudy.architecture import PLACEMENTS as PLACEMENTS
 from stabstudy.architecture import ModelConfig as ModelConfig
 from stabstudy.settings import Problem, group, setting
 

@@ -109,9 +109,7 @@ def test_a_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
     config = written(tmp_path, pairs(40), kind)
     file = Path(str(config.path))
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(
-        DataError, match=f"rows.{kind}: (must be a JSON array of rows|truncated or damaged after row 0)"
-    ):
+    with pytest.raises(DataError, match=f"rows.{kind}: (must be a JSON array|truncated or damaged after row 0)"):
         list(sources.documents(config))
 
 
@@ -130,7 +128,7 @@ def test_the_generated_set_is_pinned_and_right() -> None:
     examples = list(sources.examples(DataConfig(source="arithmetic")))
     assert len(examples) == 20_000
     digest = hashlib.sha256("".join(f"{e.prompt}|{e.completion}\n" for e in examples).encode()).hexdigest()
-    assert digest[:16] == "PIN"
+    assert digest[:16] == "c51e47bc2cb788c0"
     for prompt, completion in ((e.prompt, e.completion) for e in examples[:500]):
         question = prompt.removeprefix("What is ").rstrip("=? ").replace(" plus ", "+").replace(" minus ", "-")
         assert completion.rstrip(".").split()[-1] == str(eval(question))  # noqa: S307  # digits and a sign
@@ -203,22 +201,9 @@ def test_padded_sequences_are_one_example_each(tmp_path: Path) -> None:
         expected = [*(IGNORE - 1 - t for t in ids[:first]), *ids[first:], *[IGNORE] * (21 - len(ids))]
         assert b.layout.windows(np.array([number]))[0].tolist() == expected
         assert b.layout.window(number).documents == (i,)
-    open_batches(
-        trial(
-            DataConfig(
-                **{
-                    **vars(DataConfig()),
-                    "source": "examples",
-                    "path": str(tmp_path / "rows.jsonl"),
-                    "seq_len": 20,
-                    "layout": "padded",
-                    "validation_share": 0.2,
-                }
-            )
-        ),
-        tmp_path,
-        said.append,
-    )
+    path = str(tmp_path / "rows.jsonl")
+    data = DataConfig(source="examples", path=path, seq_len=20, layout="padded", validation_share=0.2)
+    open_batches(trial(data), tmp_path, said.append)
     assert said[-1] == (
         f"data: {b.layout.truncated} of 200 examples are cut at data.seq_len=20, "
         f"{b.layout.dropped} of them before their completion: left out"
@@ -254,7 +239,7 @@ def test_no_sequence_of_a_padded_epoch_is_both_trained_and_held_out(tmp_path: Pa
 
 
 def test_the_text_of_a_step_is_what_was_read(tmp_path: Path) -> None:
-    data = DataConfig(source="arithmetic", layout="padded", seq_len=40)
+    data = DataConfig(source="arithmetic", layout="padded", seq_len=64)
     config = trial(data)
     read = text_of_step(config, 3, sources.fingerprint(data), tmp_path)
     examples = [e.prompt + e.completion for e in sources.examples(data)]
