@@ -22,7 +22,7 @@ from stabstudy.config import OF_FAMILY, DataConfig, ModelConfig, ObjectiveConfig
 from stabstudy.data.batches import open_batches
 from stabstudy.data.layouts import IGNORE, hidden, read_tokens
 from stabstudy.stability.rules import Rules
-from stabstudy.training import driver, families
+from stabstudy.training import driver, families, probes
 from stabstudy.training.loop import Progress
 from stabstudy.training.pack import run_pack
 from stabstudy.training.step import Stepper
@@ -251,16 +251,25 @@ def test_captured_steps_read_the_same(
         assert b[name] == pytest.approx(a[name], rel=1e-6), name
 
 
+def of_long_prompts(folder: Path, **train: Any) -> TrialConfig:
+    """Most sequences of 16 tokens have no token of a completion."""
+    rows = [{"prompt": "p" * 90, "completion": "c" * 30}] * 60
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source="examples", path=str(path), seq_len=16)
+    return dataclasses.replace(vary(train=train), objective=SFT, data=data)
+
+
+def test_the_pre_flight_compares_a_batch_that_has_a_completion(tmp_path: Path, cache: Path) -> None:
+    for seed in range(6):
+        made = dataclasses.replace(of_long_prompts(tmp_path, batch_size=2), seed=seed)
+        loss, norm = probes.accumulation_differences(made, cache, CPU)
+        assert loss <= 1e-6 and norm <= 1e-5
+
+
 def test_a_step_without_a_target_makes_no_update_and_is_null(make: Make, tmp_path: Path, cache: Path) -> None:
     """Prompts much longer than a sequence: whole batches of one sequence have no completion in them."""
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "p" * 90, "completion": "c" * 30}] * 60
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = dataclasses.replace(
-        vary(train={"batch_size": 1, "steps": 30}),
-        objective=SFT,
-        data=DataConfig(source="examples", path=str(path), seq_len=16),
-    )
+    made = of_long_prompts(tmp_path, batch_size=1, steps=30)
     folder = make(made)
     assert run([folder], cache) == ["done"]
     trained = records(folder)[0]

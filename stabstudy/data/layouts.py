@@ -32,7 +32,7 @@ IGNORE = -100
 Int = NDArray[np.int64]
 Span = tuple[int, int]  # first position, first position behind it
 
-ROWS = 1 << 16  # sequences laid out at once
+CHUNK = 1 << 20  # tokens laid out at once
 
 
 def hidden(tokens: Int) -> Int:
@@ -99,8 +99,11 @@ class Packed:
         return numbers * self.seq_len
 
     def flat(self) -> NDArray[Any]:
-        corpus = self.corpus
-        return corpus.tokens if corpus.mask is None else _numbers(corpus, np.arange(len(corpus.tokens)))
+        corpus, size = self.corpus, len(self.corpus.tokens)
+        if corpus.mask is None:
+            return corpus.tokens
+        parts = [np.arange(first, min(first + CHUNK, size)) for first in range(0, size, CHUNK)]
+        return np.concatenate([_numbers(corpus, part).astype(np.int32) for part in parts])
 
     def spans(self, stretches: Sequence[Span]) -> list[Span]:
         T = self.seq_len
@@ -142,7 +145,8 @@ class Padded:
         return numbers * (self.seq_len + 1)
 
     def flat(self) -> NDArray[Any]:
-        parts = [np.arange(first, min(first + ROWS, self.count)) for first in range(0, self.count, ROWS)]
+        rows = max(1, CHUNK // self.seq_len)
+        parts = [np.arange(first, min(first + rows, self.count)) for first in range(0, self.count, rows)]
         return np.concatenate([self.windows(part).ravel().astype(np.int32) for part in parts])
 
     def spans(self, stretches: Sequence[Span]) -> list[Span]:

@@ -21,6 +21,7 @@ hide it all. It runs as a program, in a process of its own, so that its caller n
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -180,9 +181,14 @@ def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: t
     whole = replace(config, train=train)
     split = replace(config, train=replace(train, micro_batch_size=1))
     batches = open_batches(whole, cache_dir)
-    masked = unequal(batches.batch(0))
+    masked = _first_with_targets(batches) if batches.masked else unequal(batches.batch(0))
     (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
     return abs(split_loss / loss - 1), abs(split_norm / norm - 1)
+
+
+def _first_with_targets(batches: Batches) -> NDArray[np.int64]:
+    """The first batch of examples that has a completion in it; their lengths are unequal by themselves."""
+    return next(batch for batch in map(batches.batch, itertools.count()) if (batch[:, 1:] >= 0).any())
 
 
 def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:
