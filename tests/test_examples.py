@@ -211,6 +211,16 @@ def test_padded_sequences_are_one_example_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_final_evaluation_has_as_many_targets_as_were_asked_for(layout: str, tmp_path: Path) -> None:
+    data = DataConfig(source="arithmetic", layout=layout, seq_len=64)
+    b = open_batches(trial(data, final_eval_tokens=4096), tmp_path)
+    targets = int((b.final_evaluation()[:, 1:] >= 0).sum())
+    assert 0.9 * 4096 <= targets <= 1.1 * 4096
+    whole = open_batches(trial(data, final_eval_tokens=10**8), tmp_path)
+    assert len(whole.final_evaluation()) == whole.validation_windows
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_one_array_for_a_device_holds_every_sequence(layout: str, tmp_path: Path) -> None:
     b = laid_out(tmp_path, layout, 16)
     flat = b.layout.flat()

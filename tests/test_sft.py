@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from trials import Make, assert_same, records, vary
 
-from stabstudy import store
+from stabstudy import store, sweep
 from stabstudy.config import OF_FAMILY, DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig, TrialConfig
 from stabstudy.data.batches import open_batches
 from stabstudy.data.layouts import IGNORE, hidden, read_tokens
@@ -291,3 +292,40 @@ def test_a_compiled_step_takes_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         a, b = (stepper.step(batch, [1e-3], torch.ones(1), masked=True) for stepper in (eager, fast))
         assert b.tolist()[0] == pytest.approx(a.tolist()[0], rel=1e-5, abs=1e-6)
+
+
+# --- from the command line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_study_of_chat_rows_ends_in_a_report(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path / "cache"))
+    chats = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!" * (1 + i % 4)}]
+        for i in range(300)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
+    words = f"objective=sft data=sft data.path=rows.json data.layout={layout} data.seq_len=48 model.depth=1 seeds=1"
+    words += " train.steps=70 train.batch_size=4 train.eval_sequences=4 optim.lr=3e-3,1e-2 launcher=local study=chats"
+    assert sweep.main(words.split()) == 0
+    assert "examples are cut" not in capsys.readouterr().out
+    table = pd.read_parquet(tmp_path / "results/chats/trials.parquet")
+    assert table["objective.kind"].tolist() == ["sft"] * 2 and table["data.layout"].tolist() == [layout] * 2
+    assert (table["final_loss"] < table["unigram_entropy"]).all() and table["verdict"].notna().all()
+    assert "objective.kind" in (tmp_path / "results/chats/report/index.html").read_text()
+
+
+@pytest.mark.shareddata
+@each_layout
+def test_the_300_real_rows_are_trained_on(made: TrialConfig, shared_data: Path, make: Make, cache: Path) -> None:
+    data = DataConfig(source="examples", path=str(shared_data / "kto_en_demo.json"), seq_len=256)
+    data = dataclasses.replace(data, layout=made.data.layout, validation_share=0.2)
+    folder = make(dataclasses.replace(made, data=data))
+    assert run([folder], cache) == ["done"]
+    state = folder.read_state()
+    assert state.init_loss is not None and state.final_loss is not None and state.final_loss < state.init_loss
+    assert records(folder)[0]["skip"].tolist() == [None] * 12

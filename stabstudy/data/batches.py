@@ -86,6 +86,9 @@ class Batches:
             rule = f"must be at most {self.validation_windows}, the validation part {of}"
             raise DataError("train.eval_sequences", rule, str(eval_sequences))
         self._evaluation = self._spread(eval_sequences)
+        if self.masked:  # as many targets as sequences full of them have
+            targets = self._count(self.layout.spans(held))
+            final_sequences = math.ceil(final_sequences * seq_len * self.validation_windows / max(1, targets))
         self._final_evaluation = self._spread(min(max(eval_sequences, final_sequences), self.validation_windows))
         self._steps_ahead = max(1, AHEAD // batch_size)
         self._part, self._ahead = 0, self._order(0, self._steps_ahead)
@@ -109,10 +112,7 @@ class Batches:
     @functools.cached_property
     def training_tokens(self) -> int:
         """Targets in one epoch: each token of the training part is one once; of examples, those of completions."""
-        mask = self.corpus.mask
-        if mask is None:
-            return self.training_windows * self.seq_len
-        return sum(int(np.count_nonzero(mask[start:stop])) for start, stop in self._targets)
+        return self._count(self._targets) if self.masked else self.training_windows * self.seq_len
 
     @functools.cached_property
     def unigram_entropy(self) -> float:
@@ -136,7 +136,8 @@ class Batches:
     def final_evaluation(self) -> Int:
         """[n, T+1] token ids that the first and the last loss are measured on, spread as those of `evaluation`.
 
-        n is the larger of `eval_sequences` and `final_sequences`, or all of the validation part. On a thousand tokens
+        n is the larger of `eval_sequences` and `final_sequences` (of examples: of as many as hold so many targets), or
+        all of the validation part. On a thousand tokens
         the error of the set, which all seeds share and no interval over seeds contains, is as large as theirs.
         """
         return self.layout.windows(self._final_evaluation)
@@ -149,6 +150,11 @@ class Batches:
     def windows(self, step: int) -> list[Window]:
         """Where each sequence of a step comes from, in the order of `batch`."""
         return [self.layout.window(index) for index in self._indices(step).tolist()]
+
+    def _count(self, spans: Sequence[Span]) -> int:
+        """Targets at these positions, of examples."""
+        assert (mask := self.corpus.mask) is not None
+        return sum(int(np.count_nonzero(mask[start:stop])) for start, stop in spans)
 
     def _spread(self, count: int) -> Int:
         """[count] window numbers, evenly over the validation part."""
