@@ -315,7 +315,7 @@ def test_a_study_of_chat_rows_ends_in_a_report(
     assert "examples are cut" not in capsys.readouterr().out
     table = pd.read_parquet(tmp_path / "results/chats/trials.parquet")
     assert table["objective.kind"].tolist() == ["sft"] * 2 and table["data.layout"].tolist() == [layout] * 2
-    assert (table["final_loss"] < table["unigram_entropy"]).all() and table["verdict"].notna().all()
+    assert (table["loss_over_unigram"] < 0).all() and table["verdict"].notna().all()
     assert "objective.kind" in (tmp_path / "results/chats/report/index.html").read_text()
 
 
