@@ -55,6 +55,10 @@ def pairs(count: int) -> list[dict[str, str]]:
         ({"messages": [USER, ANSWER], "label": False}, CHAT),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, CHAT),
         (
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "s"},
+            Example("system: s\n\n" + CHAT.prompt, "yo"),
+        ),
+        (
             {
                 "messages": [
                     {"role": "system", "content": "s"},
@@ -92,6 +96,15 @@ def test_a_row_that_is_no_example_says_why_and_where(row: Any, reason: str, tmp_
     with pytest.raises(DataError) as caught:
         list(sources.documents(config))
     assert str(caught.value).startswith(f"data.path: {config.path}:4: ") and reason in str(caught.value)
+
+
+def test_some_rows_may_be_bad_where_the_settings_say_so(tmp_path: Path) -> None:
+    data = written(tmp_path, [*pairs(1999), {"prompt": "a", "completion": ""}])
+    allowed = DataConfig(source="examples", path=data.path, bad_rows=0.001)
+    assert len(list(sources.examples(allowed))) == 1999
+    said: list[str] = []
+    tokens.prepare(allowed, tmp_path, said.append)
+    assert any("1 of 2000 rows were unreadable and are left out" in line for line in said)
 
 
 def test_files_of_every_kind_give_the_same_examples(tmp_path: Path) -> None:

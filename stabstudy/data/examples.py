@@ -5,7 +5,7 @@ A row has one of these forms; other keys of it are passed over:
     {"prompt": "...", "completion": "..."}                            text, taken as it is
     {"prompt": [turn, ...], "completion": [turn]}                     turns of a chat, {"role": ..., "content": ...}
     {"messages": [turn, ..., turn]}                                   the last turn, an assistant's, is the completion
-    {"conversations": [{"from": "human", "value": "..."}, ...]}       the same as LLaMA-Factory's sharegpt form
+    {"conversations": [{"from": "human", "value": "..."}, ...]}       LLaMA-Factory's sharegpt form; `system` too
 
 The chat template is a plain one: each turn is its role, a colon, a space, its content and an empty line; the prompt
 ends with what introduces the answer, `assistant: `, and the completion is the answer's content alone.
@@ -77,13 +77,6 @@ def example_or_reason(row: Any) -> tuple[Example | None, str]:
         return None, str(error)
 
 
-def is_example(row: Any) -> bool:
-    """Whether a row has the keys of an example, whatever they hold."""
-    return isinstance(row, dict) and (
-        {"prompt", "completion"} <= set(row) or bool({"messages", "conversations"} & set(row))
-    )
-
-
 def arithmetic(number: int) -> Iterator[Example]:
     """Sums and differences of two numbers of one to three digits, in words and figures of unequal lengths."""
     for draw in draws(np.uint64(key_of(*b"arithmetic")), np.arange(number, dtype=np.uint64)).tolist():
@@ -103,7 +96,7 @@ def _example(row: Any) -> Example:
     if {"prompt", "completion"} <= set(row):
         example = _of_pair(row["prompt"], row["completion"])
     elif (key := next((k for k in ("messages", "conversations") if k in row), None)) is not None:
-        turns = _turns(row[key], key)
+        turns = _system(row) + _turns(row[key], key)
         example = Example(_templated(turns[:-1]), _answer(turns, key))
     else:
         raise ValueError(f"has no {FORMS}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}")
@@ -114,6 +107,12 @@ def _example(row: Any) -> Example:
     except UnicodeEncodeError as error:
         raise ValueError("holds half a surrogate pair, which UTF-8 cannot encode") from error
     return example
+
+
+def _system(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The turn of a sharegpt row's own key `system`, if it has one."""
+    text = row.get("system") if "conversations" in row else None
+    return [("system", text)] if isinstance(text, str) and text else []
 
 
 def _of_pair(prompt: Any, completion: Any) -> Example:
