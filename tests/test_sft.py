@@ -252,6 +252,18 @@ def test_captured_steps_read_the_same(
         assert b[name] == pytest.approx(a[name], rel=1e-6), name
 
 
+def test_packed_and_padded_members_share_a_device(make: Make, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One corpus in two layouts, and another corpus: each member finds its own sequences among those of all."""
+    other = dataclasses.replace(LAYOUTS["packed"].data, max_bytes=15_000)
+    configs = [*LAYOUTS.values(), dataclasses.replace(LAYOUTS["packed"], data=other)]
+    host, resident = ([make(c, name) for c in configs] for name in ("host", "resident"))
+    assert run(host, cache) == ["done"] * 3
+    monkeypatch.setattr(driver, "HostFeed", driver.ResidentFeed)
+    assert run(resident, cache) == ["done"] * 3
+    for one, another in zip(host, resident, strict=True):
+        assert_same(records(one)[0], records(another)[0])
+
+
 def of_long_prompts(folder: Path, **train: Any) -> TrialConfig:
     """Most sequences of 16 tokens have no token of a completion."""
     rows = [{"prompt": "p" * 90, "completion": "c" * 30}] * 60
