@@ -18,84 +18,25 @@ from operator import attrgetter
 from typing import Any
 
 from stabstudy import settings as st
+from stabstudy.architecture import FAMILIES as FAMILIES
+from stabstudy.architecture import FFNS as FFNS
+from stabstudy.architecture import INITS as INITS
+from stabstudy.architecture import OF_FAMILY as OF_FAMILY
+from stabstudy.architecture import PLACEMENTS as PLACEMENTS
+from stabstudy.architecture import ModelConfig as ModelConfig
 from stabstudy.settings import Problem, group, setting
 
 FORMAT_VERSION = 1  # of a study's files and of the form that `trial_id` hashes; old versions stay readable
 
-FAMILIES = ("lingua", "llama", "qwen3", "gemma3")
-OF_FAMILY: dict[str, dict[str, Any]] = {  # what a Hugging Face family fixes, so that a trial's record is true
-    "llama": {"qk_norm": False, "norm_placement": "pre", "ffn": "swiglu"},
-    "qwen3": {"qk_norm": True, "norm_placement": "pre", "ffn": "swiglu"},
-    "gemma3": {"qk_norm": True, "norm_placement": "sandwich", "ffn": "geglu", "tied": True},
-}
-INITS = ("lingua", "lingua_global_depth", "lingua_current_depth", "lingua_dim_ratio", "normal_002", "scaled")
-PLACEMENTS = ("pre", "reordered", "sandwich", "post")
-FFNS = ("swiglu", "squared_relu", "gelu", "geglu")
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}  # numbers remembered of a parameter, at most
-SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf")
+EXAMPLES = ("examples", "arithmetic")  # sources of prompts with their completions; the others give text
+SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf", *EXAMPLES)
 PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
 COMPILE_FROM = 2000  # steps from which train.compile=auto compiles: about where compiling is earned back at dim 64
 SPIKE_SKIP_FROM = 64  # steps before skip_spikes may skip one
 MOST_DECAY = 0.02  # share of every weight that a step of independent decay may take
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """By default a Lingua-like decoder: pre-norm RMSNorm, SwiGLU, RoPE, grouped-query attention, no biases."""
-
-    family: str = setting("lingua", choices=FAMILIES)  # the others: transformers' own layers, by training/families.py
-    depth: int = setting(4, ge=1, le=1_000_000)  # number of layers
-    dim: int = setting(64, ge=2, le=65_536)  # residual width
-    n_heads: int = setting(4, ge=1, le=1024)
-    n_kv_heads: int | None = setting(None, ge=1, le=1024)  # null: n_heads (no grouping)
-    ffn_multiplier: float = setting(1.0, gt=0, le=64)  # of Lingua's 2/3 * 4 * dim (no gate: of 4 * dim)
-    multiple_of: int = setting(32, ge=1, le=65_536)  # the FFN width is rounded UP to this; Lingua uses 256
-    norm_eps: float = setting(1e-5, gt=0, le=1)
-    rope_theta: float = setting(10_000.0, gt=0, le=1e9)
-    qk_norm: bool = setting(False)  # RMSNorm on queries and keys of each head, before RoPE
-    init: str = setting("lingua", choices=INITS)
-    tied: bool = setting(False)  # the output matrix is the embedding
-    logit_softcap: float | None = setting(None, gt=0, le=1e6)  # output logits become cap*tanh(logits/cap); null: off
-    # of attention scores; takes memory for seq_len^2
-    attn_softcap: float | None = setting(None, gt=0, le=1e6, only="family=lingua", because="sdpa has no cap")
-    embed_scale: float = setting(1.0, gt=0, le=65_536, only="family=lingua", because="gemma3 multiplies by sqrt(dim)")
-    norm_placement: str = setting("pre", choices=PLACEMENTS)  # around each branch; formulas in training/model.py Block
-    ffn: str = setting("swiglu", choices=FFNS)  # geglu: gated by tanh gelu; squared_relu, gelu (by erf): no gate, 4*dim
-    # inverse_depth: branches / depth; deepnorm: with norm_placement post
-    residual_scale: str = setting("none", choices=("none", "inverse_depth", "deepnorm"), only="family=lingua")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def gated(self) -> bool:
-        return self.ffn in ("swiglu", "geglu")
-
-    @property
-    def ffn_dim(self) -> int:
-        """Lingua's rule: int(2/3 * 4 * dim), times the multiplier, rounded up to `multiple_of` (128 -> 512 at 256).
-
-        The 2/3 pays for the third matrix of a gate; without a gate it is 4 * dim: about as many parameters.
-        """
-        width = int(2 * (4 * self.dim) / 3) if self.gated else 4 * self.dim
-        hidden = int(width * self.ffn_multiplier)
-        return self.multiple_of * -(-hidden // self.multiple_of)
-
-    def parameters(self, vocab: int) -> int:
-        """Number of parameters, embeddings included."""
-        kv_dim = self.kv_heads * self.head_dim
-        ffn_matrices = 3 if self.gated else 2
-        layer = 2 * self.dim**2 + 2 * self.dim * kv_dim + ffn_matrices * self.dim * self.ffn_dim + 2 * self.dim
-        layer += 2 * self.head_dim if self.qk_norm else 0
-        layer += 2 * self.dim if self.norm_placement == "sandwich" else 0
-        return self.depth * layer + self.dim + (1 if self.tied else 2) * vocab * self.dim
 
 
 @dataclass(frozen=True)
@@ -147,6 +88,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised. `conf/objective/*.yaml` are presets of it."""
+
+    # lm: the next token of text; sft: the same of completions alone, their prompts are read and never a target
+    kind: str = setting("lm", choices=("lm", "sft"))
+
+
+@dataclass(frozen=True)
 class SyntheticConfig:
     """The synthetic source: mechanisms, one knob each; integers, so that the text is bit-exact everywhere."""
 
@@ -169,17 +118,21 @@ class DataConfig:
     """Where the tokens come from. `conf/data/*.yaml` are presets of it."""
 
     source: str = setting("pysrc", choices=SOURCES)
-    path: str | None = setting(None, only="source=text,jsonl,parquet,lingua,hf")  # file, folder, or hub name (hf)
+    path: str | None = setting(
+        None, only="source=text,jsonl,parquet,lingua,hf,examples"
+    )  # file, folder, or hub name (hf)
     # a glob below the folder, e.g. **/*.rst; null: the usual names of the source
-    files: str | None = setting(None, only="source=text,jsonl,parquet")
+    files: str | None = setting(None, only="source=text,jsonl,parquet,examples")
     text_column: str = setting("text", only="source=jsonl,parquet,hf")
     hub_config: str | None = setting(None, only="source=hf")  # the dataset's configuration, e.g. sample-10BT
     hub_split: str = setting("train", only="source=hf")
     hub_revision: str | None = setting(None, only="source=hf")  # commit sha; null pins nothing and is warned about
     max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
-    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf")  # share that is skipped
+    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf,examples")  # share skipped
     tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
+    # packed: sequences cut through examples that stand one behind the other; padded: one example each, cut at seq_len
+    layout: str = setting("packed", choices=("packed", "padded"), only="source=examples,arithmetic")
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     synthetic: SyntheticConfig = group(SyntheticConfig, only="source=synthetic")
 
@@ -216,6 +169,7 @@ class TrialConfig:
 
     model: ModelConfig = group(ModelConfig)
     optim: OptimConfig = group(OptimConfig)
+    objective: ObjectiveConfig = group(ObjectiveConfig)
     data: DataConfig = group(DataConfig)
     train: TrainConfig = group(TrainConfig)
     seed: int = setting(0, ge=0, le=2**63 - 1)
@@ -327,10 +281,22 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
     if t.skip_spikes and t.steps <= SPIKE_SKIP_FROM:
         rule = f"skips nothing in the first {SPIKE_SKIP_FROM} steps: train.steps must be larger"
         yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
-    if d.source not in ("pysrc", "synthetic") and not d.path:
+    if (config.objective.kind == "sft") != (d.source in EXAMPLES):
+        yield _mismatch(config)
+    if d.source not in ("pysrc", "synthetic", "arithmetic") and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")
     if d.files is not None and (not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/")):
         yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
+
+
+def _mismatch(config: TrialConfig) -> Problem:
+    """An objective that does not read what the source gives."""
+    kind, source = config.objective.kind, config.data.source
+    if source in EXAMPLES:
+        rule = f"source {source} gives prompts with completions, which objective=sft reads"
+    else:
+        rule = f"objective {kind} reads prompts with completions: data=sft (your rows at data.path), data=arithmetic"
+    return Problem("objective.kind, data.source", rule, f"{kind} and {source}")
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
@@ -363,7 +329,8 @@ FORMER_NAMES["data.synthetic.vocabulary"] = "data.synth_vocab"
 CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
 
 _DEFAULTS = flat(TrialConfig())
-ADDED = {"data.files": None}  # came after judgements were first kept; the value at which it changes none of them
+# came after judgements were first kept; the values at which they change none of them
+ADDED = {"data.files": None, "objective.kind": "lm", "data.layout": "packed"}
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:

@@ -18,7 +18,7 @@ OWN = frozenset(
         *(f"optim.{name}" for name in ("weight_decay", "decay_mode", "decay_params", "beta1", "beta2", "eps")),
         *(f"optim.{name}" for name in ("warmup_steps", "warmup_share", "schedule", "min_lr_ratio")),
         *(f"optim.{name}" for name in ("decay_share", "decay_shape")),
-        *(f"data.{name}" for name in ("source", "path", "files", "text_column")),
+        *(f"data.{name}" for name in ("source", "path", "files", "text_column", "layout")),
         *(f"data.{name}" for name in ("hub_config", "hub_split", "hub_revision")),
         *(f"data.{name}" for name in ("max_bytes", "bad_rows", "validation_share")),
         *(name for name in cfg.setting_names() if name.startswith("data.synthetic.")),
@@ -38,6 +38,7 @@ EQUAL = frozenset(
         *(f"model.{name}" for name in ("multiple_of", "norm_eps", "rope_theta", "qk_norm", "tied", "ffn")),
         *(f"model.{name}" for name in ("logit_softcap", "attn_softcap", "embed_scale", "norm_placement")),
         "model.residual_scale",
+        "objective.kind",
         *(f"optim.{name}" for name in ("kind", "muon_momentum", "muon_adjust_lr")),
         *(f"data.{name}" for name in ("seq_len", "tokenizer")),
         *(

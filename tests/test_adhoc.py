@@ -66,7 +66,7 @@ def test_any_setting_makes_it_the_users_own(words: list[str]) -> None:
 def test_all_else_is_the_default() -> None:
     (trial,) = planned("optim.lr=0.01", "seeds=1").trials
     assert trial.config == dataclasses.replace(TrialConfig(), optim=dataclasses.replace(TrialConfig().optim, lr=0.01))
-    assert trial.choices == {"model": "tiny", "optim": "adamw", "data": "pysrc", "train": "short"}
+    assert trial.choices == {"model": "tiny", "optim": "adamw", "objective": "lm", "data": "pysrc", "train": "short"}
 
 
 def test_questions() -> None:
@@ -85,13 +85,14 @@ def test_the_first_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:
     first, second, *_ = capsys.readouterr().out.splitlines()
     study = name("optim.lr=1e-3,1e-2", "data=synthetic,pysrc")
     assert first == (
-        f"{study} starts from conf/trial.yaml alone (model=tiny, optim=adamw, train=short), not from a sweep; "
-        "study=NAME names the study, so that values can be added later"
+        f"{study} starts from conf/trial.yaml alone (model=tiny, optim=adamw, objective=lm, train=short), "
+        "not from a sweep; study=NAME names the study, so that values can be added later"
     )
     assert second == f"{study}: What do optim.lr and data change?"
     assert sweep.main(["optim.lr=1e-3", "study=mine", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
-        "mine starts from conf/trial.yaml alone (model=tiny, optim=adamw, data=pysrc, train=short), not from a sweep"
+        "mine starts from conf/trial.yaml alone (model=tiny, optim=adamw, objective=lm, data=pysrc, train=short), "
+        "not from a sweep"
     )
     assert sweep.main(["--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("quickstart: How rough")

@@ -109,7 +109,11 @@ OVERRIDES = [
     (8, "sweep=quickstrat", "sweep: there is no such sweep (did you mean quickstart?), got 'quickstrat'"),
     (9, "data=pysrk", "data: must name a preset (did you mean pysrc?), got 'pysrk'"),
     (9, "data=pysrc,pysrk", "data: must name a preset (did you mean pysrc?), got 'pysrk'"),
-    (9, "data.source=csv", "data.source: must be one of pysrc, synthetic, text, jsonl, parquet, lingua, hf, got 'csv'"),
+    (
+        9,
+        "data.source=csv",
+        "data.source: must be one of pysrc, synthetic, text, jsonl, parquet, lingua, hf, examples, ",
+    ),
     (9, "optim.schedule=cosin", "optim.schedule: must be one of constant, linear, cosine, wsd, inv_sqrt, got 'cosin'"),
     (9, "train.precision=fp8", "train.precision: must be one of fp32, bf16, bf16_stream, fp16, got 'fp8'"),
     (9, "model.init=xavier", "model.init: must be one of lingua, "),

@@ -20,7 +20,7 @@ from stabstudy.settings import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(p for p in (ROOT / "conf").rglob("*.yaml") if p.parent != ROOT / "conf")
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
-NEEDS_PATH = {"text", "jsonl", "parquet", "lingua", "dclm_local", "fineweb_local", "fineweb_edu_local"}
+NEEDS_PATH = {"sft", "text", "jsonl", "parquet", "lingua", "dclm_local", "fineweb_local", "fineweb_edu_local"}
 
 
 def read(path: Path) -> document.Document:
@@ -78,6 +78,10 @@ def test_a_preset_composes_to_a_trial(path: Path):
     assert problems == []
     if group == "data" and name in NEEDS_PATH:
         values["data"]["path"] = "somewhere"
+    if group == "objective" and name != "lm":
+        values["data"]["source"] = "arithmetic"
+    if values["data"]["source"] in cfg.EXAMPLES:
+        values["objective"]["kind"] = "sft"
     if group == "optim":
         values["train"]["steps"] = 100_000  # the published warmups are longer than the default run
     config = cfg.from_dict(values)

@@ -27,6 +27,8 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 
 LATER = {
     "data.files": None,
+    "data.layout": "packed",
+    "objective.kind": "lm",
     "model.family": "lingua",
     "model.logit_softcap": None,
     "model.attn_softcap": None,
@@ -74,6 +76,7 @@ def test_the_default_trial_keeps_its_id():
     for name, default in LATER.items():
         group, key = name.split(".")
         assert first[group].pop(key) == default
+    assert first.pop("objective") == {}
     assert first["train"]["compile"] == "off"
     first["train"]["compile"] = False  # as it was spelt before there was auto
     defaults = json.dumps(first, sort_keys=True)
@@ -341,7 +344,7 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ({"data": {"hub_split": "x"}}, "data.hub_split: has an effect with source hf only, got source pysrc"),
         (
             {"data": {"path": "x"}},
-            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf only, got source pysrc",
+            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf, examples only, got source pysrc",
         ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has an effect with lr 0 only, got lr 1"),

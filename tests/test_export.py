@@ -65,6 +65,8 @@ class Case:
 MUON, WSD, WEAK = {"optim.kind": "muon"}, {"optim.schedule": "wsd"}, {"optim.weight_decay": 0.01}
 GEMMA = {"model.qk_norm": True, "model.norm_placement": "sandwich", "model.ffn": "geglu", "model.tied": True}
 CASES = {
+    "objective.kind": [Case("sft", beside={"data.source": "arithmetic"})],
+    "data.layout": [Case("padded", beside={"objective.kind": "sft", "data.source": "arithmetic"})],
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
     "model.depth": [Case(6, {"model.n_layers": 6})],
     "model.dim": [Case(128, {"model.dim": 128})],

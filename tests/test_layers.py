@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("extras", "failpoints", "settings", "wording", "config", "shape"),
+    *("extras", "failpoints", "settings", "wording", "architecture", "config", "shape"),
     *("trace", "live", "finished", "disk", "state", "store", "external"),
 }
 
@@ -37,7 +37,8 @@ MAY = {
     "failpoints": May(set()),
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
-    "config": May({"settings"}),
+    "architecture": May({"settings"}),
+    "config": May({"settings", "architecture"}),
     "shape": May({"config"}),
     "trace": May(set(), {"numpy"}),
     "encodings": May({"trace", "disk"}, {"numpy"}),

@@ -67,7 +67,8 @@ def test_grid_times_seeds_seed_by_seed(ask):
     assert [(a.name, a.values) for a in plan.axes] == [("model.depth", (2, 4)), ("optim.lr", (1e-3, 3e-3))]
     assert len({t.trial_id for t in plan.trials}) == 8 and len({t.cell_id for t in plan.trials}) == 4
     assert plan.question == "Which of these is rough?"
-    assert plan.trials[0].choices == {"model": "tiny", "optim": "adamw", "data": "pysrc", "train": "short"}
+    presets = {"model": "tiny", "optim": "adamw", "objective": "lm", "data": "pysrc", "train": "short"}
+    assert plan.trials[0].choices == presets
 
 
 def test_every_value_is_in_its_settings_type(ask):
@@ -746,7 +747,7 @@ def test_a_study_written_before_packs_goes_on(ask):
     plan = ask(SWEEP)
     plan.folder.mkdir(parents=True)
     old = re.sub(r"  pack: .*\n", "", plan.sweep_text).replace("us_per_pack", "us_per_trial")
-    assert "gpus_per_trial" in old and "cpus_per_trial" in old and "pack" not in old
+    assert "gpus_per_trial" in old and "cpus_per_trial" in old and "pack:" not in old
     (plan.folder / "sweep.yaml").write_text(old)
     assert ask(SWEEP) == plan
     with pytest.raises(ConfigError, match=r"compute\.gpus_per_trial: is now called compute\.gpus_per_pack"):

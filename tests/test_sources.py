@@ -22,7 +22,7 @@ import zstandard
 from omegaconf import OmegaConf
 
 from stabstudy import extras
-from stabstudy.config import DataConfig, from_dict
+from stabstudy.config import EXAMPLES, DataConfig, from_dict
 from stabstudy.data import files, sources, synthetic
 from stabstudy.data.rows import RowCount
 from stabstudy.data.sources import check, documents, fingerprint
@@ -500,11 +500,12 @@ def test_a_preset_is_whole_but_for_a_path_of_your_own(preset: Path) -> None:
     assert preset.read_text().startswith("# ")
     hub_sets = {"c4", "fineweb", "fineweb_edu", "dclm"}
     assert (values["source"] == "hf") == (preset.stem in hub_sets) == (values.get("max_bytes") is not None)
-    if values.get("path") is None and values["source"] not in ("pysrc", "synthetic"):
+    objective = {"kind": "sft" if values["source"] in EXAMPLES else "lm"}
+    if values.get("path") is None and values["source"] not in ("pysrc", "synthetic", "arithmetic"):
         with pytest.raises(ConfigError, match=f"^data.path: source {values['source']} needs a path, got null$"):
-            from_dict({"data": values})
+            from_dict({"data": values, "objective": objective})
         values["path"] = "somewhere"
-    assert (from_dict({"data": values}).data == DataConfig()) == (preset.stem == "pysrc")
+    assert (from_dict({"data": values, "objective": objective}).data == DataConfig()) == (preset.stem == "pysrc")
 
 
 def test_the_default_preset_spells_every_setting() -> None:
@@ -529,7 +530,7 @@ def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -
     line = refused("jsonl", path)
     assert line == (
         f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
-        "chat and preference data are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
+        "chat data are read by objective=sft data=sft data.path=..."
     )
     with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
         check(config("jsonl", path))
@@ -544,7 +545,7 @@ def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
 
 @pytest.mark.shareddata
 def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
-    assert "chat and preference data are not supported" in refused("jsonl", shared_data / "kto_en_demo.json")
+    assert "objective=sft data=sft" in refused("jsonl", shared_data / "kto_en_demo.json")
 
 
 # --- names that people use
@@ -591,7 +592,7 @@ def test_an_array_of_texts_is_told_how_to_become_lines(tmp_path: Path) -> None:
         assert "a JSON array is not a JSON lines file" in line and "one to a line (jq -c '.[]')" in line
         assert "chat" not in line
     (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'[{"messages": []}]'))
-    assert "chat and preference data are not supported" in refused("jsonl", tmp_path / "c.json.gz")
+    assert "chat data are read by objective=sft" in refused("jsonl", tmp_path / "c.json.gz")
     (tmp_path / "d.json").write_text('{\n "text": "a"\n}')
     assert "one JSON document over several lines" in refused("jsonl", tmp_path / "d.json")
 
@@ -641,7 +642,10 @@ def test_what_a_folder_holds_instead_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
-        ({"files": "*.md"}, "data.files: has an effect with sources text, jsonl, parquet only, got source pysrc"),
+        (
+            {"files": "*.md"},
+            "data.files: has an effect with sources text, jsonl, parquet, examples only, got",
+        ),
         ({"source": "lingua", "path": "x", "files": "*"}, "data.files: has an effect with"),
         *(
             ({"source": "text", "path": "x", "files": glob}, "data.files: must be a glob below data.path")

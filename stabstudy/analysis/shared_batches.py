@@ -318,10 +318,11 @@ def _calm(trials: Iterable[Row]) -> list[Row]:
 
 
 def _readers(trials: Iterable[Any]) -> dict[tuple[Any, ...], list[Any]]:
-    """(*STREAM, seed) -> the trials that read these batches, by trial_id."""
+    """(*STREAM, layout, seed) -> the trials that read these batches, by trial_id."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for row in sorted(trials, key=lambda row: str(row["trial_id"])):
-        key = (*(row[name] for name in STREAM), row["seed"])
+        layout = row.get("data.layout")  # of prompts with completions; older tables have none
+        key = (*(row[name] for name in STREAM), layout, row["seed"])
         if row["log_format"] is None and row["steps_done"] and key[0] is not None and key[-1] is not None:
             groups.setdefault(key, []).append(row)
     return groups

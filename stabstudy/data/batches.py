@@ -1,8 +1,8 @@
 """The batches of a trial, the text and unigram entropy of its data, and how many tokens there are.
 
-The corpus is cut into windows of seq_len + 1 tokens at stride seq_len (the last token of one is the first of the next:
-each position is a target once). A few contiguous blocks of windows, spread over the corpus, are held out to validate;
-the window on either side of a block is used for nothing, so no token is in both parts.
+The corpus is laid out as sequences of seq_len + 1 tokens (`layouts`). A few contiguous blocks of them, spread over the
+corpus, are held out to validate; the sequence on either side of a block is used for nothing, so no token is in both
+parts.
 
 Sequence i of step s is number w = s * batch_size + i of an endless list: epoch w // n of the n training windows, in the
 order of a permutation keyed by (seed, epoch). So a trial has no data state to save, splitting a batch changes nothing,
@@ -34,7 +34,9 @@ from stabstudy import store
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import files, sources, tokenizer, tokens
 from stabstudy.data.counter import draws, key_of, permuted
+from stabstudy.data.examples import PARQUET
 from stabstudy.data.files import Say
+from stabstudy.data.layouts import IGNORE, LAYOUTS, Layout, Span, Window, read_tokens
 from stabstudy.data.synthetic import SHORTEST
 from stabstudy.data.tokens import Corpus
 from stabstudy.settings import DataError
@@ -48,18 +50,8 @@ BLOCKS = 8
 AHEAD = 4096  # sequences whose place is computed at once
 
 CHUNK = 1 << 20  # tokens counted at once: memory holds 8 MB, whatever the size of the corpus
-Span = tuple[int, int]  # first position, first position behind it
 MARKS = 2  # tokens of a document beside its text: bos and eos
 SHORT = 100  # bytes; documents of which no more is known are taken to be as long on average, or longer
-
-
-@dataclass(frozen=True)
-class Window:
-    """One training sequence of a step, for tracing a spike back to its text."""
-
-    index: int  # among all windows of the corpus
-    start: int  # position of its first token
-    documents: tuple[int, ...]  # every document that it touches
 
 
 class Batches:
@@ -77,17 +69,15 @@ class Batches:
         validation_share: float,
         eval_sequences: int,
         final_sequences: int = 0,
+        layout: str = "packed",
     ):
         self.corpus, self.seq_len, self.batch_size, self.seed = corpus, seq_len, batch_size, seed
         self.validation_share = validation_share
-        windows = (len(corpus.tokens) - 1) // seq_len
-        if windows < 1:
-            raise DataError(
-                "data.seq_len", f"must be less than the {len(corpus.tokens)} tokens of the data", str(seq_len)
-            )
+        self.layout: Layout = LAYOUTS[layout](corpus, seq_len)
+        windows = self.layout.count
         held, free = _split(windows, validation_share)
         self._training, self._validation = _Segments(free), _Segments(held)
-        self._targets = [(start * seq_len + 1, stop * seq_len + 1) for start, stop in free]
+        self._targets = self.layout.spans(free)  # positions, masked ones included
         of = f"of the data's {windows} windows of {seq_len} tokens (data.validation_share {validation_share:g})"
         if self.training_windows < batch_size:
             rule = f"must be at most {self.training_windows}, the training part {of}"
@@ -96,9 +86,19 @@ class Batches:
             rule = f"must be at most {self.validation_windows}, the validation part {of}"
             raise DataError("train.eval_sequences", rule, str(eval_sequences))
         self._evaluation = self._spread(eval_sequences)
+        if self.masked:  # as many targets as sequences full of them have
+            targets = self._count(self.layout.spans(held))
+            final_sequences = math.ceil(final_sequences * seq_len * self.validation_windows / max(1, targets))
         self._final_evaluation = self._spread(min(max(eval_sequences, final_sequences), self.validation_windows))
         self._steps_ahead = max(1, AHEAD // batch_size)
         self._part, self._ahead = 0, self._order(0, self._steps_ahead)
+        if self.masked:
+            self._check_targets()
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are no targets: those of prompts, and what is filled up."""
+        return self.corpus.mask is not None
 
     @property
     def training_windows(self) -> int:
@@ -109,35 +109,38 @@ class Batches:
     def validation_windows(self) -> int:
         return self._validation.size
 
-    @property
+    @functools.cached_property
     def training_tokens(self) -> int:
-        """Targets in one epoch: each token of the training part is one once."""
-        return self.training_windows * self.seq_len
+        """Targets in one epoch: each token of the training part is one once; of examples, those of completions."""
+        return self._count(self._targets) if self.masked else self.training_windows * self.seq_len
 
     @functools.cached_property
     def unigram_entropy(self) -> float:
         """Of the targets in one epoch, nat/token: what a model pays that knows no context. From the token cache."""
-        return unigram_entropy(self.corpus, self._targets, self.seq_len, self.validation_share)
+        padded = "-padded" if self.layout.name == "padded" else ""
+        kept = f"unigram-{self.seq_len}-{self.validation_share!r}{padded}.json"
+        return unigram_entropy(self.corpus, self._targets, self.training_tokens, kept)
 
     def batch(self, step: int) -> Int:
-        """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]."""
-        return self._tokens(self._indices(step))
+        """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]. Of examples see `layouts`."""
+        return self.layout.windows(self._indices(step))
 
     def positions(self, step: int) -> Int:
-        """[B] where the sequences of `batch` begin in the corpus, in tokens."""
-        return self._indices(step) * self.seq_len
+        """[B] where the sequences of `batch` begin in `layout.flat()`."""
+        return self.layout.positions(self._indices(step))
 
     def evaluation(self) -> Int:
         """[eval_sequences, T+1] token ids: the same for every seed and batch size, spread over the validation part."""
-        return self._tokens(self._evaluation)
+        return self.layout.windows(self._evaluation)
 
     def final_evaluation(self) -> Int:
         """[n, T+1] token ids that the first and the last loss are measured on, spread as those of `evaluation`.
 
-        n is the larger of `eval_sequences` and `final_sequences`, or all of the validation part. On a thousand tokens
+        n is the larger of `eval_sequences` and `final_sequences` (of examples: of as many as hold so many targets), or
+        all of the validation part. On a thousand tokens
         the error of the set, which all seeds share and no interval over seeds contains, is as large as theirs.
         """
-        return self._tokens(self._final_evaluation)
+        return self.layout.windows(self._final_evaluation)
 
     @property
     def eval_hash(self) -> str:
@@ -146,7 +149,12 @@ class Batches:
 
     def windows(self, step: int) -> list[Window]:
         """Where each sequence of a step comes from, in the order of `batch`."""
-        return [self._window(index) for index in self._indices(step).tolist()]
+        return [self.layout.window(index) for index in self._indices(step).tolist()]
+
+    def _count(self, spans: Sequence[Span]) -> int:
+        """Targets at these positions, of examples."""
+        assert (mask := self.corpus.mask) is not None
+        return sum(int(np.count_nonzero(mask[start:stop])) for start, stop in spans)
 
     def _spread(self, count: int) -> Int:
         """[count] window numbers, evenly over the validation part."""
@@ -168,15 +176,14 @@ class Batches:
         order = permuted(within, self.training_windows, keys).astype(np.int64)
         return self._training.at(order.reshape(steps, self.batch_size))
 
-    def _tokens(self, windows: Int) -> Int:
-        positions = windows[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        tokens: Int = self.corpus.tokens[positions].astype(np.int64)
-        return tokens
-
-    def _window(self, index: int) -> Window:
-        start = index * self.seq_len
-        first, last = self.corpus.document_of(start), self.corpus.document_of(start + self.seq_len)
-        return Window(index, start, tuple(range(first, last + 1)))
+    def _check_targets(self) -> None:
+        """Raises DataError where nothing could be learned, or nothing measured."""
+        rule = "must be larger: {}, in sequences of so many tokens, has no token of a completion"
+        if self.training_tokens == 0:
+            raise DataError("data.seq_len", rule.format("the training part of the data"), str(self.seq_len))
+        if not all((windows[:, 1:] >= 0).any() for windows in (self.evaluation(), self.final_evaluation())):
+            got = f"{len(self._evaluation)} sequences"
+            raise DataError("train.eval_sequences", rule.format("the evaluation set"), got)
 
 
 def open_batches(
@@ -189,7 +196,11 @@ def open_batches(
     corpus = tokens.prepare(config.data, cache_dir, say, expected)
     data, train = config.data, config.train
     sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences, config.final_eval_sequences
-    return Batches(corpus, data.seq_len, *sizes)
+    batches = Batches(corpus, data.seq_len, *sizes, layout=data.layout)
+    if cut := batches.layout.truncated:
+        left = f", {dropped} of them before their completion: left out" if (dropped := batches.layout.dropped) else ""
+        say(f"data: {cut:,} of {len(corpus.doc_ends):,} examples are cut at data.seq_len={data.seq_len}{left}")
+    return batches
 
 
 class _Segments:
@@ -233,14 +244,13 @@ def _split(windows: int, share: float) -> tuple[list[Stretch], list[Stretch]]:
     return blocks, [(start, stop) for start, stop in free if stop > start]
 
 
-def unigram_entropy(corpus: Corpus, spans: Sequence[Span], seq_len: int, validation_share: float) -> float:
-    """-sum p ln p over the tokens at these positions, in nat/token; they are the targets of one training epoch.
+def unigram_entropy(corpus: Corpus, spans: Sequence[Span], targets: int, kept: str) -> float:
+    """-sum p ln p over the targets at these positions, in nat/token; there are so many of them in a training epoch.
 
-    Counted once for each (corpus, seq_len, validation_share), by one process while others wait, and kept beside the
-    tokens. Where the cache cannot be written it is counted each time.
+    Counted once for each name of a file, `kept` beside the tokens, by one process while others wait. Where the cache
+    cannot be written it is counted each time.
     """
-    path = corpus.folder / f"unigram-{seq_len}-{validation_share!r}.json"
-    targets = sum(stop - start for start, stop in spans)
+    path = corpus.folder / kept
     value = _read(path, targets, corpus.vocab_size)
     if value is None:
         with contextlib.suppress(OSError), tokens.lock(corpus.folder):
@@ -258,6 +268,8 @@ def measure_entropy(corpus: Corpus, spans: Sequence[Span]) -> float:
     for start, stop in spans:
         for position in range(start, stop, CHUNK):
             chunk = corpus.tokens[position : min(position + CHUNK, stop)]
+            if corpus.mask is not None:
+                chunk = chunk[corpus.mask[position : position + len(chunk)] == 1]
             counts += np.bincount(chunk, minlength=corpus.vocab_size)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log(share)).sum())
@@ -297,8 +309,13 @@ def text_of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Pa
     decode = tokenizer.load(config.data.tokenizer).decode
     return [
         SequenceText(window.start, window.documents, decode(ids))
-        for window, ids in zip(batches.windows(step), batches.batch(step).tolist(), strict=True)
+        for window, ids in zip(batches.windows(step), _read_ids(batches.batch(step)), strict=True)
     ]
+
+
+def _read_ids(windows: Int) -> list[list[int]]:
+    """The token ids of each sequence, without what is filled up."""
+    return [read_tokens(row[row != IGNORE]).tolist() for row in windows]
 
 
 @dataclass(frozen=True)
@@ -318,6 +335,8 @@ def supply(config: DataConfig, fingerprint: str, cache_dir: Path | None) -> Supp
     total = most_tokens(config) if count is None else count
     if total is None:
         return None
+    if config.layout == "padded":
+        return None  # how many sequences there are is known when they are tokenized
     windows = training_windows(total, config.seq_len, config.validation_share)
     return Supply(windows * config.seq_len, exact=count is not None)
 
@@ -351,7 +370,7 @@ def _text(config: DataConfig) -> int:
 def _json_lines(config: DataConfig) -> int | None:
     """The keys and quotes of a row take more bytes than its two marks."""
     rows = files.find(config)
-    compressed = any(file.name.endswith((".gz", ".zst", ".zstd")) for file in rows)
+    compressed = any(file.name.lower().endswith((".gz", ".zst", ".zstd", *PARQUET)) for file in rows)
     return None if compressed else sum(file.size for file in rows)
 
 
@@ -361,4 +380,5 @@ _SIZES: dict[str, Callable[[DataConfig], int | None]] = {
     "text": _text,
     "jsonl": _json_lines,
     "lingua": _json_lines,
+    "examples": _json_lines,
 }

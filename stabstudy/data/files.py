@@ -59,8 +59,10 @@ PATTERNS = {
 read as JSON lines (its first line is an object) where a folder has nothing else: beside other names it tells about the
 data. A single file may have any name (not for lingua)."""
 LINES = "*.json"
+PATTERNS["examples"] = (*PATTERNS["jsonl"], LINES, *PATTERNS["parquet"])
 NAMES = {kind: " or ".join(patterns) for kind, patterns in PATTERNS.items()} | {
-    "jsonl": "*.jsonl, *.ndjson or *.json of one object per line (also .gz, .zst, .zstd)"
+    "jsonl": "*.jsonl, *.ndjson or *.json of one object per line (also .gz, .zst, .zstd)",
+    "examples": "*.json, *.jsonl, *.ndjson (also .gz, .zst, .zstd) or *.parquet",
 }
 
 VALIDATION = "*.val.jsonl"  # Lingua's held-out lines; stabstudy holds out windows of its own
@@ -82,7 +84,7 @@ class DataFile:
 
 
 def find(config: DataConfig) -> list[DataFile]:
-    """The files of a source of kind text, jsonl, parquet or lingua, by name. Raises DataError if there are none."""
+    """The files of a source that has a path and is not the hub, by name. Raises DataError if there are none."""
     root = existing(config.path or "")
     if root.is_file() and config.files is not None:
         raise DataError(

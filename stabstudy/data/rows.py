@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 LINGUA_KEYS = ("text", "content")
 ARRAY = "a JSON array is not a JSON lines file, which has one object with its text on each line"
-CHAT = "chat and preference data are not supported: train elsewhere and read the log with python -m stabstudy.ingest"
+CHAT = "chat data are read by objective=sft data=sft data.path=..."
+CHAT_KEYS = {"completion", "messages", "conversations"}
 CONVERT = "write its objects one to a line (jq -c '.[]')"
 DOCUMENT = "one JSON document over several lines is not a JSON lines file, which has one object on each line"
 BLOCK = 1 << 18  # bytes read at once
@@ -75,7 +76,8 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
         return "", f"must be an object with {names}, is {type(row).__name__}"
     key = next((key for key in keys if key in row), None)
     if key is None:
-        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}"
+        chat = f" ({CHAT})" if not CHAT_KEYS.isdisjoint(row) else ""
+        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}{chat}"
     if not isinstance(row[key], str):
         return "", f"{key!r} must be text, is {'null' if row[key] is None else type(row[key]).__name__}"
     try:
@@ -93,13 +95,13 @@ def check_parquet(file: DataFile, column: str) -> None:
 def _whole_file(file: DataFile) -> str:
     try:
         with file.path.open("rb") as f:
-            return b"".join(_unpacked(f, file)).removeprefix(BOM).decode()
+            return b"".join(unpacked(f, file)).removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         raise DataError("data.path", f"{file.path}: must be UTF-8, is not at byte {error.start}") from error
 
 
 def _json_rows(file: DataFile, keys: tuple[str, ...], count: RowCount) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(lines(file), start=1):
         if not line.strip():
             continue  # Lingua's tools leave blank lines where they joined files
         count.rows += 1
@@ -119,17 +121,17 @@ def _not_lines(file: DataFile, first: bytes, keys: tuple[str, ...]) -> str:
     """Why a file whose first line has no text is no JSON lines file at all; "" where it is one."""
     if first.startswith(b"["):
         with file.path.open("rb") as f:
-            beginning = next(_unpacked(f, file), b"")
+            beginning = next(unpacked(f, file), b"")
         texts = any(f'"{key}"'.encode() in beginning for key in keys)
         return f"{ARRAY}; {CONVERT if texts else CHAT}"
     return DOCUMENT if first == b"{" else ""
 
 
-def _lines(file: DataFile) -> Iterator[bytes]:
+def lines(file: DataFile) -> Iterator[bytes]:
     """The lines of a plain, gzip or zstd file, without line ends and (files get joined) byte-order marks."""
     parts: list[bytes] = []  # of the line that has not ended yet
     with file.path.open("rb") as f:
-        for block in _unpacked(f, file):
+        for block in unpacked(f, file):
             head, *lines = block.split(b"\n")
             parts.append(head)
             for line in lines:
@@ -138,7 +140,8 @@ def _lines(file: DataFile) -> Iterator[bytes]:
     yield b"".join(parts).removeprefix(BOM)
 
 
-def _unpacked(f: BinaryIO, file: DataFile) -> Iterator[bytes]:
+def unpacked(f: BinaryIO, file: DataFile) -> Iterator[bytes]:
+    """The content of a plain, gzip or zstd file in blocks. Raises DataError where it is damaged."""
     name, magic = file.name.lower(), f.read(4)
     f.seek(0)
     try:

@@ -6,6 +6,8 @@
     jsonl       {"text": ...} per line, also .gz .zst .zstd; a file or a folder
     parquet     one text column; a file or a folder
     lingua      a folder of Lingua's *.chunk.*.jsonl: every chunk, in order
+    examples    prompts with completions, rows of JSON, JSON lines or Parquet; a file or a folder
+    arithmetic  prompts with completions, made from integers
     hf          a dataset of the Hugging Face hub, or a local folder laid out like one, streamed (needs `datasets`)
 
 The order of the documents is fixed (files by name, rows as stored), so a fingerprint stands for one sequence of text.
@@ -31,8 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import extras
-from stabstudy.config import FORMER_NAMES, DataConfig
+from stabstudy.config import EXAMPLES, FORMER_NAMES, DataConfig
 from stabstudy.data import files, rows, synthetic, tokenizer
+from stabstudy.data.examples import ARITHMETIC, Example
+from stabstudy.data.examples import VERSION as EXAMPLES_VERSION
+from stabstudy.data.examples import examples as read_examples
 from stabstudy.data.files import Memory
 from stabstudy.data.rows import RowCount, text_or_reason
 from stabstudy.settings import DataError, renamed
@@ -49,17 +54,24 @@ VERSION = 1
 def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str]:
     """The documents of a source in their fixed order, empty ones left out, at most `max_bytes` of UTF-8 of them.
 
-    `count` receives how many rows were read and skipped. Raises DataError: what is wrong, in which file and line.
+    Of examples each prompt with its completion. `count` receives how many rows were read and skipped. Raises DataError:
+    what is wrong, in which file and line.
     """
+    for example in examples(config, count):
+        yield example.prompt + example.completion
+
+
+def examples(config: DataConfig, count: RowCount | None = None) -> Iterator[Example]:
+    """As `documents`, with prompt and completion apart; a text is a completion without a prompt."""
     count = RowCount(config.bad_rows) if count is None else count
     left, is_there = config.max_bytes, False
-    for text in filter(None, _everything(config, count)):
+    for example in _everything(config, count):
         if left is not None:
-            left -= len(text.encode())
+            left -= len((example.prompt + example.completion).encode())
             if left < 0:
                 break
         is_there = True
-        yield text
+        yield example
     count.finish()
     if not is_there:
         raise _nothing(config)
@@ -106,7 +118,15 @@ def check(config: DataConfig) -> None:
     next(documents(config))
 
 
-def _everything(config: DataConfig, count: RowCount) -> Iterator[str]:
+def _everything(config: DataConfig, count: RowCount) -> Iterator[Example]:
+    if config.source in EXAMPLES:
+        yield from read_examples(config, count)
+    else:
+        for text in filter(None, _texts(config, count)):
+            yield Example("", text)
+
+
+def _texts(config: DataConfig, count: RowCount) -> Iterator[str]:
     match config.source:
         case "pysrc":
             yield from python_documents()
@@ -129,6 +149,10 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
             return former | {"generator": synthetic.VERSION}
         case "hf":
             return hub_identity(config, memory)
+        case "arithmetic":
+            return {"generator": EXAMPLES_VERSION, "number": ARITHMETIC}
+        case "examples":
+            return {"content": _digest(config, memory), "template": EXAMPLES_VERSION}
         case "jsonl" | "parquet":
             return {"content": _digest(config, memory), "column": config.text_column}
         case _:

@@ -2,7 +2,8 @@
 
     <cache>/tokens/<key>/tokens.bin         token ids, little endian, uint16 (vocabularies up to 65,536) or uint32
     <cache>/tokens/<key>/docs.bin           where each document ends, in tokens, uint64
-    <cache>/tokens/<key>/meta.json          counts, dtype, sha256 of both files, fingerprint, tokenizer
+    <cache>/tokens/<key>/mask.bin           of examples alone: 1 for a token of a completion, else 0, uint8
+    <cache>/tokens/<key>/meta.json          counts, dtype, sha256 of these files, fingerprint, tokenizer
     <cache>/tokens/<key>/unigram-*.json     unigram entropy of a training part, see `batches`
     <cache>/tokens/<key>.lock               held by the process that builds
     <cache>/files/                          memory of large files, see `files`
@@ -33,11 +34,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import disk, store
-from stabstudy.config import DataConfig
+from stabstudy.config import EXAMPLES, DataConfig
 from stabstudy.data import sources, tokenizer
+from stabstudy.data.examples import Example
 from stabstudy.data.files import Memory, Progress, Say
 from stabstudy.data.rows import RowCount
-from stabstudy.data.tokenizer import Ids, Tokenizer
+from stabstudy.data.tokenizer import Tokenizer
 from stabstudy.settings import DataError
 
 FORMAT = 1
@@ -54,6 +56,7 @@ class Corpus:
     vocab_size: int
     fingerprint: str  # of the data: source and tokenizer
     folder: Path
+    mask: NDArray[np.uint8] | None = None  # [n] 1: of a completion, its eos included; None: a text, all of it counts
 
     def document_of(self, position: int) -> int:
         """The number, from 0, of the document that the token at `position` belongs to."""
@@ -75,6 +78,7 @@ class Meta:
     rows_skipped: int
     tokens_sha256: str
     docs_sha256: str
+    mask_sha256: str | None = None  # None, and not in the file: a text
 
 
 class _Damaged(Exception):
@@ -132,13 +136,17 @@ def _open(folder: Path, fingerprint: str) -> Corpus:
         raise _Damaged("meta.json is of other data")
     tokens = _map(folder / "tokens.bin", meta.dtype, meta.tokens)
     doc_ends = _map(folder / "docs.bin", "<u8", meta.documents)
+    parts = [(tokens, meta.tokens_sha256), (doc_ends, meta.docs_sha256)]
+    mask = None if meta.mask_sha256 is None else _map(folder / "mask.bin", "u1", meta.tokens)
+    if mask is not None:
+        parts.append((mask, str(meta.mask_sha256)))
     seen = folder, (folder / "meta.json").stat().st_mtime_ns
     if seen not in _verified:
-        for array, sha256 in ((tokens, meta.tokens_sha256), (doc_ends, meta.docs_sha256)):
+        for array, sha256 in parts:
             if hashlib.sha256(array.data).hexdigest() != sha256:
                 raise _Damaged("wrong checksum")
         _verified.add(seen)
-    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder)
+    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder, mask)
 
 
 _verified: set[tuple[Path, int]] = set()
@@ -238,19 +246,23 @@ def build_cache(config: DataConfig, folder: Path, fingerprint: str, memory: Memo
 
 
 def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> None:
-    """Write the three files, synced."""
+    """Write the files, synced."""
     if config.source == "hf" and config.hub_revision is None and not Path(config.path or "").expanduser().is_dir():
         say(f"data: {config.path} is read without data.hub_revision: nothing pins its content")
     say(f"data: tokenizing {config.path or config.source} with {config.tokenizer}")
     encoder, count = tokenizer.load(config.tokenizer), RowCount(config.bad_rows)
     dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
-    with (folder / "tokens.bin").open("wb") as f, (folder / "docs.bin").open("wb") as g:
-        tokens, docs, characters, progress = _Sink(f), _Sink(g), 0, Progress(say, "million characters")
-        for batch in _batches(sources.documents(config, count)):
-            framed = [_framed(ids, encoder) for ids in encoder.encode(batch)]
-            docs.write((tokens.items + np.cumsum([len(ids) for ids in framed])).astype("<u8"))
-            tokens.write(_checked(np.concatenate(framed), encoder, tokens.items).astype(dtype))
-            characters += sum(map(len, batch))
+    with contextlib.ExitStack() as open_files:
+        names = ("tokens.bin", "docs.bin", *(["mask.bin"] if config.source in EXAMPLES else []))
+        tokens, docs, *masks = (_Sink(open_files.enter_context((folder / name).open("wb"))) for name in names)
+        characters, progress = 0, Progress(say, "million characters")
+        for batch in _batches(sources.examples(config, count)):
+            framed = _framed(batch, encoder)
+            for mask in masks:
+                mask.write(np.concatenate([_mask(len(ids), first) for ids, first in framed]))
+            docs.write((tokens.items + np.cumsum([len(ids) for ids, _ in framed])).astype("<u8"))
+            tokens.write(_checked(np.concatenate([ids for ids, _ in framed]), encoder, tokens.items).astype(dtype))
+            characters += sum(len(example.prompt) + len(example.completion) for example in batch)
             progress.update(f"tokenized {docs.items:,} documents", characters / 1e6)
         if not tokens.items:
             raise DataError("data.tokenizer", "gives no token for this text", repr(config.tokenizer))
@@ -266,8 +278,10 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
             rows_skipped=count.skipped,
             tokens_sha256=tokens.finish(),
             docs_sha256=docs.finish(),
+            mask_sha256=masks[0].finish() if masks else None,
         )
-    store.write_json(folder / "meta.json", asdict(meta))
+    body = {name: value for name, value in asdict(meta).items() if name != "mask_sha256" or value is not None}
+    store.write_json(folder / "meta.json", body)
     if count.skipped:
         say(f"data: {count.skipped} of {count.rows} rows were unreadable and are left out; the first: {count.first}")
     say(f"data: {meta.tokens:,} tokens in {meta.documents:,} documents")
@@ -291,13 +305,13 @@ class _Sink:
         return self.hash.hexdigest()
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists of about BATCH characters: tokenizers work on many at once, memory holds one list."""
-    batch: list[str] = []
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in lists of about BATCH characters: tokenizers work on many at once, memory holds one list."""
+    batch: list[Example] = []
     size = 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
+    for example in examples:
+        batch.append(example)
+        size += len(example.prompt) + len(example.completion)
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -305,10 +319,24 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _framed(ids: Ids, encoder: Tokenizer) -> NDArray[np.int64]:
-    """A document's ids between bos and eos, of those that the tokenizer has."""
-    bos, eos = ([] if mark is None else [mark] for mark in (encoder.bos, encoder.eos))
-    return np.concatenate([np.array(bos, np.int64), ids, np.array(eos, np.int64)])
+def _framed(batch: list[Example], encoder: Tokenizer) -> list[tuple[NDArray[np.int64], int]]:
+    """Each example's ids between bos and eos, of those that the tokenizer has, and the place of its completion there.
+
+    Prompt and completion are tokenized apart, so that no token belongs to both.
+    """
+    bos, eos = (np.array([] if mark is None else [mark], np.int64) for mark in (encoder.bos, encoder.eos))
+    has_prompts = any(example.prompt for example in batch)
+    prompts = encoder.encode([example.prompt for example in batch]) if has_prompts else [bos[:0]] * len(batch)
+    completions = encoder.encode([example.completion for example in batch])
+    framed = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        framed.append((np.concatenate([bos, prompt, completion, eos]), len(bos) + len(prompt)))
+    return framed
+
+
+def _mask(size: int, first: int) -> NDArray[np.uint8]:
+    """[size] 1 from the place `first` on."""
+    return (np.arange(size) >= first).astype(np.uint8)
 
 
 def _checked(ids: NDArray[np.int64], encoder: Tokenizer, before: int) -> NDArray[np.int64]:

@@ -108,7 +108,8 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
             if config.data not in supplies:
                 size, entropy = batches.training_tokens, batches.unigram_entropy
                 say(f"data: {size:,} tokens to train on, unigram entropy {entropy:.3f} nat/token")
-                supplies[config.data] = Supply(size, exact=True)
+                sequences = batches.training_windows * config.data.seq_len  # as trials count what they read
+                supplies[config.data] = Supply(sequences, exact=True)
         except DataError as error:
             problems[str(error)] = error.problem
     if problems:

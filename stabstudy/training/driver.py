@@ -65,10 +65,10 @@ class Feed(Protocol):
     """Where a driver gets windows [K, B, T+1] from."""
 
     def windows(self, tick: int) -> tuple[Tensor, bool]:
-        """Those of one tick, and whether any target in them is IGNORE."""
+        """Those of one tick, and whether any target in them may be IGNORE."""
 
     def fill(self, tick: int, count: int) -> None:
-        """Have those of so many ticks at hand, from `tick` on. Raises RuntimeError for padded ones."""
+        """Have those of so many ticks at hand, from `tick` on. Raises RuntimeError for masks that only some have."""
 
     def at(self, slot: Tensor) -> Tensor:
         """Those of tick number `slot` (int64 [1], on the device) of the last `fill`; what a captured step reads."""
@@ -79,13 +79,14 @@ class HostFeed:
 
     def __init__(self, batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device):
         self.batches, self.starts, self.steps, self.device = batches, starts, steps, device
+        self._masked = any(b.masked for b in batches)
         self._held: Tensor | None = None  # [ticks, K, B, T+1]
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._next: tuple[int, int, Future[Tensor]] | None = None
 
     def windows(self, tick: int) -> tuple[Tensor, bool]:
         values = self._cut(tick)
-        return torch.from_numpy(values).to(self.device), bool((values == IGNORE).any())
+        return torch.from_numpy(values).to(self.device), self._masked or bool((values == IGNORE).any())
 
     def fill(self, tick: int, count: int) -> None:
         ready = self._next[2].result() if self._next and self._next[:2] == (tick, count) else self._pinned(tick, count)
@@ -105,7 +106,7 @@ class HostFeed:
 
     def _pinned(self, tick: int, count: int) -> Tensor:
         values = torch.from_numpy(np.stack([self._cut(tick + i) for i in range(count)]))
-        if bool((values == IGNORE).any()):
+        if not self._masked and bool((values == IGNORE).any()):
             raise RuntimeError("padded batches are not captured")
         return values.pin_memory() if self.device.type == "cuda" else values
 
@@ -115,18 +116,21 @@ class ResidentFeed:
 
     def __init__(self, batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device):
         self.batches, self.starts, self.steps, self.device = batches, starts, steps, device
-        corpora = {b.corpus.fingerprint: b.corpus for b in batches}
-        offsets = np.cumsum([0, *(len(c.tokens) for c in corpora.values())])
-        first = dict(zip(corpora, offsets.tolist(), strict=False))
-        self._offsets = [first[b.corpus.fingerprint] for b in batches]
-        dtype: Any = np.int16 if max(c.vocab_size for c in corpora.values()) <= 2**15 else np.int32
-        tokens = [torch.from_numpy(np.asarray(c.tokens).astype(dtype)) for c in corpora.values()]
+        self._masked = any(b.masked for b in batches)
+        layouts = {_text(b): b.layout for b in batches}
+        flat = [layout.flat() for layout in layouts.values()]
+        offsets = np.cumsum([0, *map(len, flat)])
+        first = dict(zip(layouts, offsets.tolist(), strict=False))
+        self._offsets = [first[_text(b)] for b in batches]
+        most = 2**15 + (IGNORE if self._masked else 0)  # hidden tokens lie below IGNORE
+        dtype: Any = np.int16 if max(b.corpus.vocab_size for b in batches) <= most else np.int32
+        tokens = [torch.from_numpy(np.asarray(numbers).astype(dtype)) for numbers in flat]
         self._tokens = torch.cat(tokens).to(device)
         self._span = torch.arange(batches[0].seq_len + 1, device=device)
         self._held: Tensor | None = None  # [ticks, K, B]: position of each sequence's first token
 
     def windows(self, tick: int) -> tuple[Tensor, bool]:
-        return self._gathered(torch.from_numpy(self._places(tick)).to(self.device)), False
+        return self._gathered(torch.from_numpy(self._places(tick)).to(self.device)), self._masked
 
     def fill(self, tick: int, count: int) -> None:
         places = torch.from_numpy(np.stack([self._places(tick + i) for i in range(count)]))
@@ -152,9 +156,20 @@ def _steps_at(tick: int, starts: Sequence[int], steps: Sequence[int]) -> list[in
     return [min(start + tick, last - 1) for start, last in zip(starts, steps, strict=True)]
 
 
+def _text(batches: Batches) -> tuple[str, str]:
+    """What two members of one pack read alike."""
+    return batches.corpus.fingerprint, batches.layout.name
+
+
+def _numbers(batches: Batches) -> int:
+    """Of the batches' layout, without laying it out."""
+    padded = batches.layout.name == "padded"
+    return batches.layout.count * (batches.seq_len + 1) if padded else len(batches.corpus.tokens)
+
+
 def feed(batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device) -> Feed:
     """The feed of a device: on a CPU from the host; else resident, where the corpora are small enough."""
-    size = sum({b.corpus.fingerprint: 4.0 * len(b.corpus.tokens) for b in batches}.values())
+    size = sum({_text(b): 4.0 * _numbers(b) for b in batches}.values())
     kind = HostFeed if device.type == "cpu" or size > RESIDENT_BYTES else ResidentFeed
     return kind(batches, starts, steps, device)
 
@@ -251,7 +266,7 @@ class Captured:
     def _step(self, kind: Due) -> None:
         """One tick; reads and writes tables of the device only."""
         lr, live = (table.index_select(0, self._slot)[0] for table in (self._lr, self._live))
-        vector = self.stepper.step(self.feed.at(self._slot), lr, live, measure_noise=kind >= Due.NOISE)
+        vector = self.stepper.step(self.feed.at(self._slot), lr, live, self.stepper.masked, kind >= Due.NOISE)
         # chosen, not indexed: with deterministic kernels index_copy looks at its index on the host
         here = (self._places == self._slot)[:, None, None]
         torch.where(here, vector, self._steps, out=self._steps)

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stabstudy.config import ModelConfig
+from stabstudy.architecture import ModelConfig
 from stabstudy.training.model import Decoder, initial_matrix, initialise
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stabstudy.config import ModelConfig
+from stabstudy.architecture import ModelConfig
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stabstudy.config import TrialConfig
+from stabstudy.data.layouts import IGNORE as IGNORE
 from stabstudy.training.families import Model
 from stabstudy.training.model import soft_cap
-
-IGNORE = -100
-"""A target that counts for nothing (padding)."""
 
 MINIMISED = "minimised"
 
@@ -68,12 +66,12 @@ class NextToken:
 
 Maker = Callable[[Sequence[TrialConfig], torch.device], Objective]
 
-OBJECTIVES: dict[str, Maker] = {"lm": NextToken}
+OBJECTIVES: dict[str, Maker] = {"lm": NextToken, "sft": NextToken}  # which targets count is the data's
 
 
 def objective(configs: Sequence[TrialConfig], device: torch.device) -> Objective:
     """The objective of a pack's members."""
-    return OBJECTIVES["lm"](configs, device)
+    return OBJECTIVES[configs[0].objective.kind](configs, device)
 
 
 def target_sums(

@@ -21,6 +21,7 @@ hide it all. It runs as a program, in a process of its own, so that its caller n
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -41,7 +42,7 @@ from stabstudy.training.families import Model
 from stabstudy.training.model import soft_cap
 from stabstudy.training.objective import IGNORE, MINIMISED, target_sums
 from stabstudy.training.stack import Scalars
-from stabstudy.training.step import Stepper
+from stabstudy.training.step import Stepper, inputs_of, targets_of, valid
 
 PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
@@ -61,7 +62,7 @@ def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tens
         windows_KBT: The evaluation set, [K, n, T+1]; only the validation loss (`evaluate`) needs all of it.
         evaluate: Whether to measure that.
     """
-    tokens = windows_KBT[:, :PROBE_SEQUENCES, :-1]
+    tokens = inputs_of(windows_KBT[:, :PROBE_SEQUENCES])
     with torch.no_grad():
         layers = stepper.stack.run(lambda model, x: of_layers(model, x, stepper.configs[0].model.attn_softcap), tokens)
         sizes = stepper.optimizer.update_sizes(stepper.grads) if stepper.grads else None
@@ -151,7 +152,7 @@ def _sums(stepper: Stepper, windows_KBT: Tensor) -> list[Tensor]:
         v_1, v_L = (x_BTD.detach().double().sum((0, 1)) for x_BTD in (stream[0], stream[-1]))
         return {"loss": loss, "v_1": v_1, "v_L": v_L}
 
-    of_all = stepper.stack.run(of_one, windows_KBT[..., :-1], windows_KBT[..., 1:], *zeros)
+    of_all = stepper.stack.run(of_one, inputs_of(windows_KBT), targets_of(windows_KBT), *zeros)
     gradients = torch.autograd.grad(of_all["loss"].sum(), zeros)
     return [of_all["v_1"], of_all["v_L"], *(g.double().sum((1, 2)) for g in gradients)]
 
@@ -180,9 +181,14 @@ def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: t
     whole = replace(config, train=train)
     split = replace(config, train=replace(train, micro_batch_size=1))
     batches = open_batches(whole, cache_dir)
-    masked = unequal(batches.batch(0))
+    masked = _first_with_targets(batches) if batches.masked else unequal(batches.batch(0))
     (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
     return abs(split_loss / loss - 1), abs(split_norm / norm - 1)
+
+
+def _first_with_targets(batches: Batches) -> NDArray[np.int64]:
+    """The first batch of examples that has a completion in it; their lengths are unequal by themselves."""
+    return next(batch for batch in map(batches.batch, itertools.count()) if (batch[:, 1:] >= 0).any())
 
 
 def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -201,7 +207,7 @@ def _measured(
     model = families.build(config.model, batches.corpus.vocab_size, config.data.seq_len, config.seed)
     stepper = Stepper([config], [model], device)
     of_pack = torch.from_numpy(windows)[None].to(device)
-    scalars = stepper.accumulate(of_pack, (of_pack[..., 1:] != IGNORE).sum((1, 2)).float(), masked=True)
+    scalars = stepper.accumulate(of_pack, valid(of_pack).float(), masked=True)
     return scalars["loss"].item(), global_norm(tensor_norms(stepper.grads)).item()
 
 

@@ -86,6 +86,8 @@ class Recorder:
         skips = [p == "amp" or c.train.skip_nonfinite for p, c in zip(policies, configs, strict=True)]
         self._policy = np.array([1 + SKIPS.index(p) if s else 0 for p, s in zip(policies, skips, strict=True)])[:, None]
         self._tokens = np.array([c.tokens_per_step for c in configs])[:, None]
+        self._masked = np.array([c.objective.kind != "lm" for c in configs])[:, None]
+        self._seen = np.zeros(len(configs), np.int64)  # targets in the rows that are written
         self._widths = widths(configs[0].model.depth)
         self._waiting: list[_Block] = []
         self._unjudged: list[Block] = []
@@ -105,6 +107,7 @@ class Recorder:
     def replay(self, traces: Sequence[Rows]) -> None:
         """Bring the live detectors to where an uninterrupted pack would have them."""
         n = max(len(rows) for rows in traces)
+        self._seen = np.array([rows["tokens"][-1] if len(rows) else 0 for rows in traces], np.int64)
         if n:
             block = _padded([Block.of(rows) for rows in traces], n)
             self.monitor.update(block)
@@ -255,7 +258,7 @@ class Recorder:
         squares = np.add.reduceat(values[..., len(self.columns) :] ** 2, self.groups, axis=-1)
         columns = {
             "step": step,
-            "tokens": (step + 1) * self._tokens,
+            "tokens": np.where(self._masked, self._counted(block), (step + 1) * self._tokens),
             "seconds": np.round(block.seconds, 6),
             "lr": block.lr,
             "layer_grad_norm": np.sqrt(squares),
@@ -265,6 +268,14 @@ class Recorder:
         nulls = dict.fromkeys(NULL_WITHOUT_TARGETS, empty) | {"skip": block.judged.skip == 0}
         nulls |= {"clip_scale": empty | self._no_clip, "loss_scale": empty | self._unscaled}
         return live.records(TRACE, self._widths, columns, nulls)
+
+    def _counted(self, block: _Block) -> Ints:
+        """Targets [K, n] seen up to each row, where their number differs from step to step."""
+        targets = self._column(block.values, "targets")
+        is_row = np.arange(targets.shape[1]) < block.counts[:, None]
+        seen: Ints = self._seen[:, None] + np.cumsum(np.where(is_row, targets, 0).astype(np.int64), axis=1)
+        self._seen = seen[:, -1]
+        return seen
 
     def _column(self, values: Floats, name: str) -> Floats:
         return values[..., self.columns[name]]

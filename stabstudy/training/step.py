@@ -74,7 +74,10 @@ class Stepper:
         self.left_out = torch.ones(self.K, device=device)  # 1 where the last step made no update, and before the first
         self.grads: list[Tensor] = []  # of the last step, [K, ...], clipped
         self.noise: Tensor | None = None  # [K, 2] of the last step, see clipping.py; None: not measured
-        self._compiled = compiled(partial(self.stack.call, self.objective)) if compile_loss else None
+        # of what a whole run is made: with masks in every batch, or in none
+        self.masked = config.objective.kind != "lm"
+        whole = partial(self.objective, masked=True) if self.masked else self.objective
+        self._compiled = compiled(partial(self.stack.call, whole)) if compile_loss else None
 
     def step(
         self,
@@ -84,16 +87,16 @@ class Stepper:
         masked: bool = False,
         measure_noise: bool = False,
     ) -> Tensor:
-        """One update on windows [K, B, T+1] of the device (targets are the inputs shifted by one, or IGNORE).
+        """One update on windows [K, B, T+1] of the device: numbers of `data.layouts`, targets are the next tokens.
 
         Args:
             windows_KBT: int64. A member without a valid target makes no update.
             lr: [K]; a float32 tensor where the step is captured.
             live: [K] float32; 0 where a member has ended, which makes no update any more.
-            masked: whether any target is IGNORE.
+            masked: whether any target may be IGNORE.
             measure_noise: whether to compare the micro-batches, see clipping.py.
         """
-        targets = (windows_KBT[..., 1:] != IGNORE).sum((1, 2)).float()
+        targets = valid(windows_KBT).float()
         scalars = self.accumulate(windows_KBT, targets, masked, measure_noise)
         if self.scaled:
             clipping.scale_(self.grads, 1.0 / self.loss_scale)
@@ -141,7 +144,7 @@ class Stepper:
         with torch.no_grad():
             for inputs, targets in self._micro_batches(windows_KBT):
                 total += self.stack.run(self.objective, inputs, targets, *self.objective.settings)["loss"].double()
-        return total / (windows_KBT[..., 1:] != IGNORE).sum((1, 2))
+        return total / valid(windows_KBT)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, [K, ...], by its name in a checkpoint; written in place."""
@@ -157,19 +160,18 @@ class Stepper:
 
     def _terms(self, inputs: Tensor, targets: Tensor, masked: bool) -> Scalars:
         """The objective of one micro-batch of every member."""
-        if self._compiled is not None and not masked:  # a padded batch would be compiled again
+        if self._compiled is not None and masked == self.masked:  # another kind would be compiled again
             return dict(self._compiled(self.stack.leaves, inputs, targets, *self.objective.settings))
         return self.stack.run(partial(self.objective, masked=masked), inputs, targets, *self.objective.settings)
 
     def _micro_batches(self, windows_KBT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(windows_KBT, self.micro_batch, dim=1):
-            # an ignored position is a target only; as an input it may be any token
-            yield part[..., :-1].clamp(min=0), part[..., 1:]
+            yield inputs_of(part), targets_of(part)
 
     def _watched(self, windows_KBT: Tensor) -> MicroBatches | None:
         """What measures the noise of a step, where there is more than one micro-batch to compare."""
-        parts = torch.split(windows_KBT[..., 1:], self.micro_batch, dim=1)
-        return MicroBatches(torch.stack([(p != IGNORE).sum((1, 2)) for p in parts])) if len(parts) > 1 else None
+        parts = torch.split(windows_KBT, self.micro_batch, dim=1)
+        return MicroBatches(torch.stack([valid(p) for p in parts])) if len(parts) > 1 else None
 
     def _update(
         self, norm: Tensor, loss: Tensor, targets: Tensor, lr: Sequence[float] | Tensor, spike: Tensor, live: Tensor
@@ -189,6 +191,22 @@ class Stepper:
         scale, good = self.loss_scale * (1 + grow) * (1 - 0.5 * bad), (self.good_steps + 1) * (1 - bad) * (1 - grow)
         self.loss_scale.copy_(torch.where(empty, self.loss_scale, scale))
         self.good_steps.copy_(torch.where(empty, self.good_steps, good))
+
+
+def inputs_of(windows: Tensor) -> Tensor:
+    """[..., T] the tokens that a model reads; 0 where there is none."""
+    numbers = windows[..., :-1]
+    return torch.maximum(numbers, IGNORE - 1 - numbers).clamp(min=0)
+
+
+def targets_of(windows: Tensor) -> Tensor:
+    """[..., T] the next tokens, IGNORE for those that count for nothing."""
+    return windows[..., 1:].clamp(min=IGNORE)
+
+
+def valid(windows_KBT: Tensor) -> Tensor:
+    """[K] targets that count."""
+    return (windows_KBT[..., 1:] >= 0).sum((1, 2))
 
 
 def stacked(windows: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:

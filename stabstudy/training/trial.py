@@ -103,7 +103,7 @@ class Trial:
             growth_act=growth_act,
             growth_grad=growth_grad,
             eval_hash=self.batches.eval_hash,
-            eval_tokens=self.batches.final_evaluation()[:, 1:].size,
+            eval_tokens=int((self.batches.final_evaluation()[:, 1:] >= 0).sum()),
         )
 
     def resume(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
