@@ -1,18 +1,23 @@
 """Several runs or ranks in one log, told apart; the rows that are training; and the points of each run.
 
 Of the rows of a log its training are those of no evaluation, of one rank, and of a step's micro-batches the last.
+
+Some columns of preference training are sums, and look like values that exploded: they get a note. LLaMA-Factory's
+`logits/chosen` and `logits/rejected`, like those of older trl, add up the whole tensor, sequences by positions by
+vocabulary, padding included, and divide by the sequences alone (LLaMA-Factory issue 7380: -2e8 in the first line of a
+healthy run; trl divides by the tokens since its pull request 6424).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stabstudy.ingesting import sums
 from stabstudy.ingesting.aliases import CHART, PLANNED, RANK, RUN, RUNS_TABLE, place, plain
 from stabstudy.ingesting.choice import COLUMNS, Choice, choose, is_known, is_log, is_step, listed, rising_steps
 from stabstudy.ingesting.points import LogError, Raw, Row, real, whole
@@ -62,7 +67,7 @@ def _filled(raw: Raw, choice: Choice) -> Raw:
         kind = "tags" if raw.format == "tensorboard" else "columns"
         shown = [f"{o}={t}" for o, t in choice.names.items() if raw.format != "tensorboard" or o != "step"]
         raw.notes.append(f"{kind}: {', '.join(shown)}")
-    raw.notes += [*choice.notes, *sums.notes(raw)]
+    raw.notes += [*choice.notes, *notes_on_sums(raw)]
     raw.untaken = choice.untaken
     raw.rival_steps = rising_steps(raw.rows, raw.columns(), choice.names["step"])
     if raw.steps_planned is None:
@@ -323,3 +328,39 @@ def _called(marks: Sequence[str], key: Sequence[Any]) -> str:
     if len(key) == 1 and isinstance(key[0], str) and real(key[0]) is None:
         return key[0]
     return ", ".join(f"{mark}={value}" for mark, value in zip(marks, key, strict=True) if value not in (None, ""))
+
+
+LOGIT_NAMES = re.compile(r"(train/)?logits/(chosen|rejected)")
+KL_NAME = re.compile(r"(train/)?kl")
+SUM_FROM = 1000.0
+"""From this size on it is no mean: ten times the level at which the largest single logit is a warning."""
+
+VOCABULARY, POSITIONS = 152_064, 1024
+"""The example: a log says neither. Qwen 2.5's output matrix, and a usual length."""
+
+
+def notes_on_sums(raw: Raw) -> Iterator[str]:
+    """Sentences for the report, none where no column of the log's rows is such a sum."""
+    largest = {name: value for name in raw.columns() if (value := _largest(raw, name)) is not None}
+    summed = {name: v for name, v in largest.items() if LOGIT_NAMES.fullmatch(name) and abs(v) >= SUM_FROM}
+    for name, value in summed.items():
+        mean = value / (VOCABULARY * POSITIONS)
+        yield (
+            f"{name} of this size ({value:,.0f}) is a sum over the tensor, padding included, and no logit: at "
+            f"vocabulary {VOCABULARY:,} and {POSITIONS:,} positions, for example (the log says neither), the mean is "
+            f"about {mean:.2g}. Whether logits grow it does not show"
+        )
+    for name, value in largest.items() if summed else ():
+        if KL_NAME.fullmatch(name):
+            yield (
+                f"{name} (up to {value:.4g}) is in LLaMA-Factory's logs the sum over the micro-batches and over the "
+                "steps between two lines, and no mean: it grows with both (trl logs the mean)"
+            )
+
+
+def _largest(raw: Raw, name: str) -> float | None:
+    """The finite value of the largest size in one of the columns that may be sums."""
+    if not (LOGIT_NAMES.fullmatch(name) or KL_NAME.fullmatch(name)):
+        return None
+    values = (v for row in raw.rows if (v := real(row.get(name))) is not None and math.isfinite(v))
+    return max(values, key=abs, default=None)
