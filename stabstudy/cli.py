@@ -1,4 +1,4 @@
-"""The console script `stabstudy`, and what its commands share: exit codes, arguments, output that outlives its reader.
+"""The console script `stabstudy`, with the exit codes, arguments and output streams of all commands.
 
 Whatever a command does is imported by it, late: this module answers `--help` without numpy.
 """

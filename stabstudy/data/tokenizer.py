@@ -1,4 +1,4 @@
-"""Tokenizers (bytes, local BPE files, those of `transformers` by name) and whether their hub can be reached.
+"""Tokenizers of bytes, of local BPE files, and of `transformers` by name.
 
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`

@@ -1,4 +1,4 @@
-"""Compute settings, no part of a trial's identity; and what this machine has: cores, memory, GPUs, versions, room.
+"""Compute settings, and the resources of this machine.
 
 Imports neither torch nor ray.
 """

@@ -1,4 +1,4 @@
-"""Strict YAML reader with the line of every problem; rules against values that would be misread, also as overrides.
+"""A strict YAML reader with the line of every problem.
 
 YAML readers turn `no` into false, `012` into 10 and `1:30` into 90; floats that are too small turn into 0; a resolver
 such as `${oc.env:HOME}` copies what it finds into files that are kept. None of it happens silently here.

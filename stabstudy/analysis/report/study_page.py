@@ -1,4 +1,4 @@
-"""The page of a study: its first screen, sections and tables, made from the study's tables alone.
+"""The page of a study, with its first screen, sections and tables.
 
 Nothing here knows when or where it runs: an unchanged study gives the same report, byte by byte, also after it moved.
 """
