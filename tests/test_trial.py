@@ -626,16 +626,29 @@ def test_a_kill_between_compaction_and_state_loses_nothing(
     assert_same(records(whole)[0], records(broken)[0])
 
 
+def raising(error: Exception) -> Callable[[object], Any]:
+    def function(argument: object) -> Any:
+        raise error
+
+    return function
+
+
 def test_memory_and_disk_have_states_of_their_own(make: Make, run: Run) -> None:
-    def raising(error: Exception) -> Heartbeat:
-        def heartbeat(progress: Progress) -> bool:
-            raise error
-
-        return heartbeat
-
     folder = make(BASE)
     assert run(folder, raising(torch.OutOfMemoryError("CUDA out of memory"))).status == "oom"
     assert run(folder, raising(OSError(28, "No space left on device"))).status == "disk_full"
+
+
+def test_a_disk_without_room_for_the_reserve_is_told_as_full(
+    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room kept for the last state is larger than the first one, which may still fit."""
+    folder = make(BASE)
+    with monkeypatch.context() as full:
+        full.setattr(store.TrialFolder, "reserve", raising(OSError(28, "No space left on device")))
+        state = run(folder)
+    assert state.status == "disk_full" and state.error is not None and "No space left" in state.error["message"]
+    assert run(folder).status == "done"
 
 
 @pytest.mark.parametrize("point", ["checkpoint.tensors_written", "checkpoint.written"])

@@ -69,10 +69,10 @@ class Trial:
         """Read the settings, and open a new attempt."""
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
-        self.folder.reserve()
         attempt = Attempt(socket.gethostname(), os.getpid(), disk.utc_now())
         self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
+        self.folder.reserve()  # after the attempt, which takes less: a disk without this room is then told as full
         stored, described = self.folder.read_own()
         self.config = cfg.from_dict(cfg.to_dict(stored))  # which holds it to the rules between settings too
         self._fingerprint = described["data_fingerprint"]
