@@ -266,7 +266,7 @@ def sources() -> list[Path]:
     return sorted((ROOT / "stabstudy").rglob("*.py"))
 
 
-MOST_MODULES = 135
+MOST_MODULES = 140
 
 
 def test_modules_are_few():

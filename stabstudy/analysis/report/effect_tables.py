@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stabstudy.analysis import cases as named_cases
 from stabstudy.analysis import words
-from stabstudy.analysis.effects import CLEAR, contrasts, interactions
+from stabstudy.analysis.effects import CLEAR, REPORTED, contrasts, interactions
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import runs_page
@@ -29,13 +30,16 @@ def effect_blocks(study: Study) -> Iterator[Block]:
         yield Text(runs_page.NO_PAIRS)
         return
     rows = records(study.claims()) if study.grid.axes else []
-    if not rows:
+    if rows:
+        yield from _effects(rows)
+    elif not _has_cases(study):
         yield Text("No axis varies, so there is nothing to compare.")
         return
-    yield from _effects(rows)
-    yield from _contrasts(study)
-    yield from _interactions(study)
-    yield from _paired(study, rows)
+    yield from _cases(study)
+    if rows:
+        yield from _contrasts(study)
+        yield from _interactions(study)
+        yield from _paired(study, rows)
 
 
 def reading(row: Row) -> str:
@@ -68,6 +72,37 @@ def _effect(row: Row) -> tuple[str, ...]:
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
         reading(row),
+        row["note"] or "",
+    )
+
+
+def _cases(study: Study) -> Iterator[Block]:
+    """What each case changed against the cell of the grid that it differs from in one setting."""
+    rows = records(named_cases.changes(study.trials, list(study.axes), REPORTED))
+    if alone := named_cases.without_partner(study.trials, list(study.axes)):
+        names = words.listing([words.clean(name, 40) for name in alone])
+        yield Text(f"Compared with nothing, as no one cell of the grid differs in one setting alone: {names}.")
+    heads = ("case", "from → to", "at", "statistic", "change [95 % interval]", "seeds", "p", "p (Holm)", "note")
+    texts = tuple(map(_case, rows))
+    tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
+    title = (
+        "Cases: each against the cell of the grid that differs from it in one setting, paired by seed; Student's "
+        f"interval over seeds, p corrected (Holm) for {tests}"
+    )
+    if texts:
+        yield Table(title, heads, texts, frozenset(heads[5:8]))
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return (
+        words.clean(row["case"], 40),
+        words.step(row["axis"], row["a"], row["b"]),
+        words.at_levels(row["at"], row["at"].values()),
+        COLUMNS[row["metric"]].label,
+        words.NOTHING if row["estimate"] is None else words.change(row),
+        str(row["seeds"]),
+        words.number(row["p"], 2),
+        words.number(row["p_holm"], 2),
         row["note"] or "",
     )
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, recipe, study_statistics, words
+from stabstudy.analysis import cases, compare, recipe, study_statistics, words
 from stabstudy.analysis.compare import STABLE_MARGIN
-from stabstudy.analysis.effects import simple_effects
+from stabstudy.analysis.effects import REPORTED, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
@@ -52,6 +52,7 @@ def findings(study: Study) -> list[Finding]:
         Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study))),
         Finding("What the axes changed", list(_changes(study))),
+        Finding("What the cases changed", list(_cases(study))),
     )
     return [answer for answer in answers if answer.sentences]
 
@@ -179,6 +180,23 @@ def _changes(study: Study) -> Iterator[str]:
     if idle and idle != metrics:
         why = [f"{_name(r)} ({r['note']})" for r in rows if r["axis"] == axes[0] and r["metric"] in idle]
         yield f"Along no axis: not tested: {words.listing(why)}."
+
+
+def _cases(study: Study) -> Iterator[str]:
+    """The cases that changed something, each with what; then those of which the seeds show no change."""
+    by_case: dict[str, list[Row]] = {}
+    for row in records(cases.changes(study.trials, list(study.axes), REPORTED)):
+        by_case.setdefault(row["case"], []).append(row)
+    calm = []
+    for case, rows in by_case.items():
+        name = f"{words.clean(case, 40)} ({words.step(rows[0]['axis'], rows[0]['a'], rows[0]['b'])})"
+        if clear := [f"{_name(r)} {words.change(r)}" for r in rows if r["clear"]]:
+            yield f"Case {name}: {'; '.join(clear)}."
+        else:
+            calm.append(name)
+    if calm:
+        seeds = max(row["seeds"] for rows in by_case.values() for row in rows)
+        yield f"No change that {words.count(seeds, 'seed')} can tell from chance in {words.listing(calm)}."
 
 
 def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "") -> Iterator[str]:
