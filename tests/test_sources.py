@@ -501,7 +501,7 @@ def test_a_preset_is_whole_but_for_a_path_of_your_own(preset: Path) -> None:
     hub_sets = {"c4", "fineweb", "fineweb_edu", "dclm"}
     assert (values["source"] == "hf") == (preset.stem in hub_sets) == (values.get("max_bytes") is not None)
     objective = {"kind": "sft" if values["source"] in EXAMPLES else "lm"}
-    if values.get("path") is None and values["source"] not in ("pysrc", "synthetic", "arithmetic"):
+    if values.get("path") is None and values["source"] not in ("pysrc", "synthetic", "arithmetic", "arithmetic_graded"):
         with pytest.raises(ConfigError, match=f"^data.path: source {values['source']} needs a path, got null$"):
             from_dict({"data": values, "objective": objective})
         values["path"] = "somewhere"
@@ -530,7 +530,7 @@ def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -
     line = refused("jsonl", path)
     assert line == (
         f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
-        "chat data are read by objective=sft data=sft data.path=..."
+        "completions with labels are read by objective=kto data=kto data.path=..., without them by objective=sft data=sft"
     )
     with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
         check(config("jsonl", path))
@@ -545,7 +545,7 @@ def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
 
 @pytest.mark.shareddata
 def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
-    assert "objective=sft data=sft" in refused("jsonl", shared_data / "kto_en_demo.json")
+    assert "by objective=kto data=kto data.path=" in refused("jsonl", shared_data / "kto_en_demo.json")
 
 
 # --- names that people use
