@@ -30,7 +30,8 @@ FORMAT_VERSION = 1  # of a study's files and of the form that `trial_id` hashes;
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}  # numbers remembered of a parameter, at most
-EXAMPLES = ("examples", "arithmetic")  # sources of prompts with their completions; the others give text
+EXAMPLES = ("examples", "arithmetic", "arithmetic_graded")  # prompts with their completions; the others give text
+LABELLED = ("arithmetic_graded",)  # sources whose every completion has a label; of `examples` data.labels says so
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf", *EXAMPLES)
 PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
@@ -132,9 +133,16 @@ class DataConfig:
     tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
     # packed: sequences cut through examples that stand one behind the other; padded: one example each, cut at seq_len
-    layout: str = setting("packed", choices=("packed", "padded"), only="source=examples,arithmetic")
+    layout: str = setting("packed", choices=("packed", "padded"), only="source=" + ",".join(EXAMPLES))
+    # true: each row has a label, true for a completion that is wanted; false: labels are passed over
+    labels: bool = setting(False, only="source=examples")
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     synthetic: SyntheticConfig = group(SyntheticConfig, only="source=synthetic")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every example has a label: its completion is a wanted one, or one to avoid."""
+        return self.labels or self.source in LABELLED
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,7 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
         yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
     if (config.objective.kind == "sft") != (d.source in EXAMPLES):
         yield _mismatch(config)
-    if d.source not in ("pysrc", "synthetic", "arithmetic") and not d.path:
+    if d.source not in ("pysrc", "synthetic", "arithmetic", "arithmetic_graded") and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")
     if d.files is not None and (not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/")):
         yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
@@ -330,7 +338,7 @@ CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
 
 _DEFAULTS = flat(TrialConfig())
 # came after judgements were first kept; the values at which they change none of them
-ADDED = {"data.files": None, "objective.kind": "lm", "data.layout": "packed"}
+ADDED = {"data.files": None, "objective.kind": "lm", "data.layout": "packed", "data.labels": False}
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:

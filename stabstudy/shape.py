@@ -18,7 +18,7 @@ OWN = frozenset(
         *(f"optim.{name}" for name in ("weight_decay", "decay_mode", "decay_params", "beta1", "beta2", "eps")),
         *(f"optim.{name}" for name in ("warmup_steps", "warmup_share", "schedule", "min_lr_ratio")),
         *(f"optim.{name}" for name in ("decay_share", "decay_shape")),
-        *(f"data.{name}" for name in ("source", "path", "files", "text_column", "layout")),
+        *(f"data.{name}" for name in ("source", "path", "files", "text_column", "layout", "labels")),
         *(f"data.{name}" for name in ("hub_config", "hub_split", "hub_revision")),
         *(f"data.{name}" for name in ("max_bytes", "bad_rows", "validation_share")),
         *(name for name in cfg.setting_names() if name.startswith("data.synthetic.")),

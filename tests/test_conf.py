@@ -20,7 +20,7 @@ from stabstudy.settings import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(p for p in (ROOT / "conf").rglob("*.yaml") if p.parent != ROOT / "conf")
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
-NEEDS_PATH = {"sft", "text", "jsonl", "parquet", "lingua", "dclm_local", "fineweb_local", "fineweb_edu_local"}
+NEEDS_PATH = {"sft", "kto", "text", "jsonl", "parquet", "lingua", "dclm_local", "fineweb_local", "fineweb_edu_local"}
 
 
 def read(path: Path) -> document.Document:

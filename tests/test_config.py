@@ -28,6 +28,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 LATER = {
     "data.files": None,
     "data.layout": "packed",
+    "data.labels": False,
     "objective.kind": "lm",
     "model.family": "lingua",
     "model.logit_softcap": None,

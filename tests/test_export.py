@@ -67,6 +67,7 @@ GEMMA = {"model.qk_norm": True, "model.norm_placement": "sandwich", "model.ffn":
 CASES = {
     "objective.kind": [Case("sft", beside={"data.source": "arithmetic"})],
     "data.layout": [Case("padded", beside={"objective.kind": "sft", "data.source": "arithmetic"})],
+    "data.labels": [Case(True, beside={"objective.kind": "sft", "data.source": "examples", "data.path": "rows.json"})],
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
     "model.depth": [Case(6, {"model.n_layers": 6})],
     "model.dim": [Case(128, {"model.dim": 128})],

@@ -29,6 +29,9 @@ from stabstudy.settings import DataError
 IGNORE = -100
 """A target that counts for nothing."""
 
+FLAGS = 1
+"""Columns of a labelled array of windows behind its tokens: the `flag` of each sequence."""
+
 Int = NDArray[np.int64]
 Span = tuple[int, int]  # first position, first position behind it
 
@@ -38,6 +41,14 @@ CHUNK = 1 << 20  # tokens laid out at once
 def hidden(tokens: Int) -> Int:
     """The numbers of tokens that are read and are no targets."""
     return IGNORE - 1 - tokens
+
+
+def flag(label: Int, clipped: Int) -> Int:
+    """The numbers of sequences: label + 2 * clipped; where there is no sequence, IGNORE stands instead.
+
+    label: 1 a completion that is wanted (chosen), 0 one to avoid (rejected). clipped: 1 where the context cut it off.
+    """
+    return label + 2 * clipped
 
 
 def read_tokens(windows: Int) -> Int:

@@ -177,6 +177,7 @@ NO_KEY = ("train.z_loss", "train.skip_nonfinite", "train.skip_spikes")
 NOT_IN_LINGUA = (
     *("model.family", "model.qk_norm", "model.norm_placement", "model.ffn", "model.residual_scale"),
     *("model.logit_softcap", "model.attn_softcap", "model.embed_scale", "objective.kind", "data.layout"),
+    "data.labels",
 )
 
 LINGUA_DECAYS = {"matrices": "norms too", "matrices_no_embed": "the embedding and norms too"}
@@ -230,6 +231,8 @@ def _trainer_notes(s: Settings) -> Iterator[str]:
         yield f"{_pairs(s, 'objective.kind')}: for Trainer the labels of prompts must be -100"
     if s["data.layout"] == "padded":
         yield f"{_pairs(s, 'data.layout')}: Trainer pads as its collator does, to the longest of a batch"
+    if s["data.labels"]:
+        yield f"{_pairs(s, 'data.labels')}: Trainer reads no labels of completions, trl's KTOTrainer does"
     if s["optim.kind"] == "stable_adamw":
         apart = "; it holds q, k and v back one by one, ours as one matrix, as also w1 and w3"
         yield f"{_optimizer(s)}: needs torch-optimi{apart if s['model.family'] == 'lingua' else ''}"
