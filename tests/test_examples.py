@@ -18,7 +18,7 @@ import pytest
 from stabstudy.config import DataConfig, ObjectiveConfig, SyntheticConfig, TrainConfig, TrialConfig, from_dict
 from stabstudy.data import sources, tokens
 from stabstudy.data.batches import Batches, open_batches, text_of_step
-from stabstudy.data.examples import Example, example_or_reason
+from stabstudy.data.examples import Example, Reading, examples_or_reason
 from stabstudy.data.layouts import IGNORE, hidden, read_tokens
 from stabstudy.settings import ConfigError, DataError
 
@@ -73,7 +73,7 @@ def pairs(count: int) -> list[dict[str, str]]:
     ],
 )
 def test_a_row_in_every_form(row: Any, example: Example) -> None:
-    assert example_or_reason(row) == (example, "")
+    assert examples_or_reason(row, Reading()) == ([example], "")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_row_in_every_form(row: Any, example: Example) -> None:
     ],
 )
 def test_a_row_that_is_no_example_says_why_and_where(row: Any, reason: str, tmp_path: Path) -> None:
-    assert reason in example_or_reason(row)[1]
+    assert reason in examples_or_reason(row, Reading())[1]
     config = written(tmp_path, [*pairs(3), row])
     with pytest.raises(DataError) as caught:
         list(sources.documents(config))

@@ -52,8 +52,8 @@ MAY = {
     "stability": May({"trace", "config", "state", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
         {"extras", "config", "settings", "disk", "store", "wording"},
-        {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
-        late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard"},
+        {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard", "jinja2"},
+        late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard", "jinja2"},
     ),
     "training": May(FACTS | {"stability", "data"}, {"numpy", "torch", "safetensors", "transformers"}),
     # data for one question alone: what a step read

@@ -530,7 +530,7 @@ def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -
     line = refused("jsonl", path)
     assert line == (
         f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
-        "chat data are read by objective=sft data=sft data.path=..."
+        "completions with labels are read by objective=kto data=kto data.path=..., without them by objective=sft data=sft"
     )
     with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
         check(config("jsonl", path))
@@ -545,7 +545,7 @@ def test_an_array_further_down_is_a_bad_row(tmp_path: Path) -> None:
 
 @pytest.mark.shareddata
 def test_a_real_preference_set_is_called_what_it_is(shared_data: Path) -> None:
-    assert "objective=sft data=sft" in refused("jsonl", shared_data / "kto_en_demo.json")
+    assert "by objective=kto data=kto data.path=" in refused("jsonl", shared_data / "kto_en_demo.json")
 
 
 # --- names that people use

@@ -101,6 +101,11 @@ class Batches:
         return self.corpus.mask is not None
 
     @property
+    def labelled(self) -> bool:
+        """Whether arrays of windows have a last column more: the flag of each sequence, see `layouts`."""
+        return self.layout.width > self.seq_len + 1
+
+    @property
     def training_windows(self) -> int:
         """Sequences in one epoch."""
         return self._training.size
@@ -122,7 +127,10 @@ class Batches:
         return unigram_entropy(self.corpus, self._targets, self.training_tokens, kept)
 
     def batch(self, step: int) -> Int:
-        """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]. Of examples see `layouts`."""
+        """[B, T+1] token ids of a step, from 0; inputs are [:, :-1], targets [:, 1:]. Of examples see `layouts`.
+
+        [B, T+2] where they are `labelled`, here and in `evaluation` and `final_evaluation`.
+        """
         return self.layout.windows(self._indices(step))
 
     def positions(self, step: int) -> Int:
@@ -181,7 +189,9 @@ class Batches:
         rule = "must be larger: {}, in sequences of so many tokens, has no token of a completion"
         if self.training_tokens == 0:
             raise DataError("data.seq_len", rule.format("the training part of the data"), str(self.seq_len))
-        if not all((windows[:, 1:] >= 0).any() for windows in (self.evaluation(), self.final_evaluation())):
+        if not all(
+            (windows[:, 1 : self.seq_len + 1] >= 0).any() for windows in (self.evaluation(), self.final_evaluation())
+        ):
             got = f"{len(self._evaluation)} sequences"
             raise DataError("train.eval_sequences", rule.format("the evaluation set"), got)
 
@@ -307,9 +317,10 @@ def text_of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Pa
     cache = tokens.default_cache_dir() if cache_dir is None else cache_dir
     batches = open_batches(config, cache, expected=fingerprint)
     decode = tokenizer.load(config.data.tokenizer).decode
+    sequences = batches.batch(step)[:, : config.data.seq_len + 1]
     return [
         SequenceText(window.start, window.documents, decode(ids))
-        for window, ids in zip(batches.windows(step), _read_ids(batches.batch(step)), strict=True)
+        for window, ids in zip(batches.windows(step), _read_ids(sequences), strict=True)
     ]
 
 
@@ -374,11 +385,16 @@ def _json_lines(config: DataConfig) -> int | None:
     return None if compressed else sum(file.size for file in rows)
 
 
+def _examples(config: DataConfig) -> int | None:
+    """The plain template writes less than a row's keys and quotes. Pairs, whose prompts count twice, are padded."""
+    return None if tokenizer.template_identity(config.tokenizer) else _json_lines(config)
+
+
 _SIZES: dict[str, Callable[[DataConfig], int | None]] = {
     "pysrc": _pysrc,
     "synthetic": _synthetic,
     "text": _text,
     "jsonl": _json_lines,
     "lingua": _json_lines,
-    "examples": _json_lines,
+    "examples": _examples,
 }

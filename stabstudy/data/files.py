@@ -59,6 +59,7 @@ PATTERNS = {
 read as JSON lines (its first line is an object) where a folder has nothing else: beside other names it tells about the
 data. A single file may have any name (not for lingua)."""
 LINES = "*.json"
+INFO = "dataset_info.json"  # tells about the examples beside it, see `chats`
 PATTERNS["examples"] = (*PATTERNS["jsonl"], LINES, *PATTERNS["parquet"])
 NAMES = {kind: " or ".join(patterns) for kind, patterns in PATTERNS.items()} | {
     "jsonl": "*.jsonl, *.ndjson or *.json of one object per line (also .gz, .zst, .zstd)",
@@ -102,6 +103,8 @@ def find(config: DataConfig) -> list[DataFile]:
         files = walk(root, lambda path: _is_named(path, PATTERNS[config.source]))
         if not files and config.source == "jsonl":
             files = _lines(walk(root, lambda path: _is_named(path, (LINES,))))
+    if config.source == "examples":
+        files = [file for file in files if file.path.name != INFO]
     if not files:
         name = NAMES[config.source] if config.files is None else f"file {config.files}"
         rule = f"the folder holds no {name}; it holds {_contents(root)}"

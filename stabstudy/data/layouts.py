@@ -10,8 +10,9 @@ In an array of windows a number tells what a token is to training:
     IGNORE - 1 - t   the token t is read, and is no target: it belongs to a prompt
     IGNORE           nothing: filled up, or masked out by a test
 
-so that `inputs` and `targets` come from one array, in NumPy and torch alike. Attention is causal, and what is filled up
-stands behind all that counts.
+so that `inputs` and `targets` come from one array, in NumPy and torch alike. With labels (padded only) an array of
+windows has a last column more, the `flag` of each sequence, which is no token. Attention is causal, and what is filled
+up stands behind all that counts.
 """
 
 from __future__ import annotations
@@ -70,12 +71,13 @@ class Layout(Protocol):
     """Sequences of a corpus, by their number from 0."""
 
     name: str
+    width: int  # columns of an array of windows
     count: int
     truncated: int  # examples that are longer than a sequence
     dropped: int  # examples of which no target is left, which are no sequences
 
     def windows(self, numbers: Int) -> Int:
-        """[n, T+1] of these sequences."""
+        """[n, T+1] of these sequences; [n, T+2] where they are labelled."""
 
     def positions(self, numbers: Int) -> Int:
         """[n] where they begin in `flat`."""
@@ -97,7 +99,7 @@ class Packed:
     truncated = dropped = 0
 
     def __init__(self, corpus: Corpus, seq_len: int):
-        self.corpus, self.seq_len = corpus, seq_len
+        self.corpus, self.seq_len, self.width = corpus, seq_len, seq_len + 1
         self.count = (len(corpus.tokens) - 1) // seq_len
         if self.count < 1:
             rule = f"must be less than the {len(corpus.tokens)} tokens of the data"
@@ -127,13 +129,18 @@ class Packed:
 
 
 class Padded:
-    """One example per sequence, of those whose completion begins within it. Raises DataError where there is none."""
+    """One example per sequence, of those whose completion begins within it. Raises DataError where there is none.
+
+    The others, of which no target is left, would train nothing: they are counted (`dropped`) and left out, labelled or
+    not.
+    """
 
     name = "padded"
 
     def __init__(self, corpus: Corpus, seq_len: int):
         assert corpus.mask is not None
         self.corpus, self.seq_len = corpus, seq_len
+        self.width = seq_len + 1 + (0 if corpus.labels is None else FLAGS)
         ends = corpus.doc_ends.astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
         stops = np.minimum(ends, starts + seq_len + 1)
@@ -141,6 +148,8 @@ class Padded:
         has_target = (corpus.mask[stops - 1] == 1) & (stops - starts > 1)
         self._documents = np.flatnonzero(has_target)
         self._starts, self._stops = starts[has_target], stops[has_target]
+        if corpus.labels is not None:
+            self._flags = flag(corpus.labels[has_target].astype(np.int64), (stops < ends)[has_target])
         self.count = len(self._starts)
         self.truncated, self.dropped = int((stops < ends).sum()), int((~has_target).sum())
         if self.count < 1:
@@ -150,10 +159,11 @@ class Padded:
     def windows(self, numbers: Int) -> Int:
         places = self._starts[numbers][:, None] + np.arange(self.seq_len + 1)
         inside = places < self._stops[numbers][:, None]
-        return np.where(inside, _numbers(self.corpus, np.minimum(places, len(self.corpus.tokens) - 1)), IGNORE)
+        read = np.where(inside, _numbers(self.corpus, np.minimum(places, len(self.corpus.tokens) - 1)), IGNORE)
+        return read if self.corpus.labels is None else np.column_stack([read, self._flags[numbers]])
 
     def positions(self, numbers: Int) -> Int:
-        return numbers * (self.seq_len + 1)
+        return numbers * self.width
 
     def flat(self) -> NDArray[Any]:
         rows = max(1, CHUNK // self.seq_len)

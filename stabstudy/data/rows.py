@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 LINGUA_KEYS = ("text", "content")
 ARRAY = "a JSON array is not a JSON lines file, which has one object with its text on each line"
 CHAT = "chat data are read by objective=sft data=sft data.path=..."
+LABELLED = (
+    "completions with labels are read by objective=kto data=kto data.path=..., without them by objective=sft data=sft"
+)
+PAIRS = "pairs are read by objective=kto data=kto data.path=..."
 CHAT_KEYS = {"completion", "messages", "conversations"}
+LABEL_KEYS, PAIR_KEYS = {"label", "kto_tag"}, {"chosen", "rejected"}
 CONVERT = "write its objects one to a line (jq -c '.[]')"
 DOCUMENT = "one JSON document over several lines is not a JSON lines file, which has one object on each line"
 BLOCK = 1 << 18  # bytes read at once
@@ -76,8 +81,8 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
         return "", f"must be an object with {names}, is {type(row).__name__}"
     key = next((key for key in keys if key in row), None)
     if key is None:
-        chat = f" ({CHAT})" if not CHAT_KEYS.isdisjoint(row) else ""
-        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}{chat}"
+        reader = f" ({line})" if (line := _reader(set(row))) else ""
+        return "", f"has no {names}, only {', '.join(map(repr, list(row)[:8])) or 'nothing'}{reader}"
     if not isinstance(row[key], str):
         return "", f"{key!r} must be text, is {'null' if row[key] is None else type(row[key]).__name__}"
     try:
@@ -85,6 +90,15 @@ def text_or_reason(row: Any, keys: tuple[str, ...]) -> tuple[str, str]:
     except UnicodeEncodeError:
         return "", f"{key!r} holds half a surrogate pair, which UTF-8 cannot encode"
     return row[key], ""
+
+
+def _reader(keys: set[str]) -> str:
+    """Which objective reads rows with these keys; "" where none does."""
+    if keys >= PAIR_KEYS:
+        return PAIRS
+    if keys.isdisjoint(CHAT_KEYS):
+        return ""
+    return CHAT if keys.isdisjoint(LABEL_KEYS) else LABELLED
 
 
 def check_parquet(file: DataFile, column: str) -> None:
@@ -123,7 +137,8 @@ def _not_lines(file: DataFile, first: bytes, keys: tuple[str, ...]) -> str:
         with file.path.open("rb") as f:
             beginning = next(unpacked(f, file), b"")
         texts = any(f'"{key}"'.encode() in beginning for key in keys)
-        return f"{ARRAY}; {CONVERT if texts else CHAT}"
+        known = {key for key in CHAT_KEYS | LABEL_KEYS | PAIR_KEYS if f'"{key}"'.encode() in beginning}
+        return f"{ARRAY}; {CONVERT if texts else _reader(known) or CHAT}"
     return DOCUMENT if first == b"{" else ""
 
 

@@ -7,7 +7,7 @@
     parquet     one text column; a file or a folder
     lingua      a folder of Lingua's *.chunk.*.jsonl: every chunk, in order
     examples    prompts with completions, rows of JSON, JSON lines or Parquet; a file or a folder
-    arithmetic  prompts with completions, made from integers
+    arithmetic  prompts with completions, made from integers; arithmetic_graded: with labels too
     hf          a dataset of the Hugging Face hub, or a local folder laid out like one, streamed (needs `datasets`)
 
 The order of the documents is fixed (files by name, rows as stored), so a fingerprint stands for one sequence of text.
@@ -34,7 +34,8 @@ from typing import Any
 
 from stabstudy import extras
 from stabstudy.config import EXAMPLES, FORMER_NAMES, DataConfig
-from stabstudy.data import files, rows, synthetic, tokenizer
+from stabstudy.data import chats, files, rows, synthetic, tokenizer
+from stabstudy.data.chats import Plain, Template
 from stabstudy.data.examples import ARITHMETIC, Example
 from stabstudy.data.examples import VERSION as EXAMPLES_VERSION
 from stabstudy.data.examples import examples as read_examples
@@ -61,11 +62,16 @@ def documents(config: DataConfig, count: RowCount | None = None) -> Iterator[str
         yield example.prompt + example.completion
 
 
-def examples(config: DataConfig, count: RowCount | None = None) -> Iterator[Example]:
-    """As `documents`, with prompt and completion apart; a text is a completion without a prompt."""
+def examples(config: DataConfig, count: RowCount | None = None, template: Template | None = None) -> Iterator[Example]:
+    """As `documents`, with prompt and completion apart; a text is a completion without a prompt.
+
+    template: what writes chats; None: the local tokenizer's own where it has one, else the plain one.
+    """
+    if template is None:
+        template = (tokenizer.own_template(config.tokenizer) if config.source == "examples" else None) or Plain()
     count = RowCount(config.bad_rows) if count is None else count
     left, is_there = config.max_bytes, False
-    for example in _everything(config, count):
+    for example in _everything(config, count, template):
         if left is not None:
             left -= len((example.prompt + example.completion).encode())
             if left < 0:
@@ -118,9 +124,9 @@ def check(config: DataConfig) -> None:
     next(documents(config))
 
 
-def _everything(config: DataConfig, count: RowCount) -> Iterator[Example]:
+def _everything(config: DataConfig, count: RowCount, template: Template) -> Iterator[Example]:
     if config.source in EXAMPLES:
-        yield from read_examples(config, count)
+        yield from read_examples(config, count, template)
     else:
         for text in filter(None, _texts(config, count)):
             yield Example("", text)
@@ -149,14 +155,25 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
             return former | {"generator": synthetic.VERSION}
         case "hf":
             return hub_identity(config, memory)
-        case "arithmetic":
+        case "arithmetic" | "arithmetic_graded":
             return {"generator": EXAMPLES_VERSION, "number": ARITHMETIC}
         case "examples":
-            return {"content": _digest(config, memory), "template": EXAMPLES_VERSION}
+            return {"content": _digest(config, memory), "template": EXAMPLES_VERSION} | _reading(config)
         case "jsonl" | "parquet":
             return {"content": _digest(config, memory), "column": config.text_column}
         case _:
             return {"content": _digest(config, memory)}
+
+
+def _reading(config: DataConfig) -> dict[str, Any]:
+    """What rows are read by beside the usual; nothing where that is all, as it was before there was anything else."""
+    described = {file.name: chats.entry(file) for file in files.find(config)}
+    parts = {
+        "labels": config.labels,
+        "info": {name: entry for name, entry in described.items() if entry is not None},
+        "chat_template": tokenizer.template_identity(config.tokenizer),
+    }
+    return {name: part for name, part in parts.items() if part}
 
 
 def _digest(config: DataConfig, memory: Memory | None) -> str:

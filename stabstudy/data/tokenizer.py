@@ -5,7 +5,8 @@
     DIR, VOCAB.json,MERGES.txt  GPT-2's byte-level BPE from its two files, in a folder under one of the names of PAIRS
     NAME, NAME@REVISION, DIR    through `transformers.AutoTokenizer`; code that comes with a tokenizer is never run
 
-Text cannot forge a document's border: special tokens that are spelled out in it are tokenized as ordinary text.
+Text cannot forge a document's border: special tokens that are spelled out in it are tokenized as ordinary text. Only
+those are themselves that a tokenizer's own chat template writes (`chats`).
 
 The hub is asked once, for at most SECONDS, before its libraries are: left to themselves they try each file six times,
 for a minute and with two lines for each failure.
@@ -22,8 +23,9 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import extras
+from stabstudy.data import chats
+from stabstudy.data.chats import ChatTemplate
 from stabstudy.data.files import cause
 from stabstudy.settings import DataError, show
 from stabstudy.wording import first_line
@@ -82,6 +86,8 @@ class Tokenizer:
     sha256: str  # of the whole vocabulary and its rules
     encode: Callable[[list[str]], list[Ids]]
     decode: Callable[[list[int]], str]
+    template: ChatTemplate | None = None  # its own, of chats
+    encode_chats: Callable[[list[str]], list[Ids]] | None = None  # as `encode`, of what `template` wrote
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,20 @@ def identity(name: str) -> str:
     except OSError as error:
         raise DataError("data.tokenizer", f"must be readable ({error.strerror})", show(name)) from error
     return hashlib.sha256(json.dumps([place.kind, content]).encode()).hexdigest()
+
+
+def own_template(name: str) -> ChatTemplate | None:
+    """The chat template beside a local tokenizer, which is not loaded. Raises DataError where it cannot be read."""
+    place = _locate(name)
+    return chats.template_beside(place.files[0]) if place.kind in ("json", "auto") and place.files else None
+
+
+def template_identity(name: str) -> str:
+    """What the chat template is; "" where there is none. That of a tokenizer of the hub is known by the name alone."""
+    if _locate(name) == _Place("auto", (), *_named(name)):
+        return "of the hub"
+    template = own_template(name)
+    return template.identity if template is not None else ""
 
 
 def packages(name: str) -> set[str]:
@@ -160,8 +180,13 @@ def _place(name: str) -> _Place:
         if file.suffix != ".json":
             raise DataError("data.tokenizer", f"one file must be a tokenizer.json; {FORMS}", show(name))
         return _Place("json", _with_config(file))
+    return _Place("auto", (), *_named(name))
+
+
+def _named(name: str) -> tuple[str, str | None]:
+    """Repository and revision of a hub name."""
     repo, _, revision = name.partition("@")
-    return _Place("auto", (), repo, revision or None)
+    return repo, revision or None
 
 
 def _in_folder(folder: Path) -> _Place:
@@ -199,11 +224,19 @@ def _load_files(place: _Place) -> Tokenizer:
         core = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*map(str, place.files)))
         core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.encode_special_tokens = True
+    special = {token.content: number for number, token in core.get_added_tokens_decoder().items() if token.special}
     config = json.loads(place.files[1].read_text("utf-8")) if place.kind == "json" and place.files[1:] else None
     bos, eos = (_special(core, config, key, known) for key, known in (("bos_token", BOS), ("eos_token", EOS)))
 
     def encode(texts: list[str]) -> list[Ids]:
         return [np.array(e.ids, np.int64) for e in core.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_special(texts: list[str]) -> list[Ids]:
+        core.encode_special_tokens = False
+        try:
+            return encode(texts)
+        finally:
+            core.encode_special_tokens = True
 
     def decode(ids: list[int]) -> str:
         if core.decoder is not None:
@@ -211,7 +244,21 @@ def _load_files(place: _Place) -> Tokenizer:
         # not made the decoder of `core`: its rules are part of what the data are known by
         return str(tokenizers.decoders.ByteLevel().decode([core.id_to_token(i) or "\ufffd" for i in ids]))
 
-    return _tokenizer(core.get_vocab(), bos, eos, core.to_str(), encode, decode)
+    loaded = _tokenizer(core.get_vocab(), bos, eos, core.to_str(), encode, decode)
+    template = chats.template_beside(place.files[0]) if place.kind == "json" else None
+    return _with_template(loaded, template, special, encode_special)
+
+
+def _with_template(
+    loaded: Tokenizer,
+    template: ChatTemplate | None,
+    special: Mapping[str, int],
+    encode_special: Callable[[list[str]], list[Ids]],
+) -> Tokenizer:
+    if template is None:
+        return loaded
+    encode = partial(chats.encode, special=special, ordinary=loaded.encode, marked=encode_special)
+    return replace(loaded, template=replace(template, special=tuple(special)), encode_chats=encode)
 
 
 def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str, known: tuple[str, ...]) -> int | None:
@@ -253,9 +300,17 @@ def _load_auto(place: _Place) -> Tokenizer:
     def decode(ids: list[int]) -> str:
         return str(auto.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def encode_special(texts: list[str]) -> list[Ids]:
+        encoded = auto(texts, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, np.int64) for ids in encoded]
+
     vocab = auto.get_vocab()
     rules = auto.backend_tokenizer.to_str() if auto.is_fast else type(auto).__name__
-    return _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode, decode)
+    loaded = _tokenizer(vocab, auto.bos_token_id, auto.eos_token_id, rules, encode, decode)
+    brought = chats.chat_template(auto.chat_template, auto.special_tokens_map)
+    template = chats.template_beside(place.files[0]) if place.files else brought
+    special = {token.content: number for number, token in auto.added_tokens_decoder.items() if token.special}
+    return _with_template(loaded, template, special, encode_special)
 
 
 def _is_downloaded(name: str, revision: str) -> bool:

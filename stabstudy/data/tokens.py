@@ -3,6 +3,7 @@
     <cache>/tokens/<key>/tokens.bin         token ids, little endian, uint16 (vocabularies up to 65,536) or uint32
     <cache>/tokens/<key>/docs.bin           where each document ends, in tokens, uint64
     <cache>/tokens/<key>/mask.bin           of examples alone: 1 for a token of a completion, else 0, uint8
+    <cache>/tokens/<key>/labels.bin         of labelled examples alone: 1 for one whose completion is wanted, uint8
     <cache>/tokens/<key>/meta.json          counts, dtype, sha256 of these files, fingerprint, tokenizer
     <cache>/tokens/<key>/unigram-*.json     unigram entropy of a training part, see `batches`
     <cache>/tokens/<key>.lock               held by the process that builds
@@ -36,10 +37,11 @@ from numpy.typing import NDArray
 from stabstudy import disk, store
 from stabstudy.config import EXAMPLES, DataConfig
 from stabstudy.data import sources, tokenizer
+from stabstudy.data.chats import Plain
 from stabstudy.data.examples import Example
 from stabstudy.data.files import Memory, Progress, Say
 from stabstudy.data.rows import RowCount
-from stabstudy.data.tokenizer import Tokenizer
+from stabstudy.data.tokenizer import Ids, Tokenizer
 from stabstudy.settings import DataError
 
 FORMAT = 1
@@ -57,6 +59,7 @@ class Corpus:
     fingerprint: str  # of the data: source and tokenizer
     folder: Path
     mask: NDArray[np.uint8] | None = None  # [n] 1: of a completion, its eos included; None: a text, all of it counts
+    labels: NDArray[np.uint8] | None = None  # [documents] 1: a wanted completion, 0: one to avoid; None: not known
 
     def document_of(self, position: int) -> int:
         """The number, from 0, of the document that the token at `position` belongs to."""
@@ -79,6 +82,7 @@ class Meta:
     tokens_sha256: str
     docs_sha256: str
     mask_sha256: str | None = None  # None, and not in the file: a text
+    labels_sha256: str | None = None  # None, and not in the file: without labels
 
 
 class _Damaged(Exception):
@@ -138,15 +142,17 @@ def _open(folder: Path, fingerprint: str) -> Corpus:
     doc_ends = _map(folder / "docs.bin", "<u8", meta.documents)
     parts = [(tokens, meta.tokens_sha256), (doc_ends, meta.docs_sha256)]
     mask = None if meta.mask_sha256 is None else _map(folder / "mask.bin", "u1", meta.tokens)
-    if mask is not None:
-        parts.append((mask, str(meta.mask_sha256)))
+    labels = None if meta.labels_sha256 is None else _map(folder / "labels.bin", "u1", meta.documents)
+    for array, sha256 in ((mask, meta.mask_sha256), (labels, meta.labels_sha256)):
+        if array is not None:
+            parts.append((array, str(sha256)))
     seen = folder, (folder / "meta.json").stat().st_mtime_ns
     if seen not in _verified:
         for array, sha256 in parts:
             if hashlib.sha256(array.data).hexdigest() != sha256:
                 raise _Damaged("wrong checksum")
         _verified.add(seen)
-    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder, mask)
+    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder, mask, labels)
 
 
 _verified: set[tuple[Path, int]] = set()
@@ -253,19 +259,24 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
     encoder, count = tokenizer.load(config.tokenizer), RowCount(config.bad_rows)
     dtype = "<u2" if encoder.vocab_size <= 1 << 16 else "<u4"
     with contextlib.ExitStack() as open_files:
-        names = ("tokens.bin", "docs.bin", *(["mask.bin"] if config.source in EXAMPLES else []))
-        tokens, docs, *masks = (_Sink(open_files.enter_context((folder / name).open("wb"))) for name in names)
+        names = ["tokens", "docs", *["mask"] * (config.source in EXAMPLES), *["labels"] * config.labelled]
+        sinks = {name: _Sink(open_files.enter_context((folder / f"{name}.bin").open("wb"))) for name in names}
+        tokens, docs, chosen = sinks["tokens"], sinks["docs"], 0
         characters, progress = 0, Progress(say, "million characters")
-        for batch in _batches(sources.examples(config, count)):
+        for batch in _batches(sources.examples(config, count, encoder.template or Plain())):
             framed = _framed(batch, encoder)
-            for mask in masks:
-                mask.write(np.concatenate([_mask(len(ids), first) for ids, first in framed]))
+            if "mask" in sinks:
+                sinks["mask"].write(np.concatenate([_mask(len(ids), first) for ids, first in framed]))
+            if "labels" in sinks:
+                sinks["labels"].write(np.array([example.label for example in batch], np.uint8))
+                chosen += sum(example.label is True for example in batch)
             docs.write((tokens.items + np.cumsum([len(ids) for ids, _ in framed])).astype("<u8"))
             tokens.write(_checked(np.concatenate([ids for ids, _ in framed]), encoder, tokens.items).astype(dtype))
             characters += sum(len(example.prompt) + len(example.completion) for example in batch)
             progress.update(f"tokenized {docs.items:,} documents", characters / 1e6)
         if not tokens.items:
             raise DataError("data.tokenizer", "gives no token for this text", repr(config.tokenizer))
+        sums = {f"{name}_sha256": sink.finish() for name, sink in sinks.items()}
         meta = Meta(
             format=FORMAT,
             fingerprint=fingerprint,
@@ -276,15 +287,14 @@ def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> N
             documents=docs.items,
             rows=count.rows,
             rows_skipped=count.skipped,
-            tokens_sha256=tokens.finish(),
-            docs_sha256=docs.finish(),
-            mask_sha256=masks[0].finish() if masks else None,
+            **sums,
         )
-    body = {name: value for name, value in asdict(meta).items() if name != "mask_sha256" or value is not None}
+    body = {name: value for name, value in asdict(meta).items() if value is not None}
     store.write_json(folder / "meta.json", body)
     if count.skipped:
         say(f"data: {count.skipped} of {count.rows} rows were unreadable and are left out; the first: {count.first}")
-    say(f"data: {meta.tokens:,} tokens in {meta.documents:,} documents")
+    kinds = f", {chosen:,} chosen and {meta.documents - chosen:,} rejected" if config.labelled else ""
+    say(f"data: {meta.tokens:,} tokens in {meta.documents:,} documents{kinds}")
 
 
 class _Sink:
@@ -322,16 +332,32 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 def _framed(batch: list[Example], encoder: Tokenizer) -> list[tuple[NDArray[np.int64], int]]:
     """Each example's ids between bos and eos, of those that the tokenizer has, and the place of its completion there.
 
-    Prompt and completion are tokenized apart, so that no token belongs to both.
+    Prompt and completion are tokenized apart, so that no token belongs to both. What a tokenizer's own template wrote
+    gets a bos where it begins with none, and an eos where its completion has none.
     """
     bos, eos = (np.array([] if mark is None else [mark], np.int64) for mark in (encoder.bos, encoder.eos))
     has_prompts = any(example.prompt for example in batch)
-    prompts = encoder.encode([example.prompt for example in batch]) if has_prompts else [bos[:0]] * len(batch)
-    completions = encoder.encode([example.completion for example in batch])
+    prompts = _encoded([e.prompt for e in batch], batch, encoder) if has_prompts else [bos[:0]] * len(batch)
+    completions = _encoded([example.completion for example in batch], batch, encoder)
     framed = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        framed.append((np.concatenate([bos, prompt, completion, eos]), len(bos) + len(prompt)))
+    for example, prompt, completion in zip(batch, prompts, completions, strict=True):
+        before = bos[:0] if example.is_own and np.array_equal(prompt[:1], bos) else bos
+        after = eos[:0] if example.is_own and np.isin(eos, completion).all() else eos
+        framed.append((np.concatenate([before, prompt, completion, after]), len(before) + len(prompt)))
     return framed
+
+
+def _encoded(texts: list[str], batch: list[Example], encoder: Tokenizer) -> list[Ids]:
+    """The ids of a text of each example."""
+    if encoder.encode_chats is None or not any(example.is_own for example in batch):
+        return encoder.encode(texts)
+    ids: list[Ids] = [np.array([], np.int64)] * len(batch)
+    for is_own, encode in ((True, encoder.encode_chats), (False, encoder.encode)):
+        places = [i for i, example in enumerate(batch) if example.is_own == is_own]
+        encoded = encode([texts[i] for i in places]) if places else []
+        for place, one in zip(places, encoded, strict=True):
+            ids[place] = one
+    return ids
 
 
 def _mask(size: int, first: int) -> NDArray[np.uint8]:

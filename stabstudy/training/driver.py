@@ -126,7 +126,7 @@ class ResidentFeed:
         dtype: Any = np.int16 if max(b.corpus.vocab_size for b in batches) <= most else np.int32
         tokens = [torch.from_numpy(np.asarray(numbers).astype(dtype)) for numbers in flat]
         self._tokens = torch.cat(tokens).to(device)
-        self._span = torch.arange(batches[0].seq_len + 1, device=device)
+        self._span = torch.arange(batches[0].layout.width, device=device)
         self._held: Tensor | None = None  # [ticks, K, B]: position of each sequence's first token
 
     def windows(self, tick: int) -> tuple[Tensor, bool]:
@@ -164,7 +164,7 @@ def _text(batches: Batches) -> tuple[str, str]:
 def _numbers(batches: Batches) -> int:
     """Of the batches' layout, without laying it out."""
     padded = batches.layout.name == "padded"
-    return batches.layout.count * (batches.seq_len + 1) if padded else len(batches.corpus.tokens)
+    return batches.layout.count * batches.layout.width if padded else len(batches.corpus.tokens)
 
 
 def feed(batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device) -> Feed:
