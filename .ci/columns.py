@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from stabstudy import config as cfg
 from stabstudy.analysis.table_columns import OWN, OWN_OF_SPIKES, spike_kinds, trial_kinds
 from stabstudy.stability.columns import COLUMNS, SPIKES
-from stabstudy.trace import PROBES, TRACE, Schema
+from stabstudy.trace import KTO, PROBES, TRACE, Schema
 
 PAGE = Path(__file__).resolve().parent.parent / "results" / "README.md"
 TYPES = {"int": "whole number", "float": "number", "text": "text", "floats": "list of numbers", "bool": "true/false"}
@@ -24,6 +25,7 @@ def page(text: str) -> str:
     """The page with every marked part written anew. Raises KeyError for a mark that has no part."""
     parts = {
         "trace": _record(TRACE),
+        "kto": _record(replace(TRACE, columns=KTO)),
         "probes": _record(PROBES),
         "own": _table(("column", "type", "meaning"), ((f"`{n}`", TYPES[c.kind], c.meaning) for n, c in OWN.items())),
         "settings": "\n".join(_settings()),

@@ -92,8 +92,12 @@ class OptimConfig:
 class ObjectiveConfig:
     """What is minimised. `conf/objective/*.yaml` are presets of it."""
 
-    # lm: the next token of text; sft: the same of completions alone, their prompts are read and never a target
-    kind: str = setting("lm", choices=("lm", "sft"))
+    # lm: the next token of text; sft: the same of completions alone, their prompts are read and never a target; kto:
+    # wanted completions become likelier than at the start, others less likely (arXiv 2402.01306)
+    kind: str = setting("lm", choices=("lm", "sft", "kto"))
+    beta: float = setting(0.1, gt=0, le=1000, only="kind=kto")  # a reward is beta times a log-probability ratio
+    desirable: float = setting(1.0, gt=0, le=1000, only="kind=kto")  # weights of both classes, 1:1 to 4:3 in sum
+    undesirable: float = setting(1.0, gt=0, le=1000, only="kind=kto")
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,11 @@ class DataConfig:
     def labelled(self) -> bool:
         """Whether every example has a label: its completion is a wanted one, or one to avoid."""
         return self.labels or self.source in LABELLED
+
+    @property
+    def objective(self) -> str:
+        """The one objective that reads such data."""
+        return "kto" if self.labelled else "sft" if self.source in EXAMPLES else "lm"
 
 
 @dataclass(frozen=True)
@@ -289,22 +298,38 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
     if t.skip_spikes and t.steps <= SPIKE_SKIP_FROM:
         rule = f"skips nothing in the first {SPIKE_SKIP_FROM} steps: train.steps must be larger"
         yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
-    if (config.objective.kind == "sft") != (d.source in EXAMPLES):
+    if config.objective.kind != d.objective:
         yield _mismatch(config)
+    elif config.objective.kind == "kto":
+        yield from _broken_kto(config)
     if d.source not in ("pysrc", "synthetic", "arithmetic", "arithmetic_graded") and not d.path:
         yield Problem("data.path", f"source {d.source} needs a path", "null")
     if d.files is not None and (not d.files or d.files.startswith(("/", "~")) or ".." in d.files.split("/")):
         yield Problem("data.files", "must be a glob below data.path, such as *.md or **/*.rst", repr(d.files))
 
 
+_READ = {"lm": "text", "sft": "prompts with completions", "kto": "prompts with completions and labels"}
+_GIVE = {"sft": "data=sft (your rows at data.path), data=arithmetic", "kto": "data=kto, data=arithmetic_graded"}
+
+
 def _mismatch(config: TrialConfig) -> Problem:
     """An objective that does not read what the source gives."""
     kind, source = config.objective.kind, config.data.source
-    if source in EXAMPLES:
-        rule = f"source {source} gives prompts with completions, which objective=sft reads"
+    if kind == "lm" or config.data.labelled:
+        rule = f"source {source} gives {_READ[config.data.objective]}, which objective={config.data.objective} reads"
     else:
-        rule = f"objective {kind} reads prompts with completions: data=sft (your rows at data.path), data=arithmetic"
+        rule = f"objective {kind} reads {_READ[kind]}: {_GIVE[kind]}"
     return Problem("objective.kind, data.source", rule, f"{kind} and {source}")
+
+
+def _broken_kto(config: TrialConfig) -> Iterator[Problem]:
+    """What `kto` cannot do, or does not look at."""
+    if config.data.layout != "padded":
+        yield Problem("data.layout", "objective kto compares whole sequences: must be padded", config.data.layout)
+    if (size := config.train.micro_batch) < 2:
+        yield Problem("train.micro_batch_size", "objective kto pairs sequences in it: must be at least 2", str(size))
+    if config.train.z_loss:
+        yield Problem("train.z_loss", "has no effect with objective kto: must be 0")
 
 
 def from_dict(values: Mapping[str, Any]) -> TrialConfig:
@@ -338,7 +363,8 @@ CURRENT_NAMES = {former: name for name, former in FORMER_NAMES.items()}
 
 _DEFAULTS = flat(TrialConfig())
 # came after judgements were first kept; the values at which they change none of them
-ADDED = {"data.files": None, "objective.kind": "lm", "data.layout": "packed", "data.labels": False}
+ADDED: dict[str, Any] = {"data.files": None, "objective.kind": "lm", "data.layout": "packed", "data.labels": False}
+ADDED |= {"objective.beta": 0.1, "objective.desirable": 1.0, "objective.undesirable": 1.0}
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:

@@ -22,6 +22,7 @@ OWN = frozenset(
         *(f"data.{name}" for name in ("hub_config", "hub_split", "hub_revision")),
         *(f"data.{name}" for name in ("max_bytes", "bad_rows", "validation_share")),
         *(name for name in cfg.setting_names() if name.startswith("data.synthetic.")),
+        *(f"objective.{name}" for name in ("beta", "desirable", "undesirable")),
         *(f"train.{name}" for name in ("skip_nonfinite", "eval_every", "final_eval_tokens")),
         *(f"train.{name}" for name in ("probe_every", "checkpoint_every")),
         "seed",

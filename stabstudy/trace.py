@@ -71,6 +71,38 @@ TRACE = Schema(
     contiguous=True,
 )
 
+_CLASSES = {"chosen": "wanted", "rejected": "unwanted"}
+_OF_CLASS: tuple[tuple[str, Kind, str, str], ...] = (
+    ("reward", "float", "1", "beta times the log-probability ratio to the reference, mean over {} completions"),
+    ("logp", "float", "nat", "log-probability of a completion, sum over its tokens, mean over {} completions"),
+    ("logz_mean", "float", "nat", "mean logsumexp of the output logits on tokens of {} completions"),
+    ("logit_sd", "float", "nat", "mean sd of the output logits over the vocabulary on tokens of {} completions"),
+    ("logit_absmax", "float", "nat", "largest absolute output logit on tokens of {} completions"),
+    ("sequences", "int", "", "{} completions with a token"),
+    ("targets", "int", "token", "tokens of {} completions"),
+)
+KTO = (
+    Column("kl", "float", "nat", "KTO's z0: max(0, kl_raw) of a micro-batch, mean over sequences", True),
+    Column("kl_raw", "float", "nat", "mean log-probability ratio to the reference of mismatched completions", True),
+    Column("margin", "float", "1", "reward_chosen - reward_rejected", True),
+    *(
+        Column(f"{name}_{c}", kind, unit, meaning.format(which), kind == "float")
+        for name, kind, unit, meaning in _OF_CLASS
+        for c, which in _CLASSES.items()
+    ),
+    Column("clipped", "float", "fraction", "sequences that were cut at the context", True),
+    Column("empty", "float", "fraction", "sequences without a token of a completion, which count for nothing", True),
+)
+"""Columns of a trial with objective `kto`, behind the usual ones. A mean over no sequence or token is null."""
+
+TRACE_KTO = replace(TRACE, columns=(*TRACE.columns, *KTO))
+
+
+def of_objective(kind: str) -> Schema:
+    """The trace of a trial with this objective. Whoever reads it as TRACE gets the usual columns."""
+    return TRACE_KTO if kind == "kto" else TRACE
+
+
 LOG = replace(TRACE, columns=tuple(replace(c, nullable=c.name != "step") for c in TRACE.columns))
 """The trace of a run trained elsewhere: what its log lacks is null. Row i is a logged step, not step i."""
 

@@ -79,9 +79,11 @@ def test_a_preset_composes_to_a_trial(path: Path):
     if group == "data" and name in NEEDS_PATH:
         values["data"]["path"] = "somewhere"
     if group == "objective" and name != "lm":
-        values["data"]["source"] = "arithmetic"
+        graded = {"source": "arithmetic_graded", "layout": "padded"}
+        values["data"] |= graded if name == "kto" else {"source": "arithmetic"}
     if values["data"]["source"] in cfg.EXAMPLES:
-        values["objective"]["kind"] = "sft"
+        labelled = values["data"].get("labels") or values["data"]["source"] in cfg.LABELLED
+        values["objective"]["kind"] = "kto" if labelled else "sft"
     if group == "optim":
         values["train"]["steps"] = 100_000  # the published warmups are longer than the default run
     config = cfg.from_dict(values)

@@ -48,6 +48,9 @@ LATER = {
     "optim.clip_kind": "norm",
     "train.skip_spikes": False,
     "train.final_eval_tokens": 16_384,
+    "objective.beta": 0.1,
+    "objective.desirable": 1.0,
+    "objective.undesirable": 1.0,
 }
 """Settings that came after the first ids were given, with their defaults: what was trained before them."""
 

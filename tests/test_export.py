@@ -64,10 +64,15 @@ class Case:
 
 MUON, WSD, WEAK = {"optim.kind": "muon"}, {"optim.schedule": "wsd"}, {"optim.weight_decay": 0.01}
 GEMMA = {"model.qk_norm": True, "model.norm_placement": "sandwich", "model.ffn": "geglu", "model.tied": True}
+GRADED = {"data.source": "arithmetic_graded", "data.layout": "padded"}
+KTO = GRADED | {"objective.kind": "kto"}
 CASES = {
-    "objective.kind": [Case("sft", beside={"data.source": "arithmetic"})],
+    "objective.kind": [Case("sft", beside={"data.source": "arithmetic"}), Case("kto", beside=GRADED)],
+    "objective.beta": [Case(0.5, beside=KTO)],
+    "objective.desirable": [Case(1.3, beside=KTO)],
+    "objective.undesirable": [Case(1.3, beside=KTO)],
     "data.layout": [Case("padded", beside={"objective.kind": "sft", "data.source": "arithmetic"})],
-    "data.labels": [Case(True, beside={"objective.kind": "sft", "data.source": "examples", "data.path": "rows.json"})],
+    "data.labels": [Case(True, beside=KTO | {"data.source": "examples", "data.path": "rows.json"})],
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
     "model.depth": [Case(6, {"model.n_layers": 6})],
     "model.dim": [Case(128, {"model.dim": 128})],

@@ -36,7 +36,7 @@ from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
-from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows
+from stabstudy.trace import LOG, PROBES, DamagedRecord, Rows, of_objective
 
 DEPTH = "model.depth"
 
@@ -155,7 +155,8 @@ class Study:
 
         That of an ingested run has a row per logged step, and the steps are those of its source.
         """
-        rows = self._record(trial_id, LOG if self.ingested else TRACE)
+        kind = self.row(trial_id)["objective.kind"]
+        rows = self._record(trial_id, LOG if self.ingested else of_objective(kind))
         if rows is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         log = self.log(trial_id)

@@ -44,7 +44,7 @@ from stabstudy.stability.summary import (
 )
 from stabstudy.state import State
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder, sweep_abandoned
-from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows
+from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows, of_objective
 
 MOST = 16
 """Workers: each holds a Python of its own (about 150 MB), and disks do not get faster by more of them."""
@@ -252,10 +252,11 @@ def _judged(rules: Rules, trials: Sequence[_Trial]) -> list[_Answer]:
 
 def _judge(t: _Trial, rules: Rules) -> tuple[Row, list[Row]]:
     """The trial's row and spikes, from its records."""
-    record, probes = read_record(t.folder, TRACE if t.log is None else LOG), read_record(t.folder, PROBES)
+    schema = LOG if t.config is None else of_objective(t.config.objective.kind)
+    record, probes = read_record(t.folder, schema), read_record(t.folder, PROBES)
     if t.state.status == "done" and record is None:
         raise DamagedRecord(f"{t.folder.finished(TRACE)}: missing, though the trial is done")
-    rows = no_rows(TRACE) if record is None else record
+    rows = no_rows(schema) if record is None else record
     if t.config is not None:
         summary = judge_trial(rows, probes, Source(t.config, t.state), rules)
     else:

@@ -53,9 +53,11 @@ RULES = {
     "R1+R2": "long and recurring spikes",
     "nonfinite": "a value not finite",
     "above_init": "loss above that of the untrained model",
+    "above_start": "loss above that at the start",
     "persistent": "loss rose and stayed",
     "above_unigram": "loss back above the entropy of single tokens",
     "no_recovery": "loss ended far above its best",
+    "margin_negative": "rejected completions ended with the higher reward",
 }
 """`verdict_rule` -> what it means, short; `rough` is its own word."""
 

@@ -25,6 +25,7 @@ TREND = 9  # steps of the centred mean that the spread of log grad_norm is taken
 _NEVER, _NONE_SETTLED, _FEW = "never", "no settled step", f"under {FEWEST} settled steps"
 _NO_CLIP, _NO_STEP, _NO_SPIKE = "clipping off", "no evaluable step", "no spike"
 _NO_PROBE, _NOT_DONE, _NOT_JUDGED = "not probed", "not done", "not judged"
+_NOT_KTO = "another objective than kto, or not measured"
 _NEVER_CROSSED, _NOT_KNOWN = "never crossed, or not measured", "not known (ingested logs, older studies)"
 
 
@@ -206,6 +207,20 @@ COLUMNS: dict[str, Definition] = {
         "steps with a loss or norm that is not finite, those skipped by the fp16 scaler left out", "step", _NEVER, "NaN"
     ),
     "amp_skips": _int("steps skipped by the fp16 scaler", "step", _NEVER, "fp16 skips"),
+    "margin_final": Definition(
+        "kto: mean margin (reward of the chosen less that of the rejected) of the last fifth", "1", _NOT_KTO, "margin"
+    ),
+    "margin_high": Definition(
+        "one-sided upper 95 % bound of margin_final, from the means of 10 batches of steps",
+        "1",
+        f"{_NOT_KTO}, or under 20 margins",
+        "margin, at most",
+    ),
+    "kl_final": Definition("kto: mean KL (clamped at 0) of the last fifth", "nat", _NOT_KTO, "KL"),
+    "reward_chosen_final": Definition("kto: mean reward of the chosen, last fifth", "1", _NOT_KTO, "reward, chosen"),
+    "one_class_steps": _int(
+        "kto: steps whose sequences were all chosen or all rejected", "step", _NOT_KTO, "of one class"
+    ),
     "verdict": _text("stable, spiky, rough or diverged", "see verdict_reason", "verdict"),
     "verdict_rule": _text("the divergence code, rough, or those of R1, R2 that hold", "stable, or not judged", "rule"),
     "verdict_reason": _text(
@@ -216,7 +231,9 @@ COLUMNS: dict[str, Definition] = {
     ),
     "verdict_partial": _bool("judged as far as its log goes", _NOT_JUDGED, "partial"),
     "verdict_code": _text(
-        "nonfinite, above_init, persistent, above_unigram, no_recovery, or ok", f"{_NOT_JUDGED}, or strided", "code"
+        "nonfinite, above_init, above_start, persistent, above_unigram, no_recovery, margin_negative, or ok",
+        f"{_NOT_JUDGED}, or strided",
+        "code",
     ),
     "verdict_step": _int("step at which the divergence code fired", "step", "not diverged", "at step"),
     "init_loss": Definition("of the initial weights, final evaluation set", "nat/token", _NOT_DONE, "loss at start"),
@@ -259,6 +276,9 @@ COLUMNS: dict[str, Definition] = {
         "likewise of the loss's mean gradient there", "1/layer", "one layer, or not measured", "gradient growth"
     ),
 }
+
+OF_KTO = ("margin_final", "margin_high", "kl_final", "reward_chosen_final", "one_class_steps")
+"""Columns that came with objective `kto`: null in every older judgement."""
 
 SPIKES: dict[str, Definition] = {
     "series": _text("`grad`: grad_norm before clipping, by its logarithm; `loss`: the training loss", _NEVER, "series"),

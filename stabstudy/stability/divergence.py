@@ -1,4 +1,4 @@
-"""Tests of a running loss for divergence: its moving mean above the untrained model's loss, and a persistent rise.
+"""Tests for divergence: of a running loss, above the untrained model's and its persistent rise; of a margin's mean.
 
     mean := mean + 2 / (ema_steps + 1) * (loss - mean), from the first loss on
 
@@ -10,6 +10,9 @@ and `persistent_rise` above it. The reference is the mean of the last max(refere
 before the stretch; it is frozen while the stretch lasts, which is until a loss does not stand out. The stretch then
 becomes part of the next reference. So the reference of a loss depends only on those before it, whatever stretches there
 were, and all of a block are found at once.
+
+A margin is judged by the mean of non-overlapping batch means (Schmeiser 1982, doi 10.1287/opre.30.3.556): steps in a
+row are alike, so they are no independent evidence, while means over batches of them nearly are.
 
 Sums are of whole numbers in units of 2^-40 nat, in two int64: 2^40 * high + low. They are exact, so that a huge loss
 leaves no rounding error behind when it leaves the window, and any cut into blocks gives the same bits.
@@ -57,6 +60,11 @@ class MovingMean:
         self._keep_best(mean, _both(step >= self._rules.ema_steps, usable))
         above = _both(mean > self._highest[:, None], usable)
         return above & (step >= self._judged_from) if above.any() else above
+
+    @property
+    def highest(self) -> Floats:
+        """[K]: clearly above the loss of the untrained model begins here; NaN before the first loss."""
+        return self._highest
 
     def best(self, member: int) -> float | None:
         """Smallest mean from step `ema_steps` on, nat/token; None: there was none."""
@@ -111,6 +119,41 @@ class MovingMean:
 
 def _both(holds: Bools, usable: Bools | None) -> Bools:
     return holds if usable is None else holds & usable
+
+
+class AboveStart:
+    """Where losses have stood clearly above that at the start for `start_steps` in a row, for K trials."""
+
+    def __init__(self, rules: Rules, watched: Sequence[bool]):
+        self._steps, self._watched = rules.start_steps, np.array(watched, np.bool_)
+        self._count = np.zeros(len(watched), np.int64)  # in a row so far
+
+    def update(self, loss: Floats, highest: Floats, usable: Bools | None) -> Bools:
+        """Take the losses [K, n] that are usable (None: all); `highest` [K]: what is clearly above begins there."""
+        if not self._watched.any():
+            return np.zeros(loss.shape, np.bool_)
+        above = _both(loss > highest[:, None], usable)
+        total = np.cumsum(above, axis=1)
+        ended = _both(~above, usable)
+        row: Ints = total - np.maximum.accumulate(np.where(ended, total, -self._count[:, None]), axis=1)
+        self._count = row[:, -1].copy()
+        return np.asarray((row >= self._steps) & self._watched[:, None])
+
+
+def highest_mean(values: Floats, batches: int, probability: float) -> float | None:
+    """One-sided upper bound of the mean of a series whose values are alike in a row; None for too few of them.
+
+    By the means of `batches` stretches of equal length, at the end of the series: mean + t * sd / sqrt(batches), t the
+    quantile of Student's distribution. With `probability` the mean is above it.
+    """
+    from scipy.special import stdtrit  # here and not above: only a trial that has ended is judged
+
+    length = len(values) // batches
+    if length < 2:
+        return None
+    means = values[-length * batches :].reshape(batches, length).mean(axis=1)
+    t = float(stdtrit(batches - 1, 1 - probability))
+    return float(means.mean() + t * means.std(ddof=1) / math.sqrt(batches))
 
 
 BITS = 40  # behind the point

@@ -18,9 +18,11 @@ Row = Mapping[str, Any]
 DIVERGED = {
     "nonfinite": "a loss, gradient norm or weight was no longer finite",
     "above_init": "the moving mean of the loss rose above the loss of the untrained model",
+    "above_start": "the loss stood above that of the starting weights",
     "persistent": "the loss rose to twice its recent mean and stayed there",
     "above_unigram": "the loss had fallen below the entropy of single tokens and ended above it",
     "no_recovery": "at the end the loss was far above the best it had reached",
+    "margin_negative": "at the end the rejected completions had the higher reward",
 }
 """Each divergence code in words."""
 

@@ -60,6 +60,10 @@ class Published:
         return max(self.foundry_window_low, math.ceil(self.foundry_window_share * steps_planned))
 
 
+ADDED = {"start_steps": 20, "margin_share": 0.2, "margin_batches": 10, "margin_least": 0.01}
+"""Parameters that came after judgements were first kept, with the values at which they change none of these."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """Lengths are in optimizer steps, margins of the loss in nat per token. Raises ValueError for a value <= 0."""
@@ -104,6 +108,10 @@ class Rules:
     no_recovery_steps: int = 50  # shorter trials are not tested for it
     no_recovery_rise: float = 0.5
     no_recovery_share: float = 0.1  # of the loss gained so far
+    start_steps: int = 20  # kto: losses in a row that are above_init above that at the start
+    margin_share: float = 0.2  # kto: of the steps, at the end, whose mean margin is judged
+    margin_batches: int = 10  # of steps in a row, whose means tell how sure that is
+    margin_least: float = 0.01  # a mean margin nearer to 0 is none
     tail_low: int = 5  # steps at the end: max(low, share * steps)
     tail_share: float = 0.1
 
@@ -153,12 +161,13 @@ class Rules:
 
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces, each number in its field's type (6 and 6.0 give one text)."""
-        return json.dumps(self.parameters(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = {name: value for name, value in self.parameters().items() if ADDED.get(name) != value}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @staticmethod
     def from_json(text: str) -> Rules:
         """The rules that `to_json` wrote. Raises ValueError unless it names every parameter and no other."""
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = ADDED | json.loads(text)
         if odd := set(values) ^ set(Rules().parameters()):
             raise ValueError(f"rules of another version: {', '.join(sorted(odd))} missing or unknown")
         theirs = {name.removeprefix("published."): values.pop(name) for name in list(values) if "." in name}

@@ -12,12 +12,13 @@ from collections import Counter
 import numpy as np
 
 from stabstudy.stability import published
-from stabstudy.stability.columns import FEWEST, SETTLED, TREND, Value
+from stabstudy.stability.columns import FEWEST, OF_KTO, SETTLED, TREND, Value
 from stabstudy.stability.detectors import Bools, Flags, Floats, Marks, usual_level
+from stabstudy.stability.divergence import highest_mean
 from stabstudy.stability.published import Known
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import Spike
-from stabstudy.stability.verdict import lowest_rate
+from stabstudy.stability.verdict import last_margins, lowest_rate
 from stabstudy.trace import Rows
 
 
@@ -293,6 +294,21 @@ def counters(trace: Rows) -> dict[str, Value]:
     for name in ("loss", "grad_norm"):
         lost |= ~trace.is_null(name) & ~np.isfinite(trace[name])
     return {"nonfinite_steps": int((lost & ~amp).sum()), "amp_skips": int(np.sum(amp))}
+
+
+def preferences(trace: Rows, objective: str, rules: Rules) -> dict[str, Value]:
+    """What `kto` made of both classes, over the last steps (`rules.margin_share`) that were measured; else null."""
+    columns: dict[str, Value] = dict.fromkeys(OF_KTO)
+    if objective != "kto" or "margin" not in trace.schema.names:
+        return columns
+    margins, first = last_margins(trace, rules), len(trace) - math.ceil(rules.margin_share * len(trace))
+    columns["margin_final"] = float(margins.mean()) if len(margins) else None
+    columns["margin_high"] = highest_mean(margins, rules.margin_batches, rules.tail_probability)
+    for column, name in (("kl_final", "kl"), ("reward_chosen_final", "reward_chosen")):
+        values = trace[name][first:][np.isfinite(trace[name][first:])]
+        columns[column] = float(values.mean()) if len(values) else None
+    present = [trace[f"sequences_{c}"] > 0 for c in ("chosen", "rejected")]
+    return columns | {"one_class_steps": int((present[0] != present[1]).sum())}
 
 
 def losses(

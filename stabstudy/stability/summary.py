@@ -33,7 +33,7 @@ from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.config import TrialConfig
 from stabstudy.stability import statistics
-from stabstudy.stability.columns import COLUMNS, Definition, Value
+from stabstudy.stability.columns import COLUMNS, OF_KTO, Definition, Value
 from stabstudy.stability.detectors import Floats, jump, measured
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS, attribute, couple, find_spikes
@@ -95,6 +95,7 @@ class TrialFacts:
     stride: int = 1  # steps of the source from one row of the trace to the next; above 1: approximate
     first_step: int = 0  # step of the source that row 0 is
     moved: Mapping[int, int] = field(default_factory=dict)  # row -> step of the source, where that is not the grid's
+    objective: str = "lm"
     after_clipping: bool = False  # the norms are those after clipping: no measure of the gradient
 
     def __post_init__(self) -> None:
@@ -122,7 +123,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     """Every statistic of one trial, from its complete records.
 
     Args:
-        trace: Every step from the first, schema `trace.TRACE`; may be empty.
+        trace: Every step from the first, schema `trace.of_objective`; may be empty.
         probes: Schema `trace.PROBES`; None where nothing was probed.
         facts: The settings and the state of the trial.
         rules: What counts as a spike, and what makes a verdict.
@@ -140,10 +141,11 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         rules,
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
-    watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, steps.every_step)
+    watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, steps.every_step, facts.objective)
     diverged = divergence(trace, probes, watched, rules, facts.final_loss)
     verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     detector_id = rules.detector_id
+    unigram = None if facts.objective == "kto" else facts.unigram_entropy  # its loss is no cross-entropy
     columns: dict[str, Value] = {
         "steps_done": len(trace),
         "steps_planned": facts.steps_planned,
@@ -163,13 +165,14 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
         **statistics.noise(probes),
         **statistics.warnings(trace, probes, rules),
         **statistics.counters(trace),
+        **statistics.preferences(trace, facts.objective, rules),
         "verdict": verdict.verdict,
         "verdict_rule": verdict.rule,
         "verdict_reason": _reason(verdict, loss, facts.after_clipping),
         "verdict_partial": verdict.partial,
         "verdict_code": verdict.code,
         "verdict_step": verdict.step,
-        **statistics.losses(facts.status, facts.init_loss, facts.final_loss, diverged.best_loss, facts.unigram_entropy),
+        **statistics.losses(facts.status, facts.init_loss, facts.final_loss, diverged.best_loss, unigram),
         **statistics.scale(_tokens(trace), facts.train_tokens, facts.parameters, facts.timescale, facts.steps_planned),
         "growth_act": facts.growth_act,
         "growth_grad": facts.growth_grad,
@@ -249,6 +252,7 @@ class Source:
             unigram_entropy=state.unigram_entropy,
             train_tokens=state.train_tokens,
             growth_act=state.growth_act,
+            objective=c.objective.kind,
             growth_grad=state.growth_grad,
         )
 
@@ -310,7 +314,7 @@ def read_summary(folder: TrialFolder, source: Source, rules: Rules) -> Summary |
 
 def _summary(body: Mapping[str, Any]) -> Summary:
     """Of a body of this format. Raises KeyError, TypeError or ValueError for one that was changed by hand."""
-    columns, spikes = body["columns"], body["spikes"]
+    columns, spikes = dict.fromkeys(OF_KTO) | body["columns"], body["spikes"]
     if set(columns) != set(COLUMNS) or any(set(s) != {*SPIKE_COLUMNS, "detector_id"} for s in spikes):
         raise ValueError("columns of another version")
     kinds = {name: definition.kind for name, definition in COLUMNS.items()}

@@ -12,6 +12,15 @@ end); the first that fires is kept:
     no_recovery    the loss of the last steps is far above the best moving mean
     ok             none of these
 
+Of objective `kto`, whose loss is no cross-entropy, `above_init` and `above_unigram` are not tested, and these are:
+
+    above_start      loss > max(init_loss, loss_0) + .1 for 20 steps in a row, skipped and unmeasured ones left out
+    margin_negative  at the end, last of all: over the last fifth of the steps the mean margin (reward of the chosen
+                     less that of the rejected) is at most -.01 and its one-sided upper 95 % bound is below 0: the model
+                     has come to prefer what it was to avoid. Steps in a row are alike, so the bound is that of the
+                     means of 10 batches of steps (t with 9 degrees of freedom), and under 20 margins prove nothing.
+                     The .01 is ours: weights that hardly move have tiny margins, 1 in 20 of them surely below 0
+
 A null loss or norm was not measured and proves nothing. The losses of skipped steps enter no mean, but for those that
 `train.skip_spikes` skipped: they are finite, and the model's. One step of one running trial, packs of trials and whole
 recorded series go the same way, and any cut into blocks gives the same bits.
@@ -31,8 +40,8 @@ and null, with a reason, where it cannot be judged: `no_gradient_norm` (none abo
 `norm_after_clipping` where there are those after clipping alone, `all_zero` where the loss too is 0 throughout),
 `too_short` (under 50 evaluable steps), a state that is not done; and in place of `stable` alone: `strided` (a log that
 leaves steps out can show that a trial diverged, is rough or spiky by R2, but not how long anything lasted, so
-`persistent` and R1 are not tested) and `untrained` (the moving mean of the loss never came below H1: nothing was
-learned that could have become unstable).
+`persistent`, `above_start` and R1 are not tested) and `untrained` (the moving mean of the loss never came below H1:
+nothing was learned that could have become unstable; never of `kto`).
 """
 
 from __future__ import annotations
@@ -55,12 +64,12 @@ from stabstudy.stability.detectors import (
     proven,
     stretches,
 )
-from stabstudy.stability.divergence import MovingMean, PersistentRise, Recent
+from stabstudy.stability.divergence import AboveStart, MovingMean, PersistentRise, Recent, highest_mean
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import Spike
 from stabstudy.trace import Rows
 
-LIVE_CODES = ("nonfinite", "above_init", "persistent")
+LIVE_CODES = ("nonfinite", "above_init", "above_start", "persistent")
 """Those that a step can show, in the order of their tests."""
 
 
@@ -73,6 +82,7 @@ class MonitorFacts:
     init_loss: float | None  # nat/token, of the initial weights
     unigram_entropy: float | None = None  # H1 of the training tokens, nat/token; None: not known
     every_step: bool = True  # False: a log that leaves steps out, so nothing is `persistent`
+    objective: str = "lm"
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class DivergenceMonitor:
         self._updated = np.zeros(trials, np.bool_)
         warmup = [f.warmup_steps for f in self.facts]
         self._mean = MovingMean(rules, warmup, [f.init_loss for f in self.facts])
+        self._of_tokens = np.array([f.objective != "kto" for f in self.facts])[:, None]  # the loss is a cross-entropy
+        self._start = AboveStart(rules, [f.objective == "kto" and f.every_step for f in self.facts])
         self._rise = PersistentRise(rules, planned, [f.every_step for f in self.facts])
         self._tail_steps = [_tail_steps(steps, rules) for steps in planned]
         self._tail = Recent(1, trials, max(self._tail_steps), np.float64)
@@ -120,12 +132,13 @@ class DivergenceMonitor:
             usable = finite & proven(block.skip) if skipped else finite
             usable = usable if live is None else usable & live
             whole = bool(usable.all())
-            above = self._mean.update(block.loss, None if whole else usable, self.steps)
+            above = self._mean.update(block.loss, None if whole else usable, self.steps) & self._of_tokens
+            start = self._start.update(block.loss, self._mean.highest, None if whole else usable)
             rise = self._rise.update(block.loss, lengths) if whole else self._find_rise(block.loss, usable)
         self._tail.append((block.loss if whole else np.where(usable, block.loss, np.nan))[None], lengths)
-        calm = not (lost.any() or above.any() or (rise < n).any())
+        calm = not (lost.any() or above.any() or start.any() or (rise < n).any())
         never = np.full(len(rise), -1)
-        fired = never if calm else self._keep_first(np.stack([_first(lost), _first(above), rise]), n)
+        fired = never if calm else self._keep_first(np.stack([_first(lost), _first(above), _first(start), rise]), n)
         self.steps = self.steps + lengths
         return fired
 
@@ -151,7 +164,7 @@ class DivergenceMonitor:
         """What is known of one trial."""
         facts, best = self.facts[member], self._mean.best(member)
         unigram = facts.unigram_entropy
-        untrained = unigram is not None and (best is None or best >= unigram)
+        untrained = facts.objective != "kto" and unigram is not None and (best is None or best >= unigram)
         steps = int(self.steps[member])
         return Divergence(self.code[member], self.step[member], steps, best, untrained, facts.every_step)
 
@@ -218,7 +231,7 @@ class DivergenceMonitor:
 
     def _has_lost_what_it_learned(self, member: int, final_loss: float | None) -> bool:
         unigram, best = self.facts[member].unigram_entropy, self._mean.best(member)
-        if unigram is None or best is None or final_loss is None:
+        if unigram is None or best is None or final_loss is None or self.facts[member].objective == "kto":
             return False
         return best < unigram - self._rules.unigram_learned and final_loss > unigram + self._rules.unigram_lost
 
@@ -252,8 +265,21 @@ def divergence(
         rows = np.maximum(0, probes["step"][lost] - 1)
         for row in rows[rows < len(trace)].tolist():
             monitor.weights_not_finite(0, row)
-    monitor.finish(0, final_loss)
+    if monitor.finish(0, final_loss) == "ok" and facts.objective == "kto" and _margin_is_negative(trace, rules):
+        monitor.code[0], monitor.step[0] = "margin_negative", len(trace) - 1
     return monitor.of(0)
+
+
+def last_margins(trace: Rows, rules: Rules) -> Floats:
+    """Of the last steps of a trial with objective `kto`, those that were measured and are finite."""
+    margins: Floats = trace["margin"][len(trace) - math.ceil(rules.margin_share * len(trace)) :]
+    return margins[np.isfinite(margins)]
+
+
+def _margin_is_negative(trace: Rows, rules: Rules) -> bool:
+    margins = last_margins(trace, rules)
+    highest = highest_mean(margins, rules.margin_batches, rules.tail_probability)
+    return highest is not None and highest < 0 and float(margins.mean()) <= -rules.margin_least
 
 
 def _first(holds: Bools) -> Ints:

@@ -31,16 +31,19 @@ Shapes: B sequences of a micro-batch, T positions, N = B T, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stabstudy.config import TrialConfig
+from stabstudy.data.layouts import FLAGS
 from stabstudy.training.families import Model
 from stabstudy.training.model import soft_cap
-from stabstudy.training.objective import IGNORE, MINIMISED
+from stabstudy.training.objective import IGNORE, MINIMISED, inputs_of, targets_of
+from stabstudy.training.stack import frozen
 
 CHOSEN, REJECTED = 1, 0
 """Labels. Any other is no sequence: a row that fills up a batch."""
@@ -76,6 +79,14 @@ SCALARS = (*COUNTED_BY, *COUNTS, *LARGEST)
 """What `sums` returns beside MINIMISED."""
 
 
+MEASURED_BY = {
+    **{name: (count,) for name, count in COUNTED_BY.items()},
+    **{f"logit_absmax_{c}": (f"targets_{c}",) for c in CLASSES},
+    "margin": tuple(f"sequences_{c}" for c in CLASSES),
+}
+"""What a step records -> the counts of which none may be 0, or it was not measured."""
+
+
 class Weighting(NamedTuple):
     """beta, and the weights of the two classes; a tensor where the members of a pack differ."""
 
@@ -104,6 +115,45 @@ class Kl(NamedTuple):
     z0: Tensor
     raw: Tensor
     pairs: Tensor
+
+
+class Kto:
+    """The objective of a pack's members, which share one frozen reference: their initial weights."""
+
+    scalars: tuple[str, ...] = SCALARS
+    largest: tuple[str, ...] = LARGEST
+    divided: tuple[str, ...] = ()
+    columns: tuple[str, ...] = (*COUNTED_BY, "margin", *LARGEST, *COUNTS, "logz_mean", "logit_absmax")
+    flags = FLAGS
+
+    def __init__(self, configs: Sequence[TrialConfig], initial: Model, device: torch.device):
+        """`initial`: the weights that every member begins with, whatever checkpoint it then goes on from."""
+        self.cap = configs[0].model.logit_softcap
+        self.reference = frozen(initial, configs[0].train.precision, device)
+        weightings = [(c.objective.beta, c.objective.desirable, c.objective.undesirable) for c in configs]
+        self.settings: tuple[Tensor, ...] = tuple(torch.tensor(weightings, device=device).T.contiguous())
+
+    def divisor(self, windows_KBT: Tensor) -> Tensor:
+        """Sequences with a completion token."""
+        return ((windows_KBT[..., 1:-FLAGS] >= 0).any(2) & (windows_KBT[..., -1] >= 0)).sum(1)
+
+    def inputs(self, windows_KBT: Tensor) -> tuple[Tensor, ...]:
+        """The fields of `Rows`; a row's flag is its label + 2 where it was cut."""
+        tokens_KBT, flag_KB = windows_KBT[..., :-FLAGS], windows_KBT[..., -1]
+        label_KB = torch.where(flag_KB >= 0, flag_KB % 2, IGNORE)
+        return inputs_of(tokens_KBT), targets_of(tokens_KBT), label_KB, flag_KB >= 2
+
+    def __call__(self, model: Model, *inputs: Tensor, masked: bool = False) -> dict[str, Tensor]:
+        inputs_BT, targets_BT, labels_B, clipped_B, *weighting = inputs
+        rows = Rows(inputs_BT, targets_BT, labels_B, clipped_B)
+        return terms(model, self.reference, rows, Weighting(*weighting), self.cap)
+
+    def record(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`means`, and both classes together in the columns that every objective has."""
+        logz, targets = (totals[f"{name}_chosen"] + totals[f"{name}_rejected"] for name in ("logz_mean", "targets"))
+        absmax = torch.stack([totals[name] for name in LARGEST]).amax(0)
+        together = {"logz_mean": _mean(logz, targets), "logit_absmax": torch.where(targets > 0, absmax, torch.nan)}
+        return means(totals) | together
 
 
 def terms(

@@ -1,13 +1,14 @@
 """Training objectives: what a micro-batch contributes to the loss and to the record.
 
-An objective is a function of a model and one member's batch. It returns named scalars, each a sum over the valid
-targets (or the largest over them, see `largest`); whoever adds up the micro-batches of a step divides the sums by the
-valid targets of the whole step. `minimised` is the sum whose gradient trains; the others are recorded.
+An objective is a function of a model and one member's batch. It returns named scalars, each a sum over the micro-batch
+(or the largest over it, see `largest`); whoever adds up the micro-batches of a step divides them by what the whole step
+has of what is counted (`divisor`): valid targets, or sequences. `minimised` is the sum whose gradient trains; the
+others, once the step is over, become what is recorded (`record`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,20 +28,58 @@ class Objective(Protocol):
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """What a step records of it, beside MINIMISED; `loss` is one of them."""
+        """What a call returns, beside MINIMISED; `loss` is one of them."""
 
     @property
     def largest(self) -> tuple[str, ...]:
-        """Those of `scalars` that are a maximum over targets, and no sum."""
+        """Those of `scalars` that are a maximum, and no sum."""
+
+    @property
+    def divided(self) -> tuple[str, ...]:
+        """Those that are divided by the step's `divisor` as they come; `record` makes means of the others."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a step records of it; `loss` is one of them."""
+
+    @property
+    def flags(self) -> int:
+        """Numbers of a window behind its tokens, see `layouts.flag`."""
 
     @property
     def settings(self) -> tuple[Tensor, ...]:
         """Numbers that differ between the members, [K] each; a call gets one member's."""
 
-    def __call__(
-        self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
-    ) -> dict[str, Tensor]:
-        """MINIMISED and `scalars` of one micro-batch, 0-dim. `masked`: some targets are IGNORE."""
+    def divisor(self, windows_KBT: Tensor) -> Tensor:
+        """[K] int64: what these windows have of what a mean is taken over. Without any there is no update."""
+
+    def inputs(self, windows_KBT: Tensor) -> tuple[Tensor, ...]:
+        """What a call gets of a micro-batch, [K, B, ...] each."""
+
+    def __call__(self, model: Model, *inputs: Tensor, masked: bool = False) -> dict[str, Tensor]:
+        """MINIMISED and `scalars` of one micro-batch, 0-dim. `masked`: some targets are IGNORE.
+
+        `inputs`: those of `inputs`, then `settings`, of one member.
+        """
+
+    def record(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`columns` of a step, [K] each, of the totals of its micro-batches."""
+
+
+def inputs_of(windows: Tensor) -> Tensor:
+    """[..., T] the tokens that a model reads; 0 where there is none."""
+    numbers = windows[..., :-1]
+    return torch.maximum(numbers, IGNORE - 1 - numbers).clamp(min=0)
+
+
+def targets_of(windows: Tensor) -> Tensor:
+    """[..., T] the next tokens, IGNORE for those that count for nothing."""
+    return windows[..., 1:].clamp(min=IGNORE)
+
+
+def valid(windows_KBT: Tensor) -> Tensor:
+    """[K] targets that count."""
+    return (windows_KBT[..., 1:] >= 0).sum((1, 2))
 
 
 class NextToken:
@@ -51,6 +90,9 @@ class NextToken:
 
     scalars: tuple[str, ...] = ("loss", "logz_mean", "logit_absmax")
     largest: tuple[str, ...] = ("logit_absmax",)
+    divided: tuple[str, ...] = ("loss", "logz_mean")
+    columns = scalars
+    flags = 0
 
     def __init__(self, configs: Sequence[TrialConfig], device: torch.device):
         self.cap = configs[0].model.logit_softcap
@@ -58,20 +100,21 @@ class NextToken:
         # all members of a pack have a z-loss, or none has: 0 times what is not finite would be NaN
         self.settings: tuple[Tensor, ...] = (torch.tensor(weights, device=device),) if weights[0] else ()
 
-    def __call__(
-        self, model: Model, inputs_BT: Tensor, targets_BT: Tensor, *settings: Tensor, masked: bool = False
-    ) -> dict[str, Tensor]:
+    def divisor(self, windows_KBT: Tensor) -> Tensor:
+        """Valid targets."""
+        return valid(windows_KBT)
+
+    def inputs(self, windows_KBT: Tensor) -> tuple[Tensor, ...]:
+        """Tokens and their targets, [K, B, T] each."""
+        return inputs_of(windows_KBT), targets_of(windows_KBT)
+
+    def __call__(self, model: Model, *inputs: Tensor, masked: bool = False) -> dict[str, Tensor]:
+        inputs_BT, targets_BT, *settings = inputs
         return target_sums(model(inputs_BT), targets_BT, masked, self.cap, *settings)
 
-
-Maker = Callable[[Sequence[TrialConfig], torch.device], Objective]
-
-OBJECTIVES: dict[str, Maker] = {"lm": NextToken, "sft": NextToken}  # which targets count is the data's
-
-
-def objective(configs: Sequence[TrialConfig], device: torch.device) -> Objective:
-    """The objective of a pack's members."""
-    return OBJECTIVES[configs[0].objective.kind](configs, device)
+    def record(self, totals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The totals: they are means already."""
+        return dict(totals)
 
 
 def target_sums(

@@ -40,9 +40,9 @@ from stabstudy.training import families
 from stabstudy.training.clipping import global_norm, tensor_norms
 from stabstudy.training.families import Model
 from stabstudy.training.model import soft_cap
-from stabstudy.training.objective import IGNORE, MINIMISED, target_sums
+from stabstudy.training.objective import IGNORE, MINIMISED, inputs_of, target_sums, targets_of, valid
 from stabstudy.training.stack import Scalars
-from stabstudy.training.step import Stepper, inputs_of, targets_of, valid
+from stabstudy.training.step import Stepper
 
 PROBE_SEQUENCES = 4
 """Sequences of the evaluation batch that a probe looks at: explicit attention scores cost B*H*T^2 numbers a layer."""
@@ -59,10 +59,10 @@ def probe(stepper: Stepper, windows_KBT: Tensor, evaluate: bool = False) -> Tens
 
     Args:
         stepper: Just after a step, or before the first.
-        windows_KBT: The evaluation set, [K, n, T+1]; only the validation loss (`evaluate`) needs all of it.
+        windows_KBT: The evaluation set, as `Stepper.step` takes windows; only the validation loss needs all of it.
         evaluate: Whether to measure that.
     """
-    tokens = inputs_of(windows_KBT[:, :PROBE_SEQUENCES])
+    tokens = inputs_of(stepper.tokens(windows_KBT[:, :PROBE_SEQUENCES]))
     with torch.no_grad():
         layers = stepper.stack.run(lambda model, x: of_layers(model, x, stepper.configs[0].model.attn_softcap), tokens)
         sizes = stepper.optimizer.update_sizes(stepper.grads) if stepper.grads else None
@@ -123,13 +123,13 @@ GROWTH_SEQUENCES = 50
 def growth_exponents(stepper: Stepper, windows_KBT: Tensor) -> list[tuple[float | None, float | None]]:
     """(growth_act, growth_grad) of each member as it is; (None, None) with a single layer, NaN where not finite.
 
-    Draws no random number and leaves weights and their gradients alone.
+    Draws no random number and leaves weights and their gradients alone. The loss is cross-entropy, for `kto` too.
     """
     model = stepper.configs[0].model
     if model.depth < 2:
         return [(None, None)] * stepper.K
     sums = torch.zeros(4, stepper.K, model.dim, dtype=torch.float64, device=stepper.device)  # v_1, v_L, u_1, u_L
-    for part in torch.split(windows_KBT[:, :GROWTH_SEQUENCES], stepper.micro_batch, dim=1):
+    for part in torch.split(stepper.tokens(windows_KBT[:, :GROWTH_SEQUENCES]), stepper.micro_batch, dim=1):
         sums += torch.stack(_sums(stepper, part))
     v_1, v_L, u_1, u_L = torch.linalg.vector_norm(sums, dim=2)
     exponents = torch.stack([v_L / v_1, u_L / u_1], dim=1).log() / model.depth
@@ -174,21 +174,26 @@ PREFLIGHT_SEQUENCES = 8
 def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: torch.device) -> tuple[float, float]:
     """(of the loss, of the gradient norm): relative difference between the whole batch and one sequence at a time.
 
-    At the initial weights, in fp32, on the first sequences of the trial's own data. NaN where one is not finite.
+    At the initial weights, in fp32, on the first sequences of the trial's own data. NaN where one is not finite. For
+    `kto`, which is not the same in other micro-batches, the cross-entropy of completions: the model is what is tested.
     """
     count = min(max(2, config.train.batch_size), PREFLIGHT_SEQUENCES)
     train = replace(config.train, batch_size=count, micro_batch_size=count, precision="fp32", compile="off")
     whole = replace(config, train=train)
-    split = replace(config, train=replace(train, micro_batch_size=1))
     batches = open_batches(whole, cache_dir)
     masked = _first_with_targets(batches) if batches.masked else unequal(batches.batch(0))
+    if config.objective.kind == "kto":
+        whole, masked = replace(whole, objective=cfg.ObjectiveConfig("sft")), masked[:, : config.data.seq_len + 1]
+    split = replace(whole, train=replace(train, micro_batch_size=1))
     (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
     return abs(split_loss / loss - 1), abs(split_norm / norm - 1)
 
 
 def _first_with_targets(batches: Batches) -> NDArray[np.int64]:
     """The first batch of examples that has a completion in it; their lengths are unequal by themselves."""
-    return next(batch for batch in map(batches.batch, itertools.count()) if (batch[:, 1:] >= 0).any())
+    return next(
+        batch for batch in map(batches.batch, itertools.count()) if (batch[:, 1 : batches.seq_len + 1] >= 0).any()
+    )
 
 
 def unequal(windows: NDArray[np.int64]) -> NDArray[np.int64]:

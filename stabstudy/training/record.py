@@ -21,9 +21,10 @@ from stabstudy.config import TrialConfig
 from stabstudy.stability.detectors import NO_TARGETS, SPIKE, Block, Floats, Ints, LiveSpikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
-from stabstudy.trace import PROBES, SKIPS, TRACE, Rows, widths
+from stabstudy.trace import PROBES, SKIPS, TRACE_KTO, Rows, of_objective, widths
 from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.driver import Taken, Tick
+from stabstudy.training.kto import COUNTS, MEASURED_BY
 from stabstudy.training.probes import OF_LAYERS, SCALARS
 
 JUDGED_AT_ONCE = 32
@@ -89,6 +90,7 @@ class Recorder:
         self._masked = np.array([c.objective.kind != "lm" for c in configs])[:, None]
         self._seen = np.zeros(len(configs), np.int64)  # targets in the rows that are written
         self._widths = widths(configs[0].model.depth)
+        self._trace = of_objective(configs[0].objective.kind)
         self._waiting: list[_Block] = []
         self._unjudged: list[Block] = []
         self._new_steps = 0  # that the spike detector has not seen
@@ -264,10 +266,19 @@ class Recorder:
             "layer_grad_norm": np.sqrt(squares),
             "skip": np.maximum(block.judged.skip, 1) - 1,
         }
-        columns |= {c.name: self._column(values, c.name) for c in TRACE.columns if c.name in self.columns}
+        measured = {c.name: self._column(values, c.name) for c in self._trace.columns if c.name in self.columns}
+        # counts of members without a row are NaN, which is no whole number
+        columns |= {n: np.nan_to_num(x) if n in COUNTS else x for n, x in measured.items()}
         nulls = dict.fromkeys(NULL_WITHOUT_TARGETS, empty) | {"skip": block.judged.skip == 0}
         nulls |= {"clip_scale": empty | self._no_clip, "loss_scale": empty | self._unscaled}
-        return live.records(TRACE, self._widths, columns, nulls)
+        if self._trace is TRACE_KTO:
+            nulls |= {name: self._unmeasured(values, name) for name in MEASURED_BY if name != "loss"}
+        return live.records(self._trace, self._widths, columns, nulls)
+
+    def _unmeasured(self, values: Floats, name: str) -> NDArray[np.bool_]:
+        """Where there was nothing to take a mean over, [K, n]."""
+        counts = [self._column(values, count) == 0 for count in MEASURED_BY[name]]
+        return np.asarray(np.logical_or.reduce(counts))
 
     def _counted(self, block: _Block) -> Ints:
         """Targets [K, n] seen up to each row, where their number differs from step to step."""

@@ -21,6 +21,7 @@ are the same, but for Gemma's factor sqrt(dim), which transformers rounds to bf1
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
@@ -94,7 +95,21 @@ class Stack:
         return [g[None] for g in grads] if self.K == 1 else grads
 
     def _cast(self, name: str, weight: Tensor) -> Tensor:
-        return weight.bfloat16() if self.precision == "bf16_stream" and name != "model.embed.weight" else weight
+        return _in_stream(name.removeprefix("model."), weight) if self.precision == "bf16_stream" else weight
+
+
+def frozen(model: Model, precision: str, device: torch.device) -> Model:
+    """A copy without gradients, whose weights are cast as those of a stack: for a function of a stack to call."""
+    copied = copy.deepcopy(cast(nn.Module, model)).to(device).requires_grad_(False)
+    if precision == "bf16_stream":
+        for name, weight in list(copied.named_parameters(remove_duplicate=False)):
+            holder, _, own = name.rpartition(".")
+            setattr(copied.get_submodule(holder), own, nn.Parameter(_in_stream(name, weight), requires_grad=False))
+    return cast(Model, copied)
+
+
+def _in_stream(name: str, weight: Tensor) -> Tensor:
+    return weight if name == "embed.weight" else weight.bfloat16()
 
 
 class _Host(nn.Module):

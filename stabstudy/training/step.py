@@ -1,8 +1,9 @@
 """One optimizer step of a pack: micro-batches, one normaliser, one norm measurement, one decision, one update.
 
 The loss of a step is the sum of cross-entropies over ALL its micro-batches divided by N, the valid targets of the whole
-step, so neither loss nor gradient depends on `micro_batch_size` (the mean of micro-batch means does, and its gradient
-norm is off by up to 1.9 where its loss looks right: LLaMA-Factory issue 7743).
+step (`kto`: the sum over sequences by their number), so neither loss nor gradient depends on `micro_batch_size` (the
+mean of micro-batch means does, and its gradient norm is off by up to 1.9 where its loss looks right: LLaMA-Factory
+issue 7743). `kto` compares the sequences of a micro-batch, so there it does.
 
 Nothing here waits for the device, and every tensor that outlives a step is written in place, so that a step can be
 captured once and replayed. What follows from a non-finite norm (skip the update, or freeze the weights because the
@@ -14,6 +15,7 @@ are always eager: a loss is measured the same way whatever trained the weights.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -29,8 +31,9 @@ from stabstudy.config import TrialConfig
 from stabstudy.training import clipping
 from stabstudy.training.clipping import MicroBatches, SpikeSkip, clip_rule
 from stabstudy.training.families import Model
+from stabstudy.training.kto import Kto
 from stabstudy.training.model import layer_index
-from stabstudy.training.objective import IGNORE, MINIMISED, objective
+from stabstudy.training.objective import IGNORE, MINIMISED, NextToken, Objective, valid
 from stabstudy.training.optimizers import optimizer
 from stabstudy.training.stack import Scalars, Stack
 
@@ -57,11 +60,12 @@ class Stepper:
         self.configs, self.device, self.K = tuple(configs), device, len(configs)
         self.micro_batch = config.train.micro_batch
         self.micro_batches = config.train.batch_size // self.micro_batch
+        first, models = _with_first(models)
+        self.objective = _objective(configs, first, device)
         self.stack = Stack(models, self.K, config.train.precision, device)
         named = list(zip(self.stack.names, self.stack.tensors, strict=True))
         self.layer_index = np.array(layer_index(self.stack.names, config.model.depth))
-        self.objective = objective(configs, device)
-        self.columns = (*self.objective.scalars, *OF_STEP)
+        self.columns = (*self.objective.columns, *OF_STEP)
         self.optimizer = optimizer(configs, named)
         self.clip_rule = clip_rule(configs, named)
         self.spike_skip = SpikeSkip(self.K, device) if config.train.skip_spikes else None
@@ -87,41 +91,47 @@ class Stepper:
         masked: bool = False,
         measure_noise: bool = False,
     ) -> Tensor:
-        """One update on windows [K, B, T+1] of the device: numbers of `data.layouts`, targets are the next tokens.
+        """One update on windows [K, B, T+1] of the device (with labels T+2): numbers of `data.layouts`.
 
         Args:
-            windows_KBT: int64. A member without a valid target makes no update.
+            windows_KBT: int64; targets are the next tokens. A member without a valid one makes no update.
             lr: [K]; a float32 tensor where the step is captured.
             live: [K] float32; 0 where a member has ended, which makes no update any more.
             masked: whether any target may be IGNORE.
             measure_noise: whether to compare the micro-batches, see clipping.py.
         """
-        targets = valid(windows_KBT).float()
-        scalars = self.accumulate(windows_KBT, targets, masked, measure_noise)
+        targets = valid(self.tokens(windows_KBT)).float()
+        divisor = self.objective.divisor(windows_KBT).float()
+        scalars = self.accumulate(windows_KBT, divisor, masked, measure_noise)
         if self.scaled:
             clipping.scale_(self.grads, 1.0 / self.loss_scale)
         norms = clipping.tensor_norms(self.grads)
         # without a target there is no gradient to speak of: not 0, which would enter the memory of a rule
-        norm = torch.where(targets > 0, clipping.global_norm(norms), torch.nan)
+        norm = torch.where(divisor > 0, clipping.global_norm(norms), torch.nan)
         used_scale = self.loss_scale.clone()
         factor = self.clip_rule.apply(self.grads, norms, norm)
         loss = scalars["loss"]
         spike = torch.zeros_like(norm) if self.spike_skip is None else self.spike_skip.judge(loss, norm)
-        self._update(norm, loss, targets, lr, spike, live)
+        self._update(norm, loss, divisor, lr, spike, live)
         scalars |= dict(zip(OF_STEP, (norm, factor, used_scale, spike, targets), strict=True))
         return torch.cat([torch.stack([scalars[name] for name in self.columns], dim=1), norms.T], dim=1)
 
-    def accumulate(self, windows_KBT: Tensor, targets: Tensor, masked: bool, measure_noise: bool = False) -> Scalars:
-        """Gradients of the whole step into `grads`, its noise into `noise`. Returns the objective's scalars [K].
+    def tokens(self, windows_KBT: Tensor) -> Tensor:
+        """[K, n, T+1]: the windows without what else the objective reads."""
+        flags = self.objective.flags
+        return windows_KBT[..., :-flags] if flags else windows_KBT
 
-        `targets` [K]: valid ones of each member's step. Scalars of a member without any are NaN.
+    def accumulate(self, windows_KBT: Tensor, divisor: Tensor, masked: bool, measure_noise: bool = False) -> Scalars:
+        """Gradients of the whole step into `grads`, its noise into `noise`. Returns the objective's columns [K].
+
+        `divisor` [K]: the objective's, of each member's step. The loss of a member where it is 0 is NaN.
         """
         self.grads, self.noise = [], None
         totals: Scalars = {}
         watched = self._watched(windows_KBT) if measure_noise else None
-        for inputs, part_targets in self._micro_batches(windows_KBT):
-            terms = self._terms(inputs, part_targets, masked)
-            minimised = terms.pop(MINIMISED) / targets
+        for inputs in self._micro_batches(windows_KBT):
+            terms = self._terms(inputs, masked)
+            minimised = terms.pop(MINIMISED) / divisor
             new = self.stack.gradients((minimised * self.loss_scale if self.scaled else minimised).sum())
             if self.grads:
                 torch._foreach_add_(self.grads, new)
@@ -130,21 +140,23 @@ class Stepper:
             if watched is not None:
                 watched.add(self.grads)
             for name, value in terms.items():
-                largest = name in self.objective.largest
-                value = value if largest else value / targets
-                join = torch.maximum if largest else torch.add
+                value = value / divisor if name in self.objective.divided else value
+                join = torch.maximum if name in self.objective.largest else torch.add
                 totals[name] = join(totals[name], value) if name in totals else value
         if watched is not None:
             self.noise = watched.terms(self.grads) / self.loss_scale.double().square()[:, None]
-        return totals
+        return self.objective.record(totals)
 
     def loss_on(self, windows_KBT: Tensor) -> Tensor:
-        """Mean cross-entropy on fixed windows, nat/token, [K] float64, no gradient; targets may be IGNORE."""
+        """Mean loss on fixed windows, [K] float64, no gradient; targets may be IGNORE.
+
+        In the micro-batches of training, on which it depends where an objective compares the rows of one (`kto`).
+        """
         total = torch.zeros(self.K, dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for inputs, targets in self._micro_batches(windows_KBT):
-                total += self.stack.run(self.objective, inputs, targets, *self.objective.settings)["loss"].double()
-        return total / valid(windows_KBT)
+            for inputs in self._micro_batches(windows_KBT):
+                total += self.stack.run(self.objective, *inputs, *self.objective.settings)["loss"].double()
+        return total / self.objective.divisor(windows_KBT)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, [K, ...], by its name in a checkpoint; written in place."""
@@ -158,26 +170,26 @@ class Stepper:
             **self.optimizer.state,
         }
 
-    def _terms(self, inputs: Tensor, targets: Tensor, masked: bool) -> Scalars:
+    def _terms(self, inputs: Sequence[Tensor], masked: bool) -> Scalars:
         """The objective of one micro-batch of every member."""
         if self._compiled is not None and masked == self.masked:  # another kind would be compiled again
-            return dict(self._compiled(self.stack.leaves, inputs, targets, *self.objective.settings))
-        return self.stack.run(partial(self.objective, masked=masked), inputs, targets, *self.objective.settings)
+            return dict(self._compiled(self.stack.leaves, *inputs, *self.objective.settings))
+        return self.stack.run(partial(self.objective, masked=masked), *inputs, *self.objective.settings)
 
-    def _micro_batches(self, windows_KBT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self, windows_KBT: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for part in torch.split(windows_KBT, self.micro_batch, dim=1):
-            yield inputs_of(part), targets_of(part)
+            yield self.objective.inputs(part)
 
     def _watched(self, windows_KBT: Tensor) -> MicroBatches | None:
         """What measures the noise of a step, where there is more than one micro-batch to compare."""
         parts = torch.split(windows_KBT, self.micro_batch, dim=1)
-        return MicroBatches(torch.stack([valid(p) for p in parts])) if len(parts) > 1 else None
+        return MicroBatches(torch.stack([self.objective.divisor(p) for p in parts])) if len(parts) > 1 else None
 
     def _update(
-        self, norm: Tensor, loss: Tensor, targets: Tensor, lr: Sequence[float] | Tensor, spike: Tensor, live: Tensor
+        self, norm: Tensor, loss: Tensor, divisor: Tensor, lr: Sequence[float] | Tensor, spike: Tensor, live: Tensor
     ) -> None:
         """The optimizer's step, which it leaves out by itself, on the device, for members where `left_out` is 1."""
-        empty = targets == 0
+        empty = divisor == 0
         bad = (~(torch.isfinite(norm) & torch.isfinite(loss)) & ~empty).float()
         self.halted.copy_(torch.maximum(self.halted, bad * self.ends_at_nonfinite * live))
         out = torch.stack([bad, spike, self.halted, empty.float(), 1 - live]).amax(0)
@@ -193,20 +205,16 @@ class Stepper:
         self.good_steps.copy_(torch.where(empty, self.good_steps, good))
 
 
-def inputs_of(windows: Tensor) -> Tensor:
-    """[..., T] the tokens that a model reads; 0 where there is none."""
-    numbers = windows[..., :-1]
-    return torch.maximum(numbers, IGNORE - 1 - numbers).clamp(min=0)
+def _with_first(models: Iterable[Model]) -> tuple[Model, Iterator[Model]]:
+    """The first of them, and all."""
+    rest = iter(models)
+    first = next(rest)
+    return first, itertools.chain([first], rest)
 
 
-def targets_of(windows: Tensor) -> Tensor:
-    """[..., T] the next tokens, IGNORE for those that count for nothing."""
-    return windows[..., 1:].clamp(min=IGNORE)
-
-
-def valid(windows_KBT: Tensor) -> Tensor:
-    """[K] targets that count."""
-    return (windows_KBT[..., 1:] >= 0).sum((1, 2))
+def _objective(configs: Sequence[TrialConfig], initial: Model, device: torch.device) -> Objective:
+    """That of a pack's members. Which targets count is the data's, so `sft` is `lm`."""
+    return Kto(configs, initial, device) if configs[0].objective.kind == "kto" else NextToken(configs, device)
 
 
 def stacked(windows: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:

@@ -31,8 +31,6 @@ from stabstudy.training import checkpoint
 from stabstudy.training.clipping import NoiseMeans
 from stabstudy.training.record import Recorded
 
-RECORDS = (trace.TRACE, trace.PROBES)
-
 
 @dataclass(frozen=True)
 class Engine:
@@ -103,7 +101,7 @@ class Trial:
             growth_act=growth_act,
             growth_grad=growth_grad,
             eval_hash=self.batches.eval_hash,
-            eval_tokens=int((self.batches.final_evaluation()[:, 1:] >= 0).sum()),
+            eval_tokens=int((self.batches.final_evaluation()[:, 1 : self.batches.seq_len + 1] >= 0).sum()),
         )
 
     def resume(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -119,7 +117,7 @@ class Trial:
         # a probes row describes the state after `step` updates: the one at `start` was written before the checkpoint
         live.cut(self.folder.live(trace.PROBES), trace.PROBES, start + 1 if start else 0)
         failpoints.hit("resume.ready")
-        for schema in RECORDS:  # of a study that an older version began
+        for schema in self._schemas:  # of a study that an older version began
             live.upgrade(self.folder.live(schema), schema, self._widths)
         self.state = self._with_attempt(from_step=start, dropped_rows=dropped, cut_bytes=cut_bytes)
         # asked for here: a trial that an older version began has its first loss, and not these
@@ -129,15 +127,19 @@ class Trial:
 
     def open_records(self) -> tuple[Recorded, trace.Rows]:
         """What the recorder needs, and the rows that are there."""
-        rows, probed = (self._recorded(schema) for schema in RECORDS)
+        rows, probed = (self._recorded(schema) for schema in self._schemas)
         noise = NoiseMeans()
         noise.replay(probed["noise_g2"], probed["noise_s"])
         writers = []
-        for schema in RECORDS:
+        for schema in self._schemas:
             writers.append(live.Writer(self.folder.live(schema), schema, self._widths))
             self.open_files.callback(writers[-1].close)
         facts = MonitorFacts(
-            self.config.train.steps, self.config.warmup_steps, self.state.init_loss, self.state.unigram_entropy
+            self.config.train.steps,
+            self.config.warmup_steps,
+            self.state.init_loss,
+            self.state.unigram_entropy,
+            objective=self.config.objective.kind,
         )
         failpoints.hit("resume.append")
         return Recorded(self.config, writers[0], writers[1], facts, noise, len(rows)), rows
@@ -154,7 +156,7 @@ class Trial:
         self.open_files.close()
         failpoints.hit("finish.begun")
         state = replace(self.state, step=step, stop_reason=stop_reason, final_loss=final_loss)
-        rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in RECORDS)
+        rows, probes = (finished.read_whole(self.folder.live(schema), schema) for schema in self._schemas)
         records: dict[str, Any] = {}
         for table in (rows, probes):
             path, note = self.folder.finished(table.schema), {"trial_id": state.trial_id}
@@ -176,7 +178,7 @@ class Trial:
         self.state = replace(state, outcome=outcome(columns, self.rules))
         self._end()
         failpoints.hit("finish.done")
-        for schema in RECORDS:
+        for schema in self._schemas:
             self.folder.live(schema).unlink(missing_ok=True)
             failpoints.hit("finish.unlinked")
         failpoints.hit("finish.checkpoints")
@@ -210,6 +212,11 @@ class Trial:
         """A line in the trial's log."""
         with self.folder.log_file.open("a", encoding="utf-8") as f:
             f.write(f"{disk.utc_now()} {line}\n")
+
+    @property
+    def _schemas(self) -> tuple[trace.Schema, trace.Schema]:
+        """Of its records."""
+        return trace.of_objective(self.config.objective.kind), trace.PROBES
 
     def _recorded(self, schema: trace.Schema) -> trace.Rows:
         path = self.folder.live(schema)

@@ -177,7 +177,7 @@ NO_KEY = ("train.z_loss", "train.skip_nonfinite", "train.skip_spikes")
 NOT_IN_LINGUA = (
     *("model.family", "model.qk_norm", "model.norm_placement", "model.ffn", "model.residual_scale"),
     *("model.logit_softcap", "model.attn_softcap", "model.embed_scale", "objective.kind", "data.layout"),
-    "data.labels",
+    *("data.labels", "objective.beta", "objective.desirable", "objective.undesirable"),
 )
 
 LINGUA_DECAYS = {"matrices": "norms too", "matrices_no_embed": "the embedding and norms too"}
@@ -229,6 +229,9 @@ def _trainer_notes(s: Settings) -> Iterator[str]:
     yield from _no_keys(s, "Trainer", NO_KEY)
     if s["objective.kind"] == "sft":
         yield f"{_pairs(s, 'objective.kind')}: for Trainer the labels of prompts must be -100"
+    if s["objective.kind"] == "kto":
+        pairs = _pairs(s, *(name for name in s if name.startswith("objective.")))
+        yield f"{pairs}: in trl's KTOTrainer beta, desirable_weight and undesirable_weight; Trainer has no such loss"
     if s["data.layout"] == "padded":
         yield f"{_pairs(s, 'data.layout')}: Trainer pads as its collator does, to the longest of a batch"
     if s["data.labels"]:
