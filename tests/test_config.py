@@ -29,6 +29,8 @@ LATER = {
     "data.files": None,
     "data.layout": "packed",
     "objective.kind": "lm",
+    "objective.init_from": None,
+    "objective.init_id": None,
     "model.family": "lingua",
     "model.logit_softcap": None,
     "model.attn_softcap": None,
