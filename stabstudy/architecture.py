@@ -104,7 +104,8 @@ def foreign_model(settings: Mapping[str, Any], chosen: str | None, where: str) -
         allowed = f"lingua or {family}" if family in REPRESENTABLE else family
         raise DataError("model.family", f"the weights at {where} are {family}'s: must be {allowed}", target)
     heads = whole(settings, "num_attention_heads")
-    dim, kv_heads = whole(settings, "hidden_size"), settings.get("num_key_value_heads") or heads
+    dim = whole(settings, "hidden_size")
+    kv_heads = whole(settings, "num_key_value_heads") if settings.get("num_key_value_heads") else heads
     for reason in _unlike(settings, family, dim, heads):
         raise DataError(START, f"our layers cannot represent the model: {reason}", where)
     own = OF_FAMILY[family] if target != "lingua" else {"qk_norm": family == "qwen3"}
@@ -150,11 +151,21 @@ def _unlike(settings: Mapping[str, Any], family: str, dim: int, heads: int) -> l
         reasons.append("the weights are quantized")
     if "sliding_attention" in (settings.get("layer_types") or ()) or settings.get("use_sliding_window"):
         reasons.append("some layers attend to a sliding window")
-    if family == "gemma3" and settings.get("query_pre_attn_scalar", 256) != head_dim:
-        reasons.append(f"query_pre_attn_scalar {settings.get('query_pre_attn_scalar', 256)} is not head_dim {head_dim}")
+    if family == "gemma3":
+        reasons += _unlike_gemma(settings, head_dim)
+    return reasons
+
+
+def _unlike_gemma(settings: Mapping[str, Any], head_dim: int) -> list[str]:
+    reasons = []
+    if not settings.get("layer_types"):
+        reasons.append("its layer_types are not given (by default most have a sliding window)")
+    if (scale := settings.get("query_pre_attn_scalar", 256)) != head_dim:
+        reasons.append(f"query_pre_attn_scalar {scale} is not head_dim {head_dim}")
     if settings.get("attn_logit_softcapping") is not None:
         reasons.append("attention scores are capped")
-    return reasons
+    reasons += ["attention looks ahead"] if settings.get("use_bidirectional_attention") else []
+    return reasons + ([] if settings.get("tie_word_embeddings", True) else ["tie_word_embeddings is false"])
 
 
 def ffn_settings(dim: int, width: int, ffn: str) -> tuple[float, int]:
