@@ -98,6 +98,9 @@ class ObjectiveConfig:
     beta: float = setting(0.1, gt=0, le=1000, only="kind=kto")  # a reward is beta times a log-probability ratio
     desirable: float = setting(1.0, gt=0, le=1000, only="kind=kto")  # weights of both classes, 1:1 to 4:3 in sum
     undesirable: float = setting(1.0, gt=0, le=1000, only="kind=kto")
+    # starting weights: results/STUDY/TRIAL, a sweep of one trial, a Hugging Face folder or hub name; null: random ones
+    init_from: str | None = setting(None)
+    init_id: str | None = setting(None)  # whose they are: a trial's id, or sha256:... of foreign weights; null: filled
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,10 @@ def _broken(config: TrialConfig) -> Iterator[Problem]:
     if t.skip_spikes and t.steps <= SPIKE_SKIP_FROM:
         rule = f"skips nothing in the first {SPIKE_SKIP_FROM} steps: train.steps must be larger"
         yield Problem("train.skip_spikes, train.steps", rule, str(t.steps))
+    if config.objective.init_from is not None and m.init != ModelConfig.init:
+        yield Problem("model.init", "has no effect with objective.init_from: the weights are there", m.init)
+    if (config.objective.init_from is None) != (config.objective.init_id is None):
+        yield Problem("objective.init_from, objective.init_id", "the weights and their identity go together")
     if config.objective.kind != d.objective:
         yield _mismatch(config)
     elif config.objective.kind == "kto":
@@ -365,6 +372,9 @@ _DEFAULTS = flat(TrialConfig())
 # came after judgements were first kept; the values at which they change none of them
 ADDED: dict[str, Any] = {"data.files": None, "objective.kind": "lm", "data.layout": "packed", "data.labels": False}
 ADDED |= {"objective.beta": 0.1, "objective.desirable": 1.0, "objective.undesirable": 1.0}
+ADDED |= {"objective.init_id": None}
+PLACE = "objective.init_from"
+"""A path or a name, and no part of what a trial is: that is `objective.init_id`."""
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
@@ -373,7 +383,7 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     Defaults stay out, so a setting that a later version adds renames no finished trial. The price: a default never
     changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
-    values = {k: v for k, v in flat(config).items() if k != "optim.warmup_share"}
+    values = {k: v for k, v in flat(config).items() if k not in ("optim.warmup_share", PLACE)}
     if values["optim.muon_lr"] == values["optim.lr"]:
         values["optim.muon_lr"] = None
     differing = {k: v for k, v in values.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}

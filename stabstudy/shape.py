@@ -39,7 +39,7 @@ EQUAL = frozenset(
         *(f"model.{name}" for name in ("multiple_of", "norm_eps", "rope_theta", "qk_norm", "tied", "ffn")),
         *(f"model.{name}" for name in ("logit_softcap", "attn_softcap", "embed_scale", "norm_placement")),
         "model.residual_scale",
-        "objective.kind",
+        *(f"objective.{name}" for name in ("kind", "init_from", "init_id")),
         *(f"optim.{name}" for name in ("kind", "muon_momentum", "muon_adjust_lr")),
         *(f"data.{name}" for name in ("seq_len", "tokenizer")),
         *(

@@ -82,6 +82,11 @@ class TrialFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoint"
 
+    @property
+    def final_weights(self) -> Path:
+        """Where a launch that keeps checkpoints leaves the trained weights, for other trials to start from."""
+        return self.checkpoints / "final"
+
     def live(self, schema: trace.Schema) -> Path:
         """The growing record; that of a study which an older version began is the `.jsonl` beside it (`live.find`)."""
         return self.path / f"{schema.name}.live"
@@ -340,7 +345,8 @@ def tidy_done_trial(folder: TrialFolder, keep_checkpoints: bool) -> list[str]:
     a trial that is not done, or that another process works on.
     """
     leftovers = [live.find(folder.live(schema)) for schema in (trace.TRACE, trace.PROBES)]
-    if not any(leftovers) and (keep_checkpoints or not folder.checkpoints.exists()):
+    checkpoints = [] if keep_checkpoints else _needless_checkpoints(folder)
+    if not any(leftovers) and not checkpoints:
         return []
     removed = []
     with contextlib.suppress(StoreError, disk.LockHeldError, trace.DamagedRecord), disk.lock(folder.path):
@@ -351,10 +357,17 @@ def tidy_done_trial(folder: TrialFolder, keep_checkpoints: bool) -> list[str]:
             for path in filter(None, leftovers):
                 path.unlink()
                 removed.append(path.name)
-            if not keep_checkpoints and folder.checkpoints.exists():
-                shutil.rmtree(folder.checkpoints)
-                removed.append(folder.checkpoints.name)
+            for path in checkpoints:
+                shutil.rmtree(path)
+                removed.append(path.name)
     return removed
+
+
+def _needless_checkpoints(folder: TrialFolder) -> list[Path]:
+    """What of a done trial's checkpoints may go: not its final weights, from which other trials may have started."""
+    if folder.final_weights.exists():
+        return sorted(folder.checkpoints.glob("step-*"))
+    return [folder.checkpoints] if folder.checkpoints.exists() else []
 
 
 def _is_alive(pid: str) -> bool:

@@ -30,6 +30,8 @@ LATER = {
     "data.layout": "packed",
     "data.labels": False,
     "objective.kind": "lm",
+    "objective.init_from": None,
+    "objective.init_id": None,
     "model.family": "lingua",
     "model.logit_softcap": None,
     "model.attn_softcap": None,

@@ -318,7 +318,7 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
     whole, broken = make(BASE, "whole"), make(BASE, "broken")
     run(whole)
     run(broken, crash_at(8))
-    assert sorted(p.name for p in broken.checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
+    assert sorted(p.name for p in broken.checkpoints.iterdir()) == ["final", "step-00000004", "step-00000008"]
     newest = broken.checkpoints / "step-00000008" / "tensors.safetensors"
     body = bytearray(newest.read_bytes())
     body[-1] ^= 1

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy import disk
+from stabstudy import disk, store
 from stabstudy.config import COMPILE_FROM, TrialConfig
-from stabstudy.data import tokens
+from stabstudy.data import tokens, weights
 from stabstudy.data.batches import supply
+from stabstudy.data.weights import Weights
 from stabstudy.planning import axes, compose, compute, estimate, overrides, sweepfile
 from stabstudy.planning.axes import Factor
 from stabstudy.planning.compute import Compute
@@ -32,7 +33,7 @@ from stabstudy.planning.trials import (
     planned,
     without_excluded,
 )
-from stabstudy.settings import ConfigError, Issues
+from stabstudy.settings import ConfigError, DataError, Issues
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
 
@@ -63,12 +64,54 @@ class Plan:
     warnings: tuple[str, ...]
     argv: tuple[str, ...]  # as typed, secrets hidden
     conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep lists them
+    first: tuple[Plan, ...] = ()  # sweeps of one trial that are launched before it: its trials start from their ends
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
         """The trial's value on each axis, in the order of the axes."""
         known = {**cfg.flat(trial.config), **trial.choices}
         return [known[axis.name] for axis in self.axes]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Sources of starting weights, each looked up once, of the plan typed as `given`, which the sweeps `above` need."""
+
+    given: list[str]
+    cwd: Path
+    above: tuple[str, ...]
+    plans: dict[str, Plan] = field(default_factory=dict)  # of sweeps
+    weights: dict[tuple[str, str | None], Weights] = field(default_factory=dict)
+
+    def of(self, text: str, family: str | None) -> Weights:
+        """The weights of an `objective.init_from`; those of a sweep may be yet to be trained.
+
+        Raises DataError where there are none, ConfigError for a sweep that has no end to start from.
+        """
+        if (text, family) not in self.weights:
+            is_sweep = text in compose.sweep_names(self.cwd)
+            self.weights[text, family] = self._of_sweep(text) if is_sweep else weights.find(text, self.cwd, family)
+        return self.weights[text, family]
+
+    def _of_sweep(self, name: str) -> Weights:
+        if name in self.above:
+            raise DataError(weights.START, "a sweep cannot start from itself", " -> ".join((*self.above, name)))
+        where = [g for g in self.given if g.partition("=")[0] in ("results_dir", "launcher", "force", "compute")]
+        where += [g for g in self.given if g.startswith("compute.") and not g.startswith("compute.keep_checkpoints=")]
+        issues = Issues()
+        try:
+            plan = _plan([f"sweep={name}", *where], self.cwd, issues, False, self.above)
+        except ConfigError as error:
+            first = (issues.problems or error.problems)[0]
+            raise DataError(weights.START, f"the sweep {name} cannot be launched first: {first}") from error
+        if len(plan.trials) != 1:
+            raise DataError(weights.START, "must be a sweep of exactly one trial", f"{name} with {len(plan.trials)}")
+        self.plans[name] = replace(plan, compute=replace(plan.compute, keep_checkpoints=True))
+        trial = plan.trials[0]
+        folder = store.StudyFolder(plan.folder).trial(trial.trial_id)
+        if folder.read_state().status == "done":
+            return weights.of_trial(folder)
+        return weights.planned(folder, trial.trial_id, trial.config.model, None, trial.config.data.tokenizer)
 
 
 def make_plan(given: list[str], cwd: Path, to_launch: bool = False) -> Plan:
@@ -79,13 +122,13 @@ def make_plan(given: list[str], cwd: Path, to_launch: bool = False) -> Plan:
     """
     issues = Issues()
     try:
-        return _plan(given, cwd, issues, to_launch)
+        return _plan(given, cwd, issues, to_launch, ())
     except ConfigError as error:  # what made going on impossible, behind what was found before
         issues.take(error.problems)
         raise ConfigError(issues.problems) from error
 
 
-def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
+def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool, above: tuple[str, ...]) -> Plan:
     with compose.conf() as loader:
         request = overrides.read(given, loader, issues)
         if to_launch and not issues.problems:
@@ -93,7 +136,8 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
         product = axes.factors(sweep.factors, request.axes, request.pins)
-        composer = Composer(sweep, issues)
+        starts = Starts(given, cwd, above if named is None else (*above, named))
+        composer = Composer(sweep, issues, starts.of)
         cells = _cells(composer, sweep, request, product)
         resources = composer.compute(request)
     cache = Path(resources.cache_dir) if resources.cache_dir else tokens.existing_cache_dir()
@@ -127,6 +171,7 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool) -> Plan:
         tuple(issues.warnings),
         tuple(sweepfile.redact(given)),
         sweep.conditions,
+        tuple(starts.plans.values()),
         _start(request, body["choices"]) if request.sweep is None else None,
     )
 

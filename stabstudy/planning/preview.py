@@ -28,6 +28,10 @@ def show(plan: Plan) -> None:
     for axis in plan.axes:
         print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
     _cells(plan, done)
+    for source in plan.first:
+        is_done = not waiting(source, store.StudyFolder(source.folder))
+        how = "done" if is_done else "to be launched first"
+        print(f"starts from the trained weights of sweep={source.study} ({source.trials[0].trial_id}, {how})")
     todo = [t for t in whole.trials if t.trial_id in waits]
     cells = len({t.cell_id for t in plan.trials})
     size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stabstudy import config as cfg
+from stabstudy import settings as st
 from stabstudy import shape, wording
 from stabstudy.config import GROUPS, DataConfig, TrialConfig, from_dict, setting_names
-from stabstudy.data import sources
+from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory
+from stabstudy.data.weights import Weights
 from stabstudy.planning import compose, compute, estimate
 from stabstudy.planning.axes import Choices, without_rivals
 from stabstudy.planning.compose import PRESET_GROUPS, Base
@@ -41,6 +44,7 @@ class Composer:
 
     sweep: SweepFile
     issues: Issues
+    starts: Callable[[str, str | None], Weights]  # of objective.init_from, and model.family where that is typed
     bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
 
     def cell(self, chosen: Choices, case: str | None) -> Cell | None:
@@ -53,10 +57,57 @@ class Composer:
             open_in_file = [name for name in compose.missing(self.sweep.document.content) if name not in settings]
             if missing := {*open_in_file, *compose.missing(nested)}:
                 raise ConfigError([Problem(name, "must be set: it is ??? here") for name in sorted(missing)])
+            if (start := _start_of(nested)) is not None:
+                self._begin_with(start, nested, self._typed(chosen, base, settings))
             return Cell(from_dict(nested), {g: base.choices[g] for g in GROUPS}, case)
         except ConfigError as error:
             self._take(error.problems, settings, base)
             return None
+
+    def _typed(self, chosen: Choices, base: Base, settings: Choices) -> set[str]:
+        """The settings of model and data that somebody chose: here, in the sweep's file, or by a preset of the two."""
+        content = self.sweep.document.content
+        listed = content.get("defaults", [])
+        presets = {key for entry in listed if isinstance(entry, dict) for key in entry} | set(chosen)
+        names = set(settings)
+        for group in ("model", "data"):
+            whole = group in presets or f"override /{group}" in presets
+            values = (base.values if whole else content).get(group, {})
+            names |= {f"{group}.{key}" for key in values}
+        return names
+
+    def _begin_with(self, start: str, nested: dict[str, Any], typed: set[str]) -> None:
+        """Fill in what starting weights fix. Raises ConfigError for settings, among the typed ones, that differ."""
+        model, data = nested["model"], nested["data"]
+        try:
+            source = self.starts(start, model.get("family") if "model.family" in typed else None)
+        except DataError as error:
+            raise ConfigError(error.problem) from error
+        fixed, problems = dataclasses.asdict(source.model), []
+        heads = source.model.kv_heads
+        for key in [key for key in fixed if f"model.{key}" in typed]:
+            value, wanted = model.get(key, fixed[key]), fixed[key]
+            grouped = key == "n_kv_heads" and (value or source.model.n_heads) == heads  # null: as many as n_heads
+            if key in CHANGEABLE:
+                fixed[key] = value
+            elif value != wanted and not grouped:
+                rule = f"the starting weights have {st.spelt(wanted)} (objective.init_from={start}): leave it out"
+                problems.append(Problem(f"model.{key}", rule, st.spelt(value)))
+        if unknown := [key for key in model if key not in fixed]:
+            fixed |= {key: model[key] for key in unknown}  # refused with the rest
+        objective = nested["objective"]
+        if (pin := objective.get("init_id")) not in (None, source.identity):
+            rule = f"the weights at objective.init_from={start} are {source.identity}"
+            problems.append(Problem("objective.init_id", rule, st.spelt(pin)))
+        if source.tokenizer is not None:
+            if "data.tokenizer" not in typed:
+                data["tokenizer"] = source.tokenizer
+            elif data["tokenizer"] != source.tokenizer:
+                problems += _other_size(source, data["tokenizer"])
+        nested["model"] = fixed
+        nested["objective"] = objective | {"init_from": source.place, "init_id": source.identity}
+        if problems:
+            raise ConfigError(problems)
 
     def compute(self, request: Request) -> Compute:
         """The `compute` group: the same for every cell, so neither an axis nor a case may change it."""
@@ -100,6 +151,33 @@ class Composer:
             elif group in base.choices:
                 places[f"conf/{group}/{base.choices[group]}.yaml"] = None
         return "; ".join(places)
+
+
+CHANGEABLE = ("logit_softcap",)
+"""Settings of the model that no weight depends on and that a trial may change: a remedy to study."""
+
+
+def _start_of(nested: dict[str, Any]) -> str | None:
+    """objective.init_from, where it is text and the groups that it fills in are there."""
+    objective = nested.get("objective")
+    others = all(isinstance(nested.get(group), dict) for group in ("model", "data"))
+    start = objective.get("init_from") if isinstance(objective, dict) and others else None
+    return start if isinstance(start, str) else None
+
+
+def _other_size(source: Weights, name: object) -> list[Problem]:
+    """What is wrong with another tokenizer than the source's; what takes transformers to load is left to the launch."""
+    try:
+        if not isinstance(name, str) or "transformers" in tokenizer.packages(name):
+            return []
+        size, own = tokenizer.load(name).vocab_size, source.vocab
+        if own is None and source.tokenizer is not None:
+            own = tokenizer.load(source.tokenizer).vocab_size
+    except DataError as error:
+        return [error.problem]
+    if size == own:
+        return []
+    return [Problem("data.tokenizer", f"the starting weights have a vocabulary of {own}", f"{name} with {size}")]
 
 
 def _settings(chosen: Choices) -> Choices:

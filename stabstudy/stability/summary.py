@@ -269,7 +269,8 @@ def source_sha256(settings: Mapping[str, Any], state: State, log: Mapping[str, A
     """
     fields = {k: getattr(state, k) for k in _OF_STATE}
     fields["records"] = {name: _record(record) for name, record in state.records.items()}
-    known = {name: value for name, value in settings.items() if name not in cfg.ADDED or value != cfg.ADDED[name]}
+    known = {name: value for name, value in settings.items() if name != cfg.PLACE}
+    known = {name: value for name, value in known.items() if name not in cfg.ADDED or value != cfg.ADDED[name]}
     text = json.dumps(
         [fields, {cfg.FORMER_NAMES.get(k, k): v for k, v in known.items()}, log], sort_keys=True, default=str
     )

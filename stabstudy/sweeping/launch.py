@@ -19,8 +19,8 @@ from typing import Any
 
 from stabstudy import cli, disk, extras, store
 from stabstudy import config as cfg
-from stabstudy.config import DataConfig
-from stabstudy.data import tokens
+from stabstudy.config import DataConfig, TrialConfig
+from stabstudy.data import tokens, weights
 from stabstudy.data.batches import Supply, open_batches
 from stabstudy.planning import compute, trials
 from stabstudy.planning.estimate import repetition
@@ -54,11 +54,15 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     disk.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
+    for source in plan.first:
+        if (outcome := launch_first(source, say, command)) is not None:
+            return outcome
     cache_dir = _cache_dir(plan.compute.cache_dir)
     study = store.StudyFolder(plan.folder)
     whole, _ = intact(plan, study)
     if plan.launcher == "ray" and plan.compute.address is not None:
         preflight.check_cluster(plan.compute.address)
+    check_starts([t.config for t in plan.trials])
     prepare_data(plan, cache_dir, say)
     preflight.check_models([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +74,39 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
         store.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
         outcome = _trained(whole, study, cache_dir, say, command)
     return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
+
+
+def launch_first(plan: Plan, say: Callable[[str], None], command: str) -> Outcome | None:
+    """Train the one trial of a sweep from whose end others start, if it is not done; None where it is, and can be.
+
+    Raises as `launch`.
+    """
+    if waiting(plan, store.StudyFolder(plan.folder)):
+        say(f"first: sweep={plan.study}, from whose trained weights the trials of this launch start")
+        outcome = launch(plan, say, command)
+        if outcome.early:
+            return outcome
+        if outcome.code:
+            failure = f"sweep={plan.study} failed, and the trials of this launch start from its weights"
+            return Outcome(cli.fail("study", outcome.code, failure), early=True)
+    return None
+
+
+def check_starts(configs: Sequence[TrialConfig]) -> None:
+    """Raises ConfigError for starting weights that are not those of the plan, or not finite."""
+    problems = []
+    for start in dict.fromkeys((c.objective.init_from, c.objective.init_id, c.model.family) for c in configs):
+        place, identity, family = start
+        if place is None:
+            continue
+        try:
+            source = weights.find(place, Path.cwd(), family)
+            weights.check_identity(place, identity, source)
+            weights.check_finite(source)
+        except DataError as error:
+            problems.append(error.problem)
+    if problems:
+        raise ConfigError(problems)
 
 
 def _trained(
@@ -105,6 +142,7 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
     for config in configs:
         try:
             batches = open_batches(config, cache_dir, say)
+            weights.check_vocabulary(config, batches.corpus.vocab_size)
             if config.data not in supplies:
                 size, entropy = batches.training_tokens, batches.unigram_entropy
                 say(f"data: {size:,} tokens to train on, unigram entropy {entropy:.3f} nat/token")

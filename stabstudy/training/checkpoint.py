@@ -1,6 +1,7 @@
 """Checkpoints that execute nothing when read: safetensors plus JSON, each checked by sha256, the last two kept.
 
     checkpoint/step-00000500/  tensors.safetensors  state.json {format, trial_id, next_step, sha256, content_sha256}
+    checkpoint/final/          likewise, the weights alone: of a finished trial that keeps its checkpoints
 
 Order matters (RELIABILITY D3): the caller fsyncs the records first, so a checkpoint with next_step S implies that every
 row below S is durable. A folder appears whole, by rename, or not at all. The tensors are those of one trial, whatever
@@ -40,7 +41,21 @@ def save(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: 
 
     Raises OSError where the disk refuses, and leaves nothing half written on it.
     """
-    target = folder / f"step-{next_step:08d}"
+    _write(folder / f"step-{next_step:08d}", trial_id, tensors, next_step)
+    for old in _newest_first(folder)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+        failpoints.hit("checkpoint.removed")
+
+
+def save_final(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Write the trained weights, of all the state of the trial after its last step, for others to start from."""
+    prefix = "model/"
+    weights = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    _write(folder / "final", trial_id, weights, steps)
+
+
+def _write(target: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: int) -> None:
+    folder = target.parent
     tmp = folder / f"{target.name}.tmp"
     folder.mkdir(exist_ok=True)
     for leftover in (tmp, target):  # a rename onto a folder with files in it fails
@@ -55,9 +70,6 @@ def save(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: 
     failpoints.hit("checkpoint.named")
     sync_folder(folder)
     failpoints.hit("checkpoint.durable")
-    for old in _newest_first(folder)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
-        failpoints.hit("checkpoint.removed")
 
 
 def _fill(folder: Path, trial_id: str, tensors: Mapping[str, Tensor], next_step: int) -> None:

@@ -20,13 +20,18 @@ transformers is imported when such a model is made, never before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from stabstudy.architecture import ModelConfig
+from stabstudy.config import ObjectiveConfig
+from stabstudy.data import weights
+from stabstudy.settings import DataError, show
 from stabstudy.training.model import Decoder, initial_matrix, initialise
 
 
@@ -62,6 +67,56 @@ def build(config: ModelConfig, vocab: int, seq_len: int, seed: int) -> Model:
     return theirs
 
 
+def initial(model: ModelConfig, start: ObjectiveConfig, vocab: int, seq_len: int, seed: int) -> Model:
+    """The decoder with the weights that a trial starts from: those of `objective.init_from`, else as `build`.
+
+    Raises DataError where these are no longer there, or not those that the trial was planned with.
+    """
+    if start.init_from is None:
+        return build(model, vocab, seq_len, seed)
+    source = weights.find(start.init_from, Path.cwd(), model.family)
+    weights.check_identity(start.init_from, start.init_id, source)
+    blank = Decoder(model, vocab, seq_len) if model.family == "lingua" else HfDecoder(model, vocab, seq_len)
+    load(blank, source)
+    return blank
+
+
+def load(model: Decoder | HfDecoder, source: weights.Weights) -> None:
+    """Every weight out of the source's files, in place. Raises DataError where they are another model's."""
+    tensors: dict[str, Tensor] = {}
+    for file in weights.files(source.folder):
+        tensors |= safetensors.torch.load_file(file, device="cpu")
+    if not source.is_trial:
+        tensors = _by_our_names(tensors, source.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            given = tensors.get(name)
+            if given is None or given.shape != parameter.shape:
+                shape = "absent" if given is None else show(list(given.shape))
+                rule = f"{name} of the weights at {source.place} must be {list(parameter.shape)}"
+                raise DataError(weights.START, rule, shape)
+            if not bool(given.isfinite().all()):
+                raise DataError(weights.START, f"{source.place}: numbers that are not finite in a tensor", name)
+            parameter.copy_(given)
+
+
+def _by_our_names(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """A Hugging Face model's tensors by the names of `HfDecoder`, or, fused and with our RoPE's rows, of `Decoder`."""
+    renamed = {"model.embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}
+    theirs = {renamed.get(name, name.removeprefix("model.")): x for name, x in tensors.items()}
+    if model.family != "lingua":
+        return theirs
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, x in theirs.items():
+        if name.endswith(weights.IGNORED):
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")):
+            x = pairs(x, model.head_dim)
+        ours, part = _our_name(name)
+        parts.setdefault(ours, {})[part] = x
+    return {name: torch.cat([of[i] for i in sorted(of)]) for name, of in parts.items()}
+
+
 OURS = {
     "self_attn.q_proj": ("attention.wqkv", 0),
     "self_attn.k_proj": ("attention.wqkv", 1),
@@ -70,8 +125,12 @@ OURS = {
     "mlp.gate_proj": ("ffn.w13", 0),
     "mlp.up_proj": ("ffn.w13", 1),
     "mlp.down_proj": ("ffn.w2", 0),
+    "input_layernorm": ("attention_norm", 0),
+    "post_attention_layernorm": ("ffn_norm", 0),
 }
-"""A layer's matrices in transformers -> the weight of ours that each one is a part of, and which part."""
+"""A layer's modules in transformers -> the module of ours that each one's weight is a part of, and which part."""
+NORMS = {"self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm"}
+"""Likewise those that are a parameter of ours themselves."""
 
 ATTENTION = "stabstudy_sdpa"
 """The name under which transformers finds `_attention`."""
@@ -154,11 +213,20 @@ def halves(weight_RD: Tensor, head_dim: int) -> Tensor:
     return weight_RD.view(R // head_dim, head_dim // 2, 2, D).transpose(1, 2).reshape(R, D)
 
 
+def pairs(weight_RD: Tensor, head_dim: int) -> Tensor:
+    """The way back of `halves`; also of a vector [K], a norm of queries or keys."""
+    heads = weight_RD.shape[0] // head_dim
+    halves_RD = weight_RD.reshape(heads, 2, head_dim // 2, -1)
+    return halves_RD.transpose(1, 2).reshape(weight_RD.shape)
+
+
 def _our_name(name: str) -> tuple[str, int]:
     """The weight of `Decoder` that a matrix here is a part of, and which part."""
     if not name.startswith("layers."):
         return name, 0
     layer, matrix = name.removesuffix(".weight").split(".", 2)[1:]
+    if matrix in NORMS:
+        return f"layers.{layer}.{NORMS[matrix]}", 0
     ours, part = OURS[matrix]
     return f"layers.{layer}.{ours}.weight", part
 

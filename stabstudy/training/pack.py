@@ -203,6 +203,9 @@ class PackRun:
         rows, trial = int(self.recorder.rows[member]), self.members[member]
         if self.recorder.probed[member] != rows:  # else the probe that found weights not finite has written this row
             self.recorder.add_probe(member, rows, end.probe, evaluated=True)
+        if end.reason == "complete" and self.engine.keep_checkpoints:
+            row = self.places.index(member)
+            trial.save_final({name: x[row].detach().cpu() for name, x in self.stepper.state().items()}, rows)
         _each(trial, lambda: trial.finish(end.reason, rows, end.final_loss))
 
     @property
@@ -230,8 +233,11 @@ class PackRun:
         """The stepper of the members in `places`, with their initial weights."""
         vocab = self.members[0].batches.corpus.vocab_size
         configs = [member.config for member in self._running]
-        build = lru_cache(maxsize=8)(families.build)  # members of one seed begin with the same weights
-        models = (build(c.model, vocab, c.data.seq_len, c.seed) for c in configs)
+        build = lru_cache(maxsize=8)(families.initial)  # members of one seed begin with the same weights
+        seeds = [c.seed if c.objective.init_from is None else 0 for c in configs]
+        models = (
+            build(c.model, c.objective, vocab, c.data.seq_len, seed) for c, seed in zip(configs, seeds, strict=True)
+        )
         return Stepper(configs, models, self.device, self.compiled)
 
     def _described(self) -> dict[str, Any]:

@@ -148,6 +148,10 @@ class Trial:
         """Write a checkpoint; the records are durable."""
         checkpoint.save(self.folder.checkpoints, self.state.trial_id, tensors, next_step)
 
+    def save_final(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Write the trained weights, which stay in the folder."""
+        checkpoint.save_final(self.folder.checkpoints, self.state.trial_id, tensors, steps)
+
     def finish(self, stop_reason: str, step: int, final_loss: float) -> None:
         """Compact both records, judge the trial, and only then call it done and remove the live files (D2).
 
