@@ -430,14 +430,12 @@ def test_a_soft_cap_bends_log_probabilities_and_not_the_largest_logit() -> None:
     assert float(capped["logit_absmax_chosen"]) > 20 > 5 >= float(by_hand["logit_absmax_chosen"])
 
 
-@pytest.mark.parametrize("positive", [True, False], ids=["kl_above_0", "kl_below_0"])
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_loss_gradients_and_scalars_are_trls(positive: bool, tmp_path: Path) -> None:
-    """trl's KTOTrainer on the same texts, with its own tokens, padding, pairs, truncation and micro-batch."""
+def trainer_of(reference: Any, folder: Path) -> tuple[Any, list[Pair]]:
+    """trl's KTOTrainer on five texts, with its own tokens, padding, pairs and truncation; and their tokens."""
     trl = pytest.importorskip("trl", minversion="1.16")
     import datasets
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = [f"w{i}" for i in range(V - 2)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", *words])}, unk_token="w0"))
@@ -449,11 +447,8 @@ def test_loss_gradients_and_scalars_are_trls(positive: bool, tmp_path: Path) -> 
     data = datasets.Dataset.from_dict(
         {"prompt": [p for p, _ in texts], "completion": [f" {c}" for _, c in texts], "label": [x == 1 for x in LABELS]}
     )
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    reference = LlamaForCausalLM(LlamaConfig(vocab_size=V, **shape, initializer_range=0.3))
     settings = trl.KTOConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         per_device_train_batch_size=5,
         max_length=T + 1,
         beta=WEIGHTING.beta,
@@ -473,6 +468,20 @@ def test_loss_gradients_and_scalars_are_trls(positive: bool, tmp_path: Path) -> 
     )
     pairs = [(r["prompt_ids"], r["completion_ids"]) for r in trainer.train_dataset]
     assert [len(p) + len(c) for p, c in pairs] == [a + b + 1 for a, b in lengths]
+    return trainer, pairs
+
+
+@pytest.mark.parametrize("positive", [True, False], ids=["kl_above_0", "kl_below_0"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_loss_gradients_and_scalars_are_trls(positive: bool, tmp_path: Path) -> None:
+    """trl's KTOTrainer on the same texts, with its own tokens, padding, pairs, truncation and micro-batch."""
+    pytest.importorskip("trl", minversion="1.16")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    reference = LlamaForCausalLM(LlamaConfig(vocab_size=V, **shape, initializer_range=0.3))
+    trainer, pairs = trainer_of(reference, tmp_path)
 
     def logits_of(net: Any) -> Callable[[Tensor], Tensor]:
         return lambda tokens_BT: net(input_ids=tokens_BT).logits

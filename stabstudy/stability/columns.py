@@ -221,6 +221,12 @@ COLUMNS: dict[str, Definition] = {
     "one_class_steps": _int(
         "kto: steps whose sequences were all chosen or all rejected", "step", _NOT_KTO, "of one class"
     ),
+    "reward_rounding": Definition(
+        "kto: largest |reward| of a class at step 0, where policy and reference are the same: rounding",
+        "1",
+        _NOT_KTO,
+        "rounding of rewards",
+    ),
     "verdict": _text("stable, spiky, rough or diverged", "see verdict_reason", "verdict"),
     "verdict_rule": _text("the divergence code, rough, or those of R1, R2 that hold", "stable, or not judged", "rule"),
     "verdict_reason": _text(
@@ -277,7 +283,10 @@ COLUMNS: dict[str, Definition] = {
     ),
 }
 
-OF_KTO = ("margin_final", "margin_high", "kl_final", "reward_chosen_final", "one_class_steps")
+OF_KTO = (
+    *("margin_final", "margin_high", "kl_final", "reward_chosen_final"),
+    *("one_class_steps", "reward_rounding"),
+)
 """Columns that came with objective `kto`: null in every older judgement."""
 
 SPIKES: dict[str, Definition] = {

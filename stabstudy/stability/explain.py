@@ -48,6 +48,7 @@ def explain(columns: Row, spikes: Sequence[Row], recipe: Recipe, rules: Rules) -
     sentences = [
         _verdict(columns, rules),
         _warnings(columns),
+        *_preferences(columns, rules),
         _spikes(columns, spikes, recipe),
         _clipping(columns, recipe),
     ]
@@ -133,6 +134,52 @@ def _warnings(columns: Row) -> str:
         return ""
     parts = [f"{WARNINGS[name]} at step {step}" for name, step in crossed.items()]
     return f"Warning: {'; '.join(parts)}."
+
+
+def _preferences(columns: Row, rules: Rules) -> list[str]:
+    """What alarms in a log of objective `kto`, as it was measured: logits, rewards, empty classes, rounding."""
+    if columns.get("one_class_steps") is None:
+        return []
+    return [_logits(columns), _rewards(columns, rules), _one_class(columns), _rounding(columns, rules)]
+
+
+def _logits(columns: Row) -> str:
+    """Of single tokens, where other trainers log a sum over the tensor."""
+    peak = columns["logit_absmax_peak"]
+    if peak is None:
+        return ""
+    if columns["warn_logit"] is None:
+        return f"The logits did not explode: none on a token of a completion was above {_number(peak)}."
+    return f"The logits grew in truth: up to {_number(peak)} on a single token of a completion."
+
+
+def _rewards(columns: Row, rules: Rules) -> str:
+    margin, highest, chosen = (columns[name] for name in ("margin_final", "margin_high", "reward_chosen_final"))
+    if margin is None or chosen is None:
+        return ""
+    if highest is not None and highest < 0 and margin <= -rules.margin_least:
+        return f"Rejected completions ended with the higher reward: a margin of {_number(margin)}, surely below 0."
+    if chosen <= -rules.margin_least:
+        ended = f"their mean reward ended at {_number(chosen)}, {_number(margin)} above that of the rejected"
+        return f"Chosen completions became less likely than at the start: {ended}."
+    return ""
+
+
+def _one_class(columns: Row) -> str:
+    """A mean over nothing, which other trainers log as NaN."""
+    if not (steps := columns["one_class_steps"]):
+        return ""
+    return f"{count(steps, 'step')} had completions of one class alone: margin and means of the other are null there."
+
+
+def _rounding(columns: Row, rules: Rules) -> str:
+    """Trouble with the number format: what it makes of two equal models, and what it cannot hold."""
+    parts = []
+    if (rounding := columns["reward_rounding"]) is not None and rounding >= rules.margin_least:
+        parts.append(f"gave rewards of up to {_number(rounding)} at step 0, where both models are the same")
+    if skips := columns["amp_skips"]:
+        parts.append(f"lost {count(skips, 'step')} to values beyond fp16")
+    return f"The number format {', and '.join(parts)}." if parts else ""
 
 
 def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:

@@ -308,7 +308,9 @@ def preferences(trace: Rows, objective: str, rules: Rules) -> dict[str, Value]:
         values = trace[name][first:][np.isfinite(trace[name][first:])]
         columns[column] = float(values.mean()) if len(values) else None
     present = [trace[f"sequences_{c}"] > 0 for c in ("chosen", "rejected")]
-    return columns | {"one_class_steps": int((present[0] != present[1]).sum())}
+    columns["one_class_steps"] = int((present[0] != present[1]).sum())
+    at_start = np.array([trace[f"reward_{c}"][:1] for c in ("chosen", "rejected")])
+    return columns | {"reward_rounding": _peak(np.abs(at_start))}
 
 
 def losses(

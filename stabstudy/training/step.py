@@ -64,6 +64,8 @@ class Stepper:
         self.objective = _objective(configs, first, device)
         self.stack = Stack(models, self.K, config.train.precision, device)
         named = list(zip(self.stack.names, self.stack.tensors, strict=True))
+        if config.objective.kind == "kto" and any((t != t[:1]).any() for t in self.stack.tensors):
+            raise ValueError("members of a pack have one reference, so they must begin with the same weights")
         self.layer_index = np.array(layer_index(self.stack.names, config.model.depth))
         self.columns = (*self.objective.columns, *OF_STEP)
         self.optimizer = optimizer(configs, named)
