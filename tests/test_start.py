@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from trials import BASE, Make, assert_same, records, vary
 
+from stabstudy import cli, store, sweep
 from stabstudy import config as cfg
-from stabstudy import store, sweep
 from stabstudy.architecture import ffn_settings
 from stabstudy.config import ModelConfig, ObjectiveConfig, TrialConfig
 from stabstudy.data import weights
@@ -24,7 +24,7 @@ from stabstudy.settings import ConfigError, DataError
 from stabstudy.stability.rules import Rules
 from stabstudy.training import families
 from stabstudy.training.pack import run_pack
-from stabstudy.training.trial import Engine
+from stabstudy.training.trial import Engine, Trial
 
 
 def trained(folder: store.TrialFolder, cache: Path, stop_at: int | None = None) -> None:
@@ -92,8 +92,7 @@ def foreign(folder: Path, kind: str = "Llama", shard: str = "5GB", **changes: An
 def started(place: Path, family: str | None = None, seq_len: int = 16) -> Any:
     """The decoder that a trial makes of a folder."""
     source = weights.find(str(place), Path.cwd(), family)
-    start = ObjectiveConfig(init_from=str(place), init_id=source.identity)
-    return families.initial(source.model, start, source.vocab or 0, seq_len, seed=0)
+    return families.initial(source.model, source.vocab or 0, seq_len, 0, str(place), source.identity)
 
 
 @pytest.mark.parametrize("family", ["lingua", "its own"])
@@ -300,7 +299,7 @@ def test_a_plan_takes_the_architecture_of_its_source(source: store.TrialFolder, 
     assert [t.trial_id for t in moved.trials] == [t.trial_id for t in plan.trials]
 
 
-REFUSED = {
+REFUSED: dict[tuple[str, ...], str] = {
     ("model.depth=2,4",): "model.depth: the starting weights have 2 (objective.init_from=source): leave it out, got 4",
     ("model=tiny",): "model.dim: the starting weights have 16 (objective.init_from=source): leave it out, got 64",
     ("model.family=llama",): "model.family: the starting weights have lingua",
@@ -313,7 +312,13 @@ REFUSED = {
 @pytest.mark.parametrize("given", REFUSED)
 def test_a_plan_refuses_what_says_otherwise(given: tuple[str, ...], source: store.TrialFolder, tmp_path: Path) -> None:
     vocab = tmp_path / "tokenizer.json"
-    body = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    body: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+    }
     body |= {"pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None}
     words = {"[EOS]": 0, "a": 1}
     vocab.write_text(json.dumps(body | {"model": {"type": "WordLevel", "vocab": words, "unk_token": "a"}}))
@@ -407,3 +412,29 @@ def test_a_sweep_is_launched_first_and_once(swept: Path, capsys: pytest.CaptureF
     (swept / "results" / "base").rename(swept / "moved")
     again = [*command, "objective.init_from=moved", "study=tuned"]
     assert sweep.main(again) == 0 and "nothing to train" in capsys.readouterr().out
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_fails_stops_the_launch_in_one_line(
+    swept: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sweep=tuned", "launcher=local", "compute.retries=0", f"compute.cache_dir={swept}/cache"]
+    with monkeypatch.context() as broken:
+        broken.setattr(Trial, "finish", lambda self, reason, step, loss: 1 / 0)
+        assert sweep.main(command) == cli.PARTIAL
+    failure = "error: study: sweep=base failed, and the trials of this launch start from its weights"
+    assert errors(capsys) == [failure]
+    assert not (swept / "results" / "tuned").exists()
+    base = swept / "sweeps" / "base.yaml"
+    base.write_text(
+        BASE_SWEEP.replace("warmup_steps: 3", "warmup_steps: 3, lr: 10.0").replace("steps: 12", "steps: 60")
+    )
+    for flags in ([], ["--dry-run"]):  # it diverges now, and has diverged then
+        assert sweep.main([*command, "results_dir=other", *flags]) == cli.BAD_INPUT
+        (line,) = errors(capsys)
+        assert "objective.init_from: the trial diverged at step" in line
+    assert not (swept / "other" / "tuned").exists()
