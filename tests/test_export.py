@@ -66,6 +66,7 @@ MUON, WSD, WEAK = {"optim.kind": "muon"}, {"optim.schedule": "wsd"}, {"optim.wei
 GEMMA = {"model.qk_norm": True, "model.norm_placement": "sandwich", "model.ffn": "geglu", "model.tied": True}
 CASES = {
     "objective.kind": [Case("sft", beside={"data.source": "arithmetic"})],
+    "objective.init_id": [Case("0123456789", beside={"objective.init_from": "results/a/0123456789"})],
     "data.layout": [Case("padded", beside={"objective.kind": "sft", "data.source": "arithmetic"})],
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
     "model.depth": [Case(6, {"model.n_layers": 6})],
@@ -221,6 +222,7 @@ NOWHERE = {
     ),
     "of speed and safety": ("train.compile", "train.checkpoint_every"),
     "a recipe is meant for every seed": ("seed",),
+    "a place: objective.init_id says whose the weights are": ("objective.init_from",),
     "only permits a learning rate of 0": ("optim.allow_zero_lr",),
 }
 """Settings that no recipe carries, by the reason."""
