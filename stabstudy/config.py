@@ -389,6 +389,8 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
     values = {k: v for k, v in flat(config).items() if k not in ("optim.warmup_share", PLACE)}
+    if values["data.tokenizer"] == config.objective.init_from:
+        values["data.tokenizer"] = PLACE  # the one that lies with the starting weights, wherever these are
     if values["optim.muon_lr"] == values["optim.lr"]:
         values["optim.muon_lr"] = None
     differing = {k: v for k, v in values.items() if v != _DEFAULTS[k] or type(v) is not type(_DEFAULTS[k])}

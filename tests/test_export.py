@@ -71,6 +71,7 @@ CASES = {
     "objective.beta": [Case(0.5, beside=KTO)],
     "objective.desirable": [Case(1.3, beside=KTO)],
     "objective.undesirable": [Case(1.3, beside=KTO)],
+    "objective.init_id": [Case("0123456789", beside={"objective.init_from": "results/a/0123456789"})],
     "data.layout": [Case("padded", beside={"objective.kind": "sft", "data.source": "arithmetic"})],
     "data.labels": [Case(True, beside=KTO | {"data.source": "examples", "data.path": "rows.json"})],
     "model.family": [Case("llama"), Case("qwen3", beside={"model.qk_norm": True}), Case("gemma3", beside=GEMMA)],
@@ -227,6 +228,7 @@ NOWHERE = {
     ),
     "of speed and safety": ("train.compile", "train.checkpoint_every"),
     "a recipe is meant for every seed": ("seed",),
+    "a place: objective.init_id says whose the weights are": ("objective.init_from",),
     "only permits a learning rate of 0": ("optim.allow_zero_lr",),
 }
 """Settings that no recipe carries, by the reason."""

@@ -51,7 +51,7 @@ MAY = {
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "state", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
     "data": May(
-        {"extras", "config", "settings", "disk", "store", "wording"},
+        {"extras", "architecture", "config", "settings", "disk", "store", "wording"},
         {"numpy", "pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard", "jinja2"},
         late={"pyarrow", "tokenizers", "transformers", "huggingface_hub", "datasets", "zstandard", "jinja2"},
     ),

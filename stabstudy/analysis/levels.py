@@ -81,6 +81,8 @@ _WARMUPS = ("optim.warmup_steps", "optim.warmup_share")
 
 def _follows(trials: pd.DataFrame, name: str, axes: dict[str, list[Level]]) -> bool:
     """Whether another axis already says all that `name` says."""
+    if name == cfg.PLACE:
+        return True  # objective.init_id does: one and the same weights may lie in two places
     if name in _DERIVED:
         return bool((trials[name] == trials[_DERIVED[name]]).all())
     if name in _WARMUPS and set(_WARMUPS) <= set(trials):

@@ -35,6 +35,7 @@ GIVEN = (
         "study",
         "objective",
         "objective.kind",
+        "objective.init_id",
         "data",
         "train",
         "model",

@@ -85,7 +85,7 @@ def find(text: str, cwd: Path, family: str | None = None) -> Weights:
             return _of_folder(path, str(path), family)
         return of_trial(_trial(path))
     if text.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(text):
-        raise DataError(START, f"there is nothing at this path; write {FORMS}", show(text))
+        raise DataError(START, f"there is nothing at this path; write {FORMS}", repr(text))
     return _of_folder(snapshot(text), text, family)
 
 

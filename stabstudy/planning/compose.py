@@ -150,8 +150,12 @@ def conf() -> Iterator[ConfigLoader]:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    with initialize_config_dir(str(folder), job_name="stabstudy", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # of a plan that needs another one first
+    try:
+        with initialize_config_dir(str(folder), job_name="stabstudy", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 @functools.cache

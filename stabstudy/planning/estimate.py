@@ -210,7 +210,8 @@ def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
     """Bytes that a finished trial leaves behind."""
     record = config.train.steps * (96 + 8 * (config.model.depth + 2))
     probes = config.train.steps / config.train.probe_every * 400
-    kept = 2 * checkpoint_bytes(config) if keep_checkpoints else 0
+    weights = 4.0 * config.model.parameters(vocabulary(config))
+    kept = 2 * checkpoint_bytes(config) + weights if keep_checkpoints else 0
     return record + probes + kept + 10_000
 
 

@@ -65,15 +65,13 @@ class Composer:
             return None
 
     def _typed(self, chosen: Choices, base: Base, settings: Choices) -> set[str]:
-        """The settings of model and data that somebody chose: here, in the sweep's file, or by a preset of the two."""
+        """Settings of model and data that somebody chose: here, in the sweep's file, or by a preset of the model."""
         content = self.sweep.document.content
         listed = content.get("defaults", [])
         presets = {key for entry in listed if isinstance(entry, dict) for key in entry} | set(chosen)
-        names = set(settings)
-        for group in ("model", "data"):
-            whole = group in presets or f"override /{group}" in presets
-            values = (base.values if whole else content).get(group, {})
-            names |= {f"{group}.{key}" for key in values}
+        whole = "model" in presets or "override /model" in presets
+        names = set(settings) | {f"model.{key}" for key in (base.values if whole else content).get("model", {})}
+        names |= {f"data.{key}" for key in content.get("data", {})}
         return names
 
     def _begin_with(self, start: str, nested: dict[str, Any], typed: set[str]) -> None:

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from stabstudy.architecture import ModelConfig
-from stabstudy.config import ObjectiveConfig
 from stabstudy.data import weights
 from stabstudy.settings import DataError, show
 from stabstudy.training.model import Decoder, initial_matrix, initialise
@@ -67,15 +66,15 @@ def build(config: ModelConfig, vocab: int, seq_len: int, seed: int) -> Model:
     return theirs
 
 
-def initial(model: ModelConfig, start: ObjectiveConfig, vocab: int, seq_len: int, seed: int) -> Model:
-    """The decoder with the weights that a trial starts from: those of `objective.init_from`, else as `build`.
+def initial(model: ModelConfig, vocab: int, seq_len: int, seed: int, place: str | None, identity: str | None) -> Model:
+    """The decoder with the weights that a trial starts from: those at `objective.init_from`, else as `build`.
 
-    Raises DataError where these are no longer there, or not those that the trial was planned with.
+    Raises DataError where these are no longer there, or are not those of `objective.init_id`.
     """
-    if start.init_from is None:
+    if place is None:
         return build(model, vocab, seq_len, seed)
-    source = weights.find(start.init_from, Path.cwd(), model.family)
-    weights.check_identity(start.init_from, start.init_id, source)
+    source = weights.find(place, Path.cwd(), model.family)
+    weights.check_identity(place, identity, source)
     blank = Decoder(model, vocab, seq_len) if model.family == "lingua" else HfDecoder(model, vocab, seq_len)
     load(blank, source)
     return blank

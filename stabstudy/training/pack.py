@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabstudy import disk, store
+from stabstudy.config import TrialConfig
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
 from stabstudy.state import State
@@ -203,10 +204,14 @@ class PackRun:
         rows, trial = int(self.recorder.rows[member]), self.members[member]
         if self.recorder.probed[member] != rows:  # else the probe that found weights not finite has written this row
             self.recorder.add_probe(member, rows, end.probe, evaluated=True)
-        if end.reason == "complete" and self.engine.keep_checkpoints:
-            row = self.places.index(member)
-            trial.save_final({name: x[row].detach().cpu() for name, x in self.stepper.state().items()}, rows)
-        _each(trial, lambda: trial.finish(end.reason, rows, end.final_loss))
+
+        def finish() -> None:
+            if end.reason == "complete" and self.engine.keep_checkpoints:
+                row = self.places.index(member)
+                trial.save_final({name: x[row].detach().cpu() for name, x in self.stepper.state().items()}, rows)
+            trial.finish(end.reason, rows, end.final_loss)
+
+        _each(trial, finish)
 
     @property
     def _running(self) -> list[Trial]:
@@ -233,11 +238,10 @@ class PackRun:
         """The stepper of the members in `places`, with their initial weights."""
         vocab = self.members[0].batches.corpus.vocab_size
         configs = [member.config for member in self._running]
-        build = lru_cache(maxsize=8)(families.initial)  # members of one seed begin with the same weights
-        seeds = [c.seed if c.objective.init_from is None else 0 for c in configs]
-        models = (
-            build(c.model, c.objective, vocab, c.data.seq_len, seed) for c, seed in zip(configs, seeds, strict=True)
-        )
+        initial = lru_cache(maxsize=8)(
+            families.initial
+        )  # members of one seed, or one source, begin with the same weights
+        models = (initial(c.model, vocab, c.data.seq_len, *_beginning(c)) for c in configs)
         return Stepper(configs, models, self.device, self.compiled)
 
     def _described(self) -> dict[str, Any]:
@@ -321,6 +325,12 @@ class PackRun:
         self.stepper = self._build()
         for name, x in self.stepper.state().items():
             x.copy_(kept[name])
+
+
+def _beginning(config: TrialConfig) -> tuple[int, str | None, str | None]:
+    """Seed and place and identity of the initial weights; the seed is 0 where they are there, and it does not count."""
+    o = config.objective
+    return (config.seed if o.init_from is None else 0), o.init_from, o.init_id
 
 
 def choose_deterministic_kernels() -> None:

@@ -191,6 +191,7 @@ LINGUA_WSD_FLOOR = 0.01
 def _lingua_notes(s: Settings) -> Iterator[str]:
     """What Lingua does otherwise, given the keys of `lingua`."""
     yield from _no_keys(s, "Lingua", (*NOT_IN_LINGUA, *NO_KEY))
+    yield from _start_note(s)
     if s["optim.kind"] != "adamw":
         yield f"{_optimizer(s)}: Lingua has AdamW only"
     yield from _clip_notes(s, "Lingua")
@@ -227,6 +228,7 @@ def _trainer_notes(s: Settings) -> Iterator[str]:
     pairs = _pairs(s, *(name for name in s if name.startswith("model.")), "data.seq_len")
     yield f"Trainer takes the model and the sequences as they come; the recipe is for {pairs}"
     yield from _no_keys(s, "Trainer", NO_KEY)
+    yield from _start_note(s)
     if s["objective.kind"] == "sft":
         yield f"{_pairs(s, 'objective.kind')}: for Trainer the labels of prompts must be -100"
     if s["objective.kind"] == "kto":
@@ -284,6 +286,11 @@ def _clip_notes(s: Settings, whose: str) -> Iterator[str]:
     if s["optim.clip_kind"] != "norm":
         here = "its clipping is off" if s["optim.clip_kind"] == "agc" else "exported is that of our first steps"
         yield f"{_pairs(s, 'optim.clip_kind')}: {whose} has a fixed threshold of the global norm only; {here}"
+
+
+def _start_note(s: Settings) -> Iterator[str]:
+    if s["objective.init_id"] is not None:
+        yield f"{_pairs(s, 'objective.init_id')}: the weights that training started from must be given to it"
 
 
 def _no_keys(s: Settings, whose: str, names: tuple[str, ...]) -> Iterator[str]:
