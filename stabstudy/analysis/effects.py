@@ -34,8 +34,17 @@ from stabstudy.analysis.paired import EXPOSURE, Kind, exponential, exposures, ho
 REPORTED = ("final_loss", "spike_abs_rate", "grad_norm_log_sd", "attn_logit_peak")
 """The statistics whose changes a report states."""
 
+OF_KTO = ("final_loss", "margin_final", "logit_absmax_peak", "grad_norm_log_sd")
+"""The same of a study that is KTO throughout."""
+
 CLEAR = 0.05
 """Corrected p-value under which a change is stated."""
+
+
+def reported(trials: pd.DataFrame) -> tuple[str, ...]:
+    """The statistics whose changes a report on these trials states."""
+    kinds = set(trials["objective.kind"].dropna()) if "objective.kind" in trials else set()
+    return OF_KTO if kinds == {"kto"} else REPORTED
 
 
 def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:

@@ -167,7 +167,7 @@ _BY_NAME = (
     | dict.fromkeys(("grad_norm_log_sd", "update_rms_median", "update_rms_peak", "adam_rms_peak"), Kind.RATIO)
     | dict.fromkeys(("severity", "spike_severity"), Kind.RATIO)
     | dict.fromkeys(("epochs", "adamw_timescale", "tokens_per_parameter"), Kind.RATIO)
-    | {"attn_logit_layer": Kind.AMOUNT}
+    | dict.fromkeys(("attn_logit_layer", "kl_final"), Kind.AMOUNT)
     | dict.fromkeys(("spike_rate", "spike_abs_rate", "spike_ratio3_rate", "clip_share"), Kind.RATE)
     | dict.fromkeys(("spike_steps", "spike_abs_steps", "spike_ratio3_steps", "spike_gss50_steps"), Kind.COUNT)
     | dict.fromkeys(("spike_events", "spike_loss_events", "spike_dip_steps", "spike_unrecovered"), Kind.COUNT)

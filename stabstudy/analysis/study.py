@@ -28,7 +28,6 @@ from stabstudy.analysis import (
     table_columns,
     words,
 )
-from stabstudy.analysis.effects import REPORTED
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
 from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
@@ -211,16 +210,17 @@ class Study:
             raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
         return compare.levels(self.trials, list(self.axes), axis, metric, by)
 
-    def effects(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
+    def effects(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
         """What each axis changed in each statistic, tested as one family: `p_holm`; see `effects.effects`."""
         return effects.effects(*self.tested(metrics))
 
-    def claims(self, metrics: Sequence[str] = REPORTED) -> pd.DataFrame:
+    def claims(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of `effects`, with what may be stated of them: see `effects.claims`."""
         return effects.claims(*self.tested(metrics))
 
-    def tested(self, metrics: Sequence[str] = REPORTED) -> tuple[pd.DataFrame, list[str], list[str]]:
+    def tested(self, metrics: Sequence[str] | None = None) -> tuple[pd.DataFrame, list[str], list[str]]:
         """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics."""
+        metrics = effects.reported(self.trials) if metrics is None else metrics
         for metric in metrics:
             self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
         grid = self.grid

@@ -34,6 +34,9 @@ STATISTICS = {
     "spike_rate": "share of steps flagged",
     "grad_norm_log_sd": "roughness",
     "attn_logit_peak": "largest attention logit",
+    "logit_absmax_peak": "largest output logit",
+    "margin_final": "margin of rewards at the end",
+    "kl_final": "KL at the end",
 }
 """Names for sentences and figures; the tables' heads are the shorter labels of `stability.columns`."""
 

@@ -99,19 +99,20 @@ def examples_or_reason(row: Any, how: Reading) -> tuple[list[Example], str]:
 def arithmetic(number: int, graded: bool = False) -> Iterator[Example]:
     """Sums and differences of two numbers of one to three digits, in words and figures of unequal lengths.
 
-    graded: with labels, and a wrong result where the label is False.
+    graded: with labels; where it is False the result is wrong or vague ("about 40"), about half of them each.
     """
     for draw in draws(np.uint64(key_of(*b"arithmetic")), np.arange(number, dtype=np.uint64)).tolist():
         a, b = draw % 1000 >> (draw >> 10 & 3) * 2, (draw >> 20) % 1000 >> (draw >> 30 & 3) * 2
         sign, word = (("+", "plus"), ("-", "minus"))[draw >> 40 & 1]
         result = a + b if sign == "+" else a - b
         label = bool(draw >> 42 & 1) if graded else None
+        answer = str(result)
         if label is False:
-            result = _wrong(result, draw >> 43)
+            answer = f"about {round(result, -1)}" if draw >> 43 & 1 else str(_wrong(result, draw >> 44))
         if draw >> 41 & 1:
-            yield Example(f"{a}{sign}{b}=", str(result), label)
+            yield Example(f"{a}{sign}{b}=", answer, label)
         else:
-            yield Example(f"What is {a} {word} {b}? ", f"{a} {word} {b} is {result}.", label)
+            yield Example(f"What is {a} {word} {b}? ", f"{a} {word} {b} is {answer}.", label)
 
 
 def _wrong(result: int, draw: int) -> int:

@@ -59,6 +59,9 @@ class Composer:
                 raise ConfigError([Problem(name, "must be set: it is ??? here") for name in sorted(missing)])
             if (start := _start_of(nested)) is not None:
                 self._begin_with(start, nested, self._typed(chosen, base, settings))
+            elif nested.get("objective", {}).get("kind") == "kto":
+                rule = "objective kto tunes a trained model: name its weights (for one on sums: sweep kto_start)"
+                raise ConfigError([Problem("objective.init_from", rule, "null")])
             return Cell(from_dict(nested), {g: base.choices[g] for g in GROUPS}, case)
         except ConfigError as error:
             self._take(error.problems, settings, base)

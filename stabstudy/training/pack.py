@@ -238,9 +238,8 @@ class PackRun:
         """The stepper of the members in `places`, with their initial weights."""
         vocab = self.members[0].batches.corpus.vocab_size
         configs = [member.config for member in self._running]
-        initial = lru_cache(maxsize=8)(
-            families.initial
-        )  # members of one seed, or one source, begin with the same weights
+        # members of one seed, or one source, begin with the same weights
+        initial = lru_cache(maxsize=8)(families.initial)
         models = (initial(c.model, vocab, c.data.seq_len, *_beginning(c)) for c in configs)
         return Stepper(configs, models, self.device, self.compiled)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import compare, words
-from stabstudy.analysis.effects import CLEAR, REPORTED
+from stabstudy.analysis.effects import CLEAR
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout
@@ -109,7 +109,7 @@ def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         reasons = dict.fromkeys(str(note) for note in table["note"].dropna())
         yield Absent(EFFECTS_TITLE, f"not tested: {'; '.join(reasons) or 'no axis varies'}")
         return
-    metrics = [m for m in REPORTED if any(r["metric"] == m for r in rows)]
+    metrics = list(dict.fromkeys(str(r["metric"]) for r in rows))
     height = 0.9 + 0.42 * max(sum(r["metric"] == m for r in rows) for m in metrics)
     picture = style.new_panels(len(metrics), 9.2, height * -(-len(metrics) // 2))
     for ax, metric in zip(picture.axes, metrics, strict=False):

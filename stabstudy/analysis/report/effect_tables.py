@@ -7,7 +7,7 @@ from typing import Any
 
 from stabstudy.analysis import cases as named_cases
 from stabstudy.analysis import words
-from stabstudy.analysis.effects import CLEAR, REPORTED, contrasts, interactions
+from stabstudy.analysis.effects import CLEAR, contrasts, interactions, reported
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import runs_page
@@ -78,7 +78,7 @@ def _effect(row: Row) -> tuple[str, ...]:
 
 def _cases(study: Study) -> Iterator[Block]:
     """What each case changed against the cell of the grid that it differs from in one setting."""
-    rows = records(named_cases.changes(study.trials, list(study.axes), REPORTED))
+    rows = records(named_cases.changes(study.trials, list(study.axes), reported(study.trials)))
     if alone := named_cases.without_partner(study.trials, list(study.axes)):
         names = words.listing([words.clean(name, 40) for name in alone])
         yield Text(f"Compared with nothing, as no one cell of the grid differs in one setting alone: {names}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from stabstudy.analysis import cases, compare, recipe, study_statistics, words
 from stabstudy.analysis.compare import STABLE_MARGIN
-from stabstudy.analysis.effects import REPORTED, simple_effects
+from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
@@ -185,7 +185,7 @@ def _changes(study: Study) -> Iterator[str]:
 def _cases(study: Study) -> Iterator[str]:
     """The cases that changed something, each with what; then those of which the seeds show no change."""
     by_case: dict[str, list[Row]] = {}
-    for row in records(cases.changes(study.trials, list(study.axes), REPORTED)):
+    for row in records(cases.changes(study.trials, list(study.axes), reported(study.trials))):
         by_case.setdefault(row["case"], []).append(row)
     calm = []
     for case, rows in by_case.items():
