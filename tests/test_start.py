@@ -342,6 +342,11 @@ def test_a_foreign_folder_is_planned(tmp_path: Path) -> None:
     assert config.model.family == "lingua" and config.model.ffn_dim == 45 and config.data.tokenizer == "bytes"
     assert (config.objective.init_id or "").startswith("sha256:")
     assert plan_of("hf", "model.family=llama", cwd=tmp_path).trials[0].config.model.family == "llama"
+    (tmp_path / "small").mkdir()
+    foreign(tmp_path / "small")
+    assert "data.tokenizer: the starting weights have a vocabulary of 67, got bytes with" in refusal(
+        "small", cwd=tmp_path
+    )
     assert "must be lingua or llama, got gemma3" in refusal("hf", "model.family=gemma3", cwd=tmp_path)
 
 
