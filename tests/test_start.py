@@ -305,6 +305,8 @@ def test_a_plan_takes_the_architecture_of_its_source(source: store.TrialFolder, 
     assert first.model == dataclasses.replace(BASE.model, logit_softcap=30.0)
     assert first.objective == ObjectiveConfig(init_from=str(source.path), init_id=source.trial_id)
     assert plan.first == () and len(plan.trials) == 2
+    both = plan_of("null,source", "model.depth=2", "model.dim=16", "model.n_heads=2", cwd=tmp_path)
+    assert [both.values(trial) for trial in both.trials] == [[None], [source.trial_id]]
     named = plan_of(f"source/{source.trial_id}", f"objective.init_id={source.trial_id}", "model.depth=2", cwd=tmp_path)
     assert named.trials[0].config == dataclasses.replace(first, model=BASE.model, optim=named.trials[0].config.optim)
     (tmp_path / "elsewhere").mkdir()
