@@ -73,13 +73,20 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "llama, tied": {"kind": "Llama", "tie_word_embeddings": True, "intermediate_size": 96},
     "qwen3": {"kind": "Qwen3", "tie_word_embeddings": False},
 }
+GEMMA: dict[str, Any] = {
+    "kind": "Gemma3",
+    "tie_word_embeddings": True,
+    "layer_types": ["full_attention"] * 2,
+    "query_pre_attn_scalar": 8,
+    "rope_parameters": {"full_attention": SIZES["rope_parameters"], "sliding_attention": SIZES["rope_parameters"]},
+}
 
 
 def foreign(folder: Path, kind: str = "Llama", shard: str = "5GB", **changes: Any) -> Any:
     """A random model of transformers, saved by it; every weight differs, those of norms too."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | changes)
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**SIZES | changes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -95,10 +102,11 @@ def started(place: Path, family: str | None = None, seq_len: int = 16) -> Any:
     return families.initial(source.model, source.vocab or 0, seq_len, 0, str(place), source.identity)
 
 
-@pytest.mark.parametrize("family", ["lingua", "its own"])
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize(
+    ("name", "family"), [*((name, f) for name in FOREIGN for f in ("lingua", "its own")), ("gemma3", "its own")]
+)
 def test_a_foreign_model_is_the_same_function(name: str, family: str, tmp_path: Path) -> None:
-    theirs = foreign(tmp_path / "hf", **FOREIGN[name])
+    theirs = foreign(tmp_path / "hf", **FOREIGN.get(name, GEMMA))
     ours = started(tmp_path / "hf", name.partition(",")[0] if family == "its own" else None)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 67, (3, 16)))
     with torch.no_grad():
@@ -165,9 +173,15 @@ def test_what_our_layers_cannot_represent_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(known | changes))
         with pytest.raises(DataError, match=rule):
             weights.find(str(tmp_path), tmp_path)
+    plain = {key: value for key, value in known.items() if key != "rope_parameters"} | {"rope_theta": 123.0}
+    path.write_text(json.dumps(plain))  # as transformers wrote it before version 5
+    assert weights.find(str(tmp_path), tmp_path).model.rope_theta == 123.0
     path.write_text(json.dumps(known))
     with pytest.raises(DataError, match="must be lingua or llama"):
         weights.find(str(tmp_path), tmp_path, "qwen3")
+    foreign(tmp_path / "gemma", **GEMMA | {"layer_types": ["full_attention", "sliding_attention"]})
+    with pytest.raises(DataError, match="sliding window"):
+        weights.find("gemma", tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match="cut off"):
@@ -291,6 +305,8 @@ def test_a_plan_takes_the_architecture_of_its_source(source: store.TrialFolder, 
     assert first.model == dataclasses.replace(BASE.model, logit_softcap=30.0)
     assert first.objective == ObjectiveConfig(init_from=str(source.path), init_id=source.trial_id)
     assert plan.first == () and len(plan.trials) == 2
+    both = plan_of("null,source", "model.depth=2", "model.dim=16", "model.n_heads=2", cwd=tmp_path)
+    assert [both.values(trial) for trial in both.trials] == [[None], [source.trial_id]]
     named = plan_of(f"source/{source.trial_id}", f"objective.init_id={source.trial_id}", "model.depth=2", cwd=tmp_path)
     assert named.trials[0].config == dataclasses.replace(first, model=BASE.model, optim=named.trials[0].config.optim)
     (tmp_path / "elsewhere").mkdir()
@@ -342,6 +358,11 @@ def test_a_foreign_folder_is_planned(tmp_path: Path) -> None:
     assert config.model.family == "lingua" and config.model.ffn_dim == 45 and config.data.tokenizer == "bytes"
     assert (config.objective.init_id or "").startswith("sha256:")
     assert plan_of("hf", "model.family=llama", cwd=tmp_path).trials[0].config.model.family == "llama"
+    (tmp_path / "small").mkdir()
+    foreign(tmp_path / "small")
+    assert "data.tokenizer: the starting weights have a vocabulary of 67, got bytes with" in refusal(
+        "small", cwd=tmp_path
+    )
     assert "must be lingua or llama, got gemma3" in refusal("hf", "model.family=gemma3", cwd=tmp_path)
 
 

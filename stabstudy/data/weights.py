@@ -27,6 +27,7 @@ from stabstudy import store
 from stabstudy.architecture import START as START
 from stabstudy.architecture import foreign_family, foreign_model, foreign_shapes, whole
 from stabstudy.config import ModelConfig, TrialConfig
+from stabstudy.data import tokenizer
 from stabstudy.data.tokenizer import HUB_NAME, hub_forbidden, quiet_hub, why_no_hub
 from stabstudy.disk import file_sha256
 from stabstudy.settings import DataError, show
@@ -134,10 +135,10 @@ def of_trial(folder: store.TrialFolder) -> Weights:
     return planned(folder, state.trial_id, config.model, vocab, config.data.tokenizer)
 
 
-def planned(folder: store.TrialFolder, trial_id: str, model: ModelConfig, vocab: int | None, tokenizer: str) -> Weights:
+def planned(folder: store.TrialFolder, trial_id: str, model: ModelConfig, vocab: int | None, encoder: str) -> Weights:
     """The end of a trial that may be yet to be trained."""
     own = replace(model, init=ModelConfig.init)
-    return Weights(str(folder.path.absolute()), trial_id, folder.final_weights, own, vocab, tokenizer, True)
+    return Weights(str(folder.path.absolute()), trial_id, folder.final_weights, own, vocab, encoder, True)
 
 
 def _sealed(folder: store.TrialFolder) -> dict[str, Any]:
@@ -182,8 +183,8 @@ def _of_folder(folder: Path, place: str, family: str | None) -> Weights:
     vocab = whole(settings, "vocab_size")
     check_names(tensors(folder), foreign_shapes(model, foreign_family(settings), vocab), model.tied)
     content = hashlib.sha256("".join(_hash(file) for file in files(folder)).encode()).hexdigest()[:16]
-    tokenizer = place if any(folder.glob("tokenizer*.json")) or place != str(folder) else None
-    return Weights(place, f"sha256:{content}", folder, model, vocab, tokenizer, False)
+    has_own = place != str(folder) or any(folder.glob("tokenizer*.json"))
+    return Weights(place, f"sha256:{content}", folder, model, vocab, place if has_own else None, False)
 
 
 def check_names(there: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], tied: bool) -> None:
@@ -265,14 +266,28 @@ def check_identity(place: str, identity: str | None, weights: Weights) -> None:
         raise DataError(START, rule, weights.identity)
 
 
-def check_vocabulary(config: TrialConfig, size: int) -> None:
-    """Raises DataError where the weights that the trial starts from have another vocabulary than its tokenizer."""
-    if config.objective.init_from is None:
+def check(config: TrialConfig) -> None:
+    """Raises DataError for starting weights of a trial that are not those of its plan, or that do not serve it."""
+    place, name = config.objective.init_from, config.data.tokenizer
+    if place is None:
         return
-    own = find(config.objective.init_from, Path.cwd(), config.model.family).vocab
-    if own != size:
-        got = f"{config.data.tokenizer} with {size}"
-        raise DataError("data.tokenizer", f"the starting weights have a vocabulary of {own}", got)
+    source = find(place, Path.cwd(), config.model.family)
+    check_identity(place, config.objective.init_id, source)
+    _check_finite_once(source)
+    if (size := _vocabulary(name)) != source.vocab:
+        raise DataError(
+            "data.tokenizer", f"the starting weights have a vocabulary of {source.vocab}", f"{name} with {size}"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _check_finite_once(source: Weights) -> None:
+    check_finite(source)
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(name: str) -> int:
+    return tokenizer.load(name).vocab_size
 
 
 def _hash(file: Path) -> str:

@@ -68,8 +68,8 @@ class Plan:
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
-        """The trial's value on each axis, in the order of the axes."""
-        known = {**cfg.flat(trial.config), **trial.choices}
+        """The trial's value on each axis, in the order of the axes; of starting weights their identity."""
+        known = {**cfg.flat(trial.config), **trial.choices, cfg.PLACE: trial.config.objective.init_id}
         return [known[axis.name] for axis in self.axes]
 
 

@@ -28,7 +28,7 @@ def show(plan: Plan) -> None:
     for axis in plan.axes:
         print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
     _cells(plan, done)
-    for source in plan.first:
+    for source in plan.first if waits else ():
         is_done = not waiting(source, store.StudyFolder(source.folder))
         how = "done" if is_done else "to be launched first"
         print(f"starts from the trained weights of sweep={source.study} ({source.trials[0].trial_id}, {how})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 from stabstudy import config as cfg
 from stabstudy import settings as st
 from stabstudy import shape, wording
-from stabstudy.config import GROUPS, DataConfig, TrialConfig, from_dict, setting_names
+from stabstudy.config import GROUPS, DataConfig, ModelConfig, TrialConfig, from_dict, setting_names
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory
 from stabstudy.data.weights import Weights
@@ -70,45 +71,32 @@ class Composer:
     def _typed(self, chosen: Choices, base: Base, settings: Choices) -> set[str]:
         """Settings of model and data that somebody chose: here, in the sweep's file, or by a preset of the model."""
         content = self.sweep.document.content
-        listed = content.get("defaults", [])
-        presets = {key for entry in listed if isinstance(entry, dict) for key in entry} | set(chosen)
+        entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
+        presets = {key for entry in entries for key in entry} | set(chosen)
         whole = "model" in presets or "override /model" in presets
-        names = set(settings) | {f"model.{key}" for key in (base.values if whole else content).get("model", {})}
-        names |= {f"data.{key}" for key in content.get("data", {})}
-        return names
+        names = set(settings) | {f"model.{key}" for key in (base.values if whole else content).get("model") or {}}
+        return names | {f"data.{key}" for key in content.get("data") or {}}
 
     def _begin_with(self, start: str, nested: dict[str, Any], typed: set[str]) -> None:
         """Fill in what starting weights fix. Raises ConfigError for settings, among the typed ones, that differ."""
-        model, data = nested["model"], nested["data"]
         try:
-            source = self.starts(start, model.get("family") if "model.family" in typed else None)
+            source = self.starts(start, nested["model"].get("family") if "model.family" in typed else None)
         except DataError as error:
             raise ConfigError(error.problem) from error
-        fixed, problems = dataclasses.asdict(source.model), []
-        heads = source.model.kv_heads
-        for key in [key for key in fixed if f"model.{key}" in typed]:
-            value, wanted = model.get(key, fixed[key]), fixed[key]
-            grouped = key == "n_kv_heads" and (value or source.model.n_heads) == heads  # null: as many as n_heads
-            if key in CHANGEABLE:
-                fixed[key] = value
-            elif value != wanted and not grouped:
-                rule = f"the starting weights have {st.spelt(wanted)} (objective.init_from={start}): leave it out"
-                problems.append(Problem(f"model.{key}", rule, st.spelt(value)))
-        if unknown := [key for key in model if key not in fixed]:
-            fixed |= {key: model[key] for key in unknown}  # refused with the rest
-        objective = nested["objective"]
-        if (pin := objective.get("init_id")) not in (None, source.identity):
+        problems = _other_model(source.model, start, nested["model"], typed)
+        pin = nested["objective"].get("init_id")
+        if pin not in (None, source.identity):
             rule = f"the weights at objective.init_from={start} are {source.identity}"
             problems.append(Problem("objective.init_id", rule, st.spelt(pin)))
-        if source.tokenizer is not None:
-            if "data.tokenizer" not in typed:
-                data["tokenizer"] = source.tokenizer
-            elif data["tokenizer"] != source.tokenizer:
-                problems += _other_size(source, data["tokenizer"])
-        nested["model"] = fixed
-        nested["objective"] = objective | {"init_from": source.place, "init_id": source.identity}
+        if source.tokenizer is not None and "data.tokenizer" not in typed:
+            nested["data"]["tokenizer"] = source.tokenizer
+        problems += _other_size(source, nested["data"].get("tokenizer", DataConfig.tokenizer))
         if problems:
             raise ConfigError(problems)
+        free = {k: v for k, v in nested["model"].items() if f"model.{k}" in typed and k in CHANGEABLE}
+        unknown = {k: v for k, v in nested["model"].items() if not hasattr(source.model, k)}  # refused with the rest
+        nested["model"] = dataclasses.asdict(source.model) | free | unknown
+        nested["objective"] |= {"init_from": source.place, "init_id": source.identity}
 
     def compute(self, request: Request) -> Compute:
         """The `compute` group: the same for every cell, so neither an axis nor a case may change it."""
@@ -166,19 +154,36 @@ def _start_of(nested: dict[str, Any]) -> str | None:
     return start if isinstance(start, str) else None
 
 
+def _other_model(own: ModelConfig, start: str, model: dict[str, Any], typed: set[str]) -> list[Problem]:
+    """The typed settings of the model that are not those of the starting weights."""
+    problems = []
+    for key, wanted in dataclasses.asdict(own).items():
+        value = model.get(key, wanted)
+        grouped = key == "n_kv_heads" and (value or own.n_heads) == own.kv_heads  # null: as many as n_heads
+        if f"model.{key}" in typed and key not in CHANGEABLE and value != wanted and not grouped:
+            rule = f"the starting weights have {st.spelt(wanted)} (objective.init_from={start}): leave it out"
+            problems.append(Problem(f"model.{key}", rule, st.spelt(value)))
+    return problems
+
+
 def _other_size(source: Weights, name: object) -> list[Problem]:
     """What is wrong with another tokenizer than the source's; what takes transformers to load is left to the launch."""
+    if not isinstance(name, str) or (source.is_trial and name == source.tokenizer):
+        return []
     try:
-        if not isinstance(name, str) or "transformers" in tokenizer.packages(name):
+        if "transformers" in tokenizer.packages(name):
             return []
-        size, own = tokenizer.load(name).vocab_size, source.vocab
-        if own is None and source.tokenizer is not None:
-            own = tokenizer.load(source.tokenizer).vocab_size
+        own = source.vocab or _vocabulary(str(source.tokenizer))
+        size = _vocabulary(name)
     except DataError as error:
         return [error.problem]
-    if size == own:
-        return []
-    return [Problem("data.tokenizer", f"the starting weights have a vocabulary of {own}", f"{name} with {size}")]
+    rule = f"the starting weights have a vocabulary of {own}"
+    return [] if size == own else [Problem("data.tokenizer", rule, f"{name} with {size}")]
+
+
+@functools.cache
+def _vocabulary(name: str) -> int:
+    return tokenizer.load(name).vocab_size
 
 
 def _settings(chosen: Choices) -> Choices:

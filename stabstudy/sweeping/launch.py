@@ -54,17 +54,18 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     disk.LockHeldError when the study is being worked on; compute.NotReadyError when Ray or the pre-flight does not
     start, or no cluster at compute.address takes us.
     """
-    for source in plan.first:
-        if (outcome := launch_first(source, say, command)) is not None:
-            return outcome
     cache_dir = _cache_dir(plan.compute.cache_dir)
     study = store.StudyFolder(plan.folder)
     whole, _ = intact(plan, study)
+    todo = waiting(whole, study)
+    for source in plan.first if todo else ():
+        if (outcome := launch_first(source, say, command)) is not None:
+            return outcome
+    check_starts([t.config for t in todo])
     if plan.launcher == "ray" and plan.compute.address is not None:
         preflight.check_cluster(plan.compute.address)
-    check_starts([t.config for t in plan.trials])
     prepare_data(plan, cache_dir, say)
-    preflight.check_models([t.config for t in waiting(whole, study)], plan.compute, cache_dir, say)
+    preflight.check_models([t.config for t in todo], plan.compute, cache_dir, say)
     study.path.mkdir(parents=True, exist_ok=True)
     with disk.lock(study.path):
         whole, left_alone = intact(plan, study)
@@ -93,20 +94,15 @@ def launch_first(plan: Plan, say: Callable[[str], None], command: str) -> Outcom
 
 
 def check_starts(configs: Sequence[TrialConfig]) -> None:
-    """Raises ConfigError for starting weights that are not those of the plan, or not finite."""
+    """Raises ConfigError for starting weights that are not those of the plan, not finite, or of other vocabularies."""
     problems = []
-    for start in dict.fromkeys((c.objective.init_from, c.objective.init_id, c.model.family) for c in configs):
-        place, identity, family = start
-        if place is None:
-            continue
+    for config in dict.fromkeys(TrialConfig(c.model, objective=c.objective, data=c.data) for c in configs):
         try:
-            source = weights.find(place, Path.cwd(), family)
-            weights.check_identity(place, identity, source)
-            weights.check_finite(source)
+            weights.check(config)
         except DataError as error:
             problems.append(error.problem)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _trained(
@@ -142,7 +138,6 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
     for config in configs:
         try:
             batches = open_batches(config, cache_dir, say)
-            weights.check_vocabulary(config, batches.corpus.vocab_size)
             if config.data not in supplies:
                 size, entropy = batches.training_tokens, batches.unigram_entropy
                 say(f"data: {size:,} tokens to train on, unigram entropy {entropy:.3f} nat/token")
