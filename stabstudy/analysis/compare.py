@@ -61,6 +61,11 @@ def statistics() -> list[str]:
     return [n for n, column in COLUMNS.items() if column.kind in ("int", "float") and n != "final_loss"]
 
 
+def in_nats(trials: pd.DataFrame) -> bool:
+    """Whether losses are in nat/token, as margins between them are (0.2, 0.1): not those of kto, which have no unit."""
+    return "objective.kind" not in trials or not trials["objective.kind"].eq("kto").any()
+
+
 def counted(metric: str) -> bool:
     """Whether the statistic counts spikes or their steps: compared are their rates, as trials differ in length."""
     return metric.startswith("spike_") and kind_of(metric) is Kind.COUNT

@@ -102,6 +102,11 @@ class Recipe:
     ends: dict[str, str] = field(default_factory=dict)  # knobs whose number here is the `smallest` or `largest` tried
     eval_tokens: int | None = None  # tokens that the final losses rest on; None: not known
 
+    @property
+    def unit(self) -> str:
+        """Of its losses, behind a space; that of kto has none."""
+        return "" if self.settings.get("objective.kind") == "kto" else " nat/token"
+
 
 @dataclass(frozen=True)
 class NoRecipe:
@@ -262,7 +267,7 @@ def sentence(recipe: Recipe) -> str:
         rests.append(f"{recipe.eval_tokens:,} evaluation tokens")
     noise = f"{recipe.noise} of its {words.count(recipe.loss.n, 'trial')} rough or spiky by sampling noise"
     parts = [
-        f"final loss {loss} nat/token ({', '.join(rests)})",
+        f"final loss {loss}{recipe.unit} ({', '.join(rests)})",
         *([noise] if recipe.noise else []),
         _rivals(recipe),
         *([] if recipe.margin is None else [_room(recipe.margin)]),
@@ -299,7 +304,7 @@ def _rivals(recipe: Recipe) -> str:
 def _why(recipe: Recipe) -> str:
     """Why this one of those that are tied."""
     far = recipe.near <= len(recipe.ties)
-    which = f"those within {STABLE_MARGIN:g} nat/token of the best" if far else "these"
+    which = f"those within {STABLE_MARGIN:g}{recipe.unit} of the best" if far else "these"
     if recipe.widest in (0, recipe.near):
         return f"of {which} it has the lowest loss"
     lowest = ", and of those that share it the lowest loss" if recipe.widest > 1 else ""

@@ -191,10 +191,14 @@ def step(axis: str, a: object, b: object) -> str:
     return f"{label(axis)} {level(a, axis)} to {level(b, axis)}"
 
 
-def change(row: Mapping[str, Any], unit: bool = True) -> str:
-    """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it."""
+def change(row: Mapping[str, Any], unit: bool = True, nats: bool = True) -> str:
+    """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it.
+
+    `nats`: whether losses are in nat/token, see `compare.in_nats`.
+    """
     if row["scale"] == "difference":
         of = COLUMNS[row["metric"]].unit if unit else ""
+        of = "" if of == "nat/token" and not nats else of
         low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
         return f"{mean} [{low}, {high}]{f' {of}' if of not in ('', '1') else ''}"
     low, mean, high = (number(row[name]) for name in ("low", "estimate", "high"))

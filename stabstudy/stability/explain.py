@@ -26,6 +26,9 @@ DIVERGED = {
 }
 """Each divergence code in words."""
 
+OF_TOKENS, OF_KTO = ("above_init", "above_unigram"), ("above_start", "margin_negative")
+"""Those that are not tested of objective `kto`, and of it alone."""
+
 
 @dataclass(frozen=True)
 class Recipe:

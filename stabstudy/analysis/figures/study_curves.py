@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stabstudy.analysis import survival, words
+from stabstudy.analysis import compare, survival, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
 from stabstudy.analysis.figures.layout import Layout
@@ -98,6 +98,9 @@ def sensitivity_figures(study: Study, layout: Layout) -> Iterator[Figure | Absen
     others = [a for a in grid.axes if a != "optim.lr"]
     if "optim.lr" not in grid.axes or not others:
         yield Absent("LR sensitivity", "it takes several learning rates and another axis")
+        return
+    if not compare.in_nats(study.trials):
+        yield Absent("LR sensitivity", "it is defined for losses in nat/token")
         return
     table = study.sensitivity()
     recipes = [r for r in records(table) if r["reason"] is None]

@@ -165,7 +165,7 @@ def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool
             "clip": clip if clip is not None and np.isfinite(clip) else None,
             "warmup": row["optim.warmup_steps"] or None,
             "norm_label": "gradient norm before clipping",
-            "loss_label": "training loss (nat/token)",
+            "loss_label": "training loss" if "margin" in rows.columns else "training loss (nat/token)",
         },
         separators=(",", ":"),
     )

@@ -80,7 +80,7 @@ def trace(
             textcoords="offset points", va="top", color=style.MUTED, fontsize=8,
         )  # fmt: skip
     norm.set_ylabel("gradient norm\nbefore clipping")
-    loss.set_ylabel("training loss\n(nat/token)")
+    loss.set_ylabel("training loss" if "margin" in rows.columns else "training loss\n(nat/token)")  # of kto: no unit
     loss.set_xlabel("optimizer step")
     style.log_ticks(norm)
     style.title(norm, textwrap.fill(title, 56))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import cases as named_cases
-from stabstudy.analysis import words
+from stabstudy.analysis import compare, words
 from stabstudy.analysis.effects import CLEAR, contrasts, interactions, reported
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
@@ -31,7 +31,7 @@ def effect_blocks(study: Study) -> Iterator[Block]:
         return
     rows = records(study.claims()) if study.grid.axes else []
     if rows:
-        yield from _effects(rows)
+        yield from _effects(rows, compare.in_nats(study.trials))
     elif not _has_cases(study):
         yield Text("No axis varies, so there is nothing to compare.")
         return
@@ -51,7 +51,7 @@ def reading(row: Row) -> str:
     return "suggestive" if row["p"] < CLEAR else "no effect found"
 
 
-def _effects(rows: Sequence[Row]) -> Iterator[Block]:
+def _effects(rows: Sequence[Row], nats: bool) -> Iterator[Block]:
     tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
     if any(r["p_holm"] is not None for r in rows):
         yield Text(
@@ -59,16 +59,16 @@ def _effects(rows: Sequence[Row]) -> Iterator[Block]:
             f"interaction, is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
         )
     heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
-    yield Table(f"Effects: {tests}", heads, tuple(map(_effect, rows)), frozenset(heads[4:6]))
+    yield Table(f"Effects: {tests}", heads, tuple(_effect(row, nats) for row in rows), frozenset(heads[4:6]))
 
 
-def _effect(row: Row) -> tuple[str, ...]:
+def _effect(row: Row, nats: bool) -> tuple[str, ...]:
     null = row["estimate"] is None
     return (
         words.label(row["axis"]),
         words.NOTHING if null else _step(row["axis"], row),
         COLUMNS[row["metric"]].label,
-        words.NOTHING if null else words.change(row),
+        words.NOTHING if null else words.change(row, nats=nats),
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
         reading(row),
@@ -83,7 +83,8 @@ def _cases(study: Study) -> Iterator[Block]:
         names = words.listing([words.clean(name, 40) for name in alone])
         yield Text(f"Compared with nothing, as no one cell of the grid differs in one setting alone: {names}.")
     heads = ("case", "from → to", "at", "statistic", "change [95 % interval]", "seeds", "p", "p (Holm)", "note")
-    texts = tuple(map(_case, rows))
+    nats = compare.in_nats(study.trials)
+    texts = tuple(_case(row, nats) for row in rows)
     tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
     title = (
         "Cases: each against the cell of the grid that differs from it in one setting, paired by seed; Student's "
@@ -93,13 +94,13 @@ def _cases(study: Study) -> Iterator[Block]:
         yield Table(title, heads, texts, frozenset(heads[5:8]))
 
 
-def _case(row: Row) -> tuple[str, ...]:
+def _case(row: Row, nats: bool) -> tuple[str, ...]:
     return (
         words.clean(row["case"], 40),
         words.step(row["axis"], row["a"], row["b"]),
         words.at_levels(row["at"], row["at"].values()),
         COLUMNS[row["metric"]].label,
-        words.NOTHING if row["estimate"] is None else words.change(row),
+        words.NOTHING if row["estimate"] is None else words.change(row, nats=nats),
         str(row["seeds"]),
         words.number(row["p"], 2),
         words.number(row["p_holm"], 2),
@@ -116,7 +117,7 @@ def _contrasts(study: Study) -> Iterator[Block]:
             words.level(r["level"], r["axis"]),
             words.level(r["best"], r["axis"]),
             COLUMNS[r["metric"]].label,
-            words.change(r),
+            words.change(r, nats=compare.in_nats(study.trials)),
             words.number(r["p_holm"], 2),
         )
         for r in records(contrasts(*study.tested()))

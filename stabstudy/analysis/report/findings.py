@@ -91,7 +91,8 @@ def _limits(study: Study) -> Iterator[str]:
     for text, levels in by_text.items():
         yield _capital(text if by is None else f"{words.label(by)} {words.listing(levels)}: {text}")
     pooled = [words.label(a) for a in others if a != by]
-    yield from _working(table, by, grid.axes[LR], f", averaged over {words.listing(pooled)}" if pooled else "")
+    if compare.in_nats(study.trials):
+        yield from _working(table, by, grid.axes[LR], f", averaged over {words.listing(pooled)}" if pooled else "")
 
 
 def _stable_cells(study: Study) -> str:
@@ -142,7 +143,7 @@ def _recipes(study: Study) -> Iterator[str]:
 def _behind(study: Study) -> Iterator[str]:
     """How many stable trials are far from the best: a trial that learns little is stable too."""
     stable = study.trials["verdict"] == "stable"
-    if behind := int(study.underperform[stable].sum()):
+    if compare.in_nats(study.trials) and (behind := int(study.underperform[stable].sum())):
         yield (
             f"{behind} of {words.count(int(stable.sum()), 'stable trial')} ended over {STABLE_MARGIN:g} nat/token "
             "above the best trial of as many tokens: stable does not mean well trained."
@@ -170,7 +171,7 @@ def _changes(study: Study) -> Iterator[str]:
         if clear := [r for r in tested if r["clear"]]:
             yield from _by_step(axis, [(r, *_change(study, r)) for r in clear])
         elif tested:
-            none = [(r, "no effect found: ", words.change(r)) for r in tested]
+            none = [(r, "no effect found: ", words.change(r, nats=compare.in_nats(study.trials))) for r in tested]
             lacking = [f"{_name(r)} ({r['note']})" for r in own if r["p_holm"] is None]
             yield from _by_step(axis, none, f"; not tested: {words.listing(lacking)}" if lacking else "")
         else:
@@ -185,12 +186,13 @@ def _changes(study: Study) -> Iterator[str]:
 def _cases(study: Study) -> Iterator[str]:
     """The cases that changed something, each with what; then those of which the seeds show no change."""
     by_case: dict[str, list[Row]] = {}
+    nats = compare.in_nats(study.trials)
     for row in records(cases.changes(study.trials, list(study.axes), reported(study.trials))):
         by_case.setdefault(row["case"], []).append(row)
     calm = []
     for case, rows in by_case.items():
         name = f"{words.clean(case, 40)} ({words.step(rows[0]['axis'], rows[0]['a'], rows[0]['b'])})"
-        if clear := [f"{_name(r)} {words.change(r)}" for r in rows if r["clear"]]:
+        if clear := [f"{_name(r)} {words.change(r, nats=nats)}" for r in rows if r["clear"]]:
             yield f"Case {name}: {'; '.join(clear)}."
         else:
             calm.append(name)
@@ -213,12 +215,13 @@ def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "")
 def _change(study: Study, row: Row) -> tuple[str, str]:
     """What it depends on, and the change; where it depends on another axis, at each level of that one alone."""
     if (other := row["other"]) is None:
-        return "", words.change(row)
+        return "", words.change(row, nats=compare.in_nats(study.trials))
     trials, axes, (metric,) = study.tested([row["metric"]])
     table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), other))
     rows = [r for r in table if r["estimate"] is not None]
     shown = rows if len(rows) <= MOST_LEVELS or not ordered(r[other] for r in rows) else [rows[0], rows[-1]]
-    at = [f"{words.change(r, unit=r is shown[-1])} at {words.level(r[other], other)}" for r in shown]
+    nats = compare.in_nats(study.trials)
+    at = [f"{words.change(r, r is shown[-1], nats)} at {words.level(r[other], other)}" for r in shown]
     return f", depending on {words.label(other)}: ", words.listing(at) or "not known at any one of its levels"
 
 

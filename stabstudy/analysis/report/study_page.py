@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import recipe, words
+from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Count, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import levels_of, plain, records
@@ -29,7 +29,7 @@ from stabstudy.analysis.report import (
 from stabstudy.analysis.study import Study
 from stabstudy.config import setting_names
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.stability.explain import DIVERGED
+from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -73,7 +73,8 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     yield Section("summaries", "Summary per trial", list(_summaries(study)))
     yield Section("changes", "What each axis changed", list(effect_tables.effect_blocks(study)))
     if not study.ingested:
-        yield Section("sensitivity", "Learning-rate sensitivity", list(drivers.sensitivity(study)))
+        if compare.in_nats(study.trials):
+            yield Section("sensitivity", "Learning-rate sensitivity", list(drivers.sensitivity(study)))
         yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
     yield Section("spikes", "Largest spikes", list(trial_tables.highest_spikes(study)))
     yield Section("failed", "Trials without a result", list(_failed(study)))
@@ -218,7 +219,7 @@ def design(study: Study) -> Iterator[Block]:
             if precision in PRECISIONS:
                 yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
     yield Text(_spike_rule(study.rules))
-    yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study.rules, study.ingested)))
+    yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study)))
     if fixed := tuple(_fixed(study)):
         yield Table("Settings with one value", ("setting", "value"), fixed, folded=True)
     if study.ingested:
@@ -269,8 +270,10 @@ def _spike_rule(rules: Rules) -> str:
     )
 
 
-def _verdicts(rules: Rules, ingested: bool) -> Iterator[tuple[str, str]]:
-    yield from (("diverged", f"{meaning} ({code})") for code, meaning in DIVERGED.items())
+def _verdicts(study: Study) -> Iterator[tuple[str, str]]:
+    rules, objectives = study.rules, set(study.trials["objective.kind"].dropna())
+    untested = {*(() if "kto" in objectives else OF_KTO), *(OF_TOKENS if objectives == {"kto"} else ())}
+    yield from (("diverged", f"{text} ({code})") for code, text in DIVERGED.items() if code not in untested)
     yield (
         "rough",
         f"stretches of absolute steps are more frequent than {100 * rules.rough_share:g} % of the evaluable steps "
@@ -283,7 +286,7 @@ def _verdicts(rules: Rules, ingested: bool) -> Iterator[tuple[str, str]]:
         f"spikes of any length, more than {rules.spiky_per_1k:g} per 1,000 steps (lower 95 % bound; R2)",
     )
     yield "stable", "none of these"
-    foreign = ", or those after clipping alone; or a loss of 0 throughout" if ingested else ""
+    foreign = ", or those after clipping alone; or a loss of 0 throughout" if study.ingested else ""
     yield (
         "not judged",
         f"under {rules.min_evaluable} evaluable steps; or no gradient norm{foreign}; or, of a trial that would be "
@@ -292,12 +295,13 @@ def _verdicts(rules: Rules, ingested: bool) -> Iterator[tuple[str, str]]:
 
 
 def _fixed(study: Study) -> Iterator[tuple[str, str]]:
-    """Settings with one value in the whole study; those of the synthetic source only where it is used."""
+    """Settings with one value in the whole study; those of the synthetic source or of `kto` only where it is used."""
     if not len(study.trials):
         return
-    synthetic = "synthetic" in set(study.trials["data.source"])
+    synthetic, kto = "synthetic" in set(study.trials["data.source"]), "kto" in set(study.trials["objective.kind"])
     for name in setting_names():
         hidden = name == "seed" or (name.startswith("data.synthetic.") and not synthetic)
+        hidden |= name.startswith("objective.") and name != "objective.kind" and not kto
         values = [] if hidden else list({plain(v): None for v in study.trials[name]})
         if len(values) == 1 and not (study.ingested and values[0] is None):
             yield name, words.level(values[0], name)
