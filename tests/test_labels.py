@@ -128,9 +128,11 @@ def test_the_graded_set_is_pinned_and_half_of_it_is_wrong() -> None:
     examples = list(sources.examples(DataConfig(source="arithmetic_graded")))
     right = list(sources.examples(DataConfig(source="arithmetic")))
     digest = hashlib.sha256("".join(f"{e.prompt}|{e.completion}|{e.label}\n" for e in examples).encode()).hexdigest()
-    assert digest[:16] == "4b70cfb704739b4f"
+    assert digest[:16] == "6208b6580e753af7"
     assert [e.prompt for e in examples] == [e.prompt for e in right]
     assert [e.completion == r.completion for e, r in zip(examples, right, strict=True)] == [e.label for e in examples]
+    vague = [e for e in examples if "about " in e.completion]
+    assert not any(e.label for e in vague) and 0.23 < len(vague) / len(examples) < 0.27
     assert 0.48 < np.mean([bool(e.label) for e in examples]) < 0.52
 
 

@@ -278,7 +278,7 @@ def test_modules_are_small():
     """Size is a smell, not a law, but beyond these something has to be split, or two things are one."""
     sizes = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
     assert not {name: size for name, size in sizes.items() if size > 400}
-    assert sorted(sizes.values())[len(sizes) // 2] < 240
+    assert sorted(sizes.values())[len(sizes) // 2] < 260
 
 
 def test_no_module_name_stands_twice():

@@ -500,7 +500,8 @@ def test_a_preset_is_whole_but_for_a_path_of_your_own(preset: Path) -> None:
     assert preset.read_text().startswith("# ")
     hub_sets = {"c4", "fineweb", "fineweb_edu", "dclm"}
     assert (values["source"] == "hf") == (preset.stem in hub_sets) == (values.get("max_bytes") is not None)
-    objective = {"kind": "sft" if values["source"] in EXAMPLES else "lm"}
+    labelled = values.get("labels") or values["source"] == "arithmetic_graded"
+    objective = {"kind": "kto" if labelled else "sft" if values["source"] in EXAMPLES else "lm"}
     if values.get("path") is None and values["source"] not in ("pysrc", "synthetic", "arithmetic", "arithmetic_graded"):
         with pytest.raises(ConfigError, match=f"^data.path: source {values['source']} needs a path, got null$"):
             from_dict({"data": values, "objective": objective})
