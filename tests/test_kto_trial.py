@@ -17,11 +17,12 @@ from series import lognormal
 from test_kto import LABELS, WEIGHTING, Pair, T, V, distance, examples, micro_batch, moved, toward_pairs, trainer_of
 from test_kto import gradients as gradients_of
 from torch import Tensor
-from trials import BASE, Make, assert_same, vary
+from trials import BASE, Make, assert_same, records, vary
 
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig, ObjectiveConfig, TrialConfig
 from stabstudy.data.layouts import IGNORE, flag, hidden
+from stabstudy.planning import estimate
 from stabstudy.settings import ConfigError
 from stabstudy.shape import shape
 from stabstudy.stability.divergence import highest_mean
@@ -29,7 +30,8 @@ from stabstudy.stability.explain import Recipe, explain
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
 from stabstudy.store import TrialFolder
-from stabstudy.trace import PROBES, TRACE_KTO, Rows, from_dicts
+from stabstudy.trace import KTO as KTO_COLUMNS
+from stabstudy.trace import PROBES, TRACE, TRACE_KTO, Rows, from_dicts
 from stabstudy.training import kto
 from stabstudy.training.driver import HostFeed
 from stabstudy.training.families import build
@@ -249,6 +251,8 @@ def test_a_trial_that_was_stopped_goes_on_as_if_nothing_had_happened(make: Make,
 
     assert run([stopped], cache, stop) == ["interrupted"] and run([stopped], cache) == ["done"]
     assert_same(rows_of(whole), rows_of(stopped))
+    assert rows_of(whole).schema.names == [*TRACE.names, *(c.name for c in KTO_COLUMNS)]
+    assert records(whole)[0].schema.names == TRACE.names  # who does not ask for them
     probes = [folder.rows(PROBES) for folder in (whole, stopped)]
     assert probes[0] is not None and probes[1] is not None
     assert_same(probes[0], probes[1])
@@ -318,6 +322,14 @@ def test_rules_between_kto_and_its_data() -> None:
     assert "must be at least 2, got 1" in refused(train__micro_batch_size=1)
     assert "train.z_loss: has no effect" in refused(train__z_loss=1e-4)
     assert "objective.beta" in refused(objective__kind="lm", objective__beta=0.2, data__source="pysrc")
+
+
+def test_the_estimate_knows_the_other_passes_and_the_reference() -> None:
+    sft = dataclasses.replace(TRIAL, objective=ObjectiveConfig("sft"))
+    assert estimate.flops(TRIAL) == 2 * estimate.flops(sft)
+    weights = TRIAL.model.parameters(estimate.vocabulary(TRIAL))
+    assert estimate.memory(TRIAL) - estimate.memory(sft) == 4 * weights
+    assert estimate.disk(TRIAL, False) - estimate.disk(sft, False) == 12 * 8 * 19
 
 
 # --- verdicts
