@@ -530,7 +530,8 @@ def test_a_json_array_is_called_what_it_is(tmp_path: Path, indent: int | None) -
     line = refused("jsonl", path)
     assert line == (
         f"data.path: {path}:1: a JSON array is not a JSON lines file, which has one object with its text on each line; "
-        "completions with labels are read by objective=kto data=kto data.path=..., without them by objective=sft data=sft"
+        "completions with labels are read by objective=kto data=kto data.path=..., without them by objective=sft "
+        "data=sft"
     )
     with pytest.raises(DataError, match="a JSON array is not a JSON lines file"):
         check(config("jsonl", path))
