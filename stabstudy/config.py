@@ -30,8 +30,10 @@ FORMAT_VERSION = 1  # of a study's files and of the form that `trial_id` hashes;
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inv_sqrt")
 OPTIMIZERS = {"adamw": 2, "stable_adamw": 2, "muon": 2, "lion": 1}  # numbers remembered of a parameter, at most
-EXAMPLES = ("examples", "arithmetic", "arithmetic_graded")  # prompts with their completions; the others give text
-LABELLED = ("arithmetic_graded",)  # sources whose every completion has a label; of `examples` data.labels says so
+ROWS = ("examples", "hub_examples")  # sources whose rows become examples
+EXAMPLES = (*ROWS, "arithmetic", "arithmetic_graded")  # prompts with their completions; the others give text
+LABELLED = ("arithmetic_graded",)  # sources whose every completion has a label; of ROWS data.labels says so
+HUB = ("hf", "hub_examples")  # sources whose path may be a name on the Hugging Face hub
 SOURCES = ("pysrc", "synthetic", "text", "jsonl", "parquet", "lingua", "hf", *EXAMPLES)
 PRECISIONS = ("fp32", "bf16", "bf16_stream", "fp16")
 CLIP_KINDS = ("norm", "zclip", "adagc", "agc")
@@ -123,23 +125,25 @@ class DataConfig:
     """Where the tokens come from. `conf/data/*.yaml` are presets of it."""
 
     source: str = setting("pysrc", choices=SOURCES)
-    path: str | None = setting(
-        None, only="source=text,jsonl,parquet,lingua,hf,examples"
-    )  # file, folder, or hub name (hf)
+    # file, folder, or hub name (hf, hub_examples)
+    path: str | None = setting(None, only="source=text,jsonl,parquet,lingua,hf,examples,hub_examples")
     # a glob below the folder, e.g. **/*.rst; null: the usual names of the source
     files: str | None = setting(None, only="source=text,jsonl,parquet,examples")
     text_column: str = setting("text", only="source=jsonl,parquet,hf")
-    hub_config: str | None = setting(None, only="source=hf")  # the dataset's configuration, e.g. sample-10BT
-    hub_split: str = setting("train", only="source=hf")
-    hub_revision: str | None = setting(None, only="source=hf")  # commit sha; null pins nothing and is warned about
+    hub_config: str | None = setting(
+        None, only="source=hf,hub_examples"
+    )  # the dataset's configuration, e.g. sample-10BT
+    hub_split: str = setting("train", only="source=hf,hub_examples")
+    hub_revision: str | None = setting(None, only="source=hf,hub_examples")  # commit; null pins nothing, with a warning
     max_bytes: int | None = setting(None, ge=1, le=10**15)  # read at most so much text (UTF-8), whole documents
-    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf,examples")  # share skipped
+    # share skipped
+    bad_rows: float = setting(0.0, ge=0, le=0.001, only="source=jsonl,parquet,lingua,hf,examples,hub_examples")
     tokenizer: str = setting("bytes")  # bytes | a folder | a tokenizer.json | VOCAB,MERGES | a hub name
     seq_len: int = setting(128, ge=1, le=1_048_576)  # tokens per sequence
     # packed: sequences cut through examples that stand one behind the other; padded: one example each, cut at seq_len
     layout: str = setting("packed", choices=("packed", "padded"), only="source=" + ",".join(EXAMPLES))
     # true: each row has a label, true for a completion that is wanted; false: labels are passed over
-    labels: bool = setting(False, only="source=examples")
+    labels: bool = setting(False, only="source=examples,hub_examples")
     validation_share: float = setting(0.05, gt=0, lt=1)  # share of the windows held out for the fixed validation part
     synthetic: SyntheticConfig = group(SyntheticConfig, only="source=synthetic")
 

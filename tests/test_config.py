@@ -345,10 +345,13 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
             {"data": {"source": "synthetic", "synthetic": {"order": 4}}},
             "data.synthetic.order: must be a whole number in [0, 3], got 4",
         ),
-        ({"data": {"hub_split": "x"}}, "data.hub_split: has an effect with source hf only, got source pysrc"),
+        (
+            {"data": {"hub_split": "x"}},
+            "data.hub_split: has an effect with sources hf, hub_examples only, got source pysrc",
+        ),
         (
             {"data": {"path": "x"}},
-            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf, examples only, got source pysrc",
+            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf, examples, hub_examples only, got source pysrc",
         ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has an effect with lr 0 only, got lr 1"),

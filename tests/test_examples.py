@@ -330,7 +330,8 @@ def test_batches_and_cache_of_text_are_what_they_were_before_there_were_masks(
         ),
         (
             {"data": {"layout": "padded"}},
-            "data.layout: has an effect with sources examples, arithmetic, arithmetic_graded only, got source pysrc",
+            "data.layout: has an effect with sources examples, hub_examples, arithmetic, arithmetic_graded only, got "
+            "source pysrc",
         ),
         (
             {"data": {"source": "examples"}, "objective": {"kind": "sft"}},

@@ -134,6 +134,20 @@ def test_the_graded_set_is_pinned_and_half_of_it_is_wrong() -> None:
     assert 0.48 < np.mean([bool(e.label) for e in examples]) < 0.52
 
 
+def test_rows_of_the_hub_are_examples(tmp_path: Path) -> None:
+    """Through the installed library, on a local folder laid out like a dataset."""
+    (tmp_path / "set").mkdir()
+    rows = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}] * 3
+    (tmp_path / "set" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(source="hub_examples", path=str(tmp_path / "set"), labels=True, layout="padded")
+    assert list(sources.examples(data)) == [YES, NO] * 3
+    assert tokens.prepare(data, tmp_path).labels is not None
+    with pytest.raises(DataError, match="set: row 1: has no 'prompt' and 'completion'"):
+        list(sources.examples(DataConfig(source="hub_examples", path=data.path)))
+    assert len({sources.fingerprint(d) for d in (data, DataConfig(source="hub_examples", path=data.path))}) == 2
+    assert sources.packages(data) == {"datasets"}
+
+
 # --- dataset_info.json
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}

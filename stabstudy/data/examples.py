@@ -66,7 +66,7 @@ class Reading:
 
 
 def examples(config: DataConfig, count: RowCount, template: Template) -> Iterator[Example]:
-    """The examples of a source in their fixed order. Raises DataError with file and row."""
+    """The examples of a source that is not the hub, in their fixed order. Raises DataError with file and row."""
     if config.source != "examples":
         yield from arithmetic(ARITHMETIC, graded=config.source in LABELLED)
         return

@@ -9,6 +9,7 @@
     examples    prompts with completions, rows of JSON, JSON lines or Parquet; a file or a folder
     arithmetic  prompts with completions, made from integers; arithmetic_graded: with labels too
     hf          a dataset of the Hugging Face hub, or a local folder laid out like one, streamed (needs `datasets`)
+    hub_examples    prompts with completions, the rows of such a dataset
 
 The order of the documents is fixed (files by name, rows as stored), so a fingerprint stands for one sequence of text.
 
@@ -33,10 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import extras
-from stabstudy.config import EXAMPLES, FORMER_NAMES, DataConfig
+from stabstudy.config import EXAMPLES, FORMER_NAMES, HUB, ROWS, DataConfig
 from stabstudy.data import chats, files, rows, synthetic, tokenizer
 from stabstudy.data.chats import Plain, Template
-from stabstudy.data.examples import ARITHMETIC, Example
+from stabstudy.data.examples import ARITHMETIC, Example, Reading, of_rows
 from stabstudy.data.examples import VERSION as EXAMPLES_VERSION
 from stabstudy.data.examples import examples as read_examples
 from stabstudy.data.files import Memory
@@ -68,7 +69,7 @@ def examples(config: DataConfig, count: RowCount | None = None, template: Templa
     template: what writes chats; None: the local tokenizer's own where it has one, else the plain one.
     """
     if template is None:
-        template = (tokenizer.own_template(config.tokenizer) if config.source == "examples" else None) or Plain()
+        template = (tokenizer.own_template(config.tokenizer) if config.source in ROWS else None) or Plain()
     count = RowCount(config.bad_rows) if count is None else count
     left, is_there = config.max_bytes, False
     for example in _everything(config, count, template):
@@ -104,7 +105,7 @@ def fingerprint(config: DataConfig, memory: Memory | None = None) -> str:
 
 def packages(config: DataConfig) -> set[str]:
     """The optional packages that reading and tokenizing the text takes. Raises DataError for a tokenizer not there."""
-    return tokenizer.packages(config.tokenizer) | ({"datasets"} if config.source == "hf" else set())
+    return tokenizer.packages(config.tokenizer) | ({"datasets"} if config.source in HUB else set())
 
 
 def check(config: DataConfig) -> None:
@@ -114,7 +115,7 @@ def check(config: DataConfig) -> None:
     Damage further in is found when the token cache is built (`tokens.prepare`), before the first step.
     """
     tokenizer.identity(config.tokenizer)
-    if config.source == "hf":
+    if config.source in HUB:
         return
     if config.source == "synthetic" and config.max_bytes is None:
         return  # always has text, and making the first of it takes half a second
@@ -125,7 +126,9 @@ def check(config: DataConfig) -> None:
 
 
 def _everything(config: DataConfig, count: RowCount, template: Template) -> Iterator[Example]:
-    if config.source in EXAMPLES:
+    if config.source == "hub_examples":
+        yield from of_rows(hub_rows(config), Reading(config.labels, template), count)
+    elif config.source in EXAMPLES:
         yield from read_examples(config, count, template)
     else:
         for text in filter(None, _texts(config, count)):
@@ -159,6 +162,8 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
             return {"generator": EXAMPLES_VERSION, "number": ARITHMETIC}
         case "examples":
             return {"content": _digest(config, memory), "template": EXAMPLES_VERSION} | _reading(config)
+        case "hub_examples":
+            return hub_identity(config, memory) | {"template": EXAMPLES_VERSION} | _reading(config)
         case "jsonl" | "parquet":
             return {"content": _digest(config, memory), "column": config.text_column}
         case _:
@@ -167,7 +172,8 @@ def _identity(config: DataConfig, memory: Memory | None) -> dict[str, Any]:
 
 def _reading(config: DataConfig) -> dict[str, Any]:
     """What rows are read by beside the usual; nothing where that is all, as it was before there was anything else."""
-    described = {file.name: chats.entry(file) for file in files.find(config)}
+    local = [] if config.source in HUB else files.find(config)
+    described = {file.name: chats.entry(file) for file in local}
     parts = {
         "labels": config.labels,
         "info": {name: entry for name, entry in described.items() if entry is not None},
@@ -220,17 +226,23 @@ def _left_out(name: str) -> bool:
 
 def hub_documents(config: DataConfig, count: RowCount) -> Iterator[str]:
     """The rows' text in the dataset's order. Raises DataError naming dataset and row."""
+    for where, row, _ in hub_rows(config):
+        count.rows += 1
+        text, reason = text_or_reason(row, (config.text_column,))
+        if reason:
+            count.skip(where, reason)
+        else:
+            yield text
+
+
+def hub_rows(config: DataConfig) -> Iterator[tuple[str, Any, str]]:
+    """(place, row, "") of each row in the dataset's order. Raises DataError naming the dataset."""
     check_hub(config)
     from datasets.exceptions import DatasetsError
 
     try:
         for number, row in enumerate(_rows(config), start=1):
-            count.rows += 1
-            text, reason = text_or_reason(row, (config.text_column,))
-            if reason:
-                count.skip(f"{config.path}: row {number}", reason)
-            else:
-                yield text
+            yield f"{config.path}: row {number}", row, ""
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError("data.path", _explained(error), str(config.path)) from error
 
@@ -271,7 +283,7 @@ def _rows(config: DataConfig) -> Iterator[Any]:
         revision=config.hub_revision,
         streaming=True,
     )
-    if stream.column_names and config.text_column not in stream.column_names:
+    if config.source == "hf" and stream.column_names and config.text_column not in stream.column_names:
         names = ", ".join(stream.column_names)
         raise DataError("data.text_column", f"{config.path} has only the columns {names}", config.text_column)
     yield from stream

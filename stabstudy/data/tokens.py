@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy import disk, store
-from stabstudy.config import EXAMPLES, DataConfig
+from stabstudy.config import EXAMPLES, HUB, DataConfig
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.chats import Plain
 from stabstudy.data.examples import Example
@@ -253,7 +253,7 @@ def build_cache(config: DataConfig, folder: Path, fingerprint: str, memory: Memo
 
 def _tokenize(config: DataConfig, folder: Path, fingerprint: str, say: Say) -> None:
     """Write the files, synced."""
-    if config.source == "hf" and config.hub_revision is None and not Path(config.path or "").expanduser().is_dir():
+    if config.source in HUB and config.hub_revision is None and not Path(config.path or "").expanduser().is_dir():
         say(f"data: {config.path} is read without data.hub_revision: nothing pins its content")
     say(f"data: tokenizing {config.path or config.source} with {config.tokenizer}")
     encoder, count = tokenizer.load(config.tokenizer), RowCount(config.bad_rows)

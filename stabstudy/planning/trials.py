@@ -136,7 +136,7 @@ def fingerprints(configs: Iterable[DataConfig], cache: Path | None, issues: Issu
             known[data] = of_text[text]
         except DataError as error:
             issues.take([error.problem])
-        if data.source == "hf" and data.hub_revision is None:
+        if data.source in cfg.HUB and data.hub_revision is None:
             issues.warn(f"data.hub_revision: null pins no version of {data.path}: its text may change")
     return known
 
