@@ -236,6 +236,7 @@ class TrialConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Positions that are read; of examples fewer are targets."""
         return self.train.batch_size * self.data.seq_len
 
     @property

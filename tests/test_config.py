@@ -351,7 +351,8 @@ QWEN3, GEMMA3 = ({"family": family, **cfg.OF_FAMILY[family]} for family in ("qwe
         ),
         (
             {"data": {"path": "x"}},
-            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf, examples, hub_examples only, got source pysrc",
+            "data.path: has an effect with sources text, jsonl, parquet, lingua, hf, examples, hub_examples only, got "
+            "source pysrc",
         ),
         ({"data": {"source": "text"}}, "data.path: source text needs a path, got null"),
         ({"optim": {"lr": 1.0, "allow_zero_lr": True}}, "optim.allow_zero_lr: has an effect with lr 0 only, got lr 1"),

@@ -389,6 +389,16 @@ def test_a_padded_window_ends_with_the_flag_of_its_sequence(tmp_path: Path) -> N
     assert flag(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])).tolist() == [0, 1, 2, 3]
 
 
+def test_how_many_of_each_label_a_short_context_leaves_is_said(tmp_path: Path) -> None:
+    lines: list[str] = []
+    b, rows = laid_out(tmp_path), graded(200)
+    data = labelled(tmp_path, rows, seq_len=20, validation_share=0.2)
+    open_batches(trial(data), tmp_path, lines.append)
+    kept = Counter(row["label"] for row in rows if len(row["prompt"]) + 1 < 21)
+    assert lines[-1].startswith(f"data: {b.layout.truncated} of 200 examples are cut at data.seq_len=20, ")
+    assert lines[-1].endswith(f": left out; {kept[True]} chosen and {kept[False]} rejected ones remain")
+
+
 def test_what_is_no_label_is_laid_out_as_without_labels(tmp_path: Path) -> None:
     ours = laid_out(tmp_path)
     data = DataConfig(source="examples", path=str(tmp_path / "rows.jsonl"), seq_len=20, layout="padded",

@@ -207,9 +207,8 @@ def open_batches(
     data, train = config.data, config.train
     sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences, config.final_eval_sequences
     batches = Batches(corpus, data.seq_len, *sizes, layout=data.layout)
-    if cut := batches.layout.truncated:
-        left = f", {dropped} of them before their completion: left out" if (dropped := batches.layout.dropped) else ""
-        say(f"data: {cut:,} of {len(corpus.doc_ends):,} examples are cut at data.seq_len={data.seq_len}{left}")
+    if batches.layout.cuts:
+        say(f"data: {batches.layout.cuts}")
     return batches
 
 

@@ -196,7 +196,7 @@ class ChatTemplate:
     """A tokenizer's own template."""
 
     text: str
-    tokens: Mapping[str, str]  # bos_token, eos_token, ... -> the token, for the template
+    tokens: dict[str, str]  # bos_token, eos_token, ... -> the token, for the template
     special: tuple[str, ...] = ()  # tokens that are guarded where a turn spells them out
     is_own = True
 
@@ -218,7 +218,8 @@ class ChatTemplate:
         return prompt, whole[len(prompt) :] if answer else ""
 
     def _render(self, messages: list[dict[str, str]], introduce: bool) -> str:
-        return str(_compiled(self.text).render(messages=messages, add_generation_prompt=introduce, **self.tokens))
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": introduce}
+        return str(_compiled(self.text).render(self.tokens | given))
 
     def _guarded(self, content: str) -> str:
         if GUARD in content:
@@ -282,7 +283,7 @@ def _compiled(text: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _refuse
     # marks of what a trainer may take for the answer: no text
     text = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", text)

@@ -76,6 +76,10 @@ class Layout(Protocol):
     truncated: int  # examples that are longer than a sequence
     dropped: int  # examples of which no target is left, which are no sequences
 
+    @property
+    def cuts(self) -> str:
+        """The two in words; "" where no example is cut."""
+
     def windows(self, numbers: Int) -> Int:
         """[n, T+1] of these sequences; [n, T+2] where they are labelled."""
 
@@ -97,6 +101,7 @@ class Packed:
 
     name = "packed"
     truncated = dropped = 0
+    cuts = ""
 
     def __init__(self, corpus: Corpus, seq_len: int):
         self.corpus, self.seq_len, self.width = corpus, seq_len, seq_len + 1
@@ -149,12 +154,25 @@ class Padded:
         self._documents = np.flatnonzero(has_target)
         self._starts, self._stops = starts[has_target], stops[has_target]
         if corpus.labels is not None:
-            self._flags = flag(corpus.labels[has_target].astype(np.int64), (stops < ends)[has_target])
+            labels = corpus.labels[has_target].astype(np.int64)
+            self._flags = flag(labels, (stops < ends)[has_target])
         self.count = len(self._starts)
         self.truncated, self.dropped = int((stops < ends).sum()), int((~has_target).sum())
         if self.count < 1:
             rule = "must be larger: no completion of the data begins within so many tokens"
             raise DataError("data.seq_len", rule, str(seq_len))
+
+    @property
+    def cuts(self) -> str:
+        if not self.truncated:
+            return ""
+        left = f", {self.dropped} of them before their completion: left out" if self.dropped else ""
+        if self.corpus.labels is not None:
+            chosen = int((self._flags % 2).sum())
+            left += f"; {chosen:,} chosen and {self.count - chosen:,} rejected ones remain"
+        return (
+            f"{self.truncated:,} of {len(self.corpus.doc_ends):,} examples are cut at data.seq_len={self.seq_len}{left}"
+        )
 
     def windows(self, numbers: Int) -> Int:
         places = self._starts[numbers][:, None] + np.arange(self.seq_len + 1)

@@ -130,10 +130,11 @@ def _unevaluated(configs: Sequence[TrialConfig]) -> Iterator[str]:
 
 def _noisy(configs: Sequence[TrialConfig]) -> Iterator[str]:
     few = [c.tokens_per_step for c in configs if c.tokens_per_step < FEW_TOKENS]
+    unit = "tokens" if all(c.objective.kind == "lm" for c in configs) else "positions (only completions are targets)"
     trials = wording.count(len(configs), "trial", ",")
     if few:
         yield (
-            f"train.batch_size, data.seq_len: {min(few)} tokens a step in {len(few)} of {trials}: under {FEW_TOKENS} "
+            f"train.batch_size, data.seq_len: {min(few)} {unit} a step in {len(few)} of {trials}: under {FEW_TOKENS} "
             "a rough gradient norm may be sampling noise"
         )
 
