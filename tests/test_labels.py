@@ -244,7 +244,7 @@ def test_two_descriptions_of_one_file_are_refused(tmp_path: Path) -> None:
 
 CHATML = (
     "{%- if messages[0].role == 'assistant' %}{{ raise_exception('begins with an answer') }}{% endif %}"
-    "{{ bos_token }}\n"
+    "{{ bos_token }}\n  {% if tools is none %}\nno tools\n  {% endif %}\n"
     "{%- for m in messages %}\n"
     "    {%- if m.role == 'tool' %}{% continue %}{% endif %}\n"
     "    {%- if m.role == 'assistant' %}{{ '<|im_start|>' + m.role }}\n"
@@ -307,7 +307,8 @@ def test_a_turn_cannot_spell_out_a_border(tmp_path: Path) -> None:
     assert [Counter(ids[ids < 3].tolist()) for ids in documents] == [{0: 2, 1: 2, 2: 1}] * 2
     loaded = tokenizer.load(str(folder))
     assert forged in loaded.decode(documents[0].tolist()), "as text it is all there"
-    assert np.array_equal(loaded.encode([forged])[0], documents[0][7:][: len(loaded.encode([forged])[0])])
+    ordinary = loaded.encode([forged])[0].astype(corpus.tokens.dtype)
+    assert ordinary.tobytes() in documents[0].tobytes()
 
 
 def test_text_without_turns_is_written_by_no_template(tmp_path: Path) -> None:
