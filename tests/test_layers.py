@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("extras", "failpoints", "settings", "wording", "architecture", "config", "shape"),
+    *("extras", "failpoints", "settings", "wording", "architecture", "optimization", "config", "shape"),
     *("trace", "live", "finished", "disk", "state", "store", "external"),
 }
 
@@ -38,7 +38,8 @@ MAY = {
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
     "architecture": May({"settings"}),
-    "config": May({"settings", "architecture"}),
+    "optimization": May({"settings"}),
+    "config": May({"settings", "architecture", "optimization"}),
     "shape": May({"config"}),
     "trace": May(set(), {"numpy"}),
     "encodings": May({"trace", "disk"}, {"numpy"}),
