@@ -43,7 +43,7 @@ from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine
 
 CPU = torch.device("cpu")
-KTO = ObjectiveConfig("kto", *WEIGHTING)
+KTO = ObjectiveConfig("kto", **WEIGHTING._asdict())
 RULES = Rules()
 Measured = tuple[dict[str, float], dict[str, Tensor]]
 
@@ -222,7 +222,7 @@ def rows_of(folder: TrialFolder) -> Rows:
 
 def test_a_pack_trains_each_member_as_it_would_be_alone(make: Make, cache: Path) -> None:
     """With rates, betas and weights of their own, and on captured steps."""
-    given = [(3e-3, KTO), (1e-2, ObjectiveConfig("kto", 0.5, 1.3, 0.7))]
+    given = [(3e-3, KTO), (1e-2, ObjectiveConfig("kto", beta=0.5, desirable=1.3, undesirable=0.7))]
     configs = [
         dataclasses.replace(TRIAL, optim=dataclasses.replace(TRIAL.optim, lr=lr), objective=objective)
         for lr, objective in given
