@@ -32,7 +32,7 @@ from stabstudy.stability.summary import Summary, TrialFacts, summarise
 from stabstudy.store import TrialFolder
 from stabstudy.trace import KTO as KTO_COLUMNS
 from stabstudy.trace import PROBES, TRACE, TRACE_KTO, Rows, from_dicts
-from stabstudy.training import kto
+from stabstudy.training import kto, probes
 from stabstudy.training.driver import HostFeed
 from stabstudy.training.families import build
 from stabstudy.training.kto import CHOSEN, REJECTED, Kl
@@ -253,9 +253,9 @@ def test_a_trial_that_was_stopped_goes_on_as_if_nothing_had_happened(make: Make,
     assert_same(rows_of(whole), rows_of(stopped))
     assert rows_of(whole).schema.names == [*TRACE.names, *(c.name for c in KTO_COLUMNS)]
     assert records(whole)[0].schema.names == TRACE.names  # who does not ask for them
-    probes = [folder.rows(PROBES) for folder in (whole, stopped)]
-    assert probes[0] is not None and probes[1] is not None
-    assert_same(probes[0], probes[1])
+    probed = [folder.rows(PROBES) for folder in (whole, stopped)]
+    assert probed[0] is not None and probed[1] is not None
+    assert_same(probed[0], probed[1])
 
 
 def test_classes_that_are_absent_are_null_and_no_divergence(
@@ -296,9 +296,9 @@ def test_classes_that_are_absent_are_null_and_no_divergence(
     )
     assert rows["empty"][9] == rows["clipped"][9] == 1 / 8
     assert rows["sequences_chosen"][9] + rows["sequences_rejected"][9] == 7
-    probes = folder.rows(PROBES)
-    assert probes is not None
-    assert len(set(probes["param_norm"].tolist())) == len(probes)  # the step without a sequence stopped nothing
+    probed = folder.rows(PROBES)
+    assert probed is not None
+    assert len(set(probed["param_norm"].tolist())) == len(probed)  # the step without a sequence stopped nothing
     summary = summarise(rows, None, facts(12), RULES)
     assert summary.columns["one_class_steps"] == 2 and summary.columns["verdict_reason"] == "too_short"
 
@@ -330,6 +330,13 @@ def test_the_estimate_knows_the_other_passes_and_the_reference() -> None:
     weights = TRIAL.model.parameters(estimate.vocabulary(TRIAL))
     assert estimate.memory(TRIAL) - estimate.memory(sft) == 4 * weights
     assert estimate.disk(TRIAL, False) - estimate.disk(sft, False) == 12 * 8 * 19
+
+
+def test_the_preflight_of_a_foreign_model_is_of_completions(cache: Path) -> None:
+    """The loss itself is not the same in other micro-batches."""
+    foreign = dataclasses.replace(TRIAL, model=dataclasses.replace(TRIAL.model, family="llama"))
+    loss, norm = probes.accumulation_differences(foreign, cache, CPU)
+    assert loss <= 3e-7 and norm <= 3e-7
 
 
 # --- verdicts
