@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from lone import AMONG, Lone
+from test_kto import LABELS, T, V, examples
+from test_kto_trial import config as kto_config
+from test_kto_trial import windows_of
 
 from stabstudy import config as cfg
 from stabstudy import store, trace
@@ -33,7 +37,7 @@ from stabstudy.training import families
 from stabstudy.training.objective import IGNORE
 from stabstudy.training.pack import run_pack
 from stabstudy.training.stack import Stack
-from stabstudy.training.step import compiled
+from stabstudy.training.step import Stepper, compiled
 from stabstudy.training.trial import Engine, Trial
 
 SMALL = TrialConfig(
@@ -168,6 +172,25 @@ def test_compiled_agrees_with_eager(precision: str, z_loss: float, neighbours: i
         a, b = one.step(windows, 3e-3), other.step(windows, 3e-3)
         for column in ("loss", "grad_norm", "logit_absmax", "logz_mean"):
             assert a[column] == pytest.approx(b[column], rel=far)
+
+
+@pytest.mark.slow
+@needs_compiler
+@quiet
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("count", [1, 2])
+def test_compiled_kto_agrees_with_eager(count: int) -> None:
+    """With the frozen reference inside what is compiled."""
+    config = dataclasses.replace(kto_config(), train=dataclasses.replace(kto_config().train, steps=4))
+    models = [families.build(config.model, V, T, 0) for _ in range(count)]
+    both = [Stepper([config] * count, copy.deepcopy(models), torch.device("cpu"), fast) for fast in (True, False)]
+    windows = torch.from_numpy(windows_of(examples(1, 5), LABELS)).expand(count, -1, -1)
+    for _ in range(4):
+        a, b = (made.step(windows, [1e-2] * count, torch.ones(count), masked=True) for made in both)
+        for name in ("loss", "grad_norm", "kl_raw", "reward_chosen", "logit_sd_rejected", "sequences_chosen"):
+            column = both[0].columns.index(name)
+            assert a[:, column].tolist() == pytest.approx(b[:, column].tolist(), rel=1e-4, abs=1e-5), name
+    assert abs(float(b[0, both[0].columns.index("reward_chosen")])) > 0.01
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ from series import lognormal
 from test_kto import LABELS, WEIGHTING, Pair, T, V, distance, examples, micro_batch, moved, toward_pairs, trainer_of
 from test_kto import gradients as gradients_of
 from torch import Tensor
-from trials import BASE, Make, assert_same, vary
+from trials import BASE, Make, assert_same, records, vary
 
 from stabstudy import config as cfg
 from stabstudy.config import DataConfig, ObjectiveConfig, TrialConfig
 from stabstudy.data.layouts import IGNORE, flag, hidden
+from stabstudy.planning import estimate
 from stabstudy.settings import ConfigError
 from stabstudy.shape import shape
 from stabstudy.stability.divergence import highest_mean
@@ -29,8 +30,9 @@ from stabstudy.stability.explain import Recipe, explain
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Summary, TrialFacts, summarise
 from stabstudy.store import TrialFolder
-from stabstudy.trace import PROBES, TRACE_KTO, Rows, from_dicts
-from stabstudy.training import kto
+from stabstudy.trace import KTO as KTO_COLUMNS
+from stabstudy.trace import PROBES, TRACE, TRACE_KTO, Rows, from_dicts
+from stabstudy.training import kto, probes
 from stabstudy.training.driver import HostFeed
 from stabstudy.training.families import build
 from stabstudy.training.kto import CHOSEN, REJECTED, Kl
@@ -41,7 +43,7 @@ from stabstudy.training.step import Stepper
 from stabstudy.training.trial import Engine
 
 CPU = torch.device("cpu")
-KTO = ObjectiveConfig("kto", *WEIGHTING)
+KTO = ObjectiveConfig("kto", **WEIGHTING._asdict())
 RULES = Rules()
 Measured = tuple[dict[str, float], dict[str, Tensor]]
 
@@ -220,7 +222,7 @@ def rows_of(folder: TrialFolder) -> Rows:
 
 def test_a_pack_trains_each_member_as_it_would_be_alone(make: Make, cache: Path) -> None:
     """With rates, betas and weights of their own, and on captured steps."""
-    given = [(3e-3, KTO), (1e-2, ObjectiveConfig("kto", 0.5, 1.3, 0.7))]
+    given = [(3e-3, KTO), (1e-2, ObjectiveConfig("kto", beta=0.5, desirable=1.3, undesirable=0.7))]
     configs = [
         dataclasses.replace(TRIAL, optim=dataclasses.replace(TRIAL.optim, lr=lr), objective=objective)
         for lr, objective in given
@@ -249,9 +251,11 @@ def test_a_trial_that_was_stopped_goes_on_as_if_nothing_had_happened(make: Make,
 
     assert run([stopped], cache, stop) == ["interrupted"] and run([stopped], cache) == ["done"]
     assert_same(rows_of(whole), rows_of(stopped))
-    probes = [folder.rows(PROBES) for folder in (whole, stopped)]
-    assert probes[0] is not None and probes[1] is not None
-    assert_same(probes[0], probes[1])
+    assert rows_of(whole).schema.names == [*TRACE.names, *(c.name for c in KTO_COLUMNS)]
+    assert records(whole)[0].schema.names == TRACE.names  # who does not ask for them
+    probed = [folder.rows(PROBES) for folder in (whole, stopped)]
+    assert probed[0] is not None and probed[1] is not None
+    assert_same(probed[0], probed[1])
 
 
 def test_classes_that_are_absent_are_null_and_no_divergence(
@@ -292,9 +296,9 @@ def test_classes_that_are_absent_are_null_and_no_divergence(
     )
     assert rows["empty"][9] == rows["clipped"][9] == 1 / 8
     assert rows["sequences_chosen"][9] + rows["sequences_rejected"][9] == 7
-    probes = folder.rows(PROBES)
-    assert probes is not None
-    assert len(set(probes["param_norm"].tolist())) == len(probes)  # the step without a sequence stopped nothing
+    probed = folder.rows(PROBES)
+    assert probed is not None
+    assert len(set(probed["param_norm"].tolist())) == len(probed)  # the step without a sequence stopped nothing
     summary = summarise(rows, None, facts(12), RULES)
     assert summary.columns["one_class_steps"] == 2 and summary.columns["verdict_reason"] == "too_short"
 
@@ -318,6 +322,21 @@ def test_rules_between_kto_and_its_data() -> None:
     assert "must be at least 2, got 1" in refused(train__micro_batch_size=1)
     assert "train.z_loss: has no effect" in refused(train__z_loss=1e-4)
     assert "objective.beta" in refused(objective__kind="lm", objective__beta=0.2, data__source="pysrc")
+
+
+def test_the_estimate_knows_the_other_passes_and_the_reference() -> None:
+    sft = dataclasses.replace(TRIAL, objective=ObjectiveConfig("sft"))
+    assert estimate.flops(TRIAL) == 2 * estimate.flops(sft)
+    weights = TRIAL.model.parameters(estimate.vocabulary(TRIAL))
+    assert estimate.memory(TRIAL) - estimate.memory(sft) == 4 * weights
+    assert estimate.disk(TRIAL, False) - estimate.disk(sft, False) == 12 * 8 * 19
+
+
+def test_the_preflight_of_a_foreign_model_is_of_completions(cache: Path) -> None:
+    """The loss itself is not the same in other micro-batches."""
+    foreign = dataclasses.replace(TRIAL, model=dataclasses.replace(TRIAL.model, family="llama"))
+    loss, norm = probes.accumulation_differences(foreign, cache, CPU)
+    assert loss <= 3e-7 and norm <= 3e-7
 
 
 # --- verdicts

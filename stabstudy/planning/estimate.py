@@ -189,11 +189,14 @@ def vocabulary(config: TrialConfig) -> int:
 
 
 def flops(config: TrialConfig) -> float:
-    """Forward and backward of all steps: 6 per weight and token, plus 6 * width * tokens seen, per layer (causal)."""
-    m = config.model
+    """Forward and backward of all steps: 6 per weight and token, plus 6 * width * tokens seen, per layer (causal).
+
+    Of objective `kto` twice that: three forward passes more, at 2 each.
+    """
+    m, passes = config.model, 2 if config.objective.kind == "kto" else 1
     weights = m.parameters(vocabulary(config)) - (0 if m.tied else vocabulary(config) * m.dim)  # a lookup is free
     attention = 6 * m.depth * m.dim * config.data.seq_len
-    return float(config.tokens) * (6 * weights + attention)
+    return float(config.tokens) * (6 * weights + attention) * passes
 
 
 def memory(config: TrialConfig) -> float:
@@ -202,13 +205,14 @@ def memory(config: TrialConfig) -> float:
     activations = tokens * m.dim * m.depth * ACTIVATION_BYTES
     if m.attn_softcap is not None:  # explicit scores, some of them kept for the backward pass
         activations += tokens * config.data.seq_len * m.n_heads * m.depth * SCORE_BYTES
-    each = BYTES_PER_PARAMETER + 4 * OPTIMIZERS[config.optim.kind]
+    each = BYTES_PER_PARAMETER + 4 * OPTIMIZERS[config.optim.kind] + 4 * (config.objective.kind == "kto")  # reference
     return m.parameters(vocabulary(config)) * each + activations + 12.0 * tokens * vocabulary(config)
 
 
 def disk(config: TrialConfig, keep_checkpoints: bool) -> float:
     """Bytes that a finished trial leaves behind."""
-    record = config.train.steps * (96 + 8 * (config.model.depth + 2))
+    columns = len(trace.KTO) if config.objective.kind == "kto" else 0
+    record = config.train.steps * (96 + 8 * (config.model.depth + 2 + columns))
     probes = config.train.steps / config.train.probe_every * 400
     weights = 4.0 * config.model.parameters(vocabulary(config))
     kept = 2 * checkpoint_bytes(config) + weights if keep_checkpoints else 0

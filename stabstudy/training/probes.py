@@ -183,7 +183,8 @@ def accumulation_differences(config: cfg.TrialConfig, cache_dir: Path, device: t
     batches = open_batches(whole, cache_dir)
     masked = _first_with_targets(batches) if batches.masked else unequal(batches.batch(0))
     if config.objective.kind == "kto":
-        whole, masked = replace(whole, objective=cfg.ObjectiveConfig("sft")), masked[:, : config.data.seq_len + 1]
+        whole = replace(whole, objective=replace(config.objective, kind="sft"))
+        masked = masked[:, : config.data.seq_len + 1]
     split = replace(whole, train=replace(train, micro_batch_size=1))
     (loss, norm), (split_loss, split_norm) = (_measured(c, batches, masked, device) for c in (whole, split))
     return abs(split_loss / loss - 1), abs(split_norm / norm - 1)

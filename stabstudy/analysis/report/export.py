@@ -232,7 +232,7 @@ def _trainer_notes(s: Settings) -> Iterator[str]:
     if s["objective.kind"] == "sft":
         yield f"{_pairs(s, 'objective.kind')}: for Trainer the labels of prompts must be -100"
     if s["objective.kind"] == "kto":
-        pairs = _pairs(s, *(name for name in s if name.startswith("objective.")))
+        pairs = _pairs(s, *(f"objective.{name}" for name in ("kind", "beta", "desirable", "undesirable")))
         yield f"{pairs}: in trl's KTOTrainer beta, desirable_weight and undesirable_weight; Trainer has no such loss"
     if s["data.layout"] == "padded":
         yield f"{_pairs(s, 'data.layout')}: Trainer pads as its collator does, to the longest of a batch"

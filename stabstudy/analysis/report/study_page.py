@@ -27,7 +27,7 @@ from stabstudy.analysis.report import (
     trial_tables,
 )
 from stabstudy.analysis.study import Study
-from stabstudy.config import setting_names
+from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
 from stabstudy.stability.rules import Rules
@@ -301,7 +301,7 @@ def _fixed(study: Study) -> Iterator[tuple[str, str]]:
     synthetic, kto = "synthetic" in set(study.trials["data.source"]), "kto" in set(study.trials["objective.kind"])
     for name in setting_names():
         hidden = name == "seed" or (name.startswith("data.synthetic.") and not synthetic)
-        hidden |= name.startswith("objective.") and name != "objective.kind" and not kto
+        hidden |= SETTINGS[name].metadata.get("only") == "kind=kto" and not kto
         values = [] if hidden else list({plain(v): None for v in study.trials[name]})
         if len(values) == 1 and not (study.ingested and values[0] is None):
             yield name, words.level(values[0], name)
