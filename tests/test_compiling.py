@@ -245,7 +245,7 @@ def test_one_pack_compiles_once(monkeypatch: pytest.MonkeyPatch, neighbours: int
     made.step(windows[:4], 1e-3)
     assert count == 1
     other = torch.zeros((made.stepper.K, 3, 16), dtype=torch.long)
-    made.stepper._terms(other, other, False)
+    made.stepper._terms((other, other), False)
     assert count == 2  # the count can rise
 
 
