@@ -27,6 +27,7 @@ print(faults() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_a_block_used_again_costs_no_page_fault() -> None:
     kept, given_back = (

@@ -164,6 +164,7 @@ def started(folder: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[str
 Command, Started = Callable[..., list[str]], Callable[[list[str]], "subprocess.Popen[str]"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_equals_local_survives_a_kill_and_keeps_quiet(folder: Path, command: Command, started: Started) -> None:
     launch(plan(folder, "launcher=local", "study=local", "train.steps=300"))

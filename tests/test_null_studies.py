@@ -63,6 +63,7 @@ def share(axes: int, seeds: int = 3, studies: int = STUDIES) -> float:
     return float(np.mean([bool(changes(noise(rng, axes, seeds))) for _ in range(studies)]))
 
 
+@pytest.mark.slow
 def test_noise_is_seldom_stated_as_a_change() -> None:
     """Of 60 studies nine or fewer: were the true share .07, more would come of it in one sample of a hundred."""
     assert 30 * share(2, studies=30) + 30 * share(3, studies=30) <= 9
