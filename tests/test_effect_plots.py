@@ -103,6 +103,17 @@ def test_clipping_draws_every_trial_that_clips_by_the_norm(study: Study) -> None
     assert drawn == sorted(zip(kept["optim.clip"], kept["grad_norm_median"], strict=True))
 
 
+def test_a_vanished_gradient_has_no_place_on_a_logarithmic_axis(study: Study) -> None:
+    """Without a warning (an error here), and with the range of the others."""
+    trials = study.trials.copy()
+    first = effect_plots.clipped_trials(study).index[0]
+    trials.loc[first, "grad_norm_median"] = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "trials", property(lambda self: trials))
+        low, high = effect_plots.clipping(study).get_ylim()
+    assert 0 < low < trials["grad_norm_median"].max() < high
+
+
 def test_the_shares_clipped_and_their_means_are_drawn(study: Study) -> None:
     mean, *dots = effect_plots.clip_shares(study).get_lines()
     kept = study.trials[study.trials["optim.clip"].notna()]

@@ -69,6 +69,7 @@ def test_noise_is_seldom_stated_as_a_change() -> None:
     assert 30 * share(2, studies=30) + 30 * share(3, studies=30) <= 9
 
 
+@pytest.mark.slow
 def test_a_change_of_two_standard_deviations_is_stated() -> None:
     rng = np.random.default_rng(1)
     stated = [changes(noise(rng, 3, effect=2.0)) for _ in range(16)]
@@ -76,6 +77,7 @@ def test_a_change_of_two_standard_deviations_is_stated() -> None:
     assert sum(there) >= 13
 
 
+@pytest.mark.slow
 def test_without_correction_half_of_all_studies_would_state_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the correction is for, and that this file can fail."""
     monkeypatch.setattr(effects, "holm", list)

@@ -264,7 +264,8 @@ def clipping(study: Study, ax: Axes | None = None) -> Axes:
     grid = levels_of(trials["optim.clip"])
     for clip in grid:
         _draw_trials(ax, clip, trials, "grad_norm_median")
-    ends = [*trials["optim.clip"], *trials["grad_norm_median"]]
+    # a median of 0, where the gradient vanished, has no place on a logarithmic axis
+    ends = [v for v in (*trials["optim.clip"], *trials["grad_norm_median"]) if v > 0]
     if ends:
         low, high = min(ends) / 1.6, max(ends) * 1.6
         ax.plot([low, high], [low, high], color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
