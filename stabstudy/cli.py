@@ -1,4 +1,4 @@
-"""The console script `stabstudy`, with the exit codes, arguments and output streams of all commands.
+"""Exit codes, arguments and output streams of all commands, and the console script `stabstudy`.
 
 Whatever a command does is imported by it, late: this module answers `--help` without numpy.
 """

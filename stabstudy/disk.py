@@ -1,4 +1,4 @@
-"""Locks, durable writes, free room, and obstacles in a study's folders.
+"""Locks, durable writes, free room and obstacles on disk.
 
 A lock is flock's: free the instant its holder dies, with the holder's name in the file for the others. A file that is
 replaced is there whole or not at all, after a power cut too. A link, or a folder or device in the place of a file, is

@@ -1,4 +1,4 @@
-"""Descriptions of runs trained elsewhere, as the `external` block of a config.json.
+"""Descriptions of runs of other trainers, as the `external` block of a config.json.
 
 Such a trial has no TrialConfig: most of its settings are unknown, and a default in their place would be false in every
 table. Its config.json holds `config: null` and a block `external` instead; a setting that is not in that block is not

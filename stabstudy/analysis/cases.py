@@ -11,14 +11,15 @@ over all cases and statistics.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
-from scipy.special import stdtr
 
 from stabstudy.analysis.compare import alike, values
 from stabstudy.analysis.effects import CLEAR
+from stabstudy.analysis.factors import Error
 from stabstudy.analysis.levels import Level, keys, plain
 from stabstudy.analysis.paired import Kind, exponential, holm, kind_of, shift_of, t_interval
 
@@ -100,9 +101,7 @@ def _by_seed(trials: pd.DataFrame, metric: str, ratio: bool) -> dict[tuple[Level
 def _p(differences: Sequence[float]) -> float:
     """Two-sided, of Student's test that the mean is 0."""
     n = len(differences)
-    mean = math.fsum(differences) / n
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (n - 1)
-    return 2 * float(stdtr(n - 1, -abs(mean) / math.sqrt(variance / n)))
+    return Error(statistics.variance(differences), n - 1).t_test(statistics.fmean(differences), 1 / n)
 
 
 def _why(differences: Sequence[float]) -> str:

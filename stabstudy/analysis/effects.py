@@ -1,9 +1,9 @@
-"""Effects of the axes on each statistic, tested as one family: the statistics behind every claim of a report.
+"""Effects of a study's axes on its statistics.
 
-The model and its error are those of `factors`: seeds are blocks, axes are factors, and one error is moderated over the
-whole family of axes and statistics. Holm's correction runs over that family, so a table of twelve tests states
-something of pure noise in one study of twenty (`tests/test_effects_simulation.py`), where twelve uncorrected paired
-tests do in every second.
+They are tested as one family, and are behind every claim of a report. The model and its error are those of `factors`:
+seeds are blocks, axes are factors, and one error is moderated over the whole family of axes and statistics. Holm's
+correction runs over that family, so a table of twelve tests states something of pure noise in one study of twenty
+(`tests/test_effects_simulation.py`), where twelve uncorrected paired tests do in every second.
 
 Scales: losses as differences; norms, logits and other positive sizes as ratios, from their logarithms; counts and rates
 as rate ratios, from log(rate + half an event of a trial), each trial weighted by its evaluable steps. Poisson

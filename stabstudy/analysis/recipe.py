@@ -31,19 +31,8 @@ Settings = Mapping[str, Any]
 LR, BATCH, STEPS = "optim.lr", "train.batch_size", "train.steps"
 
 GIVEN = (
-    *(
-        "study",
-        "objective",
-        "objective.kind",
-        "objective.init_id",
-        "data",
-        "train",
-        "model",
-        "model.family",
-        "model.depth",
-        "model.dim",
-        "model.n_heads",
-    ),
+    *("study", "objective", "objective.kind", "objective.init_id", "data", "train"),
+    *("model", "model.family", "model.depth", "model.dim", "model.n_heads"),
     *("model.n_kv_heads", "model.ffn_multiplier", "model.multiple_of", STEPS, BATCH, "train.precision"),
     *("train.eval_sequences", "train.final_eval_tokens"),
 )

@@ -1,4 +1,4 @@
-"""The tables of a study's trials and spikes, from the files of the trials.
+"""Tables of a study's trials and spikes.
 
 The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A finished
 trial brings its own judgement (`summary.json`); it is judged here only where that is missing, was made by other rules

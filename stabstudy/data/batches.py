@@ -145,8 +145,8 @@ class Batches:
         """[n, T+1] token ids that the first and the last loss are measured on, spread as those of `evaluation`.
 
         n is the larger of `eval_sequences` and `final_sequences` (of examples: of as many as hold so many targets), or
-        all of the validation part. On a thousand tokens
-        the error of the set, which all seeds share and no interval over seeds contains, is as large as theirs.
+        all of the validation part. On a thousand tokens the error of the set, which all seeds share and no interval
+        over seeds contains, is as large as theirs.
         """
         return self.layout.windows(self._final_evaluation)
 

@@ -1,4 +1,4 @@
-"""Files of a data source, and the location-independent digest of their content.
+"""Files of a data source, and the digest of their content.
 
 A file of more than 64 MB is fingerprinted by 16 blocks (`digest`), which an edit of the same size between the blocks
 does not touch. So the first launch that reads a file also hashes the whole of it, and the cache folder (`Memory`) keeps

@@ -1,4 +1,4 @@
-"""Tokenizers of bytes, of local BPE files, and of `transformers` by name.
+"""Tokenizers for bytes, local BPE files and models of `transformers`.
 
     bytes                       0-255, then bos 256 and eos 257 (Lingua's byte tokenizer)
     DIR, DIR/tokenizer.json     through `tokenizers`

@@ -161,19 +161,14 @@ def snapshot(name: str) -> Path:
         raise DataError(START, f"a hub name needs {error.name}, not installed here", show(name)) from error
     repo, _, revision = name.partition("@")
     with quiet_hub():
-        for reason in ("", hub_forbidden() or why_no_hub()):
-            if reason:
+        try:
+            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES)))
+        except Exception as error:  # the library raises anything, errors of its transport too
+            rule = f"cannot be downloaded ({type(error).__name__}: {first_line(error)})"
+            if reason := hub_forbidden() or why_no_hub():
                 rule = f"is neither a folder here nor in the hub's cache, and the hub cannot be asked ({reason})"
-                raise DataError(START, f"{rule}; write {FORMS}", show(name))
-            try:
-                folder = snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES))
-            except Exception as error:  # the library raises anything, errors of its transport too
-                failure = f"cannot be downloaded ({type(error).__name__}: {first_line(error)})"
-                if not (hub_forbidden() or why_no_hub()):
-                    raise DataError(START, failure, show(name)) from error
-            else:
-                return Path(folder)
-    raise AssertionError
+                rule += f"; write {FORMS}"
+            raise DataError(START, rule, show(name)) from error
 
 
 def _of_folder(folder: Path, place: str, family: str | None) -> Weights:

@@ -1,4 +1,4 @@
-"""The axes of a sweep, and the product of their values.
+"""Axes of a sweep, and the product of their values.
 
 The command line wins everywhere: an override with several values replaces the axis of that setting, or adds one; a
 single value pins the setting, which takes it out of the grid, out of every zip, and overrules the cases. An axis on the

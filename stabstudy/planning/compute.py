@@ -1,4 +1,4 @@
-"""Compute settings, and the resources of this machine.
+"""Compute settings and resources of this machine.
 
 Imports neither torch nor ray.
 """

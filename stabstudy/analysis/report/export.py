@@ -1,4 +1,4 @@
-"""Exports of a recipe as overrides of this tool, as a config of Lingua, and as Hugging Face's TrainingArguments.
+"""Recipe exports for this tool, for Lingua and for Hugging Face trainers.
 
 Every setting of a recipe has a key there that says the same, or a note names it: a test walks them all. Keys of Lingua
 and its differences are those of its commit 437d680 (optim.py, transformer.py, distributed.py, apps/main/train.py), keys

@@ -1,4 +1,4 @@
-"""The page of a study, with its first screen, sections and tables.
+"""Report page of a study.
 
 Nothing here knows when or where it runs: an unchanged study gives the same report, byte by byte, also after it moved.
 """

@@ -1,4 +1,4 @@
-"""The page of a trial, with its end and cause, figures, spikes, settings, statistics and log.
+"""Report page of a trial.
 
 Words and tables are made for every trial. Figures cost a third of a second each, so only the most notable trials have
 them; the pages of the others say how to draw theirs.
