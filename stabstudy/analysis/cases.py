@@ -60,7 +60,7 @@ def _partners(trials: pd.DataFrame, axes: Sequence[str]) -> Iterator[tuple[dict[
     cells = trials.drop_duplicates("cell_id")
     levels = dict(zip(cells["cell_id"], keys(cells, axes), strict=True))
     grid = cells.loc[cells["case"].isna(), "cell_id"]
-    named = cells[cells["case"].notna()]
+    named = cells[cells["case"].notna()].sort_values("case")
     for cell, case in zip(named["cell_id"], named["case"], strict=True):
         apart = {other: _apart(levels[other], levels[cell]) for other in grid}
         if len(near := [other for other, places in apart.items() if len(places) == 1]) != 1:

@@ -89,7 +89,7 @@ def curves(
             _draw_group(ax, at_level(trials, by, level), metric, positions, look)
         style.legend(ax, words.heading(by))
     positions.apply_x(ax)
-    ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric)), 34))
+    ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric, compare.in_nats(study.trials))), 34))
     _limit_to_dots(ax, trials, metric, log_y)
     if metric == "attn_logit_peak" and ax.get_yscale() == "log":
         ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * UNSTABLE_LOGIT))
@@ -103,10 +103,11 @@ def curves(
     return ax
 
 
-def metric_label(metric: str) -> str:
-    """A statistic's name and unit, for the side of a figure."""
+def metric_label(metric: str, nats: bool = True) -> str:
+    """A statistic's name and unit, for the side of a figure; `nats`: see `compare.in_nats`."""
     d = COLUMNS[metric]
-    unit = "" if d.unit in ("", "1", "ratio") else f" ({d.unit})"
+    bare = d.unit in ("", "1", "ratio") or (d.unit == "nat/token" and not nats)
+    unit = "" if bare else f" ({d.unit})"
     return f"{words.STATISTICS.get(metric, d.label)}{unit}"
 
 
@@ -224,7 +225,7 @@ def _curve_figure(study: Study, layout: Layout, metric: str, log_y: bool, name: 
         f"(from {BAND_FROM} trials on).{_extremes(study, layout, metric)}{pooled(layout)}"
     )
     axes = layout.axes(study)
-    heads = (*map(words.heading, axes), metric_label(metric), *COUNTS)
+    heads = (*map(words.heading, axes), metric_label(metric, compare.in_nats(study.trials)), *COUNTS)
     title = f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}"
     picture = panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over)
     alt = _alt(study, layout, metric, against)
@@ -321,7 +322,7 @@ class _Panel:
 
     @property
     def name(self) -> str:
-        return f"{metric_label(self.metric)}{f', {self.of}' if self.of else ''}"
+        return f"{metric_label(self.metric, compare.in_nats(self.study.trials))}{f', {self.of}' if self.of else ''}"
 
 
 def _panels(grid: Study, axis: str) -> list[_Panel]:

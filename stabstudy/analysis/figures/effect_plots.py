@@ -68,7 +68,7 @@ def effects(
     name = style.plain(words.STATISTICS.get(metric, metric))
     if differences:
         style.few_ticks(ax, COLUMNS[metric].unit)
-        ax.set_xlabel(textwrap.fill(f"change of {name}{_unit(metric)}", 36))
+        ax.set_xlabel(textwrap.fill(f"change of {name}{_unit(metric, compare.in_nats(study.trials))}", 36))
     else:
         ax.set_xscale("log")
         style.log_ticks(ax, across=True)
@@ -93,9 +93,10 @@ def _draw_reason(ax: Axes, metric: str, rows: Sequence[Mapping[str, Any]]) -> No
     ax.set_axis_off()
 
 
-def _unit(metric: str) -> str:
+def _unit(metric: str, nats: bool) -> str:
     unit = COLUMNS[metric].unit
-    return "" if unit in ("", "1", "ratio", "fraction") else f" ({unit})"
+    bare = unit in ("", "1", "ratio", "fraction") or (unit == "nat/token" and not nats)
+    return "" if bare else f" ({unit})"
 
 
 def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
