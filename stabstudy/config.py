@@ -310,7 +310,7 @@ ADDED: dict[str, Any] = {"data.files": None, "objective.kind": "lm", "data.layou
 ADDED |= {"objective.beta": 0.1, "objective.desirable": 1.0, "objective.undesirable": 1.0}
 ADDED |= {"objective.init_id": None}
 PLACE = "objective.init_from"
-"""A path or a name, and no part of what a trial is: that is `objective.init_id`."""
+"""A path or a name, and no part of what a trial with an `objective.init_id` is."""
 
 
 def canonical(config: TrialConfig, data_fingerprint: str) -> str:
@@ -319,7 +319,8 @@ def canonical(config: TrialConfig, data_fingerprint: str) -> str:
     Defaults stay out, so a setting that a later version adds renames no finished trial. The price: a default never
     changes within one FORMAT_VERSION. So do a warmup's share and a muon_lr equal to lr: what trains alike has one id.
     """
-    values = {k: v for k, v in flat(config).items() if k not in ("optim.warmup_share", PLACE)}
+    passed_over = {"optim.warmup_share"} | ({PLACE} if config.objective.init_id is not None else set())
+    values = {k: v for k, v in flat(config).items() if k not in passed_over}
     if values["data.tokenizer"] == config.objective.init_from:
         values["data.tokenizer"] = PLACE  # the one that lies with the starting weights, wherever these are
     if values["optim.muon_lr"] == values["optim.lr"]:

@@ -131,6 +131,7 @@ def test_no_mutation_changes_a_number_silently(
         (("config", "data", "tokenizer"), "bytus"),
         (("config", "model", "depth"), 3),
         (("config", "seed"), 1),
+        (("config", "objective", "init_from"), "cosine"),
         (("data_fingerprint",), "e" * 16),
         (("cell_id",), "0123456789"),
     ],
