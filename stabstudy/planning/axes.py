@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -35,6 +35,41 @@ class Chosen:
 
     value: Any
     origin: str
+
+
+HOLDS = ("stable", "works")
+RESOLUTION, PARTS = 1.25, 20
+"""Of a search that names none: a factor on a logarithmic scale, so many parts of the range on a linear one."""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A setting of which the largest value that holds is searched; written as {between: [low, high], ...}.
+
+    The scale is logarithmic where `low` is above 0: `resolution` is a factor there, and a difference on a linear one.
+    """
+
+    setting: str
+    low: float
+    high: float
+    resolution: float
+    holds: str = HOLDS[0]
+    origin: str = field(default="", compare=False)
+
+    @property
+    def log(self) -> bool:
+        return self.low > 0
+
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """Both ends in the setting's type."""
+        kinds = int if kind(self.setting) == "int" else float
+        return kinds(self.low), kinds(self.high)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"between": list(self.ends), "resolution": self.resolution, "holds": self.holds}
 
 
 Choices = dict[str, Chosen]
@@ -93,6 +128,35 @@ def values(name: str, written: Any, origin: str, loader: ConfigLoader | None, is
     return chosen if loader is None else [c for c in chosen if is_possible(name, c, loader, issues)]
 
 
+def between(name: str, written: Mapping[Any, Any], origin: str, issues: Issues) -> Between | None:
+    """{between: [low, high], resolution: r, holds: stable | works} as a search over the setting."""
+    if kind(name) not in ("int", "float") or name == "seed":
+        issues.refuse(name, "a range is searched of settings that are numbers", repr(dict(written)), origin)
+        return None
+    ends = written.get("between")
+    numbers = isinstance(ends, list) and len(ends) == 2 and all(type(e) in (int, float) for e in ends)
+    if set(written) - {"between", "resolution", "holds"} or not numbers:
+        rule = "a search is {between: [low, high]}, with resolution: a number and holds: stable or works if need be"
+        issues.refuse(name, rule, repr(dict(written)), origin)
+        return None
+    low, high = ends  # type: ignore[misc]
+    whole = kind(name) != "int" or all(float(e).is_integer() for e in (low, high))
+    if not (-math.inf < low < high < math.inf and whole):
+        rule = f"a search needs low < high, both {'whole ' if kind(name) == 'int' else ''}numbers"
+        issues.refuse(name, rule, repr(ends), origin)
+        return None
+    resolution = written.get("resolution", RESOLUTION if low > 0 else (high - low) / PARTS)
+    least = 1.0 if low > 0 else 0.0
+    if type(resolution) not in (int, float) or not least < resolution < math.inf:
+        rule = "must be a factor above 1 (the range lies above 0)" if low > 0 else "must be a difference above 0"
+        issues.refuse(name, f"resolution {rule}", repr(resolution), origin)
+        return None
+    if (holds := written.get("holds", HOLDS[0])) not in HOLDS:
+        issues.refuse(name, f"holds must be one of {', '.join(HOLDS)}", repr(holds), origin)
+        return None
+    return Between(name, float(low), float(high), float(resolution), holds, origin)
+
+
 def is_possible(name: str, chosen: Chosen, loader: ConfigLoader, issues: Issues) -> bool:
     """Whether the value may be composed: any value of a setting (its rules come later), a known preset of a group."""
     problem = compose.check_preset(loader, name, chosen.value)
@@ -120,6 +184,12 @@ def as_setting(name: str, value: Any) -> Any:
     if kind(name) == "float" and type(value) is int and abs(value) < 2**53:
         return float(value)
     return value
+
+
+def rank(value: Any) -> tuple[int, float, str]:
+    """Sorts numbers by size before text, and null last."""
+    number = isinstance(value, int | float)
+    return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
 
 
 def kind(name: str) -> str:

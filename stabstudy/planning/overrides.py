@@ -1,7 +1,7 @@
 """Overrides of a launch: command-line arguments in Hydra's grammar.
 
-`optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis; one value pins a setting
-or chooses a preset. The command line wins over the sweep file everywhere.
+`optim.lr=1e-4,1e-3`, `range()`, `choice()`, `glob()` and `{log: [a, b], num: n}` make an axis, `{between: [a, b]}` a
+search along it; one value pins a setting or chooses a preset. The command line wins over the sweep file everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from hydra.errors import HydraException
 
 from stabstudy import store
 from stabstudy.config import GROUPS, from_dict, setting_names
-from stabstudy.planning import axes, compose, compute, document
-from stabstudy.planning.axes import Choices, Chosen
+from stabstudy.planning import axes, budget, compose, compute, document
+from stabstudy.planning.axes import Between, Choices, Chosen
 from stabstudy.settings import ConfigError, Issues, Problem, put, read_group, setting
 
 DEFAULT_SWEEP = "quickstart"
@@ -45,12 +45,15 @@ class Launch:
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
 
-LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)))
+LAUNCH_KEYS = ("sweep", "seeds", *(f.name for f in fields(Launch)), *budget.NAMES)
+
+Entry = Chosen | list[Chosen] | Between
+"""What is asked of one name: a value, an axis, a search."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The command line, sorted: which sweep, how to launch it, what is pinned, what is an axis.
+    """What a launch asks, sorted: which sweep, how to launch it, what is pinned, what is an axis.
 
     `sweep` is None for a launch that gives settings and names no sweep: it starts from conf/trial.yaml alone.
     """
@@ -60,6 +63,14 @@ class Request:
     seeds: tuple[int, ...] | None
     pins: Choices
     axes: dict[str, list[Chosen]]
+    given: tuple[str, ...] = ()  # the overrides, as they are or could be typed
+    frontier: Between | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)  # the fields of Budget that are given
+
+    @property
+    def names(self) -> set[str]:
+        """Every setting and group that the launch itself chooses."""
+        return {*self.pins, *self.axes, *([self.frontier.setting] if self.frontier else [])}
 
     @property
     def study(self) -> str:
@@ -70,28 +81,59 @@ class Request:
         """
         if self.launch.study is not None:
             return self.launch.study
-        return f"adhoc-{_digest(self.pins, self.axes)}" if self.sweep is None else self.sweep
+        return f"adhoc-{self._digest()}" if self.sweep is None else self.sweep
+
+    def _digest(self) -> str:
+        """8 hex digits of the settings and their values, in one order however they were typed."""
+        values = {name: [chosen] for name, chosen in self.pins.items()} | self.axes
+        if self.frontier is not None:
+            values |= {self.frontier.setting: [Chosen(self.frontier.record, "")]}
+        question = {
+            name: sorted(json.dumps(chosen.value, sort_keys=True, default=str) for chosen in values[name])
+            for name in sorted(filter(_is_question, values))
+        }
+        return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
 
 
 def read(arguments: Sequence[str], loader: ConfigLoader | None, issues: Issues) -> Request:
     """The arguments as a Request. Without a loader presets are not checked and `glob` is refused."""
     parser = OverridesParser.create(config_loader=loader)
-    entries: dict[str, Chosen | list[Chosen]] = {}
+    entries: dict[str, Entry] = {}
     for argument in arguments:
         _read_one(argument, parser, loader, entries, issues)
+    return _sorted(entries, arguments, issues)
+
+
+def _sorted(entries: dict[str, Entry], given: Sequence[str], issues: Issues) -> Request:
     launch_entries = {k: entries.pop(k) for k in LAUNCH_KEYS if k in entries}
     sweep = launch_entries.pop("sweep", None)
+    limits = {k: launch_entries.pop(k) for k in budget.NAMES if k in launch_entries}
     seeds = _seeds({k: v for k, v in (*launch_entries.items(), *entries.items()) if k in ("seeds", "seed")}, issues)
     entries.pop("seed", None)
     launch = _launch(launch_entries, issues)
     _check_folder(launch, issues)
+    searched = [entry for entry in entries.values() if isinstance(entry, Between)]
+    for entry in searched[1:]:
+        issues.refuse(entry.setting, f"{searched[0].setting} is searched: one setting at a time", origin=entry.origin)
     return Request(
         DEFAULT_SWEEP if sweep is None and not any(map(_is_question, entries)) else _name(sweep, issues),
         launch,
         seeds,
         {k: v for k, v in entries.items() if isinstance(v, Chosen)},
         {k: v for k, v in entries.items() if isinstance(v, list)},
+        tuple(given),
+        searched[0] if searched else None,
+        _limits(limits, issues),
     )
+
+
+def _limits(entries: Mapping[str, Entry], issues: Issues) -> dict[str, Any]:
+    """The fields of Budget that are given, checked."""
+    values = {name.removeprefix("budget."): _value(entry, name, issues, None) for name, entry in entries.items()}
+    problems: list[Problem] = []
+    checked = budget.read(values, problems)
+    issues.take(problems)
+    return {key: getattr(checked, key) for key in values}
 
 
 def _is_question(name: str) -> bool:
@@ -99,18 +141,8 @@ def _is_question(name: str) -> bool:
     return name.partition(".")[0] != "compute"
 
 
-def _name(sweep: Chosen | list[Chosen] | None, issues: Issues) -> str | None:
+def _name(sweep: Entry | None, issues: Issues) -> str | None:
     return None if sweep is None else str(_value(sweep, "sweep", issues, DEFAULT_SWEEP))
-
-
-def _digest(pins: Mapping[str, Chosen], axes: Mapping[str, list[Chosen]]) -> str:
-    """8 hex digits of the settings and their values, in one order however they were typed."""
-    values = {name: [chosen] for name, chosen in pins.items()} | dict(axes)
-    question = {
-        name: sorted(json.dumps(chosen.value, sort_keys=True, default=str) for chosen in values[name])
-        for name in sorted(filter(_is_question, values))
-    }
-    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:8]
 
 
 def _check_folder(launch: Launch, issues: Issues) -> None:
@@ -146,7 +178,7 @@ def _read_one(
     argument: str,
     parser: OverridesParser,
     loader: ConfigLoader | None,
-    entries: dict[str, Chosen | list[Chosen]],
+    entries: dict[str, Entry],
     issues: Issues,
 ) -> None:
     origin = f"from override {argument!r}"
@@ -164,6 +196,9 @@ def _read_one(
     elif override.is_sweep_override():
         written = _enumerated(override, origin, issues)
         entries[name] = axes.values(name, written, origin, loader, issues) if written is not None else []
+    elif isinstance(override.value(), dict) and "between" in override.value():  # type: ignore[operator]
+        if (search := axes.between(name, override.value(), origin, issues)) is not None:  # type: ignore[arg-type]
+            entries[name] = search
     elif isinstance(override.value(), dict) and name in setting_names():
         entries[name] = axes.values(name, override.value(), origin, loader, issues)
     else:
@@ -237,28 +272,29 @@ def _unreadable(argument: str) -> Problem:
     return Problem(name, f"is not in Hydra's override grammar: {quote}", repr(text))
 
 
-def _value(chosen: Chosen | list[Chosen] | None, name: str, issues: Issues, default: Any) -> Any:
+def _value(chosen: Entry | None, name: str, issues: Issues, default: Any) -> Any:
     """The one value of a launch key, or the default."""
-    if chosen is None:
-        return default
-    if isinstance(chosen, list):
-        issues.refuse(name, "takes one value", origin=chosen[0].origin if chosen else "")
-        return default
-    return chosen.value
+    if isinstance(chosen, Chosen):
+        return chosen.value
+    if chosen is not None:
+        first = chosen if isinstance(chosen, Between) else next(iter(chosen), None)
+        issues.refuse(name, "takes one value", origin=first.origin if first else "")
+    return default
 
 
-def _seeds(entries: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> tuple[int, ...] | None:
+def _seeds(entries: Mapping[str, Entry], issues: Issues) -> tuple[int, ...] | None:
     """Seeds from `seeds=5`, `seeds=[0,7]`, `seeds=0,7`; `seed=3` is one seed."""
     if len(entries) == 2:
         issues.refuse("seed, seeds", "give only one of them")
     for name, chosen in entries.items():
         if isinstance(chosen, list):
             return axes.seeds([c.value for c in chosen], chosen[0].origin, issues) if chosen else None
+        assert isinstance(chosen, Chosen)  # seeds are no setting that could be searched
         return axes.seeds([chosen.value] if name == "seed" else chosen.value, chosen.origin, issues)
     return None
 
 
-def _launch(entries: Mapping[str, Chosen | list[Chosen]], issues: Issues) -> Launch:
+def _launch(entries: Mapping[str, Entry], issues: Issues) -> Launch:
     values = {k: _value(v, k, issues, getattr(Launch, k)) for k, v in entries.items() if k != "seeds"}
     problems: list[Problem] = []
     launch = read_group("launch", Launch, values, problems)

@@ -7,6 +7,8 @@
       cases: {lingua_1b: {optim.lr: 3e-3, optim.weight_decay: 0.033}}
       exclude: ["model.depth == 10 and optim.lr > 3e-3"]
       conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
+      frontier: {optim.lr: {between: [1e-4, 1.0], resolution: 1.25, holds: stable}}    or works; in place of an axis
+      budget: {trials: 200, hours: 4}        whichever comes first; a grid is then walked in random order
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 
@@ -30,13 +32,14 @@ from omegaconf import OmegaConf
 from stabstudy import config as cfg
 from stabstudy import disk, store
 from stabstudy.config import DataConfig, TrialConfig, setting_names
-from stabstudy.planning import axes, compose, document, exclude
-from stabstudy.planning.axes import Choices, Chosen, Factor
+from stabstudy.planning import axes, budget, compose, document, exclude
+from stabstudy.planning.axes import Between, Choices, Chosen, Factor
+from stabstudy.planning.budget import Budget
 from stabstudy.planning.document import UNREADABLE, Document
 from stabstudy.planning.exclude import Expression
 from stabstudy.settings import ConfigError, Issues, Problem, nearest, renamed
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "frontier", "budget")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
@@ -66,6 +69,8 @@ class SweepFile:
     cases: dict[str, Choices]
     exclude: tuple[Expression, ...]
     conditions: tuple[str, ...] | None = None  # None: the default
+    frontier: Between | None = None  # what is searched, in place of an axis
+    budget: Budget = Budget()
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
@@ -89,6 +94,8 @@ def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFil
         _cases(block, doc, loader, issues),
         _exclusions(block, doc, issues),
         _conditions(block, doc, issues),
+        _frontier(block, factors, doc, issues),
+        _budget(block, doc, issues),
     )
 
 
@@ -219,6 +226,29 @@ def _conditions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[s
         issues.refuse("sweep.conditions", "must be a list of settings or groups", repr(written), origin)
         return None
     return tuple(name for name in written if axes.check_name(name, origin, issues))
+
+
+def _frontier(block: dict[str, Any], factors: list[Factor], doc: Document, issues: Issues) -> Between | None:
+    """What is searched: one setting, which is then no axis."""
+    written = _mapping(block.get("frontier") or {}, "sweep.frontier", doc, issues)
+    if len(written) > 1:
+        listed = ", ".join(written)
+        issues.refuse("sweep.frontier", "one setting is searched at a time", listed, doc.where("sweep.frontier"))
+    for name, value in list(written.items())[:1]:
+        origin = doc.where(f"sweep.frontier.{name}")
+        if any(name in factor[0] for factor in factors):
+            issues.refuse(name, "is searched by sweep.frontier: it cannot be an axis too", origin=origin)
+        elif axes.check_name(name, origin, issues):
+            search = _mapping(value, f"sweep.frontier.{name}", doc, issues)
+            return axes.between(name, search, origin, issues)
+    return None
+
+
+def _budget(block: dict[str, Any], doc: Document, issues: Issues) -> Budget:
+    problems: list[Problem] = []
+    read = budget.read(block.get("budget") or {}, problems)
+    issues.take(problems, doc.where("sweep.budget"))
+    return read
 
 
 def _refuse_twice(factors: list[Factor], doc: Document, issues: Issues) -> None:

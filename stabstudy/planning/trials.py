@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stabstudy import config as cfg
 from stabstudy import settings as st
@@ -39,13 +39,26 @@ class Cell:
     case: str | None
 
 
+class Sources(Protocol):
+    """Where starting weights are looked up, and the plans of sweeps that are launched for them first."""
+
+    @property
+    def plans(self) -> dict[str, Any]:
+        """By the sweep's name."""
+        ...
+
+    def of(self, text: str, family: str | None) -> Weights:
+        """Those of an `objective.init_from`, and of `model.family` where that is typed."""
+        ...
+
+
 @dataclass(frozen=True)
 class Composer:
     """Completes the cells of one sweep; composes once for each combination of presets."""
 
     sweep: SweepFile
     issues: Issues
-    starts: Callable[[str, str | None], Weights]  # of objective.init_from, and model.family where that is typed
+    starts: Sources
     bases: dict[frozenset[tuple[str, str]], Base] = field(default_factory=dict)
 
     def cell(self, chosen: Choices, case: str | None) -> Cell | None:
@@ -80,7 +93,7 @@ class Composer:
     def _begin_with(self, start: str, nested: dict[str, Any], typed: set[str]) -> None:
         """Fill in what starting weights fix. Raises ConfigError for settings, among the typed ones, that differ."""
         try:
-            source = self.starts(start, nested["model"].get("family") if "model.family" in typed else None)
+            source = self.starts.of(start, nested["model"].get("family") if "model.family" in typed else None)
         except DataError as error:
             raise ConfigError(error.problem) from error
         problems = _other_model(source.model, start, nested["model"], typed)

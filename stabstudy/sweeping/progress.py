@@ -23,6 +23,7 @@ from rich.text import Text
 
 from stabstudy import disk, live, store, trace, wording
 from stabstudy.config import CURRENT_NAMES
+from stabstudy.planning.axes import rank
 from stabstudy.settings import renamed, renamed_below, safe
 from stabstudy.state import STATUSES, State
 from stabstudy.store import TrialFolder
@@ -176,7 +177,7 @@ def show_status(folder: Path) -> None:
     """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is not a study."""
     study = store.open_study(folder)
     axes = _axes(study)
-    listed = sorted(map(_listed, study.trials()), key=lambda trial: [_rank(v) for v in trial.values(axes)])
+    listed = sorted(map(_listed, study.trials()), key=lambda trial: [rank(v) for v in trial.values(axes)])
     if listed:
         rows = [_row(trial, axes) for trial in listed]
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
@@ -247,12 +248,6 @@ def _at(nested: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         nested = nested.get(key, UNKNOWN) if isinstance(nested, dict) else UNKNOWN
     return nested
-
-
-def _rank(value: Any) -> tuple[int, float, str]:
-    """Sorts numbers by size before text, and null last."""
-    number = isinstance(value, int | float)
-    return (0 if number else 2 if value is None else 1, float(value) if number else 0.0, str(value))
 
 
 def settings_text(names: Sequence[str], values: Sequence[Any]) -> str:
