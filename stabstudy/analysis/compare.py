@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from stabstudy.analysis import words
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, plain, records
 from stabstudy.analysis.paired import (
     FLIPS_FROM,
@@ -36,9 +37,6 @@ STRIDE = "log_stride"
 
 BY_RULES = ("spike_", "severity", "warn_")
 """Beginnings of the names of statistics that the rules of detection define (`detector_id`)."""
-
-STABLE_MARGIN = 0.2
-"""nat/token above the best loss at which a setting still counts as working (ours)."""
 
 _DIFFERS = {
     "eval_hash": "its levels were evaluated on different batches",

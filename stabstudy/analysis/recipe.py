@@ -20,7 +20,7 @@ import pandas as pd
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, effects, words
-from stabstudy.analysis.compare import STABLE_MARGIN
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study

@@ -25,7 +25,8 @@ from scipy.special import stdtrit
 
 from stabstudy import config as cfg
 from stabstudy.analysis import words
-from stabstudy.analysis.compare import STABLE_MARGIN, Refused, check_complete, hole
+from stabstudy.analysis.compare import Refused, check_complete, hole
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of, records, split
 
 Floats = NDArray[np.float64]

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from stabstudy.analysis import survival, words
-from stabstudy.analysis.compare import STABLE_MARGIN
 from stabstudy.analysis.elements import Block, Code, Table, Text
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.sensitivity import BASIN_MARGIN, LR, LR_MEANING
 from stabstudy.analysis.shared_batches import HIGH, STREAM, BatchShare

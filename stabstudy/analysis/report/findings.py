@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import cases, compare, recipe, study_statistics, words
-from stabstudy.analysis.compare import STABLE_MARGIN
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
 from stabstudy.analysis.report import runs_page
