@@ -59,6 +59,11 @@ class State:
     eval_tokens: int | None = None  # of the set that init_loss and final_loss are measured on
     verdict_reason: str | None = None  # of a done trial without a verdict
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.status == "done"
+
 
 NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")
 """Of a state: each may be a float that is not finite."""

@@ -99,8 +99,9 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
 def _sweep(overrides: list[str], dry_run: bool) -> int:
     from stabstudy import settings
     from stabstudy.planning import plan, preview
+    from stabstudy.search import strategy
 
-    launch = plan.make_plan(overrides, Path.cwd(), not dry_run)
+    launch = strategy.begun(plan.make_plan(overrides, Path.cwd(), not dry_run))
     if launch.start:
         print(f"{launch.study} {launch.start}")
     for warning in launch.warnings:

@@ -267,7 +267,7 @@ def test_one_process_may_launch_twice(folder: Path, started: Started) -> None:
 
 def test_the_live_table_ends_with_the_last_trial_in_words() -> None:
     text = io.StringIO()
-    board = Board("study", {"a": "lr 0.1"}, 0, Console(file=text, width=160))
+    board = Board("study", {"a": "lr 0.1"}, 0, console=Console(file=text, width=160))
     board.finish("a", State("a", status="done", verdict="spiky", outcome="Spiky: a spike lasted more than 10 steps."))
     text.truncate(0)
     board.console.print(board)

@@ -27,7 +27,7 @@ class Work:
         for trial_id in IDS:
             self.study.trial(trial_id).path.mkdir(parents=True)
         self.text = io.StringIO()
-        self.board = Board("study", dict.fromkeys(IDS, ""), 0, Console(file=self.text, width=200))
+        self.board = Board("study", dict.fromkeys(IDS, ""), 0, console=Console(file=self.text, width=200))
         self.trained: list[Pack] = []
         self.stop = StopRequest(self.study)
 

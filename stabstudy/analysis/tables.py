@@ -135,6 +135,16 @@ def read_tables(folder: StudyFolder) -> Tables:
     return Tables(rules, groups, rows, spikes, ratios, sorted(damaged, key=lambda d: d.trial_id), computed, external)
 
 
+def read_row(folder: TrialFolder) -> Row | None:
+    """The row of one trial as it judged itself, or judged now; None where its files cannot be trusted."""
+    try:
+        t, rules = _open(folder), Rules()
+        answer = _kept(t, rules) or _judge(t, rules)
+    except (StoreError, DamagedRecord):
+        return None
+    return None if isinstance(answer, DamagedRecord) else answer[0]
+
+
 def write_tables(folder: StudyFolder, tables: Tables) -> None:
     """trials.parquet and spikes.parquet, each whole or not at all; the same rows give the same bytes.
 

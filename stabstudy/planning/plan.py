@@ -122,6 +122,10 @@ class Planner:
 
         Raises ConfigError for values that break a rule.
         """
+        return next(iter(self.replicates(rest, values, [seed])), None)
+
+    def replicates(self, rest: Rest, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedTrial]:
+        """The trials of these values with each of the seeds; [] where `sweep.exclude` names them. Raises as `trial`."""
         issues = Issues()
         chosen = axes.without_rivals(rest.choices | {name: Chosen(value, "") for name, value in values.items()})
         composer = replace(self.composer, issues=issues)
@@ -132,9 +136,9 @@ class Planner:
         if cell.config.data not in self.known:
             self.known.update(fingerprints([cell.config.data], _cache(self.resources), issues))
             issues.stop()
-        (trial,) = planned([cell], [seed], self.known)
         named = {**cfg.flat(cell.config), **cell.choices}
-        return None if rest.case is None and any(e.holds(named) for e in self.sweep.exclude) else trial
+        excluded = rest.case is None and any(e.holds(named) for e in self.sweep.exclude)
+        return [] if excluded else planned([cell], seeds, self.known)
 
     def plan(self, trials: Sequence[PlannedTrial]) -> Plan:
         """The plan of these trials."""

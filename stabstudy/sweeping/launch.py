@@ -30,6 +30,7 @@ from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
 from stabstudy.state import close_attempt
 from stabstudy.sweeping import preflight
+from stabstudy.sweeping.growth import Growth
 from stabstudy.sweeping.progress import Board, settings_text
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
 from stabstudy.sweeping.worker import PackFailed, StopRequest, stop_on_signals, train_pack
@@ -71,7 +72,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
         whole, left_alone = intact(plan, study)
         for line in left_alone:
             say(f"damaged, left alone (remove its folder to train it again): {line}")
-        write_study(study, whole, say)
+        write_study(study, whole, whole.trials, say)
         store.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
         outcome = _trained(whole, study, cache_dir, say, command)
     return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
@@ -109,7 +110,7 @@ def _trained(
     plan: Plan, study: store.StudyFolder, cache_dir: Path, say: Callable[[str], None], command: str
 ) -> Outcome:
     todo = waiting(plan, study)
-    if not todo:
+    if not todo and plan.planner is None:
         say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
         return Outcome(cli.OK)
     return _train(plan, study, todo, cache_dir, command)
@@ -155,10 +156,19 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
 def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, command: str) -> Outcome:
     done_before = len(plan.trials) - len(todo)
     labels = {t.trial_id: label(t, plan) for t in todo}
+    title = f"{plan.study}: {plan.question}"
+    with stop_on_signals(study) as stop, Board(title, labels, done_before, plan.planner is not None) as board:
 
-    with stop_on_signals(study) as stop, Board(f"{plan.study}: {plan.question}", labels, done_before) as board:
-        _run(plan, study, todo, cache_dir, board, stop)
-    return _ended(study, plan, stop, command)
+        def take(grown: Plan, new: Sequence[PlannedTrial]) -> None:
+            prepare_data(dataclasses.replace(grown, trials=tuple(new)), cache_dir, lambda line: None)
+            preflight.check_models([t.config for t in new], grown.compute, cache_dir, board.say)
+            write_study(study, grown, new, board.say)
+            board.labels |= {t.trial_id: label(t, grown) for t in new}
+
+        growth = Growth(plan, study, take, board.say)
+        with stop.after(plan.budget.hours):
+            _run(growth, todo, cache_dir, board, stop)
+    return _ended(study, growth.plan, stop, command)
 
 
 def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str) -> Outcome:
@@ -167,18 +177,20 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
     _settle(study, ids)
     if stop.reason is not None:
         print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
-    if stop.requested:
+    if stop.number is not None or stop.reason is not None:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
         return Outcome(cli.ENVIRONMENT if stop.number is None else 128 + stop.number, early=True)
-    done = all(study.trial(trial_id).read_state().status == "done" for trial_id in ids)
-    return Outcome(cli.OK if done else cli.PARTIAL)
+    left = sum(not study.trial(trial_id).read_state().ended for trial_id in ids)
+    if stop.spent is not None:
+        print(f"{stop.spent}: {len(ids) - left} of {len(ids)} trials have ended; the same command goes on: {command}")
+        return Outcome(cli.OK)
+    return Outcome(cli.PARTIAL if left else cli.OK)
 
 
-def _run(
-    plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest
-) -> None:
-    packed = [tuple(t.trial_id for t in pack) for pack in trials.packs(todo, plan.compute, plan.launcher)]
-    rounds = Rounds(study, packed, plan.compute.retries, board, stop)
+def _run(growth: Growth, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest) -> None:
+    plan, study = growth.plan, growth.study
+    packed = _ids(trials.packs(todo, plan.compute, plan.launcher)) if todo else []
+    rounds = Rounds(study, packed, plan.compute.retries, board, stop, lambda: _ids(growth.more()))
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
         "engine": {
@@ -198,16 +210,22 @@ def _run(
     ray_backend.run(rounds, study, shared, plan.compute, stop)
 
 
+def _ids(packs: Sequence[trials.Pack]) -> list[Pack]:
+    return [tuple(trial.trial_id for trial in pack) for pack in packs]
+
+
 def _train_here(pack: Pack, rounds: Rounds, shared: Mapping[str, Any]) -> None:
     with contextlib.suppress(PackFailed):
         train_pack(pack, shared, lambda report: rounds.progress(pack, report))
 
 
-def write_study(study: store.StudyFolder, plan: Plan, say: Callable[[str], None] = print) -> None:
-    """sweep.yaml, provenance.json and each trial's config.json; a file with the same content stays untouched."""
+def write_study(
+    study: store.StudyFolder, plan: Plan, new: Sequence[PlannedTrial], say: Callable[[str], None] = print
+) -> None:
+    """sweep.yaml, provenance.json and the config.json of the new trials; one with the same content stays untouched."""
     store.write_text(study.sweep_file, plan.sweep_text)
     store.write_sealed(study.provenance_file, provenance(plan))
-    for trial in plan.trials:
+    for trial in new:
         folder = study.trial(trial.trial_id)
         folder.path.mkdir(parents=True, exist_ok=True)
         body = {

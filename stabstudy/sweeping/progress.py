@@ -49,10 +49,20 @@ class Running:
 
 
 class Board:
-    """Counts and shows; use as a context manager. `labels` maps each trial to do to its axis values in words."""
+    """Counts and shows; use as a context manager. `labels` maps each trial to do to its axis values in words.
 
-    def __init__(self, title: str, labels: Mapping[str, str], already_done: int, console: Console | None = None):
-        self.title, self.labels, self.already_done = title, labels, already_done
+    `grows`: further trials may be added to the labels, and nobody knows how many.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        labels: Mapping[str, str],
+        already_done: int,
+        grows: bool = False,
+        console: Console | None = None,
+    ):
+        self.title, self.labels, self.already_done, self.grows = title, dict(labels), already_done, grows
         self.console = console or Console(file=sys.stdout, highlight=False)
         self.running: dict[str, Running] = {}
         self.finished: dict[str, str] = {}
@@ -112,7 +122,7 @@ class Board:
         """From the trials finished so far, running ones in part; None before anything is known."""
         parts = [r.step / r.steps for r in self.running.values() if r.steps]
         done = len(self.finished) + sum(parts)
-        if done < 0.5:
+        if done < 0.5 or self.grows:
             return None
         return (time.monotonic() - self._started) * (len(self.labels) - done) / done
 

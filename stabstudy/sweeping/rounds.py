@@ -41,18 +41,37 @@ class Rounds:
     pack): of these it may have `retries` and one more. A full disk ends the launch: it would fill for every other too.
     """
 
-    def __init__(self, study: store.StudyFolder, packs: Sequence[Pack], retries: int, board: Board, stop: StopRequest):
+    def __init__(
+        self,
+        study: store.StudyFolder,
+        packs: Sequence[Pack],
+        retries: int,
+        board: Board,
+        stop: StopRequest,
+        more: Callable[[], Sequence[Pack]] = tuple,
+    ):
+        """`more`: the packs of a further round, asked for once all others have ended."""
         self.study, self.retries, self.board, self.stop = study, retries, board, stop
         self.waiting: list[Pack] = list(packs)
         self.running: tuple[Pack, ...] = ()
         self._hung: dict[str, str] = {}
-        self.attempts = {t: len(study.trial(t).read_state().attempts) for pack in packs for t in pack}
+        self.attempts: dict[str, int] = {}
+        self._count(packs)
         self.own_failures: Counter[str] = Counter()
+        self._more = more
 
     def take(self, most: int | None = None) -> list[Pack]:
         """The packs of the next round, at most so many; [] where nothing is left."""
+        if not self.waiting and not self.stop.requested:
+            self.waiting += (more := list(self._more()))
+            self._count(more)
         taken, self.waiting = self.waiting[:most], [] if most is None else self.waiting[most:]
         return taken
+
+    def _count(self, packs: Sequence[Pack]) -> None:
+        """Note how many attempts there were before this launch."""
+        for trial_id in (t for pack in packs for t in pack):
+            self.attempts[trial_id] = len(self.study.trial(trial_id).read_state().attempts)
 
     def start(self, pack: Pack) -> None:
         """A process takes the pack up."""

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,21 +83,40 @@ GRACE_SECONDS = 2.0
 
 
 class StopRequest:
-    """Whether this launch is to end, and why: a signal (its number), or a reason in words."""
+    """Whether this launch is to end, and why: a signal (its number), a reason in words, or a budget that is spent."""
 
     def __init__(self, study: store.StudyFolder):
         self.number: int | None = None
         self.reason: str | None = None
+        self.spent: str | None = None
         self._file = study.path / STOP_FILE
 
     @property
     def requested(self) -> bool:
-        return self.number is not None or self.reason is not None
+        return self.number is not None or self.reason is not None or self.spent is not None
 
     def end(self, reason: str) -> None:
         """Running trials write a checkpoint and end; no other begins. From any thread."""
         self.reason = self.reason or reason
         self.tell_trials()
+
+    @contextlib.contextmanager
+    def after(self, hours: float | None) -> Iterator[None]:
+        """Running trials write a checkpoint and end after so many hours; None: never."""
+
+        def spend() -> None:
+            self.spent = f"the budget of {hours:g} h is spent"
+            self.tell_trials()
+
+        timer = threading.Timer(hours * 3600, spend) if hours is not None else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def tell_trials(self) -> None:
         """Make the file that they look for; on a full disk they end by themselves."""

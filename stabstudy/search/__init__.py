@@ -1,0 +1,1 @@
+"""Adaptive sweeps: what a study trains next, from the trials on disk."""
