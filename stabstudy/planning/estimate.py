@@ -106,15 +106,18 @@ def timescales(configs: Sequence[TrialConfig]) -> str | None:
     )
 
 
+STEPS_TO_JUDGE = Rules().fill + Rules().min_evaluable
+"""Steps below which no trial gets a verdict."""
+
+
 def _short(configs: Sequence[TrialConfig]) -> Iterator[str]:
     rules = Rules()
-    needed = rules.fill + rules.min_evaluable
-    short = sum(c.train.steps < needed for c in configs)
+    short = sum(c.train.steps < STEPS_TO_JUDGE for c in configs)
     if short:
         yield (
             f"train.steps: {short} of {wording.count(len(configs), 'trial', ',')} will get no verdict: it needs "
             f"{rules.min_evaluable} evaluable steps after the first {rules.fill}, "
-            f"so train.steps must be at least {needed}"
+            f"so train.steps must be at least {STEPS_TO_JUDGE}"
         )
 
 

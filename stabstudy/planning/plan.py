@@ -97,6 +97,7 @@ class Planner:
     frontier: Between | None
     product: tuple[Factor, ...]  # of the axes beside what is searched
     rests: tuple[Rest, ...]
+    fixed: tuple[PlannedTrial, ...]  # named cases that leave nothing open, beside what is searched
     composer: Composer
     known: dict[DataConfig, str]  # fingerprints
     resources: Compute
@@ -237,6 +238,7 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
         frontier = request.frontier or (None if _is_chosen(sweep.frontier, request) else sweep.frontier)
+        sweep = _applicable(sweep, frontier, issues)
         left_out = {} if frontier is None else {frontier.setting: Chosen(frontier.low, frontier.origin)}
         product = axes.factors(sweep.factors, request.axes, request.pins | left_out)
         starts = Starts(list(request.given), cwd, above if named is None else (*above, named))
@@ -250,30 +252,47 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     folder = study_folder(request, cwd)
     before = sweepfile.check_belongs(folder, sweep.name, known, issues)
     _check_engines([t.config for t in trials], issues)
-    if (
-        frontier is not None
-        and frontier.holds != axes.HOLDS[0]
-        and any(t.config.objective.kind == "kto" for t in trials)
-    ):
-        issues.refuse(frontier.setting, "objective kto has a frontier of holds: stable only", frontier.holds)
+    _check_rule(frontier, trials, issues)
     issues.stop()
-    rests = tuple(Rest(case, choices) for case, choices in axes.combinations(product, sweep.cases, request.pins))
-    if frontier is not None:
-        rests = tuple(rest for rest in rests if frontier.setting not in rest.choices)
-    planner = Planner(request, sweep, frontier, tuple(product), rests, composer, known, resources, folder, before)
+    rests = [Rest(case, choices) for case, choices in axes.combinations(product, sweep.cases, request.pins)]
+    is_open = [frontier is not None and frontier.setting not in rest.choices for rest in rests]
+    fixed = {rest.case for rest, searched in zip(rests, is_open, strict=True) if not searched}
+    planner = Planner(
+        request, sweep, frontier, tuple(product), tuple(rest for rest in rests if rest.case not in fixed),
+        tuple(trial for trial in trials if trial.case in fixed),
+        composer, known, resources, folder, before,
+    )  # fmt: skip
     trials = budget.within(trials, lambda trial: trial.cell_id, planner.budget if frontier is None else Budget())
     _check_room(trials, resources, request, issues)
     names = [*axes.axis_values(product), *planner.searched]
     supplies = {data: supply(data, fingerprint, _cache(resources)) for data, fingerprint in known.items()}
     for caveat in estimate.caveats([t.config for t in trials], names, supplies):
         issues.warn(caveat)
-    return replace(planner, warnings=tuple(issues.warnings)).plan(trials)
+    if frontier is not None:
+        low = {frontier.setting: frontier.ends[0]}
+        rests = [rest for rest in planner.rests if planner.replicates(rest, low, planner.seeds)]
+    return replace(planner, rests=tuple(rests), warnings=tuple(issues.warnings)).plan(trials)
+
+
+def _applicable(sweep: SweepFile, frontier: Between | None, issues: Issues) -> SweepFile:
+    """The sweep without the conditions of `exclude` on what is searched: the range says where it is."""
+    kept = tuple(e for e in sweep.exclude if frontier is None or frontier.setting not in e.names)
+    for expression in set(sweep.exclude) - set(kept):
+        issues.warn(
+            f"sweep.exclude: {expression.text!r} does not apply: {frontier.setting if frontier else ''} is searched"
+        )
+    return replace(sweep, exclude=kept)
 
 
 def _check_rule(frontier: Between | None, trials: Sequence[PlannedTrial], issues: Issues) -> None:
-    """KTO's loss is no distance to the best training in nats, by which `works` judges."""
-    if frontier and frontier.holds != axes.HOLDS[0] and any(t.config.objective.kind == "kto" for t in trials):
+    """KTO's loss is no distance to the best training in nats, by which `works` judges; and a search needs verdicts."""
+    if frontier is None:
+        return
+    if frontier.holds != axes.HOLDS[0] and any(t.config.objective.kind == "kto" for t in trials):
         issues.refuse(frontier.setting, "objective kto has a frontier of holds: stable only", frontier.holds)
+    if short := [t.config.train.steps for t in trials if t.config.train.steps < estimate.STEPS_TO_JUDGE]:
+        rule = f"must be at least {estimate.STEPS_TO_JUDGE}, or no trial of the search gets a verdict"
+        issues.refuse("train.steps", rule, str(min(short)))
 
 
 def _is_chosen(frontier: Between | None, request: Request) -> bool:

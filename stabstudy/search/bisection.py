@@ -47,19 +47,15 @@ class Frontier:
         return [trial for _, _, _, trial in self._on_disk(study)]
 
     def next(self, study: store.StudyFolder, room: int, given_up: Collection[str]) -> list[PlannedTrial]:
-        """See `Strategy.next`. One trial of each cell at least: to wait for fewer would leave slots idle no less."""
-        from stabstudy.analysis import proposals
+        """See `Strategy.next`. One trial of each open cell at least, however few fit at once."""
+        from stabstudy.analysis import frontier, proposals
 
-        rests, coarse = self.planner.rests, COARSE[self.asked.holds]
+        coarse = COARSE[self.asked.holds]
         taken: set[Any] = {(cell, value, seed) for cell, value, seed, _ in self._on_disk(study)}
         seen: Any = {cell: of for cell, of in self._seen(study).items() if of or self._silent(cell, taken) < SILENT}
-        while asked := proposals.propose(seen, taken, self.scale, self.planner.seeds, max(room, len(rests)), coarse):
-            places: list[Any] = list(asked)
-            trials = [self._trial(*place) for place in places]
-            if any(trial is not None for trial in trials):
-                return [trial for trial in trials if trial is not None]
-            taken |= set(asked)  # `exclude` names them all
-        return []
+        room = max(room, sum(edge.status == "open" for edge in frontier.fit(seen, self.scale).values()))
+        asked: list[Any] = proposals.propose(seen, taken, self.scale, self.planner.seeds, room, coarse)
+        return [self._trial(*place) for place in asked]
 
     def answer(self, study: store.StudyFolder) -> str:
         """See `Strategy.answer`."""
@@ -81,13 +77,12 @@ class Frontier:
         text = " ".join([*([rest.case] if rest.case else []), *varying])
         return f"{text}: " if text else ""
 
-    def _trial(self, cell: int, value: Any, seed: int) -> PlannedTrial | None:
-        """None where `exclude` names it."""
+    def _trial(self, cell: int, value: Any, seed: int) -> PlannedTrial:
         if (cell, value) not in self._planned:
             seeds = self.planner.seeds
             trials = self.planner.replicates(self.planner.rests[cell], {self.asked.setting: value}, seeds)
-            self._planned[cell, value] = dict(zip(seeds, trials, strict=False))
-        return self._planned[cell, value].get(seed)
+            self._planned[cell, value] = dict(zip(seeds, trials, strict=True))
+        return self._planned[cell, value][seed]
 
     def _on_disk(self, study: store.StudyFolder) -> Iterator[tuple[int, Any, int, PlannedTrial]]:
         """Every trial in the folder that is one of this search, by its cell, value and seed."""
@@ -99,7 +94,7 @@ class Frontier:
             for cell in range(len(self.planner.rests)):
                 for seed in self.planner.seeds:
                     trial = self._trial(cell, value, seed)
-                    if trial is not None and trial.trial_id in there:
+                    if trial.trial_id in there:
                         yield cell, value, seed, trial
 
     def _value(self, folder: store.TrialFolder) -> Any:

@@ -14,6 +14,7 @@ from stabstudy import store
 from stabstudy.planning import estimate
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.trials import most_per_pack
+from stabstudy.settings import ConfigError, Problem
 
 
 class Strategy(Protocol):
@@ -44,16 +45,22 @@ def strategy(plan: Plan) -> Strategy | None:
     return Frontier(plan.planner, plan.planner.frontier)
 
 
-def room(plan: Plan) -> int:
+def room(plan: Plan, slots: int | None = None) -> int:
     """How many trials of the plan train at once: so many packs as there are slots, each filled."""
-    config = plan.trials[0].config
-    return (estimate.slots(plan.compute, plan.launcher) or 1) * most_per_pack(config, plan.compute)
+    slots = slots or estimate.slots(plan.compute, plan.launcher) or 1
+    return slots * most_per_pack(plan.trials[0].config, plan.compute)
 
 
 def begun(plan: Plan) -> Plan:
-    """The plan with the trials that its search has asked for until now, or its first round; a grid's as it is."""
+    """The plan with the trials that its search has asked for until now, or its first round; a grid's as it is.
+
+    Raises ConfigError where there is nothing to ask for.
+    """
     if plan.planner is None or (search := strategy(plan)) is None:
         return plan
     study = store.StudyFolder(plan.folder)
     trials = search.known(study) or search.next(study, room(plan), ())
-    return plan.planner.plan(trials[: plan.budget.trials]) if trials else plan
+    if not trials:
+        raise ConfigError(Problem("sweep.exclude", "leaves nothing to train"))
+    each = {trial.trial_id: trial for trial in (*trials, *plan.planner.fixed)}
+    return plan.planner.plan(list(each.values())[: plan.budget.trials])

@@ -23,8 +23,11 @@ class Growth:
         self._take, self._say = take, say
         self._strategy, self._rounds = strategy.strategy(plan), 0
 
-    def more(self) -> list[trials.Pack]:
-        """The packs of the next round; [] where nothing is left to ask, or the budget is spent."""
+    def more(self, slots: int | None) -> list[trials.Pack]:
+        """The packs of the next round; [] where nothing is left to ask, or the budget is spent.
+
+        `slots`: how many packs run at once; None: as many as this machine has.
+        """
         if self._strategy is None or self.plan.planner is None:
             return []
         limit, before = self.plan.budget.trials, self.plan.trials
@@ -32,7 +35,7 @@ class Growth:
         given_up = {t.trial_id for t in before if not self.study.trial(t.trial_id).read_state().ended}
         if self._rounds or not given_up:
             self._say(self._strategy.answer(self.study))
-        asked = self._strategy.next(self.study, strategy.room(self.plan), given_up) if left != 0 else []
+        asked = self._strategy.next(self.study, strategy.room(self.plan, slots), given_up) if left != 0 else []
         known = {trial.trial_id for trial in before}
         asked = [trial for trial in asked if trial.trial_id not in known][:left]
         if not asked:

@@ -190,7 +190,7 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
 def _run(growth: Growth, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest) -> None:
     plan, study = growth.plan, growth.study
     packed = _ids(trials.packs(todo, plan.compute, plan.launcher)) if todo else []
-    rounds = Rounds(study, packed, plan.compute.retries, board, stop, lambda: _ids(growth.more()))
+    rounds = Rounds(study, packed, plan.compute.retries, board, stop, lambda slots: _ids(growth.more(slots)))
     shared: dict[str, Any] = {
         "study": str(study.path.resolve()),
         "engine": {

@@ -53,7 +53,7 @@ def run(
     with _folder(storage), _folder(session()) as temporary, _driver(temporary) as driver:
         setup = {"storage": str(storage), "temporary": str(temporary), "shared": dict(shared)}
         driver.tell(compute=dataclasses.asdict(compute), **setup)
-        services = _ready(driver)
+        services, rounds.slots = _ready(driver)
         watch = Watch(study, rounds, services, compute.hang_timeout)
         while not stop.requested and (packs := rounds.take(ROUND_PACKS)):
             driver.tell(packs=packs)
@@ -146,15 +146,15 @@ def _folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _ready(driver: Driver) -> list[Service]:
-    """Wait for Ray. Raises NotReadyError where it does not start."""
+def _ready(driver: Driver) -> tuple[list[Service], int]:
+    """Wait for Ray; its services, and how many packs fit at once. Raises NotReadyError where it does not start."""
     limit = time.monotonic() + READY_SECONDS
     while time.monotonic() < limit:
         reason = driver.why_ended()  # before its events: what it told last counts
         for event in driver.events():
             if "not_ready" in event:
                 raise NotReadyError(event["not_ready"])
-            return [Service(name, (host, port)) for name, host, port in event["ready"]]
+            return [Service(name, (host, port)) for name, host, port in event["ready"]], event["slots"]
         if reason:
             raise NotReadyError(reason)
     raise NotReadyError(f"Ray did not start within {READY_SECONDS:g} s")

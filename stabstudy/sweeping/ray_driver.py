@@ -83,7 +83,7 @@ def main() -> None:
     compute = Compute(**setup["compute"])
     try:
         with _ray(compute, setup) as slots:
-            events.tell(ready=_services())
+            events.tell(ready=_services(), slots=slots)
             _rounds(orders, events, setup, compute, slots)
     except NotReadyError as error:
         events.tell(not_ready=str(error))

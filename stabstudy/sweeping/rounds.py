@@ -48,9 +48,9 @@ class Rounds:
         retries: int,
         board: Board,
         stop: StopRequest,
-        more: Callable[[], Sequence[Pack]] = tuple,
+        more: Callable[[int | None], Sequence[Pack]] = lambda slots: (),
     ):
-        """`more`: the packs of a further round, asked for once all others have ended."""
+        """`more`: the packs of a further round, asked for once all others have ended, by how many fit at once."""
         self.study, self.retries, self.board, self.stop = study, retries, board, stop
         self.waiting: list[Pack] = list(packs)
         self.running: tuple[Pack, ...] = ()
@@ -59,11 +59,12 @@ class Rounds:
         self._count(packs)
         self.own_failures: Counter[str] = Counter()
         self._more = more
+        self.slots: int | None = None  # None: as many as this machine has
 
     def take(self, most: int | None = None) -> list[Pack]:
         """The packs of the next round, at most so many; [] where nothing is left."""
         if not self.waiting and not self.stop.requested:
-            self.waiting += (more := list(self._more()))
+            self.waiting += (more := list(self._more(self.slots)))
             self._count(more)
         taken, self.waiting = self.waiting[:most], [] if most is None else self.waiting[most:]
         return taken
