@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stabstudy import cli
 from stabstudy.cli import Answer
 from stabstudy.planning.compose import SweepPlace
 from stabstudy.planning.preview import Preview
-from stabstudy.state import STATUSES, State
 from stabstudy.stability.verdict import VERDICTS
-from stabstudy.sweeping.launch import Outcome
+from stabstudy.state import STATUSES, State
 from stabstudy.sweeping.progress import UNKNOWN, Listed, Standing
+
+if TYPE_CHECKING:
+    from stabstudy.sweeping.launch import Outcome
 
 NO_VERDICT = "none"
 """Among the counts of verdicts: done trials without one."""
