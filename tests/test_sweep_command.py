@@ -80,7 +80,9 @@ def test_help_names_every_group_and_preset(capsys):
     for word in (
         "--dry-run",
         "--status",
+        "--json",
         "study=NAME",
+        "'optim.warmup_steps=${train.steps}' follows another setting",
         "compute=",
         "auto |",
         "model=",

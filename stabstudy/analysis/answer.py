@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy import config as cfg
-from stabstudy.analysis import recipe
-from stabstudy.analysis.levels import Level, records
+from stabstudy.analysis import compare, recipe
+from stabstudy.analysis.levels import Level, plain, records
 from stabstudy.analysis.recipe import LR, NoRecipe, Recipe
 from stabstudy.analysis.report.export import yaml_scalar
 from stabstudy.analysis.study import DEPTH, Study
@@ -41,7 +41,9 @@ def limits(study: Study) -> tuple[str | None, list[tuple[Level, Row]]]:
     others = [a for a in grid.axes if a != LR]
     by = DEPTH if DEPTH in others else others[0] if len(others) == 1 else None
     table = grid.largest_stable(LR, by)
-    return by, list(zip(table.index, records(table), strict=True))
+    if not compare.in_nats(study.trials):
+        table["works_to"] = None  # it is a margin in nat/token
+    return by, list(zip(map(plain, table.index), records(table), strict=True))
 
 
 def ends(row: Row, grid: Sequence[Level]) -> list[str]:
@@ -106,6 +108,8 @@ def answer(study: Study) -> dict[str, Any]:
     `stable_up_to`: the rows of `compare.limits`, each `at` its level, with the commands that find what lies beyond.
     `recipes`: see `recipe.Recipe`; without one `use` is null, and `reason` says why.
     """
+    if not (study.trials["state"] == "done").any():
+        return {"stable_up_to": [], "recipes": []}
     by, rows = limits(study)
     grid = study.grid.axes.get(LR, [])
     return {

@@ -96,8 +96,7 @@ def _limits(study: Study) -> Iterator[str]:
         beyond = levels if "stable" in answer.ends(row, grid.axes[LR]) else []
         yield _capital(f"{where}{text}") + _search(study, "stable", by, beyond)
     pooled = [words.label(a) for a in grid.axes if a not in (LR, by)]
-    if compare.in_nats(study.trials):
-        yield from _working(study, by, rows, f", averaged over {words.listing(pooled)}" if pooled else "")
+    yield from _working(study, by, rows, f", averaged over {words.listing(pooled)}" if pooled else "")
 
 
 def _search(study: Study, holds: str, by: str | None, levels: Sequence[Level]) -> str:
