@@ -47,8 +47,8 @@ Ids = NDArray[np.integer[Any]]
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
 FORMS = (
-    "write bytes, a tokenizer.json, two files in quotes as 'VOCAB,MERGES', a hub name, or a folder with a tokenizer.json or with "
-    f"{' or '.join(' and '.join(pair) for pair in PAIRS)}"
+    "write bytes, a tokenizer.json, two files in quotes as 'VOCAB,MERGES', a hub name, or a folder with a "
+    f"tokenizer.json or with {' or '.join(' and '.join(pair) for pair in PAIRS)}"
 )
 """What `data.tokenizer` may be, for the messages about what it is not."""
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,200})?")
