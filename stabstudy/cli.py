@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -42,6 +43,16 @@ COMMANDS = {
     "ingest": "make a study out of the logs of other trainers",
     "status": "progress of a study: its name or its folder",
 }
+
+
+SCHEMA = 1
+"""Of the objects of `--json`; raised where a field goes, or changes its meaning."""
+
+JSON_HELP = "one JSON object on standard output, all else on standard error: docs/json.md"
+
+Answer = Mapping[str, Any]
+Ending = tuple[int, Answer | None]
+"""The exit code of a command, and its object with `--json`."""
 
 
 class Version(argparse.Action):
@@ -147,14 +158,68 @@ def outlets() -> Iterator[None]:
 def run(command: Callable[[], int], kind: str) -> int:
     """The exit code of a command. `kind` heads the lines on arguments that cannot be read: `error: KIND: ...`."""
     with outlets():
-        try:
-            return command()
-        except ConfigError as error:
-            return fail(kind, BAD_INPUT, *map(str, error.problems))
-        except SystemExit as end:  # argparse's way out of --help and --version
-            return int(end.code or OK)
-        except KeyboardInterrupt:
-            return INTERRUPTED
+        return _ended(lambda: (command(), None), kind)[0]
+
+
+def reply(command: Callable[[], Ending], kind: str, given: Collection[str]) -> int:
+    """As `run`, of a command that has an answer for `--json`: then standard output holds that object and no more."""
+    if "--json" not in given or {"-h", "--help", "--version"} & set(given):
+        return run(lambda: command()[0], kind)
+    with outlets():
+        with _nothing_printed():
+            code, result = _ended(command, kind)
+        if result is not None:
+            print(json.dumps(_strict(result), allow_nan=False))
+        return code
+
+
+def _ended(command: Callable[[], Ending], kind: str) -> Ending:
+    try:
+        return command()
+    except ConfigError as error:
+        return fail(kind, BAD_INPUT, *map(str, error.problems)), failure(kind, BAD_INPUT, error.problems)
+    except SystemExit as end:  # argparse's way out of --help and --version
+        return int(end.code or OK), None
+    except KeyboardInterrupt:
+        return INTERRUPTED, failure("interrupted", INTERRUPTED, [Problem("", "ended by Ctrl-C")])
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """Standard error takes what is printed to standard output, by processes that are started as well."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def answer(kind: str, fields: Mapping[str, Any]) -> Answer:
+    """The object of `--json` with these fields: docs/json.md."""
+    return {"schema": SCHEMA, "kind": kind, **fields}
+
+
+def failure(kind: str, code: int, problems: Sequence[Problem]) -> Answer:
+    """The object of a command that ends with errors; a problem of no setting has an empty one."""
+    rows = [{"kind": kind, "setting": p.setting or None, "rule": p.rule, "got": p.got or None} for p in problems]
+    return answer("error", {"error": rows, "exit_code": code})
+
+
+def _strict(value: Any) -> Any:
+    """The value as strict JSON has it: numbers that are not finite as text, as state.json has them."""
+    from stabstudy.state import encode_float
+
+    if isinstance(value, Mapping):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()  # a file's name may hold half a surrogate pair
+    return encode_float(value) if isinstance(value, float) else value
 
 
 def fail(kind: str, code: int, *messages: str) -> int:
@@ -184,14 +249,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(given: Sequence[str]) -> int:
-    """The progress of the study that is named. Raises ConfigError where several are, SystemExit for `--help`."""
-    parser = Parser("stabstudy status", COMMANDS["status"], "stabstudy status [--debug] [NAME | FOLDER | OVERRIDE ...]")
+    """The progress of the study that is named."""
+    words: list[str] = []
+
+    def read() -> Ending:
+        words.extend(_status_words(given))
+        return OK, None
+
+    code = reply(read, "status", given)
+    return int(importlib.import_module("stabstudy.sweep").main(words)) if words else code
+
+
+def _status_words(given: Sequence[str]) -> list[str]:
+    """What it is for `sweep`. Raises ConfigError where several studies are named, SystemExit for `--help`."""
+    usage = "stabstudy status [--debug] [--json] [NAME | FOLDER | OVERRIDE ...]"
+    parser = Parser("stabstudy status", COMMANDS["status"], usage)
     parser.add_argument("--debug", action="store_true", help="tracebacks behind one-line errors")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     flags, rest = parser.parse_flags(given)
     if len(names := [a for a in rest if "=" not in a]) > 1:
         raise ConfigError(Problem("study", "give one name or folder", ", ".join(names)))
-    overrides = [word for a in rest for word in _study(a)]
-    return int(importlib.import_module("stabstudy.sweep").main(["--status", *["--debug"] * flags.debug, *overrides]))
+    kept = ["--debug"] * flags.debug + ["--json"] * flags.json
+    return ["--status", *kept, *(word for a in rest for word in _study(a))]
 
 
 def _usage(given: Sequence[str]) -> int:

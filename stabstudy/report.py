@@ -9,7 +9,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stabstudy import cli, disk
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
@@ -33,6 +33,14 @@ def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
     written.
     """
     return _write(open_study(folder), say, out)[1]
+
+
+def answer(folder: Path) -> dict[str, Any]:
+    """What the report of this study answers first, as data: see `analysis.answer`. Raises StoreError."""
+    from stabstudy.analysis import answer
+    from stabstudy.analysis.study import Study
+
+    return answer.answer(Study.load(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from stabstudy import cli
 
 if TYPE_CHECKING:
     from stabstudy.planning.plan import Plan
+    from stabstudy.settings import Problem
 
 EXAMPLES = """\
 Which training recipes are stable, how spiky each is, and why: trains a sweep of small models.
@@ -32,6 +33,7 @@ Which training recipes are stable, how spiky each is, and why: trains a sweep of
 OVERRIDES = """\
 Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
 or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in cases.
+'optim.warmup_steps=${train.steps}' follows another setting, in each cell by itself.
 
   sweep=NAME           which question; ./sweeps comes before the shipped ones. Without it: quickstart,
                        or, where a setting is given, conf/trial.yaml alone with three seeds
@@ -47,10 +49,10 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the command line's). Returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    return cli.run(lambda: _answer(given), "conf")
+    return cli.reply(lambda: _answer(given), "conf", given)
 
 
-def _answer(given: list[str]) -> int:
+def _answer(given: list[str]) -> cli.Ending:
     flags, overrides = _parser().parse_flags(given)
     try:
         return _run(flags, overrides)
@@ -67,6 +69,7 @@ def _parser() -> cli.Parser:
     instead.add_argument("--list", action="store_true", help="every sweep with its question")
     instead.add_argument("--dry-run", action="store_true", help="trials to do, time, disk; starts nothing")
     instead.add_argument("--status", action="store_true", help="progress of a study")
+    parser.add_argument("--json", action="store_true", help=cli.JSON_HELP)
     parser.add_argument("--debug", action="store_true", help="tracebacks behind one-line errors")
     parser.add_argument("-m", "--multirun", action="store_true", help=argparse.SUPPRESS)  # every sweep is one
     return parser
@@ -84,19 +87,19 @@ def _presets() -> str:
     return "\n".join([*lines, "", f"Every setting with its default: {folder}"])
 
 
-def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
+def _run(flags: argparse.Namespace, overrides: list[str]) -> cli.Ending:
     from stabstudy.planning import compute
 
     if reason := compute.why_not_python():
         raise compute.NotReadyError(reason)
     if flags.list:
-        return _list()
+        return _list(flags.json)
     if flags.status:
-        return _status(overrides)
-    return _sweep(overrides, flags.dry_run)
+        return _status(overrides, flags.json)
+    return _sweep(overrides, flags.dry_run, flags.json)
 
 
-def _sweep(overrides: list[str], dry_run: bool) -> int:
+def _sweep(overrides: list[str], dry_run: bool, as_json: bool) -> cli.Ending:
     from stabstudy import settings
     from stabstudy.planning import plan, preview
     from stabstudy.search import strategy
@@ -107,68 +110,105 @@ def _sweep(overrides: list[str], dry_run: bool) -> int:
     for warning in launch.warnings:
         print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
-        preview.show(launch)
-        return cli.OK
+        return _dry_run(launch, as_json)
     preview.check_machine(launch)
-    return _train(launch, overrides)
+    return _train(launch, overrides, as_json)
 
 
-def _train(plan: Plan, overrides: list[str]) -> int:
-    from stabstudy.report import write_report
-    from stabstudy.sweeping import launch
+def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
+    from stabstudy.planning import preview
 
-    outcome = launch.launch(plan, command=shlex.join(["python", "-m", "stabstudy.sweep", *overrides]))
-    if not outcome.early:
-        write_report(plan.folder, print)
-    return outcome.code
+    seen = preview.look(plan)
+    if as_json:
+        from stabstudy.sweeping import objects
+
+        return cli.OK, objects.plan(seen)
+    preview.show(seen)
+    return cli.OK, None
 
 
-def _list() -> int:
+def _train(plan: Plan, overrides: list[str], as_json: bool) -> cli.Ending:
+    from stabstudy import report
+    from stabstudy.sweeping import launch, objects, progress
+
+    command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
+    outcome = launch.launch(plan, command=command)
+    page = None if outcome.early else report.write_report(plan.folder, print)
+    if not as_json:
+        return outcome.code, None
+    answer = None if page is None else report.answer(plan.folder)
+    return outcome.code, objects.launch(progress.standing(plan.folder), outcome, command, page, answer)
+
+
+def _list(as_json: bool) -> cli.Ending:
     from stabstudy import wording
     from stabstudy.planning import compose
 
-    wording.table(("sweep", "question"), [(s.name, s.question) for s in compose.sweeps(Path.cwd())])
-    return cli.OK
+    places = compose.sweeps(Path.cwd())
+    if as_json:
+        from stabstudy.sweeping import objects
+
+        return cli.OK, objects.sweeps(places)
+    wording.table(("sweep", "question"), [(place.name, place.question) for place in places])
+    return cli.OK, None
 
 
-def _status(overrides: list[str]) -> int:
+def _status(overrides: list[str], as_json: bool) -> cli.Ending:
     from stabstudy.planning import compose, plan
     from stabstudy.planning.overrides import read
     from stabstudy.settings import Issues
-    from stabstudy.sweeping import progress
+    from stabstudy.sweeping import objects, progress
 
     issues = Issues()
     with compose.conf() as loader:  # glob() needs the presets, and is part of a name such as adhoc-0123abcd
         request = read(overrides, loader, issues)
     issues.stop()
-    progress.show_status(plan.study_folder(request, Path.cwd()))
-    return cli.OK
+    now = progress.standing(plan.study_folder(request, Path.cwd()))
+    if as_json:
+        return cli.OK, objects.status(now)
+    progress.show_status(now)
+    return cli.OK, None
 
 
-def _explain(error: Exception, command: str) -> int:
-    """Print one line for each thing that is wrong; return the exit code of its kind."""
+def _explain(error: Exception, command: str) -> cli.Ending:
+    """Print one line for each thing that is wrong; return the exit code of its kind, and all of it as an object."""
+    from stabstudy import disk
+
+    kind, code, problems = _reasons(error)
+    cli.fail(kind, code, *(str(p) if p.setting else p.rule for p in problems))
+    if disk.is_full(error):
+        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
+    return code, cli.failure(kind, code, problems)
+
+
+def _reasons(error: Exception) -> tuple[str, int, list[Problem]]:
+    """The kind of an error, its exit code, and everything that is wrong."""
     from stabstudy import disk
     from stabstudy.disk import EntryError, LockHeldError
     from stabstudy.planning.compute import NotReadyError
-    from stabstudy.settings import ConfigError, DataError
+    from stabstudy.settings import ConfigError, DataError, Problem
     from stabstudy.store import StoreError
 
+    def of(kind: str, code: int, *rules: str) -> tuple[str, int, list[Problem]]:
+        return kind, code, [Problem("", rule) for rule in rules]
+
     if isinstance(error, ConfigError):
-        code = cli.fail("conf", cli.BAD_INPUT, *map(str, error.problems))
-    elif isinstance(error, DataError | StoreError):
-        code = cli.fail("data" if isinstance(error, DataError) else "study", cli.BAD_INPUT, str(error))
-    elif isinstance(error, NotReadyError | LockHeldError | EntryError):
-        code = cli.fail("machine", cli.ENVIRONMENT, *str(error).splitlines())
-    elif isinstance(error, ModuleNotFoundError) and not (error.name or "stabstudy").startswith("stabstudy"):
-        rule = f"needs {error.name}, not installed here: pip install 'stabstudy[all]'"
-        code = cli.fail("machine", cli.ENVIRONMENT, rule)
-    elif isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
-        code = cli.fail("machine", cli.ENVIRONMENT, disk.describe(error))
-    else:
-        code = cli.fail("internal", cli.BUG, f"{type(error).__name__}: {error} (a bug; --debug shows where)")
-    if disk.is_full(error):
-        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
-    return code
+        return "conf", cli.BAD_INPUT, error.problems
+    if isinstance(error, DataError):
+        return "data", cli.BAD_INPUT, [error.problem]
+    if isinstance(error, StoreError):
+        return of("study", cli.BAD_INPUT, str(error))
+    if isinstance(error, NotReadyError | LockHeldError | EntryError):
+        return of("machine", cli.ENVIRONMENT, *str(error).splitlines())
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "stabstudy").startswith("stabstudy"):
+        return of(
+            "machine",
+            cli.ENVIRONMENT,
+            f"needs {error.name}, not installed here: pip install 'stabstudy[all]'",
+        )
+    if isinstance(error, OSError) and (disk.is_full(error) or error.errno in (errno.EROFS, errno.EACCES)):
+        return of("machine", cli.ENVIRONMENT, disk.describe(error))
+    return of("internal", cli.BUG, f"{type(error).__name__}: {error} (a bug; --debug shows where)")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -121,6 +122,18 @@ def test_a_signal_ends_a_local_launch_with_a_checkpoint(start: Start, number: si
     assert state.status == "interrupted" and state.attempts[-1].ended is not None
     [*_, newest] = sorted(run.study.trial(state.trial_id).checkpoints.iterdir())
     assert newest.name == f"step-{state.step:08d}", "the step at which it was stopped"
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_one_object_that_says_how_to_go_on(start: Start) -> None:
+    run = start(LONG, "launcher=local", "--json")
+    run.wait_for_checkpoints(1)
+    run.process.send_signal(signal.SIGTERM)
+    out, errors = run.process.communicate(timeout=30)
+    body = json.loads(out)
+    assert run.process.returncode == body["exit_code"] == 143 and (body["kind"], body["early"]) == ("launch", True)
+    assert errors.splitlines()[-1] == f"stopped; the same command resumes: {body['resume']}"
+    assert body["counts"]["states"]["interrupted"] == 1 and body["report"] is None
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ MAY = {
     "ingesting": May(
         FACTS | {"planning"}, {"numpy", "pyarrow", "tensorboard"}, late={"planning", "pyarrow", "tensorboard"}
     ),
-    "cli": May({"settings"}),  # it loads the commands by name, late
+    "cli": May({"settings", "state"}, late={"state"}),  # it loads the commands by name, late
     "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
     "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
     "sweep": May(

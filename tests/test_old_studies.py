@@ -122,7 +122,7 @@ def test_its_record_of_the_text_is_held_against_a_new_launch(copy: Path) -> None
 
 @pytest.mark.parametrize("copy", ["synthetic"], indirect=True)
 def test_its_status_shows_the_values_of_its_axis(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    progress.show_status(copy)
+    progress.show_status(progress.standing(copy))
     out = capsys.readouterr().out
     assert "flip_ppm=0 seed=0" in out and "flip_ppm=1000 seed=0" in out
 

@@ -218,6 +218,17 @@ def test_interpolations_follow_the_axis(ask):
     assert values(ask(text, "train.steps=70"), "train.checkpoint_every") == [(70,)]
 
 
+def test_an_override_follows_another_setting_in_each_cell(ask):
+    text, names = block("grid: {train.steps: [50, 60]}"), ("train.steps", "optim.warmup_steps")
+    plan = ask(text, "optim.warmup_steps=${train.steps}")
+    assert values(plan, *names) == [(50, 50), (60, 60)] and [axis.name for axis in plan.axes] == ["train.steps"]
+    assert values(ask(text, "optim.warmup_steps=20,${train.steps}"), *names) == [(50, 20), (50, 50), (60, 20), (60, 60)]
+    assert values(ask(text, "optim.warmup_steps=50"), *names) == [(50, 50), (60, 50)]
+    for written, problem in (("${train.step}", "cannot be resolved"), ("${optim.lr}", "must be a whole number")):
+        with pytest.raises(ConfigError, match=rf"optim\.warmup_steps: {problem}"):
+            ask(text, f"optim.warmup_steps={written}")
+
+
 def test_an_allowed_environment_variable_is_read(ask, monkeypatch, tmp_path):
     (tmp_path / "a.txt").write_text("some text\n" * 50)
     monkeypatch.setenv("STABSTUDY_TEXT", str(tmp_path / "a.txt"))

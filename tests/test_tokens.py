@@ -160,6 +160,22 @@ def test_a_tokenizers_own_code_never_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("pair", tokenizer.PAIRS)
+def test_one_file_of_two_is_answered_with_their_folder(tmp_path: Path, pair: tuple[str, str]) -> None:
+    vocab, merges = (tmp_path / name for name in pair)
+    vocab.write_text('{"a": 0, "b": 1, "ab": 2}')
+    merges.write_text("#version: 0.2\na b\n")
+    for file in (vocab, merges):
+        with pytest.raises(DataError, match="is one of two files that are a tokenizer together: name their f") as found:
+            tokenizer.identity(str(file))
+        assert found.value.problem.rule.endswith(f" folder, {tmp_path}")
+    assert tokenizer.load(str(tmp_path)).encode(["ab"])[0].tolist() == [2], "what the message says to name"
+    assert tokenizer.load(f"{vocab},{merges}").encode(["ab"])[0].tolist() == [2]
+    vocab.unlink()
+    with pytest.raises(DataError, match="one file must be a tokenizer.json; write bytes"):
+        tokenizer.identity(str(merges))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -22,6 +22,12 @@ def split_ids(text: str) -> list[str]:
     return TRIAL_ID.split(text)
 
 
+def split_command(text: str) -> tuple[str, str]:
+    """The text, and the command that it ends with behind a colon, else empty."""
+    head, colon, command = text.partition(": python -m stabstudy.")
+    return (f"{head}: ", f"{colon[2:]}{command}") if colon and "`" not in command else (text, "")
+
+
 @dataclass(frozen=True)
 class Text:
     """A paragraph."""

@@ -66,6 +66,11 @@ class Margin:
     tried_to: float  # largest rate that was tried
 
     @property
+    def is_open(self) -> bool:
+        """Whether all that was tried holds, in enough steps to say so: the limit lies beyond."""
+        return self.stable_to == self.tried_to and self.evaluable >= MARGIN_STEPS
+
+    @property
     def width(self) -> tuple[float, float]:
         """Decades from `lr` to what is known to hold, and to what is known to fail (inf: nothing is)."""
         ends = (self.stable_to, self.unstable_at or math.inf)

@@ -47,8 +47,8 @@ Ids = NDArray[np.integer[Any]]
 
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("gpt2_encoder.json", "gpt2_vocab.bpe"))
 FORMS = (
-    "write bytes, a tokenizer.json, two files as VOCAB,MERGES, a hub name, or a folder with a tokenizer.json or with "
-    f"{' or '.join(' and '.join(pair) for pair in PAIRS)}"
+    "write bytes, a tokenizer.json, two files in quotes as 'VOCAB,MERGES', a hub name, or a folder with a "
+    f"tokenizer.json or with {' or '.join(' and '.join(pair) for pair in PAIRS)}"
 )
 """What `data.tokenizer` may be, for the messages about what it is not."""
 HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,200})?")
@@ -177,6 +177,9 @@ def _place(name: str) -> _Place:
         return _in_folder(path)
     if path.is_file() or path.suffix == ".json" or name.startswith((".", "/", "~")):
         file = _file(name)
+        if any(file.name in pair and all((file.parent / part).is_file() for part in pair) for pair in PAIRS):
+            rule = f"is one of two files that are a tokenizer together: name their folder, {file.parent}"
+            raise DataError("data.tokenizer", rule, show(name))
         if file.suffix != ".json":
             raise DataError("data.tokenizer", f"one file must be a tokenizer.json; {FORMS}", show(name))
         return _Place("json", _with_config(file))

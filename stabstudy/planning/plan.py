@@ -6,20 +6,16 @@ a configuration answer from this module alone.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
-from stabstudy import config as cfg
 from stabstudy import disk, store
-from stabstudy.config import COMPILE_FROM, DataConfig, TrialConfig
-from stabstudy.data import tokens, weights
+from stabstudy.config import COMPILE_FROM, TrialConfig
+from stabstudy.data import weights
 from stabstudy.data.batches import supply
 from stabstudy.data.weights import Weights
 from stabstudy.planning import axes, budget, compose, compute, estimate, overrides, sweepfile
@@ -27,6 +23,7 @@ from stabstudy.planning.axes import Between, Choices, Chosen, Factor
 from stabstudy.planning.budget import Budget
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.overrides import Request
+from stabstudy.planning.planner import Axis, Plan, Planner, Rest, existing_cache
 from stabstudy.planning.sweepfile import SweepFile
 from stabstudy.planning.trials import (
     Cell,
@@ -44,129 +41,6 @@ __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_p
 
 ENOUGH = 20
 """Problems after which no further cell is looked at."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What varies: a setting under its dotted name, or a group ("data"), and its values in order."""
-
-    name: str
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a launch needs to know. Trials come seed by seed: every cell once before any cell twice."""
-
-    study: str
-    folder: Path
-    question: str
-    axes: tuple[Axis, ...]
-    trials: tuple[PlannedTrial, ...]
-    sweep_text: str  # text of sweep.yaml
-    compute: Compute
-    launcher: str
-    warnings: tuple[str, ...]
-    argv: tuple[str, ...]  # as typed, secrets hidden
-    conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep lists them
-    first: tuple[Plan, ...] = ()  # sweeps of one trial that are launched before it: its trials start from their ends
-    start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
-    budget: Budget = Budget()
-    planner: Planner | None = None  # of a search; `trials` are then those that show that it can be planned
-
-    def values(self, trial: PlannedTrial) -> list[Any]:
-        """The trial's value on each axis, in the order of the axes; of starting weights their identity."""
-        known = {**cfg.flat(trial.config), **trial.choices, cfg.PLACE: trial.config.objective.init_id}
-        return [known[axis.name] for axis in self.axes]
-
-
-@dataclass(frozen=True)
-class Rest:
-    """A combination of the axes beside what is searched, or a named case that leaves that open."""
-
-    case: str | None
-    choices: Choices
-
-
-@dataclass(frozen=True)
-class Planner:
-    """What a launch asks, read and composed: it makes trials of values, and plans of trials."""
-
-    request: Request
-    sweep: SweepFile
-    frontier: Between | None
-    product: tuple[Factor, ...]  # of the axes beside what is searched
-    rests: tuple[Rest, ...]
-    fixed: tuple[PlannedTrial, ...]  # named cases that leave nothing open, beside what is searched
-    composer: Composer
-    known: dict[DataConfig, str]  # fingerprints
-    resources: Compute
-    folder: Path
-    before: Mapping[str, Any]  # sweep.yaml of the launch before
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return self.request.seeds or self.sweep.seeds
-
-    @property
-    def budget(self) -> Budget:
-        return replace(self.sweep.budget, **self.request.budget)
-
-    @property
-    def searched(self) -> tuple[str, ...]:
-        """The names that are searched."""
-        return () if self.frontier is None else (self.frontier.setting,)
-
-    def trial(self, rest: Rest, values: Mapping[str, Any], seed: int) -> PlannedTrial | None:
-        """The trial of these values of what is searched; None where `sweep.exclude` names it.
-
-        Raises ConfigError for values that break a rule.
-        """
-        return next(iter(self.replicates(rest, values, [seed])), None)
-
-    def replicates(self, rest: Rest, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedTrial]:
-        """The trials of these values with each of the seeds; [] where `sweep.exclude` names them. Raises as `trial`."""
-        issues = Issues()
-        chosen = axes.without_rivals(rest.choices | {name: Chosen(value, "") for name, value in values.items()})
-        composer = replace(self.composer, issues=issues)
-        with compose.conf() if set(values) & set(compose.PRESET_GROUPS) else contextlib.nullcontext():
-            cell = composer.cell(chosen, rest.case)
-        issues.stop()
-        assert cell is not None
-        if cell.config.data not in self.known:
-            self.known.update(fingerprints([cell.config.data], _cache(self.resources), issues))
-            issues.stop()
-        named = {**cfg.flat(cell.config), **cell.choices}
-        excluded = rest.case is None and any(e.holds(named) for e in self.sweep.exclude)
-        return [] if excluded else planned([cell], seeds, self.known)
-
-    def plan(self, trials: Sequence[PlannedTrial]) -> Plan:
-        """The plan of these trials."""
-        varying = [Axis(name, values) for name, values in axes.axis_values(self.product).items()]
-        flats = [{**cfg.flat(trial.config), **trial.choices} for trial in trials]
-        for name in self.searched:
-            values = dict.fromkeys(flat[name] for flat in flats)
-            varying.append(Axis(name, tuple(sorted(values, key=axes.rank))))
-        body = _body(self, tuple(varying), trials) | {"data": sweepfile.data_records(self.before, self.known)}
-        body |= {"compute": dataclasses.asdict(self.resources), "command": list(self.request.given)}
-        return Plan(
-            self.request.study,
-            self.folder,
-            body["question"],
-            tuple(varying),
-            tuple(trials),
-            sweepfile.record_text(body),
-            self.resources,
-            self.request.launch.launcher,
-            tuple(dict.fromkeys((*self.warnings, *sweepfile.record_changes(self.before, body)))),
-            tuple(sweepfile.redact(list(self.request.given))),
-            self.sweep.conditions,
-            tuple(self.composer.starts.plans.values()),
-            _start(self.request, body["choices"]) if self.request.sweep is None else None,
-            self.budget,
-            self if self.searched else None,
-        )
 
 
 @dataclass(frozen=True)
@@ -245,7 +119,7 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
         composer = Composer(sweep, issues, starts)
         cells = _cells(composer, sweep, request, product, frontier)
         resources = composer.compute(request)
-    known = fingerprints((cell.config.data for cell in cells), _cache(resources), issues)
+    known = fingerprints((cell.config.data for cell in cells), existing_cache(resources), issues)
     issues.stop()
     every = planned(cells, request.seeds or sweep.seeds, known)
     trials = distinct(without_excluded(every, sweep.exclude, request.names, issues), issues)
@@ -265,7 +139,7 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     trials = budget.within(trials, lambda trial: trial.cell_id, planner.budget if frontier is None else Budget())
     _check_room(trials, resources, request, issues)
     names = [*axes.axis_values(product), *planner.searched]
-    supplies = {data: supply(data, fingerprint, _cache(resources)) for data, fingerprint in known.items()}
+    supplies = {data: supply(data, fingerprint, existing_cache(resources)) for data, fingerprint in known.items()}
     for caveat in estimate.caveats([t.config for t in trials], names, supplies):
         issues.warn(caveat)
     if frontier is not None:
@@ -298,30 +172,6 @@ def _check_rule(frontier: Between | None, trials: Sequence[PlannedTrial], issues
 def _is_chosen(frontier: Between | None, request: Request) -> bool:
     """Whether the launch itself gives values of what the sweep searches, which is then not searched."""
     return frontier is not None and frontier.setting in request.names
-
-
-def _cache(resources: Compute) -> Path | None:
-    """The token cache, if there is one."""
-    return Path(resources.cache_dir) if resources.cache_dir else tokens.existing_cache_dir()
-
-
-def _start(request: Request, choices: Mapping[str, str]) -> str:
-    presets = ", ".join(f"{group}={preset}" for group, preset in choices.items())
-    hint = "" if request.launch.study else "; study=NAME names the study, so that values can be added later"
-    return f"starts from {sweepfile.PRIMARY} alone ({presets}), not from a sweep{hint}"
-
-
-def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
-    """The sweep's own question, unless the command line changed its axes: then one that names them."""
-    names = [axis.name for axis in varying]
-    own = {name for factor in sweep.factors for alternative in factor for name in alternative}
-    own |= set() if sweep.frontier is None else {sweep.frontier.setting}
-    if sweep.question and own == set(names):
-        return sweep.question
-    if not names:
-        return "How stable is this one recipe?"
-    *others, last = names
-    return f"What {'do' if others else 'does'} {', '.join(others)}{' and ' if others else ''}{last} change?"
 
 
 def study_folder(request: Request, cwd: Path) -> Path:
@@ -376,28 +226,3 @@ def _at_ends(chosen: Choices, frontier: Between | None) -> list[Choices]:
     if frontier is None or frontier.setting in chosen:
         return [chosen]
     return [axes.without_rivals(chosen | {frontier.setting: Chosen(end, frontier.origin)}) for end in frontier.ends]
-
-
-def _body(planner: Planner, varying: tuple[Axis, ...], trials: Sequence[PlannedTrial]) -> dict[str, Any]:
-    """The part of sweep.yaml on the question; `settings` are those that all trials share."""
-    sweep, flats = planner.sweep, [cfg.flat(t.config) for t in trials]
-    own = {"seed", *planner.searched}
-    fixed = {k: v for k, v in flats[0].items() if k not in own and all(f[k] == v for f in flats)}
-    choices = {g: p for g, p in trials[0].choices.items() if all(t.choices[g] == p for t in trials)}
-    seeds = planner.seeds if planner.searched else dict.fromkeys(t.config.seed for t in trials)
-    return {
-        "format": cfg.FORMAT_VERSION,
-        "sweep": sweep.name,
-        "question": _question(sweep, varying),
-        "trials": len(trials),
-        "seeds": list(seeds),
-        "axes": {axis.name: list(axis.values) for axis in varying},
-        **({} if planner.frontier is None else {"frontier": {planner.frontier.setting: planner.frontier.record}}),
-        **({"budget": planner.budget.record} if planner.budget.limited else {}),
-        "cases": {case: {n: c.value for n, c in chosen.items()} for case, chosen in sweep.cases.items()},
-        "exclude": [expression.text for expression in sweep.exclude],
-        **({} if sweep.conditions is None else {"conditions": list(sweep.conditions)}),
-        "choices": choices,
-        "settings": fixed,
-        "launcher": planner.request.launch.launcher,
-    }

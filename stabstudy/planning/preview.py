@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stabstudy import disk, extras, store, wording
 from stabstudy.config import TrialConfig
@@ -18,12 +20,97 @@ SHOWN = 40
 """Cells listed before the rest is counted."""
 
 
-def show(plan: Plan) -> None:
-    """Print the plan: its axes and cells, trials done and to do, tokens, arithmetic, time and disk."""
+DAMAGED = "damaged"
+"""In the place of the state of a trial whose files cannot be trusted."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The one trial of a sweep from whose trained weights a plan's trials start; `done`: it is trained."""
+
+    sweep: str
+    trial_id: str
+    done: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Trials that differ in their seed alone: how many, and how many of them are done."""
+
+    cell_id: str
+    case: str | None
+    values: tuple[Any, ...]  # on each axis of the plan
+    trials: int
+    done: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a launch of the plan would find here and do."""
+
+    plan: Plan
+    states: dict[str, str]  # of each trial, by its id; or DAMAGED
+    damage: tuple[str, ...]  # a line for each trial that is left alone
+    starts: tuple[Start, ...]  # none where nothing is to do
+    packed: tuple[Pack, ...]
+    cost: estimate.Cost | None  # None where nothing is to do
+    notes: tuple[str, ...]
+    obstacles: tuple[str, ...]  # why this machine cannot start it
+
+    @property
+    def done(self) -> int:
+        return sum(state == "done" for state in self.states.values())
+
+    @property
+    def to_do(self) -> int:
+        return len(self.states) - self.done - len(self.damage)
+
+    @property
+    def packs_differ(self) -> bool:
+        """Whether what runs at once is not simply a trial on each core."""
+        return bool(self.plan.compute.gpus_per_pack) or len(self.packed) < self.to_do
+
+    @property
+    def cells(self) -> list[Cell]:
+        """In the order of the plan."""
+        members: dict[str, list[PlannedTrial]] = {}
+        for trial in self.plan.trials:
+            members.setdefault(trial.cell_id, []).append(trial)
+        done = {name: sum(self.states[t.trial_id] == "done" for t in trials) for name, trials in members.items()}
+        return [
+            Cell(name, trials[0].case, tuple(self.plan.values(trials[0])), len(trials), done[name])
+            for name, trials in members.items()
+        ]
+
+
+def look(plan: Plan) -> Preview:
+    """The plan held against the study's folder and this machine. Raises as `intact`."""
     study = store.StudyFolder(plan.folder)
-    whole, damaged = intact(plan, study)
-    waits = {t.trial_id for t in waiting(whole, study)}
-    done = {t.trial_id for t in whole.trials if t.trial_id not in waits}
+    whole, damage = intact(plan, study)
+    read = {t.trial_id: study.trial(t.trial_id).read_state().status for t in whole.trials}
+    todo = [t for t in whole.trials if read[t.trial_id] != "done"]
+    packed = packs(todo, plan.compute, plan.launcher) if todo else []
+    rate = estimate.measured_rate(study) if todo else None
+    return Preview(
+        plan,
+        {t.trial_id: read.get(t.trial_id, DAMAGED) for t in plan.trials},
+        tuple(damage),
+        tuple(_start(source) for source in plan.first if todo),
+        tuple(packed),
+        estimate.cost(_configs(packed), plan.compute, plan.launcher, rate) if todo else None,
+        tuple(filter(None, [estimate.timescales([t.config for t in plan.trials])])),
+        tuple(why_not_here(plan)),
+    )
+
+
+def _start(source: Plan) -> Start:
+    is_done = not waiting(source, store.StudyFolder(source.folder))
+    return Start(source.study, source.trials[0].trial_id, is_done)
+
+
+def show(preview: Preview) -> None:
+    """Print it: axes and cells, trials done and to do, tokens, arithmetic, time and disk."""
+    plan, cells = preview.plan, preview.cells
     print(f"{plan.study}: {plan.question}")
     for axis in plan.axes:
         print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
@@ -33,28 +120,22 @@ def show(plan: Plan) -> None:
         what = "is stable" if frontier.holds == "stable" else "works"
         print(f"searched: the largest {frontier.setting} from {low:g} to {high:g} that {what}, to within {width};")
         print("further rounds follow from the results; the trials asked for so far:")
-    _cells(plan, done)
-    for source in plan.first if waits else ():
-        is_done = not waiting(source, store.StudyFolder(source.folder))
-        how = "done" if is_done else "to be launched first"
-        print(f"starts from the trained weights of sweep={source.study} ({source.trials[0].trial_id}, {how})")
-    todo = [t for t in whole.trials if t.trial_id in waits]
-    cells = len({t.cell_id for t in plan.trials})
-    size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}"
-    left = f", {len(damaged)} damaged" if damaged else ""
-    print(f"{size}: {len(done)} done, {len(todo)} to do{left} in {plan.folder}")
-    for line in damaged:
+    _show_cells(plan, cells)
+    for start in preview.starts:
+        how = "done" if start.done else "to be launched first"
+        print(f"starts from the trained weights of sweep={start.sweep} ({start.trial_id}, {how})")
+    size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(len(cells), 'cell', ',')}"
+    left = f", {len(preview.damage)} damaged" if preview.damage else ""
+    print(f"{size}: {preview.done} done, {preview.to_do} to do{left} in {plan.folder}")
+    for line in preview.damage:
         print(f"damaged: {safe(line)}")
-    if todo:
-        packed = packs(todo, plan.compute, plan.launcher)
-        shown = bool(plan.compute.gpus_per_pack) or len(packed) < len(todo)
-        if shown:
-            print(packs_in_words(packed))
-        rate = estimate.measured_rate(study)
-        print(_cost(estimate.cost(_configs(packed), plan.compute, plan.launcher, rate), shown))
-    if timescales := estimate.timescales([t.config for t in plan.trials]):
-        print(timescales)
-    for reason in why_not_here(plan):
+    if preview.cost:
+        if preview.packs_differ:
+            print(packs_in_words(preview.packed))
+        print(_cost(preview.cost, preview.packs_differ))
+    for note in preview.notes:
+        print(note)
+    for reason in preview.obstacles:
         print(f"this machine cannot start it: {reason}")
 
 
@@ -62,14 +143,11 @@ def _configs(packed: Sequence[Pack]) -> list[list[TrialConfig]]:
     return [[trial.config for trial in pack] for pack in packed]
 
 
-def _cells(plan: Plan, done: set[str]) -> None:
-    cells: dict[str, list[str]] = {}
-    labels: dict[str, list[str]] = {}
-    for trial in plan.trials:
-        cells.setdefault(trial.cell_id, []).append(trial.trial_id)
-        values = plan.values(trial)
-        labels.setdefault(trial.cell_id, [trial.case or "", *("null" if v is None else str(v) for v in values)])
-    rows = [[cell, *labels[cell], str(len(ids)), str(sum(i in done for i in ids))] for cell, ids in cells.items()]
+def _show_cells(plan: Plan, cells: Sequence[Cell]) -> None:
+    rows = [
+        [c.cell_id, c.case or "", *("null" if v is None else str(v) for v in c.values), str(c.trials), str(c.done)]
+        for c in cells
+    ]
     columns = ["cell", "case", *(axis.name for axis in plan.axes), "trials", "done"]
     if not any(row[1] for row in rows):
         columns, rows = [c for c in columns if c != "case"], [[row[0], *row[2:]] for row in rows]

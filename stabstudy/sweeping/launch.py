@@ -41,10 +41,14 @@ SETTLE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a launch ended: the exit code (`cli.EXIT_CODES`), and whether it ended before every trial had been tried."""
+    """How a launch ended: the exit code (`cli.EXIT_CODES`), and whether it ended before every trial had been tried.
+
+    `reason`: what ended it, where that was not a signal.
+    """
 
     code: int
     early: bool = False
+    reason: str | None = None
 
 
 def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
@@ -90,7 +94,7 @@ def launch_first(plan: Plan, say: Callable[[str], None], command: str) -> Outcom
             return outcome
         if outcome.code:
             failure = f"sweep={plan.study} failed, and the trials of this launch start from its weights"
-            return Outcome(cli.fail("study", outcome.code, failure), early=True)
+            return Outcome(cli.fail("study", outcome.code, failure), early=True, reason=failure)
     return None
 
 
@@ -179,7 +183,8 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
         print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
     if stop.number is not None or stop.reason is not None:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
-        return Outcome(cli.ENVIRONMENT if stop.number is None else 128 + stop.number, early=True)
+        code = cli.ENVIRONMENT if stop.number is None else 128 + stop.number
+        return Outcome(code, early=True, reason=stop.reason)
     left = sum(not study.trial(trial_id).read_state().ended for trial_id in ids)
     if stop.spent is not None:
         print(f"{stop.spent}: {len(ids) - left} of {len(ids)} trials have ended; the same command goes on: {command}")

@@ -175,35 +175,68 @@ class Listed:
     state: State
     settings: dict[str, Any]
     choices: dict[str, Any]
+    cell: str | None  # its cell's id and its case, both None where they cannot be read, or there is none
+    case: str | None
     elsewhere: bool  # trained by another program, and ingested
+
+    def value(self, name: str) -> Any:
+        """Of a setting, by its dotted name, or of a group choice; UNKNOWN where it cannot be read."""
+        return _at(self.settings if "." in name or name == "seed" else self.choices, name)
 
     def values(self, axes: Sequence[str]) -> list[Any]:
         """Its value on each axis, and its seed."""
-        groups = [_at(self.settings if "." in name else self.choices, name) for name in axes]
-        return [*groups, _at(self.settings, "seed")]
+        return [self.value(name) for name in (*axes, "seed")]
+
+    @property
+    def step(self) -> int:
+        """Updates that are on record, also those since the state was written."""
+        live_rows = _live_steps(self.folder) if self.state.status in ("running", "lost") else 0
+        return max(self.state.step, live_rows)
 
 
-def show_status(folder: Path) -> None:
-    """Print the study's trials, in the order of their values, and counts. Raises StoreError for what is not a study."""
+@dataclass(frozen=True)
+class Standing:
+    """Where a study stands, from its files alone."""
+
+    study: store.StudyFolder
+    question: str
+    axes: dict[str, list[Any]]  # of the last launch
+    trials: tuple[Listed, ...]  # in the order of their values
+    launch_running: bool
+
+    def counts(self) -> Counter[str]:
+        """How many trials are in each state."""
+        return Counter(trial.state.status for trial in self.trials)
+
+
+def standing(folder: Path) -> Standing:
+    """The study's trials and whether it is worked on. Raises StoreError for what is not a study."""
     study = store.open_study(folder)
-    axes = _axes(study)
-    listed = sorted(map(_listed, study.trials()), key=lambda trial: [rank(v) for v in trial.values(axes)])
-    if listed:
-        rows = [_row(trial, axes) for trial in listed]
+    question, axes = _asked(study)
+    trials = sorted(map(_listed, study.trials()), key=lambda trial: [rank(v) for v in trial.values(list(axes))])
+    return Standing(study, question, axes, tuple(trials), disk.is_locked(study.path))
+
+
+def show_status(now: Standing) -> None:
+    """Print the trials and their counts."""
+    if now.trials:
+        rows = [_row(trial, list(now.axes)) for trial in now.trials]
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
-    print(summary(study, [trial.state for trial in listed]))
-    if any(trial.elsewhere for trial in listed):
-        print(f"runs trained elsewhere are judged in the report: python -m stabstudy.report {shlex.quote(str(folder))}")
+    print(summary(now))
+    if any(trial.elsewhere for trial in now.trials):
+        folder = shlex.quote(str(now.study.path))
+        print(f"runs trained elsewhere are judged in the report: python -m stabstudy.report {folder}")
 
 
-def summary(study: store.StudyFolder, states: Sequence[State]) -> str:
+def summary(now: Standing) -> str:
     """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
-    counts = Counter(state.status for state in states)
-    verdicts = Counter(verdict_words(state) for state in states if state.status == "done")
+    counts = now.counts()
+    verdicts = Counter(verdict_words(trial.state) for trial in now.trials if trial.state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in STATUSES if counts[s]]
-    launch = "a launch is running" if disk.is_locked(study.path) else "no launch is running"
-    return f"{study.name}: {wording.count(len(states), 'trial', ',')}: {', '.join(parts) or 'none begun'}; {launch}"
+    launch = "a launch is running" if now.launch_running else "no launch is running"
+    size = wording.count(len(now.trials), "trial", ",")
+    return f"{now.study.name}: {size}: {', '.join(parts) or 'none begun'}; {launch}"
 
 
 def verdict_words(state: State) -> str:
@@ -218,13 +251,15 @@ def verdict_words(state: State) -> str:
     return state.verdict or reasons.get(state.verdict_reason, str(state.verdict_reason))
 
 
-def _axes(study: store.StudyFolder) -> list[str]:
-    """The names of the axes of the last launch."""
+def _asked(study: store.StudyFolder) -> tuple[str, dict[str, list[Any]]]:
+    """The question of the last launch, and its axes; empty where it cannot be read."""
     try:
-        axes = store.read_sealed(study.provenance_file).get("axes")
+        body = store.read_sealed(study.provenance_file)
     except store.StoreError:
-        return []
-    return list(renamed(axes, CURRENT_NAMES)) if isinstance(axes, dict) else []
+        return "", {}
+    axes = body["axes"] if isinstance(body.get("axes"), dict) else {}
+    lists = {name: values for name, values in axes.items() if isinstance(values, list)}
+    return str(body.get("question") or ""), renamed(lists, CURRENT_NAMES)
 
 
 def _listed(folder: TrialFolder) -> Listed:
@@ -240,15 +275,15 @@ def _listed(folder: TrialFolder) -> Listed:
     except store.StoreError:
         body = {}
     settings, choices = (x if isinstance(x := body.get(name), dict) else {} for name in ("config", "choices"))
-    return Listed(folder, state, renamed_below(settings, CURRENT_NAMES), choices, "external" in body)
+    cell, case = (x if isinstance(x := body.get(name), str) else None for name in ("cell_id", "case"))
+    return Listed(folder, state, renamed_below(settings, CURRENT_NAMES), choices, cell, case, "external" in body)
 
 
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
-    reached = max(state.step, _live_steps(trial.folder)) if state.status in ("running", "lost") else state.step
     verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
     spikes = "" if state.spike_events is None else str(state.spike_events)
-    steps = f"{reached}/{short_value(_at(trial.settings, 'train.steps'))}"
+    steps = f"{trial.step}/{short_value(trial.value('train.steps'))}"
     settings = settings_text((*axes, "seed"), trial.values(axes))
     return [trial.folder.trial_id, settings, state.status, steps, verdict, spikes]
 

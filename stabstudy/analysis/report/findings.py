@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import cases, compare, recipe, study_statistics, words
+from stabstudy.analysis import answer, cases, compare, recipe, study_statistics, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
 from stabstudy.analysis.report import runs_page
-from stabstudy.analysis.study import DEPTH, Study
+from stabstudy.analysis.study import Study
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
+
+FINDS = "This finds the limit: "
+"""Before a command, which the page sets apart."""
 
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
@@ -48,13 +51,14 @@ def findings(study: Study) -> list[Finding]:
         return []
     if study.ingested:
         return [runs_page.findings(study)]
+    limits = list(_limits(study))
     answers = (
-        Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
-        Finding("What to use", list(_recipes(study))),
+        Finding("What is stable", [*limits, *_behind(study), *_warned(study)]),
+        Finding("What to use", list(_recipes(study, " ".join(limits)))),
         Finding("What the axes changed", list(_changes(study))),
         Finding("What the cases changed", list(_cases(study))),
     )
-    return [answer for answer in answers if answer.sentences]
+    return [each for each in answers if each.sentences]
 
 
 def warnings(study: Study) -> list[str]:
@@ -82,17 +86,25 @@ def _limits(study: Study) -> Iterator[str]:
     if LR not in grid.axes:
         yield _stable_cells(study)
         return
-    others = [a for a in grid.axes if a != LR]
-    by = DEPTH if DEPTH in others else others[0] if len(others) == 1 else None
-    table = grid.largest_stable(LR, by)
-    by_text: dict[str, list[str]] = {}
-    for level, row in zip(table.index, records(table), strict=True):
-        by_text.setdefault(_limit(row, grid.axes[LR]), []).append(words.level(level, by or ""))
-    for text, levels in by_text.items():
-        yield _capital(text if by is None else f"{words.label(by)} {words.listing(levels)}: {text}")
-    pooled = [words.label(a) for a in others if a != by]
-    if compare.in_nats(study.trials):
-        yield from _working(table, by, grid.axes[LR], f", averaged over {words.listing(pooled)}" if pooled else "")
+    by, rows = answer.limits(study)
+    alike: dict[str, list[tuple[Level, Row]]] = {}
+    for level, row in rows:
+        alike.setdefault(_limit(row, grid.axes[LR]), []).append((level, row))
+    for text, own in alike.items():
+        levels, (_, row) = [level for level, _ in own], own[0]
+        where = "" if by is None else f"{words.label(by)} {words.listing([words.level(v, by) for v in levels])}: "
+        beyond = levels if "stable" in answer.ends(row, grid.axes[LR]) else []
+        yield _capital(f"{where}{text}") + _search(study, "stable", by, beyond)
+    pooled = [words.label(a) for a in grid.axes if a not in (LR, by)]
+    yield from _working(study, by, rows, f", averaged over {words.listing(pooled)}" if pooled else "")
+
+
+def _search(study: Study, holds: str, by: str | None, levels: Sequence[Level]) -> str:
+    """The command that finds the limit at these levels, where it lies beyond the grid and a command can."""
+    if not levels:
+        return ""
+    command = answer.command(study, study.grid.axes[LR][-1], holds, answer.pins(study, by, levels))
+    return "" if command is None else f" {FINDS}{command}"
 
 
 def _stable_cells(study: Study) -> str:
@@ -119,25 +131,33 @@ def _limit(row: Row, grid: Sequence[Level]) -> str:
     return f"{held or 'at no smaller learning rate is every trial stable'}; {lost}{back}."
 
 
-def _working(table: Any, by: str | None, grid: Sequence[Level], pooled: str) -> Iterator[str]:
+def _working(study: Study, by: str | None, rows: Sequence[tuple[Level, Row]], pooled: str) -> Iterator[str]:
     """Where the loss says that a learning rate is too large, beside the verdicts."""
-    parts = []
-    for level, row in zip(table.index, records(table), strict=True):
+    grid = study.grid.axes[LR]
+    parts, beyond = [], []
+    for level, row in rows:
         if row["works_to"] is not None:
             where = "" if by is None else f" at {words.label(by)} {words.level(level, by)}"
-            largest = ", the largest tried," if row["works_to"] == grid[-1] else ""
+            is_last = "works" in answer.ends(row, grid)
+            beyond += [level] if is_last else []
+            largest = ", the largest tried," if is_last else ""
             parts.append(f"{words.level(row['works_to'])}{largest}{where} (best {words.level(row['best'])})")
     if parts:
         yield (
             f"Largest learning rate whose final loss is within {STABLE_MARGIN:g} nat/token of the best of its cell, "
-            f"paired by seed{pooled}: {words.listing(parts)}."
+            f"paired by seed{pooled}: {words.listing(parts)}.{_search(study, 'works', by, beyond)}"
         )
 
 
-def _recipes(study: Study) -> Iterator[str]:
+def _recipes(study: Study, above: str) -> Iterator[str]:
+    """A sentence for each recipe, with the command that finds its limit unless that stands `above`."""
     answers = recipe.answers(study)
-    yield from (recipe.sentence(answer) for answer in answers if isinstance(answer, Recipe))
-    yield from recipe.refusals([answer for answer in answers if isinstance(answer, NoRecipe)])
+    for each in answers:
+        if isinstance(each, Recipe):
+            command = answer.margin_command(study, each)
+            is_new = command is not None and command not in above
+            yield recipe.sentence(each) + (f" {FINDS}{command}" if is_new else "")
+    yield from recipe.refusals([each for each in answers if isinstance(each, NoRecipe)])
 
 
 def _behind(study: Study) -> Iterator[str]:

@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 
 from stabstudy import disk
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, TrialPage, split_ids
+from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, TrialPage, split_command, split_ids
 from stabstudy.analysis.report import trial_page
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import spread
@@ -137,7 +137,13 @@ def html_trial(page: TrialPage, source: str) -> str:
 
 
 def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
-    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names."""
+    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names.
+
+    A command at its end is set apart, to be copied.
+    """
+    head, command = split_command(text)
+    if command:
+        return linked_html(head, trials, folder) + Markup("<code>{}</code>").format(command)
     parts = split_ids(text)
     if len(parts) == 1:
         return escape(text)
@@ -240,7 +246,10 @@ def escape_markdown(text: str) -> str:
 
 
 def linked_markdown(text: str, trials: Container[str]) -> str:
-    """The text, escaped, with a link to the page of each of `trials` that it names."""
+    """The text, escaped, with a link to the page of each of `trials` that it names; a command at its end is code."""
+    head, command = split_command(text)
+    if command:
+        return f"{linked_markdown(head, trials)}`{command}`"
     parts = split_ids(text)
     return "".join(f"[{part}]({TRIALS}{part}.html)" if part in trials else escape_markdown(part) for part in parts)
 

@@ -1,0 +1,138 @@
+"""The answer of a study as data, and the command that goes on where its grid ends below the limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stabstudy import config as cfg
+from stabstudy.analysis import compare, recipe
+from stabstudy.analysis.levels import Level, plain, records
+from stabstudy.analysis.recipe import LR, NoRecipe, Recipe
+from stabstudy.analysis.report.export import yaml_scalar
+from stabstudy.analysis.study import DEPTH, Study
+from stabstudy.settings import named_fields
+
+Row = Mapping[str, Any]
+
+FURTHER = 10
+"""How many times the largest level that holds a search for the limit goes, where the setting's own bound allows it."""
+
+_QUESTION = {name.partition(".")[0] for name in cfg.setting_names()} - {"seed"}
+QUICKSTART = "quickstart"  # the sweep of a launch that names none and asks nothing
+
+_HIDDEN, _UNTYPED = "<hidden>", "objective.init_id="
+"""Of a command that cannot be typed: a secret, and the identity of starting weights in place of their path."""
+
+_COUNTS = ("evaluable", "n_unstable", "n_there", "n_noise")  # which a table with a null beside them has as floats
+_RECIPE = ("use", "cell", "final_loss", "candidates", "ties", "ends", "margin", "next")
+
+
+def limits(study: Study) -> tuple[str | None, list[tuple[Level, Row]]]:
+    """How far the learning rate can be raised: the axis whose levels have a limit of their own, and each with its row.
+
+    That axis is the depth, or the one other axis; else there is one row for all. See `compare.limits`.
+    """
+    grid = study.grid
+    if LR not in grid.axes:
+        return None, []
+    others = [a for a in grid.axes if a != LR]
+    by = DEPTH if DEPTH in others else others[0] if len(others) == 1 else None
+    table = grid.largest_stable(LR, by)
+    if not compare.in_nats(study.trials):
+        table["works_to"] = None  # it is a margin in nat/token
+    return by, list(zip(map(plain, table.index), records(table), strict=True))
+
+
+def ends(row: Row, grid: Sequence[Level]) -> list[str]:
+    """What still holds at the largest rate of the grid, so that its limit lies beyond: `stable`, `works`."""
+    is_stable = row["first_unstable"] is None and row["all_stable"] == grid[-1]
+    return [*(["stable"] if is_stable else []), *(["works"] if row["works_to"] == grid[-1] else [])]
+
+
+def pins(study: Study, by: str | None, levels: Sequence[Level]) -> dict[str, list[Level]]:
+    """These levels of `by`, where they are not all that the grid has."""
+    return {} if by is None or len(levels) == len(study.grid.axes[by]) else {by: list(levels)}
+
+
+def command(study: Study, low: float, holds: str, at: Mapping[str, Sequence[Level]]) -> str | None:
+    """The command that searches the limit of the learning rate above `low`, at these levels of other axes.
+
+    It is the last launch with that axis searched. None where no command can ask it: the trials were trained elsewhere
+    or belong to several studies, nobody recorded what was typed, or a secret was part of it.
+    """
+    typed = study.provenance.get("argv")
+    high = min(FURTHER * low, _largest(LR))
+    if study.ingested or "study" in study.axes or not isinstance(typed, list) or not 0 < low < high:
+        return None
+    kept = [word for word in map(str, typed) if _name(word) not in (LR, *at)]
+    chosen = [f"{axis}={','.join(map(yaml_scalar, levels))}" for axis, levels in at.items()]
+    rule = "" if holds == "stable" else f",holds:{holds}"
+    search = f"{LR}={{between:[{low:.6g},{high:.6g}]{rule}}}"
+    text = shlex.join(["python", "-m", "stabstudy.sweep", *_defaults(study, typed), *kept, *chosen, search])
+    return text if text.isprintable() and not any(mark in text for mark in (_HIDDEN, "`", _UNTYPED)) else None
+
+
+def margin_command(study: Study, found: Recipe) -> str | None:
+    """The command that searches the limit of a recipe, where that lies beyond what was tried."""
+    if found.margin is None or not found.margin.is_open:
+        return None
+    at = {axis: [level] for axis, level in (found.given | found.levels).items() if axis != LR}
+    return command(study, found.margin.stable_to, "stable", at)
+
+
+def _largest(setting: str) -> float:
+    """The largest value that the rules of the setting allow."""
+    return float(dict(named_fields(cfg.TrialConfig))[setting].metadata["le"])
+
+
+def _name(word: str) -> str:
+    return word.partition("=")[0].lstrip("+")
+
+
+def _defaults(study: Study, typed: Sequence[str]) -> Iterator[str]:
+    """The names of sweep and study where the launch left them to rules, which other words would answer otherwise."""
+    given = {_name(word): word.partition("=")[2].strip("'\"") for word in typed}
+    asked = any(name.partition(".")[0] in _QUESTION for name in given)
+    if "sweep" not in given and not asked:
+        yield f"sweep={QUICKSTART}"
+    if "study" not in given and study.name != given.get("sweep", "" if asked else QUICKSTART):
+        yield f"study={study.name}"
+
+
+def answer(study: Study) -> dict[str, Any]:
+    """What a report answers first: how far the learning rate can be raised, and what to use under each condition.
+
+    `stable_up_to`: the rows of `compare.limits`, each `at` its level, with the commands that find what lies beyond.
+    `recipes`: see `recipe.Recipe`; without one `use` is null, and `reason` says why.
+    """
+    if not (study.trials["state"] == "done").any():
+        return {"stable_up_to": [], "recipes": []}
+    by, rows = limits(study)
+    grid = study.grid.axes.get(LR, [])
+    return {
+        "stable_up_to": [_limit(study, by, level, row, grid) for level, row in rows],
+        "recipes": [_recipe(study, each) for each in recipe.answers(study)],
+    }
+
+
+def _limit(study: Study, by: str | None, level: Level, row: Row, grid: Sequence[Level]) -> dict[str, Any]:
+    at = {} if by is None else {by: level}
+    beyond = {holds: command(study, grid[-1], holds, pins(study, by, [level])) for holds in ends(row, grid)}
+    values = {name: int(v) if name in _COUNTS and v is not None else v for name, v in row.items() if name != by}
+    return {"setting": LR, "at": at, **values, "next": {"stable": None, "works": None} | beyond}
+
+
+def _recipe(study: Study, each: Recipe | NoRecipe) -> dict[str, Any]:
+    if isinstance(each, NoRecipe):
+        return {"given": each.given, **dict.fromkeys(_RECIPE), "reason": each.reason}
+    loss = {"mean": each.loss.mean, "low": each.loss.low, "high": each.loss.high, "seeds": each.loss.n}
+    margin = None if each.margin is None else dataclasses.asdict(each.margin)
+    values = (each.levels, each.cell_id, loss, each.candidates, each.ties, each.ends, margin)
+    return {
+        "given": each.given,
+        **dict(zip(_RECIPE, (*values, margin_command(study, each)), strict=True)),
+        "reason": None,
+    }
