@@ -137,6 +137,26 @@ def test_the_script_is_one_and_knows_rays_options() -> None:
     assert len(started) == 3 and len(used) >= 9 and used <= set(known)
 
 
+def defaults(script: str) -> dict[str, str]:
+    """What a user may set, option of sbatch or variable, and its default."""
+    options = dict(re.findall(r"^#SBATCH (--[a-z-]+)=(.+)$", script, re.MULTILINE))
+    return options | dict(re.findall(r"=\$\{(STABSTUDY_\w+):-([^}]*)\}", script))
+
+
+def test_the_page_names_every_setting_and_its_default() -> None:
+    page = SCRIPT.with_suffix(".md").read_text()
+    told = dict(re.findall(r"^\| `(\S+?)`(?:, `--signal`)? \| (.+?) \|", page, re.MULTILINE))
+    wanted = defaults(SCRIPT.read_text())
+    fixed = {"--job-name", "--ntasks-per-node", "--open-mode", "--signal", "STABSTUDY_CACHE"}
+    assert {name: value.strip("`") for name, value in told.items() if name in wanted} == {
+        **{name: wanted[name] for name in wanted if name not in fixed},
+        "STABSTUDY_SHARED": "~/stabstudy",
+        "STABSTUDY_HEAD_IP": "as Ray finds it",
+        "--time": f"4 hours, `{wanted['--signal']}",
+    }
+    assert wanted["--time"] == "04:00:00" and wanted["STABSTUDY_SHARED"] == "$HOME/stabstudy"
+
+
 @pytest.mark.parametrize("code", [0, 2, 3])
 def test_the_code_is_that_of_the_launch(submit: Submit, code: int) -> None:
     job = submit("sweep=x y='a b'", commands=launches(f'echo "$RAY_ADDRESS" "$@"; exit {code}'))
