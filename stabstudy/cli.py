@@ -33,6 +33,7 @@ EXIT_CODES = {
     INTERRUPTED: "ended by Ctrl-C; the same command resumes",
     128 + signal.SIGTERM: "ended by SIGTERM; the same command resumes",
     128 + signal.SIGHUP: "ended by SIGHUP; the same command resumes",
+    128 + signal.SIGUSR1: "ended by SIGUSR1, a batch system's warning; the same command resumes",
     BUG: "a bug of ours",
 }
 """What each exit code of each command means, as their `--help` shows it."""

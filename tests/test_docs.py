@@ -261,19 +261,3 @@ def test_the_glossary_gives_each_word_one_meaning() -> None:
     assert len(words) == len(set(words)) >= 25
     states = re.search(r"\*\*State\*\* \|[^|]*?: ([\w, ]+)\.", text)
     assert states is not None and set(states[1].split(", ")) == set(STATUSES)
-
-
-# Slurm
-
-
-def test_the_batch_script_is_a_script_and_knows_rays_options(tmp_path: Path) -> None:
-    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```$", TEXTS["docs/slurm.md"], re.DOTALL | re.MULTILINE)
-    path = tmp_path / "job.sh"
-    path.write_text(script)
-    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stderr == ""
-    code = "from ray.scripts.scripts import start; print(*(o for p in start.params for o in p.opts))"
-    known = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    started = re.findall(r"ray start[^\n\\]*|^common=\(.*\)$", script, re.MULTILINE)
-    used = {flag for line in started for flag in re.findall(r"--[a-z-]+", line)}
-    assert len(used) >= 8 and used <= set(known)

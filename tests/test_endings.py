@@ -109,7 +109,7 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_a_local_launch_with_a_checkpoint(start: Start, number: signal.Signals, code: int) -> None:
     run = start(LONG, "launcher=local")
     run.wait_for_checkpoints(1)

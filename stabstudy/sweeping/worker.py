@@ -77,7 +77,10 @@ def tune_pack(config: dict[str, Any]) -> None:
     train_pack(config["pack"], config["shared"], tune.report)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+PATIENT = (signal.SIGINT, signal.SIGUSR1)
+"""After these trials may take their time to write a checkpoint; a batch system sends SIGUSR1 well before the end."""
+
 GRACE_SECONDS = 2.0
 """After SIGTERM or SIGHUP: how long trials may take to write a checkpoint before the launch ends without it."""
 
@@ -132,8 +135,8 @@ class StopRequest:
 def stop_on_signals(study: store.StudyFolder) -> Iterator[StopRequest]:
     """While this lasts a signal requests a stop, and a KeyboardInterrupt that follows from one ends it quietly.
 
-    First Ctrl-C: trials checkpoint and end. SIGTERM and SIGHUP: likewise, within GRACE_SECONDS. A second signal: at
-    once. A signal that was ignored when the program began stays ignored, as `nohup` wants it.
+    First Ctrl-C or SIGUSR1: trials checkpoint and end. SIGTERM and SIGHUP: likewise, within GRACE_SECONDS. A second
+    signal: at once. A signal that was ignored when the program began stays ignored, as `nohup` wants it.
     """
     request = StopRequest(study)
     request.over()  # a file of a launch that was killed
@@ -144,10 +147,11 @@ def stop_on_signals(study: store.StudyFolder) -> Iterator[StopRequest]:
         request.tell_trials()
         if again:
             raise KeyboardInterrupt
-        if number != signal.SIGINT:
+        if number not in PATIENT:
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
             return
-        print("\nstopping: running trials write a checkpoint (Ctrl-C again to stop at once)", file=sys.stderr)
+        hint = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+        print(f"\nstopping: running trials write a checkpoint{hint}", file=sys.stderr)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if request.requested:
