@@ -170,8 +170,7 @@ class TrialFolder:
     ) -> trace.Rows | None:
         """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord.
 
-        `verify`: whether the whole file is read and held against the checksum in state.json; without it the checksums
-        of the pages are checked. `columns`: those that are read, beside the step.
+        `columns`: those that are read, beside the step; the file is then never in memory as a whole.
         """
         state = self.read_state() if state is None else state
         known = state.records.get(schema.name)

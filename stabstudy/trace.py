@@ -263,7 +263,7 @@ def as_series(values: NDArray[Any], null: NDArray[np.bool_] | None) -> pd.Series
     import pandas as pd
 
     if null is None or values.dtype == object:
-        return pd.Series(values, copy=False)
+        return pd.Series(values, dtype=values.dtype, copy=False)  # else text would become pandas' own, with NaN
     array = pd.arrays.IntegerArray if values.dtype.kind == "i" else pd.arrays.FloatingArray
     return pd.Series(array(values, null), copy=False)
 

@@ -17,8 +17,9 @@ Column = tuple[NDArray[Any], NDArray[np.bool_] | None]
 
 
 def columns_of(kinds: Iterable[str]) -> list[str]:
-    """The columns that traces of trials of these objectives have, the step aside."""
-    return list(dict.fromkeys(n for kind in kinds for n in of_objective(kind).names if n != "step"))
+    """The columns that traces of trials of these objectives have, the step aside; of none: those of all."""
+    names = [n for kind in [*kinds] or ["lm"] for n in of_objective(kind).names]
+    return [n for n in dict.fromkeys(names) if n != "step"]
 
 
 def table(trials: pd.DataFrame, records: Iterable[tuple[str, Rows | None]], wanted: Sequence[str]) -> pd.DataFrame:

@@ -168,12 +168,11 @@ def _of_study(study: str, row: Row) -> Row:
 def read_record(folder: TrialFolder, schema: Schema, columns: Sequence[str] | None = None) -> Rows | None:
     """A trial's record, also while the trial finishes: its live file may vanish between the look and the read.
 
-    `columns`: those that are read, beside the step; the checksum of the whole file is then not verified, as that would
-    read all of it, but those of the pages are.
+    `columns`: those that are read, beside the step.
     """
     for last_try in (False, True):
         try:
-            rows = folder.rows(schema, verify=columns is None, columns=columns)
+            rows = folder.rows(schema, columns=columns)
         except FileNotFoundError:
             rows = None
         if rows is not None or last_try:
