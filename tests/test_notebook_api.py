@@ -220,7 +220,7 @@ def test_null_nan_and_infinity_stay_apart_in_a_frame() -> None:
 def test_a_frame_has_a_column_for_each_layer() -> None:
     rows = as_rows([{"layer_grad_norm": [1.0, 2.0, 3.0, 4.0]}, {"layer_grad_norm": None}])
     frame = rows.frame()
-    named = {n: frame[n].tolist() for n in frame if n.startswith("layer_grad_norm")}
+    named = {n: frame[n].tolist() for n in map(str, frame) if n.startswith("layer_grad_norm")}
     assert named == {
         "layer_grad_norm_embed": [1.0, pd.NA],
         "layer_grad_norm_0": [2.0, pd.NA],
@@ -229,14 +229,14 @@ def test_a_frame_has_a_column_for_each_layer() -> None:
     }
     assert [n for n in frame if n not in named] == [n for n in TRACE.names if n != "layer_grad_norm"]
     none = as_rows([{"layer_grad_norm": None}]).frame()
-    assert not [n for n in none if n.startswith("layer_grad_norm")]
+    assert not [n for n in map(str, none) if n.startswith("layer_grad_norm")]
 
 
 def test_probes_are_a_frame_too(study: Study) -> None:
     probes = study.probes(study.where({"model.depth": 2, "optim.lr": 1e-3}).trials.index[0])
     assert probes is not None
     frame = probes.frame()
-    assert [n for n in frame if n.startswith("attn_entropy")] == ["attn_entropy_0", "attn_entropy_1"]
+    assert [n for n in map(str, frame) if n.startswith("attn_entropy")] == ["attn_entropy_0", "attn_entropy_1"]
     assert frame["attn_logit_max_1"].tolist() == probes["attn_logit_max"][:, 1].tolist()
 
 
@@ -288,7 +288,7 @@ def test_only_the_columns_asked_for_are_read(study: Study, monkeypatch: pytest.M
 
 def test_models_of_different_depth_have_their_layers_in_common_columns(study: Study) -> None:
     table = study.steps(["layer_grad_norm", "loss", "layer_grad_norm"])
-    names = [n for n in table if n.startswith("layer_grad_norm")]
+    names = [n for n in map(str, table) if n.startswith("layer_grad_norm")]
     assert names == [f"layer_grad_norm_{n}" for n in ("embed", *range(6), "head")] and list(table)[-1] == "loss"
     shallow = table["model.depth"] == 2
     assert table.loc[shallow, "layer_grad_norm_1"].notna().all() and table.loc[~shallow, names].notna().all().all()
