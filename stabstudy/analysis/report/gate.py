@@ -122,18 +122,22 @@ def worse(pair: Pair) -> tuple[bool, list[str], str]:
     if (groups["eval_hash"].nunique() > 1).any():
         raise Refused("the evaluation sets differ (eval_hash), so losses cannot be compared")
     rows = study_statistics.study_effects(trials, pair.axes, STATISTICS)
-    tested = words.count(sum(row["p"] is not None for row in rows), "statistic")
+    tested = sum(row["p"] is not None for row in rows)
     rows = [_none(row) if row["p"] is None and _equal(groups, row["metric"]) else row for row in rows]
-    if all(row["p"] is None for row in rows):
-        raise Refused(f"nothing can be tested: {'; '.join(dict.fromkeys(str(row['note']) for row in rows))}")
+    unknown = {_name(row): str(row["note"]) for row in rows if row["p"] is None}
+    if unknown and not tested:
+        raise Refused(f"nothing that differs can be tested: {'; '.join(dict.fromkeys(unknown.values()))}")
+    family = (
+        f"Holm over {words.count(tested, 'statistic')}{f', not tested: {words.listing([*unknown])}' if unknown else ''}"
+    )
     pairs, seeds = words.count(groups.ngroups, "pair"), words.count(trials["seed"].nunique(), "seed")
     passed, reason = _reading(rows, pair)
-    return passed, [_line(row, trials) for row in rows], f"{reason} (Holm over {tested}; {pairs} of trials, {seeds})"
+    return passed, [_line(row, trials) for row in rows], f"{reason} ({family}; {pairs} of trials, {seeds})"
 
 
 def _reading(rows: Sequence[Mapping[str, Any]], pair: Pair) -> tuple[bool, str]:
     higher = [row for row in rows if row["p_holm"] is not None and _rose(row)]
-    claims = [_change(row) for row in higher if row["p_holm"] < CLEAR]
+    claims = [_change(row, pair.trials) for row in higher if row["p_holm"] < CLEAR]
     if claims:
         return False, f"{pair.new} is worse than {pair.old} in {words.listing(claims)}"
     least = min((row["p_holm"] for row in higher), default=None)
@@ -160,14 +164,22 @@ def _line(row: Mapping[str, Any], trials: pd.DataFrame) -> str:
     if row["p"] is None:
         return f"{_name(row)}: not tested ({row['note']})"
     reading = "no difference found" if row["p_holm"] >= CLEAR else "worse" if _rose(row) else "better"
-    each = [", ".join(f"{n} {v}" for v, n in compare.verdicts(own).items() if n) for _, own in trials.groupby(STUDY)]
-    counts = f" ({' against '.join(each)})" if row["metric"] == RANK else ""
-    return f"{_change(row)}: {reading}{counts}"
+    counts = f" ({_verdicts(trials)})" if row["metric"] == RANK else ""
+    return f"{_change(row, trials)}: {reading}{counts}"
 
 
-def _change(row: Mapping[str, Any]) -> str:
+def _verdicts(trials: pd.DataFrame) -> str:
+    return "; ".join(f"{study}: {_counts(own)}" for study, own in trials.groupby(STUDY))
+
+
+def _counts(trials: pd.DataFrame) -> str:
+    return ", ".join(f"{n} {verdict}" for verdict, n in compare.verdicts(trials).items() if n)
+
+
+def _change(row: Mapping[str, Any], trials: pd.DataFrame) -> str:
     """`roughness ×1.9 [1.4, 2.5], p 0.002`."""
-    return f"{_name(row)} {words.change(row, unit=row['metric'] != RANK)}, p {words.number(row['p_holm'], 2)}"
+    change = words.change(row, unit=row["metric"] != RANK, nats=compare.in_nats(trials))
+    return f"{_name(row)} {change}, p {words.number(row['p_holm'], 2)}"
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -175,7 +187,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def rough(pair: Pair) -> tuple[bool, list[str], str]:
-    """Whether no trial is rough in a cell where the baseline was stable; a line for each; the reason. Raises Refused."""
+    """Whether no trial is rough where the baseline was stable; a line for each that is; the reason. Raises Refused."""
     old, new = pair.of(pair.old), pair.of(pair.new)
     stable = (old["state"] == "done") & (old["verdict"] == "stable")
     calm = set(keys(old, pair.cell)) - set(keys(old[~stable], pair.cell))
@@ -186,12 +198,11 @@ def rough(pair: Pair) -> tuple[bool, list[str], str]:
     lines = [_trial(row, pair) for row in records(bad.reset_index())[:MOST_LISTED]]
     lines += [f"and {len(bad) - MOST_LISTED} more"] if len(bad) > MOST_LISTED else []
     cells, unknown = len(set(keys(bad, pair.cell))), int(held["verdict"].isna().sum())
-    counts = ", ".join(f"{n} {v}" for v, n in compare.verdicts(bad).items() if n)
     of = f"of {words.count(len(held), 'trial')} of {pair.new}"
     where = f"{words.count(len(calm), 'cell')} in which {pair.old} was stable"
     where += f"; {words.count(unknown, 'trial')} without a verdict" if unknown else ""
     if len(bad):
-        return False, lines, f"{counts} {of}, in {cells} of {where}"
+        return False, lines, f"{_counts(bad)} {of}, in {cells} of {where}"
     return True, lines, f"none {of} is spiky, rough or diverged in {where}"
 
 
