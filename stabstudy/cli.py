@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TextIO
 import stabstudy
 from stabstudy.settings import ConfigError, Problem, line, nearest
 
-OK, BUG, BAD_INPUT, PARTIAL, ENVIRONMENT = range(5)
+OK, BUG, BAD_INPUT, PARTIAL, ENVIRONMENT, GATE_FAILED = range(6)
 INTERRUPTED = 128 + signal.SIGINT
 MAX_ERRORS = 20
 
@@ -30,6 +30,7 @@ EXIT_CODES = {
     BAD_INPUT: "bad input, a line for each problem; nothing is started, nothing written",
     PARTIAL: "done in part: a trial failed or is damaged, none is done yet, a log cannot be used",
     ENVIRONMENT: "this machine cannot: a full disk, a held lock, no GPU, a dead Ray, a missing package",
+    GATE_FAILED: "the gate failed: by report --fail-on the study is worse than its baseline",
     INTERRUPTED: "ended by Ctrl-C; the same command resumes",
     128 + signal.SIGTERM: "ended by SIGTERM; the same command resumes",
     128 + signal.SIGHUP: "ended by SIGHUP; the same command resumes",

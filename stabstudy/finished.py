@@ -81,15 +81,16 @@ def read_parquet(path: Path, schema: Schema, sha256: str | None = None, columns:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = None if sha256 is None else path.read_bytes()
-    if data is not None and (actual := hashlib.sha256(data).hexdigest()) != sha256:
-        raise DamagedRecord(f"{path}: sha256 is {actual[:12]}..., in state.json {str(sha256)[:12]}...")
+    data = None if sha256 is None or columns is not None else path.read_bytes()
+    actual = hashlib.sha256(data).hexdigest() if data is not None else sha256 and disk.file_sha256(path)
+    if actual != sha256:
+        raise DamagedRecord(f"{path}: sha256 is {str(actual)[:12]}..., in state.json {str(sha256)[:12]}...")
     try:
-        source = pa.BufferReader(path.read_bytes() if data is None else data)
-        file = pq.ParquetFile(source, page_checksum_verification=True)
-        meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
-        wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
-        table = file.read(columns=wanted, use_threads=False)  # which cost more than they save on one trial
+        with path.open("rb") if data is None else pa.BufferReader(data) as source:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
+            wanted = [n for n in file.schema_arrow.names if columns is None or n in columns or n == "step"]
+            table = file.read(columns=wanted, use_threads=False)  # which cost more than they save on one trial
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedRecord(f"{path}: {first_line(error)}") from error
     if meta.get("record") != schema.name:

@@ -1,4 +1,7 @@
-"""The command `python -m stabstudy.report results/NAME [results/OTHER ...] [--out DIR]`: it writes reports."""
+"""The command `python -m stabstudy.report results/NAME [results/OTHER ...] [--out DIR]`: it writes reports.
+
+With `--baseline OLD --fail-on worse|rough` it is a gate for CI too: the report of NAME, and exit code 5 where it fails.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stabstudy import cli, disk
+from stabstudy.settings import ConfigError, Problem
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
+    from stabstudy.analysis.report.gate import Gate
     from stabstudy.analysis.study import Study
 
 ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
@@ -61,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         return cli.fail("report", cli.BAD_INPUT, str(error))
     code, pages = cli.OK, []
     try:
+        gate = None if args.baseline is None and args.fail_on is None else _gate(args)  # refuses before all is written
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             _check_writable(folder, out)
@@ -75,7 +81,34 @@ def _run(args: argparse.Namespace) -> int:
     except OSError as error:
         refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         return cli.fail("report", cli.ENVIRONMENT, f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}")
-    return code
+    return code if gate is None else _conclude(gate, code)
+
+
+def _gate(args: argparse.Namespace) -> Gate:
+    """The answer of the gate. Raises ConfigError where there is nothing to compare, StoreError for no study."""
+    if args.baseline is None or args.fail_on is None:
+        missing = ("--fail-on", "needs --baseline OLD") if args.baseline is None else ("--baseline", "needs --fail-on")
+        raise ConfigError(Problem(*missing))
+    if len(args.study) > 1:
+        raise ConfigError(Problem("--baseline", "is compared with one study", ", ".join(map(str, args.study))))
+    new, old = _opened(args.study[0]), _opened(args.baseline)
+    if new.path.resolve() == old.path.resolve():
+        raise ConfigError(Problem("--baseline", "must be another study", str(args.baseline)))
+    from stabstudy.analysis.compare import Refused
+    from stabstudy.analysis.report.gate import judge
+    from stabstudy.analysis.study import Study
+
+    try:
+        return judge(Study(new), Study(old), args.fail_on)
+    except Refused as refused:
+        raise ConfigError(Problem("--baseline", str(refused))) from refused
+
+
+def _conclude(gate: Gate, code: int) -> int:
+    """Print what the gate answers, its conclusion last; returns the exit code."""
+    for text in (*gate.lines, gate.conclusion):
+        cli.say(text)
+    return max(code, cli.PARTIAL if gate.unfinished else cli.OK) if gate.passed else cli.GATE_FAILED
 
 
 def _opened(path: Path) -> StudyFolder:
@@ -160,6 +193,15 @@ def _parser() -> cli.Parser:
         type=Path,
         help="write report and tables here, and nothing into the study, which may be read-only "
         "(several studies: theirs into DIR/<study>)",
+    )
+    parser.add_argument(
+        "--baseline", metavar="OLD", type=Path, help="hold the study against this one, of which nothing is written"
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=("worse", "rough"),
+        help="exit with 5 where it is worse than its baseline by any claim, or where a trial is spiky, rough or "
+        "diverged in a cell that is stable in the baseline",
     )
     return parser
 

@@ -24,7 +24,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,18 +161,28 @@ class TrialFolder:
         """Give the room back."""
         self._reserve_file.unlink(missing_ok=True)
 
-    def rows(self, schema: trace.Schema, state: State | None = None, verify: bool = True) -> trace.Rows | None:
-        """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord."""
+    def rows(
+        self,
+        schema: trace.Schema,
+        state: State | None = None,
+        verify: bool = True,
+        columns: Sequence[str] | None = None,
+    ) -> trace.Rows | None:
+        """The trial's record, finished or live; None where there is none yet. Raises trace.DamagedRecord.
+
+        `columns`: those that are read, beside the step; the file is then never in memory as a whole.
+        """
         state = self.read_state() if state is None else state
         known = state.records.get(schema.name)
         parquet, growing = self.finished(schema), self.live(schema)
         if known and parquet.exists():
-            rows = finished.read_parquet(parquet, schema, known["sha256"] if verify else None)
+            rows = finished.read_parquet(parquet, schema, known["sha256"] if verify else None, columns)
             if len(rows) != known["rows"]:
                 raise trace.DamagedRecord(f"{parquet}: {len(rows)} rows, in state.json {known['rows']}")
             return rows
         if live.find(growing) is not None:
-            return live.read(growing, schema)
+            rows = live.read(growing, schema)
+            return rows if columns is None else rows.only(columns)
         if known:
             raise trace.DamagedRecord(f"{parquet}: missing, although state.json has its checksum")
         return None

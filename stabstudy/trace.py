@@ -10,12 +10,16 @@ form keeps them apart (`Rows.is_null`).
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Kind = Literal["int", "float", "text", "floats"]
 SKIPS = ("amp", "nonfinite", "spike", "no_targets")
@@ -167,7 +171,7 @@ class DamagedRecord(Exception):
     """A record that cannot be trusted: bad rows with good rows after them, a wrong step, a wrong checksum."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rows:
     """A record in memory: one array per column, float64 (null as NaN, see `is_null`), int64, or object for text.
 
@@ -193,6 +197,75 @@ class Rows:
     def has(self, name: str) -> bool:
         """Whether any row has an answer in this column."""
         return bool((~self.nulls[name]).any())
+
+    def only(self, names: Sequence[str]) -> Rows:
+        """These columns of it and the step; names that are none of its columns count for nothing."""
+        kept = tuple(c for c in self.schema.columns if c.name in names or c.name == "step")
+        schema = replace(self.schema, columns=kept)
+        return replace(self, schema=schema, columns={n: self[n] for n in schema.names})
+
+    def flat(self) -> dict[str, tuple[NDArray[Any], NDArray[np.bool_] | None]]:
+        """Each column as its values, shape [rows], and which are null; None: of a column that has no null.
+
+        A list is a column per entry: `layer_grad_norm_embed`, `layer_grad_norm_0` (layer 0) and so on,
+        `layer_grad_norm_head`; of the others `attn_logit_max_0` and so on. One that is null in every row has none.
+        """
+        flat: dict[str, tuple[NDArray[Any], NDArray[np.bool_] | None]] = {}
+        for column in self.schema.columns:
+            values, null = self[column.name], self.nulls[column.name] if column.nullable else None
+            parts = values.T if column.kind == "floats" else [values]
+            names = entries(column.name, len(parts)) if column.kind == "floats" else [column.name]
+            flat |= {name: (part, null) for name, part in zip(names, parts, strict=True)}
+        return flat
+
+    def frame(self) -> pd.DataFrame:
+        """The record as a DataFrame, a row per step, its columns named as `flat` names them.
+
+        A column that may be null is of pandas' type Float64 or Int64, where null is NA and a number that was not finite
+        is NaN or infinite still; `isna()` is true of NA alone. Text that is null is None. Needs pandas.
+        """
+        import pandas as pd
+
+        return pd.DataFrame({name: as_series(*column) for name, column in self.flat().items()}).copy()
+
+    def __repr__(self) -> str:
+        absent = [c.name for c in self.schema.columns if not self.has(c.name)]
+        there = ", ".join(n for n in self.schema.names if n not in absent)
+        return f"{self._title()}: {there}" + (f"; all null: {', '.join(absent)}" if absent else "")
+
+    def _title(self) -> str:
+        steps = f", step {self['step'][0]} to {self['step'][-1]}" if len(self) else ""
+        return f"{self.schema.name} of {len(self)} rows{steps}{f' ({self.note})' if self.note else ''}"
+
+    def _repr_html_(self) -> str:
+        """A row per column, as a notebook shows it: unit, meaning, how many rows are null, smallest and largest."""
+        cells = [("column", "unit", "meaning", "null", "min", "max"), *map(self._cells, self.schema.columns)]
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+        return f"<p>{html.escape(self._title())}</p><table><tbody>{rows}</tbody></table>"
+
+    def _cells(self, column: Column) -> tuple[str, ...]:
+        values, null = self[column.name], self.nulls[column.name]
+        finite = values[~null] if column.kind != "text" else np.empty(0)
+        finite = finite[np.isfinite(finite)]
+        ends = (f"{finite.min():.6g}", f"{finite.max():.6g}") if finite.size else ("", "")
+        return (column.name, column.unit, column.meaning, str(int(null.sum())), *ends)
+
+
+def entries(column: str, count: int) -> list[str]:
+    """The names of a list's entries as columns of their own; see `Rows.flat`."""
+    whole = column == "layer_grad_norm" and count > 1
+    names = ["embed", *range(count - 2), "head"] if whole else [*range(count)]
+    return [f"{column}_{name}" for name in names]
+
+
+def as_series(values: NDArray[Any], null: NDArray[np.bool_] | None) -> pd.Series[Any]:
+    """Values as a pandas column that shares their memory; `null` None: of a type that has no NA. Needs pandas."""
+    import pandas as pd
+
+    if null is None or values.dtype == object:
+        return pd.Series(values, dtype=values.dtype, copy=False)  # else text would become pandas' own, with NaN
+    array = pd.arrays.IntegerArray if values.dtype.kind == "i" else pd.arrays.FloatingArray
+    return pd.Series(array(values, null), copy=False)
 
 
 def no_rows(schema: Schema) -> Rows:

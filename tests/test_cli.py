@@ -46,8 +46,8 @@ def test_every_help_ends_with_the_table_of_exit_codes(name: str, capsys: Out) ->
 
 
 def test_the_table_has_the_codes_that_shells_see() -> None:
-    assert set(cli.EXIT_CODES) == {0, 1, 2, 3, 4, 129, 130, 138, 143}
-    assert (cli.OK, cli.BAD_INPUT, cli.PARTIAL, cli.ENVIRONMENT) == (0, 2, 3, 4)
+    assert set(cli.EXIT_CODES) == {0, 1, 2, 3, 4, 5, 129, 130, 138, 143}
+    assert (cli.OK, cli.BAD_INPUT, cli.PARTIAL, cli.ENVIRONMENT, cli.GATE_FAILED) == (0, 2, 3, 4, 5)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         assert "the same command resumes" in cli.EXIT_CODES[128 + number]
 

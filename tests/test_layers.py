@@ -41,7 +41,7 @@ MAY = {
     "task": May({"settings"}),
     "config": May({"settings", "architecture", "task"}),
     "shape": May({"config"}),
-    "trace": May(set(), {"numpy"}),
+    "trace": May(set(), {"numpy", "pandas"}, late={"pandas"}),  # for `frame` alone
     "encodings": May({"trace", "disk"}, {"numpy"}),
     "live": May({"trace", "encodings", "disk", "failpoints"}, {"numpy"}),
     "finished": May({"trace", "live", "disk", "wording"}, {"numpy", "pyarrow"}, late={"pyarrow"}),

@@ -35,4 +35,5 @@ def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
-    assert "Does qk-norm keep attention logits" in outputs[0]["text"]
+    first = outputs[0].get("text") or outputs[0]["data"]["text/plain"]
+    assert "Does qk-norm keep attention logits" in first

@@ -695,7 +695,9 @@ def test_a_part_keeps_its_levels_and_its_spikes(study: Study) -> None:
     part = study.where({"model.depth": 6})
     assert set(part.trials["model.depth"]) == {6} and part.axes == {"optim.lr": [1e-3, 1e-2, 1e-1]}
     assert set(part.spikes["trial_id"]) < set(part.trials.index)
-    assert len(study.where({"model.depth": 5}).trials) == 0
+    assert study.where({"model.depth": 6, "verdict": "spiky"}).trials["optim.lr"].tolist() == [1e-2]
+    gap = study.where({"verdict": "spiky"}).where({"model.depth": 6, "optim.lr": 1e-3})  # a level that is an axis's own
+    assert len(gap.trials) == 0
 
 
 def test_the_grid_is_the_study_without_its_cases(tmp_path: Path) -> None:

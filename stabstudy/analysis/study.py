@@ -21,26 +21,23 @@ import pandas as pd
 from stabstudy.analysis import (
     compare,
     effects,
+    lookup,
+    overview,
     sensitivity,
     shared_batches,
+    step_table,
     study_statistics,
     survival,
     table_columns,
-    words,
 )
 from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain, records
-from stabstudy.analysis.tables import Damaged, Tables, read_record, read_tables, write_tables
+from stabstudy.analysis.tables import Damaged, Tables, joined, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
-from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.summary import COLUMNS
 from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
 from stabstudy.trace import LOG, PROBES, DamagedRecord, Rows, of_objective
 
 DEPTH = "model.depth"
-
-MOST_NAMED = 24
-"""Names that an error lists in full."""
 
 
 class Study:
@@ -51,7 +48,7 @@ class Study:
     ):
         self.folder = folder
         self._tables, self._axes = tables, axes
-        self._parts: dict[str, Study] = {}  # of `concat`: where the records lie
+        self.parts: dict[str, Study] = {}  # of `concat`: where the records lie
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
@@ -59,22 +56,18 @@ class Study:
         return cls(open_study(Path(path)))
 
     @classmethod
-    def concat(cls, studies: Sequence[Study]) -> Study:
+    def concat(cls, studies: Sequence[Study], names: Sequence[str] | None = None) -> Study:
         """Several studies as one, whose first axis is `study`; its trials and cells are named <study>/<id>.
 
         What varies within one of them is an axis of the whole. Statistics keep the rules of their own study: see
-        `comparison_page.warnings` for what may not be compared. Raises ValueError for equal names or under two studies.
+        `comparison_page.warnings` for what may not be compared. `names`: others than their own. Raises ValueError for
+        equal names or under two studies.
         """
-        names = [study.name for study in studies]
+        names = [study.name for study in studies] if names is None else list(names)
         if len(set(names)) < max(2, len(names)):
             raise ValueError(f"needs at least two studies of different names, got {', '.join(names) or 'none'}")
-        each = {study.name: study.tables for study in studies}
-        groups = ["study", *dict.fromkeys(g for tables in each.values() for g in tables.groups)]
-        trials = [row | _named(name, row) for name, tables in each.items() for row in tables.trials]
-        spikes = [row | _named(name, row) for name, tables in each.items() for row in tables.spikes]
-        ratios = shared_batches.Ratios.of_parts({name: tables.ratios for name, tables in each.items()})
-        whole = cls(studies[0].folder, Tables(studies[0].rules, groups, trials, spikes, ratios))
-        whole._parts = dict(zip(names, studies, strict=True))
+        whole = cls(studies[0].folder, joined({n: study.tables for n, study in zip(names, studies, strict=True)}))
+        whole.parts = dict(zip(names, studies, strict=True))
         varied = dict.fromkeys(axis for study in studies for axis in study.axes)
         whole._axes = {"study": names} | {axis: levels_of(whole.trials[axis]) for axis in varied}
         return whole
@@ -140,26 +133,56 @@ class Study:
         return self if len(ids) in (0, len(self.trials)) else self.part(ids)
 
     def where(self, fixed: Mapping[str, Level]) -> Study:
-        """The part of the study at these levels. Its remaining axes keep their levels, so a gap stays visible."""
+        """The part of the study at these levels of axes or other columns of `trials`, {"optim.lr": 1e-3}.
+
+        Its remaining axes keep their levels, so a gap stays visible. Raises KeyError for no such column or level.
+        """
+        for name, value in fixed.items():
+            column = self.names.axis_or_column(name, self.trials)
+            self.names.level(name, value, self.axes[name] if name in self.axes else levels_of(column))
         kept = reduce(lambda trials, item: at_level(trials, *item), fixed.items(), self.trials)
         return self.part(set(kept.index), {k: v for k, v in self.axes.items() if k not in fixed})
 
+    @cached_property
+    def names(self) -> lookup.Names:
+        """Its axes, levels, statistics and trials by name; what is misspelt is a KeyError with the nearest."""
+        return lookup.Names(self.name, self.axes)
+
+    def trial_id(self, beginning: str) -> str:
+        """The id of the one trial that has it, or whose id begins so; every question about a trial takes either.
+
+        Raises KeyError for none, and for several with the ids.
+        """
+        return beginning if beginning in self._rows else self.names.trial(beginning, self._rows)
+
     def row(self, trial_id: str) -> dict[str, Any]:
         """A trial's row of `trials` as a dictionary, null as None. Raises KeyError."""
-        self._require(trial_id)
-        return {name: plain(value) for name, value in self._rows[trial_id].items()}
+        return {name: plain(value) for name, value in self._rows[self.trial_id(trial_id)].items()}
 
     def trace(self, trial_id: str) -> Rows:
         """The trial's record, a row per optimizer step. Raises KeyError, or DamagedRecord where there is none.
 
         That of an ingested run has a row per logged step, and the steps are those of its source.
         """
-        kind = self.row(trial_id)["objective.kind"]
-        rows = self._record(trial_id, LOG if self.ingested else of_objective(kind))
-        if rows is None:
+        if (rows := self._trace(trial_id := self.trial_id(trial_id))) is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
-        log = self.log(trial_id)
-        return rows if log is None else table_columns.in_source_steps(rows, log)
+        return rows
+
+    def steps(self, columns: str | Sequence[str]) -> pd.DataFrame:
+        """These columns of every trial's trace as one table, a row per step; trials that have none are left out.
+
+        Columns: `trial_id`, the axes, `seed`, `step` and what is asked for, a list as a column per entry, all of the
+        types that `Rows.frame` has; null where a trial lacks it. Only these columns are read. Raises KeyError for no
+        such column, DamagedRecord for a record that was damaged since the trials were read.
+
+        Example:
+            study.steps(["loss", "grad_norm"]).groupby(["optim.lr", "step"])["grad_norm"].median()
+        """
+        known = step_table.columns_of(row["objective.kind"] for row in self._rows.values())
+        asked = [columns] if isinstance(columns, str) else columns
+        wanted = [self.names.one_of(name, known, "column of a trace") for name in asked]
+        records = ((trial_id, self._trace(trial_id, wanted)) for trial_id in self._rows)
+        return step_table.table(self.trials[[*self.axes, "seed"]], records, wanted)
 
     def batch(self, trial_id: str, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
         """What a step of a trial read: a row per sequence, with its first `document`, how many it touches, its `text`.
@@ -172,19 +195,16 @@ class Study:
             spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
             study.batch(spike["trial_id"], spike["peak_step"])
         """
-        self._require(trial_id)
-        name, _, rest = trial_id.partition("/")
-        if rest:
-            return self._parts[name].batch(rest, step, cache_dir)
-        if self.ingested:
-            raise ValueError(f"trial {trial_id} was trained elsewhere: nobody knows what it read")
-        return shared_batches.sequences(self.folder.trial(trial_id), int(step), cache_dir)
+        study, own = self._owner(trial_id)
+        if study.ingested:
+            raise ValueError(f"trial {own} was trained elsewhere: nobody knows what it read")
+        return shared_batches.sequences(study.folder.trial(own), int(step), cache_dir)
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
-        self._require(trial_id)
-        trial = self.folder.trial(trial_id)
-        return read_external(trial.read_config(), trial.config_file) if self.ingested else None
+        study, own = self._owner(trial_id)
+        trial = study.folder.trial(own)
+        return read_external(trial.read_config(), trial.config_file) if study.ingested else None
 
     @cached_property
     def ingested(self) -> bool:
@@ -193,7 +213,8 @@ class Study:
 
     def probes(self, trial_id: str) -> Rows | None:
         """What was measured at intervals: attention logits, validation loss. None where nothing was."""
-        return self._record(trial_id, PROBES)
+        study, own = self._owner(trial_id)
+        return read_record(study.folder.trial(own), PROBES)
 
     def compare(self, axis: str, metric: str = "final_loss", by: str | None = None) -> pd.DataFrame:
         """Each pair of levels of an axis, paired by seed and by all other axes; see `compare.levels`.
@@ -201,13 +222,9 @@ class Study:
         `by`: another axis, for rows at each of its levels. Raises KeyError for no axis or statistic, ValueError for a
         count.
         """
-        self._check(axis, list(self.axes), "axis")
-        self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        axis, metric = self.names.axis(axis), self.names.compared(metric)
         if by is not None:
-            self._check(by, [a for a in self.axes if a != axis], f"axis beside the {words.label(axis)}")
-        if compare.counted(metric):
-            rates = [n for n in COLUMNS if n.startswith("spike_") and n.endswith(("_rate", "_per_1k"))]
-            raise ValueError(f"{metric} is a count, and counts are compared as rates: {', '.join(rates)}")
+            self.names.axes_beside(by, axis)
         return compare.levels(self.trials, list(self.axes), axis, metric, by)
 
     def effects(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -221,10 +238,9 @@ class Study:
     def tested(self, metrics: Sequence[str] | None = None) -> tuple[pd.DataFrame, list[str], list[str]]:
         """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics."""
         metrics = effects.reported(self.trials) if metrics is None else metrics
-        for metric in metrics:
-            self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
+        known = [self.names.statistic(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
         grid = self.grid
-        return grid.trials[grid.trials["state"] == "done"], list(grid.axes), list(metrics)
+        return grid.trials[grid.trials["state"] == "done"], list(grid.axes), known
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
@@ -232,7 +248,7 @@ class Study:
         `by` None: the depth, where that is another axis, else one row for the whole grid.
         """
         by = DEPTH if by is None and DEPTH in self.grid.axes and setting != DEPTH else by
-        self._recipe([] if by is None else [by], setting)
+        self.grid.names.axes_beside([] if by is None else [by], setting)
         return compare.limits(self.grid.trials, list(self.grid.axes), setting, by)
 
     @property
@@ -249,35 +265,21 @@ class Study:
             study.sensitivity()
             study.sensitivity(by="model.qk_norm")[["model.qk_norm", "lrs", "lrs_se", "max_stable_lr", "reason"]]
         """
-        names = [by] if isinstance(by, str) else by
-        return sensitivity.by_recipe(self.grid.trials, list(self.grid.axes), self._recipe(names, sensitivity.LR))
+        grid = self.grid
+        return sensitivity.by_recipe(grid.trials, list(grid.axes), grid.names.axes_beside(by, sensitivity.LR))
 
     def sensitivity_difference(self, axis: str, by: str | Sequence[str] | None = None) -> pd.DataFrame:
         """What each level of an axis does to LR sensitivity, against its first; see `sensitivity.differences`.
 
         Paired by seed; a row per combination of the levels of `by` too (None: of every other axis).
         """
-        (axis,) = self._recipe([axis], sensitivity.LR)
-        names = self._recipe([by] if isinstance(by, str) else by, sensitivity.LR, axis)
-        return sensitivity.differences(self.grid.trials, list(self.grid.axes), axis, names)
-
-    def _recipe(self, names: Sequence[str] | None, *besides: str) -> list[str]:
-        """These axes of the grid (None: all) other than `besides`; raises KeyError where one of either is none."""
         grid = self.grid
-        for axis in besides:
-            grid._check(axis, list(grid.axes), "axis")
-        others = [a for a in grid.axes if a not in besides]
-        for name in others if names is None else names:
-            grid._check(name, others, f"axis beside the {words.listing([words.label(a) for a in besides])}")
-        return others if names is None else list(names)
+        (axis,) = grid.names.axes_beside(axis, sensitivity.LR)
+        others = grid.names.axes_beside(by, sensitivity.LR, axis)
+        return sensitivity.differences(grid.trials, list(grid.axes), axis, others)
 
     def logit_growth(self) -> pd.DataFrame:
-        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
-
-        Example:
-            growth = study.logit_growth()
-            growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
-        """
+        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`."""
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def rate_model(self) -> survival.RateModel:
@@ -286,20 +288,14 @@ class Study:
 
     def time_to_first_spike(self, by: str) -> survival.FirstSpikes:
         """Kaplan-Meier curves of the first spike per level of an axis: `levels`, `p`; see `survival.first_spikes`."""
-        self._check(by, list(self.grid.axes), "axis")
-        return survival.first_spikes(self.grid.trials, by, list(self.grid.axes))
+        return survival.first_spikes(self.grid.trials, self.grid.names.axis(by), list(self.grid.axes))
 
     def first_spikes(self) -> dict[str, tuple[survival.FirstSpikes, float]]:
         """`time_to_first_spike` along every axis, each with its p corrected for all of them (Holm)."""
         return study_statistics.first_spikes(self.grid.trials, list(self.grid.axes))
 
     def batch_share(self) -> shared_batches.BatchShare:
-        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`.
-
-        Example:
-            share = study.batch_share()
-            share.reason or (share.share, share.same, share.same_pairs, share.other, share.other_pairs)
-        """
+        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`."""
         return shared_batches.batch_share(self.tables.trials, self.tables.ratios)
 
     def batch_effects(self) -> pd.DataFrame:
@@ -333,11 +329,8 @@ class Study:
         return study_statistics.typical(self._done)
 
     def describe(self, trial_id: str) -> str:
-        """The trial in words: its level on each axis, and its seed."""
-        row = self.row(trial_id)
-        case = [f"{'run' if row['log_format'] else 'case'} {words.clean(row['case'], 60)}"] if row["case"] else []
-        seed = [] if row["seed"] is None else [f"seed {row['seed']}"]
-        return ", ".join([*case, *(f"{words.label(a)} {words.level(row[a], a)}" for a in self.axes), *seed])
+        """The trial in words: its case, its level on each axis, its seed."""
+        return overview.trial(self.row(trial_id), list(self.axes))
 
     @cached_property
     def _rows(self) -> dict[str, dict[str, Any]]:
@@ -368,23 +361,26 @@ class Study:
         trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))
         part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes, whole.ratios), axes)
         part.trials = self.trials[self.trials.index.isin(ids)]  # ten times cheaper than building it from the rows
-        part._parts = self._parts
+        part.parts = self.parts
         return part
 
-    def _record(self, trial_id: str, schema: Any) -> Rows | None:
-        self._require(trial_id)
-        name, _, rest = trial_id.partition("/")
-        return self._parts[name]._record(rest, schema) if rest else read_record(self.folder.trial(trial_id), schema)
+    def _trace(self, trial_id: str, columns: Sequence[str] | None = None) -> Rows | None:
+        """The trial's trace, these columns of it; None where there is none yet."""
+        study, own = self._owner(trial_id)
+        schema = LOG if study.ingested else of_objective(study._rows[own]["objective.kind"])
+        rows, log = read_record(study.folder.trial(own), schema, columns), study.log(own)
+        return rows if rows is None or log is None else table_columns.in_source_steps(rows, log)
 
-    def _require(self, trial_id: str) -> None:
-        if trial_id not in self.trials.index:
-            raise KeyError(f"no trial {trial_id} in study {self.name}")
+    def _owner(self, trial_id: str) -> tuple[Study, str]:
+        """The study in whose folder a trial lies, one of `concat` or this one, and the trial's id there."""
+        name, _, own = (whole := self.trial_id(trial_id)).partition("/")
+        return (self.parts[name], own) if own else (self, whole)
 
-    def _check(self, name: str, names: list[str], what: str) -> None:
-        """Raises KeyError for a name that is none of the known ones: with all of them, or the nearest of many."""
-        if name not in names:
-            listed = f" (it has: {', '.join(names) or 'none'})" if len(names) <= MOST_NAMED else nearest(name, names)
-            raise KeyError(f"{name!r} is no {what} of study {self.name}{listed}")
+    def __repr__(self) -> str:
+        return overview.text(self)
+
+    def _repr_html_(self) -> str:
+        return overview.html(self)
 
 
 def update_tables(folder: StudyFolder, into: Path | None = None) -> Study:
@@ -392,8 +388,3 @@ def update_tables(folder: StudyFolder, into: Path | None = None) -> Study:
     study = Study(folder)
     write_tables(folder if into is None else StudyFolder(into), study.tables)
     return study
-
-
-def _named(study: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of a row with their study before them, and the study."""
-    return {"study": study, "trial_id": f"{study}/{row['trial_id']}", "cell_id": f"{study}/{row['cell_id']}"}

@@ -158,11 +158,31 @@ def write_tables(folder: StudyFolder, tables: Tables) -> None:
     sweep_abandoned(folder.path)
 
 
-def read_record(folder: TrialFolder, schema: Schema) -> Rows | None:
-    """A trial's record, also while the trial finishes: its live file may vanish between the look and the read."""
+def joined(parts: Mapping[str, Tables]) -> Tables:
+    """The tables of several studies as those of one, with a column `study`; ids are `<study>/<id>`.
+
+    The rules are those of the first; the rows keep the statistics by their own.
+    """
+    first = next(iter(parts.values()))
+    groups = ["study", *dict.fromkeys(g for tables in parts.values() for g in tables.groups)]
+    trials = [row | _of_study(name, row) for name, tables in parts.items() for row in tables.trials]
+    spikes = [row | _of_study(name, row) for name, tables in parts.items() for row in tables.spikes]
+    return Tables(first.rules, groups, trials, spikes, Ratios.of_parts({n: t.ratios for n, t in parts.items()}))
+
+
+def _of_study(study: str, row: Row) -> Row:
+    """The study, and the ids of a row with it before them."""
+    return {"study": study, "trial_id": f"{study}/{row['trial_id']}", "cell_id": f"{study}/{row['cell_id']}"}
+
+
+def read_record(folder: TrialFolder, schema: Schema, columns: Sequence[str] | None = None) -> Rows | None:
+    """A trial's record, also while the trial finishes: its live file may vanish between the look and the read.
+
+    `columns`: those that are read, beside the step.
+    """
     for last_try in (False, True):
         try:
-            rows = folder.rows(schema)
+            rows = folder.rows(schema, columns=columns)
         except FileNotFoundError:
             rows = None
         if rows is not None or last_try:

@@ -90,7 +90,7 @@ def trace(
 
 def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[Axes] | None = None) -> Figure:
     """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
-    row = study.row(trial_id)
+    row = study.row(trial_id := study.trial_id(trial_id))
     planned, clip = row["steps_planned"], row["optim.clip"]
     rows = study.trace(trial_id)
     figure = trace(

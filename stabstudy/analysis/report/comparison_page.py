@@ -117,7 +117,7 @@ def _settings(whole: Study) -> Iterator[Block]:
 
 def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
     if not table:
-        yield Text(" ".join([UNPAIRED, *_disjoint(whole)]))
+        yield Text(" ".join([UNPAIRED, *disjoint(whole)]))
         return
     yield Text(
         "A pair is two trials of different studies with the same seed and the same level of everything that varies "
@@ -142,7 +142,7 @@ def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[st
             yield Text(f"{words.STATISTICS[metric]}: not compared (see above).")
 
 
-def _disjoint(whole: Study) -> Iterator[str]:
+def disjoint(whole: Study) -> Iterator[str]:
     """The axes on which the studies have no level in common, as `Depth: 4 in a, 2 and 6 in b.` lists them."""
     for axis in [a for a in [*whole.axes, "seed"] if a != STUDY]:
         levels = {name: levels_of(whole.trials.loc[whole.trials[STUDY] == name, axis]) for name in whole.axes[STUDY]}

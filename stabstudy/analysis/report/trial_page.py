@@ -50,7 +50,7 @@ def notable(study: Study) -> list[str]:
 
 def explanation(study: Study, trial_id: str) -> list[str]:
     """Sentences on a trial: its verdict, warnings, spikes and clipping; see `stability.explain`."""
-    row = study.row(trial_id)
+    row = study.row(trial_id := study.trial_id(trial_id))
     off = row["optim.clip"] == math.inf  # of an ingested run, where null means that it is not known
     recipe = Recipe(None if off else row["optim.clip"], row["optim.warmup_steps"], row["optim.clip_kind"] or "norm")
     sentences = explain(row, study.spikes_by_trial.get(trial_id, []), recipe, study.rules)
