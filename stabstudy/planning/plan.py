@@ -34,6 +34,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
+from stabstudy.stability.hopeless import HOPELESS, STOPS, why_not
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "make_plan"]
 
@@ -65,6 +66,7 @@ class Plan:
     argv: tuple[str, ...]  # as typed, secrets hidden
     conditions: tuple[str, ...] | None = None  # axes that are given, where the sweep lists them
     first: tuple[Plan, ...] = ()  # sweeps of one trial that are launched before it: its trials start from their ends
+    stop: str = STOPS[0]  # which trials the launch ends early, see stability/hopeless.py
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
 
     def values(self, trial: PlannedTrial) -> list[Any]:
@@ -157,6 +159,9 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool, above: t
         issues.warn(caveat)
     body = _body(sweep, request, varying, trials) | {"data": sweepfile.data_records(before, known)}
     body |= {"compute": dataclasses.asdict(resources), "command": given}
+    stop = request.launch.stop or sweep.stop
+    body |= {} if stop == STOPS[0] else {"stop": stop}
+    _check_stop(stop, configs, issues)
     for change in sweepfile.record_changes(before, body):
         issues.warn(change)
     return Plan(
@@ -172,6 +177,7 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool, above: t
         tuple(sweepfile.redact(given)),
         sweep.conditions,
         tuple(starts.plans.values()),
+        stop,
         _start(request, body["choices"]) if request.sweep is None else None,
     )
 
@@ -180,6 +186,18 @@ def _start(request: Request, choices: Mapping[str, str]) -> str:
     presets = ", ".join(f"{group}={preset}" for group, preset in choices.items())
     hint = "" if request.launch.study else "; study=NAME names the study, so that values can be added later"
     return f"starts from {sweepfile.PRIMARY} alone ({presets}), not from a sweep{hint}"
+
+
+def _check_stop(stop: str, configs: Sequence[TrialConfig], issues: Issues) -> None:
+    """Refuse a rule that would never end any trial of the launch, warn of those that it passes over."""
+    reasons = [reason for c in configs if (reason := why_not(c.objective.kind, c.tokens_per_step))]
+    if stop != HOPELESS or not reasons:
+        return
+    named = "; ".join(dict.fromkeys(reasons))
+    if len(reasons) == len(configs):
+        issues.refuse("sweep.stop", f"{HOPELESS} would end no trial of this sweep: it is {named}", stop)
+        issues.stop()
+    issues.warn(f"sweep.stop: {HOPELESS} never ends {len(reasons)} of {len(configs)} trials: it is {named}")
 
 
 def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:

@@ -13,6 +13,7 @@ from stabstudy.planning import compute, estimate
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.trials import Pack, packs, packs_in_words
 from stabstudy.settings import safe
+from stabstudy.state import is_over
 
 SHOWN = 40
 """Cells listed before the rest is counted."""
@@ -127,8 +128,8 @@ def intact(plan: Plan, study: store.StudyFolder) -> tuple[Plan, list[str]]:
 
 
 def waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
-    """The trials of an intact plan that are not done; all of them while there is no study yet."""
-    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+    """The trials of an intact plan that are not over (`state.is_over`); all of them while there is no study yet."""
+    return [t for t in plan.trials if not is_over(study.trial(t.trial_id).read_state().status, plan.stop)]
 
 
 def _refuse_newer(path: Path) -> None:

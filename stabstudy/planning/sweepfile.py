@@ -7,6 +7,7 @@
       cases: {lingua_1b: {optim.lr: 3e-3, optim.weight_decay: 0.033}}
       exclude: ["model.depth == 10 and optim.lr > 3e-3"]
       conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
+      stop: hopeless                         which trials are ended early (default: diverged, those alone)
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 
@@ -35,8 +36,9 @@ from stabstudy.planning.axes import Choices, Chosen, Factor
 from stabstudy.planning.document import UNREADABLE, Document
 from stabstudy.planning.exclude import Expression
 from stabstudy.settings import ConfigError, Issues, Problem, nearest, renamed
+from stabstudy.stability.hopeless import STOPS
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "stop")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
@@ -66,6 +68,7 @@ class SweepFile:
     cases: dict[str, Choices]
     exclude: tuple[Expression, ...]
     conditions: tuple[str, ...] | None = None  # None: the default
+    stop: str = STOPS[0]
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
@@ -89,6 +92,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFil
         _cases(block, doc, loader, issues),
         _exclusions(block, doc, issues),
         _conditions(block, doc, issues),
+        _stop(block, doc, issues),
     )
 
 
@@ -219,6 +223,15 @@ def _conditions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[s
         issues.refuse("sweep.conditions", "must be a list of settings or groups", repr(written), origin)
         return None
     return tuple(name for name in written if axes.check_name(name, origin, issues))
+
+
+def _stop(block: dict[str, Any], doc: Document, issues: Issues) -> str:
+    """Which trials a launch ends early."""
+    written = block.get("stop", STOPS[0])
+    if written in STOPS:
+        return str(written)
+    issues.refuse("sweep.stop", f"must be one of {', '.join(STOPS)}", repr(written), doc.where("sweep.stop"))
+    return STOPS[0]
 
 
 def _refuse_twice(factors: list[Factor], doc: Document, issues: Issues) -> None:

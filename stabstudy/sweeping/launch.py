@@ -28,7 +28,7 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
-from stabstudy.state import close_attempt
+from stabstudy.state import close_attempt, is_over
 from stabstudy.sweeping import preflight
 from stabstudy.sweeping.progress import Board, settings_text
 from stabstudy.sweeping.rounds import Pack, Rounds, one_after_another
@@ -170,8 +170,8 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
     if stop.requested:
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
         return Outcome(cli.ENVIRONMENT if stop.number is None else 128 + stop.number, early=True)
-    done = all(study.trial(trial_id).read_state().status == "done" for trial_id in ids)
-    return Outcome(cli.OK if done else cli.PARTIAL)
+    over = all(is_over(study.trial(trial_id).read_state().status, plan.stop) for trial_id in ids)
+    return Outcome(cli.OK if over else cli.PARTIAL)
 
 
 def _run(
@@ -187,6 +187,7 @@ def _run(
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
             "compiler": compute.why_not_compile() is None,
+            "stop": plan.stop,
         },
         "rules": Rules().to_json(),
     }

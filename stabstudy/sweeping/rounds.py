@@ -68,7 +68,7 @@ class Rounds:
                 continue
             if trial_id in members:
                 self.board.progress(trial_id, members[trial_id])
-            elif (state := self.study.trial(trial_id).read_state()).status == "done":
+            elif (state := self.study.trial(trial_id).read_state()).status in ("done", "stopped"):
                 self.board.finish(trial_id, state)
 
     def hung(self, reasons: Mapping[str, str]) -> None:
@@ -117,7 +117,7 @@ class Rounds:
         if disk.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
             self.board.forget(trial_id)
             return False
-        if state.status == "done" or (begun and state.status == "oom"):
+        if state.status == "done" or (begun and state.status in ("stopped", "oom")):
             if trial_id not in self.board.finished:
                 self.board.finish(trial_id, state)
             return False
