@@ -67,6 +67,10 @@ NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entr
 """Of a state: each may be a float that is not finite."""
 
 
+ENDED = ("done", "stopped")
+"""The statuses of a trial that was brought to an end, its own or that of a rule, and was judged there."""
+
+
 def is_over(status: str, stop: str) -> bool:
     """Whether a launch has nothing more to do for a trial of this status.
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from stabstudy import disk, live, store, trace
-from stabstudy.state import State, close_attempt
+from stabstudy.state import ENDED, State, close_attempt
 from stabstudy.sweeping.progress import Board
 from stabstudy.sweeping.worker import StopRequest
 
@@ -68,7 +68,7 @@ class Rounds:
                 continue
             if trial_id in members:
                 self.board.progress(trial_id, members[trial_id])
-            elif (state := self.study.trial(trial_id).read_state()).status in ("done", "stopped"):
+            elif (state := self.study.trial(trial_id).read_state()).status in ENDED:
                 self.board.finish(trial_id, state)
 
     def hung(self, reasons: Mapping[str, str]) -> None:
