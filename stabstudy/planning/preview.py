@@ -36,8 +36,10 @@ def show(plan: Plan) -> None:
     todo = [t for t in whole.trials if t.trial_id in waits]
     cells = len({t.cell_id for t in plan.trials})
     size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}"
+    stopped = sum(study.trial(t).read_state().status == "stopped" for t in done)
+    early = f" ({stopped} of them stopped early)" if stopped else ""
     left = f", {len(damaged)} damaged" if damaged else ""
-    print(f"{size}: {len(done)} done, {len(todo)} to do{left} in {plan.folder}")
+    print(f"{size}: {len(done)} done{early}, {len(todo)} to do{left} in {plan.folder}")
     for line in damaged:
         print(f"damaged: {safe(line)}")
     if todo:

@@ -47,7 +47,7 @@ class Outcome:
 
 
 def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
-    """Train every trial of the plan that is not done. `command` is the one that resumes it.
+    """Train every trial of the plan that is not over. `command` is the one that resumes it.
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
@@ -110,7 +110,9 @@ def _trained(
 ) -> Outcome:
     todo = waiting(plan, study)
     if not todo:
-        say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
+        stopped = sum(study.trial(t.trial_id).read_state().status == "stopped" for t in plan.trials)
+        early = f", {stopped} of them stopped early (stop=diverged trains these to their ends)" if stopped else ""
+        say(f"nothing to train: all {len(plan.trials)} trials are done{early}" if plan.trials else "nothing to train")
         return Outcome(cli.OK)
     return _train(plan, study, todo, cache_dir, command)
 

@@ -30,6 +30,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
+from stabstudy.stability.hopeless import HOPELESS, LOG_SD, SETTLED_STEPS, SHARES, UNTRAINED_FROM
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -220,6 +221,8 @@ def design(study: Study) -> Iterator[Block]:
                 yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
     yield Text(_spike_rule(study.rules))
     yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study)))
+    if (study.trials["stop_reason"] == HOPELESS).any():
+        yield Text(_hopeless())
     if fixed := tuple(_fixed(study)):
         yield Table("Settings with one value", ("setting", "value"), fixed, folded=True)
     if study.ingested:
@@ -291,6 +294,19 @@ def _verdicts(study: Study) -> Iterator[tuple[str, str]]:
         "not judged",
         f"under {rules.min_evaluable} evaluable steps; or no gradient norm{foreign}; or, of a trial that would be "
         "stable, a loss that never came below the entropy of single tokens (untrained), or a log that leaves steps out",
+    )
+
+
+def _hopeless() -> str:
+    """The rule that ended trials early, and what it rests on."""
+    *first, last = (f"{100 * share:g}" for share in SHARES)
+    return (
+        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps a trial is ended where the "
+        f"logarithm of its gradient norm scatters by {LOG_SD:g} or more, its verdict so far is rough, or (from "
+        f"{100 * UNTRAINED_FROM:g} % on) its loss is above the entropy of single tokens and falls too slowly to end "
+        f"below it; with {SETTLED_STEPS} settled steps at least. It was calibrated on recorded trials: under 5 % of "
+        f"those that it ends would have ended within {compare.STABLE_MARGIN:g} nat/token of the best of their cell "
+        "(benchmarks/README.md, Early stopping). stop=diverged takes it back, and the trials go on where they stopped."
     )
 
 
