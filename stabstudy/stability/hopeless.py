@@ -4,16 +4,16 @@ A trial is judged when SHARES of its planned steps are made, each time from its 
 and no cut into packs or attempts has a part in it, so a killed trial meets the same answer again. It is ended where one
 of these holds, the settled part (`columns.SETTLED`, or the warmup) being at least SETTLED_STEPS long:
 
-    scatter   the spread of its log gradient norm (`grad_norm_log_sd`) is LOG_SD or more
-    rough     the verdict as far as it ran is `rough`
+    scatter   the logarithm of its gradient norm scatters by SCATTER or more about its centred mean: by the median
+              absolute deviation / .6745, so that a few spikes of a calm trial are none
+    rough     its verdict so far is `rough`, by ROUGH_STRETCHES or more, and it scatters by ROUGH_SCATTER or more
     untrained from UNTRAINED_FROM on: the moving mean of the loss is above the entropy of single tokens, and would be
               at the end too if it went on falling as fast as over the last half of the steps
 
-The constants were fixed before any trial was ended by them. Calibrated on half of the recorded trials, reported on the
-others: of the trials that the rule ends, under 5 % would have ended within .2 nat/token of the best of their cell. The
-table, with the command that makes it, is in benchmarks/README.md. Scatter was calibrated on language models whose
-batches hold 128 tokens and more: below that the batches alone make a norm scatter, so such trials are not judged, nor
-are those of other objectives (`why_not`).
+The constants are fixed. SCATTER was calibrated on one part of the recorded trials and is reported on the other: of the
+trials that the rule ends, under 5 % would have ended within .2 nat/token of the best of their cell. The table, with the
+command that makes it, is in benchmarks/README.md. They are language models whose batches hold 128 tokens and more:
+below that batches alone make a norm scatter. So smaller batches, and other objectives, are not judged (`why_not`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from stabstudy.stability.columns import SETTLED
-from stabstudy.stability.detectors import Floats, jump
+from stabstudy.stability.detectors import Floats, jump, stretches
 from stabstudy.stability.divergence import MovingMean
 from stabstudy.stability.rules import FEW_TOKENS, Rules
-from stabstudy.stability.statistics import log_sd
+from stabstudy.stability.statistics import log_deviations
 from stabstudy.stability.verdict import MonitorFacts, is_rough
 
 HOPELESS = "hopeless"
@@ -35,7 +35,9 @@ STOPS = ("diverged", HOPELESS)
 """The values of `sweep.stop`: which trials a launch ends before their last step."""
 
 SHARES = (0.2, 0.3, 0.4, 0.6)  # of the planned steps, after which a trial is judged
-LOG_SD = 0.40
+SCATTER = 0.35
+ROUGH_STRETCHES = 3
+ROUGH_SCATTER = 0.20
 SETTLED_STEPS = 32  # fewest settled steps that are judged ...
 SETTLED_SHARE = 0.05  # ... and their smallest share of the planned steps
 UNTRAINED_FROM = 0.4  # share of the planned steps ...
@@ -48,18 +50,18 @@ class Signs:
 
     share: float  # of the planned steps that are made
     settled: int  # steps
-    log_sd: float | None  # of the settled gradient norms
-    rough: bool  # as a verdict has it
+    scatter: float | None  # of the settled gradient norms
+    rough: bool  # as a verdict has it, by enough stretches
     loss_at_end: float | None  # of the moving mean, on a straight line; nat/token
 
-    def reason(self, facts: MonitorFacts) -> str | None:
-        """Why a trial with these signs is ended, in words; None where it goes on."""
-        if self.settled < max(SETTLED_STEPS, SETTLED_SHARE * facts.steps_planned):
+    def reason(self, facts: MonitorFacts, limit: float = SCATTER) -> str | None:
+        """Why a trial with these signs is ended, in words; None where it goes on. `limit`: of the scatter."""
+        if self.settled < max(SETTLED_STEPS, SETTLED_SHARE * facts.steps_planned) or self.scatter is None:
             return None
-        if self.log_sd is not None and self.log_sd >= LOG_SD:
-            return f"the logarithm of its gradient norm scatters by {self.log_sd:.2f} (limit {LOG_SD:g})"
-        if self.rough:
-            return "its gradient norm is rough already"
+        if self.scatter >= limit:
+            return f"the logarithm of its gradient norm scatters by {self.scatter:.2f} (limit {limit:g})"
+        if self.rough and self.scatter >= ROUGH_SCATTER:
+            return f"its gradient norm is rough already, and its logarithm scatters by {self.scatter:.2f}"
         late = self.share >= UNTRAINED_FROM and self.settled >= UNTRAINED_SETTLED * facts.steps_planned
         unigram, end = facts.unigram_entropy, self.loss_at_end
         if late and unigram is not None and end is not None and end >= unigram:
@@ -84,12 +86,13 @@ def checks(steps_planned: int) -> tuple[int, ...]:
 def signs(norm: Floats, loss: Floats, facts: MonitorFacts, rules: Rules) -> Signs:
     """Those of a trial from all its rows so far; `norm`, `loss` [steps] as `detectors.measured` has them."""
     first = max(facts.warmup_steps, SETTLED)
-    flags = jump(norm, rules, "grad")
+    flags, logs = jump(norm, rules, "grad"), log_deviations(norm[first:])
+    often = len(stretches(flags.absolute, rules.rough_gap)) >= ROUGH_STRETCHES
     return Signs(
         share=len(norm) / facts.steps_planned,
         settled=max(0, len(norm) - first),
-        log_sd=log_sd(norm[first:]),
-        rough=flags.n_evaluable >= rules.min_evaluable and is_rough(flags, rules),
+        scatter=None if logs is None else float(np.median(np.abs(logs - np.median(logs)))) / rules.mad_per_sd,
+        rough=often and flags.n_evaluable >= rules.min_evaluable and is_rough(flags, rules),
         loss_at_end=_loss_at_end(loss, facts.steps_planned, rules),
     )
 

@@ -38,21 +38,31 @@ def norms(norm: Floats, warmup: int) -> dict[str, Value]:
         "grad_norm_max": float(np.max(norm[finite])) if finite.any() else None,
         "grad_norm_argmax": int(np.nanargmax(np.where(finite, norm, np.nan))) if finite.any() else None,
         "grad_norm_max_over_median": float(settled.max()) / middle if enough and middle else None,
-        "grad_norm_log_sd": log_sd(norm[first:]),
+        "grad_norm_log_sd": _log_sd(norm[first:]),
         "grad_norm_warmup_max": float(early.max()) if len(early) else None,
         "grad_norm_tail_slope": _slope(steps[tail] / 1000, np.log(norm[tail])) if tail.sum() >= FEWEST else None,
     }
 
 
-def log_sd(norm: Floats) -> float | None:
-    """Spread of log norm about its centred mean over `TREND` steps, which is cut at the ends and passes over gaps."""
+def _log_sd(norm: Floats) -> float | None:
+    """Spread of log norm about its centred mean."""
+    logs = log_deviations(norm)
+    return None if logs is None else float(np.std(logs))
+
+
+def log_deviations(norm: Floats) -> Floats | None:
+    """Log norm less its centred mean over `TREND` steps, which is cut at the ends and passes over gaps.
+
+    Of the values that are finite and positive; None under `FEWEST` of them.
+    """
     usable = np.isfinite(norm) & (norm > 0)
     if usable.sum() < FEWEST:
         return None
     logs = np.log(np.where(usable, norm, 1.0))
     box = np.ones(TREND)
     trend = np.convolve(logs, box, "same") / np.convolve(usable, box, "same").clip(min=1)
-    return float(np.std((logs - trend)[usable]))
+    deviations: Floats = (logs - trend)[usable]
+    return deviations
 
 
 def _slope(x: Floats, y: Floats) -> float:

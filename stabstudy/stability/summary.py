@@ -142,7 +142,7 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
     watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, steps.every_step, facts.objective)
-    diverged = divergence(trace, probes, watched, rules, facts.final_loss)
+    diverged = divergence(trace, probes, watched, rules, facts.final_loss, facts.status != "stopped")
     verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     detector_id = rules.detector_id
     unigram = None if facts.objective == "kto" else facts.unigram_entropy  # its loss is no cross-entropy

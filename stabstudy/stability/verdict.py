@@ -254,9 +254,12 @@ class DivergenceMonitor:
 
 
 def divergence(
-    trace: Rows, probes: Rows | None, facts: MonitorFacts, rules: Rules, final_loss: float | None
+    trace: Rows, probes: Rows | None, facts: MonitorFacts, rules: Rules, final_loss: float | None, whole: bool = True
 ) -> Divergence:
-    """What a monitor that watched the recorded trial live would know at its end."""
+    """What a monitor that watched the recorded trial live would know at its end.
+
+    `whole` false: a rule has stopped the trial, so what only the end can show is not tested.
+    """
     monitor = DivergenceMonitor(rules, [facts])
     monitor.update(Block.of(trace))
     if probes is not None:
@@ -265,6 +268,8 @@ def divergence(
         rows = np.maximum(0, probes["step"][lost] - 1)
         for row in rows[rows < len(trace)].tolist():
             monitor.weights_not_finite(0, row)
+    if not whole:
+        return monitor.of(0)
     if monitor.finish(0, final_loss) == "ok" and facts.objective == "kto" and _margin_is_negative(trace, rules):
         monitor.code[0], monitor.step[0] = "margin_negative", len(trace) - 1
     return monitor.of(0)

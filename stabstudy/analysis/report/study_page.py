@@ -30,7 +30,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
-from stabstudy.stability.hopeless import HOPELESS, LOG_SD, SETTLED_STEPS, SHARES, UNTRAINED_FROM
+from stabstudy.stability.hopeless import HOPELESS, ROUGH_SCATTER, SCATTER, SETTLED_STEPS, SHARES, UNTRAINED_FROM
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -301,12 +301,13 @@ def _hopeless() -> str:
     """The rule that ended trials early, and what it rests on."""
     *first, last = (f"{100 * share:g}" for share in SHARES)
     return (
-        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps a trial is ended where the "
-        f"logarithm of its gradient norm scatters by {LOG_SD:g} or more, its verdict so far is rough, or (from "
-        f"{100 * UNTRAINED_FROM:g} % on) its loss is above the entropy of single tokens and falls too slowly to end "
-        f"below it; with {SETTLED_STEPS} settled steps at least. It was calibrated on recorded trials: under 5 % of "
-        f"those that it ends would have ended within {compare.STABLE_MARGIN:g} nat/token of the best of their cell "
-        "(benchmarks/README.md, Early stopping). stop=diverged takes it back, and the trials go on where they stopped."
+        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps, {SETTLED_STEPS} of them settled, "
+        f"a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust standard "
+        f"deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
+        f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
+        "end below. It was calibrated on recorded trials: under 5 % of those that it ends would have ended within "
+        f"{compare.STABLE_MARGIN:g} nat/token of the best of their cell (benchmarks/README.md, Early stopping). "
+        "stop=diverged takes it back: the trials go on where they stopped."
     )
 
 
