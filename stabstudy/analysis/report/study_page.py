@@ -301,9 +301,9 @@ def _hopeless() -> str:
     """The rule that ended trials early, and what it rests on."""
     *first, last = (f"{100 * share:g}" for share in SHARES)
     return (
-        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps, {SETTLED_STEPS} of them settled, "
-        f"a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust standard "
-        f"deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
+        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps, {SETTLED_STEPS} of them or more "
+        f"settled, a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust "
+        f"standard deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
         f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
         "end below. It was calibrated on recorded trials: under 5 % of those that it ends would have ended within "
         f"{compare.STABLE_MARGIN:g} nat/token of the best of their cell (benchmarks/README.md, Early stopping). "
