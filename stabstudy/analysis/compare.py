@@ -114,6 +114,16 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
 
 
+def censored(trials: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """The done trials, and those that a rule has stopped without these statistics, so that they count as missing.
+
+    What is known of their first steps is not what the others have of all, and no value is made up for it.
+    """
+    ended = trials[trials["state"].isin(ENDED)]
+    stopped = ended["state"] == "stopped"
+    return ended.assign(**{name: ended[name].mask(stopped) for name in map(column, metrics)}) if stopped.any() else ended
+
+
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
     """The mean of a statistic over trials and its 95 % interval, as `paired.estimate` has them for its kind.
 

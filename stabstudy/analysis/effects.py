@@ -51,7 +51,7 @@ def reported(trials: pd.DataFrame) -> tuple[str, ...]:
 def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """A row per axis and statistic: the change along the axis, and its test.
 
-    `trials`: those that are done, and stopped ones without their statistics (`Study.tested`); a column per axis,
+    `trials`: those that are done, and stopped ones without their statistics (`compare.censored`); a column per axis,
     `seed`, the statistics, and `n_evaluable` (without it all trials count alike in a rate). A trial that lacks a
     statistic is left out of it, and counted in the `note`.
 

@@ -34,7 +34,6 @@ from stabstudy.external import ExternalLog, read_external
 from stabstudy.settings import nearest
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import COLUMNS
-from stabstudy.state import ENDED
 from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
 from stabstudy.trace import LOG, PROBES, DamagedRecord, Rows, of_objective
 
@@ -220,20 +219,12 @@ class Study:
         return effects.claims(*self.tested(metrics))
 
     def tested(self, metrics: Sequence[str] | None = None) -> tuple[pd.DataFrame, list[str], list[str]]:
-        """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics.
-
-        The stopped ones are among the trials, without their statistics: what is known of their first steps is not what
-        the others have of all, so they are in no effect, and counted as missing.
-        """
+        """What `effects.effects`, `contrasts`, `interactions` take: trials of the grid, its axes, statistics."""
         metrics = effects.reported(self.trials) if metrics is None else metrics
         for metric in metrics:
             self._check(metric, [*compare.statistics(), "final_loss"], "statistic")
         grid = self.grid
-        ended = grid.trials[grid.trials["state"].isin(ENDED)]
-        stopped = ended["state"] == "stopped"
-        if stopped.any():
-            ended = ended.assign(**{name: ended[name].mask(stopped) for name in map(compare.column, metrics)})
-        return ended, list(grid.axes), list(metrics)
+        return compare.censored(grid.trials, metrics), list(grid.axes), list(metrics)
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
