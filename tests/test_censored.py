@@ -205,12 +205,12 @@ def test_survival_censors_at_the_steps_that_were_made() -> None:
     event = np.array([row["spike_first_step"] is not None for row in high])
     assert sorted(time.tolist()) == [25, 40, 100, 100, 100, 100]
     reference = SurvfuncRight(time, event)
-    curve = got.curves[got.curves["level"] == 1e-2].set_index("step")
+    curve = records(got.curves[got.curves["level"] == 1e-2])
     for step, free in zip(reference.surv_times, reference.surv_prob, strict=True):
-        assert curve.loc[step, "free"] == pytest.approx(free)
-    assert curve.loc[40.0, "at_risk"] == 5
-    levels = got.levels.set_index("level")
-    assert levels.loc[1e-2, ["trials", "spiked", "censored"]].tolist() == [6, 1, 5]
+        assert [row["free"] for row in curve if row["step"] == step] == [pytest.approx(free)]
+    assert [row["at_risk"] for row in curve if row["step"] == 40] == [5]
+    (level,) = [row for row in records(got.levels) if row["level"] == 1e-2]
+    assert [level[n] for n in ("trials", "spiked", "censored")] == [6, 1, 5]
     assert (got.stopped, got.unseen) == (1, 0)
     assert any("1 trial stopped early before a first spike" in line for line in survival.caveats(LR, got))
 

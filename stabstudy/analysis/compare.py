@@ -121,7 +121,9 @@ def censored(trials: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     ended = trials[trials["state"].isin(ENDED)]
     stopped = ended["state"] == "stopped"
-    return ended.assign(**{name: ended[name].mask(stopped) for name in map(column, metrics)}) if stopped.any() else ended
+    return (
+        ended.assign(**{name: ended[name].mask(stopped) for name in map(column, metrics)}) if stopped.any() else ended
+    )
 
 
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
