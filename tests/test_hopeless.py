@@ -331,6 +331,10 @@ def test_a_launch_ends_skips_and_takes_back(folder: Path, capsys: pytest.Capture
     assert "2 done (1 of them stopped early), 0 to do" in capsys.readouterr().out
     assert sweep.main(["--status", "study=check"]) == 0
     assert "1 done (1 untrained), 1 stopped; " in capsys.readouterr().out
+    assert [w for w in plan(folder, "stop=diverged").warnings if "sweep.stop" in w] == [
+        "sweep.stop: diverged now, hopeless in the launch before: trials that it stopped go on"
+    ]
+    assert not [w for w in plan(folder).warnings if "sweep.stop" in w]
     stopped = states(folder)[1.0]
     assert launch(plan(folder, "stop=diverged"), said.append) == Outcome(0)
     done = states(folder)[1.0]

@@ -162,6 +162,8 @@ def _plan(given: list[str], cwd: Path, issues: Issues, to_launch: bool, above: t
     stop = request.launch.stop or sweep.stop
     body |= {} if stop == STOPS[0] else {"stop": stop}
     _check_stop(stop, configs, issues)
+    if before.get("stop") == HOPELESS != stop:
+        issues.warn(f"sweep.stop: {stop} now, {HOPELESS} in the launch before: trials that it stopped go on")
     for change in sweepfile.record_changes(before, body):
         issues.warn(change)
     return Plan(
