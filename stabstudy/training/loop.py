@@ -214,12 +214,11 @@ class Loop:
 
     def _ticks(self) -> list[Tick]:
         """The next ring."""
-        n = min(self.plan.ring, *(self._left(k) for k in self.live))
+        n = min(self.plan.ring, *(self._to_check(k) for k in self.live))
         if self.recorder.seconds > SLOW_STEP:  # waiting for each costs nothing, and the copy of a ring's start would
             n = 1
         elif self.recorder.seconds > 0:  # rows are on disk, and a stop is obeyed, within a second
             n = min(n, max(1, int(RING_SECONDS / self.recorder.seconds)))
-        n = min(n, *(self._to_check(k) for k in self.live))
         if self._may_save():
             n = min(n, *(self._every(k) - self._at(k) % self._every(k) for k in self.live))
         live = tuple(k in self.live for k in self.plan.places)
