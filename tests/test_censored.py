@@ -14,6 +14,7 @@ from series import learning, lognormal, ones, trace_rows
 from statsmodels.duration.survfunc import SurvfuncRight
 
 from stabstudy.analysis import compare, effects, recipe, sensitivity, study_statistics, survival
+from stabstudy.analysis.figures.verdict_maps import verdict_map
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.recipe import NoRecipe, Recipe
 from stabstudy.analysis.report import findings, trial_tables
@@ -254,3 +255,11 @@ def test_a_study_without_them_says_nothing_of_them() -> None:
     study = tabled.study(trials({}))
     assert not any("stopped" in line or "ended early" in line for line in findings.warnings(study))
     assert "stopped" not in findings.headline(study)
+
+
+def test_the_map_of_verdicts_counts_them_and_is_green_nowhere_with_one() -> None:
+    ax = verdict_map(tabled.study(trials(TWO)))
+    texts = sorted(text.get_text() for text in ax.texts if text.get_gid() == "field")
+    assert texts == ["● 2 stable\n⊘ 1 stopped"] * 2 + ["● 3 stable"] * 4
+    grounds = [patch.get_facecolor() for patch in ax.patches]
+    assert len(set(grounds)) == 2 and sorted(map(grounds.count, set(grounds))) == [2, 4]

@@ -29,10 +29,10 @@ MOST_ROWS = 4
 def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: Axes | None = None) -> Axes:
     """How many trials of each field have each verdict, and per row how far x can be raised.
 
-    A field's ground is that of its worst verdict; trials that a rule has stopped are counted in it. In each row of an x
-    with an order a heavy line ends the levels up to which every trial is stable (`compare.limits`): solid where the
-    next level was seen to be unstable, dashed where it was not (nothing larger was tried, or trials have no verdict);
-    none where trials are missing. All other axes and seeds are pooled.
+    A field's ground is that of its worst verdict; trials that a rule has stopped are counted, and keep a field from
+    being green. In each row of an x with an order a heavy line ends the levels up to which every trial is stable
+    (`compare.limits`): solid where the next level was seen to be unstable, dashed where it was not (nothing larger was
+    tried, or trials have no verdict); none where trials are missing. All other axes and seeds are pooled.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     sheet = maps.Sheet(study, x, y, maps.DIVERGED, ENDED)
@@ -69,7 +69,7 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
         f"Hatched: no done trial. Pooled over {words.listing([words.label(a) for a in ('seed', *layout.pooled)])}."
     )
     if (study.trials["state"] == "stopped").any():
-        caption += " ⊘: ended early by a rule of the sweep, for having next to no chance to end near the best."
+        caption += " ⊘: ended early by a rule of the sweep, with hardly a chance to end near the best; its field is never green."
     if ranges := _limits(study, layout):
         caption += (
             f" Heavy line: every trial of the row is stable up to it; solid where the next {words.label(x)} was "
@@ -116,12 +116,14 @@ def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: fl
     done = trials[trials["state"] == "done"]
     counts = compare.verdicts(done)
     worst = next((v for v in reversed(VERDICTS) if counts[v]), None)
-    ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
+    stopped = len(trials) - len(done)
+    known = None if worst == "stable" and stopped else worst
+    ground = style.GRID if known is None else style.VERDICT_GROUNDS[known]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
     lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in counts.items() if n]
     if rest := len(done) - sum(counts.values()):
         lines.append(f"○ {rest} not judged")
-    if stopped := len(trials) - len(done):
+    if stopped:
         lines.append(f"⊘ {stopped} stopped")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 
