@@ -91,5 +91,5 @@ def loop_of(
         driver = Captured(stepper, windows, evaluation, ring, tuple(Due))
     names = tuple(str(k) for k in range(len(configs)))
     recorder = recorder_of(configs, [folder / name for name in names], stepper.columns, stepper.layer_index)
-    plan = Plan(tuple(range(len(configs))), tuple(configs), names, ring, 1e9, 0.0)
+    plan = Plan(tuple(range(len(configs))), tuple(configs), names, ring, 1e9, 0.0, ((),) * len(configs))
     return Loop(plan, stepper, driver, recorder, evaluation, final, NoCrew(), heartbeat)

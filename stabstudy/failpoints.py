@@ -43,6 +43,7 @@ POINTS = {
     "finish.done": "state.json says done, the live records are still there",
     "finish.unlinked": "one live record is gone",
     "finish.checkpoints": "the live records are gone, the checkpoints are still there",
+    "stop.judged": "the checkpoint of a trial that is ended early is durable, its state does not say so yet",
     # state.json, at its every change
     "state.written": "the new state.json is written, and not synced",
     "state.synced": "the new state.json is durable, and has no name yet",

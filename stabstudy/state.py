@@ -13,8 +13,11 @@ from typing import Any
 from stabstudy import config as cfg
 from stabstudy import disk
 
-STATUSES = ("pending", "running", "done", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
-"""`done` is the only final one: a relaunch continues every other. Divergence is a verdict on a done trial."""
+STATUSES = ("pending", "running", "done", "stopped", "failed", "oom", "timeout", "disk_full", "interrupted", "lost")
+"""`done` is the only final one: a relaunch continues every other, `stopped` once its rule is taken back (`is_over`).
+
+Divergence is a verdict on a done trial.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class State:
     status: str = "pending"
     step: int = 0  # updates made and recorded when the state was written
     attempts: tuple[Attempt, ...] = ()
-    stop_reason: str | None = None  # complete | diverged
+    stop_reason: str | None = None  # complete | diverged | log_ended; of a stopped trial the rule, hopeless
     verdict: str | None = None
     verdict_code: str | None = None
     spike_events: int | None = None
@@ -59,14 +62,22 @@ class State:
     eval_tokens: int | None = None  # of the set that init_loss and final_loss are measured on
     verdict_reason: str | None = None  # of a done trial without a verdict
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.status == "done"
-
 
 NUMBERS = ("init_loss", "final_loss", "growth_act", "growth_grad", "unigram_entropy")
 """Of a state: each may be a float that is not finite."""
+
+
+ENDED = ("done", "stopped")
+"""The statuses of a trial that was brought to an end, its own or that of a rule, and was judged there."""
+
+
+def is_over(status: str, stop: str) -> bool:
+    """Whether a launch has nothing more to do for a trial of this status.
+
+    `stop`: the launch's rule, see `stability.hopeless.STOPS`. A trial that a rule has stopped stays so under that rule
+    and goes on under every other.
+    """
+    return status == "done" or (status == "stopped" and stop != "diverged")
 
 
 def close_attempt(state: State, status: str, error: dict[str, Any] | None = None) -> State:
@@ -111,7 +122,7 @@ def encode_float(value: float | None) -> float | str | None:
 MOST = 2**63 - 1
 RECORDS = {"trace", "probes"}
 VALUES = "values_sha256"
-STOP_REASONS = ("complete", "diverged", "log_ended")
+STOP_REASONS = ("complete", "diverged", "log_ended", "hopeless")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any], bool]

@@ -151,3 +151,29 @@ def test_growth_is_per_thousand_trials(benchmark_scripts: None) -> None:
     looks = [dataclasses.replace(flat, done=10 * i, driver_mb=300 + 0.5 * i, workers=2) for i in range(100)]
     grown = soak.growth(looks)
     assert grown["driver_mb_per_1000"] == pytest.approx(50) and grown["workers_per_1000"] == 0
+
+
+def test_early_stopping_is_measured(benchmark_scripts: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import early_stop  # type: ignore[import-not-found]
+
+    lines = early_stop.measure(list(early_stop.synthetic()))
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    chosen, whole = lines[len(early_stop.LIMITS)], lines[-1]
+    assert (chosen["part"], chosen["data"], whole["trials"], whole["verdicts"]) == ("calibration", "synthetic", 24, 24)
+    ended = [line["ended"] for line in lines[: len(early_stop.LIMITS)]]
+    assert ended == sorted(ended, reverse=True) and ended[0] > ended[-1], "a higher limit ends fewer"
+    assert whole["ended within .2 nat"] == 0 < whole["ended"] <= whole["hopeless"]
+    assert 0 < whole["steps saved"] < whole["steps of hopeless trials saved"] < 0.8
+
+
+def test_a_replay_sees_what_a_launch_would(benchmark_scripts: None) -> None:
+    """The signs at a check are those of the first rows alone: what comes later is changed and changes nothing."""
+    import early_stop
+
+    trial = next(t for t in early_stop.synthetic() if t.lr > 0.05)
+    (one,) = early_stop.replay([trial])
+    rows = dataclasses.replace(trial.rows, columns={n: c.copy() for n, c in trial.rows.columns.items()})
+    rows.columns["grad_norm"][150:], rows.columns["loss"][150:] = 1.0, 9.0
+    (other,) = early_stop.replay([dataclasses.replace(trial, rows=rows)])
+    assert one.signs == other.signs and [n for n, _ in one.signs] == [48, 72, 96, 144]
+    assert one.ended_at(0.2) is not None

@@ -24,7 +24,7 @@ from stabstudy.state import State
 from stabstudy.sweeping.launch import launch
 from stabstudy.training.loop import Progress
 from stabstudy.training.pack import run_pack
-from stabstudy.training.trial import Engine
+from stabstudy.training.trial import Engine, Trial
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,6 +156,9 @@ def test_every_point_is_reached(
     made = make_plan(["sweep=check", "launcher=local", "seeds=1", *words], tmp_path)
     assert launch(made, lambda line: None).code == 0
     report.write_report(made.folder, lambda line: None)
+    monkeypatch.setattr(Trial, "checks", (8,))
+    monkeypatch.setattr(Trial, "hopeless", lambda self: "for a test")
+    assert run(make(BASE, "hopeless")).status == "stopped"
     reached = set(failpoints.reached())
     failpoints.arm("live.short_write:enospc,live.truncate:sleep=0")
     assert run(make(BASE, "full")).status == "disk_full"

@@ -187,3 +187,19 @@ def test_the_board_shows_members_and_their_end_at_once(work: Work) -> None:
     assert list(work.board.running) == list(IDS[1:3]) and work.board.running[IDS[1]].step == 5
     rounds.ended(IDS[:1])
     assert work.text.getvalue().count(IDS[0]) == 1, "told once"
+
+
+def test_a_member_that_a_rule_has_stopped_is_not_tried_again_unless_an_older_launch_did(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+    work.write(IDS[1], "stopped")  # by an older launch: here it is to go on
+    rounds = work.rounds([IDS[:3]])
+    (pack,) = rounds.take()
+    rounds.start(pack)
+    rounds.progress(pack, {"members": [{"trial_id": IDS[2]}]})
+    assert not work.board.finished
+    work.write(IDS[0], "stopped")
+    rounds.progress(pack, {"members": [{"trial_id": IDS[2]}]})
+    assert work.board.finished == {IDS[0]: "stopped"}
+    work.write(IDS[2], "done")
+    rounds.ended(pack)
+    assert rounds.take() == [(IDS[1],)]

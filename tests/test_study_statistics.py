@@ -647,9 +647,10 @@ def test_a_study_answers_all_of_it(tmp_path: Path) -> None:
 def test_outcomes_count_every_trial_once() -> None:
     judged = [trial(verdict=v) for v in ("stable", "stable", "rough", "diverged", None)]
     others = [trial(state=s, verdict=None) for s in ("failed", "oom", "timeout", "disk_full", "running", "pending")]
+    others += [trial(state="stopped", verdict=v) for v in (None, "rough")]
     assert study_statistics.outcomes([*judged, *others], damaged=2) == {
         **{"stable": 2, "spiky": 0, "rough": 1, "diverged": 1, "not judged": 1},
-        **{"unfinished": 2, "failed": 4, "damaged": 2},
+        **{"stopped": 2, "unfinished": 2, "failed": 4, "damaged": 2},
     }
 
 

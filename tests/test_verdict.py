@@ -631,7 +631,7 @@ def test_without_a_gradient_norm_there_is_no_verdict_but_divergence() -> None:
     assert verdict(norm=nothing, evaluable=0, monitor=watch(planted(500, 7.5))).verdict == "diverged"
 
 
-@pytest.mark.parametrize("status", ["failed", "oom", "running", "lost", "interrupted", "stopped"])
+@pytest.mark.parametrize("status", ["failed", "oom", "running", "lost", "interrupted"])
 def test_only_a_trial_that_is_done_is_judged(status: str) -> None:
     assert verdict(monitor=watch(planted(500, 7.5)), status=status) == Verdict(None, reason=status)
 

@@ -28,6 +28,7 @@ from stabstudy.analysis.paired import (
 )
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
+from stabstudy.state import ENDED
 
 ON_EVALUATION = ("final_loss", "final_loss_capped", "init_loss")
 """Losses on the fixed evaluation batch: those of different batches (`eval_hash`) are never compared or averaged."""
@@ -45,7 +46,7 @@ _DIFFERS = {
 }
 
 _LIMITS = (
-    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "stable_again"),
+    *("all_stable", "evaluable", "first_unstable", "n_unstable", "n_there", "n_noise", "n_stopped", "stable_again"),
     *("best", "best_loss", "works_to"),
 )
 
@@ -111,6 +112,18 @@ def values(trials: pd.DataFrame, metric: str) -> list[float]:
     return [math.nan if (v := plain(x)) is None else float(v) for x in trials[column(metric)]]
 
 
+def censored(trials: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """The done trials, and those that a rule has stopped without these statistics, so that they count as missing.
+
+    What is known of their first steps is not what the others have of all, and no value is made up for it.
+    """
+    ended = trials[trials["state"].isin(ENDED)]
+    stopped = ended["state"] == "stopped"
+    return (
+        ended.assign(**{name: ended[name].mask(stopped) for name in map(column, metrics)}) if stopped.any() else ended
+    )
+
+
 def mean(trials: pd.DataFrame, metric: str) -> Estimate:
     """The mean of a statistic over trials and its 95 % interval, as `paired.estimate` has them for its kind.
 
@@ -156,7 +169,8 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str, by
     order. Differences b - a are averaged per seed; `seeds` of them give `difference` and its 95 % t-interval `low`,
     `high`. `mean_a`, `mean_b` are means over the `pairs`, `positive` the share of them in which b is larger. `p`: the
     exact sign-flip test, from 6 seeds on (its floor is 2 / 2^seeds), `p_holm` adjusted for all rows. `diverged_a`,
-    `diverged_b` count all done trials at the level, those too that lack the statistic or a partner.
+    `diverged_b` count all done trials at the level, those too that lack the statistic or a partner; `stopped_a`,
+    `stopped_b` those that a rule of the sweep has stopped, which are in no pair: their end is not known.
     A pair also shares what `alike` names and, unless `axis` is one of the data, the data themselves.
 
     `by`: another axis; a block of rows for each of its levels, which stands in a column of its name: simple effects.
@@ -164,16 +178,17 @@ def levels(trials: pd.DataFrame, axes: Sequence[str], axis: str, metric: str, by
     same_data = [] if axis.partition(".")[0] == "data" else ["data_fingerprint"]
     others = [*(a for a in axes if a != axis), *alike(metric, trials), *same_data]
     needed = list(dict.fromkeys(["seed", axis, *others, "verdict", column(metric)]))
-    done = trials.loc[trials["state"] == "done", needed]
-    parts = [({}, done)] if by is None else [({by: v}, at_level(done, by, v)) for v in levels_of(trials[by])]
+    ended = trials.loc[trials["state"].isin(ENDED), ["state", *needed]]
+    parts = [({}, ended)] if by is None else [({by: v}, at_level(ended, by, v)) for v in levels_of(trials[by])]
     pairs = list(itertools.combinations(levels_of(trials[axis]), 2))
     table = pd.DataFrame([at | _pair(part, others, axis, metric, a, b) for at, part in parts for a, b in pairs])
     table["p_holm"] = holm(list(table["p"]))
     return table
 
 
-def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
-    members = [at_level(done, axis, level) for level in (a, b)]
+def _pair(ended: pd.DataFrame, others: list[str], axis: str, metric: str, a: Level, b: Level) -> dict[str, Level]:
+    there = [at_level(ended, axis, level) for level in (a, b)]
+    members = [trials[trials["state"] == "done"] for trials in there]
     first, second = (_by_partner(trials, others, metric) for trials in members)
     diverged_a, diverged_b = (int((trials["verdict"] == "diverged").sum()) for trials in members)
     shared = [k for k in first if k in second and math.isfinite(first[k]) and math.isfinite(second[k])]
@@ -196,6 +211,8 @@ def _pair(done: pd.DataFrame, others: list[str], axis: str, metric: str, a: Leve
         "p": sign_flip_p(means) if len(means) >= FLIPS_FROM else math.nan,
         "diverged_a": diverged_a,
         "diverged_b": diverged_b,
+        "stopped_a": len(there[0]) - len(members[0]),
+        "stopped_b": len(there[1]) - len(members[1]),
     }
 
 
@@ -204,15 +221,21 @@ def _by_partner(trials: pd.DataFrame, others: list[str], metric: str) -> dict[tu
     return dict(zip(keys(trials, ["seed", *others]), values(trials, metric), strict=True))
 
 
-def check_complete(trials: pd.DataFrame, setting: str, grid: Sequence[Level], others: Sequence[str]) -> None:
-    """Raises Refused where a seed and cell of `others` lacks a done trial at one of these levels of `setting`.
+def check_complete(
+    trials: pd.DataFrame,
+    setting: str,
+    grid: Sequence[Level],
+    others: Sequence[str],
+    states: Sequence[str] = ("done",),
+) -> None:
+    """Raises Refused where a seed and cell of `others` lacks a trial in one of `states` at a level of `setting`.
 
     Levels that have different partners cannot be averaged over them and then compared.
     """
     there = dict(zip(keys(trials, ["seed", *others, setting]), trials["state"], strict=True))
     for partner in dict.fromkeys(keys(trials, ["seed", *others])):
         for level in grid:
-            if (state := there.get((*partner, level))) != "done":
+            if (state := there.get((*partner, level))) not in states:
                 seed, *at = partner
                 raise Refused(hole((setting, *others), (level, *at), seed, state or "no trial"))
 
@@ -235,6 +258,8 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
     a level's excess is the mean over cells of its difference to the best level of that cell. `best`: the level of least
     excess, `best_loss` its mean loss; null where the losses are on different evaluation batches. `works_to`: the
     largest level such that at every level from `best` to it none diverged and the excess is within 0.2 nat.
+    A trial that a rule of the sweep has stopped holds nowhere: it was ended because it had next to no chance to. It
+    counts among the `n_unstable`, `n_stopped` of them, and its level neither works nor is the best one.
     `reason`: why all of this is null: the grid has a hole, so that levels have different partners.
     """
     others = [a for a in axes if a not in (setting, by)]
@@ -246,7 +271,7 @@ def limits(trials: pd.DataFrame, axes: Sequence[str], setting: str, by: str | No
         part = trials if by is None else at_level(trials, by, level)
         row: dict[str, Level] = {"level": level, "trials": len(part), **dict.fromkeys(_LIMITS), "reason": None}
         try:
-            check_complete(part, setting, levels_of(part[setting]), others)
+            check_complete(part, setting, levels_of(part[setting]), others, ENDED)
             rows.append(row | stable_range(part, setting) | _working(part, setting, others))
         except Refused as refused:
             rows.append(row | {"reason": str(refused)})
@@ -259,12 +284,14 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
 
     A level that lacks a seed of another one is as unknown as one with a trial that has no verdict.
     """
+    trials = trials.assign(verdict=trials["verdict"].mask(trials["state"] == "stopped", "stopped"))
     grid, seeds = levels_of(trials[setting]), set(levels_of(trials["seed"]))
     at = {v: at_level(trials, setting, v) for v in grid}
-    unstable = {v: rows[rows["verdict"].isin(VERDICTS[1:])] for v, rows in at.items()}
+    unstable = {v: rows[rows["verdict"].isin((*VERDICTS[1:], "stopped"))] for v, rows in at.items()}
     stable = [v for v in grid if (at[v]["verdict"] == "stable").all() and set(levels_of(at[v]["seed"])) == seeds]
     passed_over = [v for v in grid if at[v]["verdict_reason"].eq("untrained").any() and _stable_or_untrained(at[v])]
     first = next((v for v in grid if len(unstable[v])), None)
+    states = {v: rows["state"] for v, rows in unstable.items()}
     prefix = [v for v in itertools.takewhile(lambda v: v in (*stable, *passed_over), grid) if v in stable]
     again = [] if first is None else [v for v in stable if grid.index(v) > grid.index(first)]
     steps = [int(at[v]["n_evaluable"].min()) for v in prefix]
@@ -274,7 +301,8 @@ def stable_range(trials: pd.DataFrame, setting: str) -> dict[str, Level]:
         "first_unstable": first,
         "n_unstable": None if first is None else len(unstable[first]),
         "n_there": None if first is None else len(at[first]),
-        "n_noise": None if first is None else int(by_noise(unstable[first]).sum()),
+        "n_noise": None if first is None else int((by_noise(unstable[first]) & (states[first] != "stopped")).sum()),
+        "n_stopped": None if first is None else int((states[first] == "stopped").sum()),
         "stable_again": again[-1] if again else None,
     }
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stabstudy.analysis import words
 from stabstudy.analysis.compare import column, incomparable
@@ -50,8 +51,9 @@ def reported(trials: pd.DataFrame) -> tuple[str, ...]:
 def effects(trials: pd.DataFrame, axes: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """A row per axis and statistic: the change along the axis, and its test.
 
-    `trials`: those that are done; a column per axis, `seed`, the statistics, and `n_evaluable` (without it all trials
-    count alike in a rate). A trial that lacks a statistic is left out of it, and counted in the `note`.
+    `trials`: those that are done, and stopped ones without their statistics (`compare.censored`); a column per axis,
+    `seed`, the statistics, and `n_evaluable` (without it all trials count alike in a rate). A trial that lacks a
+    statistic is left out of it, and counted in the `note`.
 
     Columns: `axis`, `metric`; `statistic`, F of the axis as a whole, its `p`, and `p_holm`, corrected for all rows;
     `estimate` of the change from level `a` to level `b` with its 95 % interval `low`, `high`, on the `scale`
@@ -250,8 +252,16 @@ def _response(trials: pd.DataFrame, seeds: Floats, factors: list[tuple[Ints, int
         return _Response(metric, None, None, "no trial has it" if np.isfinite(seeds).any() else "no seed is known")
     _, seed = np.unique(seeds[there], return_inverse=True)
     model = Model(y[there], weight[there] / weight[there].mean(), seed, [(c[there], n) for c, n in factors])
-    missing = int((~there).sum())
-    return _Response(metric, model, f"{missing} of {words.count(len(y), 'trial')} without it" if missing else None)
+    return _Response(metric, model, _missing(trials, there))
+
+
+def _missing(trials: pd.DataFrame, there: NDArray[np.bool_]) -> str | None:
+    """How many trials lack the statistic, and how many of these have no end because they were stopped."""
+    if there.all():
+        return None
+    stopped = int((trials["state"] == "stopped").sum()) if "state" in trials else 0
+    early = f", {stopped} of them stopped early" if stopped else ""
+    return f"{int((~there).sum())} of {words.count(len(there), 'trial')} without it{early}"
 
 
 def _transformed(

@@ -185,7 +185,12 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
 
 
 def _is_stable(members: pd.DataFrame) -> bool:
-    """Whether no trial is unstable and one is stable. What is rough by sampling noise counts as stable."""
+    """Whether no trial is unstable and one is stable. What is rough by sampling noise counts as stable.
+
+    A trial that a rule has stopped is no evidence of stability: its cell is none to recommend.
+    """
+    if (members["state"] == "stopped").any():
+        return False
     stable = (members["verdict"] == "stable") | compare.by_noise(members)
     return bool(stable.any() and (stable | members["verdict"].isna()).all())
 

@@ -7,8 +7,9 @@ number depends on the grid, so it is stored, and different grids are never compa
 both sides of a comparison: another optimizer, batch rule or parametrisation changes what it means.
 
 What cannot be computed is `Refused` with a reason: a grid with a hole gives no number, because the missing rates are
-usually those that went wrong. A row that cannot be given stands in a table all the same, its statistics null, with the
-`reason`.
+usually those that went wrong. A trial that a rule of the sweep has stopped makes such a hole: capped at the loss of the
+untrained model, as a diverged one is, it would count as one that lost all it learned, which nobody saw. A row that
+cannot be given stands in a table all the same, its statistics null, with the `reason`.
 """
 
 from __future__ import annotations

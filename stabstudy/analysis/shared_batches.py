@@ -313,8 +313,9 @@ def _correlations(series: Sequence[Ratio]) -> Floats:
 
 
 def _calm(trials: Iterable[Row]) -> list[Row]:
-    """Those whose r is not mostly their own."""
-    return [row for row in trials if row["verdict"] not in ("rough", "diverged") or row["sampling_noise"]]
+    """Those whose r is not mostly their own; one that was stopped early may be rough without a verdict that says so."""
+    calm = [row for row in trials if row["verdict"] not in ("rough", "diverged") or row["sampling_noise"]]
+    return [row for row in calm if row.get("state") != "stopped"]
 
 
 def _readers(trials: Iterable[Any]) -> dict[tuple[Any, ...], list[Any]]:

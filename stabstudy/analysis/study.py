@@ -236,11 +236,11 @@ class Study:
         return effects.claims(*self.tested(metrics))
 
     def tested(self, metrics: Sequence[str] | None = None) -> tuple[pd.DataFrame, list[str], list[str]]:
-        """What `effects.effects`, `contrasts` and `interactions` take: the grid's done trials, its axes, statistics."""
+        """What `effects.effects`, `contrasts`, `interactions` take: trials of the grid, its axes, statistics."""
         metrics = effects.reported(self.trials) if metrics is None else metrics
         known = [self.names.statistic(m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
         grid = self.grid
-        return grid.trials[grid.trials["state"] == "done"], list(grid.axes), known
+        return compare.censored(grid.trials, known), list(grid.axes), known
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.

@@ -39,6 +39,9 @@ Row = Mapping[str, Any]
 FAILED = ("failed", "oom", "timeout", "disk_full")
 """States of a trial that ended by an error."""
 
+WITHOUT_END = ("stopped", "unfinished", "failed")
+"""What trials are counted as that are not done."""
+
 STUDY = "study"
 """The axis of several studies put together: `Study.concat`."""
 
@@ -61,16 +64,21 @@ _TRIAL_S = 0.01
 
 
 def outcome(row: Row) -> str:
-    """A trial's verdict, or `not judged`, `unfinished` or `failed`."""
+    """A trial's verdict, or `not judged`, `stopped`, `unfinished` or `failed`.
+
+    A stopped trial counts as that, whatever it was judged to be as far as it ran: it is censored.
+    """
     if row["state"] == "done":
         return row["verdict"] or "not judged"
+    if row["state"] == "stopped":
+        return "stopped"
     return "failed" if row["state"] in FAILED else "unfinished"
 
 
 def outcomes(rows: Iterable[Row], damaged: int) -> dict[str, int]:
     """How many trials have which `outcome`, worst verdict last; `damaged` ones are in no table, and counted last."""
     numbers = Counter(map(outcome, rows))
-    return {kind: numbers[kind] for kind in (*VERDICTS, "not judged", "unfinished", "failed")} | {"damaged": damaged}
+    return {kind: numbers[kind] for kind in (*VERDICTS, "not judged", *WITHOUT_END)} | {"damaged": damaged}
 
 
 def without_verdict(trials: pd.DataFrame) -> dict[str, int]:
@@ -82,7 +90,8 @@ def without_verdict(trials: pd.DataFrame) -> dict[str, int]:
 
 def verdicts_by_noise(trials: pd.DataFrame) -> dict[str, int]:
     """How many trials have which verdict by sampling noise; verdicts without one are left out."""
-    return {str(v): int(n) for v, n in trials.loc[compare.by_noise(trials), "verdict"].value_counts().items()}
+    noisy = trials[compare.by_noise(trials) & (trials["state"] == "done")]
+    return {str(v): int(n) for v, n in noisy["verdict"].value_counts().items()}
 
 
 def warned(trials: pd.DataFrame) -> dict[str, int]:

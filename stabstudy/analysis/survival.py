@@ -7,11 +7,14 @@ Spike rates:
 A quasi-Poisson model (McCullagh & Nelder, Generalized Linear Models, 1989), fitted by statsmodels. Spikes come in
 bursts and trials differ in ways that no axis says, so their counts scatter more than a Poisson's: the dispersion,
 Pearson's chi2 / (n - p), widens the intervals by its root. Trials of different length are comparable through
-n_evaluable: the model is one of rates.
+n_evaluable: the model is one of rates. So a stopped trial is in it, with the steps that it made: without those that
+look worst, rates would be too low by far more than by the steps that are missing.
 
 Time to the first spike, a Kaplan-Meier curve per level of an axis: the event is the first spike of the gradient norm,
 or divergence if that comes first. A trial without one is censored at the last step it was seen: "no spike in 200
-steps" is not "no spike". Nothing is flagged before the first evaluable step, so each curve is 1 until then.
+steps" is not "no spike". So is one that a rule of the sweep has stopped; but such a rule ends those that look worst, so
+where they had no spike until then the curve of their level is rather too high (`caveats` counts them). Nothing is
+flagged before the first evaluable step, so each curve is 1 until then.
 
 scipy gives curve and interval (Greenwood's variance on the log-log scale, Kalbfleisch & Prentice, The Statistical
 Analysis of Failure Time Data, 2002); where nobody or everybody had an event there is no such variance, and the interval
@@ -36,6 +39,7 @@ from stabstudy.analysis import words
 from stabstudy.analysis.compare import Refused, mixed
 from stabstudy.analysis.levels import Level, at_level, keys, levels_of
 from stabstudy.analysis.paired import share_interval
+from stabstudy.state import ENDED
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -66,12 +70,12 @@ class RateModel:
 
 
 def rate_model(trials: pd.DataFrame, axes: Sequence[str]) -> RateModel:
-    """The rate of gradient spikes over these axes, from the done trials with an evaluable step.
+    """The rate of gradient spikes over these axes, from the done and stopped trials with an evaluable step.
 
     Positive numbers enter as log2 (a ratio per doubling); FACTORS, names and axes with a null or a zero by level,
     against the first. Refused under 3 seeds, under 10 spikes per term, and where the data leave a ratio undetermined.
     """
-    done = trials[(trials["state"] == "done") & (trials["n_evaluable"].fillna(0) > 0)]
+    done = trials[trials["state"].isin(ENDED) & (trials["n_evaluable"].fillna(0) > 0)]
     seeds, spikes = len(levels_of(done["seed"])), int(done["spike_events"].sum())
     terms = [term for axis in axes for term in _terms(done, axis)]
     try:
@@ -168,7 +172,8 @@ class FirstSpikes:
         curves: A row per level and step at which something ended: `level`, `step`, `at_risk`, `free`, `low`, `high`.
         horizon: The last step that was seen at every level (one at which every trial had an event is known to the
             end); null where there is no trial.
-        unseen: Done trials without an evaluable step or a divergence: never at risk, and in nothing of this.
+        stopped: Trials that a rule has stopped without an event: censored because they looked bad.
+        unseen: Done or stopped trials without an evaluable step or a divergence: never at risk, and in nothing of this.
         balanced: Whether every level was tried as often at each combination of the other axes. Where not, the curves
             mix them; the test does not.
         chi2, p: Log-rank test, within equal levels of every other axis, of "the level makes no difference"; null with
@@ -180,6 +185,7 @@ class FirstSpikes:
     curves: pd.DataFrame
     horizon: float | None
     unseen: int = 0
+    stopped: int = 0
     balanced: bool = True
     chi2: float | None = None
     p: float | None = None
@@ -187,7 +193,7 @@ class FirstSpikes:
 
 
 def first_spikes(trials: pd.DataFrame, by: str, axes: Sequence[str] = ()) -> FirstSpikes:
-    """Times to the first spike of the done trials per level of `by`, one of `axes`.
+    """Times to the first spike of the done and stopped trials per level of `by`, one of `axes`.
 
     The curves pool all other axes and the seeds; the test compares trials that are equal in all other `axes`.
     """
@@ -207,7 +213,8 @@ def first_spikes(trials: pd.DataFrame, by: str, axes: Sequence[str] = ()) -> Fir
         table,
         pd.concat(curves) if curves else pd.DataFrame(),
         horizon,
-        int((trials["state"] == "done").sum()) - len(seen),
+        int(trials["state"].isin(ENDED).sum()) - len(seen),
+        int(((seen["state"] == "stopped") & ~seen["spiked"] & ~seen["diverged"]).sum()),
         bool((tried == tried[:, :1]).all()),
         *_test(seen, group, stratum),
     )
@@ -262,11 +269,19 @@ def caveats(axis: str, times: FirstSpikes) -> Iterator[str]:
         )
     if times.unseen:
         yield f"In no curve: {words.count(times.unseen, 'done trial')} without an evaluable step."
+    if times.stopped:
+        yield (
+            f"{words.count(times.stopped, 'trial')} stopped early before a first spike, for looking bad: censored "
+            "there, so the curves are rather too high."
+        )
 
 
 def _observed(trials: pd.DataFrame) -> pd.DataFrame:
-    """The done trials that were at risk, with `time`, `spiked` and `diverged`; neither: censored at steps_done."""
-    done = trials[trials["state"] == "done"]
+    """The done and stopped trials that were at risk, with `time`, `spiked` and `diverged`.
+
+    Of those with neither: censored at steps_done.
+    """
+    done = trials[trials["state"].isin(ENDED)]
     spike = done["spike_first_step"].astype("float64")
     diverged = done["verdict_step"].astype("float64").where(done["verdict"] == "diverged")
     event = pd.concat([spike, diverged], axis=1).min(axis=1)

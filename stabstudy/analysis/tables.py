@@ -341,6 +341,8 @@ def _choices(body: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _error(state: State) -> str | None:
+    if state.status == "stopped":
+        return state.outcome
     if not state.error:
         return None
     step = state.error.get("step")

@@ -22,9 +22,8 @@ from stabstudy.disk import trial_obstacle
 from stabstudy.planning import compute
 from stabstudy.planning.compute import Compute
 from stabstudy.settings import Problem
-from stabstudy.stability.rules import Rules
+from stabstudy.stability.rules import FEW_TOKENS, Rules
 
-FEW_TOKENS = 128  # a step; measured: at 32, calm recipes are rough by their batches alone, at 128 none was
 APART = 1.1  # ratio of epochs from which texts of a data axis count as unequally repeated
 
 BYTE_VOCABULARY = 258

@@ -25,6 +25,7 @@ from stabstudy.config import GROUPS, from_dict, setting_names
 from stabstudy.planning import axes, budget, compose, compute, document
 from stabstudy.planning.axes import Between, Choices, Chosen
 from stabstudy.settings import ConfigError, Issues, Problem, put, read_group, setting
+from stabstudy.stability.hopeless import STOPS
 
 DEFAULT_SWEEP = "quickstart"
 """What is trained where no sweep is named and no setting of a trial is given."""
@@ -41,6 +42,7 @@ class Launch:
     study: str | None = setting(None)  # name of the folder below results_dir; null: the sweep's name, or adhoc-...
     results_dir: str = setting("results")
     launcher: str = setting("ray", choices=("ray", "local"))
+    stop: str | None = setting(None, choices=STOPS)  # which trials are ended early; null: what the sweep says
     max_trials: int = setting(10_000, ge=1, le=10**6)
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 

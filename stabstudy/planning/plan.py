@@ -36,6 +36,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
+from stabstudy.stability.hopeless import HOPELESS, why_not
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_plan"]
 
@@ -142,10 +143,14 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     supplies = {data: supply(data, fingerprint, existing_cache(resources)) for data, fingerprint in known.items()}
     for caveat in estimate.caveats([t.config for t in trials], names, supplies):
         issues.warn(caveat)
+    stop = request.launch.stop or sweep.stop
+    _check_stop(stop, [t.config for t in trials], issues)
+    if before.get("stop") == HOPELESS != stop:
+        issues.warn(f"sweep.stop: {stop} now, {HOPELESS} in the launch before: trials that it stopped go on")
     if frontier is not None:
         low = {frontier.setting: frontier.ends[0]}
         rests = [rest for rest in planner.rests if planner.replicates(rest, low, planner.seeds)]
-    return replace(planner, rests=tuple(rests), warnings=tuple(issues.warnings)).plan(trials)
+    return replace(planner, stop=stop, rests=tuple(rests), warnings=tuple(issues.warnings)).plan(trials)
 
 
 def _applicable(sweep: SweepFile, frontier: Between | None, issues: Issues) -> SweepFile:
@@ -172,6 +177,18 @@ def _check_rule(frontier: Between | None, trials: Sequence[PlannedTrial], issues
 def _is_chosen(frontier: Between | None, request: Request) -> bool:
     """Whether the launch itself gives values of what the sweep searches, which is then not searched."""
     return frontier is not None and frontier.setting in request.names
+
+
+def _check_stop(stop: str, configs: Sequence[TrialConfig], issues: Issues) -> None:
+    """Refuse a rule that would never end any trial of the launch, warn of those that it passes over."""
+    reasons = [reason for c in configs if (reason := why_not(c.objective.kind, c.tokens_per_step))]
+    if stop != HOPELESS or not reasons:
+        return
+    named = "; ".join(dict.fromkeys(reasons))
+    if len(reasons) == len(configs):
+        issues.refuse("sweep.stop", f"{HOPELESS} would end no trial of this sweep: it is {named}", stop)
+        issues.stop()
+    issues.warn(f"sweep.stop: {HOPELESS} never ends {len(reasons)} of {len(configs)} trials: it is {named}")
 
 
 def study_folder(request: Request, cwd: Path) -> Path:

@@ -28,6 +28,7 @@ from stabstudy.planning.trials import (
     planned,
 )
 from stabstudy.settings import Issues
+from stabstudy.stability.hopeless import STOPS
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Plan:
     first: tuple[Plan, ...] = ()  # sweeps of one trial that are launched before it: its trials start from their ends
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
     budget: Budget = Budget()
+    stop: str = STOPS[0]  # which trials the launch ends early, see stability/hopeless.py
     planner: Planner | None = None  # of a search; `trials` are then those that show that it can be planned
 
     def values(self, trial: PlannedTrial) -> list[Any]:
@@ -88,6 +90,7 @@ class Planner:
     folder: Path
     before: Mapping[str, Any]  # sweep.yaml of the launch before
     warnings: tuple[str, ...] = ()
+    stop: str = STOPS[0]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -133,6 +136,7 @@ class Planner:
             values = dict.fromkeys(flat[name] for flat in flats)
             varying.append(Axis(name, tuple(sorted(values, key=axes.rank))))
         body = _body(self, tuple(varying), trials) | {"data": sweepfile.data_records(self.before, self.known)}
+        body |= {} if self.stop == STOPS[0] else {"stop": self.stop}
         body |= {"compute": dataclasses.asdict(self.resources), "command": list(self.request.given)}
         return Plan(
             self.request.study,
@@ -149,6 +153,7 @@ class Planner:
             tuple(self.composer.starts.plans.values()),
             _start(self.request, body["choices"]) if self.request.sweep is None else None,
             self.budget,
+            self.stop,
             self if self.searched else None,
         )
 

@@ -15,6 +15,7 @@ from stabstudy.planning import compute, estimate
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.trials import Pack, packs, packs_in_words
 from stabstudy.settings import safe
+from stabstudy.state import is_over
 
 SHOWN = 40
 """Cells listed before the rest is counted."""
@@ -58,8 +59,13 @@ class Preview:
     obstacles: tuple[str, ...]  # why this machine cannot start it
 
     @property
+    def stopped(self) -> int:
+        """Trials that a rule has ended early and that stay so."""
+        return sum(state == "stopped" and is_over(state, self.plan.stop) for state in self.states.values())
+
+    @property
     def done(self) -> int:
-        return sum(state == "done" for state in self.states.values())
+        return sum(is_over(state, self.plan.stop) for state in self.states.values())
 
     @property
     def to_do(self) -> int:
@@ -125,8 +131,9 @@ def show(preview: Preview) -> None:
         how = "done" if start.done else "to be launched first"
         print(f"starts from the trained weights of sweep={start.sweep} ({start.trial_id}, {how})")
     size = f"{wording.count(len(plan.trials), 'trial', ',')} of {wording.count(len(cells), 'cell', ',')}"
+    early = f" ({preview.stopped} of them stopped early)" if preview.stopped else ""
     left = f", {len(preview.damage)} damaged" if preview.damage else ""
-    print(f"{size}: {preview.done} done, {preview.to_do} to do{left} in {plan.folder}")
+    print(f"{size}: {preview.done} done{early}, {preview.to_do} to do{left} in {plan.folder}")
     for line in preview.damage:
         print(f"damaged: {safe(line)}")
     if preview.cost:
@@ -211,8 +218,8 @@ def intact(plan: Plan, study: store.StudyFolder) -> tuple[Plan, list[str]]:
 
 
 def waiting(plan: Plan, study: store.StudyFolder) -> list[PlannedTrial]:
-    """The trials of an intact plan that are not done; all of them while there is no study yet."""
-    return [t for t in plan.trials if study.trial(t.trial_id).read_state().status != "done"]
+    """The trials of an intact plan that are not over (`state.is_over`); all of them while there is no study yet."""
+    return [t for t in plan.trials if not is_over(study.trial(t.trial_id).read_state().status, plan.stop)]
 
 
 def _refuse_newer(path: Path) -> None:

@@ -9,6 +9,7 @@
       conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
       frontier: {optim.lr: {between: [1e-4, 1.0], resolution: 1.25, holds: stable}}    or works; in place of an axis
       budget: {trials: 200, hours: 4}        whichever comes first; a grid is then walked in random order
+      stop: hopeless                         which trials are ended early (default: diverged, those alone)
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 
@@ -38,8 +39,9 @@ from stabstudy.planning.budget import Budget
 from stabstudy.planning.document import UNREADABLE, Document
 from stabstudy.planning.exclude import Expression
 from stabstudy.settings import ConfigError, Issues, Problem, nearest, renamed
+from stabstudy.stability.hopeless import STOPS
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "frontier", "budget")
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "frontier", "budget", "stop")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
@@ -71,6 +73,7 @@ class SweepFile:
     conditions: tuple[str, ...] | None = None  # None: the default
     frontier: Between | None = None  # what is searched, in place of an axis
     budget: Budget = Budget()
+    stop: str = STOPS[0]
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
@@ -96,6 +99,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFil
         _conditions(block, doc, issues),
         _frontier(block, factors, doc, issues),
         _budget(block, doc, issues),
+        _stop(block, doc, issues),
     )
 
 
@@ -249,6 +253,15 @@ def _budget(block: dict[str, Any], doc: Document, issues: Issues) -> Budget:
     read = budget.read(block.get("budget") or {}, problems)
     issues.take(problems, doc.where("sweep.budget"))
     return read
+
+
+def _stop(block: dict[str, Any], doc: Document, issues: Issues) -> str:
+    """Which trials a launch ends early."""
+    written = block.get("stop", STOPS[0])
+    if written in STOPS:
+        return str(written)
+    issues.refuse("sweep.stop", f"must be one of {', '.join(STOPS)}", repr(written), doc.where("sweep.stop"))
+    return STOPS[0]
 
 
 def _refuse_twice(factors: list[Factor], doc: Document, issues: Issues) -> None:

@@ -13,6 +13,7 @@ from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.planning.axes import Between
 from stabstudy.planning.plan import PlannedTrial, Planner, Rest
+from stabstudy.state import ENDED
 from stabstudy.wording import short_value
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Frontier:
         from stabstudy.analysis.tables import read_row
 
         if folder.trial_id not in self._rows:
-            if not folder.read_state().ended:
+            if folder.read_state().status not in ENDED:
                 return None
             self._rows[folder.trial_id] = read_row(folder)
         return self._rows[folder.trial_id]

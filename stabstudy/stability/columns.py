@@ -44,7 +44,11 @@ def _bool(meaning: str, null_when: str, label: str) -> Definition:
 COLUMNS: dict[str, Definition] = {
     "steps_done": _int("steps in the trace", "step", _NEVER, "steps"),
     "steps_planned": _int("planned steps", "step", _NEVER, "planned"),
-    "stop_reason": _text("complete, diverged, log_ended, or the state of a trial that is not done", _NEVER, "stopped"),
+    "stop_reason": _text(
+        "complete, diverged, log_ended, hopeless (its rule), or the state of a trial that is not done",
+        _NEVER,
+        "stopped",
+    ),
     "n_evaluable": _int("steps at which the gradient norm could be judged", "step", _NEVER, "evaluable"),
     "detector_id": _text("name and hash of every parameter of the rules", _NEVER, "detector"),
     "approximate": _bool("the source did not log every step", _NEVER, "approximate"),
@@ -235,7 +239,9 @@ COLUMNS: dict[str, Definition] = {
         "judged",
         "reason",
     ),
-    "verdict_partial": _bool("judged as far as its log goes", _NOT_JUDGED, "partial"),
+    "verdict_partial": _bool(
+        "judged as far as its log goes, or as it ran until it was stopped", _NOT_JUDGED, "partial"
+    ),
     "verdict_code": _text(
         "nonfinite, above_init, above_start, persistent, above_unigram, no_recovery, margin_negative, or ok",
         f"{_NOT_JUDGED}, or strided",

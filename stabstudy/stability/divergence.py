@@ -75,6 +75,10 @@ class MovingMean:
         start = float(self._start[member])
         return None if math.isnan(start) else start
 
+    def now(self, member: int) -> float:
+        """The mean after the last usable loss, nat/token; 0 before the first."""
+        return float(self._mean[member])
+
     def _begin(self, loss: Floats, usable: Bools | None) -> None:
         """Trials whose first loss this is."""
         if self._has_mean.all():

@@ -107,6 +107,9 @@ def _unjudged(columns: Row, rules: Rules) -> str:
         seen = count(events, "spike") if events else "no spike"
         return f"Not judged: {seen} in {count(judged, 'judged row')}, and the log leaves out the steps between."
     done, planned = columns["steps_done"], columns["steps_planned"]
+    if reason == "stopped":
+        rule = f"by the rule {columns['stop_reason']}, not unstable until then"
+        return f"Not judged: stopped after {done} of {count(planned, 'step')} {rule}."
     return f"Not judged: {reason} after {done} of {count(planned, 'step')}."
 
 

@@ -45,14 +45,24 @@ def norms(norm: Floats, warmup: int) -> dict[str, Value]:
 
 
 def _log_sd(norm: Floats) -> float | None:
-    """Spread of log norm about its centred mean over `TREND` steps, which is cut at the ends and passes over gaps."""
+    """Spread of log norm about its centred mean."""
+    logs = log_deviations(norm)
+    return None if logs is None else float(np.std(logs))
+
+
+def log_deviations(norm: Floats) -> Floats | None:
+    """Log norm less its centred mean over `TREND` steps, which is cut at the ends and passes over gaps.
+
+    Of the values that are finite and positive; None under `FEWEST` of them.
+    """
     usable = np.isfinite(norm) & (norm > 0)
     if usable.sum() < FEWEST:
         return None
     logs = np.log(np.where(usable, norm, 1.0))
     box = np.ones(TREND)
     trend = np.convolve(logs, box, "same") / np.convolve(usable, box, "same").clip(min=1)
-    return float(np.std((logs - trend)[usable]))
+    deviations: Floats = (logs - trend)[usable]
+    return deviations
 
 
 def _slope(x: Floats, y: Floats) -> float:

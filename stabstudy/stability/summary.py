@@ -38,7 +38,7 @@ from stabstudy.stability.detectors import Floats, jump, measured
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.spikes import SPIKE_COLUMNS, attribute, couple, find_spikes
 from stabstudy.stability.verdict import MonitorFacts, Verdict, divergence, judge
-from stabstudy.state import State, encode_float
+from stabstudy.state import ENDED, State, encode_float
 from stabstudy.store import StoreError, TrialFolder, read_json, write_bytes
 from stabstudy.trace import Rows
 
@@ -80,7 +80,7 @@ class TrialFacts:
     warmup_steps: int
     clip: float | None  # threshold; None: clipping off
     status: str  # of the trial, see state.STATUSES
-    stop_reason: str | None  # complete | diverged | log_ended, of a trial that is done
+    stop_reason: str | None  # complete | diverged | log_ended, of a trial that is done; the rule, of a stopped one
     init_loss: float | None
     final_loss: float | None
     approximate: bool = False  # the source did not log every step on its grid
@@ -142,14 +142,14 @@ def summarise(trace: Rows, probes: Rows | None, facts: TrialFacts, rules: Rules)
     )
     grad = attribute(grad, measured(trace, "layer_grad_norm"), rules)
     watched = MonitorFacts(planned, warmup, facts.init_loss, facts.unigram_entropy, steps.every_step, facts.objective)
-    diverged = divergence(trace, probes, watched, rules, facts.final_loss)
+    diverged = divergence(trace, probes, watched, rules, facts.final_loss, facts.status != "stopped")
     verdict = judge(diverged, norm, grad_flags, grad, lost, rules, facts.status, facts.stop_reason)
     detector_id = rules.detector_id
     unigram = None if facts.objective == "kto" else facts.unigram_entropy  # its loss is no cross-entropy
     columns: dict[str, Value] = {
         "steps_done": len(trace),
         "steps_planned": facts.steps_planned,
-        "stop_reason": (facts.stop_reason or "complete") if facts.status == "done" else facts.status,
+        "stop_reason": (facts.stop_reason or "complete") if facts.status in ENDED else facts.status,
         "n_evaluable": grad_flags.n_evaluable,
         "detector_id": detector_id,
         "approximate": not steps.every_step,

@@ -254,9 +254,12 @@ class DivergenceMonitor:
 
 
 def divergence(
-    trace: Rows, probes: Rows | None, facts: MonitorFacts, rules: Rules, final_loss: float | None
+    trace: Rows, probes: Rows | None, facts: MonitorFacts, rules: Rules, final_loss: float | None, whole: bool = True
 ) -> Divergence:
-    """What a monitor that watched the recorded trial live would know at its end."""
+    """What a monitor that watched the recorded trial live would know at its end.
+
+    `whole` false: a rule has stopped the trial, so what only the end can show is not tested.
+    """
     monitor = DivergenceMonitor(rules, [facts])
     monitor.update(Block.of(trace))
     if probes is not None:
@@ -265,6 +268,8 @@ def divergence(
         rows = np.maximum(0, probes["step"][lost] - 1)
         for row in rows[rows < len(trace)].tolist():
             monitor.weights_not_finite(0, row)
+    if not whole:
+        return monitor.of(0)
     if monitor.finish(0, final_loss) == "ok" and facts.objective == "kto" and _margin_is_negative(trace, rules):
         monitor.code[0], monitor.step[0] = "margin_negative", len(trace) - 1
     return monitor.of(0)
@@ -306,7 +311,7 @@ class Verdict:
     verdict: str | None  # stable | spiky | rough | diverged
     rule: str | None = None  # the code, `rough`, or those of R1+R2 that hold; null for stable
     reason: str | None = None  # too_short, no_gradient_norm, strided, untrained, or the state that is not done
-    partial: bool | None = None  # its log ends early: judged as seen
+    partial: bool | None = None  # its log ends early, or it was stopped: judged as seen
     code: str | None = None
     step: int | None = None  # where the code fired
 
@@ -323,6 +328,9 @@ def judge(
 ) -> Verdict:
     """The verdict on a trial.
 
+    One that a rule of the sweep has stopped is judged as far as it ran: what is unstable by then is, and all else is
+    no evidence of stability, so without a verdict, for the reason `stopped`.
+
     Args:
         divergence: Of the finished monitor (see `divergence`).
         norm: grad_norm, shape [steps], NaN where it was not measured.
@@ -330,23 +338,26 @@ def judge(
         grad: Spikes of grad_norm, coupled to those of the loss (see `spikes.couple`).
         loss: Spikes of the loss.
         rules: Those of all the former.
-        status: Of the trial; only a `done` one is judged.
+        status: Of the trial; only a `done` or `stopped` one is judged.
         stop_reason: complete | diverged | log_ended, of a trial that is done.
     """
-    if status != "done":
+    if status not in ("done", "stopped"):
         return Verdict(None, reason=status)
-    partial = stop_reason == "log_ended"
+    stopped = status == "stopped"
+    partial = stopped or stop_reason == "log_ended"
     if divergence.code is not None:
         return Verdict("diverged", divergence.code, None, partial, divergence.code, divergence.step)
     if not (np.isfinite(norm) & (norm > 0)).any():
         return Verdict(None, reason="no_gradient_norm")
     if flags.n_evaluable < rules.min_evaluable:
-        return Verdict(None, reason="too_short")
+        return Verdict(None, reason="stopped" if stopped else "too_short")
     code = "ok" if divergence.every_step else None  # `persistent` was not tested
     if is_rough(flags, rules):
         return Verdict("rough", "rough", None, partial, code)
     if broken := "+".join(_rules_broken(grad, loss, flags.n_evaluable, rules, divergence.every_step)):
         return Verdict("spiky", broken, None, partial, code)
+    if stopped:
+        return Verdict(None, reason="stopped", code=code)
     if not divergence.every_step:
         return Verdict(None, reason="strided")
     if divergence.untrained:

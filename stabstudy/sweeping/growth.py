@@ -10,6 +10,7 @@ from stabstudy.planning import trials
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact
 from stabstudy.search import strategy
+from stabstudy.state import is_over
 
 Take = Callable[[Plan, Sequence[PlannedTrial]], None]
 """Prepares trials that are new: their data, their files, their line on the board."""
@@ -23,6 +24,9 @@ class Growth:
         self._take, self._say = take, say
         self._strategy, self._rounds = strategy.strategy(plan), 0
 
+    def _is_over(self, trial: PlannedTrial) -> bool:
+        return is_over(self.study.trial(trial.trial_id).read_state().status, self.plan.stop)
+
     def more(self, slots: int | None) -> list[trials.Pack]:
         """The packs of the next round; [] where nothing is left to ask, or the budget is spent.
 
@@ -32,7 +36,7 @@ class Growth:
             return []
         limit, before = self.plan.budget.trials, self.plan.trials
         left = None if limit is None else limit - len(before)
-        given_up = {t.trial_id for t in before if not self.study.trial(t.trial_id).read_state().ended}
+        given_up = {t.trial_id for t in before if not self._is_over(t)}
         if self._rounds or not given_up:
             self._say(self._strategy.answer(self.study))
         asked = self._strategy.next(self.study, strategy.room(self.plan, slots), given_up) if left != 0 else []

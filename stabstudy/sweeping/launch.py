@@ -28,7 +28,7 @@ from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
 from stabstudy.settings import ConfigError, DataError, Problem, line, show
 from stabstudy.stability.rules import Rules
-from stabstudy.state import close_attempt
+from stabstudy.state import close_attempt, is_over
 from stabstudy.sweeping import preflight
 from stabstudy.sweeping.growth import Growth
 from stabstudy.sweeping.progress import Board, settings_text
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
-    """Train every trial of the plan that is not done. `command` is the one that resumes it.
+    """Train every trial of the plan that is not over. `command` is the one that resumes it.
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
@@ -115,7 +115,9 @@ def _trained(
 ) -> Outcome:
     todo = waiting(plan, study)
     if not todo and plan.planner is None:
-        say(f"nothing to train: all {len(plan.trials)} trials are done" if plan.trials else "nothing to train")
+        stopped = sum(study.trial(t.trial_id).read_state().status == "stopped" for t in plan.trials)
+        early = f", {stopped} of them stopped early (stop=diverged trains these to their ends)" if stopped else ""
+        say(f"nothing to train: all {len(plan.trials)} trials are done{early}" if plan.trials else "nothing to train")
         return Outcome(cli.OK)
     return _train(plan, study, todo, cache_dir, command)
 
@@ -185,7 +187,7 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str
         print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
         code = cli.ENVIRONMENT if stop.number is None else 128 + stop.number
         return Outcome(code, early=True, reason=stop.reason)
-    left = sum(not study.trial(trial_id).read_state().ended for trial_id in ids)
+    left = sum(not is_over(study.trial(trial_id).read_state().status, plan.stop) for trial_id in ids)
     if stop.spent is not None:
         print(f"{stop.spent}: {len(ids) - left} of {len(ids)} trials have ended; the same command goes on: {command}")
         return Outcome(cli.OK)
@@ -204,6 +206,7 @@ def _run(growth: Growth, todo: list[PlannedTrial], cache_dir: Path, board: Board
             "threads": plan.compute.threads,
             "keep_checkpoints": plan.compute.keep_checkpoints,
             "compiler": compute.why_not_compile() is None,
+            "stop": plan.stop,
         },
         "rules": Rules().to_json(),
     }

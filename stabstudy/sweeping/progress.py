@@ -108,6 +108,7 @@ class Board:
         took = f", {time.monotonic() - began.began:.1f} s" if began else ""
         why = f" ({state.verdict_code})" if state.verdict == "diverged" else ""
         why = f": {state.error['message']}" if state.error and state.status != "done" else why
+        why = f" at step {state.step} ({state.stop_reason})" if state.status == "stopped" else why
         if state.outcome:
             self.latest = f"{self.labels.get(trial_id, trial_id)}: {state.outcome}"
         spikes = "" if state.spike_events is None else f", {count(state.spike_events, 'spike', ',')}"
@@ -282,6 +283,8 @@ def _listed(folder: TrialFolder) -> Listed:
 def _row(trial: Listed, axes: Sequence[str]) -> list[str]:
     state = trial.state
     verdict = verdict_words(state) if state.status == "done" else str((state.error or {}).get("message", ""))
+    if state.status == "stopped":
+        verdict = f"{state.stop_reason} ({state.verdict} so far)" if state.verdict else str(state.stop_reason)
     spikes = "" if state.spike_events is None else str(state.spike_events)
     steps = f"{trial.step}/{short_value(trial.value('train.steps'))}"
     settings = settings_text((*axes, "seed"), trial.values(axes))

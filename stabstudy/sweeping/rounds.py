@@ -88,7 +88,7 @@ class Rounds:
                 continue
             if trial_id in members:
                 self.board.progress(trial_id, members[trial_id])
-            elif (state := self.study.trial(trial_id).read_state()).status == "done":
+            elif self._has_ended(state := self.study.trial(trial_id).read_state()):
                 self.board.finish(trial_id, state)
 
     def hung(self, reasons: Mapping[str, str]) -> None:
@@ -137,7 +137,7 @@ class Rounds:
         if disk.is_locked(self.study.trial(trial_id).path) or (begun and state.status == "interrupted"):
             self.board.forget(trial_id)
             return False
-        if state.status == "done" or (begun and state.status == "oom"):
+        if self._has_ended(state) or (begun and state.status == "oom"):
             if trial_id not in self.board.finished:
                 self.board.finish(trial_id, state)
             return False
@@ -150,6 +150,10 @@ class Rounds:
         if disk.is_disk_full(self.study.path):
             return f"no space left on device: {self.study.path} ({disk.free_bytes(self.study.path)} bytes free there)"
         return None
+
+    def _has_ended(self, state: State) -> bool:
+        """Whether nothing is left to train of it; one that an older launch has stopped goes on, or it were not here."""
+        return state.status == "done" or (state.status == "stopped" and self._begun(state))
 
     def _begun(self, state: State) -> bool:
         """Whether an attempt has begun in this launch; the status of an older one tells nothing of it."""

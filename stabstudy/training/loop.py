@@ -1,4 +1,4 @@
-"""The training loop of a pack: rings of steps, and between them what is due (ends, checkpoint, heartbeat).
+"""The training loop of a pack: rings of steps, and between them what is due (ends, early ends, checkpoint, heartbeat).
 
 A ring is a stretch of steps that stay on the device until one copy brings their numbers over. It ends where a member
 has made its last step, so the state behind it is what that member ends with. Where a trial diverges inside a ring, the
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,6 +66,12 @@ class Crew(Protocol):
     def ended(self, member: int, end: End) -> None:
         """A member has made its last step; its rows are written."""
 
+    def hopeless(self, members: Sequence[int]) -> dict[int, str]:
+        """Which of these members are to be ended now, and why; their rows are written."""
+
+    def stopped(self, reasons: Mapping[int, str]) -> None:
+        """These members are ended before their last step, resumably; their rows are written."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,6 +83,7 @@ class Plan:
     ring: int
     checkpoint_seconds: float  # at least so long between two checkpoints
     setup_seconds: float  # that another stepper, with fewer members, would take
+    checks: tuple[tuple[int, ...], ...]  # of every member, the numbers of steps after which it may be ended early
 
 
 class Rates:
@@ -123,8 +130,10 @@ class Loop:
     def run(self) -> str:
         """Train; returns `ended` (all of them), `stopped` (by the heartbeat) or `few` (are left)."""
         try:
+            self._stop_hopeless()  # also a trial that was killed between the step and its end
             while self.live:
                 self._ring(self._ticks())
+                self._stop_hopeless()
                 if self.live and self.heartbeat(self.progress()):
                     self._save()
                     return "stopped"
@@ -205,7 +214,7 @@ class Loop:
 
     def _ticks(self) -> list[Tick]:
         """The next ring."""
-        n = min(self.plan.ring, *(self._left(k) for k in self.live))
+        n = min(self.plan.ring, *(self._to_check(k) for k in self.live))
         if self.recorder.seconds > SLOW_STEP:  # waiting for each costs nothing, and the copy of a ring's start would
             n = 1
         elif self.recorder.seconds > 0:  # rows are on disk, and a stop is obeyed, within a second
@@ -239,6 +248,20 @@ class Loop:
 
     def _every(self, k: int) -> int:
         return self.plan.configs[k].train.checkpoint_every
+
+    def _to_check(self, k: int) -> int:
+        """Steps until it may be ended early, or else until its end."""
+        return min((n - self._at(k) for n in self.plan.checks[k] if n > self._at(k)), default=self._left(k))
+
+    def _stop_hopeless(self) -> None:
+        """End the members that are due to be judged and have no hope. A ring never passes such a step."""
+        due = [k for k in sorted(self.live) if self._at(k) in self.plan.checks[k]]
+        if not due:
+            return
+        self.recorder.write()
+        if reasons := self.crew.hopeless(due):
+            self.live -= set(reasons)
+            self.crew.stopped(reasons)
 
     def _few(self) -> bool:
         """Whether half of the members or more have ended, and a smaller stepper would save more than it takes."""

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from stabstudy import disk, store
 from stabstudy.config import TrialConfig
 from stabstudy.shape import shape
 from stabstudy.stability.rules import Rules
-from stabstudy.state import State
+from stabstudy.state import State, is_over
 from stabstudy.training import families, probes
 from stabstudy.training.checkpoint import Saver
 from stabstudy.training.driver import Captured, Driver, Eager, feed
@@ -46,7 +46,7 @@ CHECKPOINT_SECONDS = 60.0
 def run_pack(folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules, heartbeat: Heartbeat) -> list[State]:
     """Bring trials of one shape to their ends, or as far as this attempt gets; the states returned are those on disk.
 
-    A trial that is done, or that another process works on, is left alone. Every failure ends in the states, not in an
+    A trial that is over, or that another process works on, is left alone. Every failure ends in the states, not in an
     exception, except KeyboardInterrupt and SystemExit, which are recorded and raised again. `heartbeat` stops all.
     """
     with contextlib.ExitStack() as held:
@@ -54,7 +54,7 @@ def run_pack(folders: Sequence[store.TrialFolder], engine: Engine, rules: Rules,
         for folder in folders:
             with contextlib.suppress(disk.LockHeldError):
                 held.enter_context(disk.lock(folder.path))
-                if folder.read_state().status != "done":
+                if not is_over(folder.read_state().status, engine.stop):
                     members.append(Trial(folder, engine, rules))
         _run(members, engine, rules, heartbeat)
     return [folder.read_state() for folder in folders]
@@ -213,6 +213,22 @@ class PackRun:
 
         _each(trial, finish)
 
+    def hopeless(self, members: Sequence[int]) -> dict[int, str]:
+        """Which of these members are to be ended now, and why; their rows are written."""
+        reasons = {}
+        for k in members:
+            self.recorder.members[k].trace.flush()
+            if reason := self.members[k].hopeless():
+                reasons[k] = reason
+        return reasons
+
+    def stopped(self, reasons: Mapping[int, str]) -> None:
+        """End these members early; they may go on from here."""
+        self.save({k: int(self.recorder.rows[k]) for k in reasons})
+        self._saver.wait()
+        for k, reason in reasons.items():
+            _each(self.members[k], partial(self.members[k].stop, int(self.recorder.rows[k]), reason))
+
     @property
     def _running(self) -> list[Trial]:
         return [self.members[k] for k in self.places]
@@ -309,6 +325,7 @@ class PackRun:
             self.ring,
             self.checkpoint_seconds,
             setup_seconds,
+            tuple(member.checks for member in self.members),
         )
         final = self._windows(lambda m: m.batches.final_evaluation())
         return Loop(plan, self.stepper, driver, self.recorder, evaluation, final, self, self.heartbeat)

@@ -22,7 +22,9 @@ from torch import Tensor
 from stabstudy import config as cfg
 from stabstudy import disk, failpoints, finished, live, store, trace
 from stabstudy.data.batches import Batches, open_batches
+from stabstudy.stability.detectors import measured
 from stabstudy.stability.explain import outcome
+from stabstudy.stability.hopeless import HOPELESS, STOPS, checks, signs, why_not
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.stability.verdict import MonitorFacts
@@ -44,6 +46,11 @@ class Engine:
     ring: int | None = None  # steps kept back on the device; None: 32 on CUDA, 1 on a CPU
     checkpoint_seconds: float | None = None  # at least between two checkpoints; None: 60 on CUDA, 0 on a CPU
     captured: bool | None = None  # whether steps are captured (driver.py); None: on CUDA only
+    stop: str = STOPS[0]  # which trials are ended early
+
+
+AS_JUDGED = dict.fromkeys(("stop_reason", "verdict", "verdict_code", "verdict_reason", "spike_events", "outcome"))
+"""What an early stop wrote of a trial: void once it goes on."""
 
 
 class Trial:
@@ -68,7 +75,7 @@ class Trial:
         store.sweep_leftovers(self.folder.path)
         failpoints.hit("resume.swept")
         attempt = Attempt(socket.gethostname(), os.getpid(), disk.utc_now())
-        self._write(status="running", error=None, attempts=(*self.state.attempts, attempt))
+        self._write(**AS_JUDGED, status="running", error=None, attempts=(*self.state.attempts, attempt))
         self._has_begun = True
         self.folder.reserve()  # after the attempt, which takes less: a disk without this room is then told as full
         stored, described = self.folder.read_own()
@@ -134,15 +141,8 @@ class Trial:
         for schema in self._schemas:
             writers.append(live.Writer(self.folder.live(schema), schema, self._widths))
             self.open_files.callback(writers[-1].close)
-        facts = MonitorFacts(
-            self.config.train.steps,
-            self.config.warmup_steps,
-            self.state.init_loss,
-            self.state.unigram_entropy,
-            objective=self.config.objective.kind,
-        )
         failpoints.hit("resume.append")
-        return Recorded(self.config, writers[0], writers[1], facts, noise, len(rows)), rows
+        return Recorded(self.config, writers[0], writers[1], self._facts, noise, len(rows)), rows
 
     def save(self, tensors: Mapping[str, Tensor], next_step: int) -> None:
         """Write a checkpoint; the records are durable."""
@@ -174,12 +174,8 @@ class Trial:
         source = Source(self.config, state)
         summary = judge_trial(rows, probes, source, self.rules)
         write_summary(self.folder, summary, source, self.rules)
-        columns = summary.columns
-        verdict, code, reason = (columns[name] for name in ("verdict", "verdict_code", "verdict_reason"))
-        assert isinstance(verdict, str | None) and isinstance(code, str | None) and isinstance(reason, str | None)
-        assert isinstance(events := columns["spike_events"], int | None)
-        state = replace(state, verdict=verdict, verdict_code=code, verdict_reason=reason, spike_events=events)
-        self.state = replace(state, outcome=outcome(columns, self.rules))
+        self.state = state
+        self._judged(summary.columns)
         self._end()
         failpoints.hit("finish.done")
         for schema in self._schemas:
@@ -189,6 +185,31 @@ class Trial:
         if not self.engine.keep_checkpoints:
             shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
         self.say(f"done: {self.state.stop_reason} after {self.state.step} steps. {self.state.outcome}")
+
+    @property
+    def checks(self) -> tuple[int, ...]:
+        """The numbers of steps after which it may be ended early."""
+        if self.engine.stop != HOPELESS or why_not(self.config.objective.kind, self.config.tokens_per_step):
+            return ()
+        return checks(self.config.train.steps)
+
+    def hopeless(self) -> str | None:
+        """Why it is to be ended now, from all its rows, which are written; None where it goes on."""
+        rows = self._recorded(self._schemas[0])
+        return signs(measured(rows, "grad_norm"), measured(rows, "loss"), self._facts, self.rules).reason(self._facts)
+
+    def stop(self, step: int, reason: str) -> None:
+        """Ended early, after a checkpoint; judged as far as it ran. Its records stay live: it may go on."""
+        self.open_files.close()
+        self.state = replace(self.state, status="stopped", stop_reason=self.engine.stop, step=step)
+        rows, probes = (self._recorded(schema) for schema in self._schemas)
+        columns = judge_trial(rows, probes, Source(self.config, self.state), self.rules).columns
+        self._judged(columns)
+        of = f"Stopped at step {step} of {self.config.train.steps} by the rule {self.engine.stop}"
+        self.state = replace(self.state, outcome=f"{of}: {reason}.")
+        failpoints.hit("stop.judged")
+        self._end()
+        self.say(str(self.state.outcome))
 
     def interrupt(self, step: int) -> None:
         """Stopped on request, after a checkpoint."""
@@ -229,6 +250,21 @@ class Trial:
     @property
     def _widths(self) -> dict[str, int]:
         return trace.widths(self.config.model.depth)
+
+    def _judged(self, columns: Mapping[str, Any]) -> None:
+        """Take over the verdict."""
+        kept = {name: columns[name] for name in ("verdict", "verdict_code", "verdict_reason", "spike_events")}
+        self.state = replace(self.state, **kept, outcome=outcome(columns, self.rules))
+
+    @property
+    def _facts(self) -> MonitorFacts:
+        return MonitorFacts(
+            self.config.train.steps,
+            self.config.warmup_steps,
+            self.state.init_loss,
+            self.state.unigram_entropy,
+            objective=self.config.objective.kind,
+        )
 
     def _end(self) -> None:
         if self._has_begun:

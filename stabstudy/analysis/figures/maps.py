@@ -78,16 +78,16 @@ def stability_map(
 
 
 class Sheet:
-    """The fields of a map: the done trials at each level of `x`, across, and of `y`."""
+    """The fields of a map: the trials in these states at each level of `x`, across, and of `y`."""
 
-    def __init__(self, study: Study, x: str, y: str, value: str):
+    def __init__(self, study: Study, x: str, y: str, value: str, states: Sequence[str] = ("done",)):
         self.columns, self.rows = (
             Positions(study.axes.get(a) or levels_of(study.trials[a]), a, categorical=True) for a in (x, y)
         )
         read = [] if value == DIVERGED else [compare.column(value)]
-        columns = [x, y, "verdict", "eval_hash", EXPOSURE, *read]
-        done = study.trials.loc[study.trials["state"] == "done", columns]
-        self.fields = dict(split(done, {x: self.columns.levels, y: self.rows.levels}))
+        columns = [x, y, "state", "verdict", "eval_hash", EXPOSURE, *read]
+        shown = study.trials.loc[study.trials["state"].isin(states), columns]
+        self.fields = dict(split(shown, {x: self.columns.levels, y: self.rows.levels}))
 
     @property
     def font(self) -> float:

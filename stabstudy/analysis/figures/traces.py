@@ -199,7 +199,8 @@ def figures(study: Study) -> Iterator[elements.Figure]:
         titles.setdefault(typical, f"Typical{_why(study, typical)}: {study.describe(typical)}")
     if not titles:
         return
-    unstable = study.trials.loc[study.trials["verdict"].isin(VERDICTS[1:]), "cell_id"].nunique()
+    done = study.trials[study.trials["state"] == "done"]
+    unstable = done.loc[done["verdict"].isin(VERDICTS[1:]), "cell_id"].nunique()
     caption = (
         "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "

@@ -14,6 +14,7 @@ from stabstudy.analysis.figures.layout import Layout, combinations, level_texts,
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
+from stabstudy.state import ENDED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,13 +29,13 @@ MOST_ROWS = 4
 def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: Axes | None = None) -> Axes:
     """How many trials of each field have each verdict, and per row how far x can be raised.
 
-    A field's ground is that of its worst verdict. In each row of an x with an order a heavy line ends the levels up to
-    which every trial is stable (`compare.limits`): solid where the next level was seen to be unstable, dashed where it
-    was not (nothing larger was tried, or trials have no verdict); none where trials are missing. All other axes and
-    seeds are pooled.
+    A field's ground is that of its worst verdict; trials that a rule has stopped are counted, and keep a field from
+    being green. In each row of an x with an order a heavy line ends the levels up to which every trial is stable
+    (`compare.limits`): solid where the next level was seen to be unstable, dashed where it was not (nothing larger was
+    tried, or trials have no verdict); none where trials are missing. All other axes and seeds are pooled.
     """
     ax = style.new_figure().axes[0] if ax is None else ax
-    sheet = maps.Sheet(study, x, y, maps.DIVERGED)
+    sheet = maps.Sheet(study, x, y, maps.DIVERGED, ENDED)
     sheet.draw(ax, lambda at, _, trials: _draw_verdicts(ax, at, trials, sheet.font))
     columns, ranges = sheet.columns.levels, limits(study, x, y)
     for j, row in enumerate(sheet.rows.levels):
@@ -67,6 +68,9 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
         f"{title}. Each field is coloured by the worst verdict in it. "
         f"Hatched: no done trial. Pooled over {words.listing([words.label(a) for a in ('seed', *layout.pooled)])}."
     )
+    if (study.trials["state"] == "stopped").any():
+        caption += " ⊘: ended early by a rule of the sweep, with hardly a chance to end near the best; "
+        caption += "its field is never green."
     if ranges := _limits(study, layout):
         caption += (
             f" Heavy line: every trial of the row is stable up to it; solid where the next {words.label(x)} was "
@@ -110,13 +114,18 @@ def _has_order(levels: Sequence[Level]) -> bool:
 def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
     from matplotlib.patches import Rectangle
 
-    counts = compare.verdicts(trials)
+    done = trials[trials["state"] == "done"]
+    counts = compare.verdicts(done)
     worst = next((v for v in reversed(VERDICTS) if counts[v]), None)
-    ground = style.GRID if worst is None else style.VERDICT_GROUNDS[worst]
+    stopped = len(trials) - len(done)
+    known = None if worst == "stable" and stopped else worst
+    ground = style.GRID if known is None else style.VERDICT_GROUNDS[known]
     ax.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, facecolor=ground, edgecolor=style.PAPER, linewidth=1.5))
     lines = [f"{style.VERDICT_SIGNS[v]} {n} {v}" for v, n in counts.items() if n]
-    if rest := len(trials) - sum(counts.values()):
+    if rest := len(done) - sum(counts.values()):
         lines.append(f"○ {rest} not judged")
+    if stopped:
+        lines.append(f"⊘ {stopped} stopped")
     ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 
 

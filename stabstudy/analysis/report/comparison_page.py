@@ -42,11 +42,12 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     metrics = study_statistics.comparable(whole.trials)
     table = study_statistics.paired_differences(whole.trials, whole.axes, metrics)
     names = whole.axes[STUDY]
+    done = whole.trials[whole.trials["state"] == "done"]
     return Report(
         study=" against ".join(words.clean(name, 60) for name in names),
         question="",
         headline=f"Comparison of {len(names)} studies.",
-        counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(whole.trials).items()],
+        counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(done).items()],
         findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
         warnings=list(warnings(whole)),
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
@@ -68,6 +69,8 @@ def warnings(whole: Study) -> Iterator[str]:
         yield "The logging intervals differ: rates of spikes are shown, and not compared."
     if _differ(by_study["train.batch_size"]) or _differ(by_study["data.seq_len"]):
         yield "Steps hold different numbers of tokens, so rates per step differ in meaning."
+    if stopped := int((trials["state"] == "stopped").sum()):
+        yield f"{words.count(stopped, 'trial')} stopped early by a rule of the sweep: in no mean and no difference."
     if _differ(by_study["train.steps"]):
         yield "Trials have different numbers of steps: final losses and largest values are those of different lengths."
 

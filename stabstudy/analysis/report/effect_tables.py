@@ -153,9 +153,11 @@ def _paired(study: Study, effects: Sequence[Row]) -> Iterator[Table]:
     """The paired differences between the levels of each effect; where there is none, between the outermost levels."""
     rows = [(e["axis"], e["metric"], row) for e in effects if (row := _pair(study, e)) is not None]
     flips = any(row["p"] is not None for *_, row in rows)
-    counts = ("pairs", "seeds", "larger in", "diverged", *(["p (sign flip)"] if flips else []))
+    stopped = any(row["stopped_a"] or row["stopped_b"] for *_, row in rows)
+    more = [*(["stopped early"] if stopped else []), *(["p (sign flip)"] if flips else [])]
+    counts = ("pairs", "seeds", "larger in", "diverged", *more)
     heads = ("axis", "from → to", "statistic", "mean", "change", "95 % interval", *counts)
-    texts = tuple(_difference(*row, flips) for row in rows)
+    texts = tuple(_difference(*row, stopped, flips) for row in rows)
     title = (
         "Paired differences: trials of one seed that differ in the axis alone, averaged per seed; Student's interval "
         "over seeds"
@@ -173,7 +175,7 @@ def _pair(study: Study, effect: Row) -> Row | None:
     return max(pairs, key=lambda row: place(row["b"]) - place(row["a"]), default=None)
 
 
-def _difference(axis: str, metric: str, row: Row, flips: bool) -> tuple[str, ...]:
+def _difference(axis: str, metric: str, row: Row, stopped: bool, flips: bool) -> tuple[str, ...]:
     return (
         words.label(axis),
         _step(axis, row),
@@ -185,6 +187,7 @@ def _difference(axis: str, metric: str, row: Row, flips: bool) -> tuple[str, ...
         str(row["seeds"]),
         words.percent(row["positive"]),
         f"{row['diverged_a']} → {row['diverged_b']}",
+        *([f"{row['stopped_a']} → {row['stopped_b']}"] if stopped else []),
         *([words.number(row["p"], 2)] if flips else []),
     )
 
@@ -208,7 +211,11 @@ def cells(study: Study) -> Iterator[Table]:
     rows, heads = records(study.cells.reset_index()), _heads(study)
     numbers = ("seeds", "final loss", *(COLUMNS[name].label for name in STATISTICS))
     rules = _rules(study)
-    means = tuple((*_which(row, study), _verdicts(row, rules), _seeds(row), *_means(row)) for row in rows)
+    stopped = study.trials[study.trials["state"] == "stopped"].groupby("cell_id").size()
+    means = tuple(
+        (*_which(row, study), _verdicts(row, rules, int(stopped.get(row["cell_id"], 0))), _seeds(row), *_means(row))
+        for row in rows
+    )
     title = (
         f"{words.count(len(rows), 'cell')}: means over the done seeds (geometric of norms, ratios and logits), ± half "
         "the 95 % interval (from 2 seeds on)"
@@ -235,7 +242,8 @@ def _has_cases(study: Study) -> bool:
 
 def _rules(study: Study) -> dict[Any, str]:
     """(cell, verdict) -> in parentheses, the rules by which its trials got it, and how many by sampling noise."""
-    by_verdict = study.trials[study.trials["verdict"].notna()].groupby(["cell_id", "verdict"])
+    judged = study.trials[(study.trials["state"] == "done") & study.trials["verdict"].notna()]
+    by_verdict = judged.groupby(["cell_id", "verdict"])
     texts = {}
     for at, members in by_verdict:
         rules = sorted({text for code in members["verdict_rule"].dropna() if (text := words.rule(code))})
@@ -245,8 +253,9 @@ def _rules(study: Study) -> dict[Any, str]:
     return texts
 
 
-def _verdicts(row: Mapping[str, Any], rules: Mapping[Any, str]) -> str:
+def _verdicts(row: Mapping[str, Any], rules: Mapping[Any, str], stopped: int) -> str:
     named = [f"{row[v]} {v}{rules.get((row['cell_id'], v), '')}" for v in VERDICTS if row[v]]
+    named += [f"{stopped} stopped early"] if stopped else []
     return ", ".join(named) or words.NOTHING
 
 

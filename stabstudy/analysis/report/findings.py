@@ -65,12 +65,13 @@ def warnings(study: Study) -> list[str]:
     """What limits the numbers."""
     if study.ingested:
         return [*_missing(study), *runs_page.warnings(study)]
-    return [*_missing(study), *_incomparable(study), *_few(study)]
+    return [*_missing(study), *_stopped(study), *_incomparable(study), *_few(study)]
 
 
 def _without_verdict(study: Study, numbers: Mapping[str, int]) -> str:
     """`2 too short, 3 unfinished and 1 failed`; empty where every trial has a verdict."""
-    others = [f"{numbers[kind]} {kind}" for kind in ("unfinished", "failed", "damaged") if numbers[kind]]
+    names = {"stopped": "stopped early"}
+    others = [f"{numbers[k]} {names.get(k, k)}" for k in (*study_statistics.WITHOUT_END, "damaged") if numbers[k]]
     return words.listing([*_reasons(study), *others])
 
 
@@ -125,7 +126,8 @@ def _limit(row: Row, grid: Sequence[Level]) -> str:
         beyond = "no larger one was tried" if stable == grid[-1] else "what lies above has no verdict"
         return f"{held}; {beyond}." if held else "no trial is unstable, and at no learning rate are all stable."
     back = "" if again is None else f", although every trial at {words.level(again)} is stable again"
-    noise = f", {words.number(row['n_noise'])} by sampling noise" if row["n_noise"] else ""
+    parts = {"by sampling noise": row["n_noise"], "stopped early": row["n_stopped"]}
+    noise = "".join(f", {words.number(n)} {how}" for how, n in parts.items() if n)
     bad, there = (words.number(row[name]) for name in ("n_unstable", "n_there"))
     lost = f"at {words.level(unstable)}, {bad} of {there} {'is' if bad == '1' else 'are'} not{noise}"
     return f"{held or 'at no smaller learning rate is every trial stable'}; {lost}{back}."
@@ -270,6 +272,24 @@ def _missing(study: Study) -> Iterator[str]:
         yield f"{short} of {len(cells)} cells {verb} seeds that others have ({int(cells['n'].max())})."
     if notes := int(study.trials["note"].notna().sum()):
         yield f"{words.count(notes, 'record')} read without a torn last line (a trial still running, or killed)."
+
+
+def _stopped(study: Study) -> Iterator[str]:
+    """How many trials a rule has ended, when, what that saved, and what is known of them."""
+    trials = study.trials
+    for rule in levels_of(trials.loc[trials["state"] == "stopped", "stop_reason"]):
+        stopped = trials[(trials["state"] == "stopped") & (trials["stop_reason"] == rule)]
+        shares = stopped["steps_done"] / stopped["steps_planned"]
+        saved = float((stopped["steps_planned"] - stopped["steps_done"]).sum() / trials["steps_planned"].sum())
+        when = dict.fromkeys(f"{100 * share:.0f}" for share in (shares.min(), shares.max()))
+        verb = "was" if len(stopped) == 1 else "were"
+        so_far = [f"{n} {v}" for v, n in compare.verdicts(stopped).items() if n]
+        yield (
+            f"{len(stopped)} of {words.count(len(trials), 'trial')} {verb} ended early by the rule {rule} (at "
+            f"{'-'.join(when)} % of their steps): {words.percent(saved)} of the planned steps saved. They have no "
+            f"final loss and are in no mean, no effect and no recipe, and a level with one of them counts as not stable"
+            f"{f'; as far as they ran, {words.listing(so_far)}' if so_far else ''}."
+        )
 
 
 def _incomparable(study: Study) -> Iterator[str]:

@@ -16,6 +16,7 @@ import pandas as pd
 from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Count, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
+from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.report import (
     drivers,
@@ -30,6 +31,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
+from stabstudy.stability.hopeless import HOPELESS, ROUGH_SCATTER, SCATTER, SETTLED_STEPS, SHARES, UNTRAINED_FROM
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -220,6 +222,8 @@ def design(study: Study) -> Iterator[Block]:
                 yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
     yield Text(_spike_rule(study.rules))
     yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study)))
+    if (study.trials["stop_reason"] == HOPELESS).any():
+        yield Text(_hopeless())
     if fixed := tuple(_fixed(study)):
         yield Table("Settings with one value", ("setting", "value"), fixed, folded=True)
     if study.ingested:
@@ -291,6 +295,20 @@ def _verdicts(study: Study) -> Iterator[tuple[str, str]]:
         "not judged",
         f"under {rules.min_evaluable} evaluable steps; or no gradient norm{foreign}; or, of a trial that would be "
         "stable, a loss that never came below the entropy of single tokens (untrained), or a log that leaves steps out",
+    )
+
+
+def _hopeless() -> str:
+    """The rule that ended trials early, and what it rests on."""
+    *first, last = (f"{100 * share:g}" for share in SHARES)
+    return (
+        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps, {SETTLED_STEPS} of them or more "
+        f"settled, a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust "
+        f"standard deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
+        f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
+        "end below. It was calibrated on recorded trials: under 5 % of those that it ends would have ended within "
+        f"{STABLE_MARGIN:g} nat/token of the best of their cell (benchmarks/README.md, Early stopping). "
+        "stop=diverged takes it back: the trials go on where they stopped."
     )
 
 

@@ -25,7 +25,7 @@ LOG_LINES = 40
 
 _LOG_BYTES = 32 * 1024
 
-SIGNS = style.VERDICT_SIGNS | {"not judged": "○", "unfinished": "◌", "failed": "■", "damaged": "▨"}
+SIGNS = style.VERDICT_SIGNS | {"not judged": "○", "stopped": "⊘", "unfinished": "◌", "failed": "■", "damaged": "▨"}
 """Beside each verdict or state: a sign that is not a colour."""
 
 NOISE = (
@@ -37,7 +37,7 @@ NOISE = (
 
 def notable(study: Study) -> list[str]:
     """The trials whose pages have figures: the typical one, then diverged, failed, rough, spiky and other ones."""
-    rank = {name: i for i, name in enumerate(("diverged", "failed", "rough", "spiky"))}
+    rank = {name: i for i, name in enumerate(("diverged", "failed", "rough", "spiky", "stopped"))}
     rows = [study.row(t) for t in study.trials.index]
     recorded = [r for r in rows if r["steps_done"]]
     recorded.sort(
@@ -110,6 +110,9 @@ def _sentences(study: Study, row: Row) -> Iterator[str]:
         yield f"This trial is not done: {words.clean(row['state'], 40)}, {done} steps recorded."
         if row["error"]:
             yield words.clean(row["error"], 1000)
+        if row["state"] == "stopped":
+            yield "Its statistics are those of the steps that it made; it has no final loss."
+            yield from explanation(study, row["trial_id"])
     if row["note"]:
         yield words.clean(row["note"], 1000)
 

@@ -52,7 +52,8 @@ def all_trials(study: Study) -> Table:
 def ended(row: Mapping[str, Any]) -> str:
     """Its verdict and why, in words, else its state."""
     if row["state"] != "done":
-        return words.clean(row["state"], 40)
+        so_far = f" ({row['verdict']} as far as it ran)" if row["state"] == "stopped" and row["verdict"] else ""
+        return words.clean(row["state"], 40) + so_far
     if row["verdict"] is None:
         reason = row["verdict_reason"]
         return "not judged" if reason is None else f"not judged: {words.REASONS.get(reason, words.clean(reason, 40))}"
