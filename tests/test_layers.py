@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("extras", "failpoints", "settings", "wording", "architecture", "task", "config", "shape"),
+    *("expressions", "space"),
     *("trace", "live", "finished", "disk", "state", "store", "external"),
 }
 
@@ -41,6 +42,8 @@ MAY = {
     "task": May({"settings"}),
     "config": May({"settings", "architecture", "task"}),
     "shape": May({"config"}),
+    "expressions": May({"config", "settings"}),
+    "space": May({"config", "expressions"}),
     "trace": May(set(), {"numpy"}),
     "encodings": May({"trace", "disk"}, {"numpy"}),
     "live": May({"trace", "encodings", "disk", "failpoints"}, {"numpy"}),
@@ -60,10 +63,24 @@ MAY = {
     # data for one question alone: what a step read
     "analysis": May(
         FACTS | {"stability", "data"},
-        {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
-        late={"data", "statsmodels", "optuna", "loky"},
+        {
+            "numpy",
+            "pandas",
+            "pyarrow",
+            "scipy",
+            "matplotlib",
+            "jinja2",
+            "markupsafe",
+            "statsmodels",
+            "optuna",
+            "loky",
+            "yaml",
+        },
+        late={"data", "statsmodels", "optuna", "loky", "yaml"},
     ),
     "planning": May(FACTS | {"data", "stability"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),
+    # asks Optuna; the boundary and the history of a search are analysis, which the report shows too
+    "search": May(FACTS | {"stability", "analysis", "planning"}, {"numpy", "optuna"}, late={"optuna"}),
     "sweeping": May(
         FACTS | {"cli", "stability", "data", "planning", "training"},
         {"numpy", "rich", "ray", "optuna"},

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy import wording
+from stabstudy import expressions, wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import compose, compute, estimate, exclude, sweepfile
+from stabstudy.planning import compose, compute, estimate, sweepfile
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
@@ -444,12 +444,12 @@ VALUES = {"optim.lr": 0.01, "optim.clip": None, "model.depth": 4, "data": "c4", 
     ],
 )
 def test_conditions(text, holds):
-    assert exclude.parse(text).holds(VALUES) is holds
+    assert expressions.parse(text).holds(VALUES) is holds
 
 
 @given(st.integers(-5, 5), st.integers(-5, 5), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]))
 def test_conditions_agree_with_python(a, b, op):
-    assert exclude.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
+    assert expressions.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
 
 
 @pytest.mark.parametrize(
@@ -483,12 +483,12 @@ def test_conditions_agree_with_python(a, b, op):
 )
 def test_nothing_else_is_a_condition(text):
     with pytest.raises(ConfigError):
-        exclude.parse(text)
+        expressions.parse(text)
 
 
 def test_an_unknown_name_in_a_condition_gets_the_nearest():
     with pytest.raises(ConfigError, match=r"depth is not a setting \(did you mean model.depth\?\)"):
-        exclude.parse("depth == 1")
+        expressions.parse("depth == 1")
 
 
 # warnings

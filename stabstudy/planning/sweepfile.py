@@ -7,6 +7,7 @@
       cases: {lingua_1b: {optim.lr: 3e-3, optim.weight_decay: 0.033}}
       exclude: ["model.depth == 10 and optim.lr > 3e-3"]
       conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
+      search: {sampler: TPE, trials: 60, minimize: [final_loss], space: {optim.lr: {log: [1e-4, 1e-1]}}}    see space.py
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
 
@@ -28,22 +29,23 @@ from hydra.core.config_loader import ConfigLoader
 from omegaconf import OmegaConf
 
 from stabstudy import config as cfg
-from stabstudy import disk, store
+from stabstudy import disk, expressions, store
 from stabstudy.config import DataConfig, TrialConfig, setting_names
-from stabstudy.planning import axes, compose, document, exclude
+from stabstudy.expressions import Expression
+from stabstudy.planning import axes, compose, document, searchspace
 from stabstudy.planning.axes import Choices, Chosen, Factor
 from stabstudy.planning.document import UNREADABLE, Document
-from stabstudy.planning.exclude import Expression
 from stabstudy.settings import ConfigError, Issues, Problem, nearest, renamed
+from stabstudy.space import Search
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions")
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "search")
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
 
 RECORD_HEADER = (
     "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 )
-OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
+OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report", store.JOURNAL}
 """What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
 
 _SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)
@@ -66,6 +68,7 @@ class SweepFile:
     cases: dict[str, Choices]
     exclude: tuple[Expression, ...]
     conditions: tuple[str, ...] | None = None  # None: the default
+    search: Search | None = None  # instead of a grid: Optuna chooses the cells
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
@@ -89,6 +92,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFil
         _cases(block, doc, loader, issues),
         _exclusions(block, doc, issues),
         _conditions(block, doc, issues),
+        searchspace.read(block, doc, loader, issues),
     )
 
 
@@ -204,7 +208,7 @@ def _exclusions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[E
     parsed = []
     for text in written:
         try:
-            parsed.append(exclude.parse(text))
+            parsed.append(expressions.parse(text))
         except ConfigError as error:
             issues.take(error.problems, origin)
     return tuple(parsed)
