@@ -209,10 +209,19 @@ def _constraints(written: Any, where: Callable[[str], str], issues: Issues) -> t
     parsed = []
     for text in written:
         try:
-            parsed.append(expressions.parse(text, CONSTRAINTS, list(COLUMNS), VERDICTS))
+            expression = expressions.parse(text, CONSTRAINTS, list(COLUMNS), VERDICTS)
+            expression.holds({name: _EXAMPLES[_kind(name)] for name in expression.names})  # raises for mixed kinds
+            parsed.append(expression)
         except ConfigError as error:
             issues.take(error.problems, where(CONSTRAINTS))
     return tuple(parsed)
+
+
+_EXAMPLES: dict[str, Any] = {"int": 1, "float": 1.0, "bool": True, "str": "", "text": "", "preset": ""}
+
+
+def _kind(name: str) -> str:
+    return COLUMNS[name].kind if name in COLUMNS else axes.kind(name)
 
 
 def _check_fits(search: Search, where: Callable[[str], str], issues: Issues) -> None:
