@@ -230,6 +230,8 @@ def _check_fits(search: Search, where: Callable[[str], str], issues: Issues) -> 
     if len(search.objectives) > 1 and not sampler.several:
         columns = ", ".join(objective.column for objective in search.objectives)
         issues.refuse(f"{BLOCK}.sampler", f"{sampler.name} takes one objective", columns, origin)
+    if sampler.numeric and search.constraints:
+        issues.warn(f"{CONSTRAINTS}: {sampler.name} learns of none: a cell that breaks one counts as the worst so far")
     ranges = [name for name, domain in search.space.items() if isinstance(domain, Range)]
     if sampler.numeric and search.space:
         if len(ranges) < 2:

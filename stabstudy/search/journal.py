@@ -67,14 +67,13 @@ def _update(path: Path, name: str, search: Search, suggestions: Sequence[Suggest
         return False
     try:
         study = _opened(path, name, search)
-        trials = _matched(study, search, suggestions)
-    except Exception:  # a record that Optuna cannot replay
+        for suggestion, trial in zip(suggestions, _matched(study, search, suggestions), strict=True):
+            if trial is None:
+                study.add_trial(searches.frozen(suggestion, search))
+            elif not trial.state.is_finished() and suggestion.state != "running":
+                _end(study, trial, suggestion, search)
+    except Exception:  # a record that Optuna cannot replay raises what it likes
         return False
-    for suggestion, trial in zip(suggestions, trials, strict=True):
-        if trial is None:
-            study.add_trial(searches.frozen(suggestion, search))
-        elif not trial.state.is_finished() and suggestion.state != "running":
-            _end(study, trial, suggestion, search)
     return True
 
 

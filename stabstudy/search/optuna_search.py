@@ -174,7 +174,9 @@ class Course:
         for place, suggestion in enumerate(judged):
             self.study.sampler = self._sampler(place, 0)
             self.study.enqueue_trial(searches.parameters(suggestion.values, search))
-            self.tell(self.study.ask(self.distributions), suggestion)
+            trial = self.study.ask(self.distributions)
+            _ = trial.relative_params  # the sampler's own suggestion, with which it keeps its account; lazy in Optuna
+            self.tell(trial, suggestion)
 
     def ask(self, place: int, draw: int, at_random: bool = False) -> tuple[Any, dict[str, Any]]:
         """Optuna's next trial, running from now on, and its values; `place`, `draw`: which random numbers to use."""
