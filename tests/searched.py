@@ -7,7 +7,7 @@ trials with these results. `tests/test_optuna_search.py` holds it to a planted s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -41,14 +41,22 @@ def search(**changed: Any) -> Search:
 class Planner:
     """Completes trials; refuses those for which `refuses` gives a rule."""
 
-    bases = (None,)
+    rests = (None,)
 
-    def __init__(self, refuses: Callable[[Mapping[str, Any]], str | None] = lambda values: None, steps: int = 60):
-        self.refuses, self.steps = refuses, steps
+    def __init__(
+        self,
+        seeds: Sequence[int] = (0,),
+        refuses: Callable[[Mapping[str, Any]], str | None] = lambda values: None,
+        steps: int = 60,
+    ):
+        self.seeds, self.refuses, self.steps = seeds, refuses, steps
 
-    def trial(self, base: None, values: Mapping[str, Any], seed: int) -> PlannedTrial:
+    def replicates(self, rest: None, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedTrial]:
         if rule := self.refuses(values):
             raise ConfigError(Problem("optim", rule))
+        return [self.trial(values, seed) for seed in seeds]
+
+    def trial(self, values: Mapping[str, Any], seed: int) -> PlannedTrial:
         nested: dict[str, Any] = {"train": {"steps": self.steps}, "optim": {"warmup_steps": 10}, "seed": seed}
         for name, value in values.items():
             if name not in cfg.GROUPS:

@@ -19,7 +19,7 @@ from stabstudy import extras
 from stabstudy.analysis import searches
 from stabstudy.planning.compute import NotReadyError
 from stabstudy.planning.trials import PlannedTrial
-from stabstudy.search import optuna_search
+from stabstudy.search import journal, optuna_search
 from stabstudy.search.optuna_search import Course, OptunaSearch
 from stabstudy.store import StudyFolder
 
@@ -66,7 +66,7 @@ def trained(
 def test_each_sampler_asks_for_as_many_new_cells_as_it_may(sampler: str, disk: Disk):
     needs(sampler)
     search = searched.search(sampler=sampler, trials=14)
-    asked = trained(OptunaSearch(Planner(), search, [0, 3]), disk, room=6)
+    asked = trained(OptunaSearch(Planner([0, 3]), search), disk, room=6)
     assert len(asked) == 28 and len({t.trial_id for t in asked}) == 28 and len({t.cell_id for t in asked}) == 14
     assert [t.config.seed for t in asked] == [0, 3] * 14
     for trial in asked:
@@ -83,25 +83,25 @@ def test_only_the_trials_on_disk_decide(sampler: str, disk: Disk):
     needs(sampler)
     trials = 7 if sampler == "GP" else 14
     search, other = (searched.search(sampler=sampler, trials=trials, seed=seed) for seed in (0, 1))
-    lasting = OptunaSearch(Planner(), search, [0])
+    lasting = OptunaSearch(Planner(), search)
     while asked := lasting.next(disk, 3, ()):  # type: ignore[arg-type]
-        again, elsewhere = (OptunaSearch(Planner(), s, [0]).next(disk, 3, ()) for s in (search, other))  # type: ignore[arg-type]
+        again, elsewhere = (OptunaSearch(Planner(), s).next(disk, 3, ()) for s in (search, other))  # type: ignore[arg-type]
         assert again == asked and elsewhere != asked
         disk.train(*asked)
 
 
 def test_a_round_fills_the_room_with_whole_cells(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(trials=10), [0, 1, 2])
+    strategy = OptunaSearch(Planner([0, 1, 2]), searched.search(trials=10))
     for room, cells in ((0, 0), (1, 1), (3, 1), (8, 2), (9, 3), (128, 10)):
         assert len(strategy.next(disk, room, ())) == 3 * cells  # type: ignore[arg-type]
 
 
 def test_what_stands_there_is_known_with_every_seed_and_counts(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(trials=4), [0, 1])
+    strategy = OptunaSearch(Planner([0, 1]), searched.search(trials=4))
     asked = strategy.next(disk, 4, ())  # type: ignore[arg-type]
     disk.train(asked[0])
     disk.train(asked[2], state="running")
-    stranger = Planner(steps=90).trial(None, {"optim.lr": 1e-3, "optim.clip": None, "data": "pysrc"}, 0)
+    stranger = Planner(steps=90).trial({"optim.lr": 1e-3, "optim.clip": None, "data": "pysrc"}, 0)
     case = {"case": "mine", "trial_id": "f" * 10}
     disk.train(stranger)
     disk.rows["f" * 10] = searched.row(asked[3]) | case
@@ -112,8 +112,9 @@ def test_what_stands_there_is_known_with_every_seed_and_counts(disk: Disk):
 def test_a_planted_study_is_read_as_the_disk_of_the_tests_is(tmp_path: Path):
     folder = StudyFolder(tmp_path / "mine")
     (folder.path / "trials").mkdir(parents=True)
-    strategy = OptunaSearch(Planner(), searched.search(trials=3), [0, 1])
+    strategy = OptunaSearch(Planner([0, 1]), searched.search(trials=3))
     asked = strategy.next(folder, 4, ())
+    assert not folder.journal.exists(), "nothing is written before there is a trial: a dry run asks too"
     for trial in asked:
         values = {"final_loss": searched.loss(trial), "choices": trial.choices, "fingerprint": trial.data_fingerprint}
         planted.plant_trial(folder.path, trial.config, **values)
@@ -123,7 +124,7 @@ def test_a_planted_study_is_read_as_the_disk_of_the_tests_is(tmp_path: Path):
         (pytest.approx(searched.loss(t)),) for t in strategy.known(folder) if t.config.seed == 0
     ]
     assert all(s.feasible for s in judged)
-    assert len(strategy.next(folder, 100, ())) == 2 and strategy.notes == []
+    assert len(strategy.next(folder, 100, ())) == 2 and strategy.note == ""
     assert folder.journal.exists()
 
 
@@ -142,7 +143,7 @@ def test_samplers_learn(sampler: str, disk: Disk):
 
     def last(name: str, result: Callable[[PlannedTrial], dict[str, Any]] = lambda t: {}) -> float:
         disk.rows.clear()
-        asked = trained(OptunaSearch(Planner(), searched.search(sampler=name, trials=50), [0]), disk, 2, result)
+        asked = trained(OptunaSearch(Planner(), searched.search(sampler=name, trials=50)), disk, 2, result)
         return finals(asked)
 
     rng = np.random.default_rng(0)
@@ -152,7 +153,7 @@ def test_samplers_learn(sampler: str, disk: Disk):
 
 
 def test_values_are_means_over_seeds_and_only_of_whole_cells(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(maximize=["severity"]), [0, 1])
+    strategy = OptunaSearch(Planner([0, 1]), searched.search(maximize=["severity"]))
     a0, a1, b0, _ = strategy.next(disk, 4, ())  # type: ignore[arg-type]
     disk.train(a0, final_loss=2.0, severity=1.0)
     disk.train(a1, final_loss=3.0, severity=5.0)
@@ -173,7 +174,7 @@ def test_a_diverged_trial_is_a_finite_penalty_and_infeasible(sampler: str, disk:
             return {}
         return {"verdict": "diverged", "final_loss": nan, "final_loss_capped": 5.5, "severity": None}
 
-    strategy = OptunaSearch(Planner(), search, [0])
+    strategy = OptunaSearch(Planner(), search)
     asked = trained(strategy, disk, 3, result)
     judged = strategy._suggestions(disk, ())  # type: ignore[arg-type]
     bad = [s for s in judged if s.values["optim.lr"] >= 1e-2]
@@ -196,7 +197,7 @@ def test_optuna_itself_takes_no_nan():
 
 def test_a_penalty_is_the_worst_value_seen(disk: Disk):
     search = searched.search(minimize=["severity", "final_loss"], maximize=["optim.lr"])
-    strategy = OptunaSearch(Planner(), search, [0])
+    strategy = OptunaSearch(Planner(), search)
     trials = strategy.next(disk, 5, ())  # type: ignore[arg-type]
     disk.train(trials[0], severity=1.0)
     disk.train(trials[1], severity=4.0, verdict="rough")
@@ -212,14 +213,14 @@ def test_a_penalty_is_the_worst_value_seen(disk: Disk):
 
 
 def test_where_nothing_has_a_value_all_penalties_are_equal(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(minimize=["severity"], trials=8), [0])
+    strategy = OptunaSearch(Planner(), searched.search(minimize=["severity"], trials=8))
     asked = trained(strategy, disk, 2, lambda t: {"severity": None, "verdict": "diverged"})
     assert len(asked) == 8
     assert {s.objectives for s in strategy._suggestions(disk, ())} == {(0.0,)}  # type: ignore[arg-type]
 
 
 def test_constraints_are_told_seed_by_seed(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(constraints=["verdict == stable", "severity < 2"]), [0, 1])
+    strategy = OptunaSearch(Planner([0, 1]), searched.search(constraints=["verdict == stable", "severity < 2"]))
     a0, a1, b0, b1 = strategy.next(disk, 4, ())  # type: ignore[arg-type]
     disk.train(a0, a1)
     disk.train(b0, verdict="rough", severity=1.0)
@@ -249,7 +250,7 @@ def test_constraints_are_respected(sampler: str, disk: Disk):
     def share(constraints: list[str]) -> float:
         disk.rows.clear()
         search = searched.search(sampler=sampler, trials=40, space=space, constraints=constraints, seed=2)
-        asked = trained(OptunaSearch(Planner(), search, [0]), disk, 2, rough)
+        asked = trained(OptunaSearch(Planner(), search), disk, 2, rough)
         return float(np.mean([t.config.optim.lr > 3e-3 for t in asked[-13:]]))
 
     assert share(["verdict == stable"]) < 0.4 < 0.5 < share([])
@@ -259,7 +260,7 @@ def test_constraints_are_respected(sampler: str, disk: Disk):
 def test_generations_survive_a_relaunch(sampler: str, disk: Disk):
     """A sampler that lost its account would begin with generation 0 again, which is random."""
     needs(sampler)
-    strategy = OptunaSearch(Planner(), searched.search(sampler=sampler, trials=24), [0])
+    strategy = OptunaSearch(Planner(), searched.search(sampler=sampler, trials=24))
     trained(strategy, disk, 2)
     with searches.quiet():
         trials = Course(strategy.search, strategy._suggestions(disk, ())).study.trials  # type: ignore[arg-type]
@@ -268,7 +269,7 @@ def test_generations_survive_a_relaunch(sampler: str, disk: Disk):
 
 
 def test_a_failed_trial_is_told_as_failed_and_not_asked_for_again(disk: Disk):
-    strategy = OptunaSearch(Planner(), searched.search(trials=5), [0, 1])
+    strategy = OptunaSearch(Planner([0, 1]), searched.search(trials=5))
     asked = strategy.next(disk, 4, ())  # type: ignore[arg-type]
     disk.train(asked[0], state="failed", final_loss=None)
     disk.train(asked[1], *asked[2:])
@@ -284,12 +285,24 @@ def test_a_failed_trial_is_told_as_failed_and_not_asked_for_again(disk: Disk):
 def test_a_damaged_trial_is_neither_waited_for_nor_asked_for_again(disk: Disk, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(optuna_search, "MOST_DRAWS", 50)
     search = searched.search(trials=6, space={"optim.clip": [0.5, 1.0, None], "data": ["pysrc", "synthetic"]})
-    strategy = OptunaSearch(Planner(), search, [0])
+    strategy = OptunaSearch(Planner(), search)
     trials = strategy.next(disk, 2, ())  # type: ignore[arg-type]
     disk.damaged = {trials[0].trial_id}
     disk.train(trials[1])
     rest = trained(strategy, disk)
     assert trials[0].cell_id not in {t.cell_id for t in rest} and len(rest) == 4
+
+
+def test_the_answer_is_a_line(disk: Disk, monkeypatch: pytest.MonkeyPatch):
+    space = {"optim.lr": [1e-3, 5e-3], "optim.clip": [1.0, None]}
+    strategy = OptunaSearch(Planner(), searched.search(space=space, trials=4))
+    assert strategy.answer(disk) == "TPE, 0 of 4 cells: none is feasible so far"  # type: ignore[arg-type]
+    monkeypatch.setattr(journal, "write", lambda *_: "optuna.journal: cannot be written (OSError: full)")
+    trained(strategy, disk)
+    line = strategy.answer(disk)  # type: ignore[arg-type]
+    assert line.startswith("TPE, 4 of 4 cells: best final_loss 2.04 at lr=0.005 clip=1; optuna.journal: cannot")
+    several = OptunaSearch(Planner(), searched.search(space=space, maximize=["optim.lr"]))
+    assert several.answer(disk).endswith(": 1 that no other is better than in final_loss, optim.lr")  # type: ignore[arg-type]
 
 
 # repeated and refused suggestions
@@ -298,19 +311,19 @@ def test_a_damaged_trial_is_neither_waited_for_nor_asked_for_again(disk: Disk, m
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "CMA-ES"])
 def test_a_small_space_ends_when_every_cell_is_trained(sampler: str, disk: Disk):
     space = {"optim.clip": [0.5, 1.0, None], "data": ["pysrc", "synthetic"], "optim.warmup_steps": {"int": [5, 6]}}
-    asked = trained(OptunaSearch(Planner(), searched.search(sampler=sampler, space=space, trials=60), [0]), disk)
+    asked = trained(OptunaSearch(Planner(), searched.search(sampler=sampler, space=space, trials=60)), disk)
     assert len(asked) == len({t.cell_id for t in asked}) == 12
 
 
 def test_a_repeated_cell_is_told_at_once(disk: Disk, monkeypatch: pytest.MonkeyPatch):
-    strategy = OptunaSearch(Planner(), searched.search(space={"optim.clip": [0.5, 1.0, None]}), [0])
+    strategy = OptunaSearch(Planner(), searched.search(space={"optim.clip": [0.5, 1.0, None]}))
     known = trained(strategy, disk)[:2]
     disk.rows = {t.trial_id: searched.row(t) for t in known}
     told: list[Any] = []
     tell = Course.tell
     monkeypatch.setattr(Course, "tell", lambda self, trial, s: (told.append(s), tell(self, trial, s))[1])
     for seed in range(5):
-        fresh = OptunaSearch(Planner(), searched.search(space={"optim.clip": [0.5, 1.0, None]}, seed=seed), [0])
+        fresh = OptunaSearch(Planner(), searched.search(space={"optim.clip": [0.5, 1.0, None]}, seed=seed))
         assert len(fresh.next(disk, 1, ())) == 1  # type: ignore[arg-type]
     assert told and {s.cell_id for s in told} <= {t.cell_id for t in known}
     assert all(s.objectives == (disk.rows[s.trial_ids[0]]["final_loss"],) for s in told)
@@ -318,9 +331,9 @@ def test_a_repeated_cell_is_told_at_once(disk: Disk, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("sampler", ["TPE", "QMC", "NSGA-II", "Random", pytest.param("GP", marks=pytest.mark.slow)])
 def test_values_that_no_trial_can_have_are_not_trained(sampler: str, disk: Disk):
-    planner = Planner(lambda values: "too large" if values["optim.lr"] > 1e-3 else None)
+    planner = Planner(refuses=lambda values: "too large" if values["optim.lr"] > 1e-3 else None)
     search = searched.search(sampler=sampler, trials=12, constraints=["optim.warmup_steps < 40"])
-    asked = trained(OptunaSearch(planner, search, [0]), disk)
+    asked = trained(OptunaSearch(planner, search), disk)
     assert len(asked) == 12
     assert all(t.config.optim.lr <= 1e-3 and t.config.warmup_steps < 40 for t in asked)
 
@@ -328,19 +341,21 @@ def test_values_that_no_trial_can_have_are_not_trained(sampler: str, disk: Disk)
 def test_a_space_of_refused_values_ends_the_search(disk: Disk, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(optuna_search, "MOST_DRAWS", 50)
     refusals = itertools.count()
-    planner = Planner(lambda values: f"no {next(refusals)}")
-    assert OptunaSearch(planner, searched.search(), [0]).next(disk, 4, ()) == []  # type: ignore[arg-type]
+    planner = Planner(refuses=lambda values: f"no {next(refusals)}")
+    assert OptunaSearch(planner, searched.search()).next(disk, 4, ()) == []  # type: ignore[arg-type]
     assert next(refusals) == 50 + optuna_search.REPEATS
 
 
 # what it needs
 
 
-def test_without_optuna_there_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_without_optuna_there_is_one_line(disk: Disk, monkeypatch: pytest.MonkeyPatch):
     real = extras.installed
     monkeypatch.setattr(extras, "installed", lambda p: "none" if p in ("optuna", "cmaes", "torch") else real(p))
+    strategy = OptunaSearch(Planner(), searched.search())
+    assert strategy.known(disk) == [], "to look at a study takes no optuna"  # type: ignore[arg-type]
     with pytest.raises(NotReadyError) as error:
-        OptunaSearch(Planner(), searched.search(), [0])
+        strategy.next(disk, 1, ())  # type: ignore[arg-type]
     assert str(error.value) == "sweep.search: needs optuna, not installed here: pip install 'stabstudy[search]'"
     monkeypatch.setattr(extras, "installed", lambda p: "none" if p in ("cmaes", "torch") else real(p))
     optuna_search.check_ready(searched.search())

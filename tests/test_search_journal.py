@@ -187,17 +187,17 @@ def test_the_search_does_not_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     without_files(monkeypatch, writes=True)
     disk = Disk(tmp_path)
     search = searched.search(sampler="NSGA-II", trials=12)
-    strategy = OptunaSearch(Planner(), search, [0])
+    strategy = OptunaSearch(Planner(), search)
     for _ in range(3):
         disk.train(*strategy.next(disk, 3, ()))  # type: ignore[arg-type]
     asked = strategy.next(disk, 3, ())  # type: ignore[arg-type]
     assert len(opened(disk.journal).trials) == 12
     disk.journal.unlink()
-    assert OptunaSearch(Planner(), search, [0]).next(disk, 3, ()) == asked  # type: ignore[arg-type]
+    assert OptunaSearch(Planner(), search).next(disk, 3, ()) == asked  # type: ignore[arg-type]
     records = disk.journal.read_text().replace("COMPLETE", "FAIL").replace("2.", "7.")
     disk.journal.write_text(records)
-    assert OptunaSearch(Planner(), search, [0]).next(disk, 3, ()) == asked  # type: ignore[arg-type]
-    assert strategy.notes == []
+    assert OptunaSearch(Planner(), search).next(disk, 3, ()) == asked  # type: ignore[arg-type]
+    assert strategy.note == ""
 
 
 def test_nothing_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -205,7 +205,7 @@ def test_nothing_in_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("cmaes")
     without_files(monkeypatch, writes=True)
     disk = Disk(tmp_path)
-    strategy = OptunaSearch(Planner(), searched.search(sampler="CMA-ES", trials=16), [0])
+    strategy = OptunaSearch(Planner(), searched.search(sampler="CMA-ES", trials=16))
     while trials := strategy.next(disk, 4, ()):  # type: ignore[arg-type]
         disk.train(*trials)
     text = disk.journal.read_text()

@@ -26,7 +26,7 @@ import numpy as np
 from stabstudy import config as cfg
 from stabstudy import extras
 from stabstudy.analysis import searches
-from stabstudy.analysis.searches import Suggestion
+from stabstudy.analysis.searches import History, Suggestion
 from stabstudy.analysis.tables import read_tables
 from stabstudy.planning.compute import NotReadyError
 from stabstudy.planning.trials import PlannedTrial
@@ -34,6 +34,7 @@ from stabstudy.search import journal
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.space import SAMPLERS, Search
 from stabstudy.store import StudyFolder
+from stabstudy.wording import short_value
 
 REPEATS = 10
 """Suggestions in a row of cells that are known or refused, after which the next ones are drawn at random."""
@@ -49,39 +50,61 @@ class Planner(Protocol):
     """What a search needs of planning: complete trials of given values."""
 
     @property
-    def bases(self) -> Sequence[Any]:
-        """The combinations of the other axes; a search has one."""
+    def rests(self) -> Sequence[Any]:
+        """The combinations of what is not searched: one."""
 
-    def trial(self, base: Any, values: Mapping[str, Any], seed: int) -> PlannedTrial:
-        """The trial with these settings and presets. Raises ConfigError where they break a rule."""
+    @property
+    def seeds(self) -> Sequence[int]:
+        """Those of every cell."""
+
+    def replicates(self, rest: Any, values: Mapping[str, Any], seeds: Sequence[int]) -> list[PlannedTrial]:
+        """The trials with these settings and presets. Raises ConfigError where they break a rule."""
 
 
 class OptunaSearch:
-    """A strategy. `notes`: what went wrong without harm to the search, a line each (the journal cannot be written)."""
+    """A strategy, see `strategy.Strategy`."""
 
-    def __init__(self, planner: Planner, search: Search, seeds: Sequence[int]):
-        check_ready(search)
-        self.planner, self.search, self.seeds = planner, search, list(dict.fromkeys(seeds))
-        self.notes: list[str] = []
-        self._planned: dict[tuple[str, int], PlannedTrial | Problem] = {}
+    def __init__(self, planner: Planner, search: Search):
+        self.planner, self.search = planner, search
+        self.seeds = list(dict.fromkeys(planner.seeds))
+        self.note = ""  # what is wrong with the journal; the search goes on without it
+        self._planned: dict[str, list[PlannedTrial] | Problem] = {}
 
     def known(self, study: StudyFolder) -> list[PlannedTrial]:
         """Every trial of the cells of this search that stand in the study's folder, all seeds, done or not."""
-        judged = self._suggestions(study, ())
-        return [self._trial(suggestion.values, seed) for suggestion in judged for seed in self.seeds]
+        return [trial for suggestion in self._suggestions(study, ()) for trial in self._trials(suggestion.values)]
 
     def next(self, study: StudyFolder, room: int, given_up: Collection[str]) -> list[PlannedTrial]:
         """The trials of the next cells, as many cells as fit into `room` trials, at least one; [] at the end.
 
-        `given_up`: ids of trials that failed and are not asked for again. Writes the journal.
+        `given_up`: ids of trials that failed and are not asked for again. Brings the journal up to date once there is
+        a trial to tell of. Raises compute.NotReadyError where Optuna, or what the sampler needs, is not installed.
         """
+        check_ready(self.search)
         lost = {*given_up, *(damaged.trial_id for damaged in read_tables(study).damaged)}
         judged = self._suggestions(study, lost)
         wanted = min(max(1, room // len(self.seeds)), self.search.trials - len(judged))
         asked = list(self._asked(judged, lost, wanted)) if room > 0 and wanted > 0 else []
-        if note := journal.write(study.journal, study.name, self.search, [*judged, *asked]):
-            self.notes.append(note)
-        return [self._trial(suggestion.values, seed) for suggestion in asked for seed in self.seeds]
+        if judged:
+            self.note = journal.write(study.journal, study.name, self.search, [*judged, *asked]) or ""
+        return [trial for suggestion in asked for trial in self._trials(suggestion.values)]
+
+    def answer(self, study: StudyFolder) -> str:
+        """What is known so far, in a line: the best cell, or how many none is better than."""
+        known = searches.history(self.search, self._suggestions(study, ()))
+        done = sum(suggestion.state == "done" for suggestion in known.suggestions)
+        counted = f"{self.search.sampler}, {done} of {self.search.trials} cells"
+        return f"{counted}: {self._best(known)}{'; ' if self.note else ''}{self.note}"
+
+    def _best(self, known: History) -> str:
+        names = [objective.column for objective in self.search.objectives]
+        if not known.front:
+            return "none is feasible so far"
+        if len(names) > 1:
+            return f"{len(known.front)} that no other is better than in {', '.join(names)}"
+        best = known.suggestions[known.front[0]]
+        levels = (f"{name.rpartition('.')[2]}={short_value(value)}" for name, value in best.values.items())
+        return f"best {names[0]} {best.objectives[0]:.4g} at {' '.join(levels)}"
 
     def _suggestions(self, study: StudyFolder, lost: Collection[str]) -> list[Suggestion]:
         """The cells on disk, judged; those of other settings than this search's are left out.
@@ -95,37 +118,37 @@ class OptunaSearch:
         ]
 
     def _is_lost(self, values: Mapping[str, Any], lost: Collection[str]) -> bool:
-        return any(self._trial(values, seed).trial_id in lost for seed in self.seeds)
+        return any(trial.trial_id in lost for trial in self._trials(values))
 
     def _is_own(self, row: Mapping[str, Any]) -> bool:
         values = self.search.values(row)
-        if values is None or row["case"] is not None or row["seed"] not in self.seeds:
+        if values is None or row["case"] is not None:
             return False
-        trial = self._plan(values, row["seed"])
-        return isinstance(trial, PlannedTrial) and trial.trial_id == row["trial_id"]
+        trials = self._plan(values)
+        return isinstance(trials, list) and row["trial_id"] in {trial.trial_id for trial in trials}
 
-    def _trial(self, values: Mapping[str, Any], seed: int) -> PlannedTrial:
-        trial = self._plan(values, seed)
-        assert isinstance(trial, PlannedTrial)  # values of a refused trial are never passed on
-        return trial
+    def _trials(self, values: Mapping[str, Any]) -> list[PlannedTrial]:
+        trials = self._plan(values)
+        assert isinstance(trials, list)  # refused values are never passed on
+        return trials
 
-    def _plan(self, values: Mapping[str, Any], seed: int) -> PlannedTrial | Problem:
-        """The trial, or the first rule that it breaks; planned once."""
-        key = repr(sorted(values.items(), key=lambda item: item[0])), seed
+    def _plan(self, values: Mapping[str, Any]) -> list[PlannedTrial] | Problem:
+        """The trials of a cell, or the first rule that it breaks; planned once."""
+        key = repr(sorted(values.items(), key=lambda item: item[0]))
         if key not in self._planned:
-            self._planned[key] = self._checked(values, seed)
+            self._planned[key] = self._checked(values)
         return self._planned[key]
 
-    def _checked(self, values: Mapping[str, Any], seed: int) -> PlannedTrial | Problem:
+    def _checked(self, values: Mapping[str, Any]) -> list[PlannedTrial] | Problem:
         try:
-            trial = self.planner.trial(self.planner.bases[0], values, seed)
+            trials = self.planner.replicates(self.planner.rests[0], values, self.seeds)
         except ConfigError as error:
             return error.problems[0]
-        settings = {**cfg.flat(trial.config), **trial.choices}
+        settings = {**cfg.flat(trials[0].config), **trials[0].choices}
         for expression in self.search.constraints:
             if expression.names <= set(settings) and not expression.holds(settings):
                 return Problem(expression.setting, f"{expression.text!r} does not hold")
-        return trial
+        return trials
 
     def _asked(self, judged: Sequence[Suggestion], lost: Collection[str], wanted: int) -> Iterator[Suggestion]:
         """New cells, each running from now on."""
@@ -146,15 +169,15 @@ class OptunaSearch:
             if len(known) >= self.search.size or draw >= patience + MOST_DRAWS:
                 return None
             number, values = course.ask(len(known), draw, at_random=draw >= patience)
-            trial = self._plan(values, self.seeds[0])
-            if isinstance(trial, Problem):
+            trials = self._plan(values)
+            if isinstance(trials, Problem):
                 course.tell(number, course.refused(values))
-            elif trial.cell_id in known:
-                course.tell(number, known[trial.cell_id])
+            elif (cell := trials[0].cell_id) in known:
+                course.tell(number, known[cell])
             elif self._is_lost(values, lost):  # every trial of the cell is damaged, so no row speaks of it
-                course.tell(number, Suggestion(trial.cell_id, values, (), "failed"))
+                course.tell(number, Suggestion(cell, values, (), "failed"))
             else:
-                return Suggestion(trial.cell_id, values, (), "running")
+                return Suggestion(cell, values, (), "running")
         return None
 
 
