@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis.tables import Row, read_tables
-from stabstudy.space import Choice, Objective, Range, Search, from_body
+from stabstudy.space import Choice, Domain, Objective, Range, Search, from_body
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder
@@ -33,6 +33,9 @@ FAILED = ("failed", "oom", "timeout", "disk_full")
 """States of a trial that ended without a result; the next launch tries it again."""
 
 LOSS, CAPPED = "final_loss", "final_loss_capped"
+FEWEST = 16
+"""Suggestions with values from which on shares of variance are estimated."""
+
 FULFILLED = -1.0
 """What a constraint is told as where it holds; where it does not, the share of the seeds that break it."""
 
@@ -222,6 +225,48 @@ def pareto(costs: NDArray[np.float64]) -> list[int]:
         if not dominates.any():
             front.append(i)
     return front
+
+
+def importance(known: History) -> dict[str, dict[str, float]]:
+    """The share of each objective's variance over the space that each axis explains: objective -> axis -> share.
+
+    By Optuna's fANOVA over the suggestions that are done and not penalised; each log range by its logarithm. The shares
+    leave out what axes do together. Needs optuna and scikit-learn. {} under FEWEST suggestions; an objective that does
+    not vary is left out.
+    """
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator
+
+    measured = [s for s in known.suggestions if s.state == "done" and not s.penalised]
+    if len(measured) < FEWEST:
+        return {}
+    box = {name: _even(distribution) for name, distribution in distributions(known.search).items()}
+    shares = {}
+    for i, objective in enumerate(known.search.objectives):
+        values = [suggestion.objectives[i] for suggestion in measured]
+        if max(values) > min(values):
+            with quiet():
+                study = optuna.create_study()
+            for suggestion, value in zip(measured, values, strict=True):
+                params = {n: _evenly(known.search.space[n], v) for n, v in suggestion.values.items()}
+                study.add_trial(optuna.trial.create_trial(params=params, distributions=box, value=value))
+            shares[objective.column] = dict(FanovaImportanceEvaluator(seed=0).evaluate(study))
+    return shares
+
+
+def _even(distribution: Any) -> Any:
+    """The distribution on the scale on which it is searched: fANOVA averages over the box and knows no logarithms."""
+    from optuna.distributions import FloatDistribution
+
+    if getattr(distribution, "log", False):
+        return FloatDistribution(math.log(distribution.low), math.log(distribution.high))
+    return distribution
+
+
+def _evenly(domain: Domain, value: Any) -> Any:
+    if isinstance(domain, Range) and domain.log:
+        return min(max(math.log(value), math.log(domain.low)), math.log(domain.high))
+    return int(value) if isinstance(domain, Range) and domain.whole else value
 
 
 def as_optuna(judged: Sequence[Suggestion], search: Search, sampler: Any = None) -> Any:
