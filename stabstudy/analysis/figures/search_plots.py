@@ -17,10 +17,11 @@ from stabstudy.store import StoreError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+WIDE = 8.6  # inches, a legend beside the axes among them
 NEEDED = ("optuna", "scikit-learn")
 GROUPS = (
     ("feasible", style.BLUE, "o", style.BLUE),
-    ("breaks a constraint", style.VERMILLION, "s", style.PAPER),
+    ("with a broken constraint", style.VERMILLION, "s", style.PAPER),
     ("diverged or without a value", style.VERMILLION, "x", style.VERMILLION),
 )
 """Of done cells: what it is, its colour, marker and the marker's face."""
@@ -47,7 +48,7 @@ def search_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
 
 def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
     """An objective of every done cell, in the order in which they began; with one objective, the best so far."""
-    ax = style.new_figure().axes[0] if ax is None else ax
+    ax = style.new_figure(WIDE).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
         places = [i for i, suggestion in enumerate(known.suggestions) if _group(suggestion) == name]
         ax.plot(
@@ -60,13 +61,13 @@ def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
         ax.step(at, values, where="post", color=style.INK, linewidth=1.4, label="best so far")
     ax.set_xlabel("cell, in order")
     ax.set_ylabel(style.plain(known.search.objectives[objective].column))
-    style.legend(ax, "")
+    style.legend_beside(ax, "")
     return ax
 
 
 def front(known: History, across: int = 0, up: int = 1, ax: Axes | None = None) -> Axes:
     """Two objectives against each other; the cells that none is better than in all objectives are joined by a line."""
-    ax = style.new_figure().axes[0] if ax is None else ax
+    ax = style.new_figure(WIDE).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
         points = [s.objectives for s in known.suggestions if _group(s) == name]
         ax.plot(
@@ -82,13 +83,13 @@ def front(known: History, across: int = 0, up: int = 1, ax: Axes | None = None) 
     )  # fmt: skip
     names = [style.plain(objective.column) for objective in known.search.objectives]
     ax.set(xlabel=names[across], ylabel=names[up])
-    style.legend(ax, "")
+    style.legend_beside(ax, "")
     return ax
 
 
 def importance(shares: dict[str, dict[str, float]], axes: Sequence[str]) -> Axes:
     """The share of the variance of each objective that each axis explains alone, axes from top to bottom."""
-    ax = style.new_figure(6.4, 1.2 + 0.5 * len(axes)).axes[0]
+    ax = style.new_figure(WIDE, 1.2 + 0.5 * len(axes)).axes[0]
     for number, (objective, own) in enumerate(shares.items()):
         offset = 0.16 * (number - (len(shares) - 1) / 2)
         places = [len(axes) - 1 - i - offset for i in range(len(axes))]
@@ -98,7 +99,7 @@ def importance(shares: dict[str, dict[str, float]], axes: Sequence[str]) -> Axes
         ax.plot(values, places, color=colour, marker=marker, linestyle="none", label=style.plain(objective))
     ax.set_yticks(range(len(axes)), [style.plain(words.label(axis)) for axis in reversed(axes)])
     ax.set(xlim=(0, 1.02), ylim=(-0.6, len(axes) - 0.4), xlabel="share of variance")
-    style.legend(ax, "")
+    style.legend_beside(ax, "")
     return ax
 
 
@@ -117,7 +118,7 @@ def _counts(known: History) -> str:
 
 def _history_figure(known: History) -> Figure:
     objectives = known.search.objectives
-    picture = style.new_panels(len(objectives), 6.4 if len(objectives) == 1 else 9.2, 4.0 * -(-len(objectives) // 2))
+    picture = style.new_panels(len(objectives), WIDE if len(objectives) == 1 else 9.2, 4.0 * -(-len(objectives) // 2))
     for i, ax in enumerate(picture.axes[: len(objectives)]):
         history(known, i, ax)
     style.share_legend(picture)
