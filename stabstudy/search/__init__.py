@@ -1,1 +1,1 @@
-"""Strategies that choose what to train next from the trials on disk; a launch asks again after each round."""
+"""Adaptive sweeps: what a study trains next, from the trials on disk."""
