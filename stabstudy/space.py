@@ -103,6 +103,11 @@ class Range:
         return min(max(rounded, self.low), self.high)
 
     @property
+    def first(self) -> float:
+        """The smallest value."""
+        return self.low
+
+    @property
     def size(self) -> float:
         """How many values there are."""
         return self.high - self.low + 1 if self.whole else (1 if self.low == self.high else math.inf)
@@ -125,6 +130,11 @@ class Choice:
     def nearest(self, value: Any) -> Any:
         """The value itself."""
         return value
+
+    @property
+    def first(self) -> Any:
+        """The value that is listed first."""
+        return self.values[0]
 
     @property
     def size(self) -> float:

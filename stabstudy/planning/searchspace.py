@@ -230,6 +230,9 @@ def _check_fits(search: Search, where: Callable[[str], str], issues: Issues) -> 
     if len(search.objectives) > 1 and not sampler.several:
         columns = ", ".join(objective.column for objective in search.objectives)
         issues.refuse(f"{BLOCK}.sampler", f"{sampler.name} takes one objective", columns, origin)
+    losses = [o.column for o in search.objectives if COLUMNS.get(o.column) and COLUMNS[o.column].unit == "nat/token"]
+    if losses and (data := [name for name in search.space if name.partition(".")[0] == "data"]):
+        issues.warn(f"{', '.join(losses)} on different data cannot be compared: {', '.join(data)} decides by that too")
     if sampler.numeric and search.constraints:
         issues.warn(f"{CONSTRAINTS}: {sampler.name} learns of none: a cell that breaks one counts as the worst so far")
     ranges = [name for name, domain in search.space.items() if isinstance(domain, Range)]
