@@ -301,6 +301,10 @@ def test_the_answer_is_a_line(disk: Disk, monkeypatch: pytest.MonkeyPatch):
     trained(strategy, disk)
     line = strategy.answer(disk)  # type: ignore[arg-type]
     assert line.startswith("TPE, 4 of 4 cells: best final_loss 2.04 at lr=0.005 clip=1; optuna.journal: cannot")
+    planner = Planner(refuses=lambda values: "too slow" if values["optim.lr"] < 2e-3 else None)
+    choosy = OptunaSearch(planner, searched.search(space=space, constraints=["optim.clip == 1.0"]))
+    choosy.next(disk, 4, ())  # type: ignore[arg-type]
+    assert "; 2 others cannot be trained: optim: too slow" in choosy.answer(disk)  # type: ignore[arg-type]
     several = OptunaSearch(Planner(), searched.search(space=space, maximize=["optim.lr"]))
     assert several.answer(disk).endswith(": 1 that no other is better than in final_loss, optim.lr")  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stabstudy import config as cfg
-from stabstudy import extras
+from stabstudy import extras, wording
 from stabstudy.analysis import searches
 from stabstudy.analysis.searches import History, Suggestion
 from stabstudy.analysis.tables import read_tables
@@ -32,7 +32,7 @@ from stabstudy.planning.compute import NotReadyError
 from stabstudy.planning.trials import PlannedTrial
 from stabstudy.search import journal
 from stabstudy.settings import ConfigError, Problem
-from stabstudy.space import SAMPLERS, Search
+from stabstudy.space import CONSTRAINTS, SAMPLERS, Search
 from stabstudy.store import StudyFolder
 from stabstudy.wording import short_value
 
@@ -94,7 +94,12 @@ class OptunaSearch:
         known = searches.history(self.search, self._suggestions(study, ()))
         done = sum(suggestion.state == "done" for suggestion in known.suggestions)
         counted = f"{self.search.sampler}, {done} of {self.search.trials} cells"
-        return f"{counted}: {self._best(known)}{'; ' if self.note else ''}{self.note}"
+        return "; ".join(filter(None, (f"{counted}: {self._best(known)}", self._refusals(), self.note)))
+
+    def _refusals(self) -> str:
+        """How many cells this process asked for that no trial can be: many of them are a mistake in the space."""
+        rules = [p for p in self._planned.values() if isinstance(p, Problem) and p.setting != CONSTRAINTS]
+        return f"{wording.count(len(rules), 'other')} cannot be trained: {rules[0]}" if rules else ""
 
     def _best(self, known: History) -> str:
         names = [objective.column for objective in self.search.objectives]
