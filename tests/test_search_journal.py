@@ -98,7 +98,7 @@ def test_a_journal_torn_anywhere_is_made_anew(path: Path):
     write(path, [*before, suggestion(2, "running")])
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    offsets = {0, *ends, *(e - 1 for e in ends), *(e + 1 for e in ends[:-1]), *range(7, len(whole), 331)}
+    offsets = {0, *ends, *(e - 1 for e in ends), *(e + 1 for e in ends[:-1]), *range(7, len(whole), 997)}
     for end in sorted(offsets):
         torn_at(path, end, whole)
         assert write(path, after) is None, end

@@ -81,6 +81,7 @@ def test_the_front_is_drawn_through_its_cells():
     assert len(figure.table.rows) == len(history.front) and figure.name == "search-front"
 
 
+@pytest.mark.slow
 def test_three_objectives_have_three_panels_and_no_line():
     history = known(objectives=3)
     figure = search_plots._history_figure(history)
