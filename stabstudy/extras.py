@@ -15,8 +15,8 @@ EXTRAS = {
 }
 """Extra -> the packages that the program asks for before it starts what needs them."""
 
-FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0)}
-"""Oldest releases that may run: older ones have known security holes, or run a dataset's code."""
+FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0), "optuna": (5, 0)}
+"""Oldest releases that may run: older ones have known security holes, run a dataset's code, or lack what is used."""
 
 
 def install(packages: Iterable[str]) -> str:

@@ -10,6 +10,7 @@
         trace.live -> trace.parquet          probes.live -> probes.parquet
         checkpoint/  log.txt  .lock
       trials.parquet  spikes.parquet  report/
+      optuna.journal                         of a search: Optuna's view of it, for optuna-dashboard; never read for us
 
 The files are the truth: no process memory, Ray or Optuna state is ever needed to know where a study stands. JSON files
 are sealed with a checksum of their content, so that an edit by hand is seen. What killed processes left behind is
@@ -40,6 +41,9 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for
 SEAL = "content_sha256"
 SCHEDULER = ".ray"
 """What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
+
+JOURNAL = "optuna.journal"
+"""What a search leaves for optuna-dashboard: a copy of what the trials' files say, made anew where it is not that."""
 
 _TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp")
 
@@ -217,6 +221,10 @@ class StudyFolder:
     @property
     def report(self) -> Path:
         return self.path / "report"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / JOURNAL
 
     def trial(self, trial_id: str) -> TrialFolder:
         return TrialFolder(self.path / "trials" / trial_id)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stabstudy import config as cfg
-from stabstudy import wording
+from stabstudy import expressions, wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
-from stabstudy.planning import compose, compute, estimate, exclude, sweepfile
+from stabstudy.planning import asked, compose, compute, estimate
 from stabstudy.planning.compute import Compute
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.settings import ConfigError
@@ -455,12 +455,12 @@ VALUES = {"optim.lr": 0.01, "optim.clip": None, "model.depth": 4, "data": "c4", 
     ],
 )
 def test_conditions(text, holds):
-    assert exclude.parse(text).holds(VALUES) is holds
+    assert expressions.parse(text).holds(VALUES) is holds
 
 
 @given(st.integers(-5, 5), st.integers(-5, 5), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]))
 def test_conditions_agree_with_python(a, b, op):
-    assert exclude.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
+    assert expressions.parse(f"model.depth {op} {b}").holds({"model.depth": a}) is eval(f"a {op} b")
 
 
 @pytest.mark.parametrize(
@@ -494,12 +494,12 @@ def test_conditions_agree_with_python(a, b, op):
 )
 def test_nothing_else_is_a_condition(text):
     with pytest.raises(ConfigError):
-        exclude.parse(text)
+        expressions.parse(text)
 
 
 def test_an_unknown_name_in_a_condition_gets_the_nearest():
     with pytest.raises(ConfigError, match=r"depth is not a setting \(did you mean model.depth\?\)"):
-        exclude.parse("depth == 1")
+        expressions.parse("depth == 1")
 
 
 # warnings
@@ -611,7 +611,7 @@ def test_what_was_trained_on_is_remembered_through_other_launches(ask, tmp_path)
 def test_sweep_yaml_says_what_was_asked(ask):
     plan = ask(SWEEP.replace("seeds:", "exclude: ['seed == 5']\n  seeds:"), "optim.eps=1e-5", "model.depth=2,4")
     written(plan)
-    said = sweepfile.read_record(plan.folder)
+    said = asked.read_record(plan.folder)
     assert said is not None
     assert (said["sweep"], said["question"], said["trials"]) == ("own", "Which of these is rough?", 8)
     assert said["axes"] == {"model.depth": [2, 4], "optim.lr": [0.001, 0.003]}
@@ -640,7 +640,7 @@ def test_redaction_leaves_settings_alone():
         "auth_token": "t",
         "address": "ray://u:p@h",
     }
-    assert sweepfile.redact(body) == {
+    assert asked.redact(body) == {
         "data.tokenizer": "bytes",
         "tokens": "<hidden>",
         "train": {"api_key": "<hidden>"},
@@ -648,9 +648,9 @@ def test_redaction_leaves_settings_alone():
         "address": "ray://<hidden>@h",
     }
     ours = {name: 1 for name in cfg.setting_names()}
-    assert sweepfile.redact(ours) == ours
+    assert asked.redact(ours) == ours
     nested = cfg.to_dict(TrialConfig())
-    assert sweepfile.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
+    assert asked.redact(nested) == nested and nested["train"]["final_eval_tokens"] == 16_384
 
 
 # estimates

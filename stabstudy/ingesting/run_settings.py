@@ -173,10 +173,10 @@ def _warmup(number: Mapping[str, Any], steps: int | None) -> int | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A mapping from a YAML or JSON file, without secrets. Raises ConfigError."""
-    from stabstudy.planning import document, sweepfile  # YAML alone needs OmegaConf
+    from stabstudy.planning import asked, document  # YAML alone needs OmegaConf
 
     if path.suffix != ".json":
-        return dict(sweepfile.redact(document.read(path, path.name).content))
+        return dict(asked.redact(document.read(path, path.name).content))
     try:
         with path.open("rb") as f:
             body = json.loads(f.read(LARGEST).decode("utf-8-sig"))
@@ -184,7 +184,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(path.name, f"cannot be read ({type(error).__name__})")) from error
     if not isinstance(body, dict):
         raise ConfigError(Problem(path.name, "must hold a mapping of settings"))
-    return dict(sweepfile.redact(body))
+    return dict(asked.redact(body))
 
 
 def _is_plain(value: bool | int | float | str) -> bool:

@@ -7,9 +7,10 @@ a configuration answer from this module alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 
@@ -18,7 +19,7 @@ from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import weights
 from stabstudy.data.batches import supply
 from stabstudy.data.weights import Weights
-from stabstudy.planning import axes, budget, compose, compute, estimate, overrides, sweepfile
+from stabstudy.planning import asked, axes, budget, compose, compute, estimate, overrides, sweepfile
 from stabstudy.planning.axes import Between, Choices, Chosen, Factor
 from stabstudy.planning.budget import Budget
 from stabstudy.planning.compute import Compute
@@ -36,6 +37,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
+from stabstudy.space import Choice, Search
 from stabstudy.stability.hopeless import HOPELESS, why_not
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_plan"]
@@ -113,31 +115,33 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
         frontier = request.frontier or (None if _is_chosen(sweep.frontier, request) else sweep.frontier)
+        search = None if sweep.search is None else _narrowed(sweep.search, request, issues)
         sweep = _applicable(sweep, frontier, issues)
-        left_out = {} if frontier is None else {frontier.setting: Chosen(frontier.low, frontier.origin)}
+        ends = _ends(frontier, search)
+        left_out = {name: Chosen(value, "") for name, value in ends[0].items()}
         product = axes.factors(sweep.factors, request.axes, request.pins | left_out)
         starts = Starts(list(request.given), cwd, above if named is None else (*above, named))
         composer = Composer(sweep, issues, starts)
-        cells = _cells(composer, sweep, request, product, frontier)
+        cells = _cells(composer, sweep, request, product, ends)
         resources = composer.compute(request)
     known = fingerprints((cell.config.data for cell in cells), existing_cache(resources), issues)
     issues.stop()
     every = planned(cells, request.seeds or sweep.seeds, known)
     trials = distinct(without_excluded(every, sweep.exclude, request.names, issues), issues)
     folder = study_folder(request, cwd)
-    before = sweepfile.check_belongs(folder, sweep.name, known, issues)
+    before = asked.check_belongs(folder, sweep.name, known, issues)
     _check_engines([t.config for t in trials], issues)
     _check_rule(frontier, trials, issues)
     issues.stop()
     rests = [Rest(case, choices) for case, choices in axes.combinations(product, sweep.cases, request.pins)]
-    is_open = [frontier is not None and frontier.setting not in rest.choices for rest in rests]
+    is_open = [bool(ends[0]) and not any(name in rest.choices for name in ends[0]) for rest in rests]
     fixed = {rest.case for rest, searched in zip(rests, is_open, strict=True) if not searched}
     planner = Planner(
-        request, sweep, frontier, tuple(product), tuple(rest for rest in rests if rest.case not in fixed),
+        request, sweep, frontier, search, tuple(product), tuple(rest for rest in rests if rest.case not in fixed),
         tuple(trial for trial in trials if trial.case in fixed),
         composer, known, resources, folder, before,
     )  # fmt: skip
-    trials = budget.within(trials, lambda trial: trial.cell_id, planner.budget if frontier is None else Budget())
+    trials = budget.within(trials, lambda trial: trial.cell_id, Budget() if planner.searched else planner.budget)
     _check_room(trials, resources, request, issues)
     names = [*axes.axis_values(product), *planner.searched]
     supplies = {data: supply(data, fingerprint, existing_cache(resources)) for data, fingerprint in known.items()}
@@ -147,10 +151,37 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     _check_stop(stop, [t.config for t in trials], issues)
     if before.get("stop") == HOPELESS != stop:
         issues.warn(f"sweep.stop: {stop} now, {HOPELESS} in the launch before: trials that it stopped go on")
-    if frontier is not None:
-        low = {frontier.setting: frontier.ends[0]}
-        rests = [rest for rest in planner.rests if planner.replicates(rest, low, planner.seeds)]
+    if planner.searched:
+        rests = [rest for rest in planner.rests if planner.replicates(rest, ends[0], planner.seeds)]
     return replace(planner, stop=stop, rests=tuple(rests), warnings=tuple(issues.warnings)).plan(trials)
+
+
+def _narrowed(search: Search, request: Request, issues: Issues) -> Search:
+    """The search of a sweep file with what the launch chooses: a value pins a setting, several are its choices."""
+    space = {name: domain for name, domain in search.space.items() if name not in request.pins}
+    for name, values in request.axes.items():
+        if name in space:
+            space[name] = Choice(tuple(chosen.value for chosen in values))
+        else:
+            origin = values[0].origin if values else ""
+            issues.refuse(name, "sweep.search chooses the cells: give one value", origin=origin)
+    if (between := request.frontier) is not None:
+        issues.refuse(between.setting, "sweep.search chooses the cells: leave out the range", "", between.origin)
+    if not space:
+        issues.refuse("sweep.search.space", "nothing is left to search: every setting is given")
+    return replace(search, space=space)
+
+
+def _ends(frontier: Between | None, search: Search | None) -> list[dict[str, Any]]:
+    """Values at both ends of what is searched, by which a plan is checked; [{}] for a grid."""
+    if frontier is not None:
+        return [{frontier.setting: end} for end in frontier.ends]
+    if search is not None and search.space:
+        return [
+            {name: domain.first for name, domain in search.space.items()},
+            {name: domain.last for name, domain in search.space.items()},
+        ]
+    return [{}]
 
 
 def _applicable(sweep: SweepFile, frontier: Between | None, issues: Issues) -> SweepFile:
@@ -220,9 +251,9 @@ def _check_engines(configs: list[TrialConfig], issues: Issues) -> None:
 
 
 def _cells(
-    composer: Composer, sweep: SweepFile, request: Request, product: list[Factor], frontier: Between | None
+    composer: Composer, sweep: SweepFile, request: Request, product: list[Factor], ends: Sequence[Mapping[str, Any]]
 ) -> list[Cell]:
-    """Every cell without a problem; along what is searched those at both ends of its range.
+    """Every cell without a problem; along what is searched those at both ends of it.
 
     Raises ConfigError at once for a product that is too large to look at.
     """
@@ -231,7 +262,7 @@ def _cells(
         issues.stop()
     cells = []
     for case, chosen in axes.combinations(product, sweep.cases, request.pins):
-        for choices in _at_ends(chosen, frontier):
+        for choices in _at_ends(chosen, ends):
             if cell := composer.cell(choices, case):
                 cells.append(cell)
         if len(issues.problems) >= ENOUGH:
@@ -239,7 +270,7 @@ def _cells(
     return cells
 
 
-def _at_ends(chosen: Choices, frontier: Between | None) -> list[Choices]:
-    if frontier is None or frontier.setting in chosen:
+def _at_ends(chosen: Choices, ends: Sequence[Mapping[str, Any]]) -> list[Choices]:
+    if any(name in chosen for name in ends[0]):
         return [chosen]
-    return [axes.without_rivals(chosen | {frontier.setting: Chosen(end, frontier.origin)}) for end in frontier.ends]
+    return [axes.without_rivals(chosen | {name: Chosen(v, "") for name, v in end.items()}) for end in ends]

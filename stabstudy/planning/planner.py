@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stabstudy import config as cfg
+from stabstudy import wording
 from stabstudy.config import DataConfig
 from stabstudy.data import tokens
-from stabstudy.planning import axes, compose, sweepfile
+from stabstudy.planning import asked, axes, compose
 from stabstudy.planning.axes import Between, Choices, Chosen, Factor
 from stabstudy.planning.budget import Budget
 from stabstudy.planning.compute import Compute
@@ -28,6 +29,7 @@ from stabstudy.planning.trials import (
     planned,
 )
 from stabstudy.settings import Issues
+from stabstudy.space import Search
 from stabstudy.stability.hopeless import STOPS
 
 
@@ -81,6 +83,7 @@ class Planner:
     request: Request
     sweep: SweepFile
     frontier: Between | None
+    search: Search | None
     product: tuple[Factor, ...]  # of the axes beside what is searched
     rests: tuple[Rest, ...]
     fixed: tuple[PlannedTrial, ...]  # named cases that leave nothing open, beside what is searched
@@ -103,7 +106,30 @@ class Planner:
     @property
     def searched(self) -> tuple[str, ...]:
         """The names that are searched."""
-        return () if self.frontier is None else (self.frontier.setting,)
+        if self.frontier is not None:
+            return (self.frontier.setting,)
+        return () if self.search is None else tuple(self.search.space)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is searched, as sweep.yaml has it; {} for a grid."""
+        if self.frontier is not None:
+            return {"frontier": {self.frontier.setting: self.frontier.record}}
+        return {} if self.search is None else {"search": self.search.body()}
+
+    @property
+    def aim(self) -> str:
+        """What is searched, in words; "" for a grid."""
+        if (frontier := self.frontier) is not None:
+            low, high = frontier.ends
+            width = f"a factor {frontier.resolution:g}" if frontier.log else f"{frontier.resolution:g}"
+            what = "is stable" if frontier.holds == axes.HOLDS[0] else "works"
+            return f"the largest {frontier.setting} from {low:g} to {high:g} that {what}, to within {width}"
+        if (search := self.search) is not None:
+            ways = [f"{'highest' if o.maximize else 'lowest'} {o.column}" for o in search.objectives]
+            seeds = wording.count(len(self.seeds), "seed")
+            return f"{search.sampler} for {' and '.join(ways)}, {search.trials} cells of {seeds}"
+        return ""
 
     def trial(self, rest: Rest, values: Mapping[str, Any], seed: int) -> PlannedTrial | None:
         """The trial of these values of what is searched; None where `sweep.exclude` names it.
@@ -135,7 +161,7 @@ class Planner:
         for name in self.searched:
             values = dict.fromkeys(flat[name] for flat in flats)
             varying.append(Axis(name, tuple(sorted(values, key=axes.rank))))
-        body = _body(self, tuple(varying), trials) | {"data": sweepfile.data_records(self.before, self.known)}
+        body = _body(self, tuple(varying), trials) | {"data": asked.data_records(self.before, self.known)}
         body |= {} if self.stop == STOPS[0] else {"stop": self.stop}
         body |= {"compute": dataclasses.asdict(self.resources), "command": list(self.request.given)}
         return Plan(
@@ -144,11 +170,11 @@ class Planner:
             body["question"],
             tuple(varying),
             tuple(trials),
-            sweepfile.record_text(body),
+            asked.record_text(body),
             self.resources,
             self.request.launch.launcher,
-            tuple(dict.fromkeys((*self.warnings, *sweepfile.record_changes(self.before, body)))),
-            tuple(sweepfile.redact(list(self.request.given))),
+            tuple(dict.fromkeys((*self.warnings, *asked.record_changes(self.before, body)))),
+            tuple(asked.redact(list(self.request.given))),
             self.sweep.conditions,
             tuple(self.composer.starts.plans.values()),
             _start(self.request, body["choices"]) if self.request.sweep is None else None,
@@ -166,7 +192,7 @@ def existing_cache(resources: Compute) -> Path | None:
 def _start(request: Request, choices: Mapping[str, str]) -> str:
     presets = ", ".join(f"{group}={preset}" for group, preset in choices.items())
     hint = "" if request.launch.study else "; study=NAME names the study, so that values can be added later"
-    return f"starts from {sweepfile.PRIMARY} alone ({presets}), not from a sweep{hint}"
+    return f"starts from {asked.PRIMARY} alone ({presets}), not from a sweep{hint}"
 
 
 def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
@@ -174,6 +200,7 @@ def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
     names = [axis.name for axis in varying]
     own = {name for factor in sweep.factors for alternative in factor for name in alternative}
     own |= set() if sweep.frontier is None else {sweep.frontier.setting}
+    own |= set() if sweep.search is None else set(sweep.search.space)
     if sweep.question and own == set(names):
         return sweep.question
     if not names:
@@ -196,7 +223,7 @@ def _body(planner: Planner, varying: tuple[Axis, ...], trials: Sequence[PlannedT
         "trials": len(trials),
         "seeds": list(seeds),
         "axes": {axis.name: list(axis.values) for axis in varying},
-        **({} if planner.frontier is None else {"frontier": {planner.frontier.setting: planner.frontier.record}}),
+        **planner.asked,
         **({"budget": planner.budget.record} if planner.budget.limited else {}),
         "cases": {case: {n: c.value for n, c in chosen.items()} for case, chosen in sweep.cases.items()},
         "exclude": [expression.text for expression in sweep.exclude],

@@ -120,12 +120,8 @@ def show(preview: Preview) -> None:
     print(f"{plan.study}: {plan.question}")
     for axis in plan.axes:
         print(f"  {axis.name}: {', '.join('null' if v is None else str(v) for v in axis.values)}")
-    if plan.planner is not None and (frontier := plan.planner.frontier) is not None:
-        low, high = frontier.ends
-        width = f"a factor {frontier.resolution:g}" if frontier.log else f"{frontier.resolution:g}"
-        what = "is stable" if frontier.holds == "stable" else "works"
-        print(f"searched: the largest {frontier.setting} from {low:g} to {high:g} that {what}, to within {width};")
-        print("further rounds follow from the results; the trials asked for so far:")
+    if plan.planner is not None:
+        print(f"searched: {plan.planner.aim}; the trials asked for so far:")
     _show_cells(plan, cells)
     for start in preview.starts:
         how = "done" if start.done else "to be launched first"

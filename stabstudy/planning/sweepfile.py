@@ -1,4 +1,4 @@
-"""The sweep of a launch, mostly a named one: its file, its record sweep.yaml, and the check of a launch against it.
+"""The sweep of a launch, mostly a named one: its file.
 
     sweep:
       seeds: [0, 1, 2]                       or a number of seeds
@@ -10,53 +10,32 @@
       frontier: {optim.lr: {between: [1e-4, 1.0], resolution: 1.25, holds: stable}}    or works; in place of an axis
       budget: {trials: 200, hours: 4}        whichever comes first; a grid is then walked in random order
       stop: hopeless                         which trials are ended early (default: diverged, those alone)
+      search: {sampler: TPE, trials: 60, minimize: [final_loss], space: {optim.lr: {log: [1e-4, 1e-1]}}}    see space.py
 
 The cells are the product of the grid's axes and the zipped axes, less what `exclude` names, and one for each case.
-
-A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
-added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.config_loader import ConfigLoader
-from omegaconf import OmegaConf
 
-from stabstudy import config as cfg
-from stabstudy import disk, store
-from stabstudy.config import DataConfig, TrialConfig, setting_names
-from stabstudy.planning import axes, budget, compose, document, exclude
+from stabstudy import expressions
+from stabstudy.config import setting_names
+from stabstudy.expressions import Expression
+from stabstudy.planning import axes, budget, compose, document, searchspace
+from stabstudy.planning.asked import PRIMARY
 from stabstudy.planning.axes import Between, Choices, Chosen, Factor
 from stabstudy.planning.budget import Budget
-from stabstudy.planning.document import UNREADABLE, Document
-from stabstudy.planning.exclude import Expression
-from stabstudy.settings import ConfigError, Issues, Problem, nearest, renamed
+from stabstudy.planning.document import Document
+from stabstudy.settings import ConfigError, Issues, Problem, nearest
+from stabstudy.space import Search
 from stabstudy.stability.hopeless import STOPS
 
-KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "frontier", "budget", "stop")
-PRIMARY = "conf/trial.yaml"
-"""What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
-
-RECORD_HEADER = (
-    "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
-)
-OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report"}
-"""What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
-
-_SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
-)
-_SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
-HIDDEN = "<hidden>"
+KEYS = ("seeds", "grid", "zip", "cases", "exclude", "conditions", "frontier", "search", "budget", "stop")
 
 
 @dataclass(frozen=True)
@@ -74,6 +53,7 @@ class SweepFile:
     frontier: Between | None = None  # what is searched, in place of an axis
     budget: Budget = Budget()
     stop: str = STOPS[0]
+    search: Search | None = None  # instead of a grid: Optuna chooses the cells
 
 
 def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFile:
@@ -100,6 +80,7 @@ def read(name: str, cwd: Path, loader: ConfigLoader, issues: Issues) -> SweepFil
         _frontier(block, factors, doc, issues),
         _budget(block, doc, issues),
         _stop(block, doc, issues),
+        searchspace.read(block, doc, loader, issues),
     )
 
 
@@ -215,7 +196,7 @@ def _exclusions(block: dict[str, Any], doc: Document, issues: Issues) -> tuple[E
     parsed = []
     for text in written:
         try:
-            parsed.append(exclude.parse(text))
+            parsed.append(expressions.parse(text))
         except ConfigError as error:
             issues.take(error.problems, origin)
     return tuple(parsed)
@@ -275,121 +256,3 @@ def _mapping(value: Any, path: str, doc: Document, issues: Issues) -> dict[str, 
         return {str(k): v for k, v in value.items()}
     issues.refuse(path, "must be a mapping", repr(value), doc.where(path))
     return {}
-
-
-def redact(value: Any) -> Any:
-    """The value with secrets replaced: under keys that name one, and text that looks like one."""
-    if isinstance(value, Mapping):
-        return {k: HIDDEN if v and _names_secret(str(k)) else redact(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(v) for v in value]
-    return _SECRET_VALUE.sub(HIDDEN, value) if isinstance(value, str) else value
-
-
-def _names_secret(key: str) -> bool:
-    last = key.rpartition(".")[2]
-    return _SECRET_KEY.search(last) is not None and last not in _SETTINGS
-
-
-def record_text(body: Mapping[str, Any]) -> str:
-    """The body as the text of sweep.yaml, without secrets. Any YAML reader reads the same numbers from it."""
-    return RECORD_HEADER + OmegaConf.to_yaml(OmegaConf.create(redact(body)))
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The content of sweep.yaml in the folder, or None where there is none. Raises ConfigError when it is broken."""
-    path = store.StudyFolder(folder).sweep_file
-    if kind := disk.not_a_file(path):
-        raise ConfigError(Problem("study", f"{path}: is {kind}, not a file"))
-    if not path.exists():
-        return None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, *UNREADABLE) as error:
-        raise ConfigError(Problem("study", f"{path} cannot be read ({type(error).__name__})")) from error
-    if not isinstance(content, dict):
-        raise ConfigError(Problem("study", f"{path} must hold a mapping"))
-    return content
-
-
-def check_belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], issues: Issues) -> dict[str, Any]:
-    """Refuse a launch that would mix two studies. Returns the sweep.yaml before it, {} for a new study."""
-    before = read_record(folder)
-    if before is None:
-        if strangers := _strangers(folder):
-            issues.refuse("study", f"{folder} is not a study of this program: it holds {', '.join(strangers[:3])}")
-        return {}
-    named, version = before.get("sweep"), before.get("format")
-    if type(version) is not int or not 1 <= version <= cfg.FORMAT_VERSION:
-        issues.refuse("study", f"{folder} has format {version}, this version reads up to {cfg.FORMAT_VERSION}")
-    elif named != sweep:
-        same = "leave out sweep=" if named == PRIMARY else f"use sweep={named}"
-        hint = f"name a new study with study=NAME, or {same}"
-        issues.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, in that folder sweep {named}")
-    else:
-        _same_data(before, fingerprints, issues)
-    return before
-
-
-def data_records(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str]) -> list[dict[str, Any]]:
-    """Every text that the study has trained on: the settings that differ from the defaults, and its fingerprint."""
-    known = {_key(r["settings"]): r for r in _records(before)}
-    for data, fingerprint in fingerprints.items():
-        settings = _differing(data)
-        known[_key(settings)] = {"fingerprint": fingerprint, "settings": settings}
-    return list(known.values())
-
-
-def record_changes(before: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
-    """Settings that no trial of the earlier launch differed in and that this launch sets otherwise, one line each."""
-    was, now = before.get("settings"), body["settings"]
-    if not isinstance(was, dict):
-        return []
-    was = renamed(was, cfg.CURRENT_NAMES)
-    differing = [k for k in now if k in was and was[k] != now[k]]
-    return [f"{k}: {now[k]!r} now, {was[k]!r} in the launch before; the study holds trials of both" for k in differing]
-
-
-def _same_data(before: Mapping[str, Any], fingerprints: Mapping[DataConfig, str], issues: Issues) -> None:
-    known = {_key(r["settings"]): str(r["fingerprint"]) for r in _records(before)}
-    for data, fingerprint in fingerprints.items():
-        was = known.get(_key(_differing(data)), fingerprint)
-        if was != fingerprint:
-            rule = f"the text of source {data.source} has changed since this study began: use another study=NAME"
-            issues.refuse("data", rule, f"fingerprint {fingerprint}, formerly {was}")
-
-
-def _records(before: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    written = before.get("data")
-    listed = written if isinstance(written, list) else []
-    kept = [r for r in listed if isinstance(r, dict) and "fingerprint" in r and _is_flat(r.get("settings"))]
-    return [r | {"settings": _current(r["settings"])} for r in kept]
-
-
-def _current(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the data by their names below `data`, which an older version may have written."""
-    named = renamed({f"data.{k}": v for k, v in settings.items()}, cfg.CURRENT_NAMES)
-    return {k.removeprefix("data."): v for k, v in named.items()}
-
-
-def _is_flat(settings: Any) -> bool:
-    return isinstance(settings, dict) and not any(isinstance(v, dict | list) for v in settings.values())
-
-
-def _differing(data: DataConfig) -> dict[str, Any]:
-    values, default = (cfg.flat(TrialConfig(data=d)) for d in (data, DataConfig()))
-    differing = {k.removeprefix("data."): v for k, v in values.items() if v != default[k]}
-    return {"source": data.source, **differing}
-
-
-def _key(settings: Mapping[str, Any]) -> str:
-    return json.dumps(redact(settings), sort_keys=True)
-
-
-def _strangers(folder: Path) -> list[str]:
-    """What in an existing folder shows that it is not a study, or one whose sweep.yaml is gone."""
-    if not folder.is_dir():
-        return []
-    trials = ["trials but no sweep.yaml"] if store.StudyFolder(folder).trials() else []
-    others = [p.name for p in sorted(folder.iterdir()) if p.name not in OWN and not p.name.startswith(".")]
-    return trials + [name for name in others if not name.endswith(".tmp")]

@@ -17,11 +17,11 @@ from stabstudy.config import GROUPS, DataConfig, ModelConfig, TrialConfig, from_
 from stabstudy.data import sources, tokenizer
 from stabstudy.data.files import Memory
 from stabstudy.data.weights import Weights
+from stabstudy.expressions import Expression
 from stabstudy.planning import compose, compute, estimate
 from stabstudy.planning.axes import Choices, without_rivals
 from stabstudy.planning.compose import PRESET_GROUPS, Base
 from stabstudy.planning.compute import MOST, Compute
-from stabstudy.planning.exclude import Expression
 from stabstudy.planning.overrides import Request
 from stabstudy.planning.sweepfile import SweepFile
 from stabstudy.settings import ConfigError, DataError, Issues, Problem

@@ -38,11 +38,16 @@ class Strategy(Protocol):
 
 def strategy(plan: Plan) -> Strategy | None:
     """The strategy of the plan; None for a grid."""
-    if plan.planner is None or plan.planner.frontier is None:
-        return None
-    from stabstudy.search.bisection import Frontier
+    planner = plan.planner
+    if planner is not None and planner.frontier is not None:
+        from stabstudy.search.bisection import Frontier
 
-    return Frontier(plan.planner, plan.planner.frontier)
+        return Frontier(planner, planner.frontier)
+    if planner is not None and planner.search is not None:
+        from stabstudy.search.optuna_search import OptunaSearch
+
+        return OptunaSearch(planner, planner.search)
+    return None
 
 
 def room(plan: Plan, slots: int | None = None) -> int:

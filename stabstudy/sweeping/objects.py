@@ -46,6 +46,8 @@ def plan(preview: Preview) -> Answer:
         "folder": str(made.folder),
         "question": made.question,
         "starts_from": made.start,
+        "search": None if made.planner is None else made.planner.asked,
+        "budget": made.budget.record,
         "axes": {axis.name: axis.values for axis in made.axes},
         "seeds": list(dict.fromkeys(t.config.seed for t in made.trials)),
         "cells": cells,

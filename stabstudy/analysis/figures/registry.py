@@ -6,11 +6,22 @@ from collections.abc import Callable, Iterator
 
 from stabstudy.analysis import study_statistics
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import curves, effect_plots, layers, maps, norms, study_curves, traces, verdict_maps
+from stabstudy.analysis.figures import (
+    curves,
+    effect_plots,
+    layers,
+    maps,
+    norms,
+    search_plots,
+    study_curves,
+    traces,
+    verdict_maps,
+)
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.study import Study
 
 OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] = (
+    search_plots.search_figures,
     curves.curve_figures,
     verdict_maps.figures,
     maps.figures,

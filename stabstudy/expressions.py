@@ -1,8 +1,9 @@
-"""The language of `sweep.exclude`: which cells of the grid are left out.
+"""The language of conditions: which cells `sweep.exclude` leaves out, what the trials of a search must hold to.
 
     model.depth == 10 and optim.lr > 3e-3
     data in ('dclm', 'c4') or not optim.clip == null
     seed != 0 and train.batch_size >= 64
+    verdict == 'stable' and final_loss < 3.2        (of a search alone: statistics of a trial)
 
 Settings under their dotted names, groups as the name of their preset, `seed`; comparisons (chained too), `in`, `and`,
 `or`, `not`, brackets, numbers, text, null, true, false. The text is parsed by Python's own parser and walked here:
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ast
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,17 @@ class Expression:
     text: str
     names: frozenset[str]
     tree: ast.expr
+    setting: str = "sweep.exclude"  # where it was written
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether the condition is true of a trial. `values`: every name of `known_names`."""
-        return bool(_value(self.tree, values))
+        """Whether the condition is true of a trial; `values`: by every name that it reads.
+
+        Raises ConfigError where it compares values of different kinds.
+        """
+        try:
+            return bool(_value(self.tree, values))
+        except TypeError as error:
+            raise ConfigError(Problem(self.setting, "compares values of different kinds", str(error))) from error
 
 
 def known_names() -> list[str]:
@@ -51,47 +59,63 @@ def known_names() -> list[str]:
     return [*setting_names(), *GROUPS]
 
 
-def parse(text: str) -> Expression:
-    """The text as an Expression. Raises ConfigError that names what is not in the language."""
+def parse(
+    text: str, setting: str = "sweep.exclude", columns: Sequence[str] = (), words: Collection[str] = ()
+) -> Expression:
+    """The text as an Expression. Raises ConfigError that names what is not in the language.
+
+    `setting`: where it was written. `columns`: what it may name beside `known_names`. `words`: names that stand for
+    themselves, as text.
+    """
     if len(text) > MAX_LENGTH:
-        raise ConfigError(Problem("sweep.exclude", f"a condition has at most {MAX_LENGTH} characters", str(len(text))))
+        raise ConfigError(Problem(setting, f"a condition has at most {MAX_LENGTH} characters", str(len(text))))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `1 is 1` and `3in x` warn; both are refused or harmless below
             tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(Problem("sweep.exclude", "is not a condition", repr(text))) from error
-    problems: list[Problem] = []
+        raise ConfigError(Problem(setting, "is not a condition", repr(text))) from error
+    tree = _Words(words).visit(tree)
+    rules: list[str] = []
     names: set[str] = set()
-    _check(tree, text, names, problems)
-    if not problems and not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp):
-        problems.append(Problem("sweep.exclude", "a condition compares something", repr(text)))
-    if problems:
-        raise ConfigError(problems)
-    return Expression(text, frozenset(names), tree)
+    _check(tree, names, [*known_names(), *columns], rules)
+    if not rules and not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        rules.append("a condition compares something")
+    if rules:
+        raise ConfigError([Problem(setting, rule, repr(text)) for rule in rules])
+    return Expression(text, frozenset(names), tree, setting)
 
 
-def _check(node: ast.expr, text: str, names: set[str], problems: list[Problem]) -> None:
-    """Note every name, and a Problem for everything that is not in the language."""
+class _Words(ast.NodeTransformer):
+    """Replaces names that stand for themselves by their text."""
+
+    def __init__(self, words: Collection[str]):
+        self.words = words
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802, D102
+        return ast.Constant(node.id) if node.id in self.words else node
+
+
+def _check(node: ast.expr, names: set[str], known: list[str], rules: list[str]) -> None:
+    """Note every name, and the rule that is broken by everything that is not in the language."""
     dotted = _dotted(node)
     if dotted is not None:
         if dotted in _CONSTANTS:
             return
         names.add(dotted)
-        if dotted not in known_names():
-            problems.append(Problem("sweep.exclude", f"{dotted} is not a setting{_near(dotted)}", repr(text)))
+        if dotted not in known:
+            rules.append(f"{dotted} is not a setting{_near(dotted, known)}")
         return
     for child in _parts(node):
         if child is None:
-            problems.append(Problem("sweep.exclude", f"{_spelling(node)} is not allowed in a condition", repr(text)))
+            rules.append(f"{_spelling(node)} is not allowed in a condition")
         else:
-            _check(child, text, names, problems)
+            _check(child, names, known, rules)
 
 
-def _near(dotted: str) -> str:
+def _near(dotted: str, known: list[str]) -> str:
     if dotted in CURRENT_NAMES:
         return f" (did you mean {CURRENT_NAMES[dotted]}?)"
-    known = known_names()
     same_key = [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
     return f" (did you mean {', '.join(same_key)}?)" if same_key else nearest(dotted, known)
 
@@ -170,5 +194,4 @@ def _compare(op: ast.cmpop, left: Any, right: Any) -> bool:
     try:
         return left is not None and right is not None and _ORDER[type(op)](left, right)
     except TypeError as error:
-        got = f"{left!r} and {right!r}"
-        raise ConfigError(Problem("sweep.exclude", "compares values of different kinds", got)) from error
+        raise TypeError(f"{left!r} and {right!r}") from error
