@@ -69,8 +69,7 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
         f"Hatched: no done trial. Pooled over {words.listing([words.label(a) for a in ('seed', *layout.pooled)])}."
     )
     if (study.trials["state"] == "stopped").any():
-        caption += " ⊘: ended early by a rule of the sweep, with hardly a chance to end near the best; "
-        caption += "its field is never green."
+        caption += " ⊘: ended early by a rule of the sweep, with hardly a chance to end near the best; never green."
     if ranges := _limits(study, layout):
         caption += (
             f" Heavy line: every trial of the row is stable up to it; solid where the next {words.label(x)} was "
