@@ -127,9 +127,8 @@ def worse(pair: Pair) -> tuple[bool, list[str], str]:
     unknown = {_name(row): str(row["note"]) for row in rows if row["p"] is None}
     if unknown and not tested:
         raise Refused(f"nothing that differs can be tested: {'; '.join(dict.fromkeys(unknown.values()))}")
-    family = (
-        f"Holm over {words.count(tested, 'statistic')}{f', not tested: {words.listing([*unknown])}' if unknown else ''}"
-    )
+    left_out = f", not tested: {words.listing([*unknown])}" if unknown else ""
+    family = f"Holm over {words.count(tested, 'statistic')}{left_out}"
     pairs, seeds = words.count(groups.ngroups, "pair"), words.count(trials["seed"].nunique(), "seed")
     passed, reason = _reading(rows, pair)
     return passed, [_line(row, trials) for row in rows], f"{reason} ({family}; {pairs} of trials, {seeds})"
