@@ -9,10 +9,10 @@ one of the studies. What differs between the studies and within none (a setting,
             stable: every trial of the baseline in that cell is done and stable
 
 `worse` is about the whole, and passes chance: of 400 pairs of studies that differ by nothing it fails under .01, and
-.04 where every axis acts differently by seed as much as a trial scatters; it sees twice the roughness in six cells
-of two seeds (`tests/test_gate.py`). Known weakness: where the study alone acts so (a change of the initial weights, say, gives
-every seed another start), it fails .11 to .14 of them. `rough` is about each cell: one trial is enough, so where verdicts
-are a matter of chance it fails by chance. Of kto the margin of rewards is not tested.
+.04 where every axis acts differently by seed as much as a trial scatters; it sees twice the roughness in six cells of
+two seeds (`tests/test_gate.py`). Known weakness: where the study alone acts so (a change of the initial weights, say,
+gives every seed another start), it fails .11 to .14 of them. `rough` is about each cell: one trial is enough, so where
+verdicts are a matter of chance it fails by chance. Of kto the margin of rewards is not tested.
 """
 
 from __future__ import annotations
