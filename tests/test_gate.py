@@ -37,13 +37,14 @@ def two_studies(
     spikes: float = 3.0,
     levels: int = 3,
     noise: str = "normal",
+    alone: bool = False,
 ) -> gate.Pair:
     """A baseline and a new study of each seed in each cell, of chance alone but for `rougher`.
 
     In units of a trial's standard deviation: seeds and cells differ by 1, the study and each axis act by `interaction`
-    differently at each seed and level. `shared`: the share of a trial's variance that partners have in common (the same
-    initial weights, the same batches). `spikes`: flagged steps of a usual trial. `rougher`: what the new study's rates
-    and roughness are multiplied with, and the share of unstable trials (a tenth).
+    differently at each seed and level (`alone`: the study only). `shared`: the share of a trial's variance that its
+    partner has too (the same initial weights, the same batches). `spikes`: flagged steps of a usual trial. `rougher`:
+    what the new study's rates and roughness are multiplied with, and the share of unstable trials (a tenth).
     """
     axes = AXES | {"optim.lr": AXES["optim.lr"][:levels]}
     table = pd.DataFrame(
@@ -56,7 +57,7 @@ def two_studies(
         own = rng.standard_normal(n) if noise == "normal" else rng.standard_t(4, n) / math.sqrt(2)
         own = math.sqrt(shared) * rng.standard_normal(n)[partner] + math.sqrt(1 - shared) * own
         own += rng.standard_normal(n)[cell] + rng.standard_normal(seeds)[table["seed"]]
-        for axis in ("study", *axes):
+        for axis in ("study",) if alone else ("study", *axes):
             codes = pd.factorize(table[axis])[0]
             own += interaction * rng.standard_normal((seeds, codes.max() + 1))[table["seed"], codes]
         return own
@@ -67,8 +68,8 @@ def two_studies(
     table["grad_norm_log_sd"] = factor * np.exp(0.2 * statistic() - 1.5)
     table["spike_abs_rate"] = rng.poisson(spikes * factor * np.exp(0.5 * statistic())) / STEPS
     table["verdict"] = np.where(unstable, np.where(rng.random(n) < 0.5, "rough", "spiky"), "stable")
-    same = {"n_evaluable": STEPS, "state": "done", "eval_hash": "e", "data_fingerprint": "f", "log_stride": 1}
-    table = table.assign(**same, detector_id="jump-1", sampling_noise=None)
+    same: dict[str, Any] = {"n_evaluable": STEPS, "state": "done", "eval_hash": "e", "data_fingerprint": "f"}
+    table = table.assign(**same, log_stride=1, detector_id="jump-1", sampling_noise=None)
     return gate.Pair(gate.ranked(table), {"study": ["old", "new"], **axes}, "old", "new")
 
 
@@ -82,12 +83,12 @@ def failures(studies: int, **how: Any) -> float:
 
 
 def test_chance_seldom_fails_it() -> None:
-    """Of 20 studies four or fewer: were the true share .07, more would come of it in one sample of a hundred."""
-    assert 20 * failures(20) <= 4
+    """Of 10 studies three or fewer: were the true share .07, more would come of it in one sample of two hundred."""
+    assert 10 * failures(10) <= 3
 
 
 def test_twice_the_roughness_fails_it() -> None:
-    assert failures(8, rougher=2.0) == 1.0
+    assert failures(4, rougher=2.0) == 1.0
 
 
 @pytest.mark.slow
@@ -113,12 +114,18 @@ def test_power_at_twice_the_roughness(how: dict[str, Any], power: float) -> None
 
 
 @pytest.mark.slow
+def test_the_known_weakness() -> None:
+    """Only the study acts differently by seed, and as much as a trial scatters: no more than the docstring says."""
+    assert failures(STUDIES, seeds=5, interaction=1.0, alone=True) <= 0.15
+
+
+@pytest.mark.slow
 def test_the_residual_alone_would_fail_studies_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """That this file can fail: without the moderated error, what differs by seed is taken for the study's doing."""
     monkeypatch.setattr(
         factors.Family, "error", lambda self, m, axis: factors.Error(m.additive[0] / m.additive[1], m.additive[1])
     )
-    assert failures(100, interaction=1.0) > 2 * MOST_ALARMS
+    assert failures(100, seeds=5, interaction=1.0) > 2 * MOST_ALARMS
 
 
 # What it says of given studies
@@ -165,6 +172,7 @@ def test_what_is_higher_is_worse_and_what_is_lower_is_better() -> None:
     assert any(line.startswith("roughness") and line.endswith(": better") for line in passed.lines)
 
 
+@pytest.mark.slow
 def test_only_partners_count() -> None:
     """What one study alone holds, another seed or rate, changes nothing."""
     more = rows(5, grad_norm_log_sd=9.0)
@@ -175,7 +183,7 @@ def test_only_partners_count() -> None:
 
 
 def test_a_setting_that_differs_is_named() -> None:
-    other = rows(**{"optim.weight_decay": 0.3})
+    other = [row | {"optim.weight_decay": 0.3} for row in rows()]
     assert answer(other, rows(), "worse").lines[0] == "differs: optim.weight_decay 0.1 in baseline, 0.3 in new"
 
 
@@ -193,6 +201,7 @@ def test_rough_holds_each_cell_that_was_stable() -> None:
     assert not noisy.passed and ", by sampling noise:" in noisy.lines[0] and "6 rough of 6" in noisy.conclusion
 
 
+@pytest.mark.slow
 def test_rough_counts_seeds_that_the_baseline_lacks_and_says_what_has_no_verdict() -> None:
     new = rows(4, verdict=["stable", None, "stable", "rough"] + ["stable"] * 4)
     assert answer(new, rows(), "rough").conclusion == (
@@ -201,6 +210,7 @@ def test_rough_counts_seeds_that_the_baseline_lacks_and_says_what_has_no_verdict
     )
 
 
+@pytest.mark.slow
 def test_many_rough_trials_are_not_all_listed() -> None:
     failed = answer(rows(15, verdict="rough"), rows(15), "rough")
     assert len(failed.lines) == gate.MOST_LISTED + 1 and failed.lines[-1] == "and 10 more"
@@ -226,16 +236,15 @@ def test_what_cannot_be_compared_is_refused(new: dict[str, Any], old: dict[str, 
     assert str(error.value).startswith(reason) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_losses_on_other_sets_are_no_matter_to_rough() -> None:
     assert answer(rows(eval_hash="other"), rows(), "rough").passed
 
 
 def test_trials_that_are_not_done_make_it_pass_in_part() -> None:
-    new = [*rows(), *rows(4, state="failed", verdict=None)[3:4]]
-    for kind in ("worse", "rough"):
-        passed = answer(new, rows(), kind)
-        assert passed.passed and passed.unfinished == 1
-        assert passed.conclusion.startswith(f"gate passed in part (1 trial not done or damaged) ({kind}): ")
+    passed = answer([*rows(), *rows(4, state="failed", verdict=None)[3:4]], rows(), "worse")
+    assert passed.passed and passed.unfinished == 1
+    assert passed.conclusion.startswith("gate passed in part (1 trial not done or damaged) (worse): ")
 
 
 # The command
@@ -276,6 +285,7 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return written
 
 
+@pytest.mark.slow
 def test_the_code_is_that_of_the_gate(tmp_path: Path, unwritten: list[Path], capsys: Out) -> None:
     old, new = plant(tmp_path / "old", seeds=2), plant(tmp_path / "new", seeds=2, spikes=ROUGH)
     calm = plant(tmp_path / "x" / "old", seeds=2)
@@ -290,6 +300,13 @@ def test_the_code_is_that_of_the_gate(tmp_path: Path, unwritten: list[Path], cap
     )
     planted.plant_trial(calm, planted.settings(lr=0.1), status="failed", steps_done=3)
     assert report.main([str(calm), "--baseline", str(old), "--fail-on", "rough"]) == cli.PARTIAL
+
+
+def test_a_gate_that_fails_ends_with_5(studies: Path, unwritten: list[Path], capsys: Out) -> None:
+    new, old = studies / "rough", studies / "old"
+    assert report.main([str(new), "--baseline", str(old), "--fail-on", "rough"]) == cli.GATE_FAILED == 5
+    last = "gate failed (rough): 2 rough of 2 trials of rough, in 2 of 2 cells in which old was stable"
+    assert capsys.readouterr().out.splitlines()[-1] == last and unwritten == [new]
 
 
 @pytest.mark.parametrize(
@@ -320,6 +337,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     for name in ("new", "old"):
         plant(folder / name, seeds=1)
+    plant(folder / "rough", seeds=1, spikes=ROUGH)
     planted.plant_frame(folder / "other")
     planted.plant_trial(folder / "other", planted.settings(lr=0.5))
     return folder
@@ -329,6 +347,7 @@ def main() -> None:
     """Print the shares."""
     chance: list[dict[str, Any]] = [{"seeds": s, "interaction": i} for s in (2, 3, 5) for i in (0.0, 0.5, 1.0)]
     chance += [{"shared": 0.0}, {"spikes": 0.2}, {"levels": 1}, {"noise": "t4"}]
+    chance += [{"seeds": s, "interaction": i, "alone": True} for s in (3, 5) for i in (0.5, 1.0)]
     rougher: list[dict[str, Any]] = [{}, {"seeds": 2}, {"levels": 1}, {"interaction": 0.5}, {"interaction": 1.0}]
     for how in [*chance, *({"rougher": 2.0} | more for more in rougher), {"rougher": 1.3}]:
         print(how, f"{failures(STUDIES, **how):.3f}", flush=True)

@@ -74,6 +74,11 @@ def test_what_is_spelt_right_is_taken(study: Study) -> None:
     assert set(study.effects("final_loss")["metric"]) == {"final_loss"}
 
 
+def test_a_study_without_axes_has_none_to_ask_about() -> None:
+    with pytest.raises(KeyError, match=r"'optim.lr' is no axis of study s \(it has: none\)"):
+        Names("s", {}).axes_beside(None, "optim.lr")
+
+
 def test_of_many_levels_the_nearest_are_named() -> None:
     levels = [round(0.01 * i, 2) for i in range(1, 31)]
     with pytest.raises(KeyError) as error:

@@ -47,7 +47,8 @@ class Names:
     def axes_beside(self, names: str | Sequence[str] | None, *others: str) -> list[str]:
         """This axis or these (None: all), which `others`, axes too, are none of. Raises KeyError."""
         names = [names] if isinstance(names, str) else names
-        rest = [a for a in self.axes if a not in map(self.axis, others)]
+        taken = [self.axis(other) for other in others]
+        rest = [a for a in self.axes if a not in taken]
         what = f"axis beside the {words.listing([words.label(a) for a in others])}" if others else "axis"
         return rest if names is None else [self.one_of(name, rest, what) for name in names]
 
