@@ -27,7 +27,7 @@ from stabstudy import config as cfg
 from stabstudy import extras, wording
 from stabstudy.analysis import searches
 from stabstudy.analysis.searches import History, Suggestion
-from stabstudy.analysis.tables import read_tables
+from stabstudy.analysis.tables import Row, read_tables
 from stabstudy.planning.compute import NotReadyError
 from stabstudy.planning.trials import PlannedTrial
 from stabstudy.search import journal
@@ -72,7 +72,7 @@ class OptunaSearch:
 
     def known(self, study: StudyFolder) -> list[PlannedTrial]:
         """Every trial of the cells of this search that stand in the study's folder, all seeds, done or not."""
-        return [trial for suggestion in self._suggestions(study, ()) for trial in self._trials(suggestion.values)]
+        return [trial for suggestion in self._suggestions(study) for trial in self._trials(suggestion.values)]
 
     def next(self, study: StudyFolder, room: int, given_up: Collection[str]) -> list[PlannedTrial]:
         """The trials of the next cells, as many cells as fit into `room` trials, at least one; [] at the end.
@@ -81,8 +81,9 @@ class OptunaSearch:
         a trial to tell of. Raises compute.NotReadyError where Optuna, or what the sampler needs, is not installed.
         """
         check_ready(self.search)
-        lost = {*given_up, *(damaged.trial_id for damaged in read_tables(study).damaged)}
-        judged = self._suggestions(study, lost)
+        tables = read_tables(study)
+        lost = {*given_up, *(damaged.trial_id for damaged in tables.damaged)}
+        judged = self._suggestions(study, lost, tables.trials)
         wanted = min(max(1, room // len(self.seeds)), self.search.trials - len(judged))
         asked = list(self._asked(judged, lost, wanted)) if room > 0 and wanted > 0 else []
         if judged:
@@ -91,7 +92,7 @@ class OptunaSearch:
 
     def answer(self, study: StudyFolder) -> str:
         """What is known so far, in a line: the best cell, or how many none is better than."""
-        known = searches.history(self.search, self._suggestions(study, ()))
+        known = searches.history(self.search, self._suggestions(study))
         done = sum(suggestion.state == "done" for suggestion in known.suggestions)
         counted = f"{self.search.sampler}, {done} of {self.search.trials} cells"
         return "; ".join(filter(None, (f"{counted}: {self._best(known)}", self._refusals(), self.note)))
@@ -111,12 +112,14 @@ class OptunaSearch:
         levels = (f"{name.rpartition('.')[2]}={short_value(value)}" for name, value in best.values.items())
         return f"best {names[0]} {best.objectives[0]:.4g} at {' '.join(levels)}"
 
-    def _suggestions(self, study: StudyFolder, lost: Collection[str]) -> list[Suggestion]:
+    def _suggestions(
+        self, study: StudyFolder, lost: Collection[str] = (), rows: Sequence[Row] | None = None
+    ) -> list[Suggestion]:
         """The cells on disk, judged; those of other settings than this search's are left out.
 
-        `lost`: ids of trials that will not be done; a cell that has one has failed.
+        `lost`: ids of trials that will not be done; a cell that has one has failed. `rows`: of the trials, if read.
         """
-        own = [row for row in read_tables(study).trials if self._is_own(row)]
+        own = [row for row in (read_tables(study).trials if rows is None else rows) if self._is_own(row)]
         judged = searches.suggestions(own, self.search, self.seeds, searches.begun(study, own))
         return [
             replace(s, state="failed") if s.state != "done" and self._is_lost(s.values, lost) else s for s in judged
