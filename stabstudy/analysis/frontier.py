@@ -58,6 +58,7 @@ class Scale:
         high: Largest value.
         resolution: Largest width of an edge's interval: a factor where `log`, else a difference.
         log: Whether the axis is logarithmic.
+        grid: The candidate values, rising, where they are given; otherwise `lattice` makes them.
 
     Raises ValueError, one line that names the rule, for a range or a resolution that makes no sense.
     """
@@ -67,6 +68,7 @@ class Scale:
     high: float
     resolution: float
     log: bool = True
+    grid: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -115,6 +117,8 @@ class Scale:
     @functools.cached_property
     def lattice(self) -> tuple[float, ...]:
         """The candidate values, rising: about `STEPS` to a resolution, three significant digits, both ends."""
+        if self.grid:
+            return self.grid
         n = math.ceil(self.span / self.width * STEPS)
         inner = (self.value(self.axis(self.low) + self.span * i / n) for i in range(1, n))
         digits = max(3, math.ceil(math.log10(max(abs(self.low), abs(self.high)) * n / (self.high - self.low)) + 1))

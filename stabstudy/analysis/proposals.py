@@ -27,7 +27,7 @@ SPREAD = 0.97
 """Probability of the interval over which several trials of a cell are spread."""
 
 LEAST_SIDE = 0.1
-"""Probability that the edge lies between two neighbours of the trials that said nothing, below which it is not sought."""
+"""Probability of the edge between two neighbours among the trials that said nothing, below which it is not sought."""
 
 COARSE = 0.5
 """Decades between the values that `works` tries first, to see where the loss is lowest; of a linear range an eighth."""
@@ -103,6 +103,7 @@ class _Places:
         known = {(value, seed) for value, seed, _ in of}
         own = known | {(value, seed) for c, value, seed in taken if c == cell}
         self._cell, self._scale = cell, scale
+        self._none_holds = bool(of) and not any(holds for *_, holds in of)
         self._tried = {value for value, _ in own}
         self._silent = sorted({scale.axis(value) for value, _ in own - known})
         self._seeds = {v: [s for s in seeds if (v, s) not in own] for v in scale.lattice}
@@ -113,20 +114,29 @@ class _Places:
         return value not in self._tried and bool(self._seeds[value])
 
     def next(self, post: Posterior, i: int, n: int) -> list[Proposal]:
-        """The next `n` trials of the cell, the i-th of the posterior; fewer where no seed is left."""
-        sides = np.searchsorted(self._silent, post.positions)
-        likely = np.bincount(sides, post.mass[i]).round(9)
-        if likely.max() < LEAST_SIDE:
-            return []
-        low, high = (quantile(post.positions, post.mass[i], q) for q in ((1 - SPREAD) / 2, (1 + SPREAD) / 2))
-        targets = [low + (high - low) * (k + 0.5) / n for k in range(n)]
-        if n == 1:
-            side = int(likely.argmax())
-            joint = post.joint[i] * (sides == side)
-            unused = np.array([bool(seeds) for seeds in self._seeds.values()])
-            inside = np.flatnonzero(unused & (np.searchsorted(self._silent, self._axis) == side))
-            targets = [self._most_telling(joint / joint.sum(), post.positions, inside)]
-        return [p for x in targets if (p := self.nearest(x))]
+        """The next `n` trials of the cell, the i-th of the posterior; fewer where no seed or no likely side is left."""
+        sides, of_value = (np.searchsorted(self._silent, x) for x in (post.positions, self._axis))
+        unused = np.array([bool(seeds) for seeds in self._seeds.values()]) & ~np.isin(self._axis, self._silent)
+        mass = np.bincount(sides, post.mass[i], len(self._silent) + 1).round(9)
+        mass[np.bincount(of_value[unused], minlength=len(mass)) == 0] = 0
+        for side in self._ranked(mass):
+            joint = post.joint[i] * (sides == side) / mass[side]
+            low, high = (quantile(post.positions, joint.sum(axis=0), q) for q in ((1 - SPREAD) / 2, (1 + SPREAD) / 2))
+            if mass[side] >= LEAST_SIDE or not self._scale.resolved(low, high):
+                targets = [low + (high - low) * (k + 0.5) / n for k in range(n)]
+                if n == 1:
+                    targets = [self._most_telling(joint, post.positions, np.flatnonzero(unused & (of_value == side)))]
+                return [p for x in targets if (p := self.nearest(x))]
+        return []
+
+    def _ranked(self, mass: Floats) -> list[int]:
+        """The sides of the trials that said nothing where to look, the first that is wide enough.
+
+        Where nothing holds, trials that said nothing below those that fail were mostly too low to learn anything: what
+        holds, if anything does, lies between the two, however narrow that is.
+        """
+        likely = [int(mass.argmax())] if mass.max() >= LEAST_SIDE else []
+        return [int(np.flatnonzero(mass)[-1]), *likely] if self._none_holds and mass.any() else likely
 
     def nearest(self, position: float) -> Proposal | None:
         """The nearest value with an unused seed, which is then used; None where there is none."""
