@@ -262,49 +262,37 @@ def read_recorded(path: Path) -> dict[int, list[dict[str, Any]]]:
 def recorded(path: Path) -> list[Recorded]:
     """The frontier over the depths of a recorded grid by each rule, one trial for each open cell and round."""
     rows = read_recorded(path)
-    rates = sorted({row["optim.lr"] for of in rows.values() for row in of})
+    rates, seeds = (sorted({row[name] for of in rows.values() for row in of}) for name in ("optim.lr", "seed"))
     scale = Scale("optim.lr", rates[0], rates[-1], 1.5, grid=tuple(rates))
-    seeds = sorted({row["seed"] for of in rows.values() for row in of})
     results = []
     for rule in RULES:
         requests: set[Proposal] = set()
         rounds = 0
-        while proposals := propose(
-            answers(rows, requests, rule), requests, scale, seeds, room_of(rows, requests, rule, scale), rule
-        ):
+        while proposals := next_round(answers(rows, rule, requests), requests, scale, seeds, rule):
             rounds += 1
             requests.update(proposals)
-        edges, all_trials = fit(answers(rows, requests, rule), scale), fit(answers(rows, None, rule), scale)
+        edges, dense = (fit(answers(rows, rule, of), scale) for of in (requests, None))
         for depth, of in rows.items():
-            steps = sum(row["steps"] for row in of if (depth, row["optim.lr"], row["seed"]) in requests)
-            e, dense = edges[depth], all_trials[depth]
-            trials = sum(cell == depth for cell, _, _ in requests)
-            share = steps / sum(row["steps"] for row in of)
-            results.append(
-                Recorded(rule, depth, trials, share, rounds, (e.low, e.high), e.status, (dense.low, dense.high))
-            )
+            trained = [row for row in of if (depth, row["optim.lr"], row["seed"]) in requests]
+            share = sum(row["steps"] for row in trained) / sum(row["steps"] for row in of)
+            e, all_trials = edges[depth], (dense[depth].low, dense[depth].high)
+            results.append(Recorded(rule, depth, len(trained), share, rounds, (e.low, e.high), e.status, all_trials))
     return results
 
 
 def answers(
-    rows: Mapping[int, list[dict[str, Any]]], requests: set[Proposal] | None, rule: str
+    rows: Mapping[int, list[dict[str, Any]]], rule: str, requests: set[Proposal] | None
 ) -> dict[int, list[Observation]]:
-    """The observations from the trials that were requested; of all of them for None."""
-    return {
-        depth: observations(
-            [row for row in of if requests is None or (depth, row["optim.lr"], row["seed"]) in requests],
-            "optim.lr",
-            rule,
-        )
-        for depth, of in rows.items()
-    }
+    """The observations from the trials that were requested; from all of them for None."""
+    cells: dict[int, list[Observation]] = {}
+    for depth, of in rows.items():
+        trained = [row for row in of if requests is None or (depth, row["optim.lr"], row["seed"]) in requests]
+        cells[depth] = observations(trained, "optim.lr", rule)
+    return cells
 
 
-def next_round(
-    rows: Mapping[int, list[dict[str, Any]]], requests: set[Proposal], scale: Scale, seeds: list[int], rule: str
-) -> list[Proposal]:
+def next_round(cells: Cells, requests: set[Proposal], scale: Scale, seeds: list[int], rule: str) -> list[Proposal]:
     """One trial for each open cell; while `works` looks for the best value, for each cell."""
-    cells = answers(rows, requests, rule)
     return propose(cells, requests, scale, seeds, max(1, len(open_cells(cells, scale))), rule)
 
 

@@ -117,7 +117,7 @@ class _Places:
         """The next `n` trials of the cell, the i-th of the posterior; fewer where no seed or no likely side is left."""
         sides, of_value = (np.searchsorted(self._silent, x) for x in (post.positions, self._axis))
         unused = np.array([bool(seeds) for seeds in self._seeds.values()]) & ~np.isin(self._axis, self._silent)
-        mass = np.bincount(sides, post.mass[i], len(self._silent) + 1).round(9)
+        mass: Floats = np.bincount(sides, post.mass[i], len(self._silent) + 1).astype(np.float64).round(9)
         mass[np.bincount(of_value[unused], minlength=len(mass)) == 0] = 0
         for side in self._ranked(mass):
             joint = post.joint[i] * (sides == side) / mass[side]
