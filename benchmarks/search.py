@@ -47,8 +47,8 @@ LARGEST_SHARE = {0.02: 0.12, 0.05: 0.17, 0.10: 0.38}
 LEAST_COVERAGE, MOST_ROUNDS = 0.85, 3
 
 Cells = Mapping[int, list[Observation]]
-Way = Callable[[Cells, set[Proposal]], list[Proposal]]
-"""From the observations of every cell and what was requested to what to train next."""
+Way = Callable[[Cells, list[int], set[Proposal]], list[Proposal]]
+"""From the observations of every cell, the cells that are open and what was requested to what to train next."""
 
 
 @dataclass
@@ -84,13 +84,13 @@ def main() -> int:
     parser.add_argument("--rivals", type=int, default=20, help="replays of the others")
     parser.add_argument("--tiny", action="store_true", help="the smallest shape, to see that all of it runs")
     given = parser.parse_args()
-    return measure(2, 1) if given.tiny else measure(given.replays, given.rivals)
+    return measure(2, 1, [0.02]) if given.tiny else measure(given.replays, given.rivals, list(LARGEST_SHARE))
 
 
-def measure(replays: int, rivals: int) -> int:
+def measure(replays: int, rivals: int, widths: list[float]) -> int:
     """Print all figures; 1 where a gate fails that so many replays can test."""
     table, failures = [], []
-    for width in LARGEST_SHARE:
+    for width in widths:
         for name, way in ways().items():
             n = replays if name in ("cost", "packs") else rivals
             begin = time.perf_counter()
@@ -112,9 +112,9 @@ def measure(replays: int, rivals: int) -> int:
 def ways() -> dict[str, Way]:
     """The ways to search, by name; without Optuna its own is left out."""
     by_name: dict[str, Way] = {
-        "cost": lambda cells, requests: propose(cells, requests, SCALE, SEEDS, len(open_cells(cells))),
-        "2 slots": lambda cells, requests: propose(cells, requests, SCALE, SEEDS, SLOTS),
-        "packs": lambda cells, requests: propose(cells, requests, SCALE, SEEDS, PACK),
+        "cost": lambda cells, still, requests: propose(cells, requests, SCALE, SEEDS, len(still)),
+        "2 slots": lambda cells, _, requests: propose(cells, requests, SCALE, SEEDS, SLOTS),
+        "packs": lambda cells, _, requests: propose(cells, requests, SCALE, SEEDS, PACK),
         "random": random_rates,
         "dense grid": dense_grid,
     }
@@ -131,24 +131,24 @@ def open_cells(cells: Cells, scale: Scale = SCALE) -> list[int]:
     return [cell for cell, edge in fit(cells, scale).items() if edge.status == "open"]
 
 
-def random_rates(cells: Cells, requests: set[Proposal]) -> list[Proposal]:
+def random_rates(cells: Cells, still: list[int], requests: set[Proposal]) -> list[Proposal]:
     rng = np.random.default_rng([1, len(requests)])
     values = SCALE.lattice
-    return [(cell, values[rng.integers(len(values))], len(requests)) for cell in open_cells(cells)]
+    return [(cell, values[rng.integers(len(values))], len(requests)) for cell in still]
 
 
-def dense_grid(cells: Cells, requests: set[Proposal]) -> list[Proposal]:
+def dense_grid(cells: Cells, still: list[int], requests: set[Proposal]) -> list[Proposal]:
     rates = np.geomspace(SCALE.low, SCALE.high, DENSE // len(SEEDS))
     return [] if requests else [(cell, float(rate), seed) for cell in cells for rate in rates for seed in SEEDS]
 
 
-def tpe_rates(cells: Cells, requests: set[Proposal]) -> list[Proposal]:
+def tpe_rates(cells: Cells, still: list[int], requests: set[Proposal]) -> list[Proposal]:
     """What TPE tries next in each open cell to maximise log lr where it holds; worse the higher where it does not."""
     import optuna
 
     rate = optuna.distributions.FloatDistribution(SCALE.low, SCALE.high, log=True)
     proposals = []
-    for cell in open_cells(cells):
+    for cell in still:
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=cell), direction="maximize")
         for value, _, holds in cells[cell]:
             height = math.log10(value / SCALE.low)
@@ -168,7 +168,7 @@ def search(way: Way, width: float, seed: int) -> Replay:
     cells: dict[int, list[Observation]] = {cell: [] for cell in range(CELLS)}
     requests: set[Proposal] = set()
     rounds = 0
-    while open_cells(cells) and len(requests) < CELLS * DENSE and (proposals := way(cells, requests)):
+    while (still := open_cells(cells)) and len(requests) < CELLS * DENSE and (proposals := way(cells, still, requests)):
         rounds += 1
         for cell, value, trial in proposals:
             requests.add((cell, value, trial))

@@ -80,7 +80,7 @@ class Scale:
             raise ValueError(f"resolution: must be above {least:g}, got {self.resolution:g}")
         if self.whole and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"between: {self.setting} takes whole numbers, got [{self.low:g}, {self.high:g}]")
-        if not 1 <= self.span / self.width <= MOST_STEPS:
+        if not 1 <= round(self.span / self.width, 9) <= MOST_STEPS:
             raise ValueError(
                 f"resolution: the range must hold 1 to {MOST_STEPS} of it, got {self.resolution:g} "
                 f"between {self.low:g} and {self.high:g}"
@@ -177,11 +177,13 @@ class Posterior:
     Attributes:
         positions: Edges on the axis, shape [G].
         widths: Widths of the transition on the axis, shape [S].
+        width_mass: Probability of each, shape [S].
         joint: Probability of each pair, in the order of the cells, shape [C, S, G].
     """
 
     positions: Floats
     widths: Floats
+    width_mass: Floats
     joint: Floats
 
     @functools.cached_property
@@ -192,7 +194,7 @@ class Posterior:
     @property
     def width(self) -> float:
         """Median of the width."""
-        return quantile(self.widths, self.joint[0].sum(axis=1), 0.5)  # of every cell alike
+        return quantile(self.widths, self.width_mass, 0.5)
 
 
 def fit(cells: Mapping[Cell, Sequence[Observation]], scale: Scale) -> dict[Cell, Edge]:
@@ -215,8 +217,9 @@ def posterior(cells: Mapping[Cell, Sequence[Observation]], scale: Scale) -> Post
     total = share.sum(axis=2, keepdims=True)
     of_width = (top + np.log(total))[..., 0].T  # [S, C]
     logs = np.sort(of_width, axis=1).sum(axis=1)  # sorted: the same bits in any order of the cells
-    weight = widths * np.exp(logs - logs.max())  # the grid is geometric: flat over the width is the width itself
-    return Posterior(positions, widths, share / total * (weight / weight.sum())[:, None])
+    weight = np.exp(logs - logs.max()) * np.convolve(np.diff(widths), [0.5, 0.5])  # flat over the width: trapezoids
+    weight /= weight.sum()
+    return Posterior(positions, widths, weight, share / total * weight[:, None])
 
 
 def _positions(scale: Scale) -> Floats:
