@@ -210,6 +210,12 @@ def test_the_four_statuses() -> None:
     assert edges["resolved"].high / edges["resolved"].low <= 1.25
 
 
+def test_an_interval_across_the_end_of_the_range_is_given_in_full() -> None:
+    sharp = of("9.5e-3+ 1.05e-2-", 12)  # of another cell: the transition is narrow
+    edge = fit({"a": of("0.95+", 6) + of("1+ 1-", 6), "sharp": sharp}, SCALE)["a"]
+    assert edge.status == "resolved" and 0.9 < edge.low < 1 < edge.high < 1.2
+
+
 def test_what_contradicts_the_interval_is_listed() -> None:
     island = of("1e-4+ 1e-3+ 1e-2+", 3) + of("2e-2- 4e-2-", 3) + of("0.5+", 2) + of("1-", 3) + of("3e-4-")
     edge = fit({"a": island}, SCALE)["a"]
@@ -221,8 +227,13 @@ def test_what_contradicts_the_interval_is_listed() -> None:
 
 
 def test_the_order_of_trials_and_cells_does_not_matter() -> None:
-    shuffled = {c: random.Random(1).sample(trials, len(trials)) for c, trials in reversed(NOISY.items())}
-    assert fit(shuffled, SCALE) == fit(NOISY, SCALE)
+    rng = random.Random(0)
+    cells = {
+        c: [Observation(v := rng.choice(SCALE.lattice), s, v < 1e-2 * rng.lognormvariate(0, 0.5)) for s in range(9)]
+        for c in range(9)
+    }
+    shuffled = {c: rng.sample(trials, len(trials)) for c, trials in reversed(cells.items())}
+    assert fit(shuffled, SCALE) == fit(cells, SCALE)  # to the last bit
 
 
 trials_of_a_cell = st.lists(

@@ -55,6 +55,15 @@ def test_a_spent_value_gives_way_to_its_neighbour() -> None:
     assert propose(cells, {("a", v, 7) for v in SCALE.lattice}, SCALE, [7], 1) == []
 
 
+def test_a_value_that_said_nothing_is_not_asked_again() -> None:
+    few = Scale("optim.lr", 1e-4, 1.0, 1.25, grid=(1e-4, 1e-2, 1.0))
+    taken: set[Proposal] = set()
+    for value in (1e-2, 1e-4, 1.0):
+        assert (proposals := propose({"a": []}, taken, few, SEEDS, 1)) == [("a", value, 0)]
+        taken.update(proposals)
+    assert propose({"a": []}, taken, few, SEEDS, 1) == []
+
+
 def test_what_is_resolved_is_left_alone() -> None:
     sharp = [Observation(v, s, v < 1e-2) for v in (9.5e-3, 1.05e-2) for s in range(6)]
     beyond = [Observation(1.0, s, True) for s in range(6)]
@@ -97,12 +106,12 @@ def run(judge: Callable[[float], dict[str, object]], rule: str, room: int) -> tu
             rows[cell].append({"optim.lr": value, "seed": seed, "state": "done"} | judge(math.log10(value)))  # type: ignore[index]
 
 
-def recipe(stable_to: float, trained_from: float) -> Callable[[float], dict[str, object]]:
-    """Rough above an edge, untrained below another, the loss a parabola about 10^-2."""
+def recipe(stable_to: float, trained_from: float, best: float = -2) -> Callable[[float], dict[str, object]]:
+    """Rough above an edge, untrained below another, the loss a parabola about its best value."""
 
     def judge(x: float) -> dict[str, object]:
         word = "rough" if x > stable_to else None if x < trained_from else "stable"
-        loss = 2 + 0.3 * (x + 2) ** 2
+        loss = 2 + 0.3 * (x - best) ** 2
         reason = None if word else "untrained"
         return {"verdict": word, "verdict_reason": reason, "verdict_code": "ok", "final_loss_capped": loss}
 
@@ -121,6 +130,7 @@ WORKS_TO = -2 + math.sqrt(0.2 / 0.3)
         ("stable", recipe(-1.5, -1.6), -1.5),  # untrained right up to where it gets rough
         ("works", recipe(-0.8, -3.2), WORKS_TO),
         ("works", recipe(9, -9), WORKS_TO),
+        ("works", recipe(9, -9, best=-3.4), WORKS_TO - 1.4),  # the best value is far below the middle of the range
         ("works", lambda x: CRASH if x > 0.5 + WORKS_TO else recipe(9, -9)(x), WORKS_TO),
     ],
 )
