@@ -243,7 +243,7 @@ def read_recorded(path: Path) -> dict[int, list[dict[str, Any]]]:
     rows: dict[int, list[dict[str, Any]]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            first, last = (float(line[name] or "nan") for name in ("init_loss", "final_loss"))
+            losses = [float(line[name] or "nan") for name in ("init_loss", "final_loss")]
             rows.setdefault(int(line["depth"]), []).append(
                 {
                     "optim.lr": float(line["lr"]),
@@ -252,7 +252,7 @@ def read_recorded(path: Path) -> dict[int, list[dict[str, Any]]]:
                     "verdict": line["verdict"] or None,
                     "verdict_reason": line["verdict_reason"] or None,
                     "verdict_code": line["verdict_code"] or None,
-                    "final_loss_capped": first if math.isnan(last) else min(first, last),
+                    "final_loss_capped": min((x for x in losses if math.isfinite(x)), default=None),
                     "steps": int(float(line["steps"])),
                 }
             )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.analysis.frontier import Cell, Floats, Posterior, Scale, chances, edges, posterior, quantile
+from stabstudy.analysis.frontier import LEVEL, Cell, Floats, Posterior, Scale, chances, edges, posterior, quantile
 from stabstudy.analysis.holding import Observation
 
 Proposal = tuple[Cell, float, int]
@@ -25,6 +25,9 @@ CANDIDATES = 25
 
 SPREAD = 0.97
 """Probability of the interval over which several trials of a cell are spread."""
+
+NEARLY = 0.8
+"""Resolutions of an interval that is narrow enough with some room to spare."""
 
 LEAST_SIDE = 0.1
 """Probability of the edge between two neighbours among the trials that said nothing, below which it is not sought."""
@@ -59,14 +62,10 @@ def propose(
     if not cells or len(proposals) >= room:
         return proposals
     post = posterior(cells, scale)
-    waiting = {cell for cell, _ in first}
-    rows = [i for i, (c, e) in enumerate(edges(cells, post, scale).items()) if e.status == "open" or c in waiting]
-    excess = {i: _interval(post, i, 0.9) / scale.width for i in rows}
-    ranked = sorted(rows, key=lambda i: -round(excess[i], 9))
-    shares = _shares([excess[i] - 0.8 for i in ranked], room - len(proposals))
-    names = list(cells)
-    for i, share in zip(ranked, shares, strict=True):
-        proposals += places[names[i]].next(post, i, share)
+    status = {cell: edge.status for cell, edge in edges(cells, post, scale).items()}
+    still = [i for i, cell in enumerate(cells) if status[cell] == "open" or cell in dict(first)]
+    for i, share in _shares(post, scale, still, room - len(proposals)):
+        proposals += list(places.values())[i].next(post, i, share)
     return proposals
 
 
@@ -78,20 +77,20 @@ def _coarse(scale: Scale, rule: str) -> list[float]:
     return [scale.lattice[round(i * (len(scale.lattice) - 1) / n)] for i in range(n + 1)]
 
 
-def _interval(post: Posterior, i: int, level: float) -> float:
-    low, high = (quantile(post.positions, post.mass[i], q) for q in ((1 - level) / 2, (1 + level) / 2))
-    return high - low
+def _shares(post: Posterior, scale: Scale, still: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """How many trials each of these cells gets, the widest interval first: one each, the rest by what is missing.
 
-
-def _shares(weights: Sequence[float], room: int) -> list[int]:
-    """The room in whole parts, one each while it lasts, the rest by weight; largest remainders first."""
-    one = [int(i < room) for i in range(len(weights))]
-    rest = room - sum(one)
-    exact = [rest * max(w, 0.1) / sum(max(v, 0.1) for v in weights) for w in weights]
-    parts = [math.floor(x) for x in exact]
-    for i in sorted(range(len(parts)), key=lambda i: (round(parts[i] - exact[i], 9), i))[: rest - sum(parts)]:
+    What is missing: the interval in resolutions less `NEARLY`, and a little for the narrowest too.
+    """
+    ends = [[quantile(post.positions, post.mass[i], q) for q in ((1 - LEVEL) / 2, (1 + LEVEL) / 2)] for i in still]
+    missing = {i: max((b - a) / scale.width - NEARLY, 0.1) for i, (a, b) in zip(still, ends, strict=True)}
+    ranked = sorted(still, key=lambda i: -round(missing[i], 9))[:room]
+    rest = room - len(ranked)
+    exact = {i: rest * missing[i] / sum(missing[k] for k in ranked) for i in ranked}
+    parts = {i: math.floor(x) for i, x in exact.items()}
+    for i in sorted(ranked, key=lambda i: round(parts[i] - exact[i], 9))[: rest - sum(parts.values())]:
         parts[i] += 1
-    return [a + b for a, b in zip(one, parts, strict=True)]
+    return [(i, 1 + parts[i]) for i in ranked]
 
 
 class _Places:
