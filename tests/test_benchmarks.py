@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -177,3 +178,41 @@ def test_a_replay_sees_what_a_launch_would(benchmark_scripts: None) -> None:
     (other,) = early_stop.replay([dataclasses.replace(trial, rows=rows)])
     assert one.signs == other.signs and [n for n, _ in one.signs] == [48, 72, 96, 144]
     assert one.ended_at(0.2) is not None
+
+
+def test_ways_to_search_are_measured(benchmark_scripts: None, tmp_path: Path) -> None:
+    import search  # type: ignore[import-not-found]
+
+    ways = search.ways()
+    rows = [
+        search.summary(name, 0.02, [search.search(ways[name], 0.02, 0)]) for name in ("cost", "packs", "dense grid")
+    ]
+    assert [row["trials"] for row in rows][2] == 96 and rows[0]["trials"] < 15 and rows[1]["rounds"] == 2
+    assert [search.broken(row) for row in rows] == [[], [], []]
+    assert search.broken(rows[0] | {"share": 0.121, "coverage": 0.84}) == [
+        "cost at a width of 0.02 decades: 12.1% of the dense grid's trials, at most 12% allowed",
+        "cost at a width of 0.02 decades: intervals cover 84.0%, at least 85% wanted",
+    ]
+    assert len(search.markdown(rows).splitlines()) == 5
+
+
+def test_a_search_among_recorded_trials_agrees_with_all_of_them(benchmark_scripts: None, tmp_path: Path) -> None:
+    import search
+
+    lines, rates = (
+        ["depth,lr,seed,verdict,verdict_reason,verdict_code,init_loss,final_loss,steps"],
+        np.geomspace(1e-3, 1, 24),
+    )
+    for depth, rate, seed in itertools.product((2, 4), rates, range(4)):
+        x = np.log10(rate)
+        word = "rough" if x > -0.6 - depth / 20 else "stable" if x > -2.5 else ""
+        code, loss = ("nonfinite", "nan") if x > -0.1 else ("ok", f"{2 + 0.3 * (x + 1.5) ** 2}")
+        reason = "" if word else "untrained"
+        lines.append(f"{depth},{rate},{seed},{'diverged' if code != 'ok' else word},{reason},{code},5.5,{loss},150")
+    path = tmp_path / "grid.csv"
+    path.write_text("\n".join(lines))
+    results = search.recorded(path)
+    assert [(r.rule, r.depth) for r in results] == [("stable", 2), ("stable", 4), ("works", 2), ("works", 4)]
+    assert all(r.status == "resolved" and r.trials < 25 and r.steps == r.trials / 96 for r in results)
+    assert all(max(r.interval[0], r.dense[0]) < min(r.interval[1], r.dense[1]) for r in results)
+    assert len(search.recorded_markdown(results).splitlines()) == 6

@@ -213,6 +213,13 @@ def test_a_failed_trial_is_not_asked_for_again_and_the_search_goes_on(
     assert [t for t, status in states.items() if status != "done"] == failing and len(states) > 10
 
 
+def test_values_that_break_a_rule_are_passed_over(folder: Path, planted: list[list[str]]) -> None:
+    words = ["optim.lr=0.1", "model.depth=1", "model.dim={between:[8,64]}", "model.n_heads=4", "seeds=1"]
+    assert launch(planned(folder, *words)).code == 0
+    dims = [t.read_own()[0].model.dim for t in study(folder).trials()]
+    assert len(dims) > 1 and all(dim % 8 == 0 for dim in dims), "a head has an even width"
+
+
 def test_a_budget_of_trials_holds_over_relaunches(folder: Path, planted: list[list[str]]) -> None:
     assert launch(planned(folder, "budget.trials=5")).code == 0
     assert len(trained(folder)) == 5

@@ -2,12 +2,13 @@
 
 A trial at x fails to hold with the probability Phi((x - edge) / width), on the setting's own axis (decades where it is
 logarithmic). Each cell has an edge, all cells share the width of the transition, and both are estimated from the trials
-alone: the posterior over a grid of edges and widths, flat over the edges (a little beyond both ends of the range) and
-over the logarithm of the width. A few trials in a thousand may contradict their neighbours at any width (`LAPSE`),
-so that a single oddity does not blur every cell. Cells inform each other through the width; a trend over cells was
-measured not to help.
+alone: the posterior over a grid of edges and widths, flat over both, the edges reaching a little beyond both ends of
+the range. A few trials in a thousand may contradict their neighbours at any width (`LAPSE`), so that a single oddity
+does not blur every cell. Cells inform each other through the width; a trend over cells was measured not to help. Trials
+count as independent, also those of one seed at two values.
 
-Nothing is smoothed away: values whose trials contradict the interval are in `Edge.exceptions`.
+Nothing is smoothed away: values whose trials contradict the interval are in `Edge.exceptions`. How often the intervals
+cover the edge, and what they cost: `benchmarks/search.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +35,17 @@ LEVEL = 0.9
 LAPSE = 0.005
 """Probability that a trial holds far above the edge, or fails far below it."""
 
-MOST_STEPS = 500
+MOST_STEPS = 200
 """Resolutions that a range may hold."""
 
 STEPS = 6
 """Candidate values to one resolution."""
 
-WIDTHS = 16
-"""Transition widths of the posterior's grid, from a tenth of the resolution to an eighth of the range."""
+GRID = 8
+"""Edges of the posterior's grid to one resolution."""
+
+WIDTHS = 12
+"""Widths of the posterior's grid, from a tenth of the resolution to an eighth of the range."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Scale:
         high: Largest value.
         resolution: Largest width of an edge's interval: a factor where `log`, else a difference.
         log: Whether the axis is logarithmic.
+        grid: The candidate values, rising, where they are given; otherwise `lattice` makes them.
 
     Raises ValueError, one line that names the rule, for a range or a resolution that makes no sense.
     """
@@ -62,6 +68,7 @@ class Scale:
     high: float
     resolution: float
     log: bool = True
+    grid: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -71,7 +78,9 @@ class Scale:
         least = 1.0 if self.log else 0.0
         if not (math.isfinite(self.resolution) and self.resolution > least):
             raise ValueError(f"resolution: must be above {least:g}, got {self.resolution:g}")
-        if not 1 <= self.span / self.width <= MOST_STEPS:
+        if self.whole and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            raise ValueError(f"between: {self.setting} takes whole numbers, got [{self.low:g}, {self.high:g}]")
+        if not 1 <= round(self.span / self.width, 9) <= MOST_STEPS:
             raise ValueError(
                 f"resolution: the range must hold 1 to {MOST_STEPS} of it, got {self.resolution:g} "
                 f"between {self.low:g} and {self.high:g}"
@@ -95,6 +104,10 @@ class Scale:
         """The value at a position."""
         return 10.0**position if self.log else float(position)
 
+    def resolved(self, low: float, high: float) -> bool:
+        """Whether an interval, given by positions, is within the resolution, or between two whole numbers."""
+        return high - low <= self.width or (self.whole and self.value(high) - self.value(low) <= 1)
+
     @functools.cached_property
     def whole(self) -> bool:
         """Whether the setting takes whole numbers alone."""
@@ -104,6 +117,8 @@ class Scale:
     @functools.cached_property
     def lattice(self) -> tuple[float, ...]:
         """The candidate values, rising: about `STEPS` to a resolution, three significant digits, both ends."""
+        if self.grid:
+            return self.grid
         n = math.ceil(self.span / self.width * STEPS)
         inner = (self.value(self.axis(self.low) + self.span * i / n) for i in range(1, n))
         digits = max(3, math.ceil(math.log10(max(abs(self.low), abs(self.high)) * n / (self.high - self.low)) + 1))
@@ -161,46 +176,56 @@ class Posterior:
 
     Attributes:
         positions: Edges on the axis, shape [G].
-        mass: Probability of each, a row per cell in the order of the observations, shape [C, G].
         widths: Widths of the transition on the axis, shape [S].
         width_mass: Probability of each, shape [S].
+        joint: Probability of each pair, in the order of the cells, shape [C, S, G].
     """
 
     positions: Floats
-    mass: Floats
     widths: Floats
     width_mass: Floats
+    joint: Floats
+
+    @functools.cached_property
+    def mass(self) -> Floats:
+        """Probability of each edge, shape [C, G]."""
+        return np.asarray(self.joint.sum(axis=1), dtype=np.float64)
+
+    @property
+    def width(self) -> float:
+        """Median of the width."""
+        return quantile(self.widths, self.width_mass, 0.5)
 
 
 def fit(cells: Mapping[Cell, Sequence[Observation]], scale: Scale) -> dict[Cell, Edge]:
-    """The edge of each cell from the observations of all; the order of cells and trials does not matter."""
-    post = posterior(cells, scale)
-    width = quantile(post.widths, post.width_mass, 0.5)
-    return {
-        cell: _edge(of, post, mass, width, scale) for (cell, of), mass in zip(cells.items(), post.mass, strict=True)
-    }
+    """The edge of each cell from the observations of all; the order of trials and of cells does not matter."""
+    return edges(cells, posterior(cells, scale), scale)
+
+
+def edges(cells: Mapping[Cell, Sequence[Observation]], post: Posterior, scale: Scale) -> dict[Cell, Edge]:
+    """What `fit` gives, from a posterior that is there."""
+    return {cell: _edge(of, post, mass, scale) for (cell, of), mass in zip(cells.items(), post.mass, strict=True)}
 
 
 def posterior(cells: Mapping[Cell, Sequence[Observation]], scale: Scale) -> Posterior:
-    """The posterior that `fit` describes."""
+    """The posterior of the module's model."""
     positions, widths = _positions(scale), _widths(scale)
-    likelihood = np.array([_log_likelihood(of, scale) for of in cells.values()]).reshape(
-        -1, len(widths), len(positions)
-    )
+    shape = (-1, len(widths), len(positions))
+    likelihood = np.array([_log_likelihood(of, scale) for of in cells.values()]).reshape(shape)
     top = likelihood.max(axis=2, keepdims=True)
     share = np.exp(likelihood - top)
-    of_width = (top[..., 0] + np.log(share.sum(axis=2))).T  # [S, C]
+    total = share.sum(axis=2, keepdims=True)
+    of_width = (top + np.log(total))[..., 0].T  # [S, C]
     logs = np.sort(of_width, axis=1).sum(axis=1)  # sorted: the same bits in any order of the cells
-    width_mass = np.exp(logs - logs.max())
-    width_mass /= width_mass.sum()
-    share /= share.sum(axis=2, keepdims=True)
-    return Posterior(positions, np.einsum("s,csg->cg", width_mass, share), widths, width_mass)
+    weight = np.exp(logs - logs.max()) * np.convolve(np.diff(widths), [0.5, 0.5])  # flat over the width: trapezoids
+    weight /= weight.sum()
+    return Posterior(positions, widths, weight, share / total * weight[:, None])
 
 
 def _positions(scale: Scale) -> Floats:
-    """The grid of edges: twelve to a resolution, over the range and a tenth of it (two resolutions at least) beyond."""
+    """The grid of edges: the range, and a tenth of it beyond either end (two resolutions at least)."""
     beyond = max(2 * scale.width, 0.1 * scale.span)
-    n = math.ceil((scale.span + 2 * beyond) / scale.width * 12)
+    n = math.ceil((scale.span + 2 * beyond) / scale.width * GRID)
     return np.linspace(scale.axis(scale.low) - beyond, scale.axis(scale.high) + beyond, n + 1)
 
 
@@ -215,16 +240,31 @@ def _log_likelihood(of: Sequence[Observation], scale: Scale) -> Floats:
     for value, _, holds in of:
         counts[value, holds] = counts.get((value, holds), 0) + 1
     for value, holds in sorted(counts):
-        total += counts[value, holds] * _log_probability(scale, value)[int(holds)]
+        chance = chances(scale, value)
+        total += counts[value, holds] * (chance.log_holding if holds else chance.log_failing)
     return total
 
 
+class Chances(NamedTuple):
+    """A trial at one value, for each width and edge of the grid, shapes [S, G].
+
+    `failing`: the probability that it does not hold; logarithms of that and of its complement; `entropy`, nat, of its
+    result.
+    """
+
+    failing: Floats
+    log_failing: Floats
+    log_holding: Floats
+    entropy: Floats
+
+
 @functools.lru_cache(maxsize=256)
-def _log_probability(scale: Scale, value: float) -> Floats:
-    """Log probability of failing and of holding at a value for each width and edge, shape [2, S, G]."""
+def chances(scale: Scale, value: float) -> Chances:
+    """The probabilities of the results of a trial at a value."""
     z = (scale.axis(value) - _positions(scale)) / _widths(scale)[:, None]
-    fails = LAPSE + (1 - 2 * LAPSE) * np.interp(z, _Z, _PHI)
-    return np.asarray(np.log(np.stack([fails, 1 - fails])), dtype=np.float64)
+    failing = np.asarray(LAPSE + (1 - 2 * LAPSE) * np.interp(z, _Z, _PHI), dtype=np.float64)
+    log_failing, log_holding = np.log(failing), np.log(1 - failing)
+    return Chances(failing, log_failing, log_holding, -failing * log_failing - (1 - failing) * log_holding)
 
 
 _Z = np.linspace(-6, 6, 4001)
@@ -238,16 +278,17 @@ def quantile(positions: Floats, mass: Floats, q: float) -> float:
     return float(np.interp(q, np.concatenate([[0.0], np.cumsum(mass)]), edges))
 
 
-def _edge(of: Sequence[Observation], post: Posterior, mass: Floats, width: float, scale: Scale) -> Edge:
+def _edge(of: Sequence[Observation], post: Posterior, mass: Floats, scale: Scale) -> Edge:
     low, middle, high = (quantile(post.positions, mass, q) for q in ((1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2))
     bottom, top = scale.axis(scale.low), scale.axis(scale.high)
     status = "beyond" if low >= top else "below" if high <= bottom else "open"
-    if status == "open" and high - low <= scale.width:
+    if status == "open" and scale.resolved(low, high):
         status, bottom, top = "resolved", -math.inf, math.inf  # an interval across an end of the range is known in full
     lower = (0.0 if scale.log else -math.inf) if low < bottom else scale.value(min(low, top))
     upper = math.inf if high > top else scale.value(max(high, bottom))
     estimate = scale.value(min(max(middle, bottom), top))
-    return Edge(estimate, lower, upper, len(of), status, width, _exceptions(of, lower, upper, middle, width, scale))
+    exceptions = _exceptions(of, lower, upper, middle, post.width, scale)
+    return Edge(estimate, lower, upper, len(of), status, post.width, exceptions)
 
 
 def _exceptions(

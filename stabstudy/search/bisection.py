@@ -13,6 +13,7 @@ from stabstudy import config as cfg
 from stabstudy import store
 from stabstudy.planning.axes import Between
 from stabstudy.planning.plan import PlannedTrial, Planner, Rest
+from stabstudy.settings import ConfigError
 from stabstudy.state import ENDED
 from stabstudy.wording import short_value
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from stabstudy.analysis.frontier import Edge
 
 Row = dict[str, Any]
-
-COARSE = {"stable": 0, "works": 7}
-"""Values evenly spread over the range that every cell tries first: `works` is judged against the best value."""
 
 SILENT = 8
 """Trials of a cell that say nothing, whatever their value, after which no more of it are asked for."""
@@ -51,12 +49,16 @@ class Frontier:
         """See `Strategy.next`. One trial of each open cell at least, however few fit at once."""
         from stabstudy.analysis import frontier, proposals
 
-        coarse = COARSE[self.asked.holds]
         taken: set[Any] = {(cell, value, seed) for cell, value, seed, _ in self._on_disk(study)}
         seen: Any = {cell: of for cell, of in self._seen(study).items() if of or self._silent(cell, taken) < SILENT}
         room = max(room, sum(edge.status == "open" for edge in frontier.fit(seen, self.scale).values()))
-        asked: list[Any] = proposals.propose(seen, taken, self.scale, self.planner.seeds, room, coarse)
-        return [self._trial(*place) for place in asked]
+        while asked := proposals.propose(seen, taken, self.scale, self.planner.seeds, room, self.asked.holds):
+            places: list[Any] = list(asked)
+            trials = [trial for place in places if (trial := self._trial(*place)) is not None]
+            if trials:
+                return trials
+            taken |= set(places)
+        return []
 
     def answer(self, study: store.StudyFolder) -> str:
         """See `Strategy.answer`."""
@@ -78,12 +80,16 @@ class Frontier:
         text = " ".join([*([rest.case] if rest.case else []), *varying])
         return f"{text}: " if text else ""
 
-    def _trial(self, cell: int, value: Any, seed: int) -> PlannedTrial:
+    def _trial(self, cell: int, value: Any, seed: int) -> PlannedTrial | None:
+        """None for a value that breaks a rule between settings, as a width that its heads do not divide."""
         if (cell, value) not in self._planned:
-            seeds = self.planner.seeds
-            trials = self.planner.replicates(self.planner.rests[cell], {self.asked.setting: value}, seeds)
-            self._planned[cell, value] = dict(zip(seeds, trials, strict=True))
-        return self._planned[cell, value][seed]
+            try:
+                rest, seeds = self.planner.rests[cell], self.planner.seeds
+                trials = self.planner.replicates(rest, {self.asked.setting: value}, seeds)
+                self._planned[cell, value] = dict(zip(seeds, trials, strict=True))
+            except ConfigError:
+                self._planned[cell, value] = {}
+        return self._planned[cell, value].get(seed)
 
     def _on_disk(self, study: store.StudyFolder) -> Iterator[tuple[int, Any, int, PlannedTrial]]:
         """Every trial in the folder that is one of this search, by its cell, value and seed."""
@@ -95,7 +101,7 @@ class Frontier:
             for cell in range(len(self.planner.rests)):
                 for seed in self.planner.seeds:
                     trial = self._trial(cell, value, seed)
-                    if trial.trial_id in there:
+                    if trial is not None and trial.trial_id in there:
                         yield cell, value, seed, trial
 
     def _value(self, folder: store.TrialFolder) -> Any:
