@@ -13,12 +13,8 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from stabstudy import cli
-
-if TYPE_CHECKING:
-    from stabstudy.planning.plan import Plan
+from stabstudy import api, cli
 
 EXAMPLES = """\
 Which training recipes are stable, how spiky each is, and why: trains a sweep of small models.
@@ -57,7 +53,7 @@ def _answer(given: list[str]) -> int:
     except Exception as error:
         if flags.debug:
             traceback.print_exc()
-        return _explain(error, shlex.join(["python", "-m", "stabstudy.sweep", *given]))
+        return _explain(error, given)
 
 
 def _parser() -> cli.Parser:
@@ -98,29 +94,26 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> int:
 
 def _sweep(overrides: list[str], dry_run: bool) -> int:
     from stabstudy import settings
-    from stabstudy.planning import plan, preview
-    from stabstudy.search import strategy
+    from stabstudy.planning import preview
 
-    launch = strategy.begun(plan.make_plan(overrides, Path.cwd(), not dry_run))
-    if launch.start:
-        print(f"{launch.study} {launch.start}")
-    for warning in launch.warnings:
+    plan = api.planned(overrides, Path.cwd(), not dry_run)
+    if plan.start:
+        print(f"{plan.study} {plan.start}")
+    for warning in plan.warnings:
         print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
-        preview.show(launch)
+        preview.show(plan)
         return cli.OK
-    preview.check_machine(launch)
-    return _train(launch, overrides)
-
-
-def _train(plan: Plan, overrides: list[str]) -> int:
-    from stabstudy.report import write_report
-    from stabstudy.sweeping import launch
-
-    outcome = launch.launch(plan, command=shlex.join(["python", "-m", "stabstudy.sweep", *overrides]))
-    if not outcome.early:
-        write_report(plan.folder, print)
+    outcome = api.trained(plan, print)
+    if outcome.reason is not None:
+        cli.fail("study" if outcome.code == cli.PARTIAL else "machine", outcome.code, outcome.reason)
+    if outcome.early and outcome.code != cli.PARTIAL:
+        print(_resume(overrides), file=sys.stderr, flush=True)
     return outcome.code
+
+
+def _resume(overrides: Sequence[str]) -> str:
+    return f"stopped; the same command resumes: {shlex.join(['python', '-m', 'stabstudy.sweep', *overrides])}"
 
 
 def _list() -> int:
@@ -145,7 +138,7 @@ def _status(overrides: list[str]) -> int:
     return cli.OK
 
 
-def _explain(error: Exception, command: str) -> int:
+def _explain(error: Exception, given: Sequence[str]) -> int:
     """Print one line for each thing that is wrong; return the exit code of its kind."""
     from stabstudy import disk
     from stabstudy.disk import EntryError, LockHeldError
@@ -167,7 +160,7 @@ def _explain(error: Exception, command: str) -> int:
     else:
         code = cli.fail("internal", cli.BUG, f"{type(error).__name__}: {error} (a bug; --debug shows where)")
     if disk.is_full(error):
-        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
+        print(_resume(given), file=sys.stderr)
     return code
 
 
