@@ -39,6 +39,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
+from stabstudy.wording import count, short_value
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_plan"]
 
@@ -54,7 +55,7 @@ class Axis:
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything that a launch needs to know. Trials come seed by seed: every cell once before any cell twice."""
 
@@ -73,6 +74,14 @@ class Plan:
     start: str | None = None  # what a launch without a sweep starts from, in words; None where a sweep is named
     budget: Budget = Budget()
     planner: Planner | None = None  # of a search; `trials` are then those that show that it can be planned
+
+    def __repr__(self) -> str:
+        """'<Plan depth_lr: 24 trials of 8 cells in results/depth_lr', and a line such as 'optim.lr: 0.001, 0.01'."""
+        cells = len({trial.cell_id for trial in self.trials})
+        more = " to begin with" if self.planner else ""
+        size = f"{count(len(self.trials), 'trial', ',')} of {count(cells, 'cell', ',')}{more}"
+        lines = [f"  {axis.name}: {', '.join(map(short_value, axis.values))}" for axis in self.axes]
+        return "\n".join([f"<Plan {self.study}: {size} in {self.folder}", *lines]) + ">"
 
     def values(self, trial: PlannedTrial) -> list[Any]:
         """The trial's value on each axis, in the order of the axes; of starting weights their identity."""
