@@ -115,7 +115,7 @@ def test_a_script_without_a_main_guard_trains_and_reports(folder: Path) -> None:
     script.write_text(f"import stabstudy\nprint(stabstudy.run('check', {TINY!r}, launcher='local').name)\n")
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert ended.stdout.endswith(f"report: {folder}/results/check/report/index.html\ncheck\n")
-    assert ended.stdout.count("data: ") == 1 and (folder / "results/check/report/index.html").exists()
+    assert ended.stdout.count("tokens to train on") == 1 and (folder / "results/check/report/index.html").exists()
     assert "UserWarning: train.steps: 2 of 2 trials will get no verdict" in ended.stderr
 
 
@@ -254,7 +254,7 @@ def kernel_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::PendingDeprecationWarning"
 )
 def test_a_notebook_trains_and_shows_progress(folder: Path, kernel_environment: None, launcher: str) -> None:
-    given = TINY | {"train.steps": 400}
+    given = TINY | {"train.steps": 200, "data.synthetic.bytes": 400_000}
     cells = [
         f"import stabstudy\nstudy = stabstudy.run('check', {given!r}, launcher={launcher!r})",
         "print(len(study.trials), sorted(study.trials.state.unique()))",
@@ -266,7 +266,7 @@ def test_a_notebook_trains_and_shows_progress(folder: Path, kernel_environment: 
     first, counted, silent, grown = (cell.outputs for cell in notebook.cells)
     assert counted[0].text == "2 ['done']\n" and grown[0].text == "4\n" and silent == []
     [table] = [o for o in first if o.output_type == "display_data"]
-    assert table.data["text/plain"].startswith("2 of 2 trials ended, 2 ")
+    assert table.data["text/plain"].startswith("2 of 2 trials ended, ")
     lines = "".join(o.text for o in first if o.get("name") == "stdout")
     assert "[2/2]" in lines and "report: " in lines and "\x1b" not in lines
     assert not [o for o in first if o.get("name") == "stderr"]
