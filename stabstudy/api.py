@@ -59,7 +59,7 @@ def run(
     study: str | None = None,
     results_dir: str | os.PathLike[str] | None = None,
     launcher: str | None = None,
-    compute: Mapping[str, Any] | None = None,
+    compute: str | Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Study:
     """Train a sweep, or go on with it, and write its report, as `python -m stabstudy.sweep` does in this folder.
@@ -69,7 +69,7 @@ def run(
     `overrides`: values by the names of settings, groups and keys of a launch (`budget.hours`, `force`). A list, tuple,
     range or array makes an axis, `{"log": [1e-4, 1e-2], "num": 5}` one that is evenly spaced, `{"between": [1e-4, 1]}`
     a search of the largest value that is stable; any other value pins. `compute`: settings of where trials run, such as
-    `{"gpus_per_pack": 1}`. `progress`: whether anything is printed.
+    `{"gpus_per_pack": 1}`, or a preset such as `"cpu"`. `progress`: whether anything is printed.
 
     Returns the study. The same call again resumes it; other values are added to it. An interrupt lets running trials
     write a checkpoint and raises KeyboardInterrupt; trials that failed are named by a warning.
@@ -103,7 +103,7 @@ def plan(
     study: str | None = None,
     results_dir: str | os.PathLike[str] | None = None,
     launcher: str | None = None,
-    compute: Mapping[str, Any] | None = None,
+    compute: str | Mapping[str, Any] | None = None,
 ) -> Plan:
     """What `run` would train, given the same; starts nothing and writes nothing. Raises settings.ConfigError."""
     return planned(_asked(sweep, overrides, seeds, study, results_dir, launcher, compute), Path.cwd(), False)
@@ -116,15 +116,20 @@ def _asked(
     study: str | None,
     results_dir: str | os.PathLike[str] | None,
     launcher: str | None,
-    compute: Mapping[str, Any] | None,
+    compute: str | Mapping[str, Any] | None,
 ) -> Ask:
-    """The request of these arguments. Raises ConfigError for what two of them give."""
+    """The request of these arguments. Raises ConfigError for what two of them give, TypeError for what is no mapping."""
     from stabstudy.planning import values
     from stabstudy.settings import ConfigError, Problem
 
     named = {"sweep": sweep, "seeds": seeds, "study": study, "results_dir": results_dir, "launcher": launcher}
     arguments = {name: value for name, value in named.items() if value is not None}
-    arguments |= {f"compute.{name}": value for name, value in (compute or {}).items()}
+    if isinstance(compute, str):
+        arguments["compute"] = compute
+    else:
+        arguments |= {f"compute.{name}": value for name, value in (compute or {}).items()}
+    if not isinstance(overrides, Mapping | None):
+        raise TypeError(f"overrides must be a mapping from names to values, got {overrides!r}")
     if twice := sorted(arguments.keys() & (overrides or {}).keys()):
         raise ConfigError([Problem(name, "is given twice: as an argument and in the overrides") for name in twice])
     return functools.partial(values.request, {**arguments, **(overrides or {})})

@@ -194,6 +194,15 @@ def test_the_plans_are_the_same(
     assert repr(plan).startswith(f"<Plan {plan.study}: ") and f"in {plan.folder}" in repr(plan)
 
 
+def test_compute_is_a_preset_or_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = stabstudy.plan(None, SMALL | {"compute.threads": 2}, compute="gpu")
+    assert (preset.compute.threads, preset.compute.gpus_per_pack) == (2, 1)
+    assert stabstudy.plan(None, SMALL, compute={"threads": 2, "cpus_per_pack": 2}).compute.threads == 2
+    with pytest.raises(TypeError, match="overrides must be a mapping"):
+        stabstudy.plan(None, ["optim.lr=1"])  # type: ignore[arg-type]
+
+
 def test_an_argument_is_not_given_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     twice = "is given twice: as an argument and in the overrides"
