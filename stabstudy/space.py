@@ -108,11 +108,6 @@ class Range:
         return self.low
 
     @property
-    def last(self) -> float:
-        """The largest value."""
-        return self.high
-
-    @property
     def size(self) -> float:
         """How many values there are."""
         return self.high - self.low + 1 if self.whole else (1 if self.low == self.high else math.inf)
@@ -140,11 +135,6 @@ class Choice:
     def first(self) -> Any:
         """The value that is listed first."""
         return self.values[0]
-
-    @property
-    def last(self) -> Any:
-        """The value that is listed last."""
-        return self.values[-1]
 
     @property
     def size(self) -> float:

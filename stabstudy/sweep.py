@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stabstudy import cli
+from stabstudy import api, cli
 
 if TYPE_CHECKING:
     from stabstudy.planning.plan import Plan
     from stabstudy.settings import Problem
+    from stabstudy.sweeping.launch import Outcome
 
 EXAMPLES = """\
 Which training recipes are stable, how spiky each is, and why: trains a sweep of small models.
@@ -60,7 +61,7 @@ def _answer(given: list[str]) -> cli.Ending:
     except Exception as error:
         if flags.debug:
             traceback.print_exc()
-        return _explain(error, shlex.join(["python", "-m", "stabstudy.sweep", *given]))
+        return _explain(error, given)
 
 
 def _parser() -> cli.Parser:
@@ -102,18 +103,20 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> cli.Ending:
 
 def _sweep(overrides: list[str], dry_run: bool, as_json: bool) -> cli.Ending:
     from stabstudy import settings
-    from stabstudy.planning import plan, preview
-    from stabstudy.search import strategy
 
-    launch = strategy.begun(plan.make_plan(overrides, Path.cwd(), not dry_run))
-    if launch.start:
-        print(f"{launch.study} {launch.start}")
-    for warning in launch.warnings:
+    plan = api.planned(overrides, Path.cwd(), not dry_run)
+    if plan.start:
+        print(f"{plan.study} {plan.start}")
+    for warning in plan.warnings:
         print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
-        return _dry_run(launch, as_json)
-    preview.check_machine(launch)
-    return _train(launch, overrides, as_json)
+        return _dry_run(plan, as_json)
+    outcome = api.trained(plan, print)
+    if outcome.reason is not None:
+        cli.fail("study" if outcome.code == cli.PARTIAL else "machine", outcome.code, outcome.reason)
+    if outcome.early and outcome.code != cli.PARTIAL:
+        print(_resume(overrides), file=sys.stderr, flush=True)
+    return outcome.code, _ending(plan, outcome, overrides) if as_json else None
 
 
 def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
@@ -128,17 +131,23 @@ def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
     return cli.OK, None
 
 
-def _train(plan: Plan, overrides: list[str], as_json: bool) -> cli.Ending:
+def _ending(plan: Plan, outcome: Outcome, overrides: Sequence[str]) -> cli.Answer:
+    """The end of a launch as an object."""
     from stabstudy import report
-    from stabstudy.sweeping import launch, objects, progress
+    from stabstudy.store import StudyFolder
+    from stabstudy.sweeping import objects, progress
 
-    command = shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
-    outcome = launch.launch(plan, command=command)
-    page = None if outcome.early else report.write_report(plan.folder, print)
-    if not as_json:
-        return outcome.code, None
+    page = None if outcome.early else StudyFolder(plan.folder).report / "index.html"
     answer = None if page is None else report.answer(plan.folder)
-    return outcome.code, objects.launch(progress.standing(plan.folder), outcome, command, page, answer)
+    return objects.launch(progress.standing(plan.folder), outcome, _command(overrides), page, answer)
+
+
+def _command(overrides: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
+
+
+def _resume(overrides: Sequence[str]) -> str:
+    return f"stopped; the same command resumes: {_command(overrides)}"
 
 
 def _list(as_json: bool) -> cli.Ending:
@@ -171,14 +180,14 @@ def _status(overrides: list[str], as_json: bool) -> cli.Ending:
     return cli.OK, None
 
 
-def _explain(error: Exception, command: str) -> cli.Ending:
+def _explain(error: Exception, given: Sequence[str]) -> cli.Ending:
     """Print one line for each thing that is wrong; return the exit code of its kind, and all of it as an object."""
     from stabstudy import disk
 
     kind, code, problems = _reasons(error)
     cli.fail(kind, code, *(str(p) if p.setting else p.rule for p in problems))
     if disk.is_full(error):
-        print(f"stopped; the same command resumes: {command}", file=sys.stderr)
+        print(_resume(given), file=sys.stderr)
     return code, cli.failure(kind, code, problems)
 
 

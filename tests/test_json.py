@@ -318,7 +318,7 @@ def test_help_is_for_people(capsys: Out) -> None:
 def launched(here: Path, *, code: int = 0, early: bool = False, reason: str | None = None) -> Any:
     """In the place of a launch: it plants a study, prints to standard output in every way, and ends so."""
 
-    def launch(plan: Any, command: str) -> launching.Outcome:
+    def launch(plan: Any, say: Any, console: Any) -> launching.Outcome:
         planted.plant_study(plan.folder, depths=(2,), lrs=(1e-3, 1e-2), seeds=(0, 1))
         print("progress")
         os.write(1, b"from a library\n")

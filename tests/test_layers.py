@@ -33,7 +33,7 @@ class May:
 
 # Data flows one way: facts | stability, data | training, analysis, planning | sweeping, report, ingest | sweep.
 MAY = {
-    "__init__": May(set()),
+    "__init__": May({"api"}, late={"api"}),
     "extras": May(set()),
     "failpoints": May(set()),
     "settings": May(set()),
@@ -83,8 +83,8 @@ MAY = {
     "search": May(FACTS | {"stability", "planning", "analysis"}, {"numpy", "optuna"}, late={"optuna"}),
     "sweeping": May(
         FACTS | {"cli", "stability", "data", "planning", "search", "training"},
-        {"numpy", "rich", "ray", "optuna"},
-        late={"ray", "optuna", "training"},
+        {"numpy", "rich", "ray", "optuna", "IPython"},
+        late={"ray", "optuna", "training", "IPython"},
     ),
     # foreign files to trials; YAML is read as suspiciously as our own, by planning's reader
     "ingesting": May(
@@ -93,9 +93,13 @@ MAY = {
     "cli": May({"settings", "state"}, late={"state"}),  # it loads the commands by name, late
     "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
     "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
+    "api": May(
+        FACTS | {"cli", "planning", "search", "sweeping", "analysis", "report"},
+        {"rich"},
+        late=FACTS | {"cli", "planning", "search", "sweeping", "analysis", "report", "rich"},
+    ),
     "sweep": May(
-        FACTS | {"cli", "data", "planning", "search", "sweeping", "report"},
-        late=FACTS | {"data", "planning", "search", "sweeping", "report"},
+        FACTS | {"cli", "api", "planning", "sweeping", "report"}, late=FACTS | {"planning", "sweeping", "report"}
     ),
 }
 

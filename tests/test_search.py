@@ -255,7 +255,7 @@ def test_a_budget_of_hours_ends_a_launch_that_reports_what_it_knows(
         return train(*arguments)
 
     monkeypatch.setattr(launching, "train_pack", slow)
-    outcome = launch(planned(folder, "budget.hours=0.0001"), command="again")  # 0.36 s
+    outcome = launch(planned(folder, "budget.hours=0.0001"))  # 0.36 s
     assert (outcome.code, outcome.early) == (0, False)
     assert "the budget of 0.0001 h is spent" in capsys.readouterr().out
     assert 2 <= len(trained(folder)) < 16 and not (study(folder).path / ".stop").exists()

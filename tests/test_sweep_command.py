@@ -257,22 +257,18 @@ def test_a_bug_of_ours_is_exit_code_1_and_debug_shows_where(capsys, monkeypatch)
 def test_a_stopped_launch_says_how_to_go_on(capsys, monkeypatch, small):
     from stabstudy.sweeping import launch
 
-    commands = []
-
-    def stopped(plan, command):
-        commands.append(command)
-        return launch.Outcome(130, early=True)
-
-    monkeypatch.setattr(launch, "launch", stopped)
+    monkeypatch.setattr(launch, "launch", lambda plan, say, console: launch.Outcome(130, early=True))
     assert sweep.main(small) == 130
-    assert commands[0].startswith("python -m stabstudy.sweep model.depth=1 ") and commands[0].endswith(small[-1])
-    assert "report" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert last.startswith("stopped; the same command resumes: python -m stabstudy.sweep model.depth=1 ")
+    assert last.endswith(small[-1]) and "report" not in said.out
 
 
 def test_a_full_disk_says_where_and_how_to_go_on(capsys, monkeypatch, small):
     from stabstudy.sweeping import launch
 
-    def full(plan, command):
+    def full(plan, say, console):
         raise OSError(errno.ENOSPC, "No space left on device", "/results/x/sweep.yaml")
 
     monkeypatch.setattr(launch, "launch", full)

@@ -103,10 +103,11 @@ def read(arguments: Sequence[str], loader: ConfigLoader | None, issues: Issues) 
     entries: dict[str, Entry] = {}
     for argument in arguments:
         _read_one(argument, parser, loader, entries, issues)
-    return _sorted(entries, arguments, issues)
+    return sorted_request(entries, arguments, issues)
 
 
-def _sorted(entries: dict[str, Entry], given: Sequence[str], issues: Issues) -> Request:
+def sorted_request(entries: dict[str, Entry], given: Sequence[str], issues: Issues) -> Request:
+    """The Request of what is asked of each name; `given`: the overrides that ask it, as they are or could be typed."""
     launch_entries = {k: entries.pop(k) for k in LAUNCH_KEYS if k in entries}
     sweep = launch_entries.pop("sweep", None)
     limits = {k: launch_entries.pop(k) for k in budget.NAMES if k in launch_entries}
@@ -190,39 +191,57 @@ def _read_one(
         issues.take([_unreadable(argument)], origin)
         return
     name = override.key_or_group
-    rule = _refusal(override) or document.scalar_problem(argument.partition("=")[2]) or compute.renamed(name)
-    if rule:
+    if rule := _refusal(override) or refusal(name, argument.partition("=")[2]):
         issues.refuse(name, rule, origin=origin)
-    elif not _is_known(name):
-        issues.refuse(name, f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}", origin=origin)
     elif override.is_sweep_override():
         written = _enumerated(override, origin, issues)
         entries[name] = axes.values(name, written, origin, loader, issues) if written is not None else []
-    elif isinstance(override.value(), dict) and "between" in override.value():  # type: ignore[operator]
-        if (search := axes.between(name, override.value(), origin, issues)) is not None:  # type: ignore[arg-type]
-            entries[name] = search
-    elif isinstance(override.value(), dict) and name in setting_names():
-        entries[name] = axes.values(name, override.value(), origin, loader, issues)
-    else:
-        chosen = Chosen(_pinned(override, argument), origin)
-        if loader is None or axes.is_possible(name, chosen, loader, issues):
-            entries[name] = chosen
+    elif (asked := entry(name, _pinned(override, argument), origin, loader, issues)) is not None:
+        entries[name] = asked
+
+
+def refusal(name: str, text: str) -> str | None:
+    """Why nothing can be asked under this name, or with this text of a value; None where it can."""
+    if rule := _reserved(name, text) or document.scalar_problem(text) or compute.renamed(name):
+        return rule
+    if _is_known(name):
+        return None
+    return f"is not a setting{axes.suggestion(name, [*LAUNCH_KEYS, *compute.names()])}"
+
+
+def entry(name: str, value: Any, origin: str, loader: ConfigLoader | None, issues: Issues) -> Entry | None:
+    """What one value asks of a known name: a search or an axis where it is a mapping, else a pin. None: refused."""
+    if isinstance(value, dict) and "between" in value:
+        return axes.between(name, value, origin, issues)
+    if isinstance(value, dict) and name in setting_names():
+        return axes.values(name, value, origin, loader, issues)
+    chosen = Chosen(axes.as_setting(name, value), origin)
+    return chosen if loader is None or axes.is_possible(name, chosen, loader, issues) else None
+
+
+def is_text(name: str) -> bool:
+    """Whether a value of this name is text, also where it looks like a number: a study called 2024."""
+    return name in ("sweep", "study", "results_dir") or axes.kind(name) == "str"
 
 
 def _pinned(override: Override, argument: str) -> Any:
-    """The value in the setting's type. Where text is due, digits are text: a study called 2024, a revision 1234567."""
-    name, value = override.key_or_group, override.value()
-    if isinstance(value, int | float) and (name in ("sweep", "study", "results_dir") or axes.kind(name) == "str"):
+    """The value. Where text is due, digits are text: a study called 2024, a revision 1234567."""
+    value = override.value()
+    if isinstance(value, int | float) and is_text(override.key_or_group):
         return argument.partition("=")[2].strip()
-    return axes.as_setting(name, value)
+    return value
 
 
 def _refusal(override: Override) -> str | None:
     """Why this kind of override is not taken, or None."""
-    name = override.key_or_group
     if override.type == OverrideType.DEL:
         return "nothing can be deleted; clipping, for one, is switched off by optim.clip=null"
-    if document.INSTANTIATION & set(re.split(r"[^\w]+", override.input_line or "")):
+    return "packages (@) are not supported" if override.package is not None else None
+
+
+def _reserved(name: str, text: str) -> str | None:
+    """Why a name is not for launches, or a text hostile; None where neither is."""
+    if document.INSTANTIATION & set(re.split(r"[^\w]+", f"{name}={text}")):
         return "not allowed: nothing is ever instantiated from a configuration"
     if name.startswith("sweep."):
         key = name.removeprefix("sweep.").removeprefix("grid.")
@@ -230,7 +249,7 @@ def _refusal(override: Override) -> str | None:
         return f"axes are given as {example}=A,B, and seeds as seeds=5; all else of a sweep is edited in its file"
     if name.startswith("hydra"):
         return "Hydra's own settings have no effect here"
-    return "packages (@) are not supported" if override.package is not None else None
+    return None
 
 
 def _is_known(name: str) -> bool:

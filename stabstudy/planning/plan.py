@@ -19,7 +19,7 @@ from stabstudy.config import COMPILE_FROM, TrialConfig
 from stabstudy.data import weights
 from stabstudy.data.batches import supply
 from stabstudy.data.weights import Weights
-from stabstudy.planning import asked, axes, budget, compose, compute, estimate, overrides, sweepfile
+from stabstudy.planning import asked, axes, budget, compose, compute, estimate, overrides, searchspace, sweepfile
 from stabstudy.planning.axes import Between, Choices, Chosen, Factor
 from stabstudy.planning.budget import Budget
 from stabstudy.planning.compute import Compute
@@ -37,7 +37,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
-from stabstudy.space import Choice, Search
+from stabstudy.space import Search
 from stabstudy.stability.hopeless import HOPELESS, why_not
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_plan"]
@@ -115,7 +115,7 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
         named = request.sweep
         sweep = sweepfile.without_file() if named is None else sweepfile.read(named, cwd, loader, issues)
         frontier = request.frontier or (None if _is_chosen(sweep.frontier, request) else sweep.frontier)
-        search = None if sweep.search is None else _narrowed(sweep.search, request, issues)
+        search = _search(sweep, request, issues)
         sweep = _applicable(sweep, frontier, issues)
         ends = _ends(frontier, search)
         left_out = {name: Chosen(value, "") for name, value in ends[0].items()}
@@ -156,31 +156,21 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     return replace(planner, stop=stop, rests=tuple(rests), warnings=tuple(issues.warnings)).plan(trials)
 
 
-def _narrowed(search: Search, request: Request, issues: Issues) -> Search:
-    """The search of a sweep file with what the launch chooses: a value pins a setting, several are its choices."""
-    space = {name: domain for name, domain in search.space.items() if name not in request.pins}
-    for name, values in request.axes.items():
-        if name in space:
-            space[name] = Choice(tuple(chosen.value for chosen in values))
-        else:
-            origin = values[0].origin if values else ""
-            issues.refuse(name, "sweep.search chooses the cells: give one value", origin=origin)
-    if (between := request.frontier) is not None:
-        issues.refuse(between.setting, "sweep.search chooses the cells: leave out the range", "", between.origin)
-    if not space:
-        issues.refuse("sweep.search.space", "nothing is left to search: every setting is given")
-    return replace(search, space=space)
+def _search(sweep: SweepFile, request: Request, issues: Issues) -> Search | None:
+    """The search, less what the launch pins. Axes are refused there: a search has no grid."""
+    if sweep.search is None:
+        return None
+    for name in sorted(request.names - set(request.pins)):
+        issues.refuse(name, "cannot be an axis beside sweep.search: pin it, or write it under sweep.search.space")
+    return searchspace.fixed(sweep.search, request.pins, issues)
 
 
 def _ends(frontier: Between | None, search: Search | None) -> list[dict[str, Any]]:
-    """Values at both ends of what is searched, by which a plan is checked; [{}] for a grid."""
+    """Values of what is searched by which a plan is checked: a range's ends, the first of a space; [{}]: a grid."""
     if frontier is not None:
         return [{frontier.setting: end} for end in frontier.ends]
-    if search is not None and search.space:
-        return [
-            {name: domain.first for name, domain in search.space.items()},
-            {name: domain.last for name, domain in search.space.items()},
-        ]
+    if search is not None:
+        return [{name: domain.first for name, domain in search.space.items()}]
     return [{}]
 
 

@@ -41,7 +41,7 @@ class Axis:
     values: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything that a launch needs to know. Trials come seed by seed: every cell once before any cell twice."""
 
@@ -61,6 +61,14 @@ class Plan:
     budget: Budget = Budget()
     stop: str = STOPS[0]  # which trials the launch ends early, see stability/hopeless.py
     planner: Planner | None = None  # of a search; `trials` are then those that show that it can be planned
+
+    def __repr__(self) -> str:
+        """'<Plan depth_lr: 24 trials of 8 cells in results/depth_lr', and a line such as 'optim.lr: 0.001, 0.01'."""
+        cells = len({trial.cell_id for trial in self.trials})
+        more = " to begin with" if self.planner else ""
+        size = f"{wording.count(len(self.trials), 'trial', ',')} of {wording.count(cells, 'cell', ',')}{more}"
+        lines = [f"  {axis.name}: {', '.join(map(wording.short_value, axis.values))}" for axis in self.axes]
+        return "\n".join([f"<Plan {self.study}: {size} in {self.folder}", *lines]) + ">"
 
     def values(self, trial: PlannedTrial) -> list[Any]:
         """The trial's value on each axis, in the order of the axes; of starting weights their identity."""

@@ -10,12 +10,13 @@ import dataclasses
 import hashlib
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from stabstudy import cli, disk, extras, store
 from stabstudy import config as cfg
@@ -26,7 +27,7 @@ from stabstudy.planning import compute, trials
 from stabstudy.planning.estimate import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
-from stabstudy.settings import ConfigError, DataError, Problem, line, show
+from stabstudy.settings import ConfigError, DataError, Problem, show
 from stabstudy.stability.rules import Rules
 from stabstudy.state import close_attempt, is_over
 from stabstudy.sweeping import preflight
@@ -48,11 +49,17 @@ class Outcome:
 
     code: int
     early: bool = False
-    reason: str | None = None
+    reason: str | None = field(default=None, compare=False)  # why it ended early, where no signal asked for it
+    left: tuple[str, ...] = field(default=(), compare=False)  # trials that have not ended, and damaged ones
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the signal that ended it; None where none did."""
+        return self.code - 128 if self.code > 128 else None
 
 
-def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") -> Outcome:
-    """Train every trial of the plan that is not over. `command` is the one that resumes it.
+def launch(plan: Plan, say: Callable[[str], None] = print, console: Console | None = None) -> Outcome:
+    """Train every trial of the plan that is not over. `console`: where progress is shown; None: on standard output.
 
     Raises ConfigError for data that does not serve its trials and for models that fail their pre-flight, and
     store.NewerFormatError for a study that a newer version wrote to, before anything is created;
@@ -64,7 +71,7 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
     whole, _ = intact(plan, study)
     todo = waiting(whole, study)
     for source in plan.first if todo else ():
-        if (outcome := launch_first(source, say, command)) is not None:
+        if (outcome := launch_first(source, say, console)) is not None:
             return outcome
     check_starts([t.config for t in todo])
     if plan.launcher == "ray" and plan.compute.address is not None:
@@ -78,23 +85,26 @@ def launch(plan: Plan, say: Callable[[str], None] = print, command: str = "") ->
             say(f"damaged, left alone (remove its folder to train it again): {line}")
         write_study(study, whole, whole.trials, say)
         store.sweep_study(study, [t.trial_id for t in whole.trials], plan.compute.keep_checkpoints)
-        outcome = _trained(whole, study, cache_dir, say, command)
-    return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL) if left_alone else outcome
+        outcome = _trained(whole, study, cache_dir, say, console)
+    if not left_alone:
+        return outcome
+    damaged = {t.trial_id for t in plan.trials} - {t.trial_id for t in whole.trials}
+    return dataclasses.replace(outcome, code=outcome.code or cli.PARTIAL, left=(*outcome.left, *sorted(damaged)))
 
 
-def launch_first(plan: Plan, say: Callable[[str], None], command: str) -> Outcome | None:
+def launch_first(plan: Plan, say: Callable[[str], None], console: Console | None) -> Outcome | None:
     """Train the one trial of a sweep from whose end others start, if it is not done; None where it is, and can be.
 
     Raises as `launch`.
     """
     if waiting(plan, store.StudyFolder(plan.folder)):
         say(f"first: sweep={plan.study}, from whose trained weights the trials of this launch start")
-        outcome = launch(plan, say, command)
+        outcome = launch(plan, say, console)
         if outcome.early:
             return outcome
         if outcome.code:
             failure = f"sweep={plan.study} failed, and the trials of this launch start from its weights"
-            return Outcome(cli.fail("study", outcome.code, failure), early=True, reason=failure)
+            return Outcome(outcome.code, early=True, reason=failure)
     return None
 
 
@@ -111,7 +121,7 @@ def check_starts(configs: Sequence[TrialConfig]) -> None:
 
 
 def _trained(
-    plan: Plan, study: store.StudyFolder, cache_dir: Path, say: Callable[[str], None], command: str
+    plan: Plan, study: store.StudyFolder, cache_dir: Path, say: Callable[[str], None], console: Console | None
 ) -> Outcome:
     todo = waiting(plan, study)
     if not todo and plan.planner is None:
@@ -119,7 +129,7 @@ def _trained(
         early = f", {stopped} of them stopped early (stop=diverged trains these to their ends)" if stopped else ""
         say(f"nothing to train: all {len(plan.trials)} trials are done{early}" if plan.trials else "nothing to train")
         return Outcome(cli.OK)
-    return _train(plan, study, todo, cache_dir, command)
+    return _train(plan, study, todo, cache_dir, say, console)
 
 
 def _cache_dir(named: str | None) -> Path:
@@ -159,11 +169,18 @@ def prepare_data(plan: Plan, cache_dir: Path, say: Callable[[str], None]) -> Non
             say(f"warning: {caveat}")
 
 
-def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache_dir: Path, command: str) -> Outcome:
+def _train(
+    plan: Plan,
+    study: store.StudyFolder,
+    todo: list[PlannedTrial],
+    cache_dir: Path,
+    say: Callable[[str], None],
+    console: Console | None,
+) -> Outcome:
     done_before = len(plan.trials) - len(todo)
     labels = {t.trial_id: label(t, plan) for t in todo}
     title = f"{plan.study}: {plan.question}"
-    with stop_on_signals(study) as stop, Board(title, labels, done_before, plan.planner is not None) as board:
+    with stop_on_signals(study) as stop, Board(title, labels, done_before, plan.planner is not None, console) as board:
 
         def take(grown: Plan, new: Sequence[PlannedTrial]) -> None:
             prepare_data(dataclasses.replace(grown, trials=tuple(new)), cache_dir, lambda line: None)
@@ -174,24 +191,21 @@ def _train(plan: Plan, study: store.StudyFolder, todo: list[PlannedTrial], cache
         growth = Growth(plan, study, take, board.say)
         with stop.after(plan.budget.hours):
             _run(growth, todo, cache_dir, board, stop)
-    return _ended(study, growth.plan, stop, command)
+    return _ended(study, growth.plan, stop, say)
 
 
-def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, command: str) -> Outcome:
-    """Settle the states, and say how the same study goes on where the launch ended early."""
+def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, say: Callable[[str], None]) -> Outcome:
+    """How the launch ended, by the states, which are settled first."""
     ids = [trial.trial_id for trial in plan.trials]
     _settle(study, ids)
-    if stop.reason is not None:
-        print(f"error: machine: {line(stop.reason)}", file=sys.stderr)
+    left = tuple(trial_id for trial_id in ids if not is_over(study.trial(trial_id).read_state().status, plan.stop))
     if stop.number is not None or stop.reason is not None:
-        print(f"stopped; the same command resumes: {command}", file=sys.stderr, flush=True)
         code = cli.ENVIRONMENT if stop.number is None else 128 + stop.number
-        return Outcome(code, early=True, reason=stop.reason)
-    left = sum(not is_over(study.trial(trial_id).read_state().status, plan.stop) for trial_id in ids)
+        return Outcome(code, early=True, reason=stop.reason, left=left)
     if stop.spent is not None:
-        print(f"{stop.spent}: {len(ids) - left} of {len(ids)} trials have ended; the same command goes on: {command}")
+        say(f"{stop.spent}: {len(ids) - len(left)} of {len(ids)} trials have ended; launched again, it goes on")
         return Outcome(cli.OK)
-    return Outcome(cli.PARTIAL if left else cli.OK)
+    return Outcome(cli.PARTIAL if left else cli.OK, left=left)
 
 
 def _run(growth: Growth, todo: list[PlannedTrial], cache_dir: Path, board: Board, stop: StopRequest) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shlex
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -30,7 +31,10 @@ from stabstudy.store import TrialFolder
 from stabstudy.wording import count, duration, short_value
 
 PLAIN_SECONDS = 15.0
-"""Off a terminal: at least this long between two progress lines."""
+"""Off a terminal and a notebook: at least this long between two progress lines."""
+
+NOTEBOOK_SECONDS = 1.0
+NOTEBOOK_COLUMNS = 110
 
 ROWS = 16
 
@@ -68,10 +72,13 @@ class Board:
         self.finished: dict[str, str] = {}
         self.latest = ""  # the last trial to end, in a sentence
         self._live: Live | None = None
+        self._area: Area | None = None
         self._started = self._spoke = time.monotonic()
 
     def __enter__(self) -> Board:
-        if self.console.is_terminal:
+        if self.console.is_jupyter:
+            self._area = Area()
+        elif self.console.is_terminal:
             self._live = Live(self, console=self.console, refresh_per_second=2, transient=True)
             self._live.__enter__()
         return self
@@ -81,10 +88,15 @@ class Board:
     ) -> None:
         if self._live is not None:
             self._live.__exit__(kind, error, traceback)
+        if self._area is not None:
+            self._area.show(Text(self.summary()))
 
     def say(self, line: str) -> None:
-        """A line of its own, above the table where there is one."""
-        self.console.print(Text(safe(line)), soft_wrap=True)
+        """A line of its own, above the table of a terminal, below that of a notebook."""
+        if self._area is not None:
+            print(safe(line), flush=True)  # rich would make an output of each line
+        else:
+            self.console.print(Text(safe(line)), soft_wrap=True)
 
     def start(self, trial_id: str) -> None:
         """A process takes the trial up; the clock starts with the first one, after the start of the scheduler."""
@@ -132,7 +144,7 @@ class Board:
         left = self.seconds_left()
         parts = [f"{len(self.finished)} of {len(self.labels)} trials ended"]
         running = [f"{row.step}/{row.steps}" for row in self.running.values() if row.steps]
-        if running and self._live is None:
+        if running and self._live is None and self._area is None:
             parts.append(f"{len(running)} running (step {', '.join(running[:4])}{', ...' if len(running) > 4 else ''})")
         if self.already_done:
             parts.append(f"{self.already_done} done before")
@@ -160,9 +172,31 @@ class Board:
         return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
 
     def _speak_now_and_then(self) -> None:
-        if self._live is None and time.monotonic() - self._spoke >= PLAIN_SECONDS:
-            self._spoke = time.monotonic()
+        every = PLAIN_SECONDS if self._area is None else NOTEBOOK_SECONDS
+        if self._live is not None or time.monotonic() - self._spoke < every:
+            return
+        self._spoke = time.monotonic()
+        if self._area is None:
             self.say(self.summary())
+        else:
+            self._area.show(self)
+
+
+class Area:
+    """A place in the output of a notebook's cell, which shows one thing after another. It needs no widgets."""
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        show: Any = display  # it has no types
+        self._handle = show({"text/plain": ""}, raw=True, display_id=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Show this in place of what was shown before."""
+        text = io.StringIO()
+        plain = Console(file=text, width=NOTEBOOK_COLUMNS, color_system=None, force_jupyter=False, force_terminal=False)
+        plain.print(renderable)
+        self._handle.update({"text/plain": text.getvalue().rstrip()}, raw=True)
 
 
 UNKNOWN = "?"

@@ -135,8 +135,9 @@ class StopRequest:
 def stop_on_signals(study: store.StudyFolder) -> Iterator[StopRequest]:
     """While this lasts a signal requests a stop, and a KeyboardInterrupt that follows from one ends it quietly.
 
-    First Ctrl-C or SIGUSR1: trials checkpoint and end. SIGTERM and SIGHUP: likewise, within GRACE_SECONDS. A second
-    signal: at once. A signal that was ignored when the program began stays ignored, as `nohup` wants it.
+        First Ctrl-C or SIGUSR1: trials checkpoint and end. SIGTERM and SIGHUP: likewise, within GRACE_SECONDS. A second
+    signal: at once. A signal that was ignored when the program began stays ignored, as `nohup` wants it. Off the main
+    thread, which gets no signals, nothing requests a stop by one.
     """
     request = StopRequest(study)
     request.over()  # a file of a launch that was killed
@@ -157,16 +158,19 @@ def stop_on_signals(study: store.StudyFolder) -> Iterator[StopRequest]:
         if request.requested:
             raise KeyboardInterrupt
 
-    wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in wanted}
-    before |= {number: signal.signal(number, interrupt) for number in (signal.SIGALRM,)}
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: handle for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+        handlers[signal.SIGALRM] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield request
     except KeyboardInterrupt:
         if not request.requested:  # not ours
             raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, former in before.items():
+            signal.signal(number, former)
         request.over()
