@@ -60,7 +60,7 @@ MAY = {
     # data for one question alone: what a step read
     "analysis": May(
         FACTS | {"stability", "data"},
-        {"numpy", "pandas", "pyarrow", "scipy", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
+        {"numpy", "pandas", "pyarrow", "scipy", "yaml", "matplotlib", "jinja2", "markupsafe", "statsmodels", "optuna", "loky"},
         late={"data", "statsmodels", "optuna", "loky"},
     ),
     "planning": May(FACTS | {"data", "stability"}, {"numpy", "hydra", "omegaconf", "yaml", "rich"}),

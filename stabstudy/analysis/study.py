@@ -21,6 +21,7 @@ import pandas as pd
 from stabstudy.analysis import (
     compare,
     effects,
+    frontiers,
     sensitivity,
     shared_batches,
     study_statistics,
@@ -226,6 +227,20 @@ class Study:
         grid = self.grid
         return grid.trials[grid.trials["state"] == "done"], list(grid.axes), list(metrics)
 
+    @cached_property
+    def searched(self) -> frontiers.Frontier | None:
+        """The frontier that the sweep searched, with every trial that made it; None for a grid."""
+        return frontiers.recorded(self.folder, self.tables.trials, self.axes)
+
+    def frontier(self, setting: str | None = None, holds: str | None = None) -> pd.DataFrame:
+        """The largest value of a setting that holds, per cell of the other axes: `frontiers.table`.
+
+        None: what the sweep searched, by its rule and the other one; without a search `optim.lr`, `stable`. The range
+        of a setting that was not searched is that of its levels. Raises KeyError for no axis, ValueError for one
+        without an order, or for no rule.
+        """
+        return frontiers.answer(self.searched, self.tables.trials, self.axes, setting, holds)
+
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
 
@@ -272,12 +287,7 @@ class Study:
         return others if names is None else list(names)
 
     def logit_growth(self) -> pd.DataFrame:
-        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`.
-
-        Example:
-            growth = study.logit_growth()
-            growth[["optim.lr", "sizes", "attn_logit_depth_exponent", "predicted_unstable", "reason"]]
-        """
+        """How attention logits grow with the model, a row per learning rate; see `sensitivity.growth`."""
         return sensitivity.growth(self.grid.trials, list(self.grid.axes))
 
     def rate_model(self) -> survival.RateModel:
@@ -294,21 +304,11 @@ class Study:
         return study_statistics.first_spikes(self.grid.trials, list(self.grid.axes))
 
     def batch_share(self) -> shared_batches.BatchShare:
-        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`.
-
-        Example:
-            share = study.batch_share()
-            share.reason or (share.share, share.same, share.same_pairs, share.other, share.other_pairs)
-        """
+        """How much of the roughness of the gradient norm is the batch; see `shared_batches.batch_share`."""
         return shared_batches.batch_share(self.tables.trials, self.tables.ratios)
 
     def batch_effects(self) -> pd.DataFrame:
-        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`).
-
-        Example:
-            highest = study.batch_effects().iloc[0]
-            study.batch(highest["trial_id"], highest["step"])  # its text
-        """
+        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`)."""
         return shared_batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:
