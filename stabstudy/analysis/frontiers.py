@@ -212,19 +212,19 @@ def table(of: Frontier, holds: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*cases, *of.axes, "holds", *numbers, "trials", "steps"])
 
 
-def answer(
-    asked: Frontier | None,
+def chosen(
+    searched: Frontier | None,
     rows: Sequence[Row],
     axes: Mapping[str, list[Level]],
     setting: str | None,
     holds: str | None,
-) -> pd.DataFrame:
-    """The `table` of what the sweep `asked`, or of another axis or rule: see `Study.frontier`."""
+) -> Frontier:
+    """The frontier that the sweep `searched`, or one of another axis: see `Study.frontier`."""
     if holds not in (None, *holding.RULES):
         raise ValueError(f"holds must be one of {', '.join(holding.RULES)}, got {holds!r}")
-    if asked is not None and setting in (None, asked.asked.setting):
-        return table(asked, holds)
-    return table(frontier(request(axes, setting or LR, holds or holding.RULES[0]), rows, axes), holds)
+    if searched is not None and setting in (None, searched.asked.setting):
+        return searched
+    return frontier(request(axes, setting or LR, holds or holding.RULES[0]), rows, axes)
 
 
 def _is_within(asked: Asked, value: Any) -> bool:

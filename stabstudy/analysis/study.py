@@ -239,7 +239,7 @@ class Study:
         of a setting that was not searched is that of its levels. Raises KeyError for no axis, ValueError for one
         without an order, or for no rule.
         """
-        return frontiers.answer(self.searched, self.tables.trials, self.axes, setting, holds)
+        return frontiers.table(frontiers.chosen(self.searched, self.tables.trials, self.axes, setting, holds), holds)
 
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
