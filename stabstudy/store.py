@@ -197,6 +197,10 @@ class StudyFolder:
         return self.path / "provenance.json"
 
     @property
+    def forecast_file(self) -> Path:
+        return self.path / "forecast.json"
+
+    @property
     def trials_table(self) -> Path:
         return self.path / "trials.parquet"
 

@@ -83,10 +83,17 @@ class Frontier:
     axes: dict[str, list[Level]]
     cells: tuple[CellEdge, ...]
 
+    @property
+    def bias(self) -> str:
+        """Why a statement over several values of the setting is left out."""
+        return (
+            f"the values of {self.asked.setting} were chosen by what earlier trials did, most of them beside the edge"
+        )
+
 
 def recorded(folder: StudyFolder, rows: Sequence[Row], axes: Mapping[str, list[Level]]) -> Frontier | None:
     """The frontier that the sweep asked for; None for a grid, for several studies, and where nothing can be read."""
-    if "study" in axes or (asked := read(folder)) is None or not any(asked.setting in row for row in rows):
+    if any("study" in row for row in rows) or (asked := read(folder)) is None:
         return None
     return frontier(asked, rows, axes)
 

@@ -127,6 +127,8 @@ def _batch_axes(study: Study) -> set[str]:
 
 def answers(study: Study) -> list[Recipe | NoRecipe]:
     """What to use under each combination of conditions, in the order of their levels."""
+    if study.searched is not None:  # every seed of a cell: that is where verdicts are least certain
+        return [NoRecipe({}, f"{study.searched.bias}; a grid of values below it finds one")]
     given = conditions(study)
     parts = split(study.trials[[*_READ, *study.axes]], {a: study.axes[a] for a in given})
     return [_answer(study, dict(zip(given, levels, strict=True)), trials) for levels, trials in parts]

@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterator
 
 from stabstudy.analysis import study_statistics
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import curves, effect_plots, layers, maps, norms, study_curves, traces, verdict_maps
+from stabstudy.analysis.figures import (
+    curves,
+    effect_plots,
+    forecast_plot,
+    frontier_plot,
+    layers,
+    maps,
+    norms,
+    study_curves,
+    traces,
+    verdict_maps,
+)
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.study import Study
 
@@ -24,6 +35,20 @@ OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] 
     norms.accumulation_figures,
 )
 """Figures over the settings that vary, in the order of the report: in place of one that a study lacks, the reason."""
+
+OVER_GRIDS = (
+    verdict_maps.figures,
+    maps.figures,
+    curves.axis_figures,
+    effect_plots.effect_figures,
+    study_curves.sensitivity_figures,
+    study_curves.first_spike_figures,
+    norms.ratio_figures,
+)
+"""Those of them that pool trials over values of what a sweep searched, or show a field for each."""
+
+OF_SEARCHES: tuple[Callable[[Study], Iterator[Figure | Absent]], ...] = (frontier_plot.figures, forecast_plot.figures)
+"""Figures of what a sweep searched; they have a section of their own."""
 
 OF_TRIALS: tuple[Callable[[Study], Iterator[Figure | Absent]], ...] = (traces.figures, layers.figures)
 """Figures of single trials."""
@@ -44,6 +69,17 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
         yield Absent(ALL_OVER_SETTINGS, reason)
     else:
         for family in OVER_SETTINGS:
-            yield from family(study, layout)
+            if study.searched is None or family not in OVER_GRIDS:
+                yield from family(study, layout)
+    yield from (absent for absent in search_figures(study) if isinstance(absent, Absent))
+    if study.searched is not None:
+        yield Absent("Maps, effects, LR sensitivity, first spikes", study.searched.bias)
     for family_of_trials in OF_TRIALS:
         yield from family_of_trials(study)
+
+
+def search_figures(study: Study) -> Iterator[Figure | Absent]:
+    """The figures of what the sweep searched, or why there are none; nothing of runs trained elsewhere."""
+    if not study.ingested:
+        for family in OF_SEARCHES:
+            yield from family(study)

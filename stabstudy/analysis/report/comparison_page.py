@@ -48,7 +48,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         headline=f"Comparison of {len(names)} studies.",
         counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(whole.trials).items()],
         findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
-        warnings=list(warnings(whole)),
+        warnings=[*warnings(whole), *_searched(studies)],
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
     )
@@ -70,6 +70,13 @@ def warnings(whole: Study) -> Iterator[str]:
         yield "Steps hold different numbers of tokens, so rates per step differ in meaning."
     if _differ(by_study["train.steps"]):
         yield "Trials have different numbers of steps: final losses and largest values are those of different lengths."
+
+
+def _searched(studies: Sequence[Study]) -> Iterator[str]:
+    """Studies that are no grids: of their trials the pairs are a choice."""
+    for study in studies:
+        if (of := study.searched) is not None:
+            yield f"{words.clean(study.name, 60)} is no grid: {of.bias}. Compare its edges with Study.frontier."
 
 
 def _differ(column: Any) -> bool:

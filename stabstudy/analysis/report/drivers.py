@@ -27,6 +27,9 @@ def sensitivity(study: Study) -> Iterator[Block]:
     grid = study.grid
     if not (grid.trials["state"] == "done").any():
         return
+    if study.searched is not None:
+        yield Text(f"LR sensitivity and growth of attention logits: not computed: {study.searched.bias}.")
+        return
     if LR not in grid.axes:
         yield Text("LR sensitivity: not computed: the learning rate does not vary.")
         return
@@ -107,6 +110,11 @@ def spikes(study: Study) -> Iterator[Block]:
     """The model of the spike rate, the time to the first spike by axis, and which axes explain what."""
     grid = study.grid
     if not grid.axes or not (grid.trials["state"] == "done").any():
+        return
+    if study.searched is not None:
+        what = "Model of the spike rate, time to the first spike, shares of variance"
+        yield Text(f"{what}: not computed: {study.searched.bias}.")
+        yield from _batches(study)
         return
     yield from _rates(study)
     yield from _first(study)

@@ -29,6 +29,9 @@ def effect_blocks(study: Study) -> Iterator[Block]:
     if study.ingested:
         yield Text(runs_page.NO_PAIRS)
         return
+    if study.searched is not None:
+        yield Text(f"Effects, contrasts, interactions: not computed: {study.searched.bias}. Compare the edges.")
+        return
     rows = records(study.claims()) if study.grid.axes else []
     if rows:
         yield from _effects(rows, compare.in_nats(study.trials))

@@ -16,7 +16,7 @@ from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
-from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report import frontier_page, runs_page
 from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.verdict import VERDICTS
@@ -48,6 +48,9 @@ def findings(study: Study) -> list[Finding]:
         return []
     if study.ingested:
         return [runs_page.findings(study)]
+    if study.searched is not None:
+        sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
+        return [Finding("How far", sentences), Finding("What to use", list(_recipes(study)))]
     answers = (
         Finding("What is stable", [*_limits(study), *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study))),
@@ -245,7 +248,7 @@ def _missing(study: Study) -> Iterator[str]:
     if numbers["not judged"]:
         yield f"Done trials without a verdict: {words.listing(_reasons(study))}."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
-    if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
+    if len(cells) and study.searched is None and (short := int((cells["n"] < cells["n"].max()).sum())):
         verb = "lacks" if short == 1 else "lack"
         yield f"{short} of {len(cells)} cells {verb} seeds that others have ({int(cells['n'].max())})."
     if notes := int(study.trials["note"].notna().sum()):
