@@ -88,24 +88,28 @@ def made(of: Frontier) -> Iterator[Registered]:
 
 
 def known(folder: StudyFolder, of: Frontier) -> list[Registered]:
-    """The forecasts that stand in the folder, and those that can be made now for other sizes.
+    """The forecasts of what was searched: those that stand in the folder, and those that can be made for other sizes.
 
     Raises StoreError for a forecast.json that is damaged or newer: nothing may take its place.
     """
-    standing = _read(folder)
-    keys = {one.key for one in standing}
-    return [*standing, *(one for one in made(of) if one.key not in keys)]
+    asked = of.asked.setting, of.asked.holds
+    return [one for one in _with_new(_read(folder), of) if (one.setting, one.holds) == asked]
 
 
 def register(folder: StudyFolder, of: Frontier) -> None:
     """Write the forecasts that stand in no file yet. What stands there stays; a damaged file is left alone."""
     try:
-        forecasts = known(folder, of)
+        standing = _read(folder)
     except StoreError:
         return
-    if len(forecasts) > len(_read(folder)):
+    if len(forecasts := _with_new(standing, of)) > len(standing):
         body = [dataclasses.asdict(one) for one in forecasts]
         write_sealed(folder.forecast_file, {"format": FORMAT, "forecasts": body})
+
+
+def _with_new(standing: list[Registered], of: Frontier) -> list[Registered]:
+    keys = {one.key for one in standing}
+    return [*standing, *(one for one in made(of) if one.key not in keys)]
 
 
 def _read(folder: StudyFolder) -> list[Registered]:
@@ -129,8 +133,6 @@ def _registered(one: Mapping[str, Any]) -> Registered:
 
 def measured(one: Registered, of: Frontier) -> Edge | None:
     """The edge at the size of a forecast; None where it is not trained yet, or nothing is known of it."""
-    if (one.setting, one.holds) != (of.asked.setting, of.asked.holds):
-        return None
     line = next((line for line in lines(of) if (line.axis, line.at) == (one.axis, one.at)), None)
     edge = None if line is None else line.edges.get(one.size)
     return edge if edge is not None and edge.n else None

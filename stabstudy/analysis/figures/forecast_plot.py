@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stabstudy.analysis import forecasts, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
+from stabstudy.analysis.forecast import FEWEST_SIZES
 from stabstudy.analysis.forecasts import Line, Registered
 from stabstudy.analysis.frontiers import Frontier
 from stabstudy.analysis.study import Study
@@ -74,9 +75,9 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
         registered = [] if of is None else forecasts.known(study.folder, of)
     except StoreError:
         registered = []
-    own = [r for r in registered if of is not None and r.axis == registered[0].axis and r.setting == of.asked.setting]
+    own = [r for r in registered if r.axis == registered[0].axis]
     if of is None or not own:
-        yield Absent("Forecast of the edge", f"it needs {forecasts.FEWEST_SIZES} resolved edges along depth or dim")
+        yield Absent("Forecast of the edge", f"it needs {FEWEST_SIZES} resolved edges along depth or dim")
         return
     title = f"Forecast of the edge of {words.label(of.asked.setting)} along {words.label(own[0].axis)}"
     caption = (

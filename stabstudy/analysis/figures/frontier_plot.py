@@ -34,6 +34,10 @@ KINDS: tuple[tuple[bool | None, str, str], ...] = (
 """Of a trial: what it says, its marker, its name."""
 
 
+_LOOKS = {"o": (4.0, "full"), "x": (5.0, "full"), "d": (4.5, "none")}
+"""Size and filling of the markers."""
+
+
 def frontier(study: Study, setting: str | None = None, holds: str | None = None, ax: Axes | None = None) -> Axes:
     """The edge of a setting in each cell of the other axes, a bracket for its 90 % interval, and the trials as points.
 
@@ -128,9 +132,10 @@ class _Paper:
     def _points(
         self, own: Sequence[EdgeTrial], places: Sequence[float], at: str, marker: str, colour: str, name: str
     ) -> None:
-        fill = {"d": {"fillstyle": "none", "markersize": 4.5}, "o": {"markersize": 4}}.get(marker, {"markersize": 5})
+        size, fill = _LOOKS[marker]
         ids = tooltips.trials((t.trial_id for t in own), name)
-        self.plot(places, [t.value for t in own], at, marker=marker, linestyle="none", color=colour, label=ids, **fill)
+        look = {"marker": marker, "markersize": size, "fillstyle": fill, "color": colour, "linestyle": "none"}
+        self.plot(places, [t.value for t in own], at, label=ids, **look)
         ringed = [(place, t.value) for place, t in zip(places, own, strict=True) if t.is_exception]
         if ringed:
             where, values = zip(*ringed, strict=True)
@@ -224,7 +229,8 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
     trials = [t for cell in of.cells for t in cell.trials]
     counts = {kind: sum(t.holds is holds for t in trials) for holds, _, kind in KINDS}
     ringed = sum(t.is_exception for t in trials)
-    rings = f" Ringed: {words.count(ringed, 'trial')} that contradict the interval." if ringed else ""
+    verb = "contradicts" if ringed == 1 else "contradict"
+    rings = f" Ringed: {words.count(ringed, 'trial')} that {verb} the interval." if ringed else ""
     caption = (
         f"The largest {words.label(asked.setting)} that holds (rule: {asked.holds}) in each of "
         f"{words.count(len(of.cells), 'cell')}, with its 90 % interval; an arrow where that has no end inside what was "

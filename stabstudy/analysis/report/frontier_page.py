@@ -11,6 +11,7 @@ from stabstudy.analysis import forecasts, words
 from stabstudy.analysis.elements import Block, Figure, Table, Text
 from stabstudy.analysis.figures import registry
 from stabstudy.analysis.figures.frontier_plot import interval, name_of
+from stabstudy.analysis.forecast import FEWEST_SIZES
 from stabstudy.analysis.forecasts import Registered
 from stabstudy.analysis.frontier import Finding as Oddity
 from stabstudy.analysis.frontiers import CellEdge, Frontier
@@ -95,7 +96,7 @@ def _cells(cells: Sequence[CellEdge]) -> str:
 
 def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
     """A value whose trials contradict the interval."""
-    where = f"At {name}, " if (name := name_of(cell)) else ""
+    where = f"at {name}, " if (name := name_of(cell)) else ""
     value, trials = words.level(float(odd.value)), words.count(odd.n, "trial")
     side, verb = ("above", "hold again") if odd.holds else ("below", "do not hold")
     if odd.n == 1:
@@ -194,11 +195,11 @@ def _table(study: Study, of: Frontier) -> Table:
 
 def _no_forecast(of: Frontier) -> Iterator[str]:
     """Why there is no forecast along an axis of sizes."""
-    few = [line for line in forecasts.lines(of) if len(line.resolved) < forecasts.FEWEST_SIZES]
+    few = [line for line in forecasts.lines(of) if len(line.resolved) < FEWEST_SIZES]
     for axis in dict.fromkeys(line.axis for line in few):
         most = max(len(line.resolved) for line in few if line.axis == axis)
         yield (
-            f"Forecast along {words.label(axis)}: needs {forecasts.FEWEST_SIZES} sizes with a resolved edge at equal "
+            f"Forecast along {words.label(axis)}: needs {FEWEST_SIZES} sizes with a resolved edge at equal "
             f"levels of everything else, {'has' if len(few) == 1 else 'some have'} {most}."
         )
 
