@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import forecasts, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.forecast import FEWEST_SIZES
 from stabstudy.analysis.forecasts import Line, Registered
 from stabstudy.analysis.frontiers import Frontier
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MOST_LINES = 7
 
+APART = 1.03
+"""Factor by which the forecasts of neighbouring lines stand apart, so that their intervals can be told."""
+
 
 def draw(of: Frontier, registered: list[Registered], ax: Axes | None = None) -> Axes:
     """Measured edges with their 90 % intervals, each forecast's power law (dashed), and the forecast as an open mark.
@@ -30,6 +33,7 @@ def draw(of: Frontier, registered: list[Registered], ax: Axes | None = None) -> 
     axis, own = registered[0].axis, _lines(of, registered)
     ax.set(xscale="log", yscale="log", xlabel=words.heading(axis), ylabel=words.heading(of.asked.setting))
     for i, line in enumerate(own):
+        apart = APART ** (i - (len(own) - 1) / 2)
         colour, marker = style.CATEGORIES[i % len(style.CATEGORIES)], style.MARKERS[i % len(style.MARKERS)]
         name = words.at_levels(line.at, line.at.values())
         known = {size: e for size, e in sorted(line.edges.items()) if e.low > 0 and math.isfinite(e.high)}
@@ -45,7 +49,7 @@ def draw(of: Frontier, registered: list[Registered], ax: Axes | None = None) -> 
             label=label,
         )
         for one in (r for r in registered if r.at == line.at):
-            _draw_forecast(ax, one, colour, marker, ", ".join(filter(None, (name, "forecast"))))
+            _draw_forecast(ax, one, apart, colour, marker, ", ".join(filter(None, (name, "forecast"))))
     sizes = sorted({*(size for line in own for size in line.edges), *(one.size for one in registered)})
     ax.set_xticks(sizes, [words.level(v, axis) for v in sizes])
     style.tidy(ax)
@@ -54,13 +58,14 @@ def draw(of: Frontier, registered: list[Registered], ax: Axes | None = None) -> 
     return ax
 
 
-def _draw_forecast(ax: Axes, one: Registered, colour: str, marker: str, name: str) -> None:
+def _draw_forecast(ax: Axes, one: Registered, apart: float, colour: str, marker: str, name: str) -> None:
     sizes = [min(one.measured), one.size]
     law = [one.estimate * (size / one.size) ** one.exponent for size in sizes]
     ax.plot(sizes, law, color=colour, linewidth=1.1, linestyle=(0, (5, 2)))
-    ax.plot([one.size, one.size], [one.low, one.high], color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
+    place, at = one.size * apart, f"{tooltips.AT}x {words.level(one.size, one.axis)}"
+    ax.plot([place, place], [one.low, one.high], color=colour, linewidth=1.1, linestyle=(0, (1, 1.5)))
     look: dict[str, Any] = {"marker": marker, "markersize": 9, "fillstyle": "none", "linestyle": "none"}
-    ax.plot([one.size], [one.estimate], color=colour, label=style.plain(name), gid="forecast", **look)
+    ax.plot([place], [one.estimate], color=colour, label=style.plain(name), gid=at, **look)
 
 
 def _lines(of: Frontier, registered: list[Registered]) -> list[Line]:
@@ -83,7 +88,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
     caption = (
         "Filled: measured edges with their 90 % intervals. Dashed: the power law of a forecast, through the edges that "
         "were resolved when it was made; open: the forecast, dotted its 90 % prediction interval. A forecast stays as "
-        f"it was first made. {words.count(len(_lines(of, own)), 'line')}."
+        f"it was first made. {words.count(len(own), 'forecast')} drawn."
     )
     rows = [_row(of, one) for one in own]
     texts = [f"{r[0]}: forecast {r[2]}, measured {r[5]}" for r in rows]

@@ -164,8 +164,8 @@ def _columns(of: Frontier, across: str, ax: Axes | None) -> Axes:
     lines = series(of, across)
     ax = style.new_figure(6.4 if len(lines) == 1 else 8.6, 4.6).axes[0] if ax is None else ax
     paper, levels = _Paper(ax, of, False), of.axes[across]
-    positions = style.Positions(levels, across)
-    at = [math.log10(v) if positions.log else float(v) for v in levels]
+    log = style.Positions(levels, across).log or (across in SIZES and min(levels) > 0)
+    at = [math.log10(v) if log else float(v) for v in levels]
     gap = min(b - a for a, b in zip(at, at[1:], strict=False))
     room = 0.7 * gap / len(lines)
     paper.set_up()

@@ -269,7 +269,7 @@ def _incomparable(study: Study) -> Iterator[str]:
 
 
 def _few(study: Study) -> Iterator[str]:
-    if len(levels_of(study.trials["seed"])) == 1:
+    if len(levels_of(study.trials["seed"])) == 1 and study.searched is None:
         yield "One seed: no interval and no test is possible; a difference may be chance."
     evaluable = study.trials.loc[study.trials["verdict"] == "stable", "n_evaluable"]
     if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:
