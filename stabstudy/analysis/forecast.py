@@ -2,8 +2,8 @@
 
 A straight line of log edge on log size. Its prediction interval is that of least squares with the residual variance or,
 where that is larger, the mean variance of the edges' own intervals: three edges that happen to lie on a line prove no
-precision. Whether a power law holds beyond what was measured no interval says; the largest size, held out, does so far
-as it goes.
+precision. Without scatter about the law it is wider than it had to be. Whether a power law holds beyond what was
+measured no interval says; the largest size, held out, does so far as it goes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,11 @@ def frontier(study: Study, setting: str | None = None, holds: str | None = None,
     Setting and rule as in `Study.frontier`. Where another axis of numbers varies it lies across, its edges joined by a
     line for each combination of the rest; else each cell has a row. An arrow: the interval has no end on that side.
     """
-    return draw(frontiers.chosen(study.searched, study.tables.trials, study.axes, setting, holds), ax)
+    of = frontiers.chosen(study.searched, study.tables.trials, study.axes, setting, holds)
+    if holds not in (None, of.asked.holds):
+        asked = dataclasses.replace(of.asked, holds=holds)
+        of = frontiers.frontier(asked, study.tables.trials, study.axes)
+    return draw(of, ax)
 
 
 def draw(of: Frontier, ax: Axes | None = None) -> Axes:

@@ -31,7 +31,7 @@ RULES = {
 """What holding means, in words."""
 
 MOST_CELLS = 8
-"""Cells that the first screen names."""
+"""Cells that the first screen names, and forecasts."""
 
 FURTHER = 10
 """By how much a logarithmic range is extended."""
@@ -49,7 +49,7 @@ def findings(study: Study, of: Frontier) -> Iterator[str]:
     for cell in of.cells:
         yield from (_oddity(of, cell, odd) for odd in cell.edge.exceptions)
     yield _cost(of)
-    yield from forecast_sentences(study, of)
+    yield from list(forecast_sentences(study, of))[:MOST_CELLS]
 
 
 def _edge(of: Frontier, cell: CellEdge) -> str:
