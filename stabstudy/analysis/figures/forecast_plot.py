@@ -75,13 +75,14 @@ def _lines(of: Frontier, registered: list[Registered]) -> list[Line]:
 
 def figures(study: Study) -> Iterator[Figure | Absent]:
     """The figure of the first axis of sizes that has forecasts."""
-    of = study.searched
+    if (of := study.searched) is None:
+        return
     try:
-        registered = [] if of is None else forecasts.known(study.folder, of)
+        registered = forecasts.known(study.folder, of)
     except StoreError:
         registered = []
     own = [r for r in registered if r.axis == registered[0].axis]
-    if of is None or not own:
+    if not own:
         yield Absent("Forecast of the edge", f"it needs {FEWEST_SIZES} resolved edges along depth or dim")
         return
     title = f"Forecast of the edge of {words.label(of.asked.setting)} along {words.label(own[0].axis)}"
