@@ -64,8 +64,8 @@ def _edge(of: Frontier, cell: CellEdge) -> str:
         return (
             f"{negated} even at {words.level(of.asked.low)} {rests}, the smallest value searched: the edge lies below."
         )
-    state = "" if edge.status == "resolved" else "; open"
-    return f"{holds} up to {words.number(edge.estimate)} {interval(edge)} {rests[:-1]}{state})."
+    about, state = ("", "") if edge.status == "resolved" else ("about ", "; open")
+    return f"{holds} up to {about}{words.number(edge.estimate)} {interval(edge)} {rests[:-1]}{state})."
 
 
 def _unfinished(study: Study, of: Frontier) -> Iterator[str]:
@@ -75,7 +75,8 @@ def _unfinished(study: Study, of: Frontier) -> Iterator[str]:
     if opened:
         again = command(study, of, None)
         do = "launch again" + ("" if again is None else f": {again}")
-        yield f"Not yet within the resolution {asked.resolution:g}{_cells(opened)}: {do}"
+        which = "" if len(opened) == len(of.cells) else _cells(opened)
+        yield f"Not yet within the resolution {asked.resolution:g}{which}: {do}"
     for status, where, ends in (
         ("beyond", "above", (asked.low, _further(asked.setting, asked.low, asked.high))),
         ("below", "below", (_lower(asked.setting, asked.low, asked.high), asked.high)),
@@ -112,8 +113,9 @@ def _cost(of: Frontier) -> str:
     trials = [t for cell in of.cells for t in cell.trials]
     silent = sum(t.holds is None for t in trials)
     untrained = sum(t.holds is False and t.is_untrained for t in trials)
-    notes = [f"{untrained} of those that do not hold are untrained"] if untrained else []
-    notes += [f"{silent} say nothing of the edge"] if silent else []
+    verb = "is" if untrained == 1 else "are"
+    notes = [f"{untrained} of those that do not hold {verb} untrained"] if untrained else []
+    notes += [f"{silent} {'says' if silent == 1 else 'say'} nothing of the edge"] if silent else []
     return (
         f"The search took {words.count(len(trials), 'trial')} and {sum(c.steps for c in of.cells):,} steps"
         f"{f'; {words.listing(notes)}' if notes else ''}."
@@ -200,7 +202,7 @@ def _no_forecast(of: Frontier) -> Iterator[str]:
         most = max(len(line.resolved) for line in few if line.axis == axis)
         yield (
             f"Forecast along {words.label(axis)}: needs {FEWEST_SIZES} sizes with a resolved edge at equal "
-            f"levels of everything else, {'has' if len(few) == 1 else 'some have'} {most}."
+            f"levels of everything else, got {most}."
         )
 
 
