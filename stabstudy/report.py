@@ -136,7 +136,7 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
 
 def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
-    from stabstudy.analysis import words
+    from stabstudy.analysis import forecasts, words
     from stabstudy.analysis.report.publish import publish
     from stabstudy.analysis.report.study_page import report
     from stabstudy.analysis.study import update_tables
@@ -147,6 +147,8 @@ def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path
     progress("building the page")
     content = report(study)
     progress("writing the page, and one for each trial")
+    if out is None and study.searched is not None:
+        forecasts.register(folder, study.searched)
     page = publish(study, content, folder.report if out is None else out)
     say(f"{study.name}: {words.count(sum(study.outcomes.values()), 'trial')}")
     for outcome, number in study.outcomes.items():

@@ -41,10 +41,8 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for
 SEAL = "content_sha256"
 SCHEDULER = ".ray"
 """What Ray Tune keeps in the study's folder while a launch runs, and nobody reads again."""
-
 JOURNAL = "optuna.journal"
-"""What a search leaves for optuna-dashboard: a copy of what the trials' files say, made anew where it is not that."""
-
+"""What a search leaves for optuna-dashboard: a copy of what the trials' files say."""
 _TEMPORARY = re.compile(r".+\.(\d{1,9})\.tmp")
 
 
@@ -209,6 +207,10 @@ class StudyFolder:
     @property
     def provenance_file(self) -> Path:
         return self.path / "provenance.json"
+
+    @property
+    def forecast_file(self) -> Path:
+        return self.path / "forecast.json"
 
     @property
     def trials_table(self) -> Path:

@@ -32,7 +32,9 @@ def families(modules: Iterable[ModuleType]) -> set[str]:
 def test_the_table_names_every_family_of_figures_once() -> None:
     names = [p.stem for p in Path(str(figures.__path__[0])).glob("*.py") if p.stem not in ("__init__", "registry")]
     modules = [importlib.import_module(f"{figures.__name__}.{name}") for name in names]
-    listed = [f"{f.__module__}.{f.__name__}" for f in (*registry.OVER_SETTINGS, *registry.OF_TRIALS)]
+    listed = [
+        f"{f.__module__}.{f.__name__}" for f in (*registry.OVER_SETTINGS, *registry.OF_SEARCHES, *registry.OF_TRIALS)
+    ]
     assert len(listed) == len(set(listed)) and set(listed) == families(modules)
     forgotten = ModuleType("forgotten")
     forgotten.figures = lambda study, layout: iter(())  # type: ignore[attr-defined]

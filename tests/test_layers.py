@@ -288,7 +288,7 @@ def sources() -> list[Path]:
     return sorted((ROOT / "stabstudy").rglob("*.py"))
 
 
-MOST_MODULES = 168
+MOST_MODULES = 172
 
 
 def test_modules_are_few():

@@ -68,7 +68,7 @@ def _works(row: Mapping[str, Any], value: float, best: float, loss: float) -> bo
     if value < best or math.isinf(best):
         return None
     if row.get("state") != "done":
-        return False if row.get("verdict_reason") in UNSTABLE_ABOVE and value > best else None
+        return False if row.get("state") == "stopped" and value > best else None
     if row.get("verdict_code") != "ok":
         return None if row.get("verdict_code") is None else False
     own = row.get("final_loss_capped")

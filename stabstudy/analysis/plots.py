@@ -12,6 +12,7 @@ No trial is left out silently: a diverged one is an open triangle on the upper e
 
 from stabstudy.analysis.figures.curves import curves, lr_curves
 from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects, parallel
+from stabstudy.analysis.figures.frontier_plot import frontier
 from stabstudy.analysis.figures.layers import layer_map
 from stabstudy.analysis.figures.layout import panels
 from stabstudy.analysis.figures.maps import stability_map
@@ -21,6 +22,7 @@ from stabstudy.analysis.figures.traces import trace, traces, trial
 from stabstudy.analysis.figures.verdict_maps import verdict_map
 
 __all__ = [
-    "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "layer_map", "lr_curves",
-    "norm_ratios", "panels", "parallel", "sensitivity", "stability_map", "trace", "traces", "trial", "verdict_map",
+    "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "frontier", "layer_map",
+    "lr_curves", "norm_ratios", "panels", "parallel", "sensitivity", "stability_map", "trace", "traces", "trial",
+    "verdict_map",
 ]  # fmt: skip

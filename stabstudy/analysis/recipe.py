@@ -132,6 +132,8 @@ def _batch_axes(study: Study) -> set[str]:
 
 def answers(study: Study) -> list[Recipe | NoRecipe]:
     """What to use under each combination of conditions, in the order of their levels."""
+    if study.searched is not None:  # every seed is spent beside the edge: a cell there is the only complete one
+        return [NoRecipe({}, f"{study.searched.bias}; a grid of values below it finds one")]
     given = conditions(study)
     parts = split(study.trials[[*_READ, *study.axes]], {a: study.axes[a] for a in given})
     return [_answer(study, dict(zip(given, levels, strict=True)), trials) for levels, trials in parts]

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from stabstudy.space import Choice, Domain, Objective, Range, Search, from_body
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder
+
+if TYPE_CHECKING:
+    from stabstudy.analysis.study import Study
 
 ENDED = ("done", "stopped")
 """States of a trial that is not trained further: a stopped one was without hope."""
@@ -90,26 +93,38 @@ def search_history(folder: StudyFolder, rows: Sequence[Row] | None = None) -> Hi
 
     Raises StoreError for a record that is broken.
     """
-    record = _record(folder)
-    search = recorded(folder, record)
+    asked = record(folder)
+    search = recorded(folder, asked)
     if search is None:
         return None
     rows = read_tables(folder).trials if rows is None else rows
     given_up = {row["trial_id"] for row in rows if row["state"] in FAILED}
-    seeds = [seed for seed in record.get("seeds") or [] if type(seed) is int]
+    seeds = [seed for seed in asked.get("seeds") or [] if type(seed) is int]
     return history(search, suggestions(rows, search, seeds, begun(folder, rows), given_up))
 
 
-def recorded(folder: StudyFolder, record: Mapping[str, Any] | None = None) -> Search | None:
+def why_biased(study: Study) -> str | None:
+    """Why a statement over several values of a setting is left out for a study that a search made; None for a grid."""
+    if study.searched is not None:
+        return study.searched.bias
+    if "study" in study.trials.columns:  # of several
+        return None
+    with suppress(StoreError):
+        if (search := recorded(study.folder)) is not None:
+            return f"the cells were chosen by what earlier ones did ({search.sampler}), most of them near the best"
+    return None
+
+
+def recorded(folder: StudyFolder, asked: Mapping[str, Any] | None = None) -> Search | None:
     """The search that the study's sweep.yaml records, or None. Raises StoreError for one that is broken."""
-    body = (_record(folder) if record is None else record).get("search")
+    body = (record(folder) if asked is None else asked).get("search")
     try:
         return from_body(body, list(COLUMNS), VERDICTS) if body else None
     except ValueError as error:  # ConfigError is one
         raise StoreError(f"{folder.sweep_file}: {error}") from error
 
 
-def _record(folder: StudyFolder) -> Mapping[str, Any]:
+def record(folder: StudyFolder) -> Mapping[str, Any]:
     """The content of sweep.yaml; {} where there is none."""
     import yaml
 

@@ -21,6 +21,7 @@ import pandas as pd
 from stabstudy.analysis import (
     compare,
     effects,
+    frontiers,
     lookup,
     overview,
     sensitivity,
@@ -242,6 +243,20 @@ class Study:
         grid = self.grid
         return compare.censored(grid.trials, known), list(grid.axes), known
 
+    @cached_property
+    def searched(self) -> frontiers.Frontier | None:
+        """The frontier that the sweep searched, with every trial that made it; None for a grid."""
+        return frontiers.recorded(self.folder, self.tables.trials, self.axes)
+
+    def frontier(self, setting: str | None = None, holds: str | None = None) -> pd.DataFrame:
+        """The largest value of a setting that holds, per cell of the other axes: `frontiers.table`.
+
+        None: what the sweep searched, by its rule and the other one; without a search `optim.lr`, `stable`. The range
+        of a setting that was not searched is that of its levels. Raises KeyError for no axis, ValueError for one
+        without an order, or for no rule.
+        """
+        return frontiers.table(frontiers.chosen(self.searched, self.tables.trials, self.axes, setting, holds), holds)
+
     def largest_stable(self, setting: str = "optim.lr", by: str | None = None) -> pd.DataFrame:
         """The largest level of a setting at which training stays stable, per level of `by`; see `compare.limits`.
 
@@ -299,12 +314,7 @@ class Study:
         return shared_batches.batch_share(self.tables.trials, self.tables.ratios)
 
     def batch_effects(self) -> pd.DataFrame:
-        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`).
-
-        Example:
-            highest = study.batch_effects().iloc[0]
-            study.batch(highest["trial_id"], highest["step"])  # its text
-        """
+        """How high each batch lifts the norms of the trials that read it, highest first (`shared_batches`)."""
         return shared_batches.batch_effects(self.tables.trials, self.tables.spikes, self.tables.ratios)
 
     def importance(self) -> pd.DataFrame:

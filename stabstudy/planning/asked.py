@@ -27,7 +27,16 @@ PRIMARY = "conf/trial.yaml"
 RECORD_HEADER = (
     "# The question, as composed and launched last. Written by the program; the trials' files are the truth.\n"
 )
-OWN = {"sweep.yaml", "provenance.json", "trials", "trials.parquet", "spikes.parquet", "report", store.JOURNAL}
+OWN = {
+    "sweep.yaml",
+    "forecast.json",
+    "provenance.json",
+    "trials",
+    "trials.parquet",
+    "spikes.parquet",
+    "report",
+    store.JOURNAL,
+}
 """What a study's folder holds, beside hidden files and `*.tmp` leftovers."""
 
 _SECRET_KEY = re.compile(r"(?:^|_)(?:tokens?|secrets?|passw\w*|api_?keys?|credentials?)(?:_|$)", re.IGNORECASE)

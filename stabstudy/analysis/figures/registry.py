@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from stabstudy.analysis import study_statistics
+from stabstudy.analysis import searches, study_statistics
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import (
     curves,
     effect_plots,
+    forecast_plot,
+    frontier_plot,
     layers,
     maps,
     norms,
@@ -36,6 +38,20 @@ OVER_SETTINGS: tuple[Callable[[Study, Layout], Iterator[Figure | Absent]], ...] 
 )
 """Figures over the settings that vary, in the order of the report: in place of one that a study lacks, the reason."""
 
+OVER_GRIDS = (
+    verdict_maps.figures,
+    maps.figures,
+    curves.axis_figures,
+    effect_plots.effect_figures,
+    study_curves.sensitivity_figures,
+    study_curves.first_spike_figures,
+    norms.ratio_figures,
+)
+"""Those of them that pool trials over values of what a sweep searched, or show a field for each."""
+
+OF_SEARCHES: tuple[Callable[[Study], Iterator[Figure | Absent]], ...] = (frontier_plot.figures, forecast_plot.figures)
+"""Figures of what a sweep searched; they have a section of their own."""
+
 OF_TRIALS: tuple[Callable[[Study], Iterator[Figure | Absent]], ...] = (traces.figures, layers.figures)
 """Figures of single trials."""
 
@@ -54,7 +70,19 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
         reason = "no setting is known to differ" if study.ingested else "nothing varies but the seed"
         yield Absent(ALL_OVER_SETTINGS, reason)
     else:
+        bias = searches.why_biased(study)
         for family in OVER_SETTINGS:
-            yield from family(study, layout)
+            if bias is None or family not in OVER_GRIDS:
+                yield from family(study, layout)
+    yield from (absent for absent in search_figures(study) if isinstance(absent, Absent))
+    if (bias := searches.why_biased(study)) is not None:
+        yield Absent("Maps, effects, LR sensitivity, first spikes", bias)
     for family_of_trials in OF_TRIALS:
         yield from family_of_trials(study)
+
+
+def search_figures(study: Study) -> Iterator[Figure | Absent]:
+    """The figures of what the sweep searched, or why there are none; nothing of runs trained elsewhere."""
+    if not study.ingested:
+        for family in OF_SEARCHES:
+            yield from family(study)

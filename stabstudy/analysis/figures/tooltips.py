@@ -36,6 +36,12 @@ MOST_STEPS = 20_000
 
 COLUMNS = ("step", "grad_norm", "loss", "clip_scale")
 
+AT = "at "
+"""How the gid of a line begins whose points all stand at one level, which follows (`at x 6`), and are only spread."""
+
+RING = "ring"
+"""The gid of a line that points at other marks."""
+
 _ORNAMENTS = ("|", "_")
 """Markers that are no points: ticks of a curve, caps of an interval."""
 
@@ -74,6 +80,8 @@ def _line(ax: Axes, line: Line2D, panel: str) -> dict[str, Any] | None:
     """A line's marks; None for ornaments, whole-axis lines and intervals."""
     label, gid = str(line.get_label()), line.get_gid()
     x, y = (np.atleast_1d(np.asarray(v, dtype=float)) for v in (line.get_xdata(), line.get_ydata()))
+    if gid == RING:
+        return None
     edge = gid in ("diverged", "nonfinite") and line.get_transform() == ax.get_xaxis_transform()
     pointless = line.get_marker() in ("None", "", None) and len(x) <= 2
     if line.get_marker() in _ORNAMENTS or pointless or not (edge or line.get_transform() == ax.transData):
@@ -88,9 +96,11 @@ def _line(ax: Axes, line: Line2D, panel: str) -> dict[str, Any] | None:
     values = (
         [str(gid).replace("nonfinite", "not finite")] * len(kept) if edge else [_named(ax, "y", v) for v in y[kept]]
     )
-    series = _written(
-        ax, places, ", ".join(t for t in (panel, name) if t), [_named(ax, "x", v) for v in x[kept]], values
-    )
+    across = [_named(ax, "x", v) for v in x[kept]]
+    if gid is not None and gid.startswith(AT):
+        which, _, level = gid.removeprefix(AT).partition(" ")
+        across, values = ([level] * len(kept), values) if which == "x" else (across, [level] * len(kept))
+    series = _written(ax, places, ", ".join(t for t in (panel, name) if t), across, values)
     return series | ({"trials": [ids[i] for i in kept]} if len(ids) == len(x) else {})
 
 

@@ -49,7 +49,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         headline=f"Comparison of {len(names)} studies.",
         counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(done).items()],
         findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
-        warnings=list(warnings(whole)),
+        warnings=[*warnings(whole), *_searched(studies)],
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
     )
@@ -73,6 +73,13 @@ def warnings(whole: Study) -> Iterator[str]:
         yield f"{words.count(stopped, 'trial')} stopped early by a rule of the sweep: in no mean and no difference."
     if _differ(by_study["train.steps"]):
         yield "Trials have different numbers of steps: final losses and largest values are those of different lengths."
+
+
+def _searched(studies: Sequence[Study]) -> Iterator[str]:
+    """Studies that are no grids: of their trials the pairs are a choice."""
+    for study in studies:
+        if (of := study.searched) is not None:
+            yield f"{words.clean(study.name, 60)} is no grid: {of.bias}. Compare its edges with Study.frontier."
 
 
 def _differ(column: Any) -> bool:

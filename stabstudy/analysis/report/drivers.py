@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import survival, words
+from stabstudy.analysis import searches, survival, words
 from stabstudy.analysis.elements import Block, Code, Table, Text
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import records
@@ -26,6 +26,9 @@ def sensitivity(study: Study) -> Iterator[Block]:
     """LR sensitivity of each recipe, and how attention logits grow with size; in place of either, why not."""
     grid = study.grid
     if not (grid.trials["state"] == "done").any():
+        return
+    if (bias := searches.why_biased(study)) is not None:
+        yield Text(f"LR sensitivity and growth of attention logits: not computed: {bias}.")
         return
     if LR not in grid.axes:
         yield Text("LR sensitivity: not computed: the learning rate does not vary.")
@@ -107,6 +110,11 @@ def spikes(study: Study) -> Iterator[Block]:
     """The model of the spike rate, the time to the first spike by axis, and which axes explain what."""
     grid = study.grid
     if not grid.axes or not (grid.trials["state"] == "done").any():
+        return
+    if (bias := searches.why_biased(study)) is not None:
+        what = "Model of the spike rate, time to the first spike, shares of variance"
+        yield Text(f"{what}: not computed: {bias}.")
+        yield from _batches(study)
         return
     yield from _rates(study)
     yield from _first(study)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy.analysis import cases as named_cases
-from stabstudy.analysis import compare, words
+from stabstudy.analysis import compare, searches, words
 from stabstudy.analysis.effects import CLEAR, contrasts, interactions, reported
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
@@ -28,6 +28,10 @@ def effect_blocks(study: Study) -> Iterator[Block]:
     """The section: the table of `effects.claims`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
         yield Text(runs_page.NO_PAIRS)
+        return
+    if (bias := searches.why_biased(study)) is not None:
+        instead = " Compare the edges." if study.searched is not None else ""
+        yield Text(f"Effects, contrasts, interactions: not computed: {bias}.{instead}")
         return
     rows = records(study.claims()) if study.grid.axes else []
     if rows:

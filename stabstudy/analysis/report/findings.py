@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import answer, cases, compare, recipe, study_statistics, words
+from stabstudy.analysis import answer, cases, compare, recipe, searches, study_statistics, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
-from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report import frontier_page, runs_page
 from stabstudy.analysis.study import Study
+from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.verdict import VERDICTS
 
@@ -25,6 +26,9 @@ Row = Mapping[str, Any]
 
 FINDS = "This finds the limit: "
 """Before a command, which the page sets apart."""
+
+SHOWN = 3
+"""Best cells of a search that the first screen names."""
 
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
@@ -51,6 +55,11 @@ def findings(study: Study) -> list[Finding]:
         return []
     if study.ingested:
         return [runs_page.findings(study)]
+    if study.searched is not None:
+        sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
+        return [Finding("How far", sentences), Finding("What to use", list(_recipes(study, "")))]
+    if searches.why_biased(study) is not None:
+        return [Finding("What the search found", [*_best(study), *_behind(study), *_warned(study)])]
     limits = list(_limits(study))
     answers = (
         Finding("What is stable", [*limits, *_behind(study), *_warned(study)]),
@@ -59,6 +68,29 @@ def findings(study: Study) -> list[Finding]:
         Finding("What the cases changed", list(_cases(study))),
     )
     return [each for each in answers if each.sentences]
+
+
+def _best(study: Study) -> Iterator[str]:
+    """The best cells of a search, which are better than what they would be when trained again."""
+    history = searches.search_history(study.folder, study.tables.trials)
+    assert history is not None
+    cells = [s for s in history.suggestions if s.state == "done"]
+    counted = f"{history.search.sampler} tried {len(cells)} of {words.count(history.search.trials, 'cell')}"
+    feasible = sum(s.feasible for s in cells)
+    if not history.front:
+        yield f"{counted}; none fulfils {words.listing([e.text for e in history.search.constraints])}."
+        return
+    names = [COLUMNS[o.column].label if o.column in COLUMNS else o.column for o in history.search.objectives]
+    yield f"{counted}, {feasible} of them trained and fulfil what was asked."
+    if len(names) > 1:
+        yield f"{words.count(len(history.front), 'cell')} of them no other is better than in {words.listing(names)}."
+    for index in history.front[:SHOWN]:
+        cell = history.suggestions[index]
+        levels = [f"{words.label(name)} {words.level(value, name)}" for name, value in cell.values.items()]
+        results = [f"{name} {words.number(value)}" for name, value in zip(names, cell.objectives, strict=True)]
+        n = words.count(len(cell.trial_ids), "seed")
+        yield f"Best: {words.listing(levels)} ({words.listing(results)}; mean of {n})."
+    yield "As the best of many it was lucky too: train it again with other seeds before its values are relied on."
 
 
 def warnings(study: Study) -> list[str]:
@@ -267,7 +299,7 @@ def _missing(study: Study) -> Iterator[str]:
     if numbers["not judged"]:
         yield f"Done trials without a verdict: {words.listing(_reasons(study))}."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
-    if len(cells) and (short := int((cells["n"] < cells["n"].max()).sum())):
+    if len(cells) and study.searched is None and (short := int((cells["n"] < cells["n"].max()).sum())):
         verb = "lacks" if short == 1 else "lack"
         yield f"{short} of {len(cells)} cells {verb} seeds that others have ({int(cells['n'].max())})."
     if notes := int(study.trials["note"].notna().sum()):
@@ -306,7 +338,7 @@ def _incomparable(study: Study) -> Iterator[str]:
 
 
 def _few(study: Study) -> Iterator[str]:
-    if len(levels_of(study.trials["seed"])) == 1:
+    if len(levels_of(study.trials["seed"])) == 1 and study.searched is None:
         yield "One seed: no interval and no test is possible; a difference may be chance."
     evaluable = study.trials.loc[study.trials["verdict"] == "stable", "n_evaluable"]
     if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:

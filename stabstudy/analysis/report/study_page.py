@@ -23,6 +23,7 @@ from stabstudy.analysis.report import (
     effect_tables,
     export,
     findings,
+    frontier_page,
     runs_page,
     trial_page,
     trial_tables,
@@ -68,6 +69,8 @@ def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
         yield Section("read", "What was read", list(runs_page.read(study)))
         yield Section("design", "Settings and rules", list(design(study)))
     else:
+        if study.searched is not None:
+            yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
         yield Section("recipe", "Recipe to copy", list(_recipe(study)))
         yield Section("design", "Design and rules", list(design(study)))
         yield Section("cells", "Cells", list(effect_tables.cells(study)) if len(study.cells) else [])
@@ -238,7 +241,7 @@ def design(study: Study) -> Iterator[Block]:
 
 def _axes(study: Study) -> Iterator[tuple[str, str, str]]:
     for axis, levels in study.axes.items():
-        yield words.heading(axis), axis, ", ".join(words.level(v, axis) for v in levels)
+        yield words.heading(axis), axis, frontier_page.levels(study, axis, levels)
     seeds = levels_of(study.trials["seed"].dropna())
     yield "seed", "seed", ", ".join(map(str, seeds)) or words.NOTHING
 

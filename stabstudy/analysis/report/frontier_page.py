@@ -1,0 +1,244 @@
+"""Sentences, tables and commands of a report on a study that searched a frontier."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Iterator, Sequence
+
+from stabstudy import config as cfg
+from stabstudy.analysis import forecasts, words
+from stabstudy.analysis.elements import Block, Figure, Table, Text
+from stabstudy.analysis.figures import registry
+from stabstudy.analysis.figures.frontier_plot import interval, name_of
+from stabstudy.analysis.forecast import FEWEST_SIZES
+from stabstudy.analysis.forecasts import Registered
+from stabstudy.analysis.frontier import Finding as Oddity
+from stabstudy.analysis.frontiers import CellEdge, Frontier
+from stabstudy.analysis.holding import STABLE_MARGIN
+from stabstudy.analysis.levels import Level
+from stabstudy.analysis.report.export import yaml_scalar
+from stabstudy.analysis.study import Study
+from stabstudy.settings import named_fields
+from stabstudy.store import StoreError
+
+HOLD = {"stable": "is stable", "works": "works"}
+RULES = {
+    "stable": "a trial holds whose verdict is stable; one that is untrained does not, above the best value",
+    "works": "from the best value upwards a trial holds that did not diverge and whose final loss is within "
+    f"{STABLE_MARGIN:g} nat/token of the best",
+}
+"""What holding means, in words."""
+
+MOST_CELLS = 8
+"""Cells that the first screen names, and forecasts."""
+
+FURTHER = 10
+"""By how much a logarithmic range is extended."""
+
+_HIDDEN = "<hidden>"
+
+
+def findings(study: Study, of: Frontier) -> Iterator[str]:
+    """The edges, what is open, what contradicts them, what they cost, and the forecasts."""
+    named = of.cells[:MOST_CELLS]
+    yield from (_edge(of, cell) for cell in named if cell.edge.n)
+    if more := len(of.cells) - len(named):
+        yield f"{words.count(more, 'more cell')}: see Frontier."
+    yield from _unfinished(study, of)
+    for cell in of.cells:
+        yield from (_oddity(of, cell, odd) for odd in cell.edge.exceptions)
+    yield _cost(of)
+    yield from list(forecast_sentences(study, of))[:MOST_CELLS]
+
+
+def _edge(of: Frontier, cell: CellEdge) -> str:
+    """A sentence such as 'optim.lr is stable up to 0.235 [0.225, 0.263] (depth 2, 13 trials)'."""
+    edge, setting = cell.edge, of.asked.setting
+    rests = f"({', '.join(filter(None, (name_of(cell), words.count(edge.n, 'trial'))))})"
+    holds = f"{setting} {HOLD[of.asked.holds]}"
+    if edge.status == "beyond":
+        return f"{holds} up to {words.level(of.asked.high)} {rests}, the largest value searched: the edge lies beyond."
+    if edge.status == "below":
+        negated = holds.replace("works", "does not work").replace("is stable", "is not stable")
+        return (
+            f"{negated} even at {words.level(of.asked.low)} {rests}, the smallest value searched: the edge lies below."
+        )
+    about, state = ("", "") if edge.status == "resolved" else ("about ", "; open")
+    return f"{holds} up to {about}{words.number(edge.estimate)} {interval(edge)} {rests[:-1]}{state})."
+
+
+def _unfinished(study: Study, of: Frontier) -> Iterator[str]:
+    """What is not known yet, with the command that goes on."""
+    asked = of.asked
+    opened = [c for c in of.cells if c.edge.status == "open"]
+    if opened:
+        again = command(study, of, None)
+        do = "launch again" + ("" if again is None else f": {again}")
+        which = "" if len(opened) == len(of.cells) else _cells(opened)
+        yield f"Not yet within the resolution {asked.resolution:g}{which}: {do}"
+    for status, where, ends in (
+        ("beyond", "above", (asked.low, _further(asked.setting, asked.low, asked.high))),
+        ("below", "below", (_lower(asked.setting, asked.low, asked.high), asked.high)),
+    ):
+        if own := [c for c in of.cells if c.edge.status == status]:
+            if ends == (asked.low, asked.high):
+                yield f"The setting allows nothing {where} the range{_cells(own)}."
+            elif (wider := command(study, of, ends)) is not None:
+                yield f"This searches {where} the range{_cells(own)}: {wider}"
+
+
+def _cells(cells: Sequence[CellEdge]) -> str:
+    """` (depth 2; depth 4)`; empty for a study of one cell."""
+    names = [name_of(cell) for cell in cells if name_of(cell)]
+    more = f"; and {len(names) - MOST_CELLS} more" if len(names) > MOST_CELLS else ""
+    return f" ({'; '.join(names[:MOST_CELLS])}{more})" if names else ""
+
+
+def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
+    """A value whose trials contradict the interval."""
+    where = f"at {name}, " if (name := name_of(cell)) else ""
+    value, trials = words.level(float(odd.value)), words.count(odd.n, "trial")
+    side, verb = ("above", "hold again") if odd.holds else ("below", "do not hold")
+    if odd.n == 1:
+        verb = "holds again" if odd.holds else "does not hold"
+    which = "the one trial" if odd.n == 1 else f"all {trials}"
+    return (
+        f"Not monotone: {where}{which} at {of.asked.setting} {value} {verb}, {side} the interval "
+        f"{interval(cell.edge)} (chance of that under the fitted boundary: {words.number(odd.chance, 2)})."
+    )
+
+
+def _cost(of: Frontier) -> str:
+    trials = [t for cell in of.cells for t in cell.trials]
+    silent = sum(t.holds is None for t in trials)
+    untrained = sum(t.holds is False and t.is_untrained for t in trials)
+    verb = "is" if untrained == 1 else "are"
+    notes = [f"{untrained} of those that do not hold {verb} untrained"] if untrained else []
+    notes += [f"{silent} {'says' if silent == 1 else 'say'} nothing of the edge"] if silent else []
+    return (
+        f"The search took {words.count(len(trials), 'trial')} and {sum(c.steps for c in of.cells):,} steps"
+        f"{f'; {words.listing(notes)}' if notes else ''}."
+    )
+
+
+def forecast_sentences(study: Study, of: Frontier) -> Iterator[str]:
+    """Each forecast: what is expected, or how it compares with what was measured."""
+    try:
+        registered = forecasts.known(study.folder, of)
+    except StoreError as error:
+        yield f"Forecasts are not shown: {str(error).replace(f'{study.folder.path}/', '')}."
+        return
+    yield from (_forecast(of, one) for one in registered)
+
+
+def _forecast(of: Frontier, one: Registered) -> str:
+    at = "".join(f", {text}" for text in [words.at_levels(one.at, one.at.values())] if text)
+    where = f"{words.label(one.axis)} {words.level(one.size, one.axis)}{at}"
+    expected = f"{words.number(one.estimate)} [{words.number(one.low)}, {words.number(one.high)}]"
+    edge = forecasts.measured(one, of)
+    if edge is None:
+        return (
+            f"At {where} the edge of {one.setting} is forecast at {expected} (power law through "
+            f"{len(one.measured)} sizes); the largest measured size, held out, was off by a factor "
+            f"{words.number(10 ** abs(one.held_out), 2)}."
+        )
+    before = f"At {where} the edge of {one.setting} had been forecast at {expected}"
+    if edge.status != "resolved":
+        return f"{before}; measured so far: {words.number(edge.estimate)} {interval(edge)} ({edge.status})."
+    off = max(edge.estimate / one.estimate, one.estimate / edge.estimate)
+    side = "inside" if one.low <= edge.estimate <= one.high else "outside"
+    return (
+        f"{before} and was measured at {words.number(edge.estimate)} {interval(edge)}: off by a factor "
+        f"{words.number(off, 2)}, {side} the interval of the forecast."
+    )
+
+
+def levels(study: Study, axis: str, values: Sequence[Level]) -> str:
+    """The levels of an axis in words; of what was searched the range, and how many values were tried."""
+    if study.searched is None or axis != (asked := study.searched.asked).setting:
+        return ", ".join(words.level(v, axis) for v in values)
+    tried = [words.level(v, axis) for v in values]
+    ends = f"{words.level(asked.low)} to {words.level(asked.high)}"
+    return f"searched from {ends}: {words.count(len(tried), 'value')} tried, {tried[0]} to {tried[-1]}"
+
+
+def section(study: Study, of: Frontier) -> Iterator[Block]:
+    """Rule and range, the figures, the table of every cell by each rule, the forecasts."""
+    asked = of.asked
+    kind = "a factor" if asked.scale.log else "a difference"
+    yield Text(
+        f"{asked.setting} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
+        f"{asked.resolution:g}; the rule is {asked.holds}: {RULES[asked.holds]}. An edge is the median of its "
+        "posterior with its 90 % interval, under a boundary of which all cells share the width; values whose trials "
+        "contradict it are named and never left out."
+    )
+    yield from (figure for figure in registry.search_figures(study) if isinstance(figure, Figure))
+    yield _table(study, of)
+    yield from map(Text, forecast_sentences(study, of))
+    yield from map(Text, _no_forecast(of))
+
+
+def _table(study: Study, of: Frontier) -> Table:
+    rows = []
+    for rule in sorted(RULES, key=lambda rule: rule != of.asked.holds):
+        for cell in of.cells:
+            if (edge := cell.edges.get(rule)) is not None:
+                odd = ", ".join(words.level(float(e.value)) for e in edge.exceptions)
+                numbers = (words.number(edge.estimate), words.number(edge.low), words.number(edge.high), str(edge.n))
+                known = numbers if edge.n else (*[words.NOTHING] * 3, "0")
+                rows.append(
+                    (name_of(cell) or "every trial", rule, *known, edge.status, odd or words.NOTHING, f"{cell.steps:,}")
+                )
+    heads = ("cell", "holds", "edge", "low", "high", "trials", "status", "contradicted at", "steps")
+    title = f"Edges of {words.label(of.asked.setting)}: estimate and 90 % interval"
+    return Table(title, heads, tuple(rows), frozenset({"edge", "low", "high", "trials", "steps"}))
+
+
+def _no_forecast(of: Frontier) -> Iterator[str]:
+    """Why there is no forecast along an axis of sizes."""
+    few = [line for line in forecasts.lines(of) if len(line.resolved) < FEWEST_SIZES]
+    for axis in dict.fromkeys(line.axis for line in few):
+        most = max(len(line.resolved) for line in few if line.axis == axis)
+        yield (
+            f"Forecast along {words.label(axis)}: needs {FEWEST_SIZES} sizes with a resolved edge at equal "
+            f"levels of everything else, got {most}."
+        )
+
+
+def command(study: Study, of: Frontier, ends: tuple[float, float] | None) -> str | None:
+    """The last launch again (`ends` None), or with the range extended to these ends; None where none can be typed."""
+    typed = study.provenance.get("argv")
+    if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
+        return None
+    asked, kept = of.asked, [word for word in typed if word.partition("=")[0].lstrip("+") != of.asked.setting]
+    search = []
+    if ends is not None:
+        parts = [f"between:[{','.join(yaml_scalar(_short(end)) for end in ends)}]"]
+        parts += [] if asked.scale.log and asked.resolution == 1.25 else [f"resolution:{asked.resolution:g}"]
+        parts += [] if asked.holds == "stable" else [f"holds:{asked.holds}"]
+        search = [f"{asked.setting}={{{','.join(parts)}}}"]
+    text = shlex.join(["python", "-m", "stabstudy.sweep", *(typed if ends is None else kept), *search])
+    return None if _HIDDEN in text or not text.isprintable() else text
+
+
+def _short(end: float) -> int | float:
+    return int(end) if end.is_integer() and abs(end) < 1e6 else float(f"{end:.6g}")
+
+
+def _further(setting: str, low: float, high: float) -> float:
+    """The upper end of a range extended upwards, as far as the setting allows."""
+    return min(FURTHER * high if low > 0 else high + (high - low), _bound(setting, "le", "lt"))
+
+
+def _lower(setting: str, low: float, high: float) -> float:
+    bound = _bound(setting, "ge", "gt")
+    return max(low / FURTHER if low > 0 else low - (high - low), bound)
+
+
+@functools.cache
+def _bound(setting: str, *names: str) -> float:
+    """A bound by the setting's own rules; infinite where it has none."""
+    metadata = dict(named_fields(cfg.TrialConfig))[setting].metadata
+    bounds = [float(metadata[name]) for name in names if metadata.get(name) is not None]
+    return bounds[0] if bounds else float("inf") if names[0] == "le" else float("-inf")
