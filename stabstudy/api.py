@@ -118,7 +118,7 @@ def _asked(
     launcher: str | None,
     compute: str | Mapping[str, Any] | None,
 ) -> Ask:
-    """The request of these arguments. Raises ConfigError for what two of them give, TypeError for what is no mapping."""
+    """The request of these arguments. Raises ConfigError for what two of them give, TypeError for no mapping."""
     from stabstudy.planning import values
     from stabstudy.settings import ConfigError, Problem
 

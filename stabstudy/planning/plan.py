@@ -78,7 +78,7 @@ class Plan:
     def __repr__(self) -> str:
         """'<Plan depth_lr: 24 trials of 8 cells in results/depth_lr', and a line such as 'optim.lr: 0.001, 0.01'."""
         cells = len({trial.cell_id for trial in self.trials})
-        more = " to begin with" if self.planner else ""
+        more = " so far" if self.planner else ""
         size = f"{count(len(self.trials), 'trial', ',')} of {count(cells, 'cell', ',')}{more}"
         lines = [f"  {axis.name}: {', '.join(map(short_value, axis.values))}" for axis in self.axes]
         return "\n".join([f"<Plan {self.study}: {size} in {self.folder}", *lines]) + ">"
