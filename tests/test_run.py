@@ -25,6 +25,7 @@ from stabstudy import disk, store, sweep
 from stabstudy.planning.compute import NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import progress
+from stabstudy.sweeping.launch import Outcome
 from stabstudy.sweeping.progress import Board
 
 CHECK = """\
@@ -153,6 +154,29 @@ def test_trials_that_fail_or_are_damaged_are_named_by_a_warning(folder: Path, no
         study = stabstudy.run("check", TINY, seeds=2, launcher="local")
     assert Path(warned[-1].filename) == Path(__file__), "it points at the caller"
     assert study.outcomes["failed"] == 1 and sum(study.trials.state == "done") == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error", "said"),
+    [
+        (Outcome(3, early=True, reason="sweep=base failed"), store.StoreError, "sweep=base failed"),
+        (Outcome(4, early=True, reason="no space left"), NotReadyError, "no space left"),
+        (Outcome(130, early=True), KeyboardInterrupt, None),
+    ],
+)
+def test_a_launch_that_ends_early_raises_and_writes_no_report(
+    outcome: Outcome, error: type[BaseException], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the caller's own handler of the signal returns."""
+    numbers: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: numbers.append(number))
+    monkeypatch.setattr("stabstudy.sweeping.launch.launch", lambda plan, say, console: outcome)
+    try:
+        with pytest.raises(error, match=said):
+            stabstudy.run("check", TINY, launcher="local")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert numbers == ([signal.SIGINT] if outcome.signal else []) and not Path("results").exists()
 
 
 def rows_of(folder: Path, study: str) -> int:
