@@ -128,6 +128,15 @@ def test_what_it_was_not_calibrated_for_is_not_judged() -> None:
     assert "not for kto" in str(hopeless.why_not("kto", 4096))
 
 
+def test_what_a_page_says_of_the_calibration_is_what_was_measured() -> None:
+    section = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text().partition("## Early stopping")[2]
+    measured = section.partition("\n## ")[0]
+    assert "replayed on 471 trials" in measured and "of 471 verdicts one changes" in " ".join(measured.split())
+    assert "of 36 limits none" in measured and f"| **{hopeless.SCATTER:.2f}** |".replace("0.", ".") in measured
+    ended = [int(row.split("|")[4]) for row in measured.splitlines() if row.startswith(("| all |", "| **.35**"))]
+    assert "471" in hopeless.CALIBRATED and "178" in hopeless.CALIBRATED and ended[-1] + 80 == 178
+
+
 def test_what_is_over() -> None:
     assert is_over("done", "diverged") and is_over("done", "hopeless") and is_over("stopped", "hopeless")
     assert not is_over("stopped", "diverged") and not is_over("interrupted", "hopeless")

@@ -30,7 +30,15 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
-from stabstudy.stability.hopeless import HOPELESS, ROUGH_SCATTER, SCATTER, SETTLED_STEPS, SHARES, UNTRAINED_FROM
+from stabstudy.stability.hopeless import (
+    CALIBRATED,
+    HOPELESS,
+    ROUGH_SCATTER,
+    SCATTER,
+    SETTLED_STEPS,
+    SHARES,
+    UNTRAINED_FROM,
+)
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -305,9 +313,7 @@ def _hopeless() -> str:
         f"settled, a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust "
         f"standard deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
         f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
-        "end below. It was calibrated on recorded trials: under 5 % of those that it ends would have ended within "
-        f"{compare.STABLE_MARGIN:g} nat/token of the best of their cell (benchmarks/README.md, Early stopping). "
-        "stop=diverged takes it back: the trials go on where they stopped."
+        f"end below. {CALIBRATED} stop=diverged takes it back: the trials go on where they stopped."
     )
 
 
