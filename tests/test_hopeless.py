@@ -128,6 +128,16 @@ def test_what_it_was_not_calibrated_for_is_not_judged() -> None:
     assert "not for kto" in str(hopeless.why_not("kto", 4096))
 
 
+def test_what_a_page_says_of_the_calibration_is_what_was_measured() -> None:
+    section = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text().partition("## Early stopping")[2]
+    measured = section.partition("\n## ")[0]
+    assert "replayed on 471 trials" in measured and "of 471 verdicts one changes" in " ".join(measured.split())
+    assert "of 36 limits none" in measured and f"| **{hopeless.SCATTER:.2f}** |".replace("0.", ".") in measured
+    rows = [row.split("|") for row in measured.splitlines() if row.startswith(("| **.35** |", "| all |"))]
+    ended = [int(row[at]) for row, at in zip(rows, (2, 4), strict=True)]  # of the calibration, and of the rest
+    assert f"it ended {sum(ended)}" in hopeless.CALIBRATED and "on 471 trials" in hopeless.CALIBRATED
+
+
 def test_what_is_over() -> None:
     assert is_over("done", "diverged") and is_over("done", "hopeless") and is_over("stopped", "hopeless")
     assert not is_over("stopped", "diverged") and not is_over("interrupted", "hopeless")

@@ -16,7 +16,6 @@ import pandas as pd
 from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Count, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
-from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.report import (
     drivers,
@@ -32,7 +31,15 @@ from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
-from stabstudy.stability.hopeless import HOPELESS, ROUGH_SCATTER, SCATTER, SETTLED_STEPS, SHARES, UNTRAINED_FROM
+from stabstudy.stability.hopeless import (
+    CALIBRATED,
+    HOPELESS,
+    ROUGH_SCATTER,
+    SCATTER,
+    SETTLED_STEPS,
+    SHARES,
+    UNTRAINED_FROM,
+)
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
@@ -309,9 +316,7 @@ def _hopeless() -> str:
         f"settled, a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust "
         f"standard deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
         f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
-        "end below. It was calibrated on recorded trials: under 5 % of those that it ends would have ended within "
-        f"{STABLE_MARGIN:g} nat/token of the best of their cell (benchmarks/README.md, Early stopping). "
-        "stop=diverged takes it back: the trials go on where they stopped."
+        f"end below. {CALIBRATED} stop=diverged takes it back: the trials go on where they stopped."
     )
 
 
