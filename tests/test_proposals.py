@@ -55,6 +55,18 @@ def test_a_spent_value_gives_way_to_its_neighbour() -> None:
     assert propose(cells, {("a", v, 7) for v in SCALE.lattice}, SCALE, [7], 1) == []
 
 
+def test_a_search_ends_once_only_values_are_left_whose_result_is_known() -> None:
+    """A transition too wide for the seeds: the cell stays open, and values far from its edge are not tried for that."""
+    draw = np.random.default_rng(1)
+    cells: dict[str, list[Observation]] = {"a": []}
+    while proposals := propose(cells, {("a", v, s) for v, s, _ in cells["a"]}, SCALE, [0, 1], 1):
+        for _, value, seed in proposals:
+            failing = 0.5 * math.erfc(-(math.log10(value) + 2) / 0.4 / math.sqrt(2))
+            cells["a"].append(Observation(value, seed, bool(draw.random() > failing)))
+    assert fit(cells, SCALE)["a"].status == "open"
+    assert len(cells["a"]) < 0.2 * 2 * len(SCALE.lattice)
+
+
 def test_a_value_that_said_nothing_is_not_asked_again() -> None:
     few = Scale("optim.lr", 1e-4, 1.0, 1.25, grid=(1e-4, 1e-2, 1.0))
     taken: set[Proposal] = set()

@@ -32,6 +32,9 @@ NEARLY = 0.8
 LEAST_SIDE = 0.1
 """Probability of the edge between two neighbours among the trials that said nothing, below which it is not sought."""
 
+OUTSIDE = 0.005
+"""Probability, on either side, of the edge lying where no trial is asked for any more."""
+
 COARSE = 0.5
 """Decades between the values that `works` tries first, to see where the loss is lowest; of a linear range an eighth."""
 
@@ -125,7 +128,8 @@ class _Places:
                 targets = [low + (high - low) * (k + 0.5) / n for k in range(n)]
                 if n == 1:
                     targets = [self._most_telling(joint, post.positions, np.flatnonzero(unused & (of_value == side)))]
-                return [p for x in targets if (p := self.nearest(x))]
+                ends = [quantile(post.positions, joint.sum(axis=0), q) for q in (OUTSIDE, 1 - OUTSIDE)]
+                return [p for x in targets if (p := self.nearest(x, ends[0], ends[1]))]
         return []
 
     def _ranked(self, mass: Floats) -> list[int]:
@@ -137,11 +141,15 @@ class _Places:
         likely = [int(mass.argmax())] if mass.max() >= LEAST_SIDE else []
         return [int(np.flatnonzero(mass)[-1]), *likely] if self._none_holds and mass.any() else likely
 
-    def nearest(self, position: float) -> Proposal | None:
-        """The nearest value with an unused seed, which is then used; None where there is none."""
+    def nearest(self, position: float, low: float = -math.inf, high: float = math.inf) -> Proposal | None:
+        """The nearest value with an unused seed, which is then used; None where there is none.
+
+        One that is further than a resolution outside of `low` and `high` (positions) does not count: its result is
+        known.
+        """
         for i in np.argsort(np.abs(self._axis - position).round(9), kind="stable"):
-            value = self._scale.lattice[i]
-            if self._seeds[value]:
+            value, axis = self._scale.lattice[i], self._axis[i]
+            if self._seeds[value] and low - self._scale.width <= axis <= high + self._scale.width:
                 return self._cell, value, self._seeds[value].pop(0)
         return None
 

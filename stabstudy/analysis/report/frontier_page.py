@@ -74,7 +74,7 @@ def _unfinished(study: Study, of: Frontier) -> Iterator[str]:
     opened = [c for c in of.cells if c.edge.status == "open"]
     if opened:
         again = command(study, of, None)
-        do = "launch again" + ("" if again is None else f": {again}")
+        do = "launch again, with more seeds where it trains nothing new" + ("" if again is None else f": {again}")
         which = "" if len(opened) == len(of.cells) else _cells(opened)
         yield f"Not yet within the resolution {asked.resolution:g}{which}: {do}"
     for status, where, ends in (
