@@ -34,6 +34,7 @@ Which training recipes are stable, how spiky each is, and why: trains a sweep of
 OVERRIDES = """\
 Everything else is an override in Hydra's grammar. Several values (a=1,2  range()  choice()  glob()
 or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the setting, also in cases.
+'a={between:[1e-4,1]}' searches the largest value that is stable, in place of an axis.
 'optim.warmup_steps=${train.steps}' follows another setting, in each cell by itself.
 
   sweep=NAME           which question; ./sweeps comes before the shipped ones. Without it: quickstart,

@@ -293,8 +293,8 @@ def test_open_beyond_and_below_come_with_the_command_that_goes_on(study: Study) 
     assert "optim.lr is stable up to about 0.100 [0.0500, 0.200] (depth 8, 9 trials; open)." in text
     again = "python -m stabstudy.sweep sweep=planted"
     assert (
-        f"Not yet within the resolution 1.25 (depth 8): launch again, with more seeds where it trains nothing new: {again}\n"
-        in text
+        "Not yet within the resolution 1.25 (depth 8): launch again, with more seeds where it trains nothing new: "
+        f"{again}\n" in text
     )
     assert "The search took 9 trials and 900 steps; 3 say nothing of the edge." in text
     assert f"This searches above the range (depth 2): {again} 'optim.lr={{between:[0.001,10]}}'\n" in text
