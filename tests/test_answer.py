@@ -20,7 +20,7 @@ from stabstudy.store import StudyFolder
 
 FLAT = rates((1e-3, 2.6), (1e-2, 2.5), (1e-1, 2.5))
 """Stable up to the largest rate, which is as good as the best."""
-SEARCH = "'optim.lr={between:[0.1,1]}'"
+SEARCH = "study=depth_lr_frontier 'optim.lr={between:[0.1,1]}'"
 COMMAND = "python -m stabstudy.sweep"
 
 
@@ -61,17 +61,17 @@ def test_the_sentence_ends_with_the_command() -> None:
     [
         ("quickstart", [], "sweep=quickstart"),
         ("quickstart", ["compute=gpu", "seeds=5"], "sweep=quickstart compute=gpu seeds=5"),
-        ("mine", ["study=mine"], "sweep=quickstart study=mine"),
+        ("mine", ["study=mine"], "sweep=quickstart"),
         ("depth_lr", ["sweep=depth_lr", "optim.lr=1e-3,0.1", "train.steps=80"], "sweep=depth_lr train.steps=80"),
         ("depth_lr", ["sweep='depth_lr'", "+optim.lr={log:[1e-3,0.1],num:3}"], "'sweep='\"'\"'depth_lr'\"'\"''"),
-        ("other", ["sweep=depth_lr", "study=other"], "sweep=depth_lr study=other"),
-        ("renamed", ["sweep=depth_lr"], "study=renamed sweep=depth_lr"),
-        ("adhoc-0123abcd", ["optim.lr=1e-3,0.1", "model.depth=2"], "study=adhoc-0123abcd model.depth=2"),
-        ("probe", ["optim.lr=1e-3,0.1", "study=probe", "results_dir=a b"], "study=probe 'results_dir=a b'"),
+        ("other", ["sweep=depth_lr", "study=other"], "sweep=depth_lr"),
+        ("renamed", ["sweep=depth_lr"], "sweep=depth_lr"),
+        ("adhoc-0123abcd", ["optim.lr=1e-3,0.1", "model.depth=2"], "model.depth=2"),
+        ("probe", ["optim.lr=1e-3,0.1", "study=probe", "results_dir=a b"], "'results_dir=a b'"),
     ],
 )
 def test_it_is_the_launch_with_that_axis_searched(name: str, typed: list[str], words: str) -> None:
-    assert commands(study(FLAT, *typed, name=name))[0] == f"{COMMAND} {words} {SEARCH}"
+    assert commands(study(FLAT, *typed, name=name))[0] == f"{COMMAND} {words} {SEARCH.replace('depth_lr', name)}"
 
 
 def test_what_it_says_can_be_planned_and_is_the_same_question(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_it_says_can_be_planned_and_is_the_same_question(tmp_path: Path) ->
     *words, search = shlex.split(commands(study(FLAT, *typed))[0])[3:]
     first, again = make_plan(typed, tmp_path), make_plan([*words, "optim.lr=0.1"], tmp_path)
     assert {t.trial_id for t in again.trials} == {t.trial_id for t in first.trials if t.config.optim.lr == 0.1}
-    assert (again.study, again.folder) == (first.study, first.folder)
+    assert (again.study, again.folder.parent) == ("depth_lr_frontier", first.folder.parent), "its report stays a grid's"
     (parsed,) = OverridesParser.create().parse_overrides([search])
     assert (parsed.key_or_group, parsed.value()) == ("optim.lr", {"between": [0.1, 1]})
 
@@ -88,7 +88,7 @@ def test_where_the_loss_holds_the_search_is_for_what_works() -> None:
     whole = study(FLAT, "sweep=depth_lr")
     (text,) = [text for text in sentences(whole) if text.startswith("Largest learning rate whose final loss")]
     assert text.endswith(f"the largest tried, (best 0.01). {findings.FINDS}{COMMAND} sweep=depth_lr "
-                         "'optim.lr={between:[0.1,1],holds:works}'")  # fmt: skip
+                         "study=depth_lr_frontier 'optim.lr={between:[0.1,1],holds:works}'")  # fmt: skip
     (parsed,) = OverridesParser.create().parse_overrides([shlex.split(text)[-1]])
     assert parsed.value() == {"between": [0.1, 1], "holds": "works"}
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from stabstudy import report as command
-from stabstudy.analysis import forecasts, frontiers, plots, recipe, words
+from stabstudy.analysis import answer, forecasts, frontiers, plots, recipe, words
 from stabstudy.analysis.elements import Absent, Figure, Text
 from stabstudy.analysis.figures import forecast_plot, frontier_plot, registry, tooltips
 from stabstudy.analysis.frontier import Edge
@@ -107,6 +107,18 @@ def test_the_table_has_the_planted_edges(study: Study) -> None:
         assert row["n"] == row["trials"] == 14 + (depth == 2) and row["steps"] == 120 * row["n"]
     assert [(f.value, f.holds, f.n) for f in stable.loc[2, "exceptions"]] == [(0.9, True, 1)]
     assert not stable.loc[4, "exceptions"]
+
+
+def test_the_answer_as_data_has_the_edges_and_no_grid(study: Study) -> None:
+    whole = answer.answer(study)
+    assert whole["stable_up_to"] == whole["recipes"] == []
+    table = study.frontier(holds="stable").set_index("model.depth")
+    for cell in whole["frontier"]:
+        row = table.loc[cell["at"]["model.depth"]]
+        assert [cell[k] for k in ("status", "estimate", "low", "high")] == [
+            row[k] for k in ("status", "estimate", "low", "high")
+        ]
+    assert len(whole["frontier"]) == len(EDGES)
 
 
 def test_the_other_rule_shares_the_trials_where_it_can_be_judged(study: Study) -> None:

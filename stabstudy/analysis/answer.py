@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy import config as cfg
 from stabstudy.analysis import compare, recipe
+from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.levels import Level, plain, records
 from stabstudy.analysis.recipe import LR, NoRecipe, Recipe
 from stabstudy.analysis.report.export import yaml_scalar
@@ -21,12 +23,21 @@ FURTHER = 10
 """How many times the largest level that holds a search for the limit goes, where the setting's own bound allows it."""
 
 _QUESTION = {name.partition(".")[0] for name in cfg.setting_names()} - {"seed"}
+SUFFIX = "_frontier"
+"""Of the name of the study that a search for the limit goes into."""
+
 QUICKSTART = "quickstart"  # the sweep of a launch that names none and asks nothing
 
 _HIDDEN, _UNTYPED = "<hidden>", "objective.init_id="
 """Of a command that cannot be typed: a secret, and the identity of starting weights in place of their path."""
 
-_COUNTS = ("evaluable", "n_unstable", "n_there", "n_noise")  # which a table with a null beside them has as floats
+_COUNTS = (
+    "evaluable",
+    "n_unstable",
+    "n_there",
+    "n_noise",
+    "n_stopped",
+)  # which a table with a null beside them has as floats
 _RECIPE = ("use", "cell", "final_loss", "candidates", "ties", "ends", "margin", "next")
 
 
@@ -60,18 +71,21 @@ def pins(study: Study, by: str | None, levels: Sequence[Level]) -> dict[str, lis
 def command(study: Study, low: float, holds: str, at: Mapping[str, Sequence[Level]]) -> str | None:
     """The command that searches the limit of the learning rate above `low`, at these levels of other axes.
 
-    It is the last launch with that axis searched. None where no command can ask it: the trials were trained elsewhere
+    It is the last launch with that axis searched, in a study of its own: values that were chosen by results would take
+    the effects out of this study's report. None where no command can ask it: the trials were trained elsewhere
     or belong to several studies, nobody recorded what was typed, or a secret was part of it.
     """
     typed = study.provenance.get("argv")
     high = min(FURTHER * low, _largest(LR))
     if study.ingested or "study" in study.axes or not isinstance(typed, list) or not 0 < low < high:
         return None
-    kept = [word for word in map(str, typed) if _name(word) not in (LR, *at)]
+    kept = [word for word in map(str, typed) if _name(word) not in (LR, "study", *at)]
     chosen = [f"{axis}={','.join(map(yaml_scalar, levels))}" for axis, levels in at.items()]
     rule = "" if holds == "stable" else f",holds:{holds}"
     search = f"{LR}={{between:[{low:.6g},{high:.6g}]{rule}}}"
-    text = shlex.join(["python", "-m", "stabstudy.sweep", *_defaults(study, typed), *kept, *chosen, search])
+    text = shlex.join(
+        ["python", "-m", "stabstudy.sweep", *_sweep(typed), *kept, *chosen, f"study={study.name}{SUFFIX}", search]
+    )
     return text if text.isprintable() and not any(mark in text for mark in (_HIDDEN, "`", _UNTYPED)) else None
 
 
@@ -92,29 +106,47 @@ def _name(word: str) -> str:
     return word.partition("=")[0].lstrip("+")
 
 
-def _defaults(study: Study, typed: Sequence[str]) -> Iterator[str]:
-    """The names of sweep and study where the launch left them to rules, which other words would answer otherwise."""
-    given = {_name(word): word.partition("=")[2].strip("'\"") for word in typed}
-    asked = any(name.partition(".")[0] in _QUESTION for name in given)
-    if "sweep" not in given and not asked:
+def _sweep(typed: Sequence[str]) -> Iterator[str]:
+    """The name of the sweep where the launch left it to a rule, which other words would answer otherwise."""
+    names = [_name(word) for word in typed]
+    if "sweep" not in names and not any(name.partition(".")[0] in _QUESTION for name in names):
         yield f"sweep={QUICKSTART}"
-    if "study" not in given and study.name != given.get("sweep", "" if asked else QUICKSTART):
-        yield f"study={study.name}"
 
 
 def answer(study: Study) -> dict[str, Any]:
     """What a report answers first: how far the learning rate can be raised, and what to use under each condition.
 
     `stable_up_to`: the rows of `compare.limits`, each `at` its level, with the commands that find what lies beyond.
-    `recipes`: see `recipe.Recipe`; without one `use` is null, and `reason` says why.
+    `recipes`: see `recipe.Recipe`; without one `use` is null, and `reason` says why. `frontier`: of a study that
+    searched one the edge of each cell, and nothing of the other two.
     """
+    if (of := study.searched) is not None:
+        return {"stable_up_to": [], "recipes": [], "frontier": [_edge(of, each) for each in of.cells]}
     if not (study.trials["state"] == "done").any():
-        return {"stable_up_to": [], "recipes": []}
+        return {"stable_up_to": [], "recipes": [], "frontier": []}
     by, rows = limits(study)
     grid = study.grid.axes.get(LR, [])
     return {
         "stable_up_to": [_limit(study, by, level, row, grid) for level, row in rows],
         "recipes": [_recipe(study, each) for each in recipe.answers(study)],
+        "frontier": [],
+    }
+
+
+def _edge(of: Frontier, cell: CellEdge) -> dict[str, Any]:
+    """The edge of a cell; an end of its interval that lies outside of the range is null."""
+    edge = cell.edge
+    low, high = (end if math.isfinite(end) and end > 0 else None for end in (edge.low, edge.high))
+    return {
+        "setting": of.asked.setting,
+        "holds": of.asked.holds,
+        "case": cell.case,
+        "at": dict(cell.levels),
+        "status": edge.status,
+        "estimate": edge.estimate,
+        "low": low,
+        "high": high,
+        "trials": edge.n,
     }
 
 
