@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,6 @@ from stabstudy.space import Choice, Domain, Objective, Range, Search, from_body
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.store import StoreError, StudyFolder
-
-if TYPE_CHECKING:
-    from stabstudy.analysis.study import Study
 
 ENDED = ("done", "stopped")
 """States of a trial that is not trained further: a stopped one was without hope."""
@@ -101,18 +98,6 @@ def search_history(folder: StudyFolder, rows: Sequence[Row] | None = None) -> Hi
     given_up = {row["trial_id"] for row in rows if row["state"] in FAILED}
     seeds = [seed for seed in asked.get("seeds") or [] if type(seed) is int]
     return history(search, suggestions(rows, search, seeds, begun(folder, rows), given_up))
-
-
-def why_biased(study: Study) -> str | None:
-    """Why a statement over several values of a setting is left out for a study that a search made; None for a grid."""
-    if study.searched is not None:
-        return study.searched.bias
-    if "study" in study.trials.columns:  # of several
-        return None
-    with suppress(StoreError):
-        if (search := recorded(study.folder)) is not None:
-            return f"the cells were chosen by what earlier ones did ({search.sampler}), most of them near the best"
-    return None
 
 
 def recorded(folder: StudyFolder, asked: Mapping[str, Any] | None = None) -> Search | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from stabstudy.analysis import searches, study_statistics
+from stabstudy.analysis import adaptive, study_statistics
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import (
     curves,
@@ -70,12 +70,12 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
         reason = "no setting is known to differ" if study.ingested else "nothing varies but the seed"
         yield Absent(ALL_OVER_SETTINGS, reason)
     else:
-        bias = searches.why_biased(study)
+        bias = adaptive.why_biased(study)
         for family in OVER_SETTINGS:
             if bias is None or family not in OVER_GRIDS:
                 yield from family(study, layout)
     yield from (absent for absent in search_figures(study) if isinstance(absent, Absent))
-    if (bias := searches.why_biased(study)) is not None:
+    if (bias := adaptive.why_biased(study)) is not None:
         yield Absent("Maps, effects, LR sensitivity, first spikes", bias)
     for family_of_trials in OF_TRIALS:
         yield from family_of_trials(study)

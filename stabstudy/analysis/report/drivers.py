@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import searches, survival, words
+from stabstudy.analysis import adaptive, survival, words
 from stabstudy.analysis.elements import Block, Code, Table, Text
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import records
@@ -27,7 +27,7 @@ def sensitivity(study: Study) -> Iterator[Block]:
     grid = study.grid
     if not (grid.trials["state"] == "done").any():
         return
-    if (bias := searches.why_biased(study)) is not None:
+    if (bias := adaptive.why_biased(study)) is not None:
         yield Text(f"LR sensitivity and growth of attention logits: not computed: {bias}.")
         return
     if LR not in grid.axes:
@@ -111,7 +111,7 @@ def spikes(study: Study) -> Iterator[Block]:
     grid = study.grid
     if not grid.axes or not (grid.trials["state"] == "done").any():
         return
-    if (bias := searches.why_biased(study)) is not None:
+    if (bias := adaptive.why_biased(study)) is not None:
         what = "Model of the spike rate, time to the first spike, shares of variance"
         yield Text(f"{what}: not computed: {bias}.")
         yield from _batches(study)

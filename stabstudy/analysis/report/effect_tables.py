@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stabstudy.analysis import adaptive, compare, words
 from stabstudy.analysis import cases as named_cases
-from stabstudy.analysis import compare, searches, words
 from stabstudy.analysis.effects import CLEAR, contrasts, interactions, reported
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
@@ -29,7 +29,7 @@ def effect_blocks(study: Study) -> Iterator[Block]:
     if study.ingested:
         yield Text(runs_page.NO_PAIRS)
         return
-    if (bias := searches.why_biased(study)) is not None:
+    if (bias := adaptive.why_biased(study)) is not None:
         instead = " Compare the edges." if study.searched is not None else ""
         yield Text(f"Effects, contrasts, interactions: not computed: {bias}.{instead}")
         return

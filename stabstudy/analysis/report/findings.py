@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import answer, cases, compare, recipe, searches, study_statistics, words
+from stabstudy.analysis import adaptive, answer, cases, compare, recipe, searches, study_statistics, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
@@ -58,7 +58,7 @@ def findings(study: Study) -> list[Finding]:
     if study.searched is not None:
         sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
         return [Finding("How far", sentences), Finding("What to use", list(_recipes(study, "")))]
-    if searches.why_biased(study) is not None:
+    if adaptive.why_biased(study) is not None:
         return [Finding("What the search found", [*_best(study), *_behind(study), *_warned(study)])]
     limits = list(_limits(study))
     answers = (
