@@ -51,7 +51,7 @@ TINY: dict[str, Any] = {
 }
 LONG = TINY | {
     "optim.lr": 1e-3,
-    "train.steps": 300,
+    "train.steps": 1500,
     "train.checkpoint_every": 10_000,
     "train.eval_every": 150,
     "data.synthetic.bytes": 200_000,
@@ -185,6 +185,7 @@ def rows_of(folder: Path, study: str) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_checkpoints_and_the_same_call_goes_on(
     folder: Path, no_report: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +203,7 @@ def test_an_interrupt_leaves_checkpoints_and_the_same_call_goes_on(
     assert list(states(folder).values()) == ["interrupted"]
     [stopped] = store.StudyFolder(folder / "results" / "check").trials()
     step = stopped.read_state().step
-    assert 0 < step < 300 and [p.name for p in stopped.checkpoints.iterdir()] == [f"step-{step:08d}"]
+    assert 0 < step < LONG["train.steps"] and [p.name for p in stopped.checkpoints.iterdir()] == [f"step-{step:08d}"]
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith("stopped; the same call resumes, and so does: python -m stabstudy.sweep sweep=check ")
     stabstudy.run("check", LONG, launcher="local")
