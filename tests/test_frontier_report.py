@@ -267,6 +267,7 @@ def test_the_first_screen_gives_each_edge(study: Study) -> None:
     assert recipe.recipes(study) == []
 
 
+@pytest.mark.slow
 def test_seeds_that_a_search_did_not_need_are_no_caveat(study: Study, grid: Study) -> None:
     assert sorted(set(study.cells["n"])) == [1, 2]
     assert not [w for w in findings.warnings(study) if "seed" in w]

@@ -327,6 +327,7 @@ def states(folder: Path) -> dict[float, State]:
     return {t.read_own()[0].optim.lr: t.read_state() for t in trials}
 
 
+@pytest.mark.slow
 def test_a_launch_ends_skips_and_takes_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(folder).stop == "hopeless" and plan(folder, "stop=diverged").stop == "diverged"
     said: list[str] = []
