@@ -24,7 +24,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.store import StudyFolder
 
 AXES: dict[str, tuple[Any, ...]] = {"optim.lr": (1e-3, 1e-2, 1e-1), "optim.clip": (0.5, 1.0)}
-MOST_ALARMS, STUDIES, STEPS = 0.07, 400, 388
+MOST_ALARMS, STUDIES, STEPS = 0.07, 150, 388
 ROUGH = dict.fromkeys(planted.ROUGH, 8.0)
 
 
@@ -92,8 +92,7 @@ def test_twice_the_roughness_fails_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interaction", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize(("seeds", "interaction"), [(2, 0.0), (2, 1.0), (3, 0.5), (5, 1.0)])
 def test_studies_of_chance(seeds: int, interaction: float) -> None:
     assert failures(STUDIES, seeds=seeds, interaction=interaction) <= MOST_ALARMS
 
@@ -110,13 +109,13 @@ def test_other_studies_of_chance(how: dict[str, Any]) -> None:
     ("how", "power"), [({}, 0.99), ({"seeds": 2}, 0.95), ({"levels": 1}, 0.8), ({"interaction": 1.0}, 0.5)], ids=str
 )
 def test_power_at_twice_the_roughness(how: dict[str, Any], power: float) -> None:
-    assert failures(200, rougher=2.0, **how) >= power
+    assert failures(100, rougher=2.0, **how) >= power
 
 
 @pytest.mark.slow
 def test_the_known_weakness() -> None:
     """Only the study acts differently by seed, and as much as a trial scatters: no more than the docstring says."""
-    assert failures(STUDIES, seeds=5, interaction=1.0, alone=True) <= 0.15
+    assert failures(400, seeds=5, interaction=1.0, alone=True) <= 0.15
 
 
 @pytest.mark.slow
@@ -125,7 +124,7 @@ def test_the_residual_alone_would_fail_studies_of_chance(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         factors.Family, "error", lambda self, m, axis: factors.Error(m.additive[0] / m.additive[1], m.additive[1])
     )
-    assert failures(100, seeds=5, interaction=1.0) > 2 * MOST_ALARMS
+    assert failures(60, seeds=5, interaction=1.0) > 2 * MOST_ALARMS
 
 
 # What it says of given studies

@@ -229,7 +229,7 @@ def test_constraints_are_told_seed_by_seed(disk: Disk):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["TPE", "NSGA-II", "CMA-ES", "GP"])
+@pytest.mark.parametrize("sampler", ["TPE", "NSGA-II", "CMA-ES"])
 def test_constraints_are_respected(sampler: str, disk: Disk):
     """The best loss lies at .005; where all above .003 is rough, the search stays below (GP goes along the border)."""
     needs(sampler)
@@ -303,7 +303,7 @@ def test_the_answer_is_a_line(disk: Disk, monkeypatch: pytest.MonkeyPatch):
 # repeated and refused suggestions
 
 
-@pytest.mark.parametrize("sampler", ["TPE", "QMC", "NSGA-II", pytest.param("GP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", ["TPE", "QMC", "NSGA-II"])
 def test_a_small_space_ends_when_every_cell_is_trained(sampler: str, disk: Disk):
     space = {"optim.clip": [0.5, 1.0, None], "data": ["pysrc", "synthetic"], "optim.warmup_steps": {"int": [5, 6]}}
     asked = trained(OptunaSearch(Planner(), searched.search(sampler=sampler, space=space, trials=60)), disk)
@@ -324,7 +324,7 @@ def test_a_repeated_cell_is_told_at_once(disk: Disk, monkeypatch: pytest.MonkeyP
     assert all(s.objectives == (disk.rows[s.trial_ids[0]]["final_loss"],) for s in told)
 
 
-@pytest.mark.parametrize("sampler", ["TPE", "QMC", pytest.param("GP", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", ["TPE", "QMC"])
 def test_values_that_no_trial_can_have_are_not_trained(sampler: str, disk: Disk):
     planner = Planner(refuses=lambda values: "too large" if values["optim.lr"] > 1e-3 else None)
     search = searched.search(sampler=sampler, trials=12, constraints=["optim.warmup_steps < 40"])
