@@ -9,9 +9,11 @@ from stabstudy import extras
 from stabstudy.analysis import searches, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures.curves import metric_label
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.searches import FEWEST, History, Suggestion
 from stabstudy.analysis.study import Study
+from stabstudy.stability.columns import COLUMNS
 from stabstudy.store import StoreError
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ def search_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     yield _importance_figure(known)
 
 
+def _named(column: str) -> str:
+    """The label of an axis: a statistic with its unit, a setting by its name."""
+    return style.plain(metric_label(column) if column in COLUMNS else words.label(column))
+
+
 def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
     """An objective of every done cell, in the order in which they began; with one objective, the best so far."""
     ax = style.new_figure(WIDE).axes[0] if ax is None else ax
@@ -60,7 +67,7 @@ def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
         at, values = zip(*best, strict=True)
         ax.step(at, values, where="post", color=style.INK, linewidth=1.4, label="best so far")
     ax.set_xlabel("cell, in order")
-    ax.set_ylabel(style.plain(known.search.objectives[objective].column))
+    ax.set_ylabel(_named(known.search.objectives[objective].column))
     style.legend_beside(ax, "")
     return ax
 
@@ -81,7 +88,7 @@ def front(known: History, across: int = 0, up: int = 1, ax: Axes | None = None) 
         [p[across] for p in best], [p[up] for p in best], color=style.INK, linestyle=joined, linewidth=1.2,
         marker="o", markersize=9, markerfacecolor="none", label="Pareto front",
     )  # fmt: skip
-    names = [style.plain(objective.column) for objective in known.search.objectives]
+    names = [_named(objective.column) for objective in known.search.objectives]
     ax.set(xlabel=names[across], ylabel=names[up])
     style.legend_beside(ax, "")
     return ax
@@ -96,7 +103,7 @@ def importance(shares: dict[str, dict[str, float]], axes: Sequence[str]) -> Axes
         colour, marker = style.CATEGORIES[number % len(style.CATEGORIES)], style.MARKERS[number % len(style.MARKERS)]
         values = [own[axis] for axis in axes]
         ax.hlines(places, 0, values, color=colour, linewidth=2.5)
-        ax.plot(values, places, color=colour, marker=marker, linestyle="none", label=style.plain(objective))
+        ax.plot(values, places, color=colour, marker=marker, linestyle="none", label=_named(objective))
     ax.set_yticks(range(len(axes)), [style.plain(words.label(axis)) for axis in reversed(axes)])
     ax.set(xlim=(0, 1.02), ylim=(-0.6, len(axes) - 0.4), xlabel="share of variance")
     style.legend_beside(ax, "")
