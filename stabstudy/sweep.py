@@ -138,7 +138,7 @@ def _ending(plan: Plan, outcome: Outcome, overrides: Sequence[str]) -> cli.Answe
     from stabstudy.store import StudyFolder
     from stabstudy.sweeping import objects, progress
 
-    page = None if outcome.early else StudyFolder(plan.folder).report
+    page = None if outcome.early else StudyFolder(plan.folder).report / "index.html"
     answer = None if page is None else report.answer(plan.folder)
     return objects.launch(progress.standing(plan.folder), outcome, _command(overrides), page, answer)
 

@@ -337,7 +337,7 @@ def test_the_end_of_a_launch(capfd: pytest.CaptureFixture[str], here: Path, monk
     body = strict(printed.out)
     check(body)
     assert all(line in printed.err for line in ("progress\n", "from a library\n", "from a child\n", "report: "))
-    assert body["report"] == str(here / "results" / "small" / "report")
+    assert body["report"] == str(here / "results" / "small" / "report" / "index.html")
     assert body["counts"]["states"]["done"] == 4 and (body["resume"], body["early"]) == (None, False)
     assert body["answer"] == strict(json.dumps(cli._strict(report.answer(here / "results" / "small"))))
     (row,) = body["answer"]["stable_up_to"]
