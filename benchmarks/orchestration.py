@@ -61,7 +61,7 @@ def train_bare(study: str, ids: list[str], cache: str) -> None:
 def bare_seconds(planned: Plan, cache: Path) -> float:
     study = store.StudyFolder(planned.folder)
     study.path.mkdir(parents=True)
-    write_study(study, planned)
+    write_study(study, planned, planned.trials)
     ids = [t.trial_id for t in planned.trials]
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
