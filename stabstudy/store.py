@@ -329,8 +329,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 def sweep_leftovers(folder: Path) -> list[str]:
     """Remove the `*.tmp` of a writer that was killed. Only under the folder's lock. Returns the names."""
-    leftovers = sorted(p for p in folder.glob("*.tmp") if p.is_file())
-    for p in leftovers:
+    for p in (leftovers := sorted(p for p in folder.glob("*.tmp") if p.is_file())):
         p.unlink()
     return [p.name for p in leftovers]
 
@@ -364,7 +363,8 @@ def tidy_done_trial(folder: TrialFolder, keep_checkpoints: bool) -> list[str]:
     Only where its finished records are those that its state names. Returns the names of what was removed. Leaves alone
     a trial that is not done, or that another process works on.
     """
-    leftovers = [live.find(folder.live(schema)) for schema in (trace.TRACE, trace.PROBES)]
+    records = [live.find(folder.live(schema)) for schema in (trace.TRACE, trace.PROBES)]
+    leftovers = [*records, *folder.path.glob("*.tmp")]
     checkpoints = [] if keep_checkpoints else _needless_checkpoints(folder)
     if not any(leftovers) and not checkpoints:
         return []
@@ -375,7 +375,7 @@ def tidy_done_trial(folder: TrialFolder, keep_checkpoints: bool) -> list[str]:
             for schema in (trace.TRACE, trace.PROBES):
                 folder.rows(schema, state)  # raises where the checksum is another
             for path in filter(None, leftovers):
-                path.unlink()
+                path.unlink(missing_ok=True)
                 removed.append(path.name)
             for path in checkpoints:
                 shutil.rmtree(path)
