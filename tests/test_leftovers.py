@@ -62,14 +62,16 @@ def test_the_end_of_a_done_trial_is_finished(point: str, keep: bool, left: Calla
     assert rows is not None and len(rows) == 12
 
 
-def test_the_room_kept_for_a_state_goes_with_its_trial(left: Callable[[str], store.TrialFolder]) -> None:
+@pytest.mark.parametrize(("point", "removed"), [("finish.done", ["state.reserve.tmp"]), ("finish.begun", [])])
+def test_the_room_kept_for_a_state_goes_with_its_trial(
+    point: str, removed: list[str], left: Callable[[str], store.TrialFolder]
+) -> None:
     """A process that was killed between its last state and giving the room back."""
-    done, begun = left("finish.done"), left("finish.begun")
-    for folder in (done, begun):
-        tidy_done_trial(folder, False)
-        folder.reserve()
-    assert tidy_done_trial(done, False) == ["state.reserve.tmp"] and tidy_done_trial(begun, False) == []
-    assert [list(f.path.glob("*.tmp")) != [] for f in (done, begun)] == [False, True]
+    folder = left(point)
+    tidy_done_trial(folder, False)
+    folder.reserve()
+    assert tidy_done_trial(folder, False) == removed
+    assert [p.name for p in folder.path.glob("*.tmp")] == ([] if removed else ["state.reserve.tmp"])
 
 
 def test_rows_beside_a_damaged_finished_record_stay(left: Callable[[str], store.TrialFolder]) -> None:
