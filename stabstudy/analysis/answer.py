@@ -1,4 +1,4 @@
-"""The answer of a study as data, and the command that goes on where its grid ends below the limit."""
+"""Answers of a study as data, and commands for searches beyond its grid."""
 
 from __future__ import annotations
 

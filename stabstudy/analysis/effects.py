@@ -1,6 +1,6 @@
-"""Effects of a study's axes on its statistics.
+"""The effects of axes on statistics, tested as one family.
 
-They are tested as one family, and are behind every claim of a report. The model and its error are those of `factors`:
+They are behind every claim of a report. The model and its error are those of `factors`:
 seeds are blocks, axes are factors, and one error is moderated over the whole family of axes and statistics. Holm's
 correction runs over that family, so a table of twelve tests states something of pure noise in one study of twenty
 (`tests/test_effects_simulation.py`), where twelve uncorrected paired tests do in every second.

@@ -1,4 +1,4 @@
-"""Rules by which a trial holds, and what the trials of a cell say of the edge of a setting.
+"""Observations of an edge, by the rules `stable` and `works`.
 
 What holds is judged again whenever a trial is added: the best value may be another one then.
 """

@@ -1,4 +1,4 @@
-"""Statistics of whole studies: outcomes, ranks, first spikes, importance, and what two studies share.
+"""Whole-study statistics: outcomes, ranks, first spikes, importance.
 
 `Study` asks for them, beside those of `compare`, `effects`, `sensitivity`, `survival` and `shared_batches`; the pages
 only word what they get.

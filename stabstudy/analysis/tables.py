@@ -1,4 +1,4 @@
-"""Tables of a study's trials and spikes.
+"""The tables of trials and spikes of a study.
 
 The files under `trials/` are the truth; trials.parquet and spikes.parquet are what this module made of them. A finished
 trial brings its own judgement (`summary.json`); it is judged here only where that is missing, was made by other rules

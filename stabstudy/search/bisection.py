@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-SILENT = 8
-"""Trials of a cell that say nothing, whatever their value, after which no more of it are asked for."""
-
 HOLD = {"stable": "is stable up to", "works": "works up to"}
 
 
@@ -50,7 +47,7 @@ class Frontier:
         from stabstudy.analysis import frontier, proposals
 
         taken: set[Any] = {(cell, value, seed) for cell, value, seed, _ in self._on_disk(study)}
-        seen: Any = {cell: of for cell, of in self._seen(study).items() if of or self._silent(cell, taken) < SILENT}
+        seen: Any = self._seen(study)
         room = max(room, sum(edge.status == "open" for edge in frontier.fit(seen, self.scale).values()))
         while asked := proposals.propose(seen, taken, self.scale, self.planner.seeds, room, self.asked.holds):
             places: list[Any] = list(asked)
@@ -67,11 +64,6 @@ class Frontier:
         edges = frontier.fit(self._seen(study), self.scale)
         parts = [f"{self._label(rest)}{_words(edges[cell])}" for cell, rest in enumerate(self.planner.rests)]
         return f"{self.asked.setting} {HOLD[self.asked.holds]}: {'; '.join(parts)}"
-
-    @staticmethod
-    def _silent(cell: int, taken: Collection[tuple[int, Any, int]]) -> int:
-        """How many trials of a cell there are."""
-        return sum(cell == own for own, _, _ in taken)
 
     def _label(self, rest: Rest) -> str:
         """The rest's levels on the axes that differ between the rests."""

@@ -1,4 +1,4 @@
-"""Tooltips of figures: the positions of the marks in the picture and their values; the steps in a trial's page.
+"""Tooltips for the marks of figures: positions in the picture, values, steps in a trial's page.
 
 The marks are derived from what was drawn, so that no plot function has to say it twice: every vertex of a line in data
 coordinates, and every text that stands in a field of a map. Values are those of the artists; at a named tick the name

@@ -1,4 +1,4 @@
-"""Recipe exports for this tool, for Lingua and for Hugging Face trainers.
+"""Exports of a recipe: overrides of this tool, a Lingua config, Hugging Face arguments.
 
 Every setting of a recipe has a key there that says the same, or a note names it: a test walks them all. Keys of Lingua
 and its differences are those of its commit 437d680 (optim.py, transformer.py, distributed.py, apps/main/train.py), keys

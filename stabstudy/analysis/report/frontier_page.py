@@ -1,4 +1,4 @@
-"""Sentences, tables and commands of a report on a study that searched a frontier."""
+"""The frontier section of a report: sentences, tables and commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Report page of a study.
+"""The report page of a study.
 
 Nothing here knows when or where it runs: an unchanged study gives the same report, byte by byte, also after it moved.
 """
