@@ -36,8 +36,9 @@ from typing import Any
 import numpy as np
 
 from stabstudy.analysis.frontier import Scale, fit
-from stabstudy.analysis.holding import RULES, Observation, observations
+from stabstudy.analysis.holding import Observation, observations
 from stabstudy.analysis.proposals import Proposal, propose
+from stabstudy.space import HOLDS
 
 RECORDED = Path(__file__).with_name("dense_grid.csv")
 CELLS, SEEDS, DENSE, PACK, SLOTS = 6, (0, 1, 2, 3), 24 * 4, 128, 2
@@ -265,7 +266,7 @@ def recorded(path: Path) -> list[Recorded]:
     rates, seeds = (sorted({row[name] for of in rows.values() for row in of}) for name in ("optim.lr", "seed"))
     scale = Scale("optim.lr", rates[0], rates[-1], 1.5, grid=tuple(rates))
     results = []
-    for rule in RULES:
+    for rule in HOLDS:
         requests: set[Proposal] = set()
         rounds = 0
         while proposals := next_round(answers(rows, rule, requests), requests, scale, seeds, rule):

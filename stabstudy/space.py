@@ -29,6 +29,22 @@ CONSTRAINTS = "sweep.search.constraints"
 WHOLE = frozenset(name for name, field in SETTINGS.items() if str(field.type).split(" |")[0] == "int")
 """The settings of whole numbers."""
 
+HOLDS = ("stable", "works")
+"""Rules of a frontier: the verdict `stable`, or a loss near the best and no divergence."""
+MOST_RESOLUTIONS = 200
+"""Resolutions that the range of a frontier may hold."""
+
+
+def resolutions(low: float, high: float, resolution: float, log: bool) -> float:
+    """How many resolutions a range holds: factors on a logarithmic scale, differences on a linear one."""
+    return math.log(high / low) / math.log(resolution) if log else (high - low) / resolution
+
+
+def default_resolution(low: float, high: float) -> float:
+    """That of a frontier that names none: a factor of 1.25 at most, elsewhere a twentieth of the range."""
+    return min(1.25, high / low) if low > 0 else (high - low) / 20
+
+
 DIGITS = 6
 """Significant digits of a value from a range that is not of whole numbers."""
 

@@ -101,6 +101,9 @@ def test_a_search_is_read_from_a_file_and_from_the_command_line(folder: Path) ->
     assert typed.planner.frontier.record == {"between": [1e-2, 10.0], "resolution": 1.25, "holds": "works"}
     grid = planned(folder, "optim.lr=1e-3,1e-2")
     assert grid.planner is None and len(grid.trials) == 12, "an axis of the launch takes the place of the search"
+    narrow = planned(folder, "optim.lr={between:[0.1,0.11]}")
+    assert narrow.planner is not None and narrow.planner.frontier is not None
+    assert narrow.planner.frontier.resolution == pytest.approx(1.1), "no wider than the range"
     linear = planned(folder, "optim.weight_decay={between:[0,1]}", "optim.lr=1e-3")
     assert linear.planner is not None and linear.planner.frontier is not None
     assert linear.planner.frontier.resolution == 0.05 and not linear.planner.frontier.log
@@ -111,6 +114,11 @@ def test_a_search_is_read_from_a_file_and_from_the_command_line(folder: Path) ->
     [
         (["optim.lr={between:[1,1e-3]}"], "optim.lr: a search needs low < high, both numbers, got [1, 0.001]"),
         (["optim.lr={between:[1e-3,1],resolution:1}"], "resolution must be a factor above 1"),
+        (
+            ["optim.lr={between:[1e-3,1],resolution:1.0001}"],
+            "resolution must fit 1 to 200 times into the range 0.001 to 1",
+        ),
+        (["optim.lr={between:[1e-3,1],resolution:5000}"], "resolution must fit 1 to 200 times"),
         (["optim.lr={between:[1e-3,1],holds:fine}"], "holds must be one of stable, works, got 'fine'"),
         (["optim.lr={between:[1e-3,1],to:3}"], "a search is {between: [low, high]}"),
         (["model.depth={between:[1,2.5]}"], "both whole numbers"),

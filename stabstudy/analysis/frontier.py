@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from stabstudy import config as cfg
 from stabstudy.analysis.holding import Observation
 from stabstudy.settings import named_fields
+from stabstudy.space import MOST_RESOLUTIONS, resolutions
 
 Floats = NDArray[np.float64]
 Cell = Hashable
@@ -34,9 +35,6 @@ LEVEL = 0.9
 
 LAPSE = 0.005
 """Probability that a trial holds far above the edge, or fails far below it."""
-
-MOST_STEPS = 200
-"""Resolutions that a range may hold."""
 
 STEPS = 6
 """Candidate values to one resolution."""
@@ -80,9 +78,9 @@ class Scale:
             raise ValueError(f"resolution: must be above {least:g}, got {self.resolution:g}")
         if self.whole and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"between: {self.setting} takes whole numbers, got [{self.low:g}, {self.high:g}]")
-        if not 1 <= round(self.span / self.width, 9) <= MOST_STEPS:
+        if not 1 <= round(resolutions(self.low, self.high, self.resolution, self.log), 9) <= MOST_RESOLUTIONS:
             raise ValueError(
-                f"resolution: the range must hold 1 to {MOST_STEPS} of it, got {self.resolution:g} "
+                f"resolution: the range must hold 1 to {MOST_RESOLUTIONS} of it, got {self.resolution:g} "
                 f"between {self.low:g} and {self.high:g}"
             )
 

@@ -14,14 +14,12 @@ from stabstudy.analysis import holding
 from stabstudy.analysis.frontier import Edge, Scale, fit
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.searches import record
+from stabstudy.space import HOLDS, default_resolution
 from stabstudy.store import StoreError, StudyFolder
 
 Row = Mapping[str, Any]
 
 LR = "optim.lr"
-
-RESOLUTION, PARTS = 1.25, 20
-"""Of an edge that no sweep asked for: a factor on a logarithmic scale, so many parts of the range on a linear one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def read(folder: StudyFolder) -> Asked | None:
         fixing = frozenset(str(case) for case, chosen in (body.get("cases") or {}).items() if setting in chosen)
         name = cfg.CURRENT_NAMES.get(setting, setting)
         asked = Asked(name, low, high, float(search["resolution"]), str(search["holds"]), fixing)
-        return asked if asked.scale and asked.holds in holding.RULES else None
+        return asked if asked.scale and asked.holds in HOLDS else None
     except (StoreError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -123,7 +121,7 @@ def request(axes: Mapping[str, list[Level]], setting: str, holds: str) -> Asked:
     if len(numbers) < 2:
         raise ValueError(f"{setting} needs two levels that are numbers for an edge between them")
     low, high = float(min(numbers)), float(max(numbers))
-    resolution = min(RESOLUTION, high / low) if low > 0 else (high - low) / PARTS
+    resolution = default_resolution(low, high)
     return Asked(setting, low, high, resolution, holds)
 
 
@@ -139,7 +137,7 @@ def frontier(asked: Asked, rows: Sequence[Row], axes: Mapping[str, list[Level]])
     others = {a: levels for a, levels in axes.items() if a != asked.setting and not _follows(own, a, asked.setting)}
     cells = _cells(own, others)
     edges: dict[str, dict[Any, Edge]] = {}
-    for rule in sorted(holding.RULES, key=lambda rule: rule != asked.holds):
+    for rule in sorted(HOLDS, key=lambda rule: rule != asked.holds):
         observed = {key: holding.observations(cell, asked.setting, rule) for key, cell in cells.items()}
         if rule != asked.holds and rule == "works":
             observed = {key: of for key, of in observed.items() if _has_best(of, cells[key], asked.setting)}
@@ -227,11 +225,11 @@ def chosen(
     holds: str | None,
 ) -> Frontier:
     """The frontier that the sweep `searched`, or one of another axis: see `Study.frontier`."""
-    if holds not in (None, *holding.RULES):
-        raise ValueError(f"holds must be one of {', '.join(holding.RULES)}, got {holds!r}")
+    if holds not in (None, *HOLDS):
+        raise ValueError(f"holds must be one of {', '.join(HOLDS)}, got {holds!r}")
     if searched is not None and setting in (None, searched.asked.setting):
         return searched
-    return frontier(request(axes, setting or LR, holds or holding.RULES[0]), rows, axes)
+    return frontier(request(axes, setting or LR, holds or HOLDS[0]), rows, axes)
 
 
 def _is_within(asked: Asked, value: Any) -> bool:

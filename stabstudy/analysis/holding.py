@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 
 from stabstudy.stability.verdict import VERDICTS
 
-RULES = ("stable", "works")
-"""What a value must be to hold: every verdict `stable`, or a loss within `STABLE_MARGIN` of the best, not diverged."""
-
 STABLE_MARGIN = 0.2
 """nat/token above the best loss at which a setting still counts as working (ours)."""
 

@@ -51,7 +51,7 @@ def propose(
 
     A function of its arguments alone. `cells`: the observations of every cell of the other axes, of some none. `taken`:
     trials that cannot be asked for: running, failed or done, whether or not they say something. `seeds`: those of the
-    sweep, in the order in which they are spent. `rule`: by which the observations were made (`holding.RULES`).
+    sweep, in the order in which they are spent. `rule`: by which the observations were made (`space.HOLDS`).
 
     The open cells with the widest intervals come first, a trial each; the room that is left is shared among them by how
     far they are from the resolution. A value is tried with its next unused seed; one without is passed over for the

@@ -18,6 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from stabstudy.config import CURRENT_NAMES, GROUPS, SETTINGS, setting_names
 from stabstudy.planning import compose
 from stabstudy.settings import Issues, nearest
+from stabstudy.space import HOLDS, MOST_RESOLUTIONS, default_resolution, resolutions
 
 MAX_VALUES = 10_000
 """Of one axis; a longer one is a typing error, and must not be enumerated to find out."""
@@ -35,11 +36,6 @@ class Chosen:
 
     value: Any
     origin: str
-
-
-HOLDS = ("stable", "works")
-RESOLUTION, PARTS = 1.25, 20
-"""Of a search that names none: a factor on a logarithmic scale, so many parts of the range on a linear one."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +141,15 @@ def between(name: str, written: Mapping[Any, Any], origin: str, issues: Issues) 
         rule = f"a search needs low < high, both {'whole ' if kind(name) == 'int' else ''}numbers"
         issues.refuse(name, rule, repr(ends), origin)
         return None
-    resolution = written.get("resolution", RESOLUTION if low > 0 else (high - low) / PARTS)
+    resolution = written.get("resolution", default_resolution(low, high))
     least = 1.0 if low > 0 else 0.0
     if type(resolution) not in (int, float) or not least < resolution < math.inf:
         rule = "must be a factor above 1 (the range lies above 0)" if low > 0 else "must be a difference above 0"
         issues.refuse(name, f"resolution {rule}", repr(resolution), origin)
+        return None
+    if not 1 <= round(resolutions(low, high, resolution, low > 0), 9) <= MOST_RESOLUTIONS:
+        rule = f"resolution must fit 1 to {MOST_RESOLUTIONS} times into the range {low:g} to {high:g}"
+        issues.refuse(name, rule, repr(resolution), origin)
         return None
     if (holds := written.get("holds", HOLDS[0])) not in HOLDS:
         issues.refuse(name, f"holds must be one of {', '.join(HOLDS)}", repr(holds), origin)

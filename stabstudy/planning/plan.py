@@ -37,7 +37,7 @@ from stabstudy.planning.trials import (
     without_excluded,
 )
 from stabstudy.settings import ConfigError, DataError, Issues
-from stabstudy.space import Search
+from stabstudy.space import HOLDS, Search
 from stabstudy.stability.hopeless import HOPELESS, why_not
 
 __all__ = ["Axis", "Compute", "Plan", "PlannedTrial", "Planner", "Rest", "make_plan"]
@@ -188,7 +188,7 @@ def _check_rule(frontier: Between | None, trials: Sequence[PlannedTrial], issues
     """KTO's loss is no distance to the best training in nats, by which `works` judges; and a search needs verdicts."""
     if frontier is None:
         return
-    if frontier.holds != axes.HOLDS[0] and any(t.config.objective.kind == "kto" for t in trials):
+    if frontier.holds != HOLDS[0] and any(t.config.objective.kind == "kto" for t in trials):
         issues.refuse(frontier.setting, "objective kto has a frontier of holds: stable only", frontier.holds)
     if short := [t.config.train.steps for t in trials if t.config.train.steps < estimate.STEPS_TO_JUDGE]:
         rule = f"must be at least {estimate.STEPS_TO_JUDGE}, or no trial of the search gets a verdict"

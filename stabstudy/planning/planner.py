@@ -29,7 +29,7 @@ from stabstudy.planning.trials import (
     planned,
 )
 from stabstudy.settings import Issues
-from stabstudy.space import Search
+from stabstudy.space import HOLDS, Search
 from stabstudy.stability.hopeless import STOPS
 
 
@@ -131,7 +131,7 @@ class Planner:
         if (frontier := self.frontier) is not None:
             low, high = frontier.ends
             width = f"a factor {frontier.resolution:g}" if frontier.log else f"{frontier.resolution:g}"
-            what = "is stable" if frontier.holds == axes.HOLDS[0] else "works"
+            what = "is stable" if frontier.holds == HOLDS[0] else "works"
             return f"the largest {frontier.setting} from {low:g} to {high:g} that {what}, to within {width}"
         if (search := self.search) is not None:
             ways = [f"{'highest' if o.maximize else 'lowest'} {o.column}" for o in search.objectives]
