@@ -13,7 +13,8 @@ from test_recipe import CLIP, DEPTH, LR, ROUGH, UNTRAINED, at, change, rates
 
 from stabstudy.analysis import answer
 from stabstudy.analysis.report import findings
-from stabstudy.analysis.report.publish import linked_html, linked_markdown
+from stabstudy.analysis.report.html import linked_html
+from stabstudy.analysis.report.markdown import linked_markdown
 from stabstudy.analysis.study import Study
 from stabstudy.planning.plan import make_plan
 from stabstudy.store import StudyFolder

@@ -202,7 +202,7 @@ def test_heads_sort_by_click_and_by_key(report: Path, browser: Any) -> None:
     ],
 )
 def test_the_order_of_texts(browser: Any, tmp_path: Path, texts: list[str], up: list[str], down: list[str]) -> None:
-    from stabstudy.analysis.report.publish import TEMPLATES
+    from stabstudy.analysis.report.html import TEMPLATES
 
     rows = "".join(f"<tr><td>{t}</td></tr>" for t in texts)
     table = f"<table><caption>t</caption><thead><tr><th>h</th></tr></thead><tbody>{rows}</tbody></table>"

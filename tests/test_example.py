@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from stabstudy.analysis.report.publish import markdown
+from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.report.study_page import report
 from stabstudy.analysis.study import Study
 from stabstudy.planning.plan import make_plan

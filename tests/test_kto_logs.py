@@ -13,7 +13,7 @@ from torch import Tensor
 from trials import BASE
 
 from stabstudy import ingest
-from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report import ingested_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability import statistics
 from stabstudy.stability.rules import Rules
@@ -121,7 +121,7 @@ def test_the_line_of_the_thread_is_answered_in_words(
     assert kl.startswith("kl (up to 11.29) is in LLaMA-Factory's logs the sum over the micro-batches")
     printed = capsys.readouterr().out
     assert logits in printed and kl in printed
-    page = str(list(runs_page.read(study)))
+    page = str(list(ingested_page.read(study)))
     assert logits in page and kl in page  # not shortened
     assert study.trials["grad_norm_max"].tolist() == [0.16] and study.trials["warn_logit"].isna().all()
 

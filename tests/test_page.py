@@ -26,7 +26,7 @@ from stabstudy.analysis.figures import maps, verdict_maps
 from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
-from stabstudy.analysis.report import effect_tables, findings, publish, study_page
+from stabstudy.analysis.report import effect_tables, findings, html, study_page
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.stability.columns import COLUMNS
@@ -640,7 +640,7 @@ def _digest(text: str) -> str:
 
 
 def test_policy_allows_our_one_script_and_no_request(path: Path) -> None:
-    own = "".join((publish.TEMPLATES / name).read_text() for name in ("tables.js", "figures.js"))
+    own = "".join((html.TEMPLATES / name).read_text() for name in ("tables.js", "figures.js"))
     assert not re.search("fetch|XMLHttpRequest|import|eval|innerHTML|https?:", own.replace(SVG_NAMESPACE, ""))
     for file in [path / "report" / "index.html", *(path / "report" / "trials").iterdir()]:
         text = file.read_text()

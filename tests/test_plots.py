@@ -24,7 +24,7 @@ from matplotlib.text import Text
 from stabstudy.analysis import levels, plots
 from stabstudy.analysis.figures import layout, style, traces
 from stabstudy.analysis.figures.traces import downsample
-from stabstudy.analysis.report import publish
+from stabstudy.analysis.report import html
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
 
@@ -316,7 +316,7 @@ def test_verdicts_differ_on_white_on_black_and_as_fields(eyes: str) -> None:
     """Each from each other, and `rough` from its neighbours most of all: they lie side by side on a map."""
     assert list(style.VERDICT_COLOURS) == list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
     assert len(set(style.VERDICT_SIGNS.values())) == 4
-    css = (Path(publish.__file__).parent / "templates" / "style.css").read_text()
+    css = (html.TEMPLATES / "style.css").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in css.split("@media screen", 1))
     dark = light | dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", css.split("@media screen", 1)[1].split("}")[0]))
     sets = {

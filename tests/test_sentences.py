@@ -21,7 +21,7 @@ from test_recipe import CLIP, DEPTH, LR, ROUGH, UNTRAINED, at, cells, change, ra
 
 from stabstudy.analysis import effects, words
 from stabstudy.analysis.elements import Finding
-from stabstudy.analysis.report import findings, runs_page
+from stabstudy.analysis.report import findings, ingested_page
 from stabstudy.analysis.study import Study
 
 STABLE, USE, CHANGED = "What is stable", "What to use", "What the axes changed"
@@ -377,8 +377,8 @@ def test_what_limits_the_numbers() -> None:
 
 
 def test_ingested_runs_have_their_own_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs_page, "findings", lambda study: Finding("The runs", ["a sentence"]))
-    monkeypatch.setattr(runs_page, "warnings", lambda study: ["a caveat"])
+    monkeypatch.setattr(ingested_page, "findings", lambda study: Finding("The runs", ["a sentence"]))
+    monkeypatch.setattr(ingested_page, "warnings", lambda study: ["a caveat"])
     rows = change(rates((1e-3, 2.6), (1e-2, 2.5)), lambda r: True, log_format="hf", seed=None)
     study = tabled.study(rows)
     assert findings.findings(study) == [Finding("The runs", ["a sentence"])]
@@ -393,7 +393,7 @@ def test_a_run_of_zeros_is_not_one_without_a_gradient_norm() -> None:
     rows = change(blind, at(1e-2, 0), grad_norm_max=None, verdict_reason="all_zero")
     study = tabled.study(rows)
     study.log = lambda trial_id: None  # type: ignore[method-assign]
-    assert runs_page.warnings(study) == ["2 runs without a gradient norm: only the loss was judged."]
+    assert ingested_page.warnings(study) == ["2 runs without a gradient norm: only the loss was judged."]
 
 
 # A study on disk

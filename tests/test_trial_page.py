@@ -16,7 +16,7 @@ from test_page import PAYLOADS, Page, _bytes, read
 
 from stabstudy.analysis import words
 from stabstudy.analysis.levels import plain
-from stabstudy.analysis.report import publish, study_page, trial_page, trial_tables
+from stabstudy.analysis.report import html, study_page, trial_page, trial_tables
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import outcome
 from stabstudy.analysis.words import REASONS, RULES
@@ -96,7 +96,7 @@ def test_links_of_every_page_resolve(path: Path) -> None:
 def test_only_known_ids_become_links_and_text_is_escaped() -> None:
     known = frozenset({"0123456789"})
     text = "0123456789, x0123456789, 0123456789a, 9876543210 <b>"
-    assert str(publish.linked_html(text, known, "trials/")) == (
+    assert str(html.linked_html(text, known, "trials/")) == (
         '<a href="trials/0123456789.html">0123456789</a>, x0123456789, 0123456789a, 9876543210 &lt;b&gt;'
     )
 

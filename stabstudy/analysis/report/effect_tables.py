@@ -10,7 +10,7 @@ from stabstudy.analysis import cases as named_cases
 from stabstudy.analysis.effects import CLEAR, contrasts, interactions, reported
 from stabstudy.analysis.elements import Block, Table, Text
 from stabstudy.analysis.levels import records
-from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report import ingested_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
@@ -27,7 +27,7 @@ METHOD = (
 def effect_blocks(study: Study) -> Iterator[Block]:
     """The section: the table of `effects.claims`; folded, contrasts, interactions and paired differences."""
     if study.ingested:
-        yield Text(runs_page.NO_PAIRS)
+        yield Text(ingested_page.NO_PAIRS)
         return
     if (bias := adaptive.why_biased(study)) is not None:
         instead = " Compare the edges." if study.searched is not None else ""

@@ -16,7 +16,7 @@ from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
-from stabstudy.analysis.report import frontier_page, runs_page
+from stabstudy.analysis.report import frontier_page, ingested_page
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
@@ -54,7 +54,7 @@ def findings(study: Study) -> list[Finding]:
     if not (study.trials["state"] == "done").any():
         return []
     if study.ingested:
-        return [runs_page.findings(study)]
+        return [ingested_page.findings(study)]
     if study.searched is not None:
         sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
         return [Finding("How far", sentences), Finding("What to use", list(_recipes(study, "")))]
@@ -96,7 +96,7 @@ def _best(study: Study) -> Iterator[str]:
 def warnings(study: Study) -> list[str]:
     """What limits the numbers."""
     if study.ingested:
-        return [*_missing(study), *runs_page.warnings(study)]
+        return [*_missing(study), *ingested_page.warnings(study)]
     return [*_missing(study), *_stopped(study), *_incomparable(study), *_few(study)]
 
 

@@ -1,32 +1,19 @@
-"""Reports on disk: pages in HTML and Markdown, figures and tables, each file whole or not at all.
-
-Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
-allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
-page reads the same; it sorts and filters tables, and reads values off figures. report.md has the same blocks, for a
-pull request or a terminal.
-"""
+"""Reports on disk: pages in HTML and Markdown, figures and tables, each file whole or not at all."""
 
 from __future__ import annotations
 
-import base64
-import csv
 import functools
 import hashlib
-import io
 import re
-import urllib.parse
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any
-
-import jinja2
-import pandas as pd
-from markupsafe import Markup, escape
 
 from stabstudy import disk
-from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, TrialPage, split_command, split_ids
+from stabstudy.analysis.elements import TRIALS, Report
 from stabstudy.analysis.report import trial_page
+from stabstudy.analysis.report.csv_files import csv_of_frame, csv_of_table
+from stabstudy.analysis.report.html import html_index, html_trial
+from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import spread
 from stabstudy.store import sweep_abandoned, write_bytes, write_text
@@ -39,10 +26,6 @@ _DRAWN_S, _PAGE_S = 0.5, 0.02
 
 _HEAD = 4096
 """Bytes of a page in which its source stands."""
-
-TEMPLATES = Path(__file__).parent / "templates"
-
-Link = Callable[[str], str]
 
 
 def publish(study: Study, report: Report, folder: Path) -> Path:
@@ -123,217 +106,3 @@ def _remove_others(folder: Path, kept: set[str], old: str) -> None:
         for file in folder.iterdir():
             if file.name not in kept and re.fullmatch(old, file.name):
                 file.unlink()
-
-
-def html_index(report: Report) -> str:
-    """The page of the study."""
-    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
-    return _render("index.html.j2", report.trials, TRIALS, **content)
-
-
-def html_trial(page: TrialPage, source: str) -> str:
-    """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
-    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
-
-
-def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
-    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names.
-
-    A command at its end is set apart, to be copied.
-    """
-    head, command = split_command(text)
-    if command:
-        return linked_html(head, trials, folder) + Markup("<code>{}</code>").format(command)
-    parts = split_ids(text)
-    if len(parts) == 1:
-        return escape(text)
-    return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
-
-
-def _link(trial_id: str, folder: str) -> Markup:
-    return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
-
-
-def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
-    (css, css_hash), (script, script_hash) = _inlined("style.css"), _inlined("tables.js", "figures.js")
-    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
-    link = functools.partial(linked_html, trials=trials, folder=folder)
-    page = _environment().get_template(template)
-    return page.render(
-        own,
-        linked=link,
-        rows=functools.partial(_html_rows, link=link),
-        image=_image,
-        json=_json,
-        trials=trials,
-        folder=folder,
-        **content,
-    )
-
-
-def _html_rows(table: Table, link: Callable[[str], Markup]) -> Markup:
-    """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
-    starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
-    bodies = (
-        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
-    )
-    return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.tests["table"] = lambda block: isinstance(block, Table)
-    environment.tests["code"] = lambda block: isinstance(block, Code)
-    environment.tests["figure"] = lambda block: isinstance(block, Figure)
-    return environment
-
-
-@functools.cache
-def _inlined(*names: str) -> tuple[Markup, str]:
-    """Files of ours as they stand in the page, and their hash for the policy; nothing in them comes from a study."""
-    text = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
-    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _json(text: str) -> Markup:
-    """JSON, safe between single quotes: between double ones it would be half as long again."""
-    return Markup(text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;"))
-
-
-def _image(figure: Figure) -> dict[str, Any]:
-    """What an <img> needs: the drawing itself, and its size in CSS pixels so that the page does not jump."""
-    svg = figure.drawing.svg
-    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
-    width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
-    return {"src": _data_url(svg), "width": width, "height": height}
-
-
-_PLAIN = " <>/:=;,.()'-_"
-"""Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""
-
-
-def _data_url(svg: str) -> Markup:
-    """The drawing as an address, safe between double quotes: less than two thirds of the length that base64 takes.
-
-    The names of glyphs are shorter than in the file: they are a tenth of a drawing.
-    """
-    needless = r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|\s*\n\s*"
-    bare = re.sub(needless, " ", svg, flags=re.DOTALL).strip().replace('"', "'")
-    bare = bare.replace("xlink:href", "href").replace("DejaVuSans-", "g")
-    return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")
-
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
-
-
-def markdown(report: Report) -> str:
-    """The whole report, GitHub's dialect."""
-    return "\n".join(_markdown_lines(report)).rstrip() + "\n"
-
-
-def escape_markdown(text: str) -> str:
-    """Plain text that no reader of Markdown or HTML takes for markup."""
-    escaped = _SPECIAL.sub(r"\\\1", text)
-    return re.sub(r"^(\s*)([-+]|\d+[.)])(\s)", r"\1\\\2\3", escaped)
-
-
-def linked_markdown(text: str, trials: Container[str]) -> str:
-    """The text, escaped, with a link to the page of each of `trials` that it names; a command at its end is code."""
-    head, command = split_command(text)
-    if command:
-        return f"{linked_markdown(head, trials)}`{command}`"
-    parts = split_ids(text)
-    return "".join(f"[{part}]({TRIALS}{part}.html)" if part in trials else escape_markdown(part) for part in parts)
-
-
-def _markdown_lines(report: Report) -> Iterator[str]:
-    link = functools.partial(linked_markdown, trials=report.trials)
-    yield from (f"# {escape_markdown(report.study)}", "")
-    if report.question:
-        yield from (escape_markdown(report.question), "")
-    yield from (f"**{escape_markdown(report.headline)}**", "")
-    counts = [(f"{c.sign} {c.kind}", str(c.number)) for c in report.counts]
-    yield from _markdown_table(("", "trials"), counts, {"trials"}, link)
-    yield from (escape_markdown(words.GLOSSARY), "")
-    boxed = [*((f.about, f.sentences) for f in report.findings), ("Caveats", report.warnings)]
-    for heading, items in boxed:
-        if items:
-            yield from (f"**{heading}**", "", *(f"- {link(item)}" for item in items), "")
-    for section in report.sections:
-        yield from (f"## {escape_markdown(section.title)}", "")
-        for block in section.blocks:
-            yield from _markdown_block(block, link)
-
-
-def _markdown_block(block: Block, link: Link) -> Iterator[str]:
-    if isinstance(block, Table):
-        yield from (f"**{escape_markdown(block.title)}**", "")
-        yield from _markdown_table(block.columns, block.rows, block.numeric, link)
-    elif isinstance(block, Figure):
-        yield from (f"### {escape_markdown(block.title)}", "")
-        yield from (f"![{escape_markdown(block.alt)}](figures/{block.name}.svg)", "", link(block.caption), "")
-        yield from _markdown_block(block.table, link)
-    elif isinstance(block, Code):
-        yield from (f"**{escape_markdown(block.title)}**", "", *(f"    {line}" for line in block.text.splitlines()), "")
-    else:
-        yield from (link(block.text), "")
-
-
-def _markdown_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], numeric: Container[str], link: Link
-) -> Iterator[str]:
-    yield _markdown_row(columns, link)
-    yield "|" + "|".join("---:" if c in numeric else "---" for c in columns) + "|"
-    yield from (_markdown_row(row, link) for row in rows)
-    yield ""
-
-
-def _markdown_row(cells: Sequence[str], link: Link) -> str:
-    return "| " + " | ".join(link(words.clean(c)) for c in cells) + " |"
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-def csv_of_frame(frame: pd.DataFrame) -> str:
-    """A table as CSV: every column at full precision; the index is left out."""
-    return _csv(list(map(str, frame.columns)), frame.itertuples(index=False, name=None))
-
-
-def csv_of_table(table: Table) -> str:
-    """A shown table as CSV: the table as it is shown; a dash is null."""
-    rows = ([None if field == words.NOTHING else field for field in row] for row in table.rows)
-    return _csv(table.columns, rows)
-
-
-def _csv(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows([_field(value) for value in row] for row in rows)
-    return out.getvalue()
-
-
-def _field(value: Any) -> Any:
-    if words.is_null(value):
-        return ""
-    if isinstance(value, str):
-        text = words.clean(value, 1000)
-        return f"'{text}" if text.startswith(_FORMULA) and not _is_number(text) else text
-    return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

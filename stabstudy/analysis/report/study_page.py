@@ -23,7 +23,7 @@ from stabstudy.analysis.report import (
     export,
     findings,
     frontier_page,
-    runs_page,
+    ingested_page,
     trial_page,
     trial_tables,
 )
@@ -73,7 +73,7 @@ def paged(study: Study) -> frozenset[str]:
 
 def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
     if study.ingested:
-        yield Section("read", "What was read", list(runs_page.read(study)))
+        yield Section("read", "What was read", list(ingested_page.read(study)))
         yield Section("design", "Settings and rules", list(design(study)))
     else:
         if study.searched is not None:

@@ -1,0 +1,131 @@
+"""Pages in HTML, which our own style sheet and scripts alone may act in.
+
+Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
+allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
+page reads the same; it sorts and filters tables, and reads values off figures.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import re
+import urllib.parse
+from collections.abc import Callable, Set
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from stabstudy.analysis import words
+from stabstudy.analysis.elements import TRIALS, Code, Figure, Report, Table, TrialPage, split_command, split_ids
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def html_index(report: Report) -> str:
+    """The page of the study."""
+    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    return _render("index.html.j2", report.trials, TRIALS, **content)
+
+
+def html_trial(page: TrialPage, source: str) -> str:
+    """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
+    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
+
+
+def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
+    """The text, escaped, with a link to `<folder><trial_id>.html` at each of `trials` that it names.
+
+    A command at its end is set apart, to be copied.
+    """
+    head, command = split_command(text)
+    if command:
+        return linked_html(head, trials, folder) + Markup("<code>{}</code>").format(command)
+    parts = split_ids(text)
+    if len(parts) == 1:
+        return escape(text)
+    return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
+
+
+def _link(trial_id: str, folder: str) -> Markup:
+    return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
+
+
+def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
+    (css, css_hash), (script, script_hash) = _inlined("style.css"), _inlined("tables.js", "figures.js")
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+    link = functools.partial(linked_html, trials=trials, folder=folder)
+    page = _environment().get_template(template)
+    return page.render(
+        own,
+        linked=link,
+        rows=functools.partial(_html_rows, link=link),
+        image=_image,
+        json=_json,
+        trials=trials,
+        folder=folder,
+        **content,
+    )
+
+
+def _html_rows(table: Table, link: Callable[[str], Markup]) -> Markup:
+    """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
+    starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
+    bodies = (
+        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
+    )
+    return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.tests["table"] = lambda block: isinstance(block, Table)
+    environment.tests["code"] = lambda block: isinstance(block, Code)
+    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    return environment
+
+
+@functools.cache
+def _inlined(*names: str) -> tuple[Markup, str]:
+    """Files of ours as they stand in the page, and their hash for the policy; nothing in them comes from a study."""
+    text = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
+    return Markup(text), base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(text: str) -> Markup:
+    """JSON, safe between single quotes: between double ones it would be half as long again."""
+    return Markup(text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _image(figure: Figure) -> dict[str, Any]:
+    """What an <img> needs: the drawing itself, and its size in CSS pixels so that the page does not jump."""
+    svg = figure.drawing.svg
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+    width, height = (round(float(v) * 4 / 3) for v in size.groups()) if size else (640, 400)
+    return {"src": _data_url(svg), "width": width, "height": height}
+
+
+_PLAIN = " <>/:=;,.()'-_"
+"""Characters of the address of a drawing that stay as they are; others but letters and digits are written as %xx."""
+
+
+def _data_url(svg: str) -> Markup:
+    """The drawing as an address, safe between double quotes: less than two thirds of the length that base64 takes.
+
+    The names of glyphs are shorter than in the file: they are a tenth of a drawing.
+    """
+    needless = r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|\s*\n\s*"
+    bare = re.sub(needless, " ", svg, flags=re.DOTALL).strip().replace('"', "'")
+    bare = bare.replace("xlink:href", "href").replace("DejaVuSans-", "g")
+    return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")
