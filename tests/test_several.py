@@ -56,6 +56,15 @@ def test_the_whole_has_the_study_as_its_first_axis(two: list[Study]) -> None:
     assert whole.trace(trial_id)["grad_norm"].tolist() == own.trace(rest)["grad_norm"].tolist()
 
 
+def test_a_part_of_the_whole_keeps_the_study_as_an_axis(two: list[Study]) -> None:
+    """Weight decay, which differs between the studies alone, is no axis of the whole, so of no part of it either."""
+    whole = Study.concat(two)
+    ids = set(whole.trials.index[whole.trials["seed"] == 0])
+    assert whole.part(ids).axes == whole.axes
+    assert whole.part({t for t in ids if whole.trials["optim.lr"][t] == 0.1}).axes == {"study": ["low", "high"]}
+    assert list(two[0].part({t for t in two[0].trials.index}).axes) == ["optim.lr"]
+
+
 def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
     made = comparison_page.report(two)
     losses = [r for r in table(made, "Paired differences").rows if r[1] == "final loss"]

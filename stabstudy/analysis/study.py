@@ -367,11 +367,12 @@ class Study:
 
     def part(self, ids: set[str], axes: Mapping[str, list[Level]] | None = None) -> Study:
         """These trials and their spikes; `axes` None: whatever still differs."""
-        whole = self.tables
+        whole, kept = self.tables, self.trials[self.trials.index.isin(ids)]  # ten times cheaper than from the rows
         trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))
+        if axes is None and self.parts:  # of `concat`: what differs between the studies alone is no axis of the whole
+            axes = {name: own for name in self.axes if len(own := levels_of(kept[name])) > 1}
         part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes, whole.ratios), axes)
-        part.trials = self.trials[self.trials.index.isin(ids)]  # ten times cheaper than building it from the rows
-        part.parts = self.parts
+        part.trials, part.parts = kept, self.parts
         return part
 
     def _trace(self, trial_id: str, columns: Sequence[str] | None = None) -> Rows | None:
@@ -395,6 +396,5 @@ class Study:
 
 def update_tables(folder: StudyFolder, into: Path | None = None) -> Study:
     """Read every trial, write trials.parquet and spikes.parquet into the study or `into`; answers with the study."""
-    study = Study(folder)
-    write_tables(folder if into is None else StudyFolder(into), study.tables)
+    write_tables(folder if into is None else StudyFolder(into), (study := Study(folder)).tables)
     return study
