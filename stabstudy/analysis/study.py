@@ -193,8 +193,7 @@ class Study:
         DataError where the data are gone, or are other data than those it was trained on.
 
         Example:
-            spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
-            study.batch(spike["trial_id"], spike["peak_step"])
+            study.batch(study.worst(), 126)
         """
         study, own = self._owner(trial_id)
         if study.ingested:
@@ -370,7 +369,8 @@ class Study:
         whole, kept = self.tables, self.trials[self.trials.index.isin(ids)]  # ten times cheaper than from the rows
         trials, spikes = ([r for r in rows if r["trial_id"] in ids] for rows in (whole.trials, whole.spikes))
         if axes is None and self.parts:  # of `concat`: what differs between the studies alone is no axis of the whole
-            axes = {name: own for name in self.axes if len(own := levels_of(kept[name])) > 1}
+            left = {name: [v for v in own if v in levels_of(kept[name])] for name, own in self.axes.items()}
+            axes = {name: own for name, own in left.items() if len(own) > 1}
         part = Study(self.folder, Tables(whole.rules, whole.groups, trials, spikes, whole.ratios), axes)
         part.trials, part.parts = kept, self.parts
         return part
