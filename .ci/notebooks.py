@@ -2,8 +2,8 @@
 
     python .ci/notebooks.py [NAME ...]      executes notebooks/NAME.ipynb (all of them) and writes what they print
 
-A notebook runs where Jupyter runs it, in its own folder, on the studies that are committed. What differs from one run to
-the next (times of execution, the kernel's version) is left out, so that a run that prints the same changes no file.
+A notebook runs where Jupyter runs it, in its own folder, on the studies that are committed. What differs from one run
+to the next (times of execution, the kernel's version) is left out: a run that prints the same changes no file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def executed(path: Path) -> nbformat.NotebookNode:
 
 
 def main(names: list[str]) -> None:
+    """Execute and write these notebooks, or all."""
     for path in [FOLDER / f"{name}.ipynb" for name in names] or sorted(FOLDER.glob("*.ipynb")):
         notebook = executed(path)
         nbformat.validate(notebook)

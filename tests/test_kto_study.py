@@ -1,4 +1,4 @@
-"""`sweep=kto_logits` from the command to the page and the notebook, and KTO on the real rows."""
+"""`sweep=kto_logits` from the command to the page, and KTO on the real rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
-from nbclient import NotebookClient
 from trials import Make, vary
 
 from stabstudy import cli, sweep
@@ -67,25 +65,6 @@ def test_the_first_step_is_that_of_a_model_which_is_its_own_reference(study: Pat
         assert trace["loss"][0] == pytest.approx(0.5, abs=1e-6) and trace["kl"][0] == 0
         assert abs(trace["margin"][0]) < 1e-5 and np.nanmax(trace["logit_absmax"]) < 50
     assert loaded.trials["init_loss"].sub(0.5).abs().max() < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::PendingDeprecationWarning"
-)
-def test_the_notebook_walks_from_the_log_line_to_the_answer(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STABSTUDY_KTO", str(study))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    path = ROOT / "notebooks" / "kto_logits.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
-    assert outputs[0]["data"]["text/plain"] == "-1.3"
-    assert re.search(r"largest \|logit\| of any step of 20 trials: \d+\.\d", outputs[-1]["text"])
 
 
 def test_kto_without_starting_weights_is_refused(
