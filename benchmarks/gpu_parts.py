@@ -167,9 +167,7 @@ def peak_gb() -> float:
 
 def own_loop(shape: Shape, members: int, place: Place, deterministic: bool, name: str) -> tuple[Loop, Segment]:
     """A pack as the product runs it, and the segment that is so many rings of its loop."""
-    if deterministic:
-        pack.choose_deterministic_kernels()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as the product does: no batching rule
+    pack.choose_kernels(deterministic)
     torch.set_num_threads(1)
     keep_freed_memory()
     keep_compiled(place.folder / "compiled")

@@ -224,8 +224,7 @@ class Captured:
         self.stepper, self.feed, self.evaluation = stepper, feed, evaluation_KBT
         device, K = stepper.device, stepper.K
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        # the fused kernel of CUDA takes a float32 rate, that of a CPU the same double as a number would be
-        self._lr = torch.zeros(ring, K, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self._lr = torch.zeros(ring, K, dtype=torch.float64, device=device)  # as a number would be
         self._live = torch.zeros(ring, K, device=device)
         columns = len(stepper.columns) + len(stepper.stack.names)
         self._steps = torch.zeros(ring, K, columns, device=device)

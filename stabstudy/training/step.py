@@ -97,7 +97,7 @@ class Stepper:
 
         Args:
             windows_KBT: int64; targets are the next tokens. A member without a valid one makes no update.
-            lr: [K]; a float32 tensor where the step is captured.
+            lr: [K]; a float64 tensor where the step is captured.
             live: [K] float32; 0 where a member has ended, which makes no update any more.
             masked: whether any target may be IGNORE.
             measure_noise: whether to compare the micro-batches, see clipping.py.
