@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,12 @@ class NoCrew:
 
     def ended(self, member: int, end: End) -> None:
         raise RuntimeError(f"member {member} of a benchmark ended: {end.reason}")
+
+    def hopeless(self, members: Sequence[int]) -> dict[int, str]:
+        return {}
+
+    def stopped(self, reasons: Mapping[int, str]) -> None:
+        pass
 
 
 def random_batches(config: TrialConfig, vocab: int, windows: int = 1024) -> Batches:
