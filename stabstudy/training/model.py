@@ -26,11 +26,11 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention [B,H,T,K] by torch's fused kernels; `scale` of the scores q.k, by default 1/sqrt(K).
 
-    In fp32 on CUDA the kernel is named. Under `vmap` torch's choice would run it without the sums that its gradient
+    In fp32 off the CPU the kernel is named. Under `vmap` torch's choice would run it without the sums that its gradient
     needs, since no input seems to want one (up to torch 2.13): "LSE is not correctly aligned". It wants 16-byte rows.
     """
     groups, full = q_BHTK.shape[1] // k_BGTK.shape[1], v_BGTK.dtype == torch.float32
-    if q_BHTK.device.type != "cuda" or not full or torch.is_autocast_enabled("cuda") or q_BHTK.shape[3] % 4:
+    if q_BHTK.device.type == "cpu" or not full or torch.is_autocast_enabled("cuda") or q_BHTK.shape[3] % 4:
         kernel, gqa = F.scaled_dot_product_attention, groups > 1
         return kernel(q_BHTK, k_BGTK, v_BGTK, is_causal=True, scale=scale, enable_gqa=gqa)
     k_BHTK, v_BHTK = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))

@@ -247,7 +247,7 @@ class PackRun:
         if self.device.type == "cuda":
             choose_kernels()
         if self.compiled:
-            keep_compiled(self.engine.cache_dir)
+            keep_compiled(self.engine.cache_dir, self.device)
 
     def _build(self) -> Stepper:
         """The stepper of the members in `places`, with their initial weights."""
