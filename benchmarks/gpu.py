@@ -51,9 +51,9 @@ from stabstudy.store import StudyFolder
 from stabstudy.trace import TRACE
 
 LOOSE = """
-import sys
+import functools, sys
 from stabstudy.training import pack
-pack.choose_deterministic_kernels = lambda: None
+pack.choose_kernels = functools.partial(pack.choose_kernels, False)
 from stabstudy.sweep import main
 sys.exit(main(sys.argv[1:]))
 """

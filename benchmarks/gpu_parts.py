@@ -167,12 +167,10 @@ def peak_gb() -> float:
 
 def own_loop(shape: Shape, members: int, place: Place, deterministic: bool, name: str) -> tuple[Loop, Segment]:
     """A pack as the product runs it, and the segment that is so many rings of its loop."""
-    if deterministic:
-        pack.choose_deterministic_kernels()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as the product does: no batching rule
+    pack.choose_kernels(deterministic)
     torch.set_num_threads(1)
     keep_freed_memory()
-    keep_compiled(place.folder / "compiled")
+    keep_compiled(place.folder / "compiled", torch.device(place.device))
     rings = 0
 
     def heartbeat(progress: Sequence[Progress]) -> bool:
@@ -227,7 +225,7 @@ def recording(shape: Shape, members: int, place: Place, deterministic: bool) -> 
 def rival(kind: str, shape: Shape, place: Place, compiled: bool, checkout: Path | None) -> Mapping[str, Segment]:
     """A plain loop: zero_grad, forward, backward, clip, step; the norm is computed and dropped."""
     device = torch.device(place.device)
-    keep_compiled(place.folder / "compiled")
+    keep_compiled(place.folder / "compiled", device)
     model, loss_of = hf(shape) if kind == "hf" else lingua(shape, checkout)
     model = model.to(device)
     loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of

@@ -285,7 +285,7 @@ def known_rivals(checkout: Path | None) -> dict[str, Callable[[Shape], Segment]]
 def rival_process(name: str, shape: Shape, threads: int, checkout: Path | None, cache: Path, pipe: Connection) -> None:
     """One segment for each True that comes through the pipe, after a first one that is answered with its seconds."""
     torch.set_num_threads(threads)
-    keep_compiled(cache)
+    keep_compiled(cache, torch.device("cpu"))
     segment = known_rivals(checkout)[name](shape)
     began = time.perf_counter()
     pipe.send((segment(), time.perf_counter() - began))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from stabstudy.stability.verdict import MonitorFacts
 from stabstudy.trace import PROBES, TRACE, widths
 from stabstudy.training import families
 from stabstudy.training.clipping import NoiseMeans
-from stabstudy.training.driver import Captured, Driver, Due, Eager, feed
+from stabstudy.training.driver import Captured, Driver, Eager, feed
 from stabstudy.training.loop import End, Heartbeat, Loop, Plan
 from stabstudy.training.record import Recorded, Recorder
 from stabstudy.training.step import Stepper, stacked
@@ -35,6 +35,12 @@ class NoCrew:
 
     def ended(self, member: int, end: End) -> None:
         raise RuntimeError(f"member {member} of a benchmark ended: {end.reason}")
+
+    def hopeless(self, members: Sequence[int]) -> dict[int, str]:
+        return {}
+
+    def stopped(self, reasons: Mapping[int, str]) -> None:
+        pass
 
 
 def random_batches(config: TrialConfig, vocab: int, windows: int = 1024) -> Batches:
@@ -75,7 +81,7 @@ def loop_of(
     compiled: bool = False,
     ring: int | None = None,
 ) -> Loop:
-    """The loop of a pack of these trials: captured on CUDA and eager on a CPU, as the product runs it there.
+    """The loop of a pack of these trials: captured on CUDA and, in rings of one step, eager on a CPU.
 
     `folder` receives the records. `heartbeat` stops the loop; its `run` goes on where it stopped.
     """
@@ -87,8 +93,8 @@ def loop_of(
     )
     windows = feed(batches, [0] * len(configs), [c.train.steps for c in configs], device)
     driver: Driver = Eager(stepper, windows, evaluation)
-    if cuda:
-        driver = Captured(stepper, windows, evaluation, ring, tuple(Due))
+    if ring > 1:
+        driver = Captured(stepper, windows, evaluation, ring)
     names = tuple(str(k) for k in range(len(configs)))
     recorder = recorder_of(configs, [folder / name for name in names], stepper.columns, stepper.layer_index)
     plan = Plan(tuple(range(len(configs))), tuple(configs), names, ring, 1e9, 0.0, ((),) * len(configs))

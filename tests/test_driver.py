@@ -1,18 +1,24 @@
-"""Captured steps read nothing back and take nothing from the host: shown on tensors without values."""
+"""What a captured step needs: no value from or for the host, sums for attention's gradient, windows made ready."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.func import vmap
 from trials import vary
 
 from stabstudy.config import OF_FAMILY, TrialConfig
+from stabstudy.data.batches import Batches
+from stabstudy.data.tokens import Corpus
 from stabstudy.training import families
-from stabstudy.training.driver import Captured, Due
+from stabstudy.training.driver import Captured, Due, HostFeed, ResidentFeed
+from stabstudy.training.model import causal_attention
 from stabstudy.training.step import Stepper
 
 META = torch.device("meta")
@@ -42,6 +48,9 @@ class NoFeed:
         return torch.zeros(self.shape, dtype=torch.int64, device=META), False
 
     def fill(self, tick: int, count: int) -> None:
+        pass
+
+    def prepare(self, tick: int, count: int) -> None:
         pass
 
     def at(self, slot: Tensor) -> Tensor:
@@ -105,3 +114,28 @@ def test_a_step_that_takes_numbers_from_the_host_is_seen(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "tensor", refuse)
     with pytest.raises(AssertionError, match="numbers of the host"):
         driver._replays[Due.NOTHING]()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_under_vmap_keeps_the_sums_of_its_gradient(groups: int) -> None:
+    """Else the gradient of every fp32 pack fails on CUDA: no member's tensor says by itself that it needs one."""
+    queries, keys = (torch.zeros(3, 2, heads, 8, 4, device=META, requires_grad=True) for heads in (2, 2 // groups))
+    nodes = [vmap(causal_attention)(queries, keys, keys).grad_fn]
+    while nodes and not hasattr(nodes[0], "_saved_log_sumexp"):
+        nodes = nodes[1:] + [node for node, _ in nodes[0].next_functions if node is not None]
+    assert nodes[0]._saved_log_sumexp.shape[:2] == (3 * 2, 2) and nodes[0]._saved_log_sumexp.shape[2] >= 8
+
+
+@pytest.mark.parametrize("kind", [HostFeed, ResidentFeed])
+@pytest.mark.parametrize("ready", [(4, 4), (4, 2), (2, 4)], ids=str)
+def test_what_was_made_ready_is_what_is_read(kind: Any, ready: tuple[int, int]) -> None:
+    """Also where another stretch comes next than was expected: a ring that is cut, or run again."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2001, np.uint32)
+    corpus = Corpus(tokens, np.array([2001], np.uint64), VOCABULARY, "random", Path())
+    batches = [Batches(corpus, 8, 2, seed, 0.1, 4, 4) for seed in range(3)]
+    feed, plain = (kind(batches, [0, 1, 5], [20, 20, 10], torch.device("cpu")) for _ in range(2))
+    feed.fill(0, 4)
+    feed.prepare(*ready)
+    feed.fill(4, 4)
+    for i in range(4):
+        assert torch.equal(feed.at(torch.tensor([i])), plain.windows(4 + i)[0])

@@ -139,7 +139,7 @@ class AdamW:
     def step(self, grads: Sequence[Tensor], lr: Sequence[float] | Tensor, left_out: Tensor) -> None:
         """See `optimizers.Optimizer.step`. The kernel itself skips a member whose `found_inf` is 1."""
         grad_rows = [rows(g) for g in grads]
-        rates = lr.unbind() if isinstance(lr, Tensor) else lr
+        rates = _for_kernel(lr).unbind() if isinstance(lr, Tensor) else lr
         skipped = left_out.unbind()
         self.moments.step_K.add_(1)
         for group in self.groups:
@@ -166,6 +166,11 @@ class AdamW:
     def update_sizes(self, grads: Sequence[Tensor]) -> dict[str, Tensor] | None:
         """See `Moments.update_sizes`."""
         return self.moments.update_sizes(grads)
+
+
+def _for_kernel(lr_K: Tensor) -> Tensor:
+    """Rates in the precision that the fused kernel reads: float32 on CUDA."""
+    return lr_K.float() if lr_K.device.type == "cuda" else lr_K
 
 
 def _groups(configs: Sequence[TrialConfig], named: Sequence[tuple[str, Tensor]], moments: Moments) -> list[Group]:

@@ -70,12 +70,15 @@ class Feed(Protocol):
     def fill(self, tick: int, count: int) -> None:
         """Have those of so many ticks at hand, from `tick` on. Raises RuntimeError for masks that only some have."""
 
+    def prepare(self, tick: int, count: int) -> None:
+        """The next `fill` is likely to be this one: called while the device is busy."""
+
     def at(self, slot: Tensor) -> Tensor:
         """Those of tick number `slot` (int64 [1], on the device) of the last `fill`; what a captured step reads."""
 
 
 class HostFeed:
-    """Windows cut on the host. After a `fill` a thread prepares the same number of ticks that follow."""
+    """Windows cut on the host; a thread prepares the next `fill`."""
 
     def __init__(self, batches: Sequence[Batches], starts: Sequence[int], steps: Sequence[int], device: torch.device):
         self.batches, self.starts, self.steps, self.device = batches, starts, steps, device
@@ -94,7 +97,9 @@ class HostFeed:
             self._held = ready.to(self.device)
         else:
             self._held[:count].copy_(ready, non_blocking=True)
-        self._next = (tick + count, count, self._thread.submit(self._pinned, tick + count, count))
+
+    def prepare(self, tick: int, count: int) -> None:
+        self._next = (tick, count, self._thread.submit(self._pinned, tick, count))
 
     def at(self, slot: Tensor) -> Tensor:
         assert self._held is not None
@@ -128,20 +133,28 @@ class ResidentFeed:
         self._tokens = torch.cat(tokens).to(device)
         self._span = torch.arange(batches[0].layout.width, device=device)
         self._held: Tensor | None = None  # [ticks, K, B]: position of each sequence's first token
+        self._next: tuple[int, int, Tensor] | None = None
 
     def windows(self, tick: int) -> tuple[Tensor, bool]:
         return self._gathered(torch.from_numpy(self._places(tick)).to(self.device)), self._masked
 
     def fill(self, tick: int, count: int) -> None:
-        places = torch.from_numpy(np.stack([self._places(tick + i) for i in range(count)]))
+        places = self._next[2] if self._next and self._next[:2] == (tick, count) else self._table(tick, count)
         if self._held is None or len(self._held) < count:
             self._held = places.to(self.device)
         else:
             self._held[:count].copy_(places)
 
+    def prepare(self, tick: int, count: int) -> None:
+        # no thread: the host has nothing else to do, and 128 members' places take 20 ms of it
+        self._next = (tick, count, self._table(tick, count))
+
     def at(self, slot: Tensor) -> Tensor:
         assert self._held is not None
         return self._gathered(self._held.index_select(0, slot)[0])
+
+    def _table(self, tick: int, count: int) -> Tensor:
+        return torch.from_numpy(np.stack([self._places(tick + i) for i in range(count)]))
 
     def _places(self, tick: int) -> NDArray[np.int64]:
         members = zip(self.batches, self._offsets, _steps_at(tick, self.starts, self.steps), strict=True)
@@ -224,8 +237,7 @@ class Captured:
         self.stepper, self.feed, self.evaluation = stepper, feed, evaluation_KBT
         device, K = stepper.device, stepper.K
         self._slot = torch.zeros(1, dtype=torch.int64, device=device)
-        # the fused kernel of CUDA takes a float32 rate, that of a CPU the same double as a number would be
-        self._lr = torch.zeros(ring, K, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+        self._lr = torch.zeros(ring, K, dtype=torch.float64, device=device)  # as a number would be
         self._live = torch.zeros(ring, K, device=device)
         columns = len(stepper.columns) + len(stepper.stack.names)
         self._steps = torch.zeros(ring, K, columns, device=device)
@@ -249,6 +261,7 @@ class Captured:
         self._slot.zero_()
         for tick in ticks:
             self._replays[self._kind(tick.due)]()
+        self.feed.prepare(ticks[-1].tick + 1, n)
 
     def take(self) -> Taken:
         n = len(self._ticks)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from stabstudy.architecture import ModelConfig
 from stabstudy.data import weights
 from stabstudy.settings import DataError, show
-from stabstudy.training.model import Decoder, initial_matrix, initialise
+from stabstudy.training.model import Decoder, causal_attention, initial_matrix, initialise
 
 
 class Model(Protocol):
@@ -231,18 +231,15 @@ def _our_name(name: str) -> tuple[str, int]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **settings: Any
 ) -> tuple[Tensor, None]:
-    """transformers' own call of torch's kernel, with q and k in the dtype of v.
+    """Our own, with q and k in the dtype of v.
 
     RoPE in fp32 makes q and k fp32 under autocast, which casts them at the kernel; under `vmap` the kernel looks at its
     arguments first and refuses them.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    q, k = query.to(value.dtype), key.to(value.dtype)
-    out: tuple[Tensor, None] = sdpa_attention_forward(module, q, k, value, attention_mask, **settings)
-    return out
+    mixed_BHTK = causal_attention(query.to(value.dtype), key.to(value.dtype), value, scaling)
+    return mixed_BHTK.transpose(1, 2).contiguous(), None
 
 
 def _transformers_model(config: ModelConfig, vocab: int, seq_len: int) -> Any:

@@ -23,6 +23,22 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x.float() / cap)
 
 
+def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention [B,H,T,K] by torch's fused kernels; `scale` of the scores q.k, by default 1/sqrt(K).
+
+    In fp32 off the CPU the kernel is named. Under `vmap` torch's choice would run it without the sums that its gradient
+    needs, since no input seems to want one (up to torch 2.13): "LSE is not correctly aligned". It wants 16-byte rows.
+    """
+    groups, full = q_BHTK.shape[1] // k_BGTK.shape[1], v_BGTK.dtype == torch.float32
+    if q_BHTK.device.type == "cpu" or not full or torch.is_autocast_enabled("cuda") or q_BHTK.shape[3] % 4:
+        kernel, gqa = F.scaled_dot_product_attention, groups > 1
+        return kernel(q_BHTK, k_BGTK, v_BGTK, is_causal=True, scale=scale, enable_gqa=gqa)
+    k_BHTK, v_BHTK = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))
+    named = torch.ops.aten._scaled_dot_product_efficient_attention
+    mixed_BHTK: Tensor = named(q_BHTK, k_BHTK, v_BHTK, None, compute_log_sumexp=True, is_causal=True, scale=scale)[0]
+    return mixed_BHTK
+
+
 def capped_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, cap: float) -> Tensor:
     """Causal attention [B,H,T,K] whose scores q.k/sqrt(K) are capped before the softmax; scores and softmax in float32.
 
@@ -68,8 +84,7 @@ class Attention(nn.Module):
         if self.softcap is not None:
             mixed_BHTK = capped_attention(q_BHTK, k_BGTK, v_BGTK, self.softcap)
         else:
-            grouped = self.G != self.H
-            mixed_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
+            mixed_BHTK = causal_attention(q_BHTK, k_BGTK, v_BGTK)
         out: Tensor = self.wo(mixed_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return out
 

@@ -245,10 +245,9 @@ class PackRun:
         torch.set_num_threads(self.engine.threads)
         keep_freed_memory()
         if self.device.type == "cuda":
-            torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has no batching rule
-            choose_deterministic_kernels()
+            choose_kernels()
         if self.compiled:
-            keep_compiled(self.engine.cache_dir)
+            keep_compiled(self.engine.cache_dir, self.device)
 
     def _build(self) -> Stepper:
         """The stepper of the members in `places`, with their initial weights."""
@@ -349,11 +348,18 @@ def _beginning(config: TrialConfig) -> tuple[int, str | None, str | None]:
     return (config.seed if o.init_from is None else 0), o.init_from, o.init_id
 
 
-def choose_deterministic_kernels() -> None:
-    """Kernels on CUDA that give equal numbers for equal inputs; what they cost is in benchmarks/README.md."""
+def choose_kernels(deterministic: bool = True) -> None:
+    """Kernels on CUDA that `vmap` knows and that give equal numbers for equal inputs.
+
+    What the latter cost is in benchmarks/README.md. With `warn_only` attention would not be deterministic. Memory that
+    nothing has written is not filled: torch does so by default, in a kernel for each tensor.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # no batching rule
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # chosen under vmap it has no gradient, see causal_attention
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

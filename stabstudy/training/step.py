@@ -97,7 +97,7 @@ class Stepper:
 
         Args:
             windows_KBT: int64; targets are the next tokens. A member without a valid one makes no update.
-            lr: [K]; a float32 tensor where the step is captured.
+            lr: [K]; a float64 tensor where the step is captured.
             live: [K] float32; 0 where a member has ended, which makes no update any more.
             masked: whether any target may be IGNORE.
             measure_noise: whether to compare the micro-batches, see clipping.py.
@@ -234,10 +234,16 @@ FOLDER = "compiled"
 """Below the cache folder: compiled kernels, of which trials of equal shape make use together."""
 
 
-def keep_compiled(cache_dir: Path) -> None:
+COMPILE_THREADS = 4
+"""Of a process that has a GPU to itself."""
+
+
+def keep_compiled(cache_dir: Path, device: torch.device) -> None:
     """Keep kernels in the cache folder, unless the user's environment names another. Call before the first compile."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / FOLDER))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each trial starts a process per core
+    # by default a process for each core; on a CPU there is such a trial for each core already
+    threads = 1 if device.type == "cpu" else COMPILE_THREADS
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
 
 
 def compiled(function: Callable[..., T]) -> Callable[..., T]:
