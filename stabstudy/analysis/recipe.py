@@ -270,8 +270,8 @@ def sentence(recipe: Recipe) -> str:
     parts = [
         f"final loss {loss}{recipe.unit} ({', '.join(rests)})",
         *([noise] if recipe.noise else []),
-        _rivals(recipe),
-        *([] if recipe.margin is None else [_room(recipe.margin)]),
+        f"{rivals(recipe)}{_why(recipe)}",
+        *([] if recipe.margin is None else [room(recipe.margin)]),
         *(f"{words.level(recipe.levels[a], a)} is the {end} {words.label(a)} tried" for a, end in recipe.ends.items()),
     ]
     return f"{f'For {_named(recipe.given)}: use' if recipe.given else 'Use'} {knobs}: {'; '.join(parts)}."
@@ -288,14 +288,14 @@ def _named(levels: Mapping[str, Level]) -> str:
     return words.at_levels(levels, levels.values())
 
 
-def _rivals(recipe: Recipe) -> str:
+def rivals(recipe: Recipe) -> str:
     """How it compares with the other stable cells of its conditions."""
     lack = "lacks" if recipe.incomplete == 1 else "lack"
     more = f" ({recipe.incomplete} more {lack} a seed, a verdict or a loss)" if recipe.incomplete else ""
     tied, cells = len(recipe.ties) + 1, recipe.candidates
     if tied > 1:
         which = f"{tied} of {cells}" if tied < cells else f"all {cells}"
-        return f"{which} stable cells are tied{more}, not distinguishable: {_boxes(recipe)}; {_why(recipe)}"
+        return f"{which} stable cells are tied{more}, not distinguishable: {_boxes(recipe)}"
     if cells > 1:
         others = "other stable cell" if cells == 2 else f"{cells - 1} other stable cells"
         return f"lower than in the {others}{more}"
@@ -303,18 +303,20 @@ def _rivals(recipe: Recipe) -> str:
 
 
 def _why(recipe: Recipe) -> str:
-    """Why this one of those that are tied."""
+    """Why this one of those that are tied; empty where none is."""
+    if not recipe.ties:
+        return ""
     far = recipe.near <= len(recipe.ties)
     which = f"those within {STABLE_MARGIN:g}{recipe.unit} of the best" if far else "these"
     if recipe.widest in (0, recipe.near):
-        return f"of {which} it has the lowest loss"
+        return f"; of {which} it has the lowest loss"
     lowest = ", and of those that share it the lowest loss" if recipe.widest > 1 else ""
     short = recipe.margin is not None and recipe.margin.evaluable < MARGIN_STEPS
     wide = "stayed stable up to the highest multiple of its learning rate" if short else "has the widest known margin"
-    return f"of {which} it {wide}{lowest}"
+    return f"; of {which} it {wide}{lowest}"
 
 
-def _room(margin: Margin) -> str:
+def room(margin: Margin) -> str:
     """The margin as an interval; of trials that are too short what was unstable, and nothing that was stable."""
     bad, there = margin.unstable
     number = f"({bad} of {words.count(there, 'trial')} {'is' if bad == 1 else 'are'} not stable)"

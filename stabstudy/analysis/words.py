@@ -71,6 +71,9 @@ GLOSSARY = (
 )
 """The terms of the first screen."""
 
+MARKS = "Figures: a mark per trial, open where it is stable, filled where not, × diverged; ring: the largest norm."
+"""How the small figures of the first screen are read."""
+
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
 _ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")

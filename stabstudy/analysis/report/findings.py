@@ -59,7 +59,7 @@ def findings(study: Study) -> list[Finding]:
         sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
         return [Finding("How far", sentences), Finding("What to use", list(_recipes(study, "")))]
     if adaptive.why_biased(study) is not None:
-        return [Finding("What the search found", [*_best(study), *_behind(study), *_warned(study)])]
+        return [Finding("What the search found", [*best(study), *_behind(study), *_warned(study)])]
     limits = list(_limits(study))
     answers = (
         Finding("What is stable", [*limits, *_behind(study), *_warned(study)]),
@@ -70,7 +70,7 @@ def findings(study: Study) -> list[Finding]:
     return [each for each in answers if each.sentences]
 
 
-def _best(study: Study) -> Iterator[str]:
+def best(study: Study) -> Iterator[str]:
     """The best cells of a search, which are better than what they would be when trained again."""
     history = searches.search_history(study.folder, study.tables.trials)
     assert history is not None

@@ -20,14 +20,32 @@ import jinja2
 from markupsafe import Markup, escape
 
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Code, Figure, Report, Table, TrialPage, split_command, split_ids
+from stabstudy.analysis.elements import (
+    TRIALS,
+    Answer,
+    Bar,
+    Code,
+    Figure,
+    Point,
+    Report,
+    Table,
+    TrialPage,
+    split_command,
+    split_ids,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def html_index(report: Report) -> str:
     """The page of the study."""
-    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    content = {
+        "report": report,
+        "sections": report.sections,
+        "glossary": words.GLOSSARY,
+        "marks_glossary": words.MARKS,
+        "spans": _spans,
+    }
     return _render("index.html.j2", report.trials, TRIALS, **content)
 
 
@@ -93,7 +111,20 @@ def _environment() -> jinja2.Environment:
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["code"] = lambda block: isinstance(block, Code)
     environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    environment.tests["answer"] = lambda item: isinstance(item, Answer)
+    environment.tests["bar"] = lambda item: isinstance(item, Bar)
+    environment.tests["point"] = lambda item: isinstance(item, Point)
     return environment
+
+
+def _spans(bar: Bar) -> list[dict[str, Any]]:
+    """Each part of a bar: what it counts, and where it starts and how wide it is in percent."""
+    total, before, parts = sum(count.number for count in bar.counts), 0, []
+    for count in bar.counts:
+        start, width = (f"{100 * n / total:.3f}" for n in (before, count.number))
+        parts.append({"kind": count.kind, "start": start, "width": width})
+        before += count.number
+    return parts
 
 
 @functools.cache

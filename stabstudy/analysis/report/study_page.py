@@ -8,25 +8,29 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from stabstudy.analysis import compare, recipe, words
-from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.report import (
+    design_line,
     drivers,
     effect_tables,
     export,
     findings,
+    first_boxes,
+    first_screen,
     frontier_page,
     ingested_page,
-    trial_page,
     trial_tables,
 )
+from stabstudy.analysis.report.design_line import settled
 from stabstudy.analysis.study import Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
@@ -41,26 +45,36 @@ from stabstudy.stability.hopeless import (
     UNTRAINED_FROM,
 )
 from stabstudy.stability.rules import Rules
-from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import State
 from stabstudy.store import StoreError
 
 MOST_FAILED = 50
 
+IN_EFFECTS = ("search-", "final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map", "against-", "effects")
+IN_RUNS = ("traces",)
+IN_SPIKES = ("spike-abs-rate-map", "norm-ratios", "accumulation", "layers")
+IN_MODELS = ("lr-sensitivity", "first-spikes", "clipping")
+"""Beginnings of the names of the figures of each section; a figure of none of them repeats another, and is left out."""
+
+RUNS_PAGE = ("runs.html", "All trials: sort, filter, overlay")
+"""The page with every trial."""
+
 
 def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
-    numbers = study.outcomes
     states = dict(_states(study))
-    shown = {kind: n for kind, n in numbers.items() if n or kind in VERDICTS}
+    known = first_boxes.shares(settled(study))
+    drawn, pointers = first_screen.figures(study)
     return Report(
         study=words.clean(study.name, 80),
+        design=design_line.design(study),
         question=words.clean(study.question),
-        headline=findings.headline(study),
-        counts=[Count(kind, n, trial_page.SIGNS[kind]) for kind, n in shown.items()],
+        boxes=first_screen.boxes(study, known),
         findings=findings.findings(study),
         warnings=findings.warnings(study) + _mixed_engines(states),
-        sections=[s for s in _sections(study, states) if s.blocks],
+        sections=list(_sections(study, states, known)),
+        sketches=drawn,
+        pointers=pointers,
         trials=paged(study),
     )
 
@@ -71,28 +85,71 @@ def paged(study: Study) -> frozenset[str]:
     return frozenset(t for t in ids if TRIAL_ID.fullmatch(t))
 
 
-def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
+def _sections(study: Study, states: Mapping[str, State], known: first_boxes.Shares) -> Iterator[Section]:
+    """Effects, runs, spikes, sensitivity and models; then the methods, folded, with what the others left out."""
+    absent: list[Absent] = []
+    for section in _shown(study, known):
+        absent += [block for block in section.blocks if isinstance(block, Absent)]
+        kept = [block for block in section.blocks if not isinstance(block, Absent)]
+        if kept or section.link:
+            yield replace(section, blocks=kept)
+    yield from (s for s in _methods(study, states, absent) if s.blocks)
+
+
+def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
+    drawn = list(figures(study))
+    grid = not study.ingested
     if study.ingested:
         yield Section("read", "What was read", list(ingested_page.read(study)))
-        yield Section("design", "Settings and rules", list(design(study)))
-    else:
-        if study.searched is not None:
-            yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
-        yield Section("recipe", "Recipe to copy", list(_recipe(study)))
-        yield Section("design", "Design and rules", list(design(study)))
-        yield Section("cells", "Cells", list(effect_tables.cells(study)) if len(study.cells) else [])
-    yield Section("figures", "Figures", list(_figures(study)))
-    yield Section("summaries", "Summary per trial", list(_summaries(study)))
-    yield Section("changes", "What each axis changed", list(effect_tables.effect_blocks(study)))
+    if study.searched is not None:
+        yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
+    effects = [
+        *(b for b in drawn if isinstance(b, Absent)),
+        *_of(drawn, IN_EFFECTS),
+        *effect_tables.effect_blocks(study),
+    ]
+    yield Section("changes", "Effects", effects)
+    cells = effect_tables.cells(study) if grid and len(study.cells) else []
+    runs = [*_of(drawn, IN_RUNS), *cells, *_failed(study)]
+    yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
+    spikes = [*trial_tables.highest_spikes(study), *_of(drawn, IN_SPIKES)]
+    yield Section("spikes", "Spikes", spikes)
+    if grid and drivers.models(study):
+        yield Section("batches", "Batches: their share, and the highest", list(drivers.batches(study)), folded=True)
+    yield from _models(study, drawn, known)
+
+
+def _models(study: Study, drawn: Sequence[Block], known: first_boxes.Shares) -> Iterator[Section]:
+    if study.ingested or not drivers.models(study):
+        return
+    curves = list(_of(drawn, IN_MODELS))
+    if drivers.too_few_events(study.first_spikes()) is not None:
+        curves = [figure for figure in curves if figure.name != "first-spikes"]
+    nats = compare.in_nats(study.trials)
+    sensitivity = list(drivers.sensitivity(study)) if nats else []
+    yield Section("sensitivity", "Sensitivity and models", [*curves, *sensitivity])
+    yield Section("shares", "Shares of variance", list(drivers.importance(known)), folded=True)
+    yield Section("rates", "Model of the spike rate", list(drivers.rates(study)), folded=True)
+    yield Section("first", "Time to the first spike", list(drivers.first_spikes(study)), folded=True)
+
+
+def _of(blocks: Iterable[Block], names: tuple[str, ...]) -> list[Figure]:
+    """The figures whose names begin so, in the order of these names."""
+    drawn = [block for block in blocks if isinstance(block, Figure)]
+    return [figure for name in names for figure in drawn if figure.name.startswith(name)]
+
+
+def _methods(study: Study, states: Mapping[str, State], absent: Sequence[Absent]) -> Iterator[Section]:
+    yield Section("methods", "Methods", [Text("Definitions, rules, design and provenance, each on demand.")])
     if not study.ingested:
-        if compare.in_nats(study.trials):
-            yield Section("sensitivity", "Learning-rate sensitivity", list(drivers.sensitivity(study)))
-        yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
-    yield Section("spikes", "Largest spikes", list(trial_tables.highest_spikes(study)))
-    yield Section("failed", "Trials without a result", list(_failed(study)))
-    yield Section("trials", "Every trial", [trial_tables.all_trials(study)] if len(study.trials) else [])
-    yield Section("columns", "Column definitions", [_definitions()])
-    yield Section("provenance", "Provenance", list(_origin(study, states)))
+        yield Section("recipe", "Recipes as configurations", list(_recipe(study)), folded=True)
+    yield Section("design", "Design and rules", list(design(study)), folded=True)
+    yield Section("tests", "Tests of effects", list(effect_tables.method(study)), folded=True)
+    yield Section("columns", "Column definitions", [_definitions()], folded=True)
+    rows = tuple(dict.fromkeys((words.clean(a.what), words.clean(a.why)) for a in absent))
+    left_out = [Table("Not shown, and why", ("what", "reason"), rows)] if rows else []
+    yield Section("absent", "What this study does not allow", left_out, folded=True)
+    yield Section("provenance", "Provenance", list(_origin(study, states)), folded=True)
 
 
 def _recipe(study: Study) -> Iterator[Block]:
@@ -117,25 +174,9 @@ def _exported(title: str, exported: export.Export) -> Code:
     return Code(title, "\n".join([*(["# These keys do not reproduce all of it:"] if lines else []), *lines, text]))
 
 
-def _figures(study: Study) -> Iterator[Block]:
-    blocks = list(figures(study))
-    yield from (block for block in blocks if isinstance(block, Figure))
-    if absent := tuple((block.what, block.why) for block in blocks if isinstance(block, Absent)):
-        yield Table("Figures that this study does not allow", ("figure", "reason"), absent)
-
-
-def _summaries(study: Study) -> Iterator[Block]:
-    """The roughest and a typical trial: verdict, warnings, spikes, and how the clip threshold relates to the norms."""
-    for kind, trial_id in {"Roughest": study.worst(), "Typical": study.typical()}.items():
-        if trial_id is not None:
-            summary = " ".join(trial_page.explanation(study, trial_id))
-            yield Text(f"{kind} ({trial_id}: {study.describe(trial_id)}). {summary}")
-
-
 def _failed(study: Study) -> Iterator[Block]:
     not_done = study.trials[study.trials["state"] != "done"]
     if not len(not_done) and not study.damaged:
-        yield Text("None: every trial is done and readable.")
         return
     rows = [(d.trial_id, "" if d.seed is None else f"seed {d.seed}", "damaged", "", d.reason) for d in study.damaged]
     rows += [
@@ -156,7 +197,7 @@ def _definitions() -> Table:
     labels["final_loss_capped"] = "final loss"  # the one loss that the tables of cells show
     rows = tuple((head, n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n, head in labels.items())
     heads = ("shown as", "column", "meaning", "unit", "null when")
-    return Table("Every column is documented in results/README.md", heads, rows, folded=True)
+    return Table("Every column is documented in results/README.md", heads, rows)
 
 
 def _origin(study: Study, states: Mapping[str, State]) -> Iterator[Block]:
@@ -206,7 +247,7 @@ def _mixed_engines(states: Mapping[str, State]) -> list[str]:
     names = sorted({name for e in engines for name in e if any(e[name] != other.get(name) for other in engines)})
     text = (
         f"Trained on {len(_engine_texts(states))} different engines, which differ in "
-        f"{', '.join(map(words.clean, names))} (see Provenance): trials that are otherwise equal may differ in the "
+        f"{', '.join(map(words.clean, names))} (see Methods): trials that are otherwise equal may differ in the "
         "last bits, and in more after a few steps of unstable training."
     )
     return [text] if names else []
