@@ -71,7 +71,10 @@ GLOSSARY = (
 )
 """The terms of the first screen."""
 
-MARKS = "Figures: a mark per trial, open where it is stable, filled where not, × diverged; ring: the largest norm."
+MARKS = (
+    "Marks: one per trial, open where it is stable, filled where not, × where it diverged (at the loss of the untrained "
+    "model); lines: means; ring: the largest norm."
+)
 """How the small figures of the first screen are read."""
 
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}

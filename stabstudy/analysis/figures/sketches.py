@@ -21,10 +21,10 @@ from stabstudy.stability.verdict import VERDICTS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE = (4.15, 3.0)
+SIZE = (4.0, 2.6)
 """Inches: three of them stand side by side."""
 
-TRACE_SIZE = (4.15, 1.9)
+TRACE_SIZE = (4.0, 1.75)
 
 METRICS = ("final_loss", "spike_abs_rate", "grad_norm_log_sd")
 """Statistics in the order of their use; the first two that the study has are drawn."""
@@ -99,7 +99,7 @@ def _lines(grid: Study, layout: Layout) -> list[str]:
 
 def _pooled(grid: Study, layout: Layout, lines: list[str]) -> str:
     rest = [words.label(a) for a in grid.axes if a not in (layout.x, *lines)]
-    return f" Lines are means over {words.listing([*rest, 'seeds'])}."
+    return f" Averaged over {words.listing(rest)}." if rest else ""
 
 
 def _look(grid: Study, lines: list[str], levels: tuple[Level, ...]) -> dict[str, Any]:

@@ -83,14 +83,15 @@ def _counts(study: Study, total: int) -> str:
 
 def _factors(grid: Study) -> Iterator[tuple[int, str]]:
     """Each axis and the seed: how many levels, and what they are called; what has one level is no factor."""
-    axes = [(len(levels), _plural(axis)) for axis, levels in grid.axes.items() if len(levels) > 1]
+    axes = [(len(levels), plural(axis)) for axis, levels in grid.axes.items() if len(levels) > 1]
     seeds = len(levels_of(grid.trials["seed"].dropna()))
     yield from axes if len(axes) <= MOST_AXES else [(math.prod(n for n, _ in axes), f"cells of {len(axes)} axes")]
     if seeds > 1 or not axes:
         yield seeds, "seeds" if seeds != 1 else "seed"
 
 
-def _plural(axis: str) -> str:
+def plural(axis: str) -> str:
+    """What several levels of an axis are called: `depths`."""
     label = words.label(axis)
     return _PLURALS.get(label, f"{label}s" if axis in words.LABELS else f"values of {label}")
 

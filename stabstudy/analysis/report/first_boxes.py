@@ -11,6 +11,7 @@ from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Answer, Box, Code, Point, Text
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.recipe import NoRecipe, Recipe
+from stabstudy.analysis.report.design_line import plural
 from stabstudy.analysis.report.export import yaml_scalar
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import too_few
@@ -62,6 +63,8 @@ def drivers_box(study: Study, known: Shares) -> Box:
     """The share of each axis in the variance of roughness; then what each axis did to roughness and loss."""
     rows = records(study.claims()) if study.grid.axes else []
     axes = list(dict.fromkeys(row["axis"] for row in rows))
+    row = known.of(ROUGHNESS)
+    axes.sort(key=lambda axis: -(row[axis] or 0.0) if row is not None else 0.0)
     by_axis = {axis: [r for r in rows if r["axis"] == axis] for axis in axes}
     points = [_axis_point(study, own) for own in by_axis.values()]
     tested = records(cases.changes(study.trials, list(study.axes), reported(study.trials)))
@@ -80,13 +83,13 @@ def _most(known: Shares, rows: Sequence[Row]) -> Iterator[Item]:
         yield _by_tests(rows)
         yield Text(f"Shares of the variance of roughness: not computed{f' ({reason})' if reason else ''}.")
         return
-    ranked = sorted(known.axes, key=lambda a: -(row[a] or 0.0))
+    ranked = sorted((a for a in known.axes if a != "seed"), key=lambda a: -(row[a] or 0.0))
     first, *others = ranked
     yield Answer(words.label(first), f"explains {_percent(row[first])} of the variance of roughness")
     rest = [f"{words.label(a)} {_percent(row[a])}" for a in others]
-    chance = " The seed's share is the measure of chance." if "seed" in others else ""
-    if rest:
-        yield Text(f"{_capital(', '.join(rest))}.{chance}")
+    chance = [f"seed {_percent(row['seed'])} (chance)"] if "seed" in known.axes else []
+    if rest or chance:
+        yield Text(f"{_capital(', '.join([*rest, *chance]))}.")
 
 
 def _by_tests(rows: Sequence[Row]) -> Answer:
@@ -121,40 +124,33 @@ def _case_point(study: Study, rows: Sequence[Row]) -> Point:
 
 
 def _results(study: Study, rows: Sequence[Row], first: Row) -> str:
-    """Roughness and loss with their intervals; then what else is clear, by name."""
+    """Roughness and loss with their intervals."""
     named = {r["metric"]: r for r in rows}
-    parts = [_result(study, named[m], first) for m in (ROUGHNESS, LOSS) if m in named]
-    others = [words.STATISTICS[m] for m, r in named.items() if r["clear"] and m not in (ROUGHNESS, LOSS)]
-    also = [f"also changed: {words.listing(others)}"] if others else []
-    return "; ".join([*parts, *also])
+    return "; ".join(_result(study, named[m], first) for m in (ROUGHNESS, LOSS) if m in named)
 
 
 def _result(study: Study, row: Row, first: Row) -> str:
     name = "loss" if row["metric"] == LOSS else words.STATISTICS[row["metric"]]
     if row["p_holm"] is None:
         return f"{name} not tested ({row['note']})" if row["note"] else f"{name} not tested"
+    axis = row["axis"]
     other_levels = (row["a"], row["b"]) != (first["a"], first["b"])
-    between = (
-        f" ({words.level(row['a'], row.get('axis', ''))} to {words.level(row['b'], row.get('axis', ''))})"
-        if other_levels
-        else ""
-    )
+    between = f" ({words.level(row['a'], axis)} to {words.level(row['b'], axis)})" if other_levels else ""
     if not row["clear"]:
-        return f"no effect found on {name}{between}: {words.change(row, nats=compare.in_nats(study.trials))}"
+        return f"no effect found on {name}{between}, {words.change(row, unit=False)}"
     if row.get("other") is not None:
         return f"{name}{between}, depending on {words.label(row['other'])}: {_simple(study, row)}"
     return f"{_clear(study, name, row)}{between}"
 
 
 def _clear(study: Study, name: str, row: Row) -> str:
-    """`loss higher by 0.0469 [0.0220, 0.0718] nat/token`; a ratio as it is."""
+    """What is clear, as `loss higher by 0.047 [0.022, 0.072]`; a ratio as it is."""
     if row["scale"] != "difference":
         return f"{name} {words.change(row)}"
     ends = sorted(abs(row[end]) if row["low"] * row["high"] > 0 else row[end] for end in ("low", "high"))
-    unit = " nat/token" if row["metric"] == LOSS and compare.in_nats(study.trials) else ""
     way = "higher" if row["estimate"] > 0 else "lower"
-    low, high = map(words.number, ends)
-    return f"{name} {way} by {words.number(abs(row['estimate']))} [{low}, {high}]{unit}"
+    size, low, high = (words.number(v, 2) for v in (abs(row["estimate"]), *ends))
+    return f"{name} {way} by {size} [{low}, {high}]"
 
 
 def _simple(study: Study, row: Row) -> str:
@@ -210,13 +206,7 @@ def _recipe_items(
 ) -> Iterator[Item]:
     """A recipe and the conditions under which it is the answer."""
     where = [words.at_levels(r.given, r.given.values()) for r in own if r.given]
-    scope = (
-        ""
-        if not where
-        else f"at every {_condition(own)}"
-        if len(own) == len(every) > 1
-        else f"at {words.listing(where)}"
-    )
+    scope = "" if not where else f"at {_every(own)}" if len(own) == len(every) > 1 else f"at {words.listing(where)}"
     so_far = f"so far, {words.count(pending, 'trial')} still to come" if pending else ""
     yield Answer(_knobs(own[0]) or "these settings", ", ".join(filter(None, (scope, so_far))))
     if own[0].levels:
@@ -224,20 +214,23 @@ def _recipe_items(
     yield Text(_losses(own))
     for text in (_margins, _ties):
         yield from (Text(each) for each in text(own))
-    ends = [f"{words.level(own[0].levels[a], a)} is the {end} {words.label(a)} tried" for a, end in own[0].ends.items()]
+    ends = [f"the {end} {words.label(axis)}" for axis, end in own[0].ends.items()]
     if ends:
-        yield Point("Edge of the grid:", f"{words.listing(ends)}.")
+        yield Point("Edge of the grid:", f"{words.listing(ends)} tried.")
     commands = dict.fromkeys(c for r in own if (c := answer.margin_command(study, r)) is not None and c not in known)
     yield from (Code("Find its limit", command) for command in commands)
 
 
-def _condition(own: Sequence[Recipe]) -> str:
-    names = [words.label(axis) for axis in own[0].given]
-    return names[0] if len(names) == 1 else "combination of " + words.listing(names)
+def _every(own: Sequence[Recipe]) -> str:
+    """`both depths`, `all 3 depths`."""
+    if len(own[0].given) == 1:
+        (axis,) = own[0].given
+        return all_levels(axis, len(own))
+    return f"every {' and '.join(words.label(axis) for axis in own[0].given)}"
 
 
 def _losses(own: Sequence[Recipe]) -> str:
-    """`Loss 2.536 ± 0.052 nat/token (depth 2), 2.545 ± 0.025 (depth 6); 3 seeds each.`"""
+    """Each loss with its interval, `2.536 ± 0.052 nat/token (depth 2)`, and how many seeds it rests on."""
     parts = []
     for i, each in enumerate(own):
         loss = words.estimate(each.loss.mean, each.loss.low, each.loss.high, 4)
@@ -273,3 +266,8 @@ def _ties(own: Sequence[Recipe]) -> Iterator[str]:
 def levels_text(axis: str, levels: Sequence[Level]) -> str:
     """`depth 2 and 6`."""
     return f"{words.label(axis)} {words.listing([words.level(v, axis) for v in levels])}"
+
+
+def all_levels(axis: str, number: int) -> str:
+    """`both depths`."""
+    return f"{'both' if number == 2 else f'all {number}'} {plural(axis)}"

@@ -18,7 +18,7 @@ from stabstudy.analysis.levels import Level
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, Recipe
 from stabstudy.analysis.report import findings, first_boxes, frontier_page, ingested_page, trial_page
 from stabstudy.analysis.report.design_line import settled, to_come
-from stabstudy.analysis.report.first_boxes import DRIVERS, USE, Item, Shares, levels_text
+from stabstudy.analysis.report.first_boxes import DRIVERS, USE, Item, Shares, all_levels, levels_text
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
 
@@ -60,6 +60,13 @@ def _bar(study: Study) -> Bar:
     return Bar([Count(kind, n, trial_page.SIGNS[kind]) for kind, n in study.outcomes.items() if n])
 
 
+def _more(study: Study) -> Iterator[Text]:
+    """The counts in a sentence, where it says more than the bar: why there is no verdict, what is sampling noise."""
+    headline = findings.headline(study)
+    if "; without" in headline or "(" in headline or headline.startswith("None"):
+        yield Text(headline)
+
+
 def _empty(study: Study) -> list[Box]:
     damaged = study.outcomes["damaged"]
     what = f"{words.count(damaged, 'damaged trial')}" if damaged else "The study holds no trial yet"
@@ -75,7 +82,7 @@ def _all_counts(study: Study, title: str) -> Box:
     judged = sum(numbers[v] for v in VERDICTS)
     return Box(
         title,
-        [Answer(f"{numbers['stable']} of {judged}", "judged trials"), _bar(study), Text(findings.headline(study))],
+        [Answer(f"{numbers['stable']} of {judged}", "judged trials"), _bar(study), *_more(study)],
     )
 
 
@@ -94,8 +101,8 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
     if not groups:
         yield _cells(study, pending)
     yield _bar(study)
-    yield Text(findings.headline(study))
-    for text, own in groups.items():
+    yield from _more(study)
+    for _, own in groups.items():
         scope = levels_text(by, [level for level, _ in own]) if by is not None and len(groups) > 1 else ""
         if lines := list(_limit_lines([row for _, row in own], grid.axes[LR])):
             yield Text(f"{f'{_capital(scope)}: ' if scope else ''}{' '.join(lines)}")
@@ -112,7 +119,7 @@ def _where(grid: Study, by: str | None, levels: Sequence[Level]) -> str:
     if by is None:
         return ""
     if len(levels) == len(grid.axes[by]) > 1:
-        return f"at {'both' if len(levels) == 2 else f'all {len(levels)}'} levels of {words.label(by)}"
+        return f"at {all_levels(by, len(levels))}"
     return f"at {levels_text(by, levels)}"
 
 
@@ -149,7 +156,7 @@ def _limit_lines(rows: Sequence[Row], grid: Sequence[Level]) -> Iterator[str]:
         yield "What lies above has no verdict."
     steps = [row["evaluable"] for row in rows if row["evaluable"] is not None]
     if steps and min(steps) < MARGIN_STEPS:
-        yield f"It rests on {words.number(min(steps))} evaluable steps a trial (a margin needs {MARGIN_STEPS})."
+        yield f"Seen in {words.number(min(steps))} evaluable steps (a margin needs {MARGIN_STEPS})."
 
 
 def _cells(study: Study, pending: int) -> Answer:
@@ -262,7 +269,7 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
         items.append(Text(f"{words.count(more, 'more cell')}: see Frontier."))
     lines = list(frontier_page.findings(study, of))
     commands = [line for line in lines if ": python -m" in line]
-    items += [_bar(study), Text(findings.headline(study)), *(_command(line) for line in commands)]
+    items += [_bar(study), *_more(study), *(_command(line) for line in commands)]
     yield Box(STABLE if of.asked.holds == "stable" else "Works up to", items)
     told = {line for line in lines if line in commands or line.startswith(of.asked.setting)}
     rest = [line for line in lines if line not in told][:SHOWN]
@@ -311,7 +318,7 @@ def _ingested(study: Study) -> Iterator[Box]:
         if judged
         else Answer("Not judged", words.count(runs, "run"))
     )
-    yield Box("Stable", [lead, _bar(study), Text(findings.headline(study))])
+    yield Box("Stable", [lead, _bar(study), *_more(study)])
     sentences = list(ingested_page.findings(study).sentences)
     top = study.worst()
     row = {} if top is None else study.row(top)

@@ -51,10 +51,9 @@ from stabstudy.store import StoreError
 MOST_FAILED = 50
 
 IN_EFFECTS = ("search-", "final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map", "against-", "effects")
-IN_RUNS = ("traces",)
-IN_SPIKES = ("spike-abs-rate-map", "norm-ratios", "accumulation", "layers")
+IN_SPIKES = ("norm-ratios", "accumulation", "layers")
 IN_MODELS = ("lr-sensitivity", "first-spikes", "clipping")
-"""Beginnings of the names of the figures of each section; a figure of none of them repeats another, and is left out."""
+"""Beginnings of the names of the figures of each section; those of none of them are on demand."""
 
 RUNS_PAGE = ("runs.html", "All trials: sort, filter, overlay")
 """The page with every trial."""
@@ -109,8 +108,11 @@ def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
         *effect_tables.effect_blocks(study),
     ]
     yield Section("changes", "Effects", effects)
+    placed = {f.name for names in (IN_EFFECTS, IN_SPIKES, IN_MODELS) for f in _of(drawn, names)}
+    others = [b for b in drawn if isinstance(b, Figure) and b.name not in placed]
+    yield Section("figures", "More figures: traces, maps, parallel coordinates", others, folded=True)
     cells = effect_tables.cells(study) if grid and len(study.cells) else []
-    runs = [*_of(drawn, IN_RUNS), *cells, *_failed(study)]
+    runs = [*cells, *_failed(study)]
     yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
     spikes = [*trial_tables.highest_spikes(study), *_of(drawn, IN_SPIKES)]
     yield Section("spikes", "Spikes", spikes)
