@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     positions.apply_x(ax)
     name = words.STATISTICS[metric]
     unit = "" if metric != "final_loss" or not compare.in_nats(grid.trials) else " (nat/token)"
-    ax.set_ylabel(style.plain(f"{name}{unit}"))
+    ax.set_ylabel(textwrap.fill(style.plain(f"{name}{unit}"), 26))
     if metric == "spike_abs_rate":
         ax.set_ylim(bottom=-0.04 * max(ax.get_ylim()[1], 1e-3))
         _percent(ax)
@@ -156,8 +157,8 @@ def _shade_unstable(ax: Axes, grid: Study, positions: Positions) -> None:
         start = start / 1.3 if positions.log else start - 0.05 * (end - start)
     ax.axvspan(start, end, color=style.VERMILLION, alpha=0.1, linewidth=0)
     ax.annotate(
-        "not all stable", (end, 1), (-3, -3), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
-        ha="right", va="top", color=style.VERMILLION, fontsize=7.5,
+        "not all stable", (end, 0), (-3, 3), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
+        ha="right", va="bottom", color=style.VERMILLION, fontsize=7.5,
     )  # fmt: skip
 
 
