@@ -87,7 +87,9 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in rows[: 2 * MOST_LINES]
     )
     caption = f"{title}.{_pooled(grid, layout, lines)}"
-    return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, rows)
+    return style.report_figure(
+        f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, rows, png=False
+    )
 
 
 def _lines(grid: Study, layout: Layout) -> list[str]:
@@ -217,4 +219,4 @@ def trace_sketch(study: Study, names: Mapping[str, str]) -> elements.Figure | No
         f"{name}: largest {top} at step {step}, median {mid}." for _, name, step, top, mid in rows
     )
     heads = ("trial", "which", "step of the largest", "largest norm", "median norm")
-    return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2])
+    return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2], png=False)

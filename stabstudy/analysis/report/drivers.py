@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import adaptive, survival, words
+from stabstudy.analysis import adaptive, compare, survival, words
 from stabstudy.analysis.elements import Absent, Block, Code, Table, Text
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import records
@@ -46,8 +46,11 @@ def sensitivity(study: Study) -> Iterator[Block]:
     yield from _growth(records(growth), [a for a in grid.axes if a in growth])
 
 
-def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
-    computed = [row for row in rows if row["reason"] is None]
+def sensitivity_method(study: Study) -> Iterator[Text]:
+    """What the columns of LR sensitivity are; nothing where it is not computed."""
+    if LR not in study.grid.axes or adaptive.why_biased(study) is not None or not compare.in_nats(study.trials):
+        return
+    computed = [row for row in records(study.sensitivity()) if row["reason"] is None]
     if computed:
         rates = ", ".join(words.level(lr, LR) for lr in computed[0]["grid"])
         yield Text(
@@ -58,6 +61,11 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
             f"Basin: width of the range within {BASIN_MARGIN:g} nat/token. Logit exponent: of the largest attention "
             "logit as a power of the learning rate."
         )
+
+
+def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
+    computed = [row for row in rows if row["reason"] is None]
+    if computed:
         heads = ("LR sensitivity", "seeds", "best rate", "excess above it", "largest usable rate", "basin (decades)")
         columns = (*map(words.heading, axes), *heads, "logit exponent")
         table = tuple((*_levels(row, axes), *_recipe(row)) for row in computed)

@@ -68,7 +68,9 @@ def method(study: Study) -> Iterator[Text]:
 def _effects(rows: Sequence[Row], nats: bool) -> Iterator[Block]:
     tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
     heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
-    yield Table(f"Effects: {tests}", heads, tuple(_effect(row, nats) for row in rows), frozenset(heads[4:6]))
+    yield Table(
+        f"Effects: {tests}", heads, tuple(_effect(row, nats) for row in rows), frozenset(heads[4:6]), folded=True
+    )
 
 
 def _effect(row: Row, nats: bool) -> tuple[str, ...]:

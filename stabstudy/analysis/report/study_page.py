@@ -31,7 +31,8 @@ from stabstudy.analysis.report import (
     trial_tables,
 )
 from stabstudy.analysis.report.design_line import settled
-from stabstudy.analysis.study import Study
+from stabstudy.analysis.recipe import LR
+from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
@@ -54,6 +55,9 @@ IN_EFFECTS = ("search-", "final-loss", "grad-norm-log-sd", "attn-logit-peak", "s
 IN_SPIKES = ("norm-ratios", "accumulation", "layers")
 IN_MODELS = ("lr-sensitivity", "first-spikes", "clipping")
 """Beginnings of the names of the figures of each section; those of none of them are on demand."""
+
+FEWEST_POINTS = 3
+"""Levels from which LR sensitivity is drawn against an axis."""
 
 RUNS_PAGE = ("runs.html", "All trials: sort, filter, overlay")
 """The page with every trial."""
@@ -124,15 +128,30 @@ def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
 def _models(study: Study, drawn: Sequence[Block], known: first_boxes.Shares) -> Iterator[Section]:
     if study.ingested or not drivers.models(study):
         return
-    curves = list(_of(drawn, IN_MODELS))
-    if drivers.too_few_events(study.first_spikes()) is not None:
-        curves = [figure for figure in curves if figure.name != "first-spikes"]
-    nats = compare.in_nats(study.trials)
-    sensitivity = list(drivers.sensitivity(study)) if nats else []
-    yield Section("sensitivity", "Sensitivity and models", [*curves, *sensitivity])
+    poor = dict(_too_poor(study))
+    curves = [figure for figure in _of(drawn, IN_MODELS) if figure.name not in poor]
+    left_out = [Absent(f.title, poor[f.name]) for f in _of(drawn, tuple(poor))]
+    sensitivity = list(drivers.sensitivity(study)) if compare.in_nats(study.trials) else []
+    yield Section("sensitivity", "Sensitivity and models", [*curves, *sensitivity, *left_out])
     yield Section("shares", "Shares of variance", list(drivers.importance(known)), folded=True)
     yield Section("rates", "Model of the spike rate", list(drivers.rates(study)), folded=True)
     yield Section("first", "Time to the first spike", list(drivers.first_spikes(study)), folded=True)
+
+
+def _too_poor(study: Study) -> Iterator[tuple[str, str]]:
+    """Figures that would show next to nothing, and what they lack."""
+    if (few := drivers.too_few_events(study.first_spikes())) is not None:
+        yield "first-spikes", few
+    axes = study.grid.axes
+    others = [axis for axis in axes if axis != LR]
+    x = DEPTH if DEPTH in others else next(iter(others), None)
+    if x is not None and len(axes[x]) < FEWEST_POINTS:
+        yield (
+            "lr-sensitivity",
+            f"{len(axes[x])} levels of {words.label(x)}, and it needs {FEWEST_POINTS}: see its table",
+        )
+    if (n := study.trials["optim.clip"].nunique()) < 2:
+        yield "clipping", f"{words.count(n, 'clip threshold')}, and it needs 2"
 
 
 def _of(blocks: Iterable[Block], names: tuple[str, ...]) -> list[Figure]:
@@ -146,7 +165,8 @@ def _methods(study: Study, states: Mapping[str, State], absent: Sequence[Absent]
     if not study.ingested:
         yield Section("recipe", "Recipes as configurations", list(_recipe(study)), folded=True)
     yield Section("design", "Design and rules", list(design(study)), folded=True)
-    yield Section("tests", "Tests of effects", list(effect_tables.method(study)), folded=True)
+    how = [*effect_tables.method(study), *drivers.sensitivity_method(study), *trial_tables.spike_method(study)]
+    yield Section("tests", "How effects, sensitivity and spikes are computed", how, folded=True)
     yield Section("columns", "Column definitions", [_definitions()], folded=True)
     rows = tuple(dict.fromkeys((words.clean(a.what), words.clean(a.why)) for a in absent))
     left_out = [Table("Not shown, and why", ("what", "reason"), rows)] if rows else []
