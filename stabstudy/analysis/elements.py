@@ -131,6 +131,7 @@ class Pointer:
     text: str
     trial_id: str
     step: int | None = None
+    has_text: bool = True  # whether its page can show what the step read
 
 
 @dataclass(frozen=True)

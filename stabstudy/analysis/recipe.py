@@ -24,6 +24,8 @@ from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import FAILED
+from stabstudy.state import ENDED
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
@@ -152,6 +154,7 @@ def why_none(study: Study) -> str:
 def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | NoRecipe:
     """The recipe among these trials, which share their conditions."""
     seeds = set(levels_of(trials["seed"]))
+    trials = _ended(trials)
     stable = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members)}
     cells = {c: members for c, members in stable.items() if _is_complete(members, seeds)}
     if not cells:
@@ -184,6 +187,12 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
         ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, levels_of(done[a])))},
         eval_tokens=row["eval_tokens"],
     )
+
+
+def _ended(trials: pd.DataFrame) -> pd.DataFrame:
+    """The cells of which no trial is still to end: one that is half trained shows neither a margin nor a rival."""
+    over = trials["state"].isin([*ENDED, *FAILED])
+    return trials[over.groupby(trials["cell_id"]).transform("all")] if len(trials) else trials
 
 
 def _is_stable(members: pd.DataFrame) -> bool:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stabstudy.analysis import compare, elements, words
-from stabstudy.analysis.figures import style, tooltips
+from stabstudy.analysis.figures import curves, style, tooltips
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.figures.traces import downsample
@@ -29,6 +30,9 @@ TRACE_SIZE = (4.0, 1.75)
 
 METRICS = ("final_loss", "spike_abs_rate", "grad_norm_log_sd")
 """Statistics in the order of their use; the first two that the study has are drawn."""
+
+FLAT = 2.0
+"""Factor that norms must span for a log scale."""
 
 MOST_LINES = 6
 """Lines up to which a second axis has a dash for each of its levels; of more it is averaged."""
@@ -59,7 +63,8 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     done = grid.trials.loc[grid.trials["state"] == "done", list(dict.fromkeys([*lines, layout.x, *_COLUMNS, metric]))]
     positions = Positions(grid.axes[layout.x], layout.x)
     ax = figure.axes[0]
-    _shade_unstable(ax, grid, positions)
+    if not grid.outcomes["unfinished"]:
+        _shade_unstable(ax, grid, positions)
     parts = [(levels, rows) for levels, rows in split(done, {a: grid.axes[a] for a in lines})]
     for levels, rows in parts:
         _draw_line(ax, rows, metric, positions, _look(grid, lines, levels))
@@ -123,7 +128,7 @@ def _draw_line(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions
     column = compare.column(metric)
     groups = split(trials[trials[column].notna()], {positions.setting: positions.levels})
     at = [positions.of(levels[0]) for levels, _ in groups]
-    means = [compare.mean(rows, metric).mean for _, rows in groups]
+    means = [curves.mean_of(rows, metric).mean for _, rows in groups]
     ax.plot(at, means, color=look["color"], linestyle=look["linestyle"], linewidth=1.5, label=look["label"])
     for verdict in (*VERDICTS, None):
         rows = trials[
@@ -176,47 +181,61 @@ def _numbers(rows: pd.DataFrame, metric: str) -> tuple[str, str, str]:
     return words.percent(mean) if metric == "spike_abs_rate" else words.number(mean), str(len(rows)), str(bad)
 
 
+def moment(study: Study, trial_id: str) -> int | None:
+    """The step to look at: where a diverged trial ended, else the peak of the highest spike; None: no spike."""
+    if study.row(trial_id)["verdict"] == "diverged":
+        steps = study.trace(trial_id)["step"]
+        return int(steps[-1]) if len(steps) else None
+    spikes = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
+    return max(spikes, key=lambda s: s["peak_ratio"] or 0.0)["peak_step"] if spikes else None
+
+
 def trace_sketch(study: Study, names: Mapping[str, str]) -> elements.Figure | None:
-    """The gradient norms of these trials (trial_id -> what it is), the first one's largest ringed; None: no norm."""
+    """The gradient norms of these trials (trial_id -> what it is), each with a ring at its `moment`; None: no norm."""
     figure = style.new_figure(*TRACE_SIZE)
     ax = figure.axes[0]
-    rows = []
+    rows, seen = [], []
     for (trial_id, name), colour in zip(names.items(), (style.VERMILLION, style.GREEN), strict=False):
         trace = study.trace(trial_id)
-        norm = np.asarray(trace["grad_norm"], dtype=float)
-        if not np.isfinite(norm).any():
+        steps, norm = trace["step"], np.asarray(trace["grad_norm"], dtype=float)
+        finite = np.isfinite(norm)
+        if not finite.any():
             continue
-        ax.plot(*downsample(trace["step"], norm), color=colour, linewidth=1.0, label=style.plain(name))
-        peak = int(np.nanargmax(np.where(np.isfinite(norm), norm, -math.inf)))
-        if not rows:
+        ax.plot(*downsample(steps, norm), color=colour, linewidth=1.0, label=style.plain(name))
+        at = moment(study, trial_id)
+        here = finite & (steps == at)
+        if here.any():
             ax.plot(
-                trace["step"][peak],
-                norm[peak],
-                linestyle="none",
-                marker="o",
-                markersize=7,
-                markerfacecolor="none",
-                markeredgecolor=style.PURPLE,
-            )
-        rows.append(
-            (
-                trial_id,
-                name,
-                str(trace["step"][peak]),
-                words.number(float(norm[peak])),
-                words.number(float(np.nanmedian(norm[np.isfinite(norm)]))),
-            )
-        )
+                steps[here], norm[here], linestyle="none", marker="o", markersize=7, markerfacecolor="none",
+                markeredgecolor=style.PURPLE, gid="spikes",
+            )  # fmt: skip
+        seen.append(norm[finite & (norm > 0)])
+        numbers = (words.number(float(norm[finite].max())), words.number(float(np.median(norm[finite]))))
+        rows.append((trial_id, name, words.NOTHING if at is None else str(at), *numbers))
     if not rows:
         return None
-    ax.set_yscale("log", nonpositive="mask")
-    style.log_ticks(ax)
+    _scale(ax, np.concatenate(seen))
     ax.set_ylabel("gradient norm")
     ax.set_xlabel("optimizer step")
-    ax.legend(loc="upper right", fontsize=7.5, frameon=False, labelcolor=style.INK, handlelength=1.6)
+    ax.legend(
+        loc="upper right", fontsize=7.5, frameon=False, labelcolor=style.INK, handlelength=1.6, ncols=2,
+        borderaxespad=0.1,
+    )  # fmt: skip
     title = "Gradient norm before clipping, step by step"
-    alt = "Line chart. " + " ".join(
-        f"{name}: largest {top} at step {step}, median {mid}." for _, name, step, top, mid in rows
-    )
-    heads = ("trial", "which", "step of the largest", "largest norm", "median norm")
+    parts = [f"{name}: largest {top}, median {middle}, marked step {step}." for _, name, step, top, middle in rows]
+    heads = ("trial", "which", "step marked", "largest norm", "median norm")
+    alt = f"Line chart. {' '.join(parts)}"
     return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2], png=False)
+
+
+def _scale(ax: Axes, values: NDArray[np.float64]) -> None:
+    """A log scale where norms span a factor, with room for the legend above."""
+    if not len(values):
+        return
+    low, high = float(values.min()), float(values.max())
+    if high < FLAT * low:
+        ax.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))
+        return
+    ax.set_yscale("log", nonpositive="mask")
+    ax.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.25)
+    style.log_ticks(ax)

@@ -86,8 +86,8 @@ def _factors(grid: Study) -> Iterator[tuple[int, str]]:
     axes = [(len(levels), plural(axis)) for axis, levels in grid.axes.items() if len(levels) > 1]
     seeds = len(levels_of(grid.trials["seed"].dropna()))
     yield from axes if len(axes) <= MOST_AXES else [(math.prod(n for n, _ in axes), f"cells of {len(axes)} axes")]
-    if seeds > 1 or not axes:
-        yield seeds, "seeds" if seeds != 1 else "seed"
+    if seeds > 1:
+        yield seeds, "seeds"
 
 
 def plural(axis: str) -> str:
@@ -107,7 +107,8 @@ def _tokens(trials: pd.DataFrame) -> str:
     if not planned.notna().any():
         return ""
     low, high = (short(float(v)) for v in (planned.min(), planned.max()))
-    return f", {low if low == high else f'{low} to {high}'} tokens each"
+    each = " each" if len(trials) > 1 else ""
+    return f", {low if low == high else f'{low} to {high}'} tokens{each}"
 
 
 def short(number: float) -> str:

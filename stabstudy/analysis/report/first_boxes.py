@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.analysis import answer, cases, compare, recipe, words
+from stabstudy.analysis import answer, cases, recipe, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Answer, Box, Code, Point, Text
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.recipe import NoRecipe, Recipe
 from stabstudy.analysis.report.design_line import plural
-from stabstudy.analysis.report.export import yaml_scalar
+from stabstudy.analysis.report.export import overrides, yaml_scalar
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import too_few
 
@@ -124,44 +124,70 @@ def _case_point(study: Study, rows: Sequence[Row]) -> Point:
 
 
 def _results(study: Study, rows: Sequence[Row], first: Row) -> str:
-    """Roughness and loss with their intervals."""
+    """Roughness and loss with their intervals; together where both depend on one other axis."""
     named = {r["metric"]: r for r in rows}
-    return "; ".join(_result(study, named[m], first) for m in (ROUGHNESS, LOSS) if m in named)
+    own = [named[m] for m in (ROUGHNESS, LOSS) if m in named]
+    alike = {(r["a"], r["b"], r.get("other")) for r in own if r["clear"] and r.get("other") is not None}
+    if len(alike) == 1 and all(r["clear"] and r.get("other") is not None for r in own):
+        return _simple(study, own)
+    return "; ".join(_result(study, row, first) for row in own)
 
 
 def _result(study: Study, row: Row, first: Row) -> str:
-    name = "loss" if row["metric"] == LOSS else words.STATISTICS[row["metric"]]
+    name, axis = _name(row), row["axis"]
     if row["p_holm"] is None:
         return f"{name} not tested ({row['note']})" if row["note"] else f"{name} not tested"
-    axis = row["axis"]
     other_levels = (row["a"], row["b"]) != (first["a"], first["b"])
     between = f" ({words.level(row['a'], axis)} to {words.level(row['b'], axis)})" if other_levels else ""
     if not row["clear"]:
-        return f"no effect found on {name}{between}, {words.change(row, unit=False)}"
+        return f"no effect found on {name}{between}, {_signed(row)}"
     if row.get("other") is not None:
-        return f"{name}{between}, depending on {words.label(row['other'])}: {_simple(study, row)}"
-    return f"{_clear(study, name, row)}{between}"
+        return f"{_simple(study, [row])}{between}"
+    return f"{_clear(name, row)}{between}"
 
 
-def _clear(study: Study, name: str, row: Row) -> str:
+def _name(row: Row) -> str:
+    return "loss" if row["metric"] == LOSS else words.STATISTICS[row["metric"]]
+
+
+def _clear(name: str, row: Row) -> str:
     """What is clear, as `loss higher by 0.047 [0.022, 0.072]`; a ratio as it is."""
-    if row["scale"] != "difference":
-        return f"{name} {words.change(row)}"
-    ends = sorted(abs(row[end]) if row["low"] * row["high"] > 0 else row[end] for end in ("low", "high"))
+    if row["scale"] != "difference" or row["low"] * row["high"] <= 0:
+        return f"{name} {_signed(row)}"
     way = "higher" if row["estimate"] > 0 else "lower"
-    size, low, high = (words.number(v, 2) for v in (abs(row["estimate"]), *ends))
-    return f"{name} {way} by {size} [{low}, {high}]"
+    low, high = (words.number(v, 2) for v in sorted(abs(row[end]) for end in ("low", "high")))
+    return f"{name} {way} by {words.number(abs(row['estimate']), 2)} [{low}, {high}]"
 
 
-def _simple(study: Study, row: Row) -> str:
-    """The effect at each level of the axis on which it depends; of many the first and the last."""
+def _signed(row: Row) -> str:
+    """`+0.047 [0.022, 0.072]` of a difference, `×3.08 [2.87, 3.31]` of a ratio."""
+    if row["scale"] != "difference":
+        return words.change(row)
+    sign = "+" if row["estimate"] > 0 else ""
+    return f"{sign}{words.number(row['estimate'], 2)} [{words.number(row['low'], 2)}, {words.number(row['high'], 2)}]"
+
+
+def _simple(study: Study, rows: Sequence[Row]) -> str:
+    """Effects at each level of the axis on which they depend; of many the first and the last."""
+    other, names = rows[0]["other"], [_name(row) for row in rows]
+    tables = [_at_levels(study, row) for row in rows]
+    levels = [level for level in tables[0] if all(level in table for table in tables)]
+    if not levels:
+        return f"{words.listing(names)} depend{'s' if len(names) == 1 else ''} on {words.label(other)}"
+    shown = levels if len(levels) <= MOST_LEVELS else [levels[0], levels[-1]]
+    parts = [
+        f"{'' if i else f'{words.label(other)} '}{words.level(level, other)}, "
+        + ", ".join(f"{name} {_signed(table[level])}" for name, table in zip(names, tables, strict=True))
+        for i, level in enumerate(shown)
+    ]
+    return f"at {'; at '.join(parts)}"
+
+
+def _at_levels(study: Study, row: Row) -> dict[Level, Row]:
+    """The effect at each level of the axis on which it depends, where it is known."""
     trials, axes, (metric,) = study.tested([row["metric"]])
     table = records(simple_effects(trials, axes, metric, row["axis"], (row["a"], row["b"]), row["other"]))
-    rows = [r for r in table if r["estimate"] is not None]
-    shown = rows if len(rows) <= MOST_LEVELS else [rows[0], rows[-1]]
-    nats = compare.in_nats(study.trials)
-    at = [f"{words.change(r, r is shown[-1], nats)} at {words.level(r[row['other']], row['other'])}" for r in shown]
-    return words.listing(at) or "not known at any one of its levels"
+    return {r[row["other"]]: r for r in table if r["estimate"] is not None}
 
 
 def _capital(text: str) -> str:
@@ -183,18 +209,30 @@ def use_box(study: Study, known_commands: Sequence[str], pending: int) -> Box:
     if more := len(groups) - MOST_RECIPES:
         items += [Text(f"{words.count(more, 'more recipe')}: see Methods.")] if more > 0 else []
     items += _missing(missing, bool(recipes), pending)
+    items += [Text(f"{words.count(pending, 'trial')} still to come.")] if pending and recipes else []
     return Box(USE, items)
 
 
 def _missing(missing: Sequence[NoRecipe], some: bool, pending: int) -> Iterator[Item]:
-    if missing and not some:
-        yield Answer(
-            "No recipe yet" if pending else "No recipe", f"{pending} trials still to come" if pending > 1 else ""
+    if pending and missing:
+        lead = "No recipe yet" if not some else f"No recipe yet for {_conditions(missing)}"
+        rest = "no cell has ended with every seed stable"
+        yield (
+            Answer(lead, f"{words.count(pending, 'trial')} still to come")
+            if not some
+            else Point(f"{lead}:", f"{rest}.")
         )
+        yield from [Text(f"{rest[0].upper()}{rest[1:]}.")] if not some else []
+        return
+    if missing and not some:
+        yield Answer("No recipe")
     for reason in dict.fromkeys(m.reason for m in missing):
-        named = [words.at_levels(m.given, m.given.values()) for m in missing if m.reason == reason and m.given]
-        lead = f"No recipe for {words.either(named)}:" if named else "Why:"
-        yield Point(lead, f"{reason}.")
+        named = _conditions([m for m in missing if m.reason == reason])
+        yield Point(f"No recipe for {named}:" if named else "Why:", f"{reason}.")
+
+
+def _conditions(missing: Sequence[NoRecipe]) -> str:
+    return words.either([words.at_levels(m.given, m.given.values()) for m in missing if m.given])
 
 
 def _knobs(each: Recipe) -> str:
@@ -207,10 +245,12 @@ def _recipe_items(
     """A recipe and the conditions under which it is the answer."""
     where = [words.at_levels(r.given, r.given.values()) for r in own if r.given]
     scope = "" if not where else f"at {_every(own)}" if len(own) == len(every) > 1 else f"at {words.listing(where)}"
-    so_far = f"so far, {words.count(pending, 'trial')} still to come" if pending else ""
-    yield Answer(_knobs(own[0]) or "these settings", ", ".join(filter(None, (scope, so_far))))
+    so_far = "so far" if pending else ""
+    yield Answer(_knobs(own[0]) or "These settings", ", ".join(filter(None, (scope, so_far))))
     if own[0].levels:
         yield Code("", " ".join(f"{axis}={yaml_scalar(level)}" for axis, level in own[0].levels.items()))
+    else:
+        yield Code("As overrides of this tool", "\n".join(overrides(own[0].given, own[0].settings)))
     yield Text(_losses(own))
     for text in (_margins, _ties):
         yield from (Text(each) for each in text(own))
@@ -260,7 +300,7 @@ def _margins(own: Sequence[Recipe]) -> Iterator[str]:
 
 
 def _ties(own: Sequence[Recipe]) -> Iterator[str]:
-    return _by_text(own, (recipe.rivals(r) for r in own))
+    return _by_text(own, (recipe.rivals(r) if r.levels else "" for r in own))
 
 
 def levels_text(axis: str, levels: Sequence[Level]) -> str:

@@ -20,6 +20,7 @@ from stabstudy.analysis.report import findings, first_boxes, frontier_page, inge
 from stabstudy.analysis.report.design_line import settled, to_come
 from stabstudy.analysis.report.first_boxes import DRIVERS, USE, Item, Shares, all_levels, levels_text
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import verdicts_by_noise
 from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
@@ -27,6 +28,9 @@ Row = Mapping[str, Any]
 STABLE = "Stable up to"
 SHOWN = 3
 """Cells, runs and edges that a box names; of more it says how many."""
+
+ODD = 2
+"""Statements on a search, beside its edges."""
 
 FIND = "Find the limit"
 """Title of a command that searches beyond the grid."""
@@ -41,11 +45,11 @@ def boxes(study: Study, known: Shares) -> list[Box]:
     if study.searched is not None:
         return list(_frontier(study, study.searched))
     part, pending = settled(study), to_come(study)
-    stable = Box(STABLE, list(_stable(study, pending)))
+    stable = Box(STABLE if LR in study.grid.axes else "Stability", list(_stable(study, pending)))
     commands = [item.text for item in stable.items if isinstance(item, Code)]
     if (bias := adaptive.why_biased(study)) is not None:
         return [
-            _all_counts(study, "Stable"),
+            _all_counts(study, "Stability"),
             Box(DRIVERS, [Answer("Not computed"), Text(f"{_sentence(bias)}")]),
             _best(study),
         ]
@@ -62,9 +66,8 @@ def _bar(study: Study) -> Bar:
 
 def _more(study: Study) -> Iterator[Text]:
     """The counts in a sentence, where it says more than the bar: why there is no verdict, what is sampling noise."""
-    headline = findings.headline(study)
-    if "; without" in headline or "(" in headline or headline.startswith("None"):
-        yield Text(headline)
+    if study.outcomes["not judged"] or verdicts_by_noise(study.trials):
+        yield Text(findings.headline(study))
 
 
 def _empty(study: Study) -> list[Box]:
@@ -102,12 +105,16 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
         yield _cells(study, pending)
     yield _bar(study)
     yield from _more(study)
-    for _, own in groups.items():
-        scope = levels_text(by, [level for level, _ in own]) if by is not None and len(groups) > 1 else ""
+    whole = len(groups) == 1 and len(known) == len(rows)
+    for own in groups.values():
+        scope = "" if by is None or whole else levels_text(by, [level for level, _ in own])
         if lines := list(_limit_lines([row for _, row in own], grid.axes[LR])):
             yield Text(f"{f'{_capital(scope)}: ' if scope else ''}{' '.join(lines)}")
+    steps = [row["evaluable"] for _, row in known if row["evaluable"] is not None]
+    if steps and min(steps) < MARGIN_STEPS:
+        yield Text(f"Seen in {words.number(min(steps))} evaluable steps (a margin needs {MARGIN_STEPS}).")
     yield from _unknown(by, [(level, row) for level, row in rows if row["reason"] is not None], pending)
-    yield from _by_loss(study, by, known)
+    yield from _by_loss(by, known, len(known) == len(rows))
     yield from _commands(study, by, known)
 
 
@@ -154,9 +161,6 @@ def _limit_lines(rows: Sequence[Row], grid: Sequence[Level]) -> Iterator[str]:
         yield f"The limit lies between {words.level(stable, LR)} and {words.level(unstable, LR)}."
     if stable is not None and unstable is None and stable != grid[-1]:
         yield "What lies above has no verdict."
-    steps = [row["evaluable"] for row in rows if row["evaluable"] is not None]
-    if steps and min(steps) < MARGIN_STEPS:
-        yield f"Seen in {words.number(min(steps))} evaluable steps (a margin needs {MARGIN_STEPS})."
 
 
 def _cells(study: Study, pending: int) -> Answer:
@@ -196,14 +200,15 @@ def _unknown(by: str | None, rows: Sequence[tuple[Level, Row]], pending: int) ->
         yield Text(f"No limit{at}: {reason}.")
 
 
-def _by_loss(study: Study, by: str | None, rows: Sequence[tuple[Level, Row]]) -> Iterator[Item]:
+def _by_loss(by: str | None, rows: Sequence[tuple[Level, Row]], whole: bool) -> Iterator[Item]:
     """How far the loss stays within the margin of the best."""
     groups: dict[Level, list[Level]] = {}
     for level, row in rows:
         if row["works_to"] is not None:
             groups.setdefault(row["works_to"], []).append(level)
     parts = [
-        words.level(rate, LR) + (f" ({levels_text(by, own)})" if by is not None and len(groups) > 1 else "")
+        words.level(rate, LR)
+        + (f" ({levels_text(by, own)})" if by is not None and not (whole and len(groups) == 1) else "")
         for rate, own in groups.items()
     ]
     if parts:
@@ -272,7 +277,8 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
     items += [_bar(study), *_more(study), *(_command(line) for line in commands)]
     yield Box(STABLE if of.asked.holds == "stable" else "Works up to", items)
     told = {line for line in lines if line in commands or line.startswith(of.asked.setting)}
-    rest = [line for line in lines if line not in told][:SHOWN]
+    left = [line for line in lines if line not in told]
+    rest = [*left[:ODD], *([f"{len(left) - ODD} more statements: see Frontier."] if len(left) > ODD else [])]
     yield Box(
         DRIVERS,
         [
@@ -318,7 +324,7 @@ def _ingested(study: Study) -> Iterator[Box]:
         if judged
         else Answer("Not judged", words.count(runs, "run"))
     )
-    yield Box("Stable", [lead, _bar(study), *_more(study)])
+    yield Box("Stability", [lead, _bar(study), *_more(study)])
     sentences = list(ingested_page.findings(study).sentences)
     top = study.worst()
     row = {} if top is None else study.row(top)
@@ -327,7 +333,7 @@ def _ingested(study: Study) -> Iterator[Box]:
     head = (
         Answer(words.number(largest, 3), name) if largest is not None else Answer("No gradient norm", "in these logs")
     )
-    yield Box("What the largest norms are", [head, *map(Text, sentences[:SHOWN] or ["No run has ended."])])
+    yield Box("Largest gradient norms", [head, *map(Text, sentences[:SHOWN] or ["No run has ended."])])
     yield Box(USE, [Answer("No recipe", "from logs alone"), Text(ingested_page.NO_PAIRS)])
 
 
@@ -365,12 +371,16 @@ def _chosen(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _pointer(study: Study, trial_id: str, name: str) -> Pointer:
-    row = study.row(trial_id)
-    verdict = f"{row['verdict']}, " if row["verdict"] else ""
-    step = row["grad_norm_argmax"]
-    at = (
-        f"largest norm {words.number(row['grad_norm_max'])}" if row["grad_norm_max"] is not None else "no gradient norm"
-    )
-    return Pointer(
-        f"{_capital(name)}: {study.describe(trial_id)}; {verdict}{at}", trial_id, None if step is None else int(step)
-    )
+    """What happened in a trial, and the step to look at: its highest spike, or where it ended by diverging."""
+    row, step = study.row(trial_id), sketches.moment(study, trial_id)
+    lead = f"{_capital(name)}: {study.describe(trial_id)}"
+    verdict = [str(row["verdict"])] if row["verdict"] else []
+    if row["verdict"] == "diverged":
+        event = f"ended at step {step}" if step is not None else ""
+    elif step is not None:
+        norm = study.trace(trial_id)
+        event = f"norm {words.number(float(norm['grad_norm'][norm['step'] == step][0]))} at step {step}"
+    else:
+        event = "no spike"
+    text = f"{lead} ({', '.join([*verdict, *([event] if event else [])])})"
+    return Pointer(text, trial_id, step, has_text=not study.ingested)

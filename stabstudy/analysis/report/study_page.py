@@ -18,6 +18,7 @@ from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.recipe import LR
 from stabstudy.analysis.report import (
     design_line,
     drivers,
@@ -31,7 +32,6 @@ from stabstudy.analysis.report import (
     trial_tables,
 )
 from stabstudy.analysis.report.design_line import settled
-from stabstudy.analysis.recipe import LR
 from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.config import SETTINGS, setting_names
 from stabstudy.stability.columns import COLUMNS
@@ -67,7 +67,10 @@ def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
     states = dict(_states(study))
     known = first_boxes.shares(settled(study))
+    sections = list(_sections(study, states, known))
     drawn, pointers = first_screen.figures(study)
+    if study.searched is not None:
+        drawn, sections = _raised(drawn, sections)
     return Report(
         study=words.clean(study.name, 80),
         design=design_line.design(study),
@@ -75,11 +78,20 @@ def report(study: Study) -> Report:
         boxes=first_screen.boxes(study, known),
         findings=findings.findings(study),
         warnings=findings.warnings(study) + _mixed_engines(states),
-        sections=list(_sections(study, states, known)),
+        sections=sections,
         sketches=drawn,
         pointers=pointers,
         trials=paged(study),
     )
+
+
+def _raised(sketches: Sequence[Figure], sections: Sequence[Section]) -> tuple[list[Figure], list[Section]]:
+    """The first figure of a search moves to the first screen."""
+    figure = next((f for s in sections if s.anchor == "frontier" for f in s.figures), None)
+    if figure is None:
+        return list(sketches), list(sections)
+    kept = [replace(s, blocks=[b for b in s.blocks if b is not figure]) for s in sections]
+    return [figure, *sketches], kept
 
 
 def paged(study: Study) -> frozenset[str]:
