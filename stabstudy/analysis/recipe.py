@@ -153,8 +153,7 @@ def why_none(study: Study) -> str:
 
 def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | NoRecipe:
     """The recipe among these trials, which share their conditions."""
-    seeds = set(levels_of(trials["seed"]))
-    trials = _ended(trials)
+    seeds, ended = set(levels_of(trials["seed"])), _ended(trials)
     stable = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members)}
     cells = {c: members for c, members in stable.items() if _is_complete(members, seeds)}
     if not cells:
@@ -167,7 +166,7 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
     tied = _tied(study, cells, ranked)
     knobs = {c: _knobs(study, cells[c], given) for c in tied}
     near = [c for c in tied if losses[c].mean <= losses[ranked[0]].mean + STABLE_MARGIN]
-    margins = {c: _margin(trials, knobs[c]) for c in near}
+    margins = {c: _margin(ended, knobs[c], trials) for c in near}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
     chosen = max(near, key=lambda c: widths[c])  # of equally wide ones the first: they are in the order of their loss
     row, done = study.row(str(cells[chosen].index[0])), trials[trials["state"] == "done"]
@@ -240,20 +239,23 @@ def _knobs(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> d
     return {a: plain(members[a].iloc[0]) for a in study.axes if a not in given}
 
 
-def _margin(trials: pd.DataFrame, levels: Mapping[str, Level]) -> Margin | None:
-    """How far the learning rate can grow with all other knobs as they are, among trials of the same conditions."""
+def _margin(trials: pd.DataFrame, levels: Mapping[str, Level], planned: pd.DataFrame) -> Margin | None:
+    """How far the learning rate can grow with all other knobs as they are, among trials of the same conditions.
+
+    `planned`: these trials, and those of cells that have not ended.
+    """
     if levels.get(LR) is None:
         return None
     for axis, level in levels.items():
         if axis != LR:
-            trials = at_level(trials, axis, level)
+            trials, planned = at_level(trials, axis, level), at_level(planned, axis, level)
     lr = float(levels[LR])
     above = trials[trials[LR] >= lr]
     row = compare.stable_range(above.assign(verdict=above["verdict"].mask(compare.by_noise(above), "stable")), LR)
     if row["all_stable"] is None:  # another cell of the same settings, on other data, is not
         return None
     unstable = (row["n_unstable"] or 0, row["n_there"] or 0)
-    return Margin(lr, row["all_stable"], row["first_unstable"], unstable, row["evaluable"], float(above[LR].max()))
+    return Margin(lr, row["all_stable"], row["first_unstable"], unstable, row["evaluable"], float(planned[LR].max()))
 
 
 def _end(level: Level, levels: Sequence[Level]) -> str:

@@ -72,8 +72,8 @@ GLOSSARY = (
 """The terms of the first screen."""
 
 MARKS = (
-    "Marks: one per trial, open where it is stable, filled where not, × where it diverged (at the loss of the untrained "
-    "model); lines: means; ring: the largest norm."
+    "Marks: one per trial, open where it is stable, filled where not, × where it diverged (at the loss of the "
+    "untrained model); lines: means; ring: the step to look at."
 )
 """How the small figures of the first screen are read."""
 

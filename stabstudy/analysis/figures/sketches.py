@@ -77,7 +77,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         _percent(ax)
     if legend and lines:
         ax.legend(loc="upper left", fontsize=7.5, frameon=False, labelcolor=style.INK, handlelength=2.4)
-    rows = tuple(
+    values = tuple(
         (
             *(words.level(v, a) for a, v in zip(lines, levels, strict=True)),
             words.level(at[0], layout.x),
@@ -89,7 +89,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     heads = (*map(words.heading, lines), words.heading(layout.x), "mean", "trials", "not stable")
     title = f"{name[0].upper()}{name[1:]} against {words.label(layout.x)}"
     alt = f"Line chart with a mark per trial. {title}. " + "; ".join(
-        f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in rows[: 2 * MOST_LINES]
+        f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in values[: 2 * MOST_LINES]
     )
     caption = f"{title}.{_pooled(grid, layout, lines)}"
     return style.report_figure(

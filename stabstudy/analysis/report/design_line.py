@@ -1,4 +1,4 @@
-"""What a study trained in one line, and the part of it whose cells have ended."""
+"""The design of a study in one line, and the part of it whose cells have ended."""
 
 from __future__ import annotations
 

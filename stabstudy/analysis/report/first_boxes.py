@@ -280,7 +280,8 @@ def _losses(own: Sequence[Recipe]) -> str:
     number = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     noise = sum(r.noise for r in own)
     noisy = f"; {noise} of its trials rough or spiky by sampling noise" if noise else ""
-    return f"Loss {', '.join(parts)}; {number} seed{'' if seeds[-1] == 1 else 's'}{' each' if len(own) > 1 else ''}{noisy}."
+    rests = f"{number} seed{'' if seeds[-1] == 1 else 's'}{' each' if len(own) > 1 else ''}"
+    return f"Loss {', '.join(parts)}; {rests}{noisy}."
 
 
 def _by_text(own: Sequence[Recipe], texts: Iterable[str]) -> Iterator[str]:

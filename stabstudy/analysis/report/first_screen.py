@@ -12,6 +12,7 @@ from typing import Any
 from stabstudy.analysis import adaptive, answer, compare, recipe, words
 from stabstudy.analysis.elements import Answer, Bar, Box, Code, Count, Figure, Pointer, Text
 from stabstudy.analysis.figures import sketches
+from stabstudy.analysis.figures.frontier_plot import interval, name_of
 from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level
@@ -250,7 +251,7 @@ def _one_recipe(study: Study) -> Iterator[Item]:
         flagged, spikes = row["spike_abs_steps"], row["spike_events"]
         if flagged is not None:
             yield Text(
-                f"{words.count(flagged, 'step')} at 3 times the recent norm or more; {words.count(spikes or 0, 'spike')}."
+                f"{words.count(flagged, 'step')} at 3 times the recent norm or more, {words.count(spikes or 0, 'spike')}."
             )
     yield Text("Give a setting several values to see what it changes.")
 
@@ -292,7 +293,7 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
 
 
 def _edge(of: Frontier, cell: CellEdge) -> Answer:
-    edge, where = cell.edge, frontier_page.name_of(cell)
+    edge, where = cell.edge, name_of(cell)
     trials = words.count(edge.n, "trial")
     if edge.status == "beyond":
         return Answer(
@@ -305,7 +306,7 @@ def _edge(of: Frontier, cell: CellEdge) -> Answer:
             ", ".join(filter(None, (where, "the smallest value searched", trials))),
         )
     about = "" if edge.status == "resolved" else "about "
-    rest = (frontier_page.interval(edge), where, trials, "" if edge.status == "resolved" else "open")
+    rest = (interval(edge), where, trials, "" if edge.status == "resolved" else "open")
     return Answer(f"{about}{words.number(edge.estimate)}", ", ".join(filter(None, rest)))
 
 
