@@ -501,7 +501,7 @@ def test_a_record_that_is_damaged_after_the_tables_were_made_is_empty(tmp_path: 
 
 
 def texts(study: Study) -> tuple[list[str], list[Table]]:
-    blocks = list(drivers._batches(study))
+    blocks = list(drivers.batches(study))
     return [b.text for b in blocks if isinstance(b, Text)], [b for b in blocks if isinstance(b, Table)]
 
 
@@ -518,7 +518,7 @@ def test_the_report_says_the_share_first(study: Study) -> None:
     assert len(table.rows) == 10 and table.rows[0][:2] == ("0", "100") and table.rows[0][3:] == ("3", "4")
     assert 6 < float(table.rows[0][2]) < 10
     first = study.batch_effects().iloc[0]
-    (code,) = (b.text for b in drivers._batches(study) if isinstance(b, Code))
+    (code,) = (b.text for b in drivers.batches(study) if isinstance(b, Code))
     assert code.endswith(f'Study.load("results/planted").batch("{first["trial_id"]}", 100)')
     assert study.row(first["trial_id"])["seed"] == 0
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from stabstudy import config as cfg
 from stabstudy.analysis import recipe
 from stabstudy.analysis.elements import Code
-from stabstudy.analysis.report import export, study_page
+from stabstudy.analysis.report import export, methods
 from stabstudy.analysis.study import Study
 from stabstudy.config import PRECISIONS
 from stabstudy.planning.plan import make_plan
@@ -468,7 +468,7 @@ def test_the_page_comments_what_the_keys_leave_out(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.01))
     study = Study.load(tmp_path / "s")
-    _, *others = [b for b in study_page._recipe(study) if isinstance(b, Code)]
+    _, *others = [b for b in methods.recipes(study) if isinstance(b, Code)]
     for block, exporter in zip(others, (export.lingua, export.hugging_face), strict=True):
         text, remarks = exporter(recipe.recipes(study)[0].settings)
         assert yaml.safe_load(block.text) == yaml.safe_load(text)

@@ -26,7 +26,7 @@ from stabstudy.analysis.figures import maps, verdict_maps
 from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
-from stabstudy.analysis.report import effect_tables, findings, html, study_page
+from stabstudy.analysis.report import effect_tables, findings, html, methods
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.stability.columns import COLUMNS
@@ -381,7 +381,7 @@ def test_a_precision_says_what_it_is(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16", "bf16_stream"):
         config = planted.settings()
         planted.plant_trial(tmp_path / "s", replace(config, train=replace(config.train, precision=precision)))
-    texts = [b.text for b in study_page.design(Study.load(tmp_path / "s")) if isinstance(b, Text)]
+    texts = [b.text for b in methods.design(Study.load(tmp_path / "s")) if isinstance(b, Text)]
     assert any("Precision bf16: autocast" in t and "residual stream" in t and "fp32" in t for t in texts)
     assert any("Precision bf16_stream:" in t and "residual stream and outputs of norms in bf16" in t for t in texts)
     assert not any("Precision fp32" in t for t in texts)

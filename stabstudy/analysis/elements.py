@@ -95,22 +95,66 @@ class Count:
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one of a reader's questions."""
+    """The answer to one of a reader's questions, in full sentences."""
 
     about: str
     sentences: Sequence[str]
 
 
-Block = Text | Code | Table | Figure
+@dataclass(frozen=True)
+class Answer:
+    """A result in the fewest words, set large, and behind it what it holds for."""
+
+    text: str
+    rest: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many trials are what, as one bar; nothing that no trial is."""
+
+    counts: Sequence[Count]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A short line, its beginning set in bold."""
+
+    lead: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A line on a trial, which leads to its page, and there to a step of it."""
+
+    text: str
+    trial_id: str
+    step: int | None = None
+    has_text: bool = True  # whether its page can show what the step read
+
+
+@dataclass(frozen=True)
+class Box:
+    """One of the boxes of the first screen; a `Code` without a title stands open, another is folded."""
+
+    title: str
+    items: Sequence[Answer | Bar | Point | Text | Code]
+
+
+Block = Text | Code | Table | Figure | Absent
+"""What a section holds; what is absent is named once, in the methods."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and the blocks below it."""
+    """A heading and the blocks below it. `link`: a page that holds more of it, and its name."""
 
     anchor: str
     title: str
     blocks: Sequence[Block]
+    folded: bool = False
+    link: tuple[str, str] | None = None
 
     @property
     def figures(self) -> list[Figure]:
@@ -119,22 +163,27 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole report. `headline`: the result in one sentence."""
+    """The whole report. `design`: what was trained, in one line.
+
+    `boxes`, `sketches` (small figures) and `warnings` are the first screen; `findings` are its answers in full.
+    """
 
     study: str
+    design: str
     question: str
-    headline: str
-    counts: Sequence[Count]
+    boxes: Sequence[Box]
     findings: Sequence[Finding]
     warnings: Sequence[str]
     sections: Sequence[Section]
+    sketches: Sequence[Figure] = ()
+    pointers: Sequence[Pointer] = ()  # to the trials of the last sketch
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
     pages: Sequence[tuple[str, str]] = ()  # of a comparison: each study and the way to its own page
     files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv")
 
     @property
     def figures(self) -> list[Figure]:
-        return [figure for section in self.sections for figure in section.figures]
+        return [*self.sketches, *(figure for section in self.sections for figure in section.figures)]
 
 
 @dataclass(frozen=True)

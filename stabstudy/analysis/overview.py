@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
 
-from stabstudy.analysis import words
+from stabstudy.analysis import searches, words
+from stabstudy.store import StoreError
 
 if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
@@ -20,6 +22,19 @@ def text(study: Study) -> str:
     """A line each for name and question, trials, axes with their levels, folder."""
     (head, question), *rest = _lines(study)
     return "\n".join([f"{head}: {question}" if question else head, *(f"  {name}: {value}" for name, value in rest)])
+
+
+def question(study: Study) -> str:
+    """What the last launch asked; where trials of another launch differ in what that one held fixed, their axes."""
+    text = str(study.provenance.get("question") or "")
+    if not text or study.ingested or study.parts:
+        return text
+    with suppress(StoreError):
+        fixed = searches.record(study.folder).get("settings")
+        axes = list(study.grid.axes)
+        if isinstance(fixed, dict) and any(axis in fixed for axis in axes):
+            return f"What {'do' if len(axes) > 1 else 'does'} {words.listing(axes)} change?"
+    return text
 
 
 def html(study: Study) -> str:

@@ -24,6 +24,8 @@ from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import FAILED
+from stabstudy.state import ENDED
 
 Settings = Mapping[str, Any]
 """Every setting of a trial under its dotted name, as in trials.parquet."""
@@ -151,7 +153,7 @@ def why_none(study: Study) -> str:
 
 def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Recipe | NoRecipe:
     """The recipe among these trials, which share their conditions."""
-    seeds = set(levels_of(trials["seed"]))
+    seeds, ended = set(levels_of(trials["seed"])), _ended(trials)
     stable = {str(c): members for c, members in trials.groupby("cell_id") if _is_stable(members)}
     cells = {c: members for c, members in stable.items() if _is_complete(members, seeds)}
     if not cells:
@@ -164,7 +166,7 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
     tied = _tied(study, cells, ranked)
     knobs = {c: _knobs(study, cells[c], given) for c in tied}
     near = [c for c in tied if losses[c].mean <= losses[ranked[0]].mean + STABLE_MARGIN]
-    margins = {c: _margin(trials, knobs[c]) for c in near}
+    margins = {c: _margin(ended, knobs[c], trials) for c in near}
     widths = {c: (-math.inf, -math.inf) if m is None else m.width for c, m in margins.items()}
     chosen = max(near, key=lambda c: widths[c])  # of equally wide ones the first: they are in the order of their loss
     row, done = study.row(str(cells[chosen].index[0])), trials[trials["state"] == "done"]
@@ -184,6 +186,12 @@ def _answer(study: Study, given: dict[str, Level], trials: pd.DataFrame) -> Reci
         ends={a: end for a, v in knobs[chosen].items() if (end := _end(v, levels_of(done[a])))},
         eval_tokens=row["eval_tokens"],
     )
+
+
+def _ended(trials: pd.DataFrame) -> pd.DataFrame:
+    """The cells of which no trial is still to end: one that is half trained shows neither a margin nor a rival."""
+    over = trials["state"].isin([*ENDED, *FAILED])
+    return trials[over.groupby(trials["cell_id"]).transform("all")] if len(trials) else trials
 
 
 def _is_stable(members: pd.DataFrame) -> bool:
@@ -231,20 +239,23 @@ def _knobs(study: Study, members: pd.DataFrame, given: Mapping[str, Level]) -> d
     return {a: plain(members[a].iloc[0]) for a in study.axes if a not in given}
 
 
-def _margin(trials: pd.DataFrame, levels: Mapping[str, Level]) -> Margin | None:
-    """How far the learning rate can grow with all other knobs as they are, among trials of the same conditions."""
+def _margin(trials: pd.DataFrame, levels: Mapping[str, Level], planned: pd.DataFrame) -> Margin | None:
+    """How far the learning rate can grow with all other knobs as they are, among trials of the same conditions.
+
+    `planned`: these trials, and those of cells that have not ended.
+    """
     if levels.get(LR) is None:
         return None
     for axis, level in levels.items():
         if axis != LR:
-            trials = at_level(trials, axis, level)
+            trials, planned = at_level(trials, axis, level), at_level(planned, axis, level)
     lr = float(levels[LR])
     above = trials[trials[LR] >= lr]
     row = compare.stable_range(above.assign(verdict=above["verdict"].mask(compare.by_noise(above), "stable")), LR)
     if row["all_stable"] is None:  # another cell of the same settings, on other data, is not
         return None
     unstable = (row["n_unstable"] or 0, row["n_there"] or 0)
-    return Margin(lr, row["all_stable"], row["first_unstable"], unstable, row["evaluable"], float(above[LR].max()))
+    return Margin(lr, row["all_stable"], row["first_unstable"], unstable, row["evaluable"], float(planned[LR].max()))
 
 
 def _end(level: Level, levels: Sequence[Level]) -> str:
@@ -270,8 +281,8 @@ def sentence(recipe: Recipe) -> str:
     parts = [
         f"final loss {loss}{recipe.unit} ({', '.join(rests)})",
         *([noise] if recipe.noise else []),
-        _rivals(recipe),
-        *([] if recipe.margin is None else [_room(recipe.margin)]),
+        f"{rivals(recipe)}{_why(recipe)}",
+        *([] if recipe.margin is None else [room(recipe.margin)]),
         *(f"{words.level(recipe.levels[a], a)} is the {end} {words.label(a)} tried" for a, end in recipe.ends.items()),
     ]
     return f"{f'For {_named(recipe.given)}: use' if recipe.given else 'Use'} {knobs}: {'; '.join(parts)}."
@@ -288,14 +299,14 @@ def _named(levels: Mapping[str, Level]) -> str:
     return words.at_levels(levels, levels.values())
 
 
-def _rivals(recipe: Recipe) -> str:
+def rivals(recipe: Recipe) -> str:
     """How it compares with the other stable cells of its conditions."""
     lack = "lacks" if recipe.incomplete == 1 else "lack"
     more = f" ({recipe.incomplete} more {lack} a seed, a verdict or a loss)" if recipe.incomplete else ""
     tied, cells = len(recipe.ties) + 1, recipe.candidates
     if tied > 1:
         which = f"{tied} of {cells}" if tied < cells else f"all {cells}"
-        return f"{which} stable cells are tied{more}, not distinguishable: {_boxes(recipe)}; {_why(recipe)}"
+        return f"{which} stable cells are tied{more}, not distinguishable: {_boxes(recipe)}"
     if cells > 1:
         others = "other stable cell" if cells == 2 else f"{cells - 1} other stable cells"
         return f"lower than in the {others}{more}"
@@ -303,18 +314,20 @@ def _rivals(recipe: Recipe) -> str:
 
 
 def _why(recipe: Recipe) -> str:
-    """Why this one of those that are tied."""
+    """Why this one of those that are tied; empty where none is."""
+    if not recipe.ties:
+        return ""
     far = recipe.near <= len(recipe.ties)
     which = f"those within {STABLE_MARGIN:g}{recipe.unit} of the best" if far else "these"
     if recipe.widest in (0, recipe.near):
-        return f"of {which} it has the lowest loss"
+        return f"; of {which} it has the lowest loss"
     lowest = ", and of those that share it the lowest loss" if recipe.widest > 1 else ""
     short = recipe.margin is not None and recipe.margin.evaluable < MARGIN_STEPS
     wide = "stayed stable up to the highest multiple of its learning rate" if short else "has the widest known margin"
-    return f"of {which} it {wide}{lowest}"
+    return f"; of {which} it {wide}{lowest}"
 
 
-def _room(margin: Margin) -> str:
+def room(margin: Margin) -> str:
     """The margin as an interval; of trials that are too short what was unstable, and nothing that was stable."""
     bad, there = margin.unstable
     number = f"({bad} of {words.count(there, 'trial')} {'is' if bad == 1 else 'are'} not stable)"

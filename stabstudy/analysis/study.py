@@ -101,8 +101,8 @@ class Study:
 
     @property
     def question(self) -> str:
-        """What the study asks, in one sentence; empty where nobody wrote it."""
-        return str(self.provenance.get("question") or "")
+        """What the study asks, in one sentence; empty where nobody wrote it. See `overview.question`."""
+        return overview.question(self)
 
     @cached_property
     def trials(self) -> pd.DataFrame:

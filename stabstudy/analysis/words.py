@@ -71,6 +71,12 @@ GLOSSARY = (
 )
 """The terms of the first screen."""
 
+MARKS = (
+    "Marks: one per trial, open where it is stable, filled where not, × where it diverged (at the loss of the "
+    "untrained model); lines: means; ring: the step to look at."
+)
+"""How the small figures of the first screen are read."""
+
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
 _ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")

@@ -71,7 +71,7 @@ def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]
     `height`: of the panel in inches where it is alone; several are a fifth lower each.
     """
     parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
-    size = (6.6, height) if len(parts) == 1 else (8.8, 0.5 + 0.8 * height * math.ceil(len(parts) / 2))
+    size = (6.6, height) if len(parts) == 1 else (7.6, 0.5 + 0.8 * height * math.ceil(len(parts) / 2))
     figure = style.new_panels(len(parts), *size)
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, study_statistics, words
+from stabstudy.analysis import compare, recipe, study_statistics, words
 from stabstudy.analysis.effects import CLEAR, REPORTED
-from stabstudy.analysis.elements import Block, Count, Finding, Report, Section, Table, Text
+from stabstudy.analysis.elements import Answer, Bar, Block, Box, Count, Finding, Point, Report, Section, Table, Text
 from stabstudy.analysis.figures import curves, style
 from stabstudy.analysis.levels import levels_of, split
 from stabstudy.analysis.paired import Estimate
@@ -23,6 +23,12 @@ from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 UNPAIRED = "No trial of one study has a partner of the same seed and levels in another, so no difference is computed."
+
+UNTESTED = "not tested"
+"""In the sentence of a statistic that no test was made of."""
+
+MOST_RECIPES = 3
+"""Recipes of each study that the first screen names."""
 
 NO_CELL = "No cell is in two studies."
 
@@ -42,17 +48,50 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
     metrics = study_statistics.comparable(whole.trials)
     table = study_statistics.paired_differences(whole.trials, whole.axes, metrics)
     names = whole.axes[STUDY]
-    done = whole.trials[whole.trials["state"] == "done"]
+    sentences = list(_findings(whole, metrics, table))
     return Report(
         study=" against ".join(words.clean(name, 60) for name in names),
+        design=f"comparison of {len(names)} studies, {words.count(len(whole.trials), 'trial')}",
         question="",
-        headline=f"Comparison of {len(names)} studies.",
-        counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(done).items()],
-        findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
+        boxes=list(_boxes(studies, whole, sentences, table)),
+        findings=[Finding("Differences", sentences)],
         warnings=[*warnings(whole), *_searched(studies)],
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
     )
+
+
+def _boxes(
+    studies: Sequence[Study], whole: Study, sentences: Sequence[str], table: Sequence[dict[str, Any]]
+) -> Iterator[Box]:
+    """How many trials of each study are stable; what differs; what each study recommends."""
+    done = whole.trials[whole.trials["state"] == "done"]
+    counts: list[Answer | Bar] = []
+    for name in whole.axes[STUDY]:
+        verdicts = compare.verdicts(done[done[STUDY] == name])
+        judged = words.count(sum(verdicts.values()), "judged trial")
+        counts.append(Answer(f"{verdicts['stable']} of {judged}", f"stable in {words.clean(name, 60)}"))
+        if any(verdicts.values()):
+            counts.append(Bar([Count(v, n, style.VERDICT_SIGNS[v]) for v, n in verdicts.items() if n]))
+    yield Box("Stable", counts)
+    stated = sum(UNTESTED not in s and "no difference found" not in s for s in sentences) if table else 0
+    lead = Answer(f"{stated} of {len(sentences)}", "statistics differ") if table else Answer("Nothing is paired")
+    yield Box("What differs", [lead, *map(Text, sentences)])
+    pairs = len(study_statistics.in_shared_cells(whole.trials, whole.axes))
+    shared = Answer(words.count(pairs, "done trial"), "in cells that two studies share")
+    yield Box("Use", [shared, *(Point(f"{words.clean(s.name, 60)}:", _use(s)) for s in studies)])
+
+
+def _use(study: Study) -> str:
+    """What a study recommends, under each of its conditions."""
+    texts = [
+        f"{words.at_levels(r.given, r.given.values())}: " * bool(r.given)
+        + (words.at_levels(r.levels, r.levels.values()) or "its settings")
+        + f" (loss {words.estimate(r.loss.mean, r.loss.low, r.loss.high, 4)})"
+        for r in recipe.recipes(study)
+    ]
+    more = f"; and {len(texts) - MOST_RECIPES} more" if len(texts) > MOST_RECIPES else ""
+    return f"{'; '.join(texts[:MOST_RECIPES])}{more}." if texts else f"no recipe: {recipe.why_none(study)}."
 
 
 def warnings(whole: Study) -> Iterator[str]:

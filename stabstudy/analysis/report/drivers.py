@@ -1,4 +1,7 @@
-"""Two sections of the report: learning-rate sensitivity, and what drives spikes."""
+"""The report on sensitivity and models: the learning rate, the rate of spikes, the first ones, shares, batches.
+
+What cannot be computed is `Absent`, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,22 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import adaptive, survival, words
-from stabstudy.analysis.elements import Block, Code, Table, Text
+from stabstudy.analysis import adaptive, compare, survival, words
+from stabstudy.analysis.elements import Absent, Block, Code, Table, Text
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import records
+from stabstudy.analysis.report.first_boxes import Shares
 from stabstudy.analysis.sensitivity import BASIN_MARGIN, LR, LR_MEANING
 from stabstudy.analysis.shared_batches import HIGH, STREAM, BatchShare
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.study_statistics import APART, too_few
+from stabstudy.analysis.study_statistics import APART
 from stabstudy.analysis.survival import FirstSpikes
 
 MOST_REASONS = 12
 MOST_BATCHES = 10
+
+FEWEST_EVENTS = 5
+"""First spikes and divergences from which curves of them are given."""
 
 
 def sensitivity(study: Study) -> Iterator[Block]:
@@ -28,10 +35,10 @@ def sensitivity(study: Study) -> Iterator[Block]:
     if not (grid.trials["state"] == "done").any():
         return
     if (bias := adaptive.why_biased(study)) is not None:
-        yield Text(f"LR sensitivity and growth of attention logits: not computed: {bias}.")
+        yield Absent("LR sensitivity and growth of attention logits", bias)
         return
     if LR not in grid.axes:
-        yield Text("LR sensitivity: not computed: the learning rate does not vary.")
+        yield Absent("LR sensitivity", "the learning rate does not vary")
         return
     axes = [a for a in grid.axes if a != LR]
     yield from _recipes(records(study.sensitivity()), axes)
@@ -39,8 +46,11 @@ def sensitivity(study: Study) -> Iterator[Block]:
     yield from _growth(records(growth), [a for a in grid.axes if a in growth])
 
 
-def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
-    computed = [row for row in rows if row["reason"] is None]
+def sensitivity_method(study: Study) -> Iterator[Text]:
+    """What the columns of LR sensitivity are; nothing where it is not computed."""
+    if LR not in study.grid.axes or adaptive.why_biased(study) is not None or not compare.in_nats(study.trials):
+        return
+    computed = [row for row in records(study.sensitivity()) if row["reason"] is None]
     if computed:
         rates = ", ".join(words.level(lr, LR) for lr in computed[0]["grid"])
         yield Text(
@@ -51,6 +61,11 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
             f"Basin: width of the range within {BASIN_MARGIN:g} nat/token. Logit exponent: of the largest attention "
             "logit as a power of the learning rate."
         )
+
+
+def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
+    computed = [row for row in rows if row["reason"] is None]
+    if computed:
         heads = ("LR sensitivity", "seeds", "best rate", "excess above it", "largest usable rate", "basin (decades)")
         columns = (*map(words.heading, axes), *heads, "logit exponent")
         table = tuple((*_levels(row, axes), *_recipe(row)) for row in computed)
@@ -93,39 +108,32 @@ def _growth(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
     yield from _reasons("Growth of attention logits with size", rows, axes)
 
 
-def _reasons(what: str, rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
+def _reasons(what: str, rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Absent]:
     """Why rows are missing: once where all share the reason, else per row."""
     missing = [row for row in rows if row["reason"] is not None]
     if missing and len(missing) == len(rows) and len({row["reason"] for row in missing}) == 1:
-        yield Text(f"{what}: not computed: {missing[0]['reason']}.")
+        yield Absent(what, missing[0]["reason"])
         return
     for row in missing[:MOST_REASONS]:
         where = words.at_levels(axes, (row[a] for a in axes))
-        yield Text(f"{what}: not computed at {where}: {row['reason']}.")
+        yield Absent(f"{what} at {where}", row["reason"])
     if more := len(missing[MOST_REASONS:]):
-        yield Text(f"{what}: not computed in {more} more rows.")
+        yield Absent(f"{what} in {more} more rows", "as above")
 
 
-def spikes(study: Study) -> Iterator[Block]:
-    """The model of the spike rate, the time to the first spike by axis, and which axes explain what."""
-    grid = study.grid
-    if not grid.axes or not (grid.trials["state"] == "done").any():
-        return
+def models(study: Study) -> bool:
+    """Whether models over the axes are made of the study, which may be refused all the same."""
+    return bool(study.grid.axes) and bool((study.grid.trials["state"] == "done").any())
+
+
+def rates(study: Study) -> Iterator[Block]:
+    """The model of the spike rate."""
     if (bias := adaptive.why_biased(study)) is not None:
-        what = "Model of the spike rate, time to the first spike, shares of variance"
-        yield Text(f"{what}: not computed: {bias}.")
-        yield from _batches(study)
+        yield Absent("Model of the spike rate", bias)
         return
-    yield from _rates(study)
-    yield from _first(study)
-    yield from _batches(study)
-    yield from _importance(study, list(grid.axes))
-
-
-def _rates(study: Study) -> Iterator[Block]:
     model = study.rate_model()
     if model.reason is not None:
-        yield Text(f"Model of the spike rate: not computed: {model.reason}.")
+        yield Absent("Model of the spike rate", model.reason)
         return
     yield Text(
         f"Rate model: spikes of the gradient norm per evaluable step, all axes in one model (quasi-Poisson): "
@@ -141,10 +149,14 @@ def _rates(study: Study) -> Iterator[Block]:
     yield Table("Ratios of spike rates", heads, rows, frozenset(heads[2:]))
 
 
-def _first(study: Study) -> Iterator[Block]:
+def first_spikes(study: Study) -> Iterator[Block]:
+    """The time to the first spike along each axis."""
+    if (bias := adaptive.why_biased(study)) is not None:
+        yield Absent("Time to the first spike", bias)
+        return
     times = study.first_spikes()
-    if not any(len(t.levels) and (t.levels["spiked"] + t.levels["diverged"]).any() for t, _ in times.values()):
-        yield Text("Time to the first spike: no trial spiked or diverged.")
+    if (few := too_few_events(times)) is not None:
+        yield Absent("Time to the first spike", few)
         return
     yield Text(
         "Time to the first spike (Kaplan-Meier): the estimated share of trials without a spike and without divergence "
@@ -157,9 +169,19 @@ def _first(study: Study) -> Iterator[Block]:
     yield Table("Trials free of spikes", heads, rows, frozenset(heads[2:]))
     for axis, (t, _) in times.items():
         if t.reason is not None:
-            yield Text(f"No test along {words.label(axis)}: {t.reason}.")
+            yield Absent(f"Test of the first spikes along {words.label(axis)}", t.reason)
     caveats = (caveat for axis, (t, _) in times.items() for caveat in survival.caveats(axis, t))
     yield from map(Text, dict.fromkeys(caveats))
+
+
+def too_few_events(times: Mapping[str, tuple[FirstSpikes, float]]) -> str | None:
+    """Why no curve of first spikes is given; None where there are enough."""
+    events = max(
+        (int((t.levels["spiked"] + t.levels["diverged"]).sum()) for t, _ in times.values() if len(t.levels)), default=0
+    )
+    if not events:
+        return "no trial spiked or diverged"
+    return f"{words.count(events, 'event')}, and it needs {FEWEST_EVENTS}" if events < FEWEST_EVENTS else None
 
 
 def _free(axis: str, times: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
@@ -169,7 +191,7 @@ def _free(axis: str, times: FirstSpikes, p: float) -> Iterator[tuple[str, ...]]:
         yield words.label(axis), words.level(row["level"], axis), *counts, *free, words.number(p, 2)
 
 
-def _batches(study: Study) -> Iterator[Block]:
+def batches(study: Study) -> Iterator[Block]:
     """How much of the roughness is the batch, and which batches."""
     yield Text(_batch_share(study.batch_share()))
     if len(study.spikes):
@@ -234,13 +256,12 @@ def _marked(batch: pd.Series) -> str:
     )
 
 
-def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
-    done = int((study.grid.trials["state"] == "done").sum())
-    if few := too_few(done, len(axes)):
-        yield Text(f"Shares of variance: not computed: {few}.")
+def importance(known: Shares) -> Iterator[Block]:
+    """The share of each axis in the variance of each statistic."""
+    what = "Shares of variance"
+    if known.reason is not None:
+        yield Absent(what, known.reason)
         return
-    table = study.importance()
-    names = [name for name in (*axes, "seed") if name in table]
     yield Text(
         "Share of the variance between trials that each axis explains by itself (fANOVA; roughness and attention "
         "logits as logarithms). Shown where the axes explain more than chance (F test of all axes, Holm over the "
@@ -248,7 +269,7 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
         "the seed is the measure of chance: an axis with no larger one may be chance too. The rest is interaction and "
         "chance."
     )
-    computed = [row for row in records(table) if row["reason"] is None]
+    names = known.axes
     rows = tuple(
         (
             words.STATISTICS[row["metric"]],
@@ -256,14 +277,15 @@ def _importance(study: Study, axes: list[str]) -> Iterator[Block]:
             _share(max(0.0, 1 - sum(row[n] or 0.0 for n in names))),
             str(row["trials"]),
         )
-        for row in computed
+        for row in known.rows
+        if row["reason"] is None
     )
     numbers = (*map(words.label, names), "rest", "trials")
     if rows:
         yield Table("Shares of variance", ("statistic", *numbers), rows, frozenset(numbers))
-    for row in records(table):
+    for row in known.rows:
         if row["reason"] is not None:
-            yield Text(f"Shares of the {words.STATISTICS[row['metric']]}: not computed: {row['reason']}.")
+            yield Absent(f"Shares of the {words.STATISTICS[row['metric']]}", row["reason"])
 
 
 def _share(share: float | None) -> str:

@@ -55,15 +55,22 @@ def reading(row: Row) -> str:
     return "suggestive" if row["p"] < CLEAR else "no effect found"
 
 
+def method(study: Study) -> Iterator[Text]:
+    """How the table of effects is made; nothing where it has no test."""
+    rows = [] if study.ingested or adaptive.why_biased(study) is not None else records(study.claims())
+    if tests := sum(r["p_holm"] is not None for r in rows):
+        yield Text(
+            f"{METHOD} p is corrected (Holm) for {words.count(tests, 'test')}. An effect is stated where that, or the "
+            f"corrected p of an interaction, is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
+        )
+
+
 def _effects(rows: Sequence[Row], nats: bool) -> Iterator[Block]:
     tests = words.count(sum(r["p_holm"] is not None for r in rows), "test")
-    if any(r["p_holm"] is not None for r in rows):
-        yield Text(
-            f"{METHOD} p is corrected (Holm) for {tests}. An effect is stated where that, or the corrected p of an "
-            f"interaction, is under {CLEAR:g}; one that only the uncorrected p shows is suggestive."
-        )
     heads = ("axis", "from → to", "statistic", "effect [95 % interval]", "p", "p (Holm)", "reading", "note")
-    yield Table(f"Effects: {tests}", heads, tuple(_effect(row, nats) for row in rows), frozenset(heads[4:6]))
+    yield Table(
+        f"Effects: {tests}", heads, tuple(_effect(row, nats) for row in rows), frozenset(heads[4:6]), folded=True
+    )
 
 
 def _effect(row: Row, nats: bool) -> tuple[str, ...]:

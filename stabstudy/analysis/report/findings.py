@@ -17,6 +17,7 @@ from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, levels_of, ordered, records
 from stabstudy.analysis.recipe import LR, MARGIN_STEPS, NoRecipe, Recipe
 from stabstudy.analysis.report import frontier_page, ingested_page
+from stabstudy.analysis.report.design_line import settled
 from stabstudy.analysis.study import Study
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.stability.explain import WARNINGS
@@ -29,6 +30,9 @@ FINDS = "This finds the limit: "
 
 SHOWN = 3
 """Best cells of a search that the first screen names."""
+
+FEW_SEEDS = 5
+"""Seeds under which a caveat says how few they are."""
 
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
@@ -59,18 +63,19 @@ def findings(study: Study) -> list[Finding]:
         sentences = [*frontier_page.findings(study, study.searched), *_behind(study), *_warned(study)]
         return [Finding("How far", sentences), Finding("What to use", list(_recipes(study, "")))]
     if adaptive.why_biased(study) is not None:
-        return [Finding("What the search found", [*_best(study), *_behind(study), *_warned(study)])]
-    limits = list(_limits(study))
+        return [Finding("What the search found", [*best(study), *_behind(study), *_warned(study)])]
+    part = settled(study)
+    limits = list(_limits(study, part))
     answers = (
         Finding("What is stable", [*limits, *_behind(study), *_warned(study)]),
         Finding("What to use", list(_recipes(study, " ".join(limits)))),
-        Finding("What the axes changed", list(_changes(study))),
-        Finding("What the cases changed", list(_cases(study))),
+        Finding("What the axes changed", list(_changes(part))),
+        Finding("What the cases changed", list(_cases(part))),
     )
     return [each for each in answers if each.sentences]
 
 
-def _best(study: Study) -> Iterator[str]:
+def best(study: Study) -> Iterator[str]:
     """The best cells of a search, which are better than what they would be when trained again."""
     history = searches.search_history(study.folder, study.tables.trials)
     assert history is not None
@@ -113,11 +118,11 @@ def _reasons(study: Study) -> list[str]:
     return [f"{n} {words.REASONS.get(reason, reason)}" for reason, n in numbers.items()]
 
 
-def _limits(study: Study) -> Iterator[str]:
+def _limits(study: Study, part: Study) -> Iterator[str]:
     """The largest learning rate at which every trial stayed stable: per depth, or per level of the one other axis."""
     grid = study.grid
     if LR not in grid.axes:
-        yield _stable_cells(study)
+        yield from _stable_cells(part)
         return
     by, rows = answer.limits(study)
     alike: dict[str, list[tuple[Level, Row]]] = {}
@@ -140,10 +145,12 @@ def _search(study: Study, holds: str, by: str | None, levels: Sequence[Level]) -
     return "" if command is None else f" {FINDS}{command}"
 
 
-def _stable_cells(study: Study) -> str:
+def _stable_cells(study: Study) -> Iterator[str]:
+    """How many cells are stable; nothing where no cell has ended."""
     stable = [all(row["verdict"] == "stable" for row in rows) for rows in study.rows_by_cell.values()]
     verb = "is" if sum(stable) == 1 else "are"
-    return f"{sum(stable)} of {words.count(len(stable), 'cell')} {verb} stable in every trial."
+    if stable:
+        yield f"{sum(stable)} of {words.count(len(stable), 'cell')} {verb} stable in every trial."
 
 
 def _limit(row: Row, grid: Sequence[Level]) -> str:
@@ -295,7 +302,7 @@ def _missing(study: Study) -> Iterator[str]:
         yield f"{words.count(numbers['damaged'], 'trial')} damaged and left out of every number: {ids}."
     absent = [f"{numbers[kind]} {kind}" for kind in ("unfinished", "failed") if numbers[kind]]
     if absent:
-        yield f"Trials in no mean: {words.listing(absent)} (see Trials without a result)."
+        yield f"Trials in no mean: {words.listing(absent)} (see Runs)."
     if numbers["not judged"]:
         yield f"Done trials without a verdict: {words.listing(_reasons(study))}."
     cells = study.cells[study.cells["case"].isna()] if len(study.cells) else study.cells
@@ -340,6 +347,8 @@ def _incomparable(study: Study) -> Iterator[str]:
 def _few(study: Study) -> Iterator[str]:
     if len(levels_of(study.trials["seed"])) == 1 and study.searched is None:
         yield "One seed: no interval and no test is possible; a difference may be chance."
+    elif 1 < (seeds := len(levels_of(study.trials["seed"].dropna()))) < FEW_SEEDS and study.grid.axes:
+        yield f"{seeds} seeds: intervals are wide, and a small effect can be missed."
     evaluable = study.trials.loc[study.trials["verdict"] == "stable", "n_evaluable"]
     if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:
         yield (

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import re
 import urllib.parse
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,36 @@ import jinja2
 from markupsafe import Markup, escape
 
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Code, Figure, Report, Table, TrialPage, split_command, split_ids
+from stabstudy.analysis.elements import (
+    TRIALS,
+    Answer,
+    Bar,
+    Block,
+    Code,
+    Figure,
+    Point,
+    Report,
+    Table,
+    TrialPage,
+    split_command,
+    split_ids,
+)
+
+WIDE = 780
+"""CSS pixels up to which a figure leaves room for another beside it."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def html_index(report: Report) -> str:
     """The page of the study."""
-    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    content = {
+        "report": report,
+        "sections": report.sections,
+        "glossary": words.GLOSSARY,
+        "marks_glossary": words.MARKS,
+        "spans": _spans,
+    }
     return _render("index.html.j2", report.trials, TRIALS, **content)
 
 
@@ -64,6 +86,7 @@ def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str
         linked=link,
         rows=functools.partial(_html_rows, link=link),
         image=_image,
+        plates=_plates,
         json=_json,
         trials=trials,
         folder=folder,
@@ -92,8 +115,21 @@ def _environment() -> jinja2.Environment:
     )
     environment.tests["table"] = lambda block: isinstance(block, Table)
     environment.tests["code"] = lambda block: isinstance(block, Code)
-    environment.tests["figure"] = lambda block: isinstance(block, Figure)
+    environment.tests["plates"] = lambda block: isinstance(block, list)
+    environment.tests["answer"] = lambda item: isinstance(item, Answer)
+    environment.tests["bar"] = lambda item: isinstance(item, Bar)
+    environment.tests["point"] = lambda item: isinstance(item, Point)
     return environment
+
+
+def _spans(bar: Bar) -> list[dict[str, Any]]:
+    """Each part of a bar: what it counts, and where it starts and how wide it is in percent."""
+    total, before, parts = sum(count.number for count in bar.counts), 0, []
+    for count in bar.counts:
+        start, width = (f"{100 * n / total:.3f}" for n in (before, count.number))
+        parts.append({"kind": count.kind, "start": start, "width": width})
+        before += count.number
+    return parts
 
 
 @functools.cache
@@ -106,6 +142,24 @@ def _inlined(*names: str) -> tuple[Markup, str]:
 def _json(text: str) -> Markup:
     """JSON, safe between single quotes: between double ones it would be half as long again."""
     return Markup(text.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _plates(blocks: Sequence[Block]) -> Iterator[Block | list[Figure]]:
+    """The blocks, with figures in lists: two narrow ones stand side by side, a wide one by itself."""
+    row: list[Figure] = []
+    for block in blocks:
+        is_narrow = isinstance(block, Figure) and _image(block)["width"] <= WIDE
+        if row and (len(row) == 2 or not is_narrow):
+            yield row
+            row = []
+        if is_narrow and isinstance(block, Figure):
+            row = [*row, block]
+        elif isinstance(block, Figure):
+            yield [block]
+        else:
+            yield block
+    if row:
+        yield row
 
 
 def _image(figure: Figure) -> dict[str, Any]:

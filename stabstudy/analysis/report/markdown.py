@@ -7,7 +7,20 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 from stabstudy.analysis import words
-from stabstudy.analysis.elements import TRIALS, Block, Code, Figure, Report, Table, split_command, split_ids
+from stabstudy.analysis.elements import (
+    TRIALS,
+    Answer,
+    Bar,
+    Block,
+    Code,
+    Figure,
+    Point,
+    Report,
+    Table,
+    Text,
+    split_command,
+    split_ids,
+)
 
 Link = Callable[[str], str]
 
@@ -37,20 +50,42 @@ def linked_markdown(text: str, trials: Container[str]) -> str:
 def _markdown_lines(report: Report) -> Iterator[str]:
     link = functools.partial(linked_markdown, trials=report.trials)
     yield from (f"# {escape_markdown(report.study)}", "")
+    yield from (escape_markdown(report.design), "")
     if report.question:
         yield from (escape_markdown(report.question), "")
-    yield from (f"**{escape_markdown(report.headline)}**", "")
-    counts = [(f"{c.sign} {c.kind}", str(c.number)) for c in report.counts]
-    yield from _markdown_table(("", "trials"), counts, {"trials"}, link)
-    yield from (escape_markdown(words.GLOSSARY), "")
-    boxed = [*((f.about, f.sentences) for f in report.findings), ("Caveats", report.warnings)]
+    for box in report.boxes:
+        yield from (f"## {escape_markdown(box.title)}", "")
+        for item in box.items:
+            yield from _item(item, link)
+    for sketch in report.sketches:
+        yield from _markdown_block(sketch, link)
+    for pointer in report.pointers:
+        at = "" if pointer.step is None else f", step {pointer.step}"
+        yield f"- {escape_markdown(pointer.text)}: {link(pointer.trial_id)}{at}."
+    yield from ("", escape_markdown(f"{words.MARKS} {words.GLOSSARY}"), "")
+    boxed = [("Caveats", report.warnings), *((f.about, f.sentences) for f in report.findings)]
     for heading, items in boxed:
         if items:
             yield from (f"**{heading}**", "", *(f"- {link(item)}" for item in items), "")
     for section in report.sections:
-        yield from (f"## {escape_markdown(section.title)}", "")
+        yield from (f"{'###' if section.folded else '##'} {escape_markdown(section.title)}", "")
         for block in section.blocks:
             yield from _markdown_block(block, link)
+
+
+def _item(item: Answer | Bar | Point | Text | Code, link: Link) -> Iterator[str]:
+    """A line of a box of the first screen."""
+    if isinstance(item, Answer):
+        yield from (f"**{escape_markdown(item.text)}** {escape_markdown(item.rest)}".rstrip(), "")
+    elif isinstance(item, Bar):
+        counts = ", ".join(f"{count.sign} {count.number} {count.kind}" for count in item.counts)
+        yield from (escape_markdown(counts), "")
+    elif isinstance(item, Point):
+        yield from (f"**{escape_markdown(item.lead)}** {link(item.text)}", "")
+    elif isinstance(item, Code) and not item.title:
+        yield from (*(f"    {line}" for line in item.text.splitlines()), "")
+    else:
+        yield from _markdown_block(item, link)
 
 
 def _markdown_block(block: Block, link: Link) -> Iterator[str]:
@@ -63,7 +98,7 @@ def _markdown_block(block: Block, link: Link) -> Iterator[str]:
         yield from _markdown_block(block.table, link)
     elif isinstance(block, Code):
         yield from (f"**{escape_markdown(block.title)}**", "", *(f"    {line}" for line in block.text.splitlines()), "")
-    else:
+    elif isinstance(block, Text):
         yield from (link(block.text), "")
 
 

@@ -5,64 +5,74 @@ Nothing here knows when or where it runs: an unchanged study gives the same repo
 
 from __future__ import annotations
 
-import math
-import shlex
-import textwrap
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-import pandas as pd
-
-from stabstudy.analysis import compare, recipe, words
-from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Code, Count, Figure, Report, Section, Table, Text
+from stabstudy.analysis import compare, words
+from stabstudy.analysis.elements import TRIAL_ID, Absent, Block, Figure, Report, Section, Table, Text
 from stabstudy.analysis.figures.registry import figures
-from stabstudy.analysis.levels import levels_of, plain, records
+from stabstudy.analysis.levels import records
+from stabstudy.analysis.recipe import LR
 from stabstudy.analysis.report import (
+    design_line,
     drivers,
     effect_tables,
-    export,
     findings,
+    first_boxes,
+    first_screen,
     frontier_page,
     ingested_page,
-    trial_page,
+    methods,
     trial_tables,
 )
-from stabstudy.analysis.study import Study
-from stabstudy.config import SETTINGS, setting_names
-from stabstudy.stability.columns import COLUMNS
-from stabstudy.stability.explain import DIVERGED, OF_KTO, OF_TOKENS
-from stabstudy.stability.hopeless import (
-    CALIBRATED,
-    HOPELESS,
-    ROUGH_SCATTER,
-    SCATTER,
-    SETTLED_STEPS,
-    SHARES,
-    UNTRAINED_FROM,
-)
-from stabstudy.stability.rules import Rules
-from stabstudy.stability.verdict import VERDICTS
+from stabstudy.analysis.report.design_line import settled
+from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.state import State
 from stabstudy.store import StoreError
 
 MOST_FAILED = 50
 
+IN_EFFECTS = ("search-", "final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map", "against-", "effects")
+IN_SPIKES = ("norm-ratios", "accumulation", "layers")
+IN_MODELS = ("lr-sensitivity", "first-spikes", "clipping")
+"""Beginnings of the names of the figures of each section; those of none of them are on demand."""
+
+FEWEST_POINTS = 3
+"""Levels from which LR sensitivity is drawn against an axis."""
+
+RUNS_PAGE = ("runs.html", "All trials: sort, filter, overlay")
+"""The page with every trial."""
+
 
 def report(study: Study) -> Report:
     """The whole report. Reads every table of the study, the traces it draws, and the trials' states."""
-    numbers = study.outcomes
     states = dict(_states(study))
-    shown = {kind: n for kind, n in numbers.items() if n or kind in VERDICTS}
+    known = first_boxes.shares(settled(study))
+    sections = list(_sections(study, states, known))
+    drawn, pointers = first_screen.figures(study)
+    if study.searched is not None:
+        drawn, sections = _raised(drawn, sections)
     return Report(
         study=words.clean(study.name, 80),
+        design=design_line.design(study),
         question=words.clean(study.question),
-        headline=findings.headline(study),
-        counts=[Count(kind, n, trial_page.SIGNS[kind]) for kind, n in shown.items()],
+        boxes=first_screen.boxes(study, known),
         findings=findings.findings(study),
-        warnings=findings.warnings(study) + _mixed_engines(states),
-        sections=[s for s in _sections(study, states) if s.blocks],
+        warnings=findings.warnings(study) + methods.mixed_engines(states),
+        sections=sections,
+        sketches=drawn,
+        pointers=pointers,
         trials=paged(study),
     )
+
+
+def _raised(sketches: Sequence[Figure], sections: Sequence[Section]) -> tuple[list[Figure], list[Section]]:
+    """The first figure of a search moves to the first screen."""
+    figure = next((f for s in sections if s.anchor == "frontier" for f in s.figures), None)
+    if figure is None:
+        return list(sketches), list(sections)
+    kept = [replace(s, blocks=[b for b in s.blocks if b is not figure]) for s in sections]
+    return [figure, *sketches], kept
 
 
 def paged(study: Study) -> frozenset[str]:
@@ -71,71 +81,81 @@ def paged(study: Study) -> frozenset[str]:
     return frozenset(t for t in ids if TRIAL_ID.fullmatch(t))
 
 
-def _sections(study: Study, states: Mapping[str, State]) -> Iterator[Section]:
+def _sections(study: Study, states: Mapping[str, State], known: first_boxes.Shares) -> Iterator[Section]:
+    """Effects, runs, spikes, sensitivity and models; then the methods, folded, with what the others left out."""
+    absent: list[Absent] = []
+    for section in _shown(study, known):
+        absent += [block for block in section.blocks if isinstance(block, Absent)]
+        kept = [block for block in section.blocks if not isinstance(block, Absent)]
+        if kept or section.link:
+            yield replace(section, blocks=kept)
+    yield from (s for s in methods.sections(study, states, absent) if s.blocks)
+
+
+def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
+    drawn = list(figures(study))
+    grid = not study.ingested
     if study.ingested:
         yield Section("read", "What was read", list(ingested_page.read(study)))
-        yield Section("design", "Settings and rules", list(design(study)))
-    else:
-        if study.searched is not None:
-            yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
-        yield Section("recipe", "Recipe to copy", list(_recipe(study)))
-        yield Section("design", "Design and rules", list(design(study)))
-        yield Section("cells", "Cells", list(effect_tables.cells(study)) if len(study.cells) else [])
-    yield Section("figures", "Figures", list(_figures(study)))
-    yield Section("summaries", "Summary per trial", list(_summaries(study)))
-    yield Section("changes", "What each axis changed", list(effect_tables.effect_blocks(study)))
-    if not study.ingested:
-        if compare.in_nats(study.trials):
-            yield Section("sensitivity", "Learning-rate sensitivity", list(drivers.sensitivity(study)))
-        yield Section("drivers", "What drives spikes", list(drivers.spikes(study)))
-    yield Section("spikes", "Largest spikes", list(trial_tables.highest_spikes(study)))
-    yield Section("failed", "Trials without a result", list(_failed(study)))
-    yield Section("trials", "Every trial", [trial_tables.all_trials(study)] if len(study.trials) else [])
-    yield Section("columns", "Column definitions", [_definitions()])
-    yield Section("provenance", "Provenance", list(_origin(study, states)))
+    if study.searched is not None:
+        yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
+    effects = [
+        *(b for b in drawn if isinstance(b, Absent)),
+        *_of(drawn, IN_EFFECTS),
+        *effect_tables.effect_blocks(study),
+    ]
+    yield Section("changes", "Effects", effects)
+    placed = {f.name for names in (IN_EFFECTS, IN_SPIKES, IN_MODELS) for f in _of(drawn, names)}
+    others = [b for b in drawn if isinstance(b, Figure) and b.name not in placed]
+    yield Section("figures", "More figures: traces, maps, parallel coordinates", others, folded=True)
+    cells = effect_tables.cells(study) if grid and len(study.cells) else []
+    runs = [*cells, *_failed(study)]
+    yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
+    spikes = [*trial_tables.highest_spikes(study), *_of(drawn, IN_SPIKES)]
+    yield Section("spikes", "Spikes", spikes)
+    if grid and drivers.models(study):
+        yield Section("batches", "Batches: their share, and the highest", list(drivers.batches(study)), folded=True)
+    yield from _models(study, drawn, known)
 
 
-def _recipe(study: Study) -> Iterator[Block]:
-    """The recipes of the first screen as configurations of this and other tools."""
-    recipes = recipe.recipes(study)
-    if not recipes:
-        yield Text(f"No recipe: {recipe.why_none(study)}.")
-    for one in recipes:
-        if len(recipes) > 1:
-            yield Text(recipe.sentence(one))
-        yield Code("As overrides of this tool", "\n".join(export.overrides(one.given | one.levels, one.settings)))
-        yield _exported("As a Lingua config (one device)", export.lingua(one.settings))
-        title = "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)"
-        yield _exported(title, export.hugging_face(one.settings))
+def _models(study: Study, drawn: Sequence[Block], known: first_boxes.Shares) -> Iterator[Section]:
+    if study.ingested or not drivers.models(study):
+        return
+    poor = dict(_too_poor(study))
+    curves = [figure for figure in _of(drawn, IN_MODELS) if figure.name not in poor]
+    left_out = [Absent(f.title, poor[f.name]) for f in _of(drawn, tuple(poor))]
+    sensitivity = list(drivers.sensitivity(study)) if compare.in_nats(study.trials) else []
+    yield Section("sensitivity", "Sensitivity and models", [*curves, *sensitivity, *left_out])
+    yield Section("shares", "Shares of variance", list(drivers.importance(known)), folded=True)
+    yield Section("rates", "Model of the spike rate", list(drivers.rates(study)), folded=True)
+    yield Section("first", "Time to the first spike", list(drivers.first_spikes(study)), folded=True)
 
 
-def _exported(title: str, exported: export.Export) -> Code:
-    """The keys below what they do not reproduce, as comments."""
-    text, notes = exported
-    comments = textwrap.TextWrapper(110, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
-    lines = [line for note in notes for line in comments.wrap(note)]
-    return Code(title, "\n".join([*(["# These keys do not reproduce all of it:"] if lines else []), *lines, text]))
+def _too_poor(study: Study) -> Iterator[tuple[str, str]]:
+    """Figures that would show next to nothing, and what they lack."""
+    if (few := drivers.too_few_events(study.first_spikes())) is not None:
+        yield "first-spikes", few
+    axes = study.grid.axes
+    others = [axis for axis in axes if axis != LR]
+    x = DEPTH if DEPTH in others else next(iter(others), None)
+    if x is not None and len(axes[x]) < FEWEST_POINTS:
+        yield (
+            "lr-sensitivity",
+            f"{len(axes[x])} levels of {words.label(x)}, and it needs {FEWEST_POINTS}: see its table",
+        )
+    if (n := study.trials["optim.clip"].nunique()) < 2:
+        yield "clipping", f"{words.count(n, 'clip threshold')}, and it needs 2"
 
 
-def _figures(study: Study) -> Iterator[Block]:
-    blocks = list(figures(study))
-    yield from (block for block in blocks if isinstance(block, Figure))
-    if absent := tuple((block.what, block.why) for block in blocks if isinstance(block, Absent)):
-        yield Table("Figures that this study does not allow", ("figure", "reason"), absent)
-
-
-def _summaries(study: Study) -> Iterator[Block]:
-    """The roughest and a typical trial: verdict, warnings, spikes, and how the clip threshold relates to the norms."""
-    for kind, trial_id in {"Roughest": study.worst(), "Typical": study.typical()}.items():
-        if trial_id is not None:
-            summary = " ".join(trial_page.explanation(study, trial_id))
-            yield Text(f"{kind} ({trial_id}: {study.describe(trial_id)}). {summary}")
+def _of(blocks: Iterable[Block], names: tuple[str, ...]) -> list[Figure]:
+    """The figures whose names begin so, in the order of these names."""
+    drawn = [block for block in blocks if isinstance(block, Figure)]
+    return [figure for name in names for figure in drawn if figure.name.startswith(name)]
 
 
 def _failed(study: Study) -> Iterator[Block]:
     not_done = study.trials[study.trials["state"] != "done"]
     if not len(not_done) and not study.damaged:
-        yield Text("None: every trial is done and readable.")
         return
     rows = [(d.trial_id, "" if d.seed is None else f"seed {d.seed}", "damaged", "", d.reason) for d in study.damaged]
     rows += [
@@ -149,185 +169,9 @@ def _failed(study: Study) -> Iterator[Block]:
     yield Table("Not done, failed or damaged", heads, shown, frozenset({"steps"}))
 
 
-def _definitions() -> Table:
-    """The columns that the tables show."""
-    names = ("final_loss_capped", *effect_tables.STATISTICS, *trial_tables.STATISTICS, "verdict", "grad_norm_max")
-    labels = {n: COLUMNS[n].label for n in names if n != "final_loss"}
-    labels["final_loss_capped"] = "final loss"  # the one loss that the tables of cells show
-    rows = tuple((head, n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n, head in labels.items())
-    heads = ("shown as", "column", "meaning", "unit", "null when")
-    return Table("Every column is documented in results/README.md", heads, rows, folded=True)
-
-
-def _origin(study: Study, states: Mapping[str, State]) -> Iterator[Block]:
-    yield Table("Command, versions and machine", ("what", "value"), tuple(_provenance(study, states)))
-    if prints := sorted({str(v) for v in study.trials["data_fingerprint"].dropna()}):
-        yield Text(f"Data fingerprints: {', '.join(words.clean(p, 20) for p in prints)}.")
-
-
-def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str, str]]:
-    body = study.provenance
-    if isinstance(argv := body.get("argv"), list):
-        module = "stabstudy.ingest" if study.ingested else "stabstudy.sweep"
-        yield "command", words.clean(shlex.join(["python", "-m", module, *map(str, argv)]))
-    for part in ("versions", "machine", "git"):
-        values = body.get(part)
-        if isinstance(values, dict):
-            for name, value in values.items():
-                yield f"{part}: {words.clean(name, 40)}", words.clean(value, 80) or words.NOTHING
-    for engine in _engine_texts(states):
-        yield "trained with", words.clean(engine)
-    started = [str(a.started) for s in states.values() for a in s.attempts]
-    ended = [str(a.ended) for s in states.values() for a in s.attempts if a.ended]
-    if started and ended:
-        yield "trained", f"{words.clean(min(started), 40)} to {words.clean(max(ended), 40)}"
-
-
 def _states(study: Study) -> Iterator[tuple[str, State]]:
     for trial_id in study.trials.index:
         try:
             yield trial_id, study.folder.trial(trial_id).read_state()
         except StoreError:  # it was readable when the tables were made: the trial is writing it anew or lost it
             continue
-
-
-def _engines(states: Mapping[str, State]) -> list[dict[str, Any]]:
-    """What each done trial that says so was trained on, at its last attempt."""
-    engines = [s.attempts[-1].engine for s in states.values() if s.status == "done" and s.attempts]
-    return [e for e in engines if isinstance(e, dict) and e]
-
-
-def _engine_texts(states: Mapping[str, State]) -> list[str]:
-    return sorted({", ".join(f"{k} {v}" for k, v in sorted(e.items())) for e in _engines(states)})
-
-
-def _mixed_engines(states: Mapping[str, State]) -> list[str]:
-    engines = _engines(states)
-    names = sorted({name for e in engines for name in e if any(e[name] != other.get(name) for other in engines)})
-    text = (
-        f"Trained on {len(_engine_texts(states))} different engines, which differ in "
-        f"{', '.join(map(words.clean, names))} (see Provenance): trials that are otherwise equal may differ in the "
-        "last bits, and in more after a few steps of unstable training."
-    )
-    return [text] if names else []
-
-
-PRECISIONS = {
-    "bf16": "autocast: matrix products in bf16; weights, residual stream and outputs of norms in fp32",
-    "fp16": "autocast with loss scaling: matrix products in fp16; weights, residual stream, outputs of norms in fp32",
-    "bf16_stream": "embedding output, residual stream and outputs of norms in bf16 too; weights, their gradients and "
-    "moments in fp32",
-}
-"""What the values of train.precision mean, but for fp32."""
-
-
-def design(study: Study) -> Iterator[Block]:
-    """The section: axes, size, rules, the settings with one value, the parameters of the rules."""
-    if study.axes or not study.ingested:
-        yield Table("Axes", ("axis", "setting", "levels"), tuple(_axes(study)))
-    if not study.ingested and len(study.trials):
-        yield Text(_size(study))
-        for precision in levels_of(study.trials["train.precision"].dropna()):
-            if precision in PRECISIONS:
-                yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
-    yield Text(_spike_rule(study.rules))
-    yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study)))
-    if (study.trials["stop_reason"] == HOPELESS).any():
-        yield Text(_hopeless())
-    if fixed := tuple(_fixed(study)):
-        yield Table("Settings with one value", ("setting", "value"), fixed, folded=True)
-    if study.ingested:
-        yield Text(
-            "Settings that no file beside a log names are not shown, and none is assumed. Of a log that leaves steps "
-            "out, the steps above are its rows."
-        )
-    title = f"Parameters of the rules ({study.rules.detector_id})"
-    rows = tuple((name, str(value)) for name, value in study.rules.parameters().items())
-    yield Table(title, ("parameter", "value"), rows, frozenset({"value"}), folded=True)
-
-
-def _axes(study: Study) -> Iterator[tuple[str, str, str]]:
-    for axis, levels in study.axes.items():
-        yield words.heading(axis), axis, frontier_page.levels(study, axis, levels)
-    seeds = levels_of(study.trials["seed"].dropna())
-    yield "seed", "seed", ", ".join(map(str, seeds)) or words.NOTHING
-
-
-def _size(study: Study) -> str:
-    """How much was trained: trials, steps, tokens."""
-    trials = study.trials
-    step = trials["train.batch_size"] * trials["data.seq_len"]
-    per_step, planned = (_span(values) for values in (step, trials["steps_planned"]))
-    return (
-        f"{words.count(len(trials), 'trial')} of {planned} steps, {per_step} tokens a step "
-        f"({_span(trials['train.batch_size'])} sequences of {_span(trials['data.seq_len'])}): "
-        f"{_span(trials['steps_planned'] * step)} tokens a trial; trained in all: "
-        f"{int((trials['steps_done'] * step).sum()):,} tokens."
-    )
-
-
-def _span(values: pd.Series[int]) -> str:
-    """`160`, or `80 to 160`."""
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _spike_rule(rules: Rules) -> str:
-    return (
-        f"Spike: a stretch of flagged steps at most {rules.merge_gap} steps apart. A step is flagged as a surprise "
-        f"where its gradient norm before clipping stands at least {rules.k_grad:g} robust standard deviations and a "
-        f"factor {words.number(math.exp(rules.jump_grad))} above its recent level (the median of the {rules.level} "
-        f"steps before), the deviations being those of the last {rules.window} steps from their own recent levels; and "
-        f"as absolute where it is at least {rules.ratio:g} times both its recent level and the median of the last "
-        f"{rules.window} steps. For the loss the limits are {rules.k_loss:g} deviations and {rules.jump_loss:g} "
-        f"nat/token, and nothing is absolute. The first {rules.fill} steps are not judged and enter no rate."
-    )
-
-
-def _verdicts(study: Study) -> Iterator[tuple[str, str]]:
-    rules, objectives = study.rules, set(study.trials["objective.kind"].dropna())
-    untested = {*(() if "kto" in objectives else OF_KTO), *(OF_TOKENS if objectives == {"kto"} else ())}
-    yield from (("diverged", f"{text} ({code})") for code, text in DIVERGED.items() if code not in untested)
-    yield (
-        "rough",
-        f"stretches of absolute steps are more frequent than {100 * rules.rough_share:g} % of the evaluable steps "
-        "(lower 95 % bound)",
-    )
-    yield (
-        "spiky",
-        "a spike of the loss, or one of the norm with an absolute step, lasts more than "
-        f"{rules.narrow_steps} steps or is cut off by the end (R1); or there are at least {rules.spiky_events} such "
-        f"spikes of any length, more than {rules.spiky_per_1k:g} per 1,000 steps (lower 95 % bound; R2)",
-    )
-    yield "stable", "none of these"
-    foreign = ", or those after clipping alone; or a loss of 0 throughout" if study.ingested else ""
-    yield (
-        "not judged",
-        f"under {rules.min_evaluable} evaluable steps; or no gradient norm{foreign}; or, of a trial that would be "
-        "stable, a loss that never came below the entropy of single tokens (untrained), or a log that leaves steps out",
-    )
-
-
-def _hopeless() -> str:
-    """The rule that ended trials early, and what it rests on."""
-    *first, last = (f"{100 * share:g}" for share in SHARES)
-    return (
-        f"Rule {HOPELESS}: after {', '.join(first)} and {last} % of its planned steps, {SETTLED_STEPS} of them or more "
-        f"settled, a trial is ended where the logarithm of its gradient norm scatters by {SCATTER:g} or more (robust "
-        f"standard deviation about its centred mean), or by {ROUGH_SCATTER:g} while it is rough already, or (from "
-        f"{100 * UNTRAINED_FROM:g} % on) where its loss is above the entropy of single tokens and falls too slowly to "
-        f"end below. {CALIBRATED} stop=diverged takes it back: the trials go on where they stopped."
-    )
-
-
-def _fixed(study: Study) -> Iterator[tuple[str, str]]:
-    """Settings with one value in the whole study; those of the synthetic source or of `kto` only where it is used."""
-    if not len(study.trials):
-        return
-    synthetic, kto = "synthetic" in set(study.trials["data.source"]), "kto" in set(study.trials["objective.kind"])
-    for name in setting_names():
-        hidden = name == "seed" or (name.startswith("data.synthetic.") and not synthetic)
-        hidden |= SETTINGS[name].metadata.get("only") == "kind=kto" and not kto
-        values = [] if hidden else list({plain(v): None for v in study.trials[name]})
-        if len(values) == 1 and not (study.ingested and values[0] is None):
-            yield name, words.level(values[0], name)

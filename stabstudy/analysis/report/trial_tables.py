@@ -129,7 +129,7 @@ def _over_layers(rows: Rows, name: str, pick: np.ufunc) -> Any:
     return pick.reduce(values, axis=1) if values.shape[1] else np.full(len(rows), np.nan)
 
 
-MOST_SPIKES = 12
+MOST_SPIKES = 6
 """Spikes of each series that the table of a study shows."""
 
 _PROPERTIES = ("recovers after (steps)", "class", "flagged as", "batch", "in warmup", "coupled spike")
@@ -143,7 +143,7 @@ def highest_spikes(study: Study) -> Iterator[Block]:
     grad, loss = (study.spikes[study.spikes["series"] == series] for series in ("grad", "loss"))
     yield Text(
         f"{words.count(len(grad), 'spike')} of the gradient norm and {len(loss)} of the loss, in all trials that have "
-        f"a record, done or not. {legend(study.rules)}"
+        "a record, done or not."
     )
     if study.trials["approximate"].any():
         yield Text(
@@ -154,6 +154,12 @@ def highest_spikes(study: Study) -> Iterator[Block]:
         yield _highest(study, "Gradient norm", grad, "peak_ratio", "peak / recent level")
     if len(loss):
         yield _highest(study, "Loss", loss, "peak_delta", "peak - recent level (nat)")
+
+
+def spike_method(study: Study) -> Iterator[Text]:
+    """What the columns of the highest spikes are; nothing where there is none."""
+    if len(study.spikes):
+        yield Text(f"Spikes. {legend(study.rules)}")
 
 
 def trial_spikes(study: Study, trial_id: str) -> Table | None:

@@ -99,8 +99,9 @@
     const opens = shown.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
     const hint = "Point at a mark to read its values, or focus a figure and use the arrow keys."
       + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
+    const spot = document.querySelector("p.glossary");
     const before = shown[0].previousElementSibling || shown[0];
-    before.before(make("p", { className: "hint" }, hint));
+    if (spot) spot.append(` ${hint}`); else before.before(make("p", { className: "hint" }, hint));
   }
 
   // The steps of a trial, any range of them
