@@ -98,7 +98,7 @@ def curves(
         place = (0, UNSTABLE_LOGIT)
         ax.annotate(
             "1e4: unstable at larger sizes (arXiv 2309.14322)", place, (4, -3), textcoords="offset points", va="top",
-            xycoords=ax.get_yaxis_transform(), color=style.VERMILLION, fontsize=8,
+            xycoords=ax.get_yaxis_transform(), color=style.VERMILLION, fontsize=style.look().note,
         )  # fmt: skip
     return ax
 

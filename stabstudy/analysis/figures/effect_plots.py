@@ -89,7 +89,16 @@ def _draw_reason(ax: Axes, metric: str, rows: Sequence[Mapping[str, Any]]) -> No
     reasons = dict.fromkeys(str(row["note"]) for row in rows if row["note"]) or ["no axis varies"]
     text = f"{words.STATISTICS.get(metric, metric)}: not tested\n({'; '.join(reasons)})"
     wrapped = "\n".join(textwrap.fill(style.plain(line), 44) for line in text.splitlines())
-    ax.text(0.5, 0.5, wrapped, transform=ax.transAxes, ha="center", va="center", color=style.MUTED, fontsize=9)
+    ax.text(
+        0.5,
+        0.5,
+        wrapped,
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        color=style.MUTED,
+        fontsize=style.look().note,
+    )
     ax.set_axis_off()
 
 
@@ -171,8 +180,8 @@ def parallel(study: Study, metrics: Sequence[str] = ("final_loss", "grad_norm_lo
         low, high = _ends(name, trials, study)
         for text, y, va in ((low, 0, "top"), (high, 1, "bottom")):
             ax.annotate(
-                text, (at, y), (0, 14 * y - 9), textcoords="offset points", ha="center", va=va, fontsize=8,
-                color=style.INK,
+                text, (at, y), (0, 14 * y - 9), textcoords="offset points", ha="center", va=va, color=style.INK,
+                fontsize=style.look().note,
             )  # fmt: skip
     named = [style.plain(_name(n)) for n in names]
     ax.set_xticks(range(len(names)), [textwrap.fill(name, 80 // len(names)) for name in named])

@@ -92,7 +92,11 @@ class Sheet:
     @property
     def font(self) -> float:
         """Size of the words in the fields."""
-        return 8.5 if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM else 6.5
+        return (
+            style.look().field
+            if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM
+            else style.look().least
+        )
 
     def draw(self, ax: Axes, draw: Callable[[tuple[int, int], tuple[Level, ...], pd.DataFrame], None]) -> None:
         """Each field by `draw` (place, levels, trials), or hatched where no trial is done; then the axes' names."""

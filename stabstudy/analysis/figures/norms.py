@@ -75,7 +75,7 @@ def norm_ratios(
     ax.axvline(ratio, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
     place = (ratio, 1.0)
     ax.annotate(f"×{words.number(ratio)}", place, (3, -2), textcoords="offset points", va="top",
-                xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
+                xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=style.look().note)  # fmt: skip
     largest = max((float(v.max()) for v in by_level.values()), default=ratio)
     ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
     if largest > RATIOS_NAMED[-1]:

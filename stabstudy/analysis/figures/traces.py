@@ -67,7 +67,7 @@ def trace(
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
         norm.annotate(
             f"clip {words.level(clip)}", (1, clip), (-3, 2), xycoords=norm.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=8,
+            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=style.look().note,
         )  # fmt: skip
     for ax, series in ((norm, "grad"), (loss, "loss")):
         if warmup_steps:
@@ -77,7 +77,7 @@ def trace(
     if warmup_steps:
         norm.annotate(
             "warmup ends", (warmup_steps, 1), (3, -2), xycoords=norm.get_xaxis_transform(),
-            textcoords="offset points", va="top", color=style.MUTED, fontsize=8,
+            textcoords="offset points", va="top", color=style.MUTED, fontsize=style.look().note,
         )  # fmt: skip
     norm.set_ylabel("gradient norm\nbefore clipping")
     loss.set_ylabel("training loss" if "margin" in rows.columns else "training loss\n(nat/token)")  # of kto: no unit
@@ -149,7 +149,7 @@ def _cut_losses(axes: Sequence[Axes]) -> None:
         if (most := np.max(values[np.isfinite(values)], initial=0.0)) > ceiling:
             ax.annotate(
                 f"up to {words.number(float(most))}", (1, 1), (-4, -3), xycoords="axes fraction",
-                textcoords="offset points", ha="right", va="top", color=style.MUTED, fontsize=8,
+                textcoords="offset points", ha="right", va="top", color=style.MUTED, fontsize=style.look().note,
             )  # fmt: skip
     low, high = axes[0].get_ylim()
     if high > ceiling:
