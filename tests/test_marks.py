@@ -50,7 +50,7 @@ def test_every_drawn_trial_can_be_pointed_at(study: Study) -> None:
     for s in (s for s in series if "trials" in s):
         for trial_id, lr, loss in zip(s["trials"], s["a"], s["b"], strict=True):
             row = study.row(trial_id)
-            assert s["name"] == str(row["model.depth"]) and float(lr) == row["optim.lr"]
+            assert s["name"] == f"depth {row['model.depth']}" and float(lr) == row["optim.lr"]
             assert float(loss) == pytest.approx(row["final_loss"], rel=1e-3)
 
 
@@ -62,8 +62,8 @@ def test_a_diverged_trial_is_named_on_the_edge(tmp_path: Path) -> None:
             final_loss=math.nan if diverged else 2.5, stop_reason="diverged" if diverged else "complete",
         )  # fmt: skip
     series = read(plots.lr_curves(Study.load(tmp_path / "s"), by=None).figure)
-    (edge,) = [s for s in series if s["b"] == ["diverged"]]
-    assert len(edge["trials"]) == 1 and edge["at"][1] < 1000
+    (edge,) = [s for s in series if s["b"] == ["5.50, diverged, above the frame"]]
+    assert len(edge["trials"]) == 1 and edge["at"][1] < 1000 and edge["filter"] == ["lr=0.1"]
 
 
 def test_fields_of_a_map_have_their_words(study: Study) -> None:

@@ -10,11 +10,11 @@ several Axes (`trace`, `traces`, `trial`, `panels`) return the Figure.
 For a paper: inside `with plots.paper():` figures are 3.3 or 6.8 inches wide with type of at least 7 points, and
 `plots.save(drawn, "loss.pdf")` writes PDF, SVG or PNG with text as text.
 
-No trial is left out silently: a diverged one is an open triangle on the upper edge, a missing cell is hatched.
+No trial is left out silently: a diverged one is a cross at its value or a mark on the edge, a missing cell is hatched.
 """
 
 from stabstudy.analysis.figures.curves import curves, lr_curves
-from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects, parallel
+from stabstudy.analysis.figures.effect_plots import clip_shares, clipping, effects
 from stabstudy.analysis.figures.frontier_plot import frontier
 from stabstudy.analysis.figures.layers import layer_map
 from stabstudy.analysis.figures.layout import panels
@@ -28,6 +28,6 @@ from stabstudy.analysis.figures.verdict_maps import verdict_map
 
 __all__ = [
     "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "frontier", "layer_map",
-    "lr_curves", "norm_ratios", "panels", "paper", "parallel", "save", "sensitivity", "stability_map", "trace",
+    "lr_curves", "norm_ratios", "panels", "paper", "save", "sensitivity", "stability_map", "trace",
     "traces", "trial", "verdict_map",
 ]  # fmt: skip

@@ -69,6 +69,9 @@ DARK = {
 MARKERS = ("o", "s", "D", "v", "P", "X", "h")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
+GROUND = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+"""Behind words that lie over lines."""
+
 LOG_FROM = 8
 """Positive levels that span at least this factor lie on a log scale."""
 
@@ -86,6 +89,9 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     places = r'(?<= d=")[^"]+|(?<= [xy]=")[^"]+|(?<=translate\()[^)]+|(?<=rotate\()[^)]+'
     svg = re.sub(places, _shorter, buffer.getvalue()).replace(' transform="rotate(-0 ', ' transform="rotate(0 ')
+    # a page may write the attributes between single quotes: there are none in them, and no double ones in the words
+    svg = re.sub(r"(?<=<text style=\")[^\"]+", lambda style: style[0].replace("'", ""), svg)
+    svg = re.sub(r"(?<=>)[^<>]*(?=</(?:text|tspan)>)", lambda said: said[0].replace('"', "&quot;"), svg)
     return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
 
 
