@@ -6,6 +6,7 @@ import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.stability.columns import COLUMNS
+from stabstudy.trace import Rows
 
 NATS = "nat/token"
 
@@ -25,3 +26,8 @@ def statistic(metric: str, trials: pd.DataFrame) -> str:
     """Name and unit, for the side of a figure and the head of a table: `final validation loss (nat/token)`."""
     own = unit(metric, trials)
     return f"{name(metric)}{f' ({own})' if own else ''}"
+
+
+def training_loss(rows: Rows) -> str:
+    """The name of the loss of a trace, with its unit: that of `kto`, whose rows have margins, has none."""
+    return "training loss" if "margin" in rows.columns else f"training loss ({NATS})"

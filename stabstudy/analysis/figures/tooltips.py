@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
+from stabstudy.analysis.figures import labels
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.tables import Row
 from stabstudy.config import setting_names
@@ -51,6 +52,9 @@ AT = "at "
 
 RING = "ring"
 """The gid of a line that points at other marks."""
+
+_TAKEN = ("case", "run", "rule", "state", "steps", "trial", "verdict", "why")
+"""Names of other columns of the page of runs."""
 
 _ORNAMENTS = ("|", "_")
 """Markers that are no points: ticks of a curve, caps of an interval."""
@@ -88,16 +92,15 @@ def about(artist: Artist) -> About:
 def condition(levels: Mapping[str, Level]) -> str:
     """The runs at these levels, as the filter of the page of runs reads it: `depth=6 lr=0.3 clip=off`.
 
-    An axis is called by the last part of its name where no other setting ends alike; text that holds a space, a quote
-    or a sign of comparison is written as in JSON.
+    An axis is called by the last part of its name, or by all of it where a column or another setting ends alike; a
+    level with a space in it stands between double quotes.
     """
     ends = [name.rpartition(".")[2] for name in setting_names()]
     terms = []
     for axis, level in levels.items():
-        end = axis.rpartition(".")[2]
-        text = repr(level) if isinstance(level, float) and math.isfinite(level) else words.level(level, axis)
-        bare = text and not set(text) & set(" \"'=<>!,")
-        terms.append(f"{end if ends.count(end) < 2 else axis}={text if bare else json.dumps(text)}")
+        end, text = axis.rpartition(".")[2], words.level(level, axis).replace('"', "")
+        name = end if ends.count(end) < 2 and end not in _TAKEN else axis
+        terms.append(f'{name}="{text}"' if " " in text else f"{name}={text}")
     return " ".join(terms)
 
 
@@ -256,7 +259,7 @@ def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool
             "clip": clip if clip is not None and np.isfinite(clip) else None,
             "warmup": row["optim.warmup_steps"] or None,
             "norm_label": "gradient norm before clipping",
-            "loss_label": "training loss" if "margin" in rows.columns else "training loss (nat/token)",
+            "loss_label": labels.training_loss(rows),
         },
         separators=(",", ":"),
     )

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy.analysis import elements, words
-from stabstudy.analysis.figures import style, tooltips
+from stabstudy.analysis.figures import labels, style, tooltips
 from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
@@ -86,7 +86,7 @@ def trace(
     norm.set_ylabel("gradient norm\nbefore clipping")
     norm.set_xlabel("optimizer step")
     norm.xaxis.label.set_visible(False)
-    loss.set_ylabel("training loss" if "margin" in rows.columns else "training loss\n(nat/token)")  # of kto: no unit
+    loss.set_ylabel(labels.training_loss(rows).replace(" (", "\n("))
     loss.set_xlabel("optimizer step")
     style.log_ticks(norm)
     style.title(norm, textwrap.fill(title, 56))

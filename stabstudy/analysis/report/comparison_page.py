@@ -51,7 +51,7 @@ def report(studies: Sequence[Study], pages: Sequence[str] = ()) -> Report:
         question="",
         headline=f"Comparison of {len(names)} studies.",
         counts=[Count(v, n, style.VERDICT_SIGNS[v]) for v, n in compare.verdicts(done).items()],
-        findings=[Finding("Differences", list(_findings(studies, whole, metrics, table)))],
+        findings=[Finding("Differences", list(_findings(whole, metrics, table)))],
         warnings=[*warnings(whole), *_searched(studies)],
         sections=[s for s in _sections(studies, whole, metrics, table) if s.blocks],
         pages=[(words.clean(study.name, 60), page) for study, page in zip(studies, pages, strict=False)],
@@ -94,7 +94,7 @@ def _sections(
     studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
 ) -> Iterator[Section]:
     yield Section("studies", "The studies", [_studies(studies), *_settings(whole)])
-    yield Section("differences", "Differences", list(_difference_blocks(studies, whole, metrics, table)))
+    yield Section("differences", "Differences", list(_difference_blocks(whole, metrics, table)))
     yield Section("figures", "Figures", list(matched_figures(whole)))
     yield Section("cells", "Matched cells", list(matched_tables(whole)))
 
@@ -128,11 +128,9 @@ def _settings(whole: Study) -> Iterator[Block]:
         yield Text("No setting that is the same within each study differs between the studies.")
 
 
-def _difference_blocks(
-    studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
-) -> Iterator[Block]:
+def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
     if not table:
-        yield Text(" ".join([UNPAIRED, *disjoint(whole), *missing(studies, whole)]))
+        yield Text(" ".join([UNPAIRED, *disjoint(whole), *missing(whole)]))
         return
     yield Text(
         "A pair is two trials of different studies with the same seed and the same level of everything that varies "
@@ -169,15 +167,14 @@ def disjoint(whole: Study) -> Iterator[str]:
             yield f"{_capital(words.label(axis))}: {', '.join(each)}."
 
 
-def missing(studies: Sequence[Study], whole: Study) -> Iterator[str]:
+def missing(whole: Study) -> Iterator[str]:
     """The command that trains in a later study what it lacks of the first, or in the first what it lacks of that.
 
     Nothing where that would not help: trials on other data are no partners.
     """
     if _differ(whole.trials.groupby(STUDY)["data_fingerprint"]):
         return
-    names = whole.axes[STUDY]
-    first, *others = zip(names, studies, strict=True)
+    first, *others = whole.parts.items()
     for (own, study), (other, _) in [*((later, first) for later in others), *((first, later) for later in others)]:
         lacking = {}
         for axis in [a for a in [*whole.axes, "seed"] if a != STUDY]:
@@ -189,12 +186,10 @@ def missing(studies: Sequence[Study], whole: Study) -> Iterator[str]:
             return
 
 
-def _findings(
-    studies: Sequence[Study], whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]
-) -> Iterator[str]:
+def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
     """The differences by statistic with their intervals: stated, not found, or not tested."""
     if not table:
-        yield " ".join([UNPAIRED, *missing(studies, whole)])
+        yield " ".join([UNPAIRED, *missing(whole)])
         return
     for row in study_statistics.study_effects(whole.trials, whole.axes, metrics):
         name = _capital(words.STATISTICS[row["metric"]])
