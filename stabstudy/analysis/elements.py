@@ -130,7 +130,7 @@ class Report:
     sections: Sequence[Section]
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
     pages: Sequence[tuple[str, str]] = ()  # of a comparison: each study and the way to its own page
-    files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv")
+    files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv", "tables.tex")
 
     @property
     def figures(self) -> list[Figure]:
