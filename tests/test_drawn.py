@@ -10,8 +10,8 @@ from pathlib import Path
 import planted
 import pytest
 
-from stabstudy.analysis.elements import Figure
-from stabstudy.analysis.figures import curves, maps, study_curves, traces
+from stabstudy.analysis.elements import Absent, Figure
+from stabstudy.analysis.figures import effect_plots, maps, single_axes, study_curves, traces
 from stabstudy.analysis.figures.layout import Layout, layout_of
 from stabstudy.analysis.figures.registry import OVER_SETTINGS
 from stabstudy.analysis.report import comparison_page
@@ -48,11 +48,14 @@ def blocks(study: Study) -> dict[str, Figure]:
     return {b.name: b for b in drawn if isinstance(b, Figure)}
 
 
-def trials_drawn(figure: Figure, diverged: bool) -> list[str]:
-    """The ids of the trials that are marks of the picture, or triangles on its edge."""
-    series = [s for s in json.loads(figure.drawing.marks) if "trials" in s]
+def trials_drawn(figure: Figure, which: str) -> list[str]:
+    """The ids of the trials that are marks of the picture: `trained`, `cross` (diverged, at a value) or `triangle`."""
+    kinds = {"diverged, no value": "triangle"}
     return [
-        t for s in series for t, value in zip(s["trials"], s["b"], strict=True) if (value == "diverged") == diverged
+        t
+        for s in json.loads(figure.drawing.marks)
+        for t, value in zip(s.get("trials", []), s["b"], strict="trials" in s)
+        if which == kinds.get(value, "cross" if ", diverged" in value else "trained")
     ]
 
 
@@ -70,21 +73,22 @@ def test_the_planted_trials_lack_what_they_should(study: Study) -> None:
     assert set(gone["final_loss_capped"]) == {planted.INIT_LOSS}
 
 
-@pytest.mark.parametrize("name", ["final-loss", "grad-norm-log-sd", "attn-logit-peak"])
-def test_curves(blocks: dict[str, Figure], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "crosses", "triangles"), [("final-loss", 3, 0), ("grad-norm-log-sd", 1, 2), ("attn-logit-peak", 3, 0)]
+)
+def test_curves(blocks: dict[str, Figure], name: str, crosses: int, triangles: int) -> None:
+    """A diverged trial lies at its value where it has one; the caption counts what is drawn."""
     figure = blocks[name]
-    said = re.search(
-        r"Small marks: (\d+) done trials; open triangles on the upper edge: (\d+) diverged, ", figure.caption
-    )
-    assert said is not None
-    assert (
-        (int(said[1]), int(said[2])) == (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (18, 3)
-    )
+    drawn = [len(trials_drawn(figure, which)) for which in ("trained", "cross", "triangle")]
+    assert drawn == [18, crosses, triangles]
+    assert f"Small marks: 18 done trials; crosses: {crosses} diverged" in figure.caption
+    on_edge = f"open triangles on the upper edge: {triangles} diverged without a value, in no mean"
+    assert (on_edge in figure.caption) == (triangles > 0)
     assert "left out: 1 trial without a value." in figure.caption
     in_means = sum(map(int, column(figure, "n in the mean")))
     assert in_means == (21 if name == "final-loss" else 18) and sum(map(int, column(figure, "diverged"))) == 3
-    said_means = "3 in the means of the loss, with that of the untrained model" if in_means == 21 else "in no mean"
-    assert f"3 diverged, {said_means};" in figure.caption
+    said = "all of them outside the frame, with the loss of the untrained model, as in the means"
+    assert f"{crosses} diverged, {said if in_means == 21 else 'in no mean'}" in figure.caption
 
 
 @pytest.mark.parametrize(
@@ -142,22 +146,25 @@ def test_the_forest_names_what_is_left_out(blocks: dict[str, Figure], study: Stu
     assert "2 diverged without roughness" in lacking and "final validation loss" not in lacking
 
 
-def test_clipping(blocks: dict[str, Figure]) -> None:
-    figure = blocks["clipping"]
+def test_clipping(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", seeds=(0, 1, 2), clips=(0.5, 1.0))
+    for seed in ENDED:
+        diverge(path, 6, 0.5, seed)
+    study = Study.load(path)
+    (figure,) = effect_plots.clipping_figures(study, MAIN)
+    assert isinstance(figure, Figure)
     assert figure.caption.startswith(
-        "19 done trials that clip by the norm, 2 more (2 diverged) without a settled step."
+        "37 done trials that clip by the norm, 2 more (2 diverged) without a settled step."
     )
-    assert sum(map(int, column(figure, "trials"))) == 19 and len(trials_drawn(figure, False)) == 2 * 19  # two panels
+    assert "a line for each of 6 cells joins its means" in figure.caption
+    assert sum(map(int, column(figure, "trials"))) == 37
+    assert len(trials_drawn(figure, "trained")) == 2 * 37  # two panels
 
 
-def test_all_axes_at_once(blocks: dict[str, Figure]) -> None:
-    figure = blocks["parallel"]
-    assert "the 21 judged trials" in figure.caption and "2 diverged without roughness" in figure.caption
-    trials = dict(zip(column(figure, "coordinate"), column(figure, "trials"), strict=True))
-    assert trials == {
-        "depth": "21", "learning rate": "21", "final validation loss": "21", "roughness": "19",
-        "share of steps at 3x the recent norm": "20",
-    }  # fmt: skip
+def test_one_threshold_is_no_figure(study: Study) -> None:
+    assert list(effect_plots.clipping_figures(study, MAIN)) == [
+        Absent("Clip threshold against the norms", "one threshold: 1")
+    ]
 
 
 def test_traces_that_are_read(blocks: dict[str, Figure]) -> None:
@@ -195,13 +202,16 @@ def test_single_axes(tmp_path: Path) -> None:
                     diverge(tmp_path / "s", 2, lr, seed, warmup)
                 else:
                     planted.plant_trial(tmp_path / "s", planted.settings(2, lr, seed=seed, warmup=warmup))
-    figure = next(iter(curves.axis_figures(Study.load(tmp_path / "s"), MAIN)))
+    figure = next(iter(single_axes.axis_figures(Study.load(tmp_path / "s"), MAIN)))
     assert isinstance(figure, Figure)
-    assert (
-        "Small marks: 9 done trials; open triangles on the upper edge: 3 diverged, 3 in the means of the loss, with "
-        "that of the untrained model." in figure.caption
+    assert "Small marks: 9 done trials; crosses: diverged (3 of final validation loss, 1 of max / median and 2 of " in (
+        figure.caption
     )
-    assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (3 * 9, 3 * 3)  # three panels
+    assert "in the means of the loss alone, as untrained; open triangles on the upper edge: diverged (0 of " in (
+        figure.caption
+    )
+    drawn = [len(trials_drawn(figure, which)) for which in ("trained", "cross", "triangle")]
+    assert drawn == [3 * 9, 3 + 1 + 2, 0 + 2 + 1]  # three panels
     n = {row[0].partition(" (")[0]: [] for row in figure.table.rows}
     for row in figure.table.rows:
         n[row[0].partition(" (")[0]].append(row[-2:])
@@ -218,9 +228,11 @@ def test_studies_beside_each_other(tmp_path: Path, study: Study) -> None:
     figures = {b.name: b for s in report.sections for b in s.blocks if isinstance(b, Figure)}
     for name, in_means in (("studies-final-loss", 40), ("studies-grad-norm-log-sd", 36)):
         figure = figures[name]
-        assert "Small marks: 36 done trials; open triangles on the upper edge: 4 diverged" in figure.caption
-        assert figure.caption.endswith(" Left out: 1 done trial of cells that only one study has.")
+        assert "Over the 7 cells that both studies hold. Small marks: 36 done trials; crosses: " in figure.caption
+        assert figure.caption.endswith(" Left out: 1 done trial of cells that not all of them have.")
         assert sum(map(int, column(figure, "n in the mean"))) == in_means
         assert sum(map(int, column(figure, "diverged"))) == 4
-        assert (len(trials_drawn(figure, False)), len(trials_drawn(figure, True))) == (36, 4)
+        crosses = 4 if name == "studies-final-loss" else 2
+        drawn = [len(trials_drawn(figure, which)) for which in ("trained", "cross", "triangle")]
+        assert drawn == [36, crosses, 4 - crosses]
         assert set(column(figure, "learning rate")) == {"1e-3", "0.01", "0.1", "0.5"}

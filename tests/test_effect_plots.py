@@ -14,14 +14,14 @@ import pytest
 from stabstudy.analysis import words
 from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import curves, effect_plots, registry, study_curves, style
+from stabstudy.analysis.figures import effect_plots, registry, single_axes, study_curves, style
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.study import Study
 
 BURSTS = [(60, 8.0), (75, 8.0), (90, 8.0), (105, 8.0)]
 MAIN = Layout("optim.lr", None, [], [])
-X3 = "share of steps at 3x the recent norm (fraction)"
+X3 = "share of steps at 3x the recent norm"
 
 
 def figures(study: Study) -> Iterator[Figure | Absent]:
@@ -114,41 +114,37 @@ def test_a_vanished_gradient_has_no_place_on_a_logarithmic_axis(study: Study) ->
     assert 0 < low < trials["grad_norm_median"].max() < high
 
 
-def test_the_shares_clipped_and_their_means_are_drawn(study: Study) -> None:
-    mean, *dots = effect_plots.clip_shares(study).get_lines()
+def test_the_shares_clipped_are_joined_within_a_cell(study: Study) -> None:
+    """A contrast for each cell, as pandas has it; no mean pools what differs in more than the threshold."""
+    lines = effect_plots.clip_shares(study).get_lines()
+    joined = [line for line in lines if line.get_linestyle() != "None"]
     kept = study.trials[study.trials["optim.clip"].notna()]
-    means = kept.groupby("optim.clip")["clip_share"].mean()
-    assert list(mean.get_xdata()) == [0.5, 1.0] and list(mean.get_ydata()) == pytest.approx(list(means))
+    cells = kept.groupby(["model.depth", "optim.lr"])
+    expected = [cell.groupby("optim.clip")["clip_share"].mean() for _, cell in cells]
+    assert len(joined) == len(expected) > 1
+    for line, means in zip(joined, expected, strict=True):
+        assert list(line.get_xdata()) == list(means.index) and list(line.get_ydata()) == pytest.approx(list(means))
+    dots = [line for line in lines if line.get_linestyle() == "None"]
     drawn = sorted((x, y) for line in dots for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True))
     assert drawn == sorted(zip(kept["optim.clip"], kept["clip_share"], strict=True))
 
 
-def test_parallel_has_a_line_for_each_judged_trial(study: Study) -> None:
-    ax = effect_plots.parallel(study)
-    drawn = [line for found in ax.collections for line in found.get_segments()]
-    assert len(drawn) == len(study.trials)
-    heights = [y for line in drawn for y in line[:, 1]]
-    counted = study.trials["verdict"].value_counts().to_dict()
-    assert {str(found.get_label()): len(found.get_segments()) for found in ax.collections} == counted
-    assert min(heights) == 0 and max(heights) == 1 and all(map(math.isfinite, heights))
-
-
-def test_a_trial_that_lacks_a_statistic_is_not_dropped(tmp_path: Path) -> None:
-    """It diverged too early for a roughness; its line goes past that coordinate."""
-    folder = planted.plant_study(tmp_path / "s", depths=(2, 6), seeds=(0,))
-    early = planted.settings(6, 5.0, 1.0, 0)
-    planted.plant_trial(folder, early, steps_done=21, nonfinite_at=20, final_loss=math.nan, stop_reason="diverged")
-    study = Study.load(folder)
-    metrics = ("final_loss", "grad_norm_log_sd", "spike_abs_rate")
-    ax = effect_plots.parallel(study, metrics)
-    drawn = [line for found in ax.collections for line in found.get_segments()]
-    assert len(drawn) == len(study.trials)
-    (gone,) = (line for found in ax.collections if found.get_label() == "diverged" for line in found.get_segments())
-    assert gone[:, 0].tolist() == [0, 1, 2, 4]  # depth, rate, loss, x3 rate
+def test_a_threshold_tried_in_another_cell_alone_is_in_no_contrast(tmp_path: Path) -> None:
+    """A case clips at 0.2 at the middle rate: pooled, its 100 % would look like an effect of that rate."""
+    planted.plant_frame(tmp_path / "s")
+    for lr in (1e-3, 1e-2, 1e-1):
+        for clip in (1.0, 10.0):
+            planted.plant_trial(tmp_path / "s", planted.settings(2, lr, clip))
+    case = planted.settings(2, 1e-2, 0.01)
+    planted.plant_trial(tmp_path / "s", case, case="tight_clip")
+    study = Study.load(tmp_path / "s")
+    contrasts = effect_plots.clip_contrasts(study)
+    assert len(contrasts) == 3 and {tuple(means) for means in contrasts.values()} == {(1.0, 10.0)}
+    assert 0.01 in set(effect_plots.clipped_trials(study)["optim.clip"])  # it is drawn, as a trial
 
 
 def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
-    drawn = ["effects", "clipping", "lr-sensitivity", "first-spikes", "parallel"]
+    drawn = ["effects", "clipping", "lr-sensitivity", "first-spikes"]
     assert [b.name for b in figures(study)] == drawn
     off = Study.load(planted.plant_study(tmp_path / "off", depths=(2,), clips=(None,)))
     names = [getattr(b, "name", "") or (b.what, b.why) for b in figures(off)]
@@ -157,7 +153,6 @@ def test_only_figures_with_data_appear(tmp_path: Path, study: Study) -> None:
         ("Clip threshold against the norms", "no done trial clips by the norm"),
         ("LR sensitivity", "it takes several learning rates and another axis"),
         "first-spikes",
-        ("All axes at once", "fewer than two axes vary"),
     ]
 
 
@@ -168,7 +163,7 @@ def test_warmup_and_batch_get_figures_of_their_own(tmp_path: Path) -> None:
             for batch in (8, 16):
                 config = planted.settings(2, lr, warmup=warmup, batch_size=batch)
                 planted.plant_trial(tmp_path / "s", config, final_loss=2.0 + lr + warmup / 100 + batch / 1000)
-    blocks = list(curves.axis_figures(Study.load(tmp_path / "s"), MAIN))
+    blocks = list(single_axes.axis_figures(Study.load(tmp_path / "s"), MAIN))
     assert [getattr(b, "name", "") for b in blocks[:2]] == ["against-optim-warmup-steps", "against-train-batch-size"]
     assert blocks[2:] == [Absent("Effect of weight decay and dataset", "they do not vary")]
     losses = [row[1:4] for row in blocks[0].table.rows if row[0].startswith("final")]
@@ -188,7 +183,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
                     final_loss=loss + warmup / 100,
                 )  # fmt: skip
     study = Study.load(tmp_path / "s")
-    figure = next(curves.axis_figures(study, MAIN))
+    figure = next(single_axes.axis_figures(study, MAIN))
     losses = {(row[0], *row[1:4]) for row in figure.table.rows if "loss" in row[0]}
     name = "final validation loss (nat/token), dataset"
     assert losses == {
@@ -200,7 +195,7 @@ def test_the_loss_on_each_dataset_has_a_panel(tmp_path: Path) -> None:
         tmp_path / "s", planted.settings(lr=1e-3, warmup=5, seed=1, data={"source": "pysrc"}),
         choices={"data": "pysrc"}, eval_hash="other", fingerprint="pysrc" * 2,
     )  # fmt: skip
-    figure = next(curves.axis_figures(Study.load(tmp_path / "s"), MAIN))
+    figure = next(single_axes.axis_figures(Study.load(tmp_path / "s"), MAIN))
     assert not any("loss" in row[0] for row in figure.table.rows) and "evaluated on different sets" in figure.caption
 
 
@@ -235,6 +230,6 @@ def test_datasets_are_compared_without_their_losses(tmp_path: Path) -> None:
         for lr in (1e-3, 1e-2):
             config = planted.settings(lr=lr, data={"source": name})
             planted.plant_trial(tmp_path / "s", config, choices={"data": name}, eval_hash=name, fingerprint=name * 2)
-    figure, _ = curves.axis_figures(Study.load(tmp_path / "s"), MAIN)
+    figure, _ = single_axes.axis_figures(Study.load(tmp_path / "s"), MAIN)
     assert figure.name == "against-data" and "evaluated on different sets" in figure.caption
     assert {row[0] for row in figure.table.rows} == {"max / median", X3}

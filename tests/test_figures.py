@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 from stabstudy.analysis import figures, plots
 from stabstudy.analysis.figures import registry, style
 
 OF_SEVERAL_AXES = {"trace", "traces", "trial", "panels"}
 """What `plots` documents as returning a Figure."""
+
+OF_FILES = {"paper", "save"}
+"""Those that draw nothing."""
 
 
 def families(modules: Iterable[ModuleType]) -> set[str]:
@@ -69,7 +73,7 @@ def test_what_the_last_row_of_panels_has_over_is_hidden() -> None:
     assert len({ax.get_position().y0 for ax in style.new_panels(3, 9, 3, columns=3).axes}) == 1
 
 
-@pytest.mark.parametrize("name", plots.__all__)
+@pytest.mark.parametrize("name", sorted({*plots.__all__} - OF_FILES))
 def test_every_plot_takes_axes_and_returns_them_or_its_figure(name: str) -> None:
     signature = inspect.signature(getattr(plots, name))
     if name in OF_SEVERAL_AXES:
@@ -83,3 +87,40 @@ def test_plots_is_a_facade() -> None:
     own = {name for name, value in vars(plots).items() if inspect.isfunction(value) or inspect.isclass(value)}
     assert own == set(plots.__all__)
     assert all(getattr(plots, name).__module__.startswith(figures.__name__) for name in plots.__all__)
+
+
+@pytest.mark.parametrize("ending", [".pdf", ".svg", ".png"])
+def test_a_saved_figure_is_the_same_bytes_every_time(tmp_path: Path, ending: str) -> None:
+    first, second = (plots.save(line_chart(), tmp_path / f"{i}{ending}") for i in "ab")
+    assert first.read_bytes() == second.read_bytes() and first.name == f"a{ending}"
+    again = line_chart()
+    plots.save(again, first)
+    assert plots.save(again.figure, second).read_bytes() == first.read_bytes()  # drawn before, too
+
+
+def test_text_in_files_is_text(tmp_path: Path) -> None:
+    ax = line_chart()
+    ax.set_xlabel("learning rate")
+    svg = plots.save(ax, tmp_path / "a.svg").read_text()
+    assert ">learning rate</text>" in svg and "DejaVu Sans, Verdana" in svg and "<use" not in svg.split("<text")[-1]
+    pdf = plots.save(ax, tmp_path / "a.pdf").read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"/CreationDate" not in pdf
+    with pytest.raises(ValueError, match=r"as \.pdf, \.svg, \.png, got \.eps"):
+        plots.save(ax, tmp_path / "a.eps")
+    assert not (tmp_path / "a.eps").exists()
+
+
+def test_figures_of_a_paper_have_its_widths_and_readable_type() -> None:
+    page = line_chart().figure.get_size_inches()
+    with plots.paper():
+        own, whole = line_chart(), style.new_figure(style.FULL, 3.0)
+        style.title(own, "title")
+        style.legend(own, "heading")
+        own.figure.canvas.draw()
+        sizes = {t.get_fontsize() for t in own.figure.findobj(Text) if t.get_text()}
+    assert own.figure.get_size_inches()[0] == pytest.approx(3.3) and whole.get_size_inches()[0] == pytest.approx(
+        6.8, abs=0.1
+    )
+    assert min(sizes) >= 7 and tuple(page) == (style.HALF, 3.6)
+    assert tuple(line_chart().figure.get_size_inches()) == tuple(page)  # it ends with its block
+    assert 2 * style.HALF * 96 <= 1024 - 16 and style.FULL * 96 <= 1024  # two abreast in the column of a page

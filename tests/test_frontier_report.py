@@ -199,7 +199,7 @@ def test_the_figure_draws_every_trial_and_the_edges_of_the_table(study: Study) -
     assert [tuple(line.get_ydata()) for line in lines["interval"]] == list(
         zip(table["low"], table["high"], strict=True)
     )
-    points = [line for line in ax.lines if str(line.get_label()).startswith("_trials")]
+    points = [line for line in ax.lines if tooltips.about(line).trials]
     drawn = {marker: sorted(v for p in points if p.get_marker() == marker for v in p.get_ydata()) for marker in "ox"}
     values = [(e * f, f <= 1) for e in EDGES.values() for f, n in TRIALS.items() for _ in range(n)]
     assert drawn["o"] == pytest.approx(sorted([*(v for v, holds in values if holds), 0.9]))

@@ -81,7 +81,7 @@ def test_the_share_diverged_is_that_of_the_field(study: Study) -> None:
     ax = plots.stability_map(study, value="diverged")
     texts = {t.get_position(): t.get_text().split("\n") for t in ax.texts}
     assert texts[(1, 2)] == ["50 %", "n=2", "1 diverged"] and texts[(1, 0)] == ["0 %", "n=2"]
-    assert len([line for line in ax.get_lines() if line.get_gid() == "diverged"]) == 3
+    assert len([line for line in ax.get_lines() if line.get_marker() == "X"]) == 3
 
 
 @pytest.mark.parametrize(

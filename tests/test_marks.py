@@ -13,7 +13,7 @@ import planted
 import pytest
 
 from stabstudy.analysis import plots
-from stabstudy.analysis.figures import style, tooltips, traces
+from stabstudy.analysis.figures import layers, style, tooltips, traces
 from stabstudy.analysis.study import Study
 from stabstudy.trace import TRACE, Rows
 
@@ -50,7 +50,7 @@ def test_every_drawn_trial_can_be_pointed_at(study: Study) -> None:
     for s in (s for s in series if "trials" in s):
         for trial_id, lr, loss in zip(s["trials"], s["a"], s["b"], strict=True):
             row = study.row(trial_id)
-            assert s["name"] == str(row["model.depth"]) and float(lr) == row["optim.lr"]
+            assert s["name"] == f"depth {row['model.depth']}" and float(lr) == row["optim.lr"]
             assert float(loss) == pytest.approx(row["final_loss"], rel=1e-3)
 
 
@@ -62,8 +62,8 @@ def test_a_diverged_trial_is_named_on_the_edge(tmp_path: Path) -> None:
             final_loss=math.nan if diverged else 2.5, stop_reason="diverged" if diverged else "complete",
         )  # fmt: skip
     series = read(plots.lr_curves(Study.load(tmp_path / "s"), by=None).figure)
-    (edge,) = [s for s in series if s["b"] == ["diverged"]]
-    assert len(edge["trials"]) == 1 and edge["at"][1] < 1000
+    (edge,) = [s for s in series if s["b"] == ["5.50, diverged, above the frame"]]
+    assert len(edge["trials"]) == 1 and edge["at"][1] < 1000 and edge["filter"] == ["lr=0.1"]
 
 
 def test_fields_of_a_map_have_their_words(study: Study) -> None:
@@ -145,3 +145,44 @@ def test_a_very_long_trace_keeps_its_extremes() -> None:
     kept = tooltips.thinned(norm, loss)
     assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= tooltips.MOST_STEPS + 3
     assert list(tooltips.thinned(norm[:500], loss[:500])) == list(range(500))
+
+
+def test_a_condition_is_what_the_page_of_runs_reads() -> None:
+    levels = {"model.depth": 6, "optim.lr": 0.003, "optim.clip": None, "model.qk_norm": True}
+    assert tooltips.condition(levels) == "depth=6 lr=3e-3 clip=off qk_norm=true"
+    assert tooltips.condition({"train.steps": 100}) == "train.steps=100"  # steps is a column of its own
+    assert tooltips.condition({"data": 'my "own" text'}) == 'data="my own text"' and tooltips.condition({}) == ""
+
+
+def test_a_click_selects_the_runs_of_a_field(study: Study) -> None:
+    """Each filter, read by hand, leaves as many done trials as the field says."""
+    part = study.where({"optim.clip": 1.0})
+    figure = plots.panels(part, lambda one, ax: plots.verdict_map(one, ax=ax), [])
+    (series,) = read(figure)
+    for condition, text in zip(series["filter"], series["b"], strict=True):
+        asked = dict(term.split("=") for term in condition.split())
+        trials = part.trials[part.trials["state"] == "done"]
+        there = trials[(trials["model.depth"] == int(asked["depth"])) & (trials["optim.lr"] == float(asked["lr"]))]
+        assert len(there) == sum(int(count.split()[1]) for count in text.split(", ")) > 0
+
+
+def test_marks_of_panels_hold_what_their_panel_fixes(study: Study) -> None:
+    figure = plots.panels(study, lambda one, ax: plots.lr_curves(one, by="optim.lr", ax=ax), ["model.depth"])
+    named = {(s["name"], f) for s in read(figure) for f in s["filter"]}
+    assert {name for name, _ in named} == {"depth 2", "depth 6"}
+    assert all(condition.startswith(f"depth={name[-1]} lr=") for name, condition in named)
+    assert {s["y"] for s in read(figure)} == {"final validation loss (nat/token)"}  # of the right panel, too
+    assert not figure.axes[1].yaxis.label.get_visible()
+
+
+def test_the_map_of_layers_can_be_read(study: Study) -> None:
+    worst = str(study.worst())
+    rows, spike = study.trace(worst), max(study.spikes_by_trial[worst], key=lambda s: s["peak_ratio"] or 0)
+    series = read(plots.layer_map(rows, spike).figure)
+    assert [s["name"] for s in series] == layers.layer_names(len(series))
+    at = series[1]["a"].index(str(spike["peak_step"]))
+    norm = rows["layer_grad_norm"][rows["step"] == spike["peak_step"]][0, 1]
+    assert float(series[1]["b"][at]) == pytest.approx(norm, rel=1e-2)
+    assert (series[1]["x"], series[1]["y"]) == ("optimizer step", "gradient norm")
+    places = np.array(series[1]["at"]).reshape(-1, 2)
+    assert (np.diff(places[:, 0]) > 0).all() and len(set(places[:, 1])) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import planted
 import pytest
 import searched
@@ -45,6 +46,10 @@ def known(n: int = 40, objectives: int = 1, **changed: Any) -> History:
     return searches.history(search, made)
 
 
+TOKENS, KTO = (pd.DataFrame({"objective.kind": [kind]}) for kind in ("lm", "kto"))
+"""Trials whose losses are in nat/token, and others."""
+
+
 def test_a_study_has_them_where_its_record_says_so(study: StudyFolder, tmp_path: Path):
     made = figures(study.path)
     assert [f.name for f in made if isinstance(f, Figure)] == ["search-history"]
@@ -60,7 +65,7 @@ def test_a_study_has_them_where_its_record_says_so(study: StudyFolder, tmp_path:
 
 def test_the_history_shows_every_done_cell_and_the_best_so_far():
     history = known()
-    ax = search_plots.history(history, 0)
+    ax = search_plots.history(history, TOKENS)
     *groups, best = ax.get_lines()
     assert sum(len(line.get_xdata()) for line in groups) == 38
     drawn = {(x, y) for line in groups for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
@@ -71,24 +76,32 @@ def test_the_history_shows_every_done_cell_and_the_best_so_far():
     assert [line.get_label() for line in ax.get_lines()] == [*(name for name, *_ in search_plots.GROUPS), "best so far"]
 
 
+def test_a_loss_has_the_unit_of_its_objective():
+    one, two = known(), known(objectives=2)
+    assert search_plots.history(one, TOKENS).get_ylabel() == "final validation loss (nat/token)"
+    assert search_plots.history(one, KTO).get_ylabel() == "final validation loss"
+    assert search_plots.front(two, TOKENS).get_xlabel() == "final validation loss (nat/token)"
+    assert search_plots.front(two, KTO).get_xlabel() == "final validation loss"
+
+
 def test_the_front_is_drawn_through_its_cells():
     history = known(objectives=2)
-    *_, line = search_plots.front(history).get_lines()
+    *_, line = search_plots.front(history, TOKENS).get_lines()
     points = list(zip(line.get_xdata(), line.get_ydata(), strict=True))
     assert sorted(points) == sorted(history.suggestions[i].objectives for i in history.front)
     assert [y for _, y in points] == sorted((y for _, y in points), reverse=True), "it falls"
-    figure = search_plots._front_figure(history)
+    figure = search_plots._front_figure(history, TOKENS)
     assert len(figure.table.rows) == len(history.front) and figure.name == "search-front"
 
 
 @pytest.mark.slow
 def test_three_objectives_have_three_panels_and_no_line():
     history = known(objectives=3)
-    figure = search_plots._history_figure(history)
+    figure = search_plots._history_figure(history, TOKENS)
     assert len(figure.table.rows) == 38 and figure.table.columns[-4:-1] == ("final_loss", "severity", "grad_norm_max")
-    *_, line = search_plots.front(history).get_lines()
+    *_, line = search_plots.front(history, TOKENS).get_lines()
     assert line.get_linestyle() == "None"
-    assert "all 3 objectives" in search_plots._front_figure(history).caption
+    assert "all 3 objectives" in search_plots._front_figure(history, TOKENS).caption
 
 
 @pytest.mark.slow
@@ -99,7 +112,7 @@ def test_importance_is_that_of_the_axis_that_matters():
     assert list(shares) == ["final_loss", "severity"]
     assert shares["final_loss"]["optim.lr"] > 0.8 > shares["severity"]["optim.lr"]
     assert set(shares["final_loss"]) == {"optim.lr", "optim.warmup_steps", "optim.clip", "data"}
-    figure = search_plots._importance_figure(history)
+    figure = search_plots._importance_figure(history, TOKENS)
     assert isinstance(figure, Figure) and figure.table.rows[0][0] == "learning rate"
     assert searches.importance(known(17)) == {}, "fewer than 16 have values"
 
@@ -107,7 +120,7 @@ def test_importance_is_that_of_the_axis_that_matters():
 def test_without_optuna_one_figure_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(extras, "installed", lambda package: "none")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    absent = search_plots._importance_figure(known())
+    absent = search_plots._importance_figure(known(), TOKENS)
     assert isinstance(absent, Absent)
     assert absent.why == "needs optuna and scikit-learn, not installed here: pip install 'stabstudy[search]'"
-    assert search_plots._history_figure(known()).name == "search-history"
+    assert search_plots._history_figure(known(), TOKENS).name == "search-history"

@@ -148,9 +148,13 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     made = comparison_page.report([two[0], Study.load(tmp_path / "far")])
     texts = [b.text for s in made.sections for b in s.blocks if isinstance(b, Text)]
     why = "Learning rate: 0.01 and 0.1 in low, 0.5 and 0.6 in far. Seed: 0, 1 and 2 in low, 7 in far."
-    assert f"{comparison_page.UNPAIRED} {why}" in texts
+    fills = "python -m stabstudy.sweep sweep=planted optim.lr=0.01,0.1 'seeds=[0,1,2]' study=far"
+    assert f"{comparison_page.UNPAIRED} {why} {comparison_page.TRAINS}{fills}" in texts
     assert texts.count(comparison_page.NO_CELL) == 2  # in place of figures and of tables
-    assert [f.sentences for f in made.findings] == [[comparison_page.UNPAIRED]]
+    assert [f.sentences for f in made.findings] == [[f"{comparison_page.UNPAIRED} {comparison_page.TRAINS}{fills}"]]
+    planted.plant_trial(tmp_path / "far", planted.settings(2, 0.7, seed=7), fingerprint="a" * 16)
+    other_data = comparison_page.report([two[0], Study.load(tmp_path / "far")])
+    assert [f.sentences for f in other_data.findings] == [[comparison_page.UNPAIRED]]  # no training makes partners
 
 
 def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:

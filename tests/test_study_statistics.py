@@ -20,7 +20,7 @@ from tabled import trial
 from test_sensitivity import GRID, OFF, ON
 
 from stabstudy import config as cfg
-from stabstudy.analysis import compare, effects, sensitivity, study_statistics, survival
+from stabstudy.analysis import compare, effects, matched_cells, sensitivity, study_statistics, survival
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import findings
 from stabstudy.analysis.study import Study
@@ -721,11 +721,24 @@ OF_STUDIES: dict[str, list[Any]] = {"study": ["z", "b"], "optim.lr": [1e-3, 1e-2
 def test_cells_that_two_studies_hold() -> None:
     trials = two_studies()
     shared = {"z, 0.01, 0", "z, 0.01, 1", "b, 0.01, 0", "b, 0.01, 1"}
-    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == shared
+    assert matched_cells.matched(trials, OF_STUDIES) == (shared, ["z", "b"])
     trials.loc["b, 0.01, 0", "state"] = "failed"
-    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == shared - {"b, 0.01, 0"}
+    assert matched_cells.matched(trials, OF_STUDIES) == (shared - {"b, 0.01, 0"}, ["z", "b"])
     trials.loc["b, 0.01, 1", "state"] = "failed"
-    assert study_statistics.in_shared_cells(trials, OF_STUDIES) == set()
+    assert matched_cells.matched(trials, OF_STUDIES) == (set(), [])
+
+
+def test_of_three_studies_only_the_cells_of_all_are_matched() -> None:
+    """z and b share the rate 1e-2, b and y share 1e-1 too: a mean of y over both would not be that of the cell of z."""
+    trials = two_studies()
+    more = trials[trials["study"] == "b"].assign(study="y")
+    more.index = more.index.str.replace("b,", "y,")
+    whole, axes = pd.concat([trials, more]), OF_STUDIES | {"study": ["z", "b", "y"]}
+    cell = {f"{name}, 0.01, {seed}" for name in "zby" for seed in (0, 1)}
+    assert matched_cells.matched(whole, axes) == (cell, ["z", "b", "y"])
+    apart = whole[~((whole["study"] == "z") & (whole["optim.lr"] == 1e-2))]  # z shares nothing now
+    ids, names = matched_cells.matched(apart, axes)
+    assert names == ["b", "y"] and len(ids) == 8
 
 
 def test_settings_that_tell_two_studies_apart() -> None:

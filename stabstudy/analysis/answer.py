@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from stabstudy import config as cfg
@@ -75,17 +75,29 @@ def command(study: Study, low: float, holds: str, at: Mapping[str, Sequence[Leve
     the effects out of this study's report. None where no command can ask it: the trials were trained elsewhere
     or belong to several studies, nobody recorded what was typed, or a secret was part of it.
     """
-    typed = study.provenance.get("argv")
     high = min(FURTHER * low, _largest(LR))
-    if study.ingested or "study" in study.axes or not isinstance(typed, list) or not 0 < low < high:
+    if not 0 < low < high:
         return None
-    kept = [word for word in map(str, typed) if _name(word) not in (LR, "study", *at)]
     chosen = [f"{axis}={','.join(map(yaml_scalar, levels))}" for axis, levels in at.items()]
     rule = "" if holds == "stable" else f",holds:{holds}"
     search = f"{LR}={{between:[{low:.6g},{high:.6g}]{rule}}}"
-    text = shlex.join(
-        ["python", "-m", "stabstudy.sweep", *_sweep(typed), *kept, *chosen, f"study={study.name}{SUFFIX}", search]
-    )
+    return _relaunch(study, (LR, "study", *at), [*chosen, f"study={study.name}{SUFFIX}", search])
+
+
+def filling(study: Study, at: Mapping[str, Sequence[Level]]) -> str | None:
+    """The command that trains these levels too, or seeds, in this study: its last launch with them. None as above."""
+    words = {"seeds" if axis == "seed" else axis: ",".join(map(yaml_scalar, levels)) for axis, levels in at.items()}
+    chosen = [f"{word}=[{levels}]" if word == "seeds" else f"{word}={levels}" for word, levels in words.items()]
+    return _relaunch(study, ("study", *words), [*chosen, f"study={study.name}"])
+
+
+def _relaunch(study: Study, without: Collection[str], chosen: Sequence[str]) -> str | None:
+    """The last launch of the study without these words and with those; None where no command can ask it."""
+    typed = study.provenance.get("argv")
+    if study.ingested or "study" in study.axes or not isinstance(typed, list):
+        return None
+    kept = [word for word in map(str, typed) if _name(word) not in without]
+    text = shlex.join(["python", "-m", "stabstudy.sweep", *_sweep(typed), *kept, *chosen])
     return text if text.isprintable() and not any(mark in text for mark in (_HIDDEN, "`", _UNTYPED)) else None
 
 

@@ -179,7 +179,7 @@ class Report:
     pointers: Sequence[Pointer] = ()  # to the trials of the last sketch
     trials: Set[str] = frozenset()  # those with a page of their own: wherever one is named, the page links to it
     pages: Sequence[tuple[str, str]] = ()  # of a comparison: each study and the way to its own page
-    files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv")
+    files: Sequence[str] = ("report.md", "trials.csv", "cells.csv", "spikes.csv", "tables.tex")
 
     @property
     def figures(self) -> list[Figure]:

@@ -28,7 +28,7 @@ from stabstudy.analysis import compare, survival, words
 from stabstudy.analysis.compare import Refused
 from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.factors import Error, Floats, Ints, Model
-from stabstudy.analysis.levels import Level, keys, levels_of, plain, records, split
+from stabstudy.analysis.levels import Level, levels_of, plain, records, split
 from stabstudy.analysis.paired import Estimate, holm, t_interval
 from stabstudy.analysis.tables import spread
 from stabstudy.stability.explain import WARNINGS
@@ -288,16 +288,6 @@ def comparable(trials: pd.DataFrame) -> list[str]:
     strides = trials[compare.STRIDE].nunique() if compare.STRIDE in trials else 1
     mixed = trials["detector_id"].nunique() > 1 or strides > 1
     return [m for m in REPORTED if not (mixed and m in BY_DETECTOR)]
-
-
-def in_shared_cells(trials: pd.DataFrame, axes: Iterable[str]) -> set[str]:
-    """The done trials of cells that at least two studies hold: means over other ones would differ for their cells."""
-    done = trials[trials["state"] == "done"]
-    cells = keys(done, [a for a in axes if a != STUDY])
-    studies: dict[tuple[Level, ...], set[str]] = {}
-    for cell, study in zip(cells, done[STUDY], strict=True):
-        studies.setdefault(cell, set()).add(study)
-    return {str(t) for t, cell in zip(done.index, cells, strict=True) if len(studies[cell]) > 1}
 
 
 def settings_apart(trials: pd.DataFrame, studies: Iterable[str], names: Iterable[str]) -> dict[str, list[Level]]:

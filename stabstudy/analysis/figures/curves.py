@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style, tooltips
+from stabstudy.analysis.figures import edges, labels, style, tooltips
+from stabstudy.analysis.figures.edges import Diverged
 from stabstudy.analysis.figures.layout import Layout, level_texts, panels, points, pooled
 from stabstudy.analysis.figures.style import Positions
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, at_level, levels_of
 from stabstudy.analysis.paired import EXPOSURE, Estimate, Kind, kind_of
 from stabstudy.analysis.study import Study
-from stabstudy.stability.summary import COLUMNS
+from stabstudy.analysis.study_statistics import STUDY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-UNSTABLE_LOGIT = 1e4
-"""Attention logits beyond which arXiv 2309.14322 saw training fail: how far from it a study stays is worth seeing."""
+HARMFUL_LOGIT, UNSTABLE_LOGIT = 300.0, 1e4
+"""Attention logits from which small models ended worse (measured), and beyond which arXiv 2309.14322 saw larger ones
+fail. The first is always in view: how far from it a study stays is worth seeing."""
+
+LOGIT_TEXTS = {
+    HARMFUL_LOGIT: "300: harm from here on in small models",
+    UNSTABLE_LOGIT: "1e4: larger ones fail (arXiv 2309.14322)",
+}
 
 BAND_FROM = 3
 """Seeds from which the interval is drawn. That of two spans 12.7 standard errors: it stands in the tables."""
@@ -41,20 +48,6 @@ MOST_LINES = 12
 
 COUNTS = ("low", "high", "n in the mean", "diverged")
 """Heads of the numbers beside a mean: see `mean_texts`."""
-
-AXES = ("optim.warmup_steps", "train.batch_size", "optim.weight_decay", "data")
-"""Axes that get a figure of their own where they vary and are not the main axis."""
-
-METRICS = ("final_loss", "grad_norm_max_over_median", "spike_abs_rate")
-
-ON_LOG = ("grad_norm_max_over_median",)
-"""On a log scale: one trial at fifty would hide all others."""
-
-MOST_DATASETS = 4
-"""Datasets up to which the loss on each has a panel."""
-
-MOST_LEVELS = 7
-"""Levels of the main axis up to which each has a line; of more, all are pooled."""
 
 
 def lr_curves(study: Study, by: str | None = "model.depth", ax: Axes | None = None) -> Axes:
@@ -74,46 +67,66 @@ def curves(
 
     A 95 % band surrounds means of 3 or more trials; both are those of the statistic's kind (`paired.estimate`).
     Done trials that share x and `by` are pooled: seeds, and any other axis (use `panels` to keep those apart). Diverged
-    ones are open triangles on the upper edge; in the mean of `final_loss` they count with their capped loss, in that of
-    another statistic not at all: their trace is shorter.
+    ones are crosses at their value, which is their capped loss where `metric` is `final_loss`; without one they are
+    open triangles on the upper edge. They count in the mean of `final_loss`; in that of another statistic not at all:
+    their trace is shorter. What the scale leaves out is marked on the edge (`edges`).
     """
     ax = style.new_figure().axes[0] if ax is None else ax
     needed = dict.fromkeys([x, *study.axes, "state", "verdict", "eval_hash", EXPOSURE, metric, compare.column(metric)])
     trials = drawable(study.trials[list(needed)], metric)
     positions = Positions(study.axes.get(x) or levels_of(study.trials[x]), x)
     if by is None or by == x or by not in study.axes:
-        _draw_group(ax, trials, metric, positions, _Look(style.BLUE, 0, None))
+        ends = _draw_group(ax, trials, metric, positions, _Look(style.BLUE, 0, None))
     else:
+        ends = []
         for i, (level, colour) in enumerate(zip(study.axes[by], style.colours(study.axes[by]), strict=True)):
-            look = _Look(colour, i, style.plain(words.level(level, by)))
-            _draw_group(ax, at_level(trials, by, level), metric, positions, look)
+            look = _Look(colour, i, style.plain(words.level(level, by)), by, level)
+            ends += _draw_group(ax, at_level(trials, by, level), metric, positions, look)
         style.legend(ax, words.heading(by))
     positions.apply_x(ax)
-    ax.set_ylabel(textwrap.fill(style.plain(metric_label(metric, compare.in_nats(study.trials))), 34))
-    _limit_to_dots(ax, trials, metric, log_y)
+    ax.set_ylabel(textwrap.fill(style.plain(labels.statistic(metric, study.trials)), 34))
+    _scale(ax, trials, metric, log_y, ends)
     if metric == "attn_logit_peak" and ax.get_yscale() == "log":
-        ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * UNSTABLE_LOGIT))
-        style.log_ticks(ax)
-        ax.axhline(UNSTABLE_LOGIT, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
-        place = (0, UNSTABLE_LOGIT)
-        ax.annotate(
-            "1e4: unstable at larger sizes (arXiv 2309.14322)", place, (4, -3), textcoords="offset points", va="top",
-            xycoords=ax.get_yaxis_transform(), color=style.VERMILLION, fontsize=8,
-        )  # fmt: skip
+        _draw_logit_limits(ax)
+    edges.settle(ax)
     return ax
 
 
-def metric_label(metric: str, nats: bool = True) -> str:
-    """A statistic's name and unit, for the side of a figure; `nats`: see `compare.in_nats`."""
-    d = COLUMNS[metric]
-    bare = d.unit in ("", "1", "ratio") or (d.unit == "nat/token" and not nats)
-    unit = "" if bare else f" ({d.unit})"
-    return f"{words.STATISTICS.get(metric, d.label)}{unit}"
+def _scale(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool, ends: Sequence[float]) -> None:
+    """The vertical scale: all trials that trained, and of the diverged ones and intervals what has room."""
+    trained = compare.values(trials[trials["verdict"] != "diverged"], metric)
+    others = [*compare.values(trials[trials["verdict"] == "diverged"], metric), *ends]
+    log = log_y and any(v > 0 for v in (*trained, *others))
+    if (scale := edges.limits(trained, others, log)) is not None:
+        if log:
+            ax.set_yscale("log")
+        ax.set_ylim(*scale)
+        if log:
+            style.log_ticks(ax)
+
+
+def _draw_logit_limits(ax: Axes) -> None:
+    """The line at HARMFUL_LOGIT, which the scale reaches, and the one at UNSTABLE_LOGIT where that is in view."""
+    ax.set_ylim(top=max(ax.get_ylim()[1], 1.5 * HARMFUL_LOGIT))
+    style.log_ticks(ax)
+    for value, text in LOGIT_TEXTS.items():
+        if value < ax.get_ylim()[1]:
+            ax.axhline(value, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
+            ax.annotate(
+                text, (0, value), (4, 2), textcoords="offset points", xycoords=ax.get_yaxis_transform(),
+                color=style.VERMILLION, fontsize=style.look().note, bbox=style.GROUND,
+            )  # fmt: skip
 
 
 def drawable(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Done trials with a value, and the diverged ones, whose value may be missing."""
     return trials[(trials["state"] == "done") & (trials[metric].notna() | (trials["verdict"] == "diverged"))]
+
+
+def valued(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The diverged ones of these trials that have a value to be drawn at."""
+    diverged = trials[(trials["state"] == "done") & (trials["verdict"] == "diverged")]
+    return diverged[[math.isfinite(v) for v in compare.values(diverged, metric)]]
 
 
 def mean_of(trials: pd.DataFrame, metric: str) -> Estimate:
@@ -129,80 +142,110 @@ def mean_texts(trials: pd.DataFrame, metric: str) -> tuple[str, ...]:
     return tuple(map(words.number, (e.mean, e.low, e.high, e.n, int((drawn["verdict"] == "diverged").sum()))))
 
 
-def marks_text(trials: pd.DataFrame, metrics: Sequence[str]) -> str:
-    """The trials that `curves` draws of these statistics, for a caption: small marks, triangles, what is left out."""
-    shown = {metric: drawable(trials, metric) for metric in metrics}
-    marks = {metric: int((rows["verdict"] != "diverged").sum()) for metric, rows in shown.items()}
-    each = [f"{n} of {words.STATISTICS.get(m, COLUMNS[m].label)}" for m, n in marks.items()]
+def marks_text(trials: pd.DataFrame, metrics: Sequence[str], beyond: int = 0) -> str:
+    """The trials that `curves` draws of these statistics, for a caption: small marks, crosses, triangles, the rest.
+
+    `beyond`: how many diverged trials have a value outside the frame (`edges.beyond`).
+    """
+    marks = {m: int((drawable(trials, m)["verdict"] != "diverged").sum()) for m in metrics}
     fewest = min(marks.values())
-    same = fewest == max(marks.values())
-    parts = [f"Small marks: {words.count(fewest, 'done trial') if same else f'done trials ({words.listing(each)})'}"]
+    parts = [f"Small marks: {_each(marks, words.count(fewest, 'done trial'), 'done trials')}"]
     diverged = trials[(trials["state"] == "done") & (trials["verdict"] == "diverged")]
-    if len(diverged):
-        capped = sum(map(math.isfinite, compare.values(diverged, "final_loss"))) if "final_loss" in metrics else 0
-        means = f"{capped} in the means of the loss, with that of the untrained model" if capped else "in no mean"
-        parts.append(f"open triangles on the upper edge: {len(diverged)} diverged, {means}")
+    crosses = {m: len(valued(trials, m)) for m in metrics}
+    if any(crosses.values()):
+        outside = (
+            f", {'all' if beyond == max(crosses.values()) else beyond} of them outside the frame" if beyond else ""
+        )
+        means = _in_means(crosses, metrics)
+        parts.append(f"crosses: {_each(crosses, f'{max(crosses.values())} diverged', 'diverged')}{outside}, {means}")
+    without = {m: len(diverged) - n for m, n in crosses.items()}
+    if any(without.values()):
+        each = _each(without, f"{max(without.values())} diverged", "diverged")
+        parts.append(f"open triangles on the upper edge: {each} without a value, in no mean")
     if rest := len(trials) - fewest - len(diverged):
+        same = fewest == max(marks.values())
         parts.append(f"left out{'' if same else ' of one at least'}: {words.count(rest, 'trial')} without a value")
     return f"{'; '.join(parts)}."
 
 
-class _Look:
-    """Colour, marker and dash of one line."""
+def _each(numbers: Mapping[str, int], same: str, of: str) -> str:
+    """`same`, or where the numbers of the statistics differ `done trials (6 of roughness and 7 of max / median)`."""
+    if len(set(numbers.values())) == 1:
+        return same
+    return f"{of} ({words.listing([f'{n} of {labels.name(m)}' for m, n in numbers.items()])})"
 
-    def __init__(self, colour: str, index: int, name: str | None):
+
+def _in_means(crosses: Mapping[str, int], metrics: Sequence[str]) -> str:
+    if crosses.get("final_loss") and len(metrics) == 1:
+        return "with the loss of the untrained model, as in the means"
+    return "in the means of the loss alone, as untrained" if crosses.get("final_loss") else "in no mean"
+
+
+class _Look:
+    """Colour, marker and dash of one line, and the level that it is of."""
+
+    def __init__(self, colour: str, index: int, name: str | None, by: str = "", level: Level = None):
         self.colour, self.name = colour, name
+        self.levels = {by: level} if by else {}
         self.marker = style.MARKERS[index % len(style.MARKERS)]
         self.dash = style.DASHES[index % len(style.DASHES)]
 
+    @property
+    def words(self) -> str:
+        """Its name with its axis: `depth 6`."""
+        return words.at_levels(self.levels, self.levels.values())
 
-def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
-    means, at = [], []
-    for level in positions.levels:
-        rows = at_level(trials, positions.setting, level)
-        if len(rows):
-            at.append(positions.of(level))
-            means.append(mean_of(rows, metric))
-    ax.plot(
-        at, [m.mean for m in means], color=look.colour, linestyle=look.dash, marker=look.marker, markersize=5,
-        linewidth=1.6, label=look.name,
+    def at(self, setting: str, level: Level) -> str:
+        """The runs of the line at this level."""
+        return "" if STUDY in self.levels else tooltips.condition({setting: level} | self.levels)
+
+
+def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> list[float]:
+    """The line of means, its band, the trials; answers with the ends of the intervals, and means beyond the trials."""
+    shown = {level: rows for level in positions.levels if len(rows := at_level(trials, positions.setting, level))}
+    means = {level: mean_of(rows, metric) for level, rows in shown.items()}
+    (line,) = ax.plot(
+        [positions.of(level) for level in means], [m.mean for m in means.values()], color=look.colour,
+        linestyle=look.dash, marker=look.marker, markersize=5, linewidth=1.6, label=look.name, gid=edges.MEAN,
     )  # fmt: skip
-    banded = [(x, m) for x, m in zip(at, means, strict=True) if m.n >= BAND_FROM]
+    filters = [look.at(positions.setting, level) for level in means]
+    tooltips.describe(line, About(look.words, filters=filters, up=[_mean_text(m) for m in means.values()]))
+    banded = {level: m for level, m in means.items() if m.n >= BAND_FROM and math.isfinite(m.low + m.high)}
     if banded:
-        low, high = [m.low for _, m in banded], [m.high for _, m in banded]
-        ax.fill_between([x for x, _ in banded], low, high, color=look.colour, alpha=0.13, linewidth=0)
+        low, high = [m.low for m in banded.values()], [m.high for m in banded.values()]
+        at = [positions.of(level) for level in banded]
+        ax.fill_between(at, low, high, color=look.colour, alpha=0.13, linewidth=0, gid=f"{edges.BAND} {look.colour}")
+    _draw_trials(ax, trials, metric, positions, look)
+    return [v for m in banded.values() for v in (m.low, m.high)]
+
+
+def _mean_text(m: Estimate) -> str:
+    interval = f" [{words.number(m.low)}, {words.number(m.high)}]" if m.n >= BAND_FROM else ""
+    return f"{words.number(m.mean)}{interval} (mean of {m.n})"
+
+
+def _draw_trials(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
+    """A small mark for each trial that trained; the diverged ones for `edges` to draw."""
     diverged = trials["verdict"] == "diverged"
     kept, gone = trials[~diverged], trials[diverged]
-    ax.plot(
-        [positions.of(v) for v in _levels_in(kept, positions)],
-        list(kept[metric]),
-        linestyle="none", marker=look.marker,
-        markersize=3, color=look.colour, alpha=0.75, label=tooltips.trials(kept.index, look.name),
+    levels = _levels_in(kept, positions)
+    (line,) = ax.plot(
+        [positions.of(v) for v in levels], list(kept[metric]), linestyle="none", marker=look.marker, markersize=3,
+        color=look.colour, alpha=0.75, label="_",
     )  # fmt: skip
-    if len(gone):
-        ax.plot(
-            [positions.of(v) for v in _levels_in(gone, positions)], [1.0] * len(gone),
-            transform=ax.get_xaxis_transform(), linestyle="none", marker="^", markersize=8, markerfacecolor="none",
-            markeredgecolor=look.colour, clip_on=False, gid="diverged",
-            label=tooltips.trials(gone.index, look.name),
-        )  # fmt: skip
+    filters = [look.at(positions.setting, v) for v in levels]
+    tooltips.describe(line, About(look.words, [str(t) for t in kept.index], filters))
+    edges.keep(
+        ax,
+        (
+            Diverged(positions.of(v), value, look.colour, str(t), look.words, look.at(positions.setting, v))
+            for v, value, t in zip(_levels_in(gone, positions), compare.values(gone, metric), gone.index, strict=True)
+        ),
+    )
 
 
 def _levels_in(trials: pd.DataFrame, positions: Positions) -> list[Any]:
     return [None if words.is_null(v) else v for v in trials[positions.setting]]
-
-
-def _limit_to_dots(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool) -> None:
-    """The scale follows the trials; a band of two seeds, or a diverged loss, may leave the frame."""
-    seen = [v for v in compare.values(trials[trials["verdict"] != "diverged"], metric) if math.isfinite(v)]
-    if log_y and seen and min(seen) > 0:
-        ax.set_yscale("log")
-        ratio = max(1.15, (max(seen) / min(seen)) ** 0.08)
-        ax.set_ylim(min(seen) / ratio, max(seen) * ratio)
-        style.log_ticks(ax)
-    elif seen:
-        pad = 0.08 * (max(seen) - min(seen)) or 0.05 * max(1.0, abs(seen[0]))
-        ax.set_ylim(min(seen) - pad, max(seen) + pad)
 
 
 def curve_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
@@ -220,14 +263,16 @@ def curve_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
 def _curve_figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -> Figure:
     against = f"{name} against {words.label(layout.x)}"
     geometric = "geometric " if kind_of(metric) is Kind.RATIO else ""
+    picture = panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over)
+    beyond, cut = sum(map(edges.beyond, picture.axes)), any(map(edges.is_cut, picture.axes))
     caption = (
-        f"{against}. {marks_text(study.trials, [metric])} Lines are {geometric}means, bands 95 % intervals "
-        f"(from {BAND_FROM} trials on).{_extremes(study, layout, metric)}{pooled(layout)}"
+        f"{against}. {marks_text(study.trials, [metric], beyond)} Lines are {geometric}means, bands 95 % intervals "
+        f"(from {BAND_FROM} trials on){'; two strokes: the line leaves the frame' if cut else ''}."
+        f"{_logit_limits() if metric == 'attn_logit_peak' else ''}{_extremes(study, layout, metric)}{pooled(layout)}"
     )
     axes = layout.axes(study)
-    heads = (*map(words.heading, axes), metric_label(metric, compare.in_nats(study.trials)), *COUNTS)
+    heads = (*map(words.heading, axes), labels.statistic(metric, study.trials), *COUNTS)
     title = f"{name.partition(' (')[0].partition(',')[0]} against {words.label(layout.x)}"
-    picture = panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over)
     alt = _alt(study, layout, metric, against)
     rows = (
         (*level_texts(axes, levels), *mean_texts(trials, metric))
@@ -235,6 +280,13 @@ def _curve_figure(study: Study, layout: Layout, metric: str, log_y: bool, name: 
         if len(drawable(trials, metric))
     )
     return style.report_figure(metric.replace("_", "-"), title, picture, alt, caption, heads, rows)
+
+
+def _logit_limits() -> str:
+    return (
+        f" From {HARMFUL_LOGIT:g} on small models ended with a higher loss in our measurements; the {UNSTABLE_LOGIT:g} "
+        "of arXiv 2309.14322 is where larger ones fail."
+    )
 
 
 def _mixes_losses(study: Study, layout: Layout) -> bool:
@@ -275,96 +327,3 @@ def _alt(study: Study, layout: Layout, metric: str, against: str) -> str:
     if len(lines) > MOST_LINES:
         parts.append(f"{len(lines) - MOST_LINES} more lines: see the numbers of this figure.")
     return " ".join(parts)
-
-
-def axis_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
-    """A figure for each axis of AXES that varies beside the main one; in place of the others, that they do not."""
-    grid, main = study.grid, layout.x
-    for axis in AXES:
-        if axis in grid.axes and axis != main and len(drawable(grid.trials, "final_loss")):
-            yield _axis_figure(grid, axis, main)
-    if (absent := [words.label(axis) for axis in AXES if axis not in study.axes]) and not study.ingested:
-        verb = "it does" if len(absent) == 1 else "they do"
-        yield Absent(f"Effect of {words.listing(absent)}", f"{verb} not vary")
-
-
-def _axis_figure(grid: Study, axis: str, main: str) -> Figure:
-    by = main if main in grid.axes and len(grid.axes[main]) <= MOST_LEVELS else None
-    panels = _panels(grid, axis)
-    columns = len(panels) if len(panels) < 4 else 2
-    size = (1.0 + 3.1 * columns, 3.7) if columns == len(panels) else (9.2, 0.7 + 3.0 * -(-len(panels) // 2))
-    picture = style.new_panels(len(panels), *size, columns=columns)
-    for ax, panel in zip(picture.axes, panels, strict=False):
-        curves(panel.study, panel.metric, x=axis, by=by, log_y=panel.log_y, ax=ax)
-        style.title(ax, panel.of)
-    style.share_legend(picture)
-    rows = [row for panel in panels for row in _axis_rows(panel, axis, by)]
-    values = [f"{row[0]} {row[-5]} at {', '.join(row[1:-5])}" for row in rows[:24]]
-    name = f"against-{axis.replace('.', '-').replace('_', '-')}"
-    title = f"Effect of {words.label(axis)}{f' at each {words.label(by)}' if by else ''}"
-    alt = f"Line charts. {'; '.join(values)}."
-    heads = ("statistic", *([words.heading(by)] if by else []), words.heading(axis), "mean", *COUNTS)
-    caption = _axis_caption(grid, panels, axis, by)
-    return style.report_figure(name, title, picture, alt, caption, heads, rows, {"statistic"})
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One statistic of one part of the study: losses on different evaluation batches have no common mean."""
-
-    study: Study
-    metric: str
-    of: str = ""  # which part
-
-    @property
-    def log_y(self) -> bool:
-        return self.metric in ON_LOG
-
-    @property
-    def name(self) -> str:
-        return f"{metric_label(self.metric, compare.in_nats(self.study.trials))}{f', {self.of}' if self.of else ''}"
-
-
-def _panels(grid: Study, axis: str) -> list[_Panel]:
-    """The statistics of METRICS: the loss for each dataset where batches differ; left out where that is not why."""
-    parts = {"": grid}
-    if _mixed_losses(grid):
-        data = [] if axis == "data" else grid.axes.get("data", [])
-        parts = {f"{words.label('data')} {words.level(v, 'data')}": grid.where({"data": v}) for v in data}
-        if len(parts) > MOST_DATASETS or any(map(_mixed_losses, parts.values())):
-            parts = {}
-    losses = [_Panel(part, "final_loss", of) for of, part in parts.items()]
-    return [*losses, *(_Panel(grid, metric) for metric in METRICS if metric not in compare.ON_EVALUATION)]
-
-
-def _mixed_losses(study: Study) -> bool:
-    return bool(compare.mixed(study.trials[study.trials["state"] == "done"], "final_loss"))
-
-
-def _axis_caption(grid: Study, panels: list[_Panel], axis: str, by: str | None) -> str:
-    pooled = [words.label(a) for a in grid.axes if a not in (axis, by)]
-    apart = ", losses never over datasets" if any(panel.of for panel in panels) else ""
-    over = f" Averaged over {words.listing(pooled)}{apart}." if pooled else ""
-    lines = f", a line for each {words.label(by)}" if by else ""
-    lost = not any(panel.metric == "final_loss" for panel in panels)
-    named = {words.STATISTICS.get(p.metric, metric_label(p.metric)): p.metric for p in panels}
-    ratios = [name for name, metric in named.items() if kind_of(metric) is Kind.RATIO]
-    return (
-        f"{words.listing(list(named)).capitalize()} against {words.label(axis)}{lines}. "
-        f"{marks_text(grid.trials, list(dict.fromkeys(p.metric for p in panels)))} Lines are means (of "
-        f"{words.listing(ratios)} the geometric), bands 95 % intervals (from {BAND_FROM} trials on).{over}"
-        f"{' The loss is left out: trials were evaluated on different sets.' if lost else ''} Effects with all other "
-        "axes held fixed: see What each axis changed."
-    )
-
-
-def _axis_rows(panel: _Panel, axis: str, by: str | None) -> Iterator[tuple[str, ...]]:
-    trials = drawable(panel.study.trials, panel.metric)
-    groups: list[tuple[tuple[Level, ...], pd.DataFrame]] = [((), trials)]
-    if by is not None:
-        groups = [((level,), at_level(trials, by, level)) for level in panel.study.axes[by]]
-    for levels, members in groups:
-        for level in panel.study.axes[axis]:
-            if len(there := at_level(members, axis, level)):
-                texts = [words.level(v, by or "") for v in levels]
-                yield panel.name, *texts, words.level(level, axis), *mean_texts(there, panel.metric)

@@ -29,7 +29,7 @@ def draw(of: Frontier, registered: list[Registered], ax: Axes | None = None) -> 
 
     All forecasts must follow one axis; each combination of the other axes has its own colour and marker.
     """
-    ax = style.new_figure(8.6, 4.4).axes[0] if ax is None else ax
+    ax = style.new_figure(style.FULL, 4.4).axes[0] if ax is None else ax
     axis, own = registered[0].axis, _lines(of, registered)
     ax.set(xscale="log", yscale="log", xlabel=words.heading(axis), ylabel=words.heading(of.asked.setting))
     for i, line in enumerate(own):

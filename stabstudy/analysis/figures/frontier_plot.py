@@ -17,6 +17,7 @@ from stabstudy.analysis.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 SIZES = ("model.depth", "model.dim")
 """Axes that lie across where they vary, before any other axis of numbers."""
@@ -118,11 +119,12 @@ class _Paper:
         if log:
             style.log_ticks(self.ax, across=self.is_rows)
 
-    def plot(self, across: Sequence[float], along: Sequence[float], at: str, **look: Any) -> None:
+    def plot(self, across: Sequence[float], along: Sequence[float], at: str, **look: Any) -> Line2D:
         """Points or a line; `at`: the level at which all of it stands, however it is spread."""
         places = (along, across) if self.is_rows else (across, along)
         gid = f"at {'y' if self.is_rows else 'x'} {at}" if at else None
-        self.ax.plot(*places, **({"gid": gid} | look))
+        (line,) = self.ax.plot(*places, **({"gid": gid} | look))
+        return line
 
     def cell(self, cell: CellEdge, centre: float, room: float, at: str, colour: str, name: str) -> None:
         """The bracket at the centre, and the trials beside it, spread by seed."""
@@ -138,9 +140,9 @@ class _Paper:
         self, own: Sequence[EdgeTrial], places: Sequence[float], at: str, marker: str, colour: str, name: str
     ) -> None:
         size, fill = _LOOKS[marker]
-        ids = tooltips.trials((t.trial_id for t in own), name)
         look = {"marker": marker, "markersize": size, "fillstyle": fill, "color": colour, "linestyle": "none"}
-        self.plot(places, [t.value for t in own], at, label=ids, **look)
+        line = self.plot(places, [t.value for t in own], at, label="_", **look)
+        tooltips.describe(line, tooltips.About(name, [t.trial_id for t in own]))
         ringed = [(place, t.value) for place, t in zip(places, own, strict=True) if t.is_exception]
         if ringed:
             where, values = zip(*ringed, strict=True)
@@ -167,7 +169,7 @@ class _Paper:
 
 def _columns(of: Frontier, across: str, ax: Axes | None) -> Axes:
     lines = series(of, across)
-    ax = style.new_figure(6.4 if len(lines) == 1 else 8.6, 4.6).axes[0] if ax is None else ax
+    ax = style.new_figure(style.FULL, 4.4).axes[0] if ax is None else ax
     paper, levels = _Paper(ax, of, False), of.axes[across]
     log = style.Positions(levels, across).log or (across in SIZES and min(levels) > 0)
     at = [math.log10(v) if log else float(v) for v in levels]
@@ -198,7 +200,7 @@ def _columns(of: Frontier, across: str, ax: Axes | None) -> Axes:
 
 def _rows(of: Frontier, ax: Axes | None) -> Axes:
     if ax is None:
-        ax = style.new_figure(8.6, 1.6 + 0.42 * len(of.cells)).axes[0]
+        ax = style.new_figure(style.FULL, 1.6 + 0.42 * len(of.cells)).axes[0]
     paper = _Paper(ax, of, True)
     paper.set_up()
     for i, cell in enumerate(of.cells):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import Row
 from stabstudy.stability.columns import SETTLED
@@ -44,12 +44,13 @@ def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> A
     shown = np.ma.masked_where(~(np.isfinite(norms) & (norms > 0)), norms)
     if not shown.count():
         raise ValueError(f"the trace has no gradient norm of a layer around step {spike['peak_step']}")
-    ax = style.new_figure(7.2, 1.7 + 0.22 * min(len(norms), 16)).axes[0] if ax is None else ax
+    ax = style.new_figure(style.HALF, 1.7 + 0.22 * min(len(norms), 16)).axes[0] if ax is None else ax
     first, last = int(rows["step"][steps][0]), int(rows["step"][steps][-1])
     image = ax.imshow(
         shown, cmap="viridis", norm=LogNorm(shown.min(), max(shown.max(), 1.001 * shown.min())), aspect="auto",
         origin="lower", interpolation="none", extent=(first - 0.5, last + 0.5, -0.5, len(norms) - 0.5),
     )  # fmt: skip
+    tooltips.describe(image, tooltips.About("gradient norm", rows=layer_names(len(norms))))
     for edge in (spike["start"] - 0.5, spike["end"] + 0.5):
         if first - 0.5 < edge < last + 0.5:
             ax.axvline(edge, color=style.VERMILLION, linewidth=1.2, linestyle=(0, (4, 2)))
@@ -58,7 +59,7 @@ def layer_map(rows: Rows, spike: Mapping[str, Any], ax: Axes | None = None) -> A
         color=style.VERMILLION, clip_on=False, gid="peak",
     )  # fmt: skip
     ax.grid(False)
-    ax.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("optimizer step")
     _name_rows(ax, len(norms))
     bar = ax.get_figure().colorbar(image, ax=ax, pad=0.02)  # type: ignore[union-attr]

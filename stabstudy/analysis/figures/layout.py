@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stabstudy.analysis import words
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import edges, style, tooltips
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, ordered, split
 from stabstudy.analysis.study import Study
 
@@ -65,22 +66,28 @@ def pooled(layout: Layout) -> str:
     return f" Averaged over {words.listing([words.label(a) for a in layout.pooled])}." if layout.pooled else ""
 
 
-def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str], height: float = 4.0) -> Figure:
+def panels(
+    study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str], height: float = 3.6, columns: int = 2
+) -> Figure:
     """Small multiples with common scales: `draw` once per combination of levels of the axes in `over`.
 
-    `height`: of the panel in inches where it is alone; several are a fifth lower each.
+    `height`: of one panel in inches. Each is half a column wide, two abreast, or with `columns` 1 a whole one.
     """
     parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
-    size = (6.6, height) if len(parts) == 1 else (7.6, 0.5 + 0.8 * height * math.ceil(len(parts) / 2))
-    figure = style.new_panels(len(parts), *size)
+    width = style.HALF if len(parts) == 1 and columns > 1 else style.FULL
+    tall = height * math.ceil(len(parts) / columns) + (0.4 if len(parts) > 1 else 0)
+    figure = style.new_panels(len(parts), width, tall, columns)
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):
         draw(part, ax)
         levels = words.at_levels(fixed, fixed.values())
         style.title(ax, ": ".join(t for t in (ax.get_title(loc="left"), levels) if t))
+        name = ", ".join(filter(None, (tooltips.about(ax).name, levels)))
+        tooltips.describe(ax, About(name, filters=[tooltips.condition(fixed)]))
     _share_y(drawn)
     for i, ax in enumerate(drawn):
-        ax.set_ylabel("" if i % 2 else ax.get_ylabel())
+        ax.yaxis.label.set_visible(i % columns == 0)
+        edges.settle(ax)
     style.share_legend(figure)
     return figure
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout, level_texts, panels, pooled
 from stabstudy.analysis.figures.style import Positions
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, levels_of, split
 from stabstudy.analysis.paired import EXPOSURE, Kind, kind_of
 from stabstudy.analysis.study import Study
@@ -22,6 +24,7 @@ from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 DIVERGED = "diverged"
@@ -29,6 +32,12 @@ DIVERGED = "diverged"
 
 SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0), DIVERGED: (0.0, 1.0)}
 """Value at the dark end of the colour scale, and the least at its light end: a map of next to nothing stays dark."""
+
+SHADES = 24
+"""Colours in a colour bar; the fields of a map have any."""
+
+HALF_UP_TO = 5
+"""Levels across up to which a map is half a column wide."""
 
 SMALL_FROM = 8
 """Levels on an axis from which the words in the fields are set smaller."""
@@ -55,26 +64,48 @@ def stability_map(
     y: str = "model.depth",
     value: str = "spike_abs_rate",
     highest: float | None = None,
+    bar: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     """Mean of a statistic in each field of x by y, written in it with n; hatched: no done trial; cross: one diverged.
 
     `value`: a statistic, or "diverged" for the share of trials that did. n: the done trials that have it (`2 of 3`
     where some lack it). `highest`: the largest value of several maps that are to be compared. The colours run over
-    `scale(value, highest)`, not over what happens to be there.
+    `scale(value, highest)`, not over what happens to be there; `bar`: draw them beside the map.
     """
-    ax = style.new_figure().axes[0] if ax is None else ax
+    if ax is None:
+        ax = style.new_figure(width(study, x), height(study, y)).axes[0]
     sheet = Sheet(study, x, y, value)
     means = {levels: mean(trials, value) for levels, trials in sheet.fields.items()}
     low, high = scale(value, max(filter(math.isfinite, means.values()), default=0.0) if highest is None else highest)
 
     def draw(at: tuple[int, int], levels: tuple[Level, ...], trials: pd.DataFrame) -> None:
         lines = [text(means[levels], value), _n(trials, value)]
-        _draw_field(ax, at, trials, lines, (means[levels] - low) / (high - low), sheet.font)
+        field = _draw_field(ax, at, trials, lines, (means[levels] - low) / (high - low), sheet.font)
+        tooltips.describe(field, About(filters=[tooltips.condition(dict(zip((x, y), levels, strict=True)))]))
 
     sheet.draw(ax, draw)
-    style.title(ax, label(value))
+    tooltips.describe(ax, About(label(value)))
+    if bar:
+        colour_bar([ax], value, low, high)
     return ax
+
+
+def colour_bar(axes: Sequence[Axes], value: str, low: float, high: float) -> None:
+    """The colours of a map beside it, or beside several on one scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    colours = ListedColormap([style.field_colour((i + 0.5) / SHADES) for i in range(SHADES)])
+    figure: Any = axes[0].get_figure()
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), colours), ax=axes, pad=0.015, aspect=28, shrink=0.94)
+    bar.set_label(textwrap.fill(style.plain(label(value)), 26), color=style.INK, fontsize=style.look().note)
+    bar.locator, bar.formatter = MaxNLocator(4), FuncFormatter(lambda v, _: text(float(f"{v:.6g}"), value))
+    bar.ax.tick_params(color=style.MUTED, labelcolor=style.INK, labelsize=style.look().note)
+    bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")  # else the ground shines through between two shades
+    bar.update_ticks()
 
 
 class Sheet:
@@ -92,7 +123,11 @@ class Sheet:
     @property
     def font(self) -> float:
         """Size of the words in the fields."""
-        return 8.5 if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM else 6.5
+        return (
+            style.look().field
+            if max(len(self.columns.levels), len(self.rows.levels)) < SMALL_FROM
+            else style.look().least
+        )
 
     def draw(self, ax: Axes, draw: Callable[[tuple[int, int], tuple[Level, ...], pd.DataFrame], None]) -> None:
         """Each field by `draw` (place, levels, trials), or hatched where no trial is done; then the axes' names."""
@@ -108,8 +143,15 @@ class Sheet:
         ax.grid(False)
 
 
+def width(study: Study, x: str) -> float:
+    """Inches of a map across: half a column while the words in its fields have room."""
+    return style.HALF if len(study.axes.get(x, ())) <= HALF_UP_TO else style.FULL
+
+
 def height(study: Study, y: str) -> float:
     """Inches of a map: rows of half an inch to one inch."""
+    if y not in study.axes:
+        return 3.6
     return 1.0 + max(0.55, min(1.0, 4.0 / len(study.axes[y]))) * len(study.axes[y])
 
 
@@ -194,8 +236,8 @@ def _n(trials: pd.DataFrame, value: str) -> str:
 
 def _draw_field(
     ax: Axes, at: tuple[int, int], trials: pd.DataFrame, lines: Sequence[str], share: float, size: float
-) -> None:
-    """One field of a map: colour, value and n (`lines`), and how many of its trials were not stable."""
+) -> Artist:
+    """One field of a map: colour, value and n (`lines`), and how many of its trials were not stable; its text."""
     from matplotlib.patches import Rectangle
 
     corner = (at[0] - 0.5, at[1] - 0.5)
@@ -204,9 +246,12 @@ def _draw_field(
     verdicts = compare.verdicts(trials)
     unstable = [f"{verdicts[v]} {v}" for v in VERDICTS[1:] if verdicts[v]]
     ink = style.field_text_colour(ground)
-    ax.text(*at, "\n".join([*lines, *unstable]), ha="center", va="center", color=ink, fontsize=size, gid="field")
+    words_in_it = "\n".join([*lines, *unstable])
+    field = ax.text(*at, words_in_it, ha="center", va="center", color=ink, fontsize=size, gid="field")
     if verdicts["diverged"]:
-        ax.plot(at[0] + 0.38, at[1] + 0.38, marker="X", markersize=8, color=ink, linestyle="none", gid="diverged")
+        corner = at[0] + 0.4, at[1] + 0.38
+        ax.plot(*corner, marker="X", markersize=7, color=ink, linestyle="none", gid=tooltips.RING)
+    return field
 
 
 def _hatch(ax: Axes, at: tuple[int, int]) -> None:
@@ -223,20 +268,29 @@ def figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     if layout.by is None:
         yield Absent("Maps", "they need two axes; this study varies one")
         return
+    pairs = {pair: fields_of(grid, Layout(*pair, [], [])) for pair in _other_pairs(grid, layout)[:MOST_PAIRS]}
+    fields = fields_of(grid, layout)
+    tops = {value: _highest(fields, value) for value in VALUES}
+    tops[PAIRED] = max(tops[PAIRED], *(_highest(own, PAIRED) for own in pairs.values()), 0.0)
     for value, meaning in VALUES.items():
         if value == DIVERGED and not (grid.trials["verdict"] == DIVERGED).any():
             yield Absent("Map of the share diverged", "no trial diverged")
         else:
-            yield _statistic(grid, layout, value, meaning)
-    yield from _other_pairs(grid, layout)
+            yield _statistic(grid, layout, value, meaning, tops[value])
+    if pairs:
+        yield _pairs_figure(grid, layout, pairs, tops[PAIRED])
 
 
-def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure:
+def _highest(fields: Sequence[Field], value: str) -> float:
+    """The largest mean of the fields; 0 where none has one."""
+    return max((v for f in fields if (v := f.mean(value)) == v), default=0.0)
+
+
+def _statistic(study: Study, layout: Layout, value: str, meaning: str, top: float) -> Figure:
     fields = fields_of(study, layout)
     filled = [f for f in fields if f.mean(value) == f.mean(value)]
     unknown = " Grey: no trial has the statistic." if len(filled) < len(fields) else ""
     highest = max(filled, key=lambda f: f.mean(value), default=None)
-    top = highest.mean(value) if highest else 0.0
     y, axes = str(layout.by), layout.axes(study)
     pair = f"{words.label(layout.x)} and {words.label(y)}"
     what = f"{meaning} over {pair}"
@@ -248,29 +302,37 @@ def _statistic(study: Study, layout: Layout, value: str, meaning: str) -> Figure
         f"trials that are not stable. Colours run from {low} (dark) to {high} (light).{unknown} Hatched: no done "
         f"trial; a cross: at least one diverged.{pooled(layout)}"
     )
-    peak = f" Highest: {text(top, value)} at {words.at_levels(axes, highest.levels)}." if highest else ""
-    name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
-    picture = panels(
-        study, lambda part, ax: stability_map(part, layout.x, y, value, top, ax), layout.over, height(study, y)
+    peak = (
+        f" Highest: {text(highest.mean(value), value)} at {words.at_levels(axes, highest.levels)}." if highest else ""
     )
+    name, title = f"{value.replace('_', '-')}-map", f"{label(value).capitalize()} over {pair}"
+    across = 1 if width(study, layout.x) == style.FULL else 2
+    picture = panels(
+        study, lambda part, ax: stability_map(part, layout.x, y, value, top, False, ax), layout.over,
+        height(study, y), across,
+    )  # fmt: skip
+    colour_bar([ax for ax in picture.axes if ax.get_visible()], value, *scale(value, top))
     heads = (*map(words.heading, axes), label(value), *COUNTS)
     rows = ((*level_texts(axes, f.levels), f.text(value), *f.counts(value)) for f in fields)
     return style.report_figure(name, title, picture, f"Map. {what}.{peak}", caption, heads, rows)
 
 
-def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
-    """PAIRED over pairs of axes that no map above shows, each pooled over all other axes."""
+def _other_pairs(study: Study, layout: Layout) -> list[tuple[str, str]]:
+    """The pairs of axes (x, y) that no other map shows."""
     pairs = [p for p in itertools.combinations(study.axes, 2) if set(p) != {layout.x, layout.by}]
-    if not pairs:
-        return
-    drawn = [_turned(study, *pair) for pair in pairs[:MOST_PAIRS]]
-    fields = {pair: fields_of(study, Layout(*pair, [], [])) for pair in drawn}
-    top = max((v for of in fields.values() for f in of if (v := f.mean(PAIRED)) == v), default=0.0)
-    columns = min(2, len(drawn))
+    return [_turned(study, *pair) for pair in pairs]
+
+
+def _pairs_figure(study: Study, layout: Layout, fields: Mapping[tuple[str, str], list[Field]], top: float) -> Figure:
+    """PAIRED over these pairs of axes, each pooled over all other axes."""
+    drawn = list(fields)
+    columns = 2 if all(width(study, x) == style.HALF for x, _ in drawn) and len(drawn) > 1 else 1
     tall = sum(max(height(study, y) for _, y in drawn[i : i + columns]) for i in range(0, len(drawn), columns))
-    picture = style.new_panels(len(drawn), 6.6 if columns == 1 else 9.2, tall)
+    across = width(study, drawn[0][0]) if len(drawn) == 1 else style.FULL
+    picture = style.new_panels(len(drawn), across, tall, columns)
     for ax, (x, y) in zip(picture.axes, drawn, strict=False):
-        stability_map(study, x, y, PAIRED, top, ax)
+        stability_map(study, x, y, PAIRED, top, False, ax)
+    colour_bar([ax for ax in picture.axes if ax.get_visible()], PAIRED, *scale(PAIRED, top))
     named = [f"{words.label(x)} and {words.label(y)}" for x, y in drawn]
     high = text(scale(PAIRED, top)[1], PAIRED)
     caption = (
@@ -278,7 +340,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
         f"pooled{_lacking(next(iter(fields.values())), PAIRED)}. Colours run from 0 (dark) to {high} (light); hatched: "
         "no done trial; a cross: at least one diverged."
     )
-    if more := len(pairs) - len(drawn):
+    if more := len(_other_pairs(study, layout)) - len(drawn):
         caption += f" {words.count(more, 'more pair')} of axes: plots.stability_map(study, x, y) draws any."
     ranges = [f"{name}: {_span(own)}" for name, own in zip(named, fields.values(), strict=True)]
     what = label(PAIRED)
@@ -290,7 +352,7 @@ def _other_pairs(study: Study, layout: Layout) -> Iterator[Figure]:
          f.text(PAIRED), *f.counts(PAIRED))
         for (x, y), own in fields.items() for f in own
     )  # fmt: skip
-    yield style.report_figure(name, title, picture, alt, caption, heads, rows, texts={"axis", "level"})
+    return style.report_figure(name, title, picture, alt, caption, heads, rows, texts={"axis", "level"})
 
 
 def _lacking(fields: list[Field], value: str) -> str:

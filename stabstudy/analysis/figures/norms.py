@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from stabstudy import config as cfg
 from stabstudy.analysis import words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, at_level, keys
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import measured
@@ -70,12 +71,15 @@ def norm_ratios(
         drawn = _thinned(len(values))
         name = style.plain(words.level(level, by))
         dash = style.DASHES[i % len(style.DASHES)]
-        ax.step(values[drawn], share[drawn], where="pre", color=colour, linestyle=dash, linewidth=1.6, label=name)
+        x, y = values[drawn], share[drawn]
+        (line,) = ax.step(x, y, where="pre", color=colour, linestyle=dash, linewidth=1.6, label=name)
+        filters = [tooltips.condition({by: level})] * len(drawn)
+        tooltips.describe(line, About(words.at_levels([by], [level]), filters=filters))
     ratio = study.rules.ratio
     ax.axvline(ratio, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
     place = (ratio, 1.0)
     ax.annotate(f"×{words.number(ratio)}", place, (3, -2), textcoords="offset points", va="top",
-                xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=8)  # fmt: skip
+                xycoords=ax.get_xaxis_transform(), color=style.VERMILLION, fontsize=style.look().note)  # fmt: skip
     largest = max((float(v.max()) for v in by_level.values()), default=ratio)
     ax.set(xscale="log", yscale="log", xlim=(0.5, 1.15 * max(ratio, largest)))
     if largest > RATIOS_NAMED[-1]:
@@ -191,7 +195,7 @@ def accumulation(study: Study, pairs: Sequence[Split] | None = None, ax: Axes | 
     Differences of 0 lie at the lower edge.
     """
     shown = splits(study) if pairs is None else pairs
-    ax = style.new_figure(8.6, 4.0).axes[0] if ax is None else ax
+    ax = style.new_figure(style.FULL, 4.0).axes[0] if ax is None else ax
     floor = 1e-9
     for i, pair in enumerate(shown):
         colour = style.CATEGORIES[i % len(style.CATEGORIES)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from stabstudy import extras
 from stabstudy.analysis import searches, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
-from stabstudy.analysis.figures.curves import metric_label
+from stabstudy.analysis.figures import labels, style
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.searches import FEWEST, History, Suggestion
 from stabstudy.analysis.study import Study
@@ -19,7 +20,6 @@ from stabstudy.store import StoreError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDE = 8.6  # inches, a legend beside the axes among them
 NEEDED = ("optuna", "scikit-learn")
 GROUPS = (
     ("feasible", style.BLUE, "o", style.BLUE),
@@ -42,20 +42,20 @@ def search_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
     if not done:
         yield Absent("History of the search", "no cell has all its seeds done")
         return
-    yield _history_figure(known)
+    yield _history_figure(known, study.trials)
     if len(known.search.objectives) > 1:
-        yield _front_figure(known)
-    yield _importance_figure(known)
+        yield _front_figure(known, study.trials)
+    yield _importance_figure(known, study.trials)
 
 
-def _named(column: str) -> str:
-    """The label of an axis: a statistic with its unit, a setting by its name."""
-    return style.plain(metric_label(column) if column in COLUMNS else words.label(column))
+def _named(column: str, trials: pd.DataFrame) -> str:
+    """The label of an axis: a statistic with its unit in these trials, a setting by its name."""
+    return style.plain(labels.statistic(column, trials) if column in COLUMNS else words.label(column))
 
 
-def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
+def history(known: History, trials: pd.DataFrame, objective: int = 0, ax: Axes | None = None) -> Axes:
     """An objective of every done cell, in the order in which they began; with one objective, the best so far."""
-    ax = style.new_figure(WIDE).axes[0] if ax is None else ax
+    ax = style.new_figure(style.FULL).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
         places = [i for i, suggestion in enumerate(known.suggestions) if _group(suggestion) == name]
         ax.plot(
@@ -67,14 +67,14 @@ def history(known: History, objective: int, ax: Axes | None = None) -> Axes:
         at, values = zip(*best, strict=True)
         ax.step(at, values, where="post", color=style.INK, linewidth=1.4, label="best so far")
     ax.set_xlabel("cell, in order")
-    ax.set_ylabel(_named(known.search.objectives[objective].column))
+    ax.set_ylabel(_named(known.search.objectives[objective].column, trials))
     style.legend_beside(ax, "")
     return ax
 
 
-def front(known: History, across: int = 0, up: int = 1, ax: Axes | None = None) -> Axes:
+def front(known: History, trials: pd.DataFrame, across: int = 0, up: int = 1, ax: Axes | None = None) -> Axes:
     """Two objectives against each other; the cells that none is better than in all objectives are joined by a line."""
-    ax = style.new_figure(WIDE).axes[0] if ax is None else ax
+    ax = style.new_figure(style.FULL).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
         points = [s.objectives for s in known.suggestions if _group(s) == name]
         ax.plot(
@@ -88,22 +88,24 @@ def front(known: History, across: int = 0, up: int = 1, ax: Axes | None = None) 
         [p[across] for p in best], [p[up] for p in best], color=style.INK, linestyle=joined, linewidth=1.2,
         marker="o", markersize=9, markerfacecolor="none", label="Pareto front",
     )  # fmt: skip
-    names = [_named(objective.column) for objective in known.search.objectives]
+    names = [_named(objective.column, trials) for objective in known.search.objectives]
     ax.set(xlabel=names[across], ylabel=names[up])
     style.legend_beside(ax, "")
     return ax
 
 
-def importance(shares: dict[str, dict[str, float]], axes: Sequence[str]) -> Axes:
+def importance(
+    shares: dict[str, dict[str, float]], axes: Sequence[str], trials: pd.DataFrame, ax: Axes | None = None
+) -> Axes:
     """The share of the variance of each objective that each axis explains alone, axes from top to bottom."""
-    ax = style.new_figure(WIDE, 1.2 + 0.5 * len(axes)).axes[0]
+    ax = style.new_figure(style.FULL, 1.2 + 0.5 * len(axes)).axes[0] if ax is None else ax
     for number, (objective, own) in enumerate(shares.items()):
         offset = 0.16 * (number - (len(shares) - 1) / 2)
         places = [len(axes) - 1 - i - offset for i in range(len(axes))]
         colour, marker = style.CATEGORIES[number % len(style.CATEGORIES)], style.MARKERS[number % len(style.MARKERS)]
         values = [own[axis] for axis in axes]
         ax.hlines(places, 0, values, color=colour, linewidth=2.5)
-        ax.plot(values, places, color=colour, marker=marker, linestyle="none", label=_named(objective))
+        ax.plot(values, places, color=colour, marker=marker, linestyle="none", label=_named(objective, trials))
     ax.set_yticks(range(len(axes)), [style.plain(words.label(axis)) for axis in reversed(axes)])
     ax.set(xlim=(0, 1.02), ylim=(-0.6, len(axes) - 0.4), xlabel="share of variance")
     style.legend_beside(ax, "")
@@ -123,11 +125,11 @@ def _counts(known: History) -> str:
     return f"{words.count(len(groups) - groups.count(None), 'done cell')} ({words.listing(parts)}{open_ones})"
 
 
-def _history_figure(known: History) -> Figure:
+def _history_figure(known: History, trials: pd.DataFrame) -> Figure:
     objectives = known.search.objectives
-    picture = style.new_panels(len(objectives), WIDE if len(objectives) == 1 else 9.2, 4.0 * -(-len(objectives) // 2))
+    picture = style.new_panels(len(objectives), style.FULL, 3.6 * -(-len(objectives) // 2))
     for i, ax in enumerate(picture.axes[: len(objectives)]):
-        history(known, i, ax)
+        history(known, trials, i, ax)
     style.share_legend(picture)
     names = words.listing([objective.column for objective in objectives])
     caption = (
@@ -142,7 +144,7 @@ def _history_figure(known: History) -> Figure:
     )
 
 
-def _front_figure(known: History) -> Figure:
+def _front_figure(known: History, trials: pd.DataFrame) -> Figure:
     objectives = known.search.objectives
     names = words.listing([objective.column for objective in objectives])
     ways = words.listing([f"{o.column} {'large' if o.maximize else 'small'}" for o in objectives])
@@ -154,11 +156,11 @@ def _front_figure(known: History) -> Figure:
     )
     alt = f"Scatter plot of {objectives[0].column} against {objectives[1].column}; {len(chosen)} cells on the front."
     return style.report_figure(
-        "search-front", f"Pareto front of {names}", front(known), alt, caption, *_table(known, chosen)
+        "search-front", f"Pareto front of {names}", front(known, trials), alt, caption, *_table(known, chosen)
     )
 
 
-def _importance_figure(known: History) -> Figure | Absent:
+def _importance_figure(known: History, trials: pd.DataFrame) -> Figure | Absent:
     title = "Importance of the axes of the search"
     if missing := extras.why_not(NEEDED):
         return Absent(title, "; ".join(missing))
@@ -177,7 +179,7 @@ def _importance_figure(known: History) -> Figure | Absent:
     rows = ((words.label(a), *(words.percent(own[a]) for own in shares.values())) for a in axes)
     alt = f"Bar chart. {'; '.join(first)}."
     return style.report_figure(
-        "search-importance", title, importance(shares, axes), alt, caption, heads, rows, ("axis",)
+        "search-importance", title, importance(shares, axes, trials), alt, caption, heads, rows, ("axis",)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import pandas as pd
 
 from stabstudy.analysis import compare, survival, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import style, tooltips
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.figures.style import Positions
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, levels_of, records
 from stabstudy.analysis.paired import INTERVAL_FROM
 from stabstudy.analysis.study import Study
@@ -20,6 +21,7 @@ from stabstudy.analysis.survival import FirstSpikes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 MOST_CHANGES = 12
 """Paired differences that the caption of the LR sensitivity names."""
@@ -42,7 +44,9 @@ def first_spikes(study: Study, by: str, times: FirstSpikes | None = None, ax: Ax
         steps, free = np.r_[0.0, rows["step"]], np.r_[1.0, rows["free"]]
         dash = style.DASHES[i % len(style.DASHES)]
         name = style.plain(words.level(level, by))
-        ax.step(steps, free, where="post", color=colour, linestyle=dash, linewidth=1.6, label=name)
+        (line,) = ax.step(steps, free, where="post", color=colour, linestyle=dash, linewidth=1.6, label=name)
+        filters = [tooltips.condition({by: level})] * len(steps)
+        tooltips.describe(line, About(words.at_levels([by], [level]), filters=filters))
         ended = np.flatnonzero(np.diff(free) == 0)  # nobody had a spike there: somebody's trial ended
         ax.plot(steps[ended + 1], free[ended + 1], marker="|", markersize=7, linestyle="none", color=colour)
     ax.set(ylim=(-0.03, 1.05), xlabel="optimizer step", ylabel="share of trials free of spikes")
@@ -64,7 +68,7 @@ def sensitivity(
         lines.setdefault(tuple(row[a] for a in others), []).append(row)
     crowded = len(lines) > MOST_INSIDE
     if ax is None:
-        ax = style.new_figure(9.4 if crowded else 6.4, 4.0).axes[0]
+        ax = style.new_figure(style.FULL if crowded else style.HALF).axes[0]
     positions = Positions(study.grid.axes.get(x, []), x)
     for i, (recipe, rows) in enumerate(lines.items()):
         colour, marker = style.CATEGORIES[i % len(style.CATEGORIES)], style.MARKERS[i % len(style.MARKERS)]
@@ -76,7 +80,15 @@ def sensitivity(
         ax.errorbar(at, values, yerr=ends, color=colour, linestyle=dash, capsize=3, linewidth=1.4)
         for place, value, row in zip(at, values, rows, strict=True):
             fill = style.PAPER if row["opt_at_edge"] else colour
-            ax.plot(place, value, marker=marker, markersize=6, color=colour, markerfacecolor=fill, linestyle="none")
+            look: dict[str, Any] = {
+                "marker": marker,
+                "markersize": 6,
+                "color": colour,
+                "markerfacecolor": fill,
+                "linestyle": "none",
+            }
+            (mark,) = ax.plot(place, value, **look)
+            _describe(mark, row, x, dict(zip(others, recipe, strict=True)))
         ax.plot([], [], color=colour, linestyle=dash, marker=marker, label=style.plain(name) or None)
     positions.apply_x(ax)
     ax.set_ylim(bottom=0.0)
@@ -84,6 +96,16 @@ def sensitivity(
     if others:
         (style.legend_beside if crowded else style.legend)(ax, "")
     return ax
+
+
+def _describe(mark: Line2D, row: Mapping[str, Any], x: str, others: Mapping[str, Level]) -> None:
+    """Name a recipe's mark; a click on it shows its runs."""
+    known = row["lrs_high"] is not None and row["seeds"] >= INTERVAL_FROM
+    interval = f" [{words.number(row['lrs_low'])}, {words.number(row['lrs_high'])}]" if known else ""
+    edge = ", best learning rate at an end of the grid" if row["opt_at_edge"] else ""
+    filters = [tooltips.condition({x: row[x], **others})]
+    up = [f"{words.number(row['lrs'])}{interval}{edge}"]
+    tooltips.describe(mark, About(words.at_levels(others, others.values()), filters=filters, up=up))
 
 
 def _reach(row: dict[str, Any], end: str) -> float:

@@ -1,8 +1,7 @@
-"""The style of figures: colours that hold on white and on black, markers and dashes beside hue, deterministic SVG.
+"""The style of figures: colours that hold on white and on black, markers and dashes beside hue, deterministic files.
 
 An SVG is drawn once, in light colours. `to_svg` adds one style block that exchanges each known colour for its
 counterpart where the viewer prefers dark, so the same file serves the page, the folder and a slide.
-No `pyplot`: its global state would outlive the figure and choose a backend.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stabstudy.analysis import elements, words
+from stabstudy.analysis.figures import looks
 from stabstudy.analysis.figures.tooltips import marks
 from stabstudy.analysis.levels import ordered
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
+FULL, HALF, look, new_figure, new_panels = looks.FULL, looks.HALF, looks.look, looks.new_figure, looks.new_panels
+
+INK, MUTED, GRID, PAPER = looks.INK, looks.MUTED, looks.GRID, looks.PAPER
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 AMBER, RUST = "#b27b00", "#a02c00"
 CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, AMBER, "#3a8fc0", "#6b5b95")
@@ -67,71 +69,34 @@ DARK = {
 MARKERS = ("o", "s", "D", "v", "P", "X", "h")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
+GROUND = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+"""Behind words that lie over lines."""
+
 LOG_FROM = 8
 """Positive levels that span at least this factor lie on a log scale."""
 
 MOST_TICKS = 9
 
-_RC: Any = {
-    "svg.hashsalt": "stabstudy",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlesize": 9.5,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.facecolor": "none",
-    "figure.facecolor": PAPER,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-}
-
-
-def new_figure(width: float = 6.4, height: float = 4.0, rows: int = 1, columns: int = 1, **share: Any) -> Figure:
-    """A Figure of our looks with a grid of Axes (`figure.axes`, row by row); `share` is `subplots`' sharex, sharey."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.subplots(rows, columns, **share)
-    return figure
-
-
-def new_panels(n: int, width: float, height: float, columns: int = 2) -> Figure:
-    """A Figure with n Axes in rows of at most `columns`; what the last row has over is hidden."""
-    columns = min(columns, n)
-    figure = new_figure(width, height, rows=-(-n // columns), columns=columns)
-    for ax in figure.axes[n:]:
-        ax.set_visible(False)
-    return figure
+DPI = 160
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG text: the same figure gives the same text, with a dark variant inside."""
+    """The figure as SVG text, with a dark variant inside; its text can be searched, and edited in a drawing program."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context(_RC):
+    with rc_context(looks.rc()):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = re.sub(r'(?<= d=")[^"]+|(?<= [xy]=")[^"]+|(?<=translate\()[^)]+', _shorter, buffer.getvalue())
+    places = r'(?<= d=")[^"]+|(?<= [xy]=")[^"]+|(?<=translate\()[^)]+|(?<=rotate\()[^)]+'
+    svg = re.sub(places, _shorter, buffer.getvalue()).replace(' transform="rotate(-0 ', ' transform="rotate(0 ')
+    # a page may write the attributes between single quotes: there are none in them, and no double ones in the words
+    svg = re.sub(r"(?<=<text style=\")[^\"]+", lambda style: style[0].replace("'", ""), svg)
+    svg = re.sub(r"(?<=>)[^<>]*(?=</(?:text|tspan)>)", lambda said: said[0].replace('"', "&quot;"), svg)
     return svg.replace("<defs>", f"{_dark_style(svg)}<defs>", 1)
 
 
 def _shorter(places: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point; those of the glyphs are whole numbers."""
+    """Coordinates to a hundredth of a point."""
     return re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), places[0])
 
 
@@ -145,20 +110,29 @@ def _dark_style(svg: str) -> str:
     return f"<style>@media screen and (prefers-color-scheme: dark){{{rules}}}</style>"
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure in light colours at 160 dots per inch; the same figure gives the same bytes."""
+def to_png(figure: Figure, dpi: int = DPI) -> bytes:
+    """The figure in light colours."""
+    return _bytes(figure, "png", dpi=dpi, metadata={"Software": None})
+
+
+def to_pdf(figure: Figure) -> bytes:
+    """The figure in light colours, its text as TrueType, which journals ask for."""
+    return _bytes(figure, "pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+
+
+def _bytes(figure: Figure, kind: str, **how: Any) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context(_RC):
-        figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    with rc_context(looks.rc()):
+        figure.savefig(buffer, format=kind, **how)
     return buffer.getvalue()
 
 
 def draw(figure: Figure, png: bool = True) -> elements.Drawing:
     """The figure in both forms, and its marks."""
-    svg = to_svg(figure)  # drawn first: the layout is settled by drawing
-    return elements.Drawing(svg, to_png(figure) if png else None, marks(figure))
+    looks.settle(figure)
+    return elements.Drawing(to_svg(figure), to_png(figure) if png else None, marks(figure))
 
 
 def report_figure(
@@ -229,13 +203,20 @@ def luminance(rgb: Sequence[float]) -> float:
 
 def title(ax: Axes, text: str) -> None:
     """A title above the left end of the axes, in the size of the other words."""
-    ax.set_title(plain(text), loc="left", fontsize=9.5, color=INK)
+    ax.set_title(plain(text), loc="left", fontsize=look().font, color=INK)
 
 
 def legend(ax: Axes, heading: str) -> None:
     """A legend without a frame, where the axes hold anything with a name."""
     if ax.get_legend_handles_labels()[0]:
-        box = ax.legend(title=plain(heading), title_fontsize=9, labelcolor=INK, frameon=False, handlelength=3.2)
+        box = ax.legend(
+            title=plain(heading),
+            fontsize=look().font,
+            title_fontsize=look().font,
+            labelcolor=INK,
+            frameon=False,
+            handlelength=3,
+        )
         box.get_title().set_color(INK)
 
 
@@ -256,8 +237,8 @@ def share_legend(figure: Figure) -> None:
         for box in legends:
             box.remove()
         shared = figure.legend(
-            handles, names, title=heading, title_fontsize=9, loc="outside upper center", ncols=min(7, len(names)),
-            labelcolor=INK, frameon=False, handlelength=3.2,
+            handles, names, title=heading, fontsize=look().font, title_fontsize=look().font, labelcolor=INK,
+            loc="outside upper center", ncols=min(7, len(names)), frameon=False, handlelength=3,
         )  # fmt: skip
         shared.get_title().set_color(INK)
 

@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stabstudy.analysis import elements, words
-from stabstudy.analysis.figures import style
+from stabstudy.analysis.figures import labels, style, tooltips
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.stability.summary import COLUMNS
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 BUCKETS = 500
 """A long trace is drawn as the smallest and largest value of so many equal stretches: no spike can fall between."""
+
+SHORT = 0.5
+"""A trial that ended before this share of its planned steps is drawn over its own steps alone."""
 
 MOST_ROUGH = 3
 """Cells that are not stable of which the report draws the roughest trial."""
@@ -52,7 +56,7 @@ def trace(
     gradient's above, the loss's below; steps where `absolute` is true (shape [steps]) get a ring: those
     at three times the recent level and median. Non-finite steps are crosses on the upper edge.
     """
-    axes = style.new_figure(7.2, 4.6, rows=2, sharex=True).axes if axes is None else axes
+    axes = style.new_figure(style.FULL, 4.6, rows=2, sharex=True).axes if axes is None else axes
     norm, loss = axes[0], axes[1]
     norm.set_yscale("log", nonpositive="mask")
     norm.margins(y=0.12)
@@ -67,7 +71,7 @@ def trace(
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
         norm.annotate(
             f"clip {words.level(clip)}", (1, clip), (-3, 2), xycoords=norm.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=8,
+            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=style.look().note,
         )  # fmt: skip
     for ax, series in ((norm, "grad"), (loss, "loss")):
         if warmup_steps:
@@ -77,10 +81,12 @@ def trace(
     if warmup_steps:
         norm.annotate(
             "warmup ends", (warmup_steps, 1), (3, -2), xycoords=norm.get_xaxis_transform(),
-            textcoords="offset points", va="top", color=style.MUTED, fontsize=8,
+            textcoords="offset points", va="top", color=style.MUTED, fontsize=style.look().note,
         )  # fmt: skip
     norm.set_ylabel("gradient norm\nbefore clipping")
-    loss.set_ylabel("training loss" if "margin" in rows.columns else "training loss\n(nat/token)")  # of kto: no unit
+    norm.set_xlabel("optimizer step")
+    norm.xaxis.label.set_visible(False)
+    loss.set_ylabel(labels.training_loss(rows).replace(" (", "\n("))
     loss.set_xlabel("optimizer step")
     style.log_ticks(norm)
     style.title(norm, textwrap.fill(title, 56))
@@ -102,8 +108,16 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
-    for ax in figure.axes if axes is None else axes:
-        ax.set_xlim(-0.02 * planned, 1.02 * planned)  # a trial that stopped early shows how early
+    done = row["steps_done"] or planned
+    shown = planned if done >= SHORT * planned else done
+    drawn = figure.axes if axes is None else axes
+    for ax in drawn:
+        ax.set_xlim(-0.02 * shown, 1.02 * shown)
+    if shown < planned:
+        drawn[1].annotate(
+            f"ended at step {done} of {planned}", (1, 0), (-3, 3), xycoords="axes fraction", ha="right", va="bottom",
+            textcoords="offset points", color=style.MUTED, fontsize=style.look().note, bbox=style.GROUND,
+        )  # fmt: skip
     return figure
 
 
@@ -117,11 +131,13 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
     """Several trials (trial_id -> title), two beside each other, norms and losses on common scales."""
     columns = min(2, len(titles))
     bands = -(-len(titles) // columns)
-    figure = style.new_figure(8.8 if columns > 1 else 6.6, 4.8 * bands, rows=2 * bands, columns=columns)
+    figure = style.new_figure(style.FULL if columns > 1 else style.HALF, 4.4 * bands, rows=2 * bands, columns=columns)
     above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
     for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
         trial(study, trial_id, title=title, axes=(norm, loss))
         norm.sharex(loss)
+        for line in (norm.get_lines()[0], loss.get_lines()[0]):
+            tooltips.describe(line, About(trials=[trial_id] * len(np.atleast_1d(line.get_xdata()))))
     for row in (above, below):
         drawn = row[: len(titles)]
         low, high = zip(*(ax.get_ylim() for ax in drawn), strict=True)
@@ -129,8 +145,8 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
             ax.set_visible(i < len(titles))
             ax.set_ylim(min(low), max(high))
             ax.tick_params(labelleft=i % columns == 0, labelbottom=row is below)
-            ax.set_ylabel(ax.get_ylabel() if i % columns == 0 else "")
-            ax.set_xlabel(ax.get_xlabel() if row is below else "")
+            ax.yaxis.label.set_visible(i % columns == 0)
+            ax.xaxis.label.set_visible(row is below)
     for ax in above[: len(titles)]:
         style.log_ticks(ax)
     _cut_losses(below[: len(titles)])
@@ -149,7 +165,7 @@ def _cut_losses(axes: Sequence[Axes]) -> None:
         if (most := np.max(values[np.isfinite(values)], initial=0.0)) > ceiling:
             ax.annotate(
                 f"up to {words.number(float(most))}", (1, 1), (-4, -3), xycoords="axes fraction",
-                textcoords="offset points", ha="right", va="top", color=style.MUTED, fontsize=8,
+                textcoords="offset points", ha="right", va="top", color=style.MUTED, fontsize=style.look().note,
             )  # fmt: skip
     low, high = axes[0].get_ylim()
     if high > ceiling:
@@ -175,10 +191,11 @@ def _draw_series(ax: Axes, steps: NDArray[Any], values: NDArray[np.float64], col
     ax.plot(*downsample(steps, values), color=colour, linewidth=0.9)
     lost = steps[~np.isfinite(values)]
     if len(lost):
-        ax.plot(
+        (crosses,) = ax.plot(
             lost, np.ones(len(lost)), transform=ax.get_xaxis_transform(), linestyle="none", marker="x",
             color=style.VERMILLION, markersize=6, clip_on=False, gid="nonfinite",
         )  # fmt: skip
+        tooltips.describe(crosses, About(up=["not finite"] * len(lost)))
 
 
 def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
@@ -206,7 +223,8 @@ def figures(study: Study) -> Iterator[elements.Figure]:
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
         "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
         f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
-        f"{unstable} such cells. Typical: the median of that ratio."
+        f"{unstable} such cells. Typical: the median of that ratio. A trial that ended before "
+        "half of its steps is drawn over its own."
     )
     summaries = []
     for trial_id, title in titles.items():

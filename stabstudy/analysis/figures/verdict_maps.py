@@ -9,14 +9,16 @@ import pandas as pd
 
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Figure
-from stabstudy.analysis.figures import maps, style
+from stabstudy.analysis.figures import maps, style, tooltips
 from stabstudy.analysis.figures.layout import Layout, combinations, level_texts, panels
+from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.study import Study
 from stabstudy.stability.verdict import VERDICTS
 from stabstudy.state import ENDED
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 LIMIT_COLOURS = ("#fefefe", "#0b3d91")
@@ -34,9 +36,15 @@ def verdict_map(study: Study, x: str = "optim.lr", y: str = "model.depth", ax: A
     (`compare.limits`): solid where the next level was seen to be unstable, dashed where it was not (nothing larger was
     tried, or trials have no verdict); none where trials are missing. All other axes and seeds are pooled.
     """
-    ax = style.new_figure().axes[0] if ax is None else ax
+    if ax is None:
+        ax = style.new_figure(maps.width(study, x), maps.height(study, y)).axes[0]
     sheet = maps.Sheet(study, x, y, maps.DIVERGED, ENDED)
-    sheet.draw(ax, lambda at, _, trials: _draw_verdicts(ax, at, trials, sheet.font))
+
+    def draw(at: tuple[int, int], levels: tuple[Level, ...], trials: pd.DataFrame) -> None:
+        field = _draw_verdicts(ax, at, trials, sheet.font)
+        tooltips.describe(field, About(filters=[tooltips.condition(dict(zip((x, y), levels, strict=True)))]))
+
+    sheet.draw(ax, draw)
     columns, ranges = sheet.columns.levels, limits(study, x, y)
     for j, row in enumerate(sheet.rows.levels):
         _draw_limit(ax, j, columns, ranges.get(row, {}))
@@ -77,7 +85,8 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
         )
     worst = [f"{words.at_levels(axes, f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
     alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
-    picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y))
+    columns = 1 if maps.width(study, x) == style.FULL else 2
+    picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y), columns)
     heads = (*map(words.heading, axes), *VERDICTS, "n")
     rows = ((*level_texts(axes, f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields)
     return style.report_figure("stability-map", title, picture, alt, caption, heads, rows)
@@ -110,7 +119,7 @@ def _has_order(levels: Sequence[Level]) -> bool:
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in levels)
 
 
-def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> None:
+def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: float) -> Artist:
     from matplotlib.patches import Rectangle
 
     done = trials[trials["state"] == "done"]
@@ -125,7 +134,7 @@ def _draw_verdicts(ax: Axes, at: tuple[int, int], trials: pd.DataFrame, size: fl
         lines.append(f"○ {rest} not judged")
     if stopped:
         lines.append(f"⊘ {stopped} stopped")
-    ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
+    return ax.text(*at, "\n".join(lines), ha="center", va="center", color="#010101", fontsize=size, gid="field")
 
 
 def _draw_limit(ax: Axes, j: int, levels: Sequence[Level], row: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import compare, recipe, study_statistics, words
+from stabstudy.analysis import answer, compare, matched_cells, recipe, study_statistics, words
 from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Answer, Bar, Block, Box, Count, Finding, Point, Report, Section, Table, Text
-from stabstudy.analysis.figures import curves, style
+from stabstudy.analysis.figures import curves, edges, labels, style
 from stabstudy.analysis.levels import levels_of, split
 from stabstudy.analysis.paired import Estimate
 from stabstudy.analysis.study import Study
@@ -31,6 +31,9 @@ MOST_RECIPES = 3
 """Recipes of each study that the first screen names."""
 
 NO_CELL = "No cell is in two studies."
+
+TRAINS = "The trials that are missing are trained with: "
+"""Before a command, which the page sets apart."""
 
 FIGURES = (("final_loss", False), ("grad_norm_log_sd", False), ("attn_logit_peak", True))
 """Statistic, and whether on a log scale: one figure each."""
@@ -166,7 +169,7 @@ def _settings(whole: Study) -> Iterator[Block]:
 
 def _difference_blocks(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[Block]:
     if not table:
-        yield Text(" ".join([UNPAIRED, *disjoint(whole)]))
+        yield Text(" ".join([UNPAIRED, *disjoint(whole), *missing(whole)]))
         return
     yield Text(
         "A pair is two trials of different studies with the same seed and the same level of everything that varies "
@@ -203,10 +206,29 @@ def disjoint(whole: Study) -> Iterator[str]:
             yield f"{_capital(words.label(axis))}: {', '.join(each)}."
 
 
+def missing(whole: Study) -> Iterator[str]:
+    """The command that trains in a later study what it lacks of the first, or in the first what it lacks of that.
+
+    Nothing where that would not help: trials on other data are no partners.
+    """
+    if _differ(whole.trials.groupby(STUDY)["data_fingerprint"]):
+        return
+    first, *others = whole.parts.items()
+    for (own, study), (other, _) in [*((later, first) for later in others), *((first, later) for later in others)]:
+        lacking = {}
+        for axis in [a for a in [*whole.axes, "seed"] if a != STUDY]:
+            there, wanted = (levels_of(whole.trials.loc[whole.trials[STUDY] == n, axis]) for n in (own, other))
+            if not set(wanted) <= set(there):
+                lacking[axis] = wanted
+        if lacking and (command := answer.filling(study, lacking)) is not None:
+            yield f"{TRAINS}{command}"
+            return
+
+
 def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]]) -> Iterator[str]:
     """The differences by statistic with their intervals: stated, not found, or not tested."""
     if not table:
-        yield UNPAIRED
+        yield " ".join([UNPAIRED, *missing(whole)])
         return
     for row in study_statistics.study_effects(whole.trials, whole.axes, metrics):
         name = _capital(words.STATISTICS[row["metric"]])
@@ -224,39 +246,46 @@ def _capital(text: str) -> str:
 
 
 def matched_figures(whole: Study) -> Iterator[Block]:
-    """A statistic against the main axis, a line per study, over the done trials of shared cells."""
+    """A statistic against the main axis, a line per study, over the done trials of the cells that all studies hold."""
     axes = [a for a in whole.axes if a != STUDY]
     x = "optim.lr" if "optim.lr" in axes else axes[0] if axes else None
     if x is None:
         yield Text("No setting varies within the studies: there is no axis to draw a statistic against.")
         return
-    shared = whole.part(study_statistics.in_shared_cells(whole.trials, whole.axes), whole.axes)
-    done = int((whole.trials["state"] == "done").sum())
-    if not len(shared.trials):
+    matched, names = matched_cells.matched(whole.trials, whole.axes)
+    if not matched:
         yield Text(NO_CELL)
         return
+    shared = whole.part(matched, whole.axes | {STUDY: names, x: levels_of(whole.trials.loc[sorted(matched), x])})
+    done = int((whole.trials["state"] == "done").sum())
     alone = done - len(shared.trials)
-    rest = f" Left out: {words.count(alone, 'done trial')} of cells that only one study has." if alone else ""
+    rest = f" Left out: {words.count(alone, 'done trial')} of cells that not all of them have." if alone else ""
+    absent = [words.clean(name, 60) for name in whole.axes[STUDY] if name not in names]
+    rest += f" Not drawn: {words.listing(absent)}, in no cell with these." if absent else ""
     pooled = [words.label(a) for a in axes if a != x]
     over = f", averaged over {words.listing(pooled)}" if pooled else ""
+    cells = len(split(shared.trials, {a: whole.axes[a] for a in axes}))
+    where = f" Over the {words.count(cells, 'cell')} that {'both' if len(names) == 2 else 'all'} studies hold."
     for metric, log_y in FIGURES:
-        points = split(curves.drawable(shared.trials, metric), {a: whole.axes[a] for a in (STUDY, x)})
+        points = split(curves.drawable(shared.trials, metric), {a: shared.axes[a] for a in (STUDY, x)})
         if not points:
             continue
-        against = _capital(f"{curves.metric_label(metric)} against {words.label(x)}")
+        label = labels.statistic(metric, shared.trials)
+        against = _capital(f"{label} against {words.label(x)}")
+        drawn = curves.curves(shared, metric, x=x, by=STUDY, log_y=log_y)
         caption = (
-            f"{against}, a line for each study{over}. {curves.marks_text(shared.trials, [metric])} Bands: 95 % "
+            f"{against}, a line for each study{over}.{where} "
+            f"{curves.marks_text(shared.trials, [metric], edges.beyond(drawn))} Bands: 95 % "
             f"intervals (from {curves.BAND_FROM} trials on).{rest}"
         )
-        heads = ("study", words.heading(x), curves.metric_label(metric), *curves.COUNTS)
+        heads = ("study", words.heading(x), label, *curves.COUNTS)
         rows = [
             (words.clean(study, 60), words.level(level, x), *curves.mean_texts(trials, metric))
             for (study, level), trials in points
         ]
         alt = f"Line chart. {'; '.join(f'{r[0]} at {r[1]}: {r[2]}' for r in rows[:12])}."
-        picture = curves.curves(shared, metric, x=x, by=STUDY, log_y=log_y)
         name = f"studies-{metric.replace('_', '-')}"
-        yield style.report_figure(name, against, picture, alt, caption, heads, rows, {"study"})
+        yield style.report_figure(name, against, drawn, alt, caption, heads, rows, {"study"})
 
 
 def matched_tables(whole: Study) -> Iterator[Block]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stabstudy import disk
 from stabstudy.analysis.elements import TRIALS, Report
-from stabstudy.analysis.report import trial_page
+from stabstudy.analysis.report import latex, trial_page
 from stabstudy.analysis.report.csv_files import csv_of_frame, csv_of_table
 from stabstudy.analysis.report.html import html_index, html_trial
 from stabstudy.analysis.report.markdown import markdown
@@ -46,6 +46,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "trials.csv", csv_of_frame(study.trials.reset_index()))
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
+    write_text(folder / "tables.tex", latex.document(study, report))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", html_index(report))
     return folder / "index.html"
