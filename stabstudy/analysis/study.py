@@ -35,7 +35,7 @@ from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, joined, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
-from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
+from stabstudy.store import StoreError, StudyFolder, read_sealed
 from stabstudy.trace import LOG, PROBES, DamagedRecord, Rows, of_objective
 
 DEPTH = "model.depth"
@@ -53,8 +53,8 @@ class Study:
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
-        """The study in this folder, also while it runs. Raises StoreError where there is none."""
-        return cls(open_study(Path(path)))
+        """The study in this folder, also while it runs: see `lookup.study_folder`. Raises StoreError for none."""
+        return cls(lookup.study_folder(Path(path)))
 
     @classmethod
     def concat(cls, studies: Sequence[Study], names: Sequence[str] | None = None) -> Study:
