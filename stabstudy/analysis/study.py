@@ -196,14 +196,14 @@ class Study:
             spike = study.spikes.loc[study.spikes["peak_ratio"].idxmax()]
             study.batch(spike["trial_id"], spike["peak_step"])
         """
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         if study.ingested:
             raise ValueError(f"trial {own} was trained elsewhere: nobody knows what it read")
         return shared_batches.sequences(study.folder.trial(own), int(step), cache_dir)
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         trial = study.folder.trial(own)
         return read_external(trial.read_config(), trial.config_file) if study.ingested else None
 
@@ -214,7 +214,7 @@ class Study:
 
     def probes(self, trial_id: str) -> Rows | None:
         """What was measured at intervals: attention logits, validation loss. None where nothing was."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         return read_record(study.folder.trial(own), PROBES)
 
     def compare(self, axis: str, metric: str = "final_loss", by: str | None = None) -> pd.DataFrame:
@@ -376,12 +376,12 @@ class Study:
 
     def _trace(self, trial_id: str, columns: Sequence[str] | None = None) -> Rows | None:
         """The trial's trace, these columns of it; None where there is none yet."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         schema = LOG if study.ingested else of_objective(study._rows[own]["objective.kind"])
         rows, log = read_record(study.folder.trial(own), schema, columns), study.log(own)
         return rows if rows is None or log is None else table_columns.in_source_steps(rows, log)
 
-    def _owner(self, trial_id: str) -> tuple[Study, str]:
+    def owner(self, trial_id: str) -> tuple[Study, str]:
         """The study in whose folder a trial lies, one of `concat` or this one, and the trial's id there."""
         name, _, own = (whole := self.trial_id(trial_id)).partition("/")
         return (self.parts[name], own) if own else (self, whole)

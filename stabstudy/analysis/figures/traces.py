@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from stabstudy.analysis import elements, words
 from stabstudy.analysis.figures import style
+from stabstudy.analysis.loss_levels import LossLevels, loss_levels
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.stability.summary import COLUMNS
@@ -29,6 +30,9 @@ BUCKETS = 500
 MOST_ROUGH = 3
 """Cells that are not stable of which the report draws the roughest trial."""
 
+OF_LEVELS = ("above_init", "above_start", "above_unigram", "no_recovery")
+"""Codes of divergence that compare the loss with its `LossLevels`."""
+
 SHOWN = (
     *("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax"),
     *("spike_events", "spike_abs_steps", "clip_share"),
@@ -43,6 +47,7 @@ def trace(
     warmup_steps: int | None = None,
     spikes: pd.DataFrame | None = None,
     absolute: NDArray[np.bool_] | None = None,
+    levels: LossLevels | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
@@ -50,14 +55,19 @@ def trace(
 
     `clip` is drawn as a line, the end of the warmup as another, `spikes` (rows of `Study.spikes`) are shaded: the
     gradient's above, the loss's below; steps where `absolute` is true (shape [steps]) get a ring: those
-    at three times the recent level and median. Non-finite steps are crosses on the upper edge.
+    at three times the recent level and median. `levels`: those that the loss is judged by, drawn with it. Non-finite
+    steps are crosses on the upper edge.
     """
+    from matplotlib.ticker import MaxNLocator
+
     axes = style.new_figure(7.2, 4.6, rows=2, sharex=True).axes if axes is None else axes
     norm, loss = axes[0], axes[1]
     norm.set_yscale("log", nonpositive="mask")
     norm.margins(y=0.12)
     _draw_series(norm, rows["step"], rows["grad_norm"], style.BLUE)
     _draw_series(loss, rows["step"], rows["loss"], style.GREEN)
+    if levels is not None:
+        _draw_levels(loss, rows["step"], levels)
     if absolute is not None and absolute.any():
         norm.plot(
             rows["step"][absolute], rows["grad_norm"][absolute], linestyle="none", marker="o", markersize=6,
@@ -65,33 +75,43 @@ def trace(
         )  # fmt: skip
     if clip is not None:
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
-        norm.annotate(
-            f"clip {words.level(clip)}", (1, clip), (-3, 2), xycoords=norm.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=8,
-        )  # fmt: skip
+        place = norm.get_yaxis_transform()
+        text = f"clip {words.level(clip)}"
+        _note(norm, text, (1, clip), place, ha="right", va="bottom", offset=(-3, 2), colour=style.VERMILLION)
+    last = rows["step"][-1] if len(rows) else 0
     for ax, series in ((norm, "grad"), (loss, "loss")):
-        if warmup_steps:
+        if warmup_steps and warmup_steps <= last:
             ax.axvline(warmup_steps, color=style.MUTED, linewidth=1.0, linestyle=(0, (1, 1.5)))
         if spikes is not None:
             _shade(ax, spikes[spikes["series"] == series])
-    if warmup_steps:
-        norm.annotate(
-            "warmup ends", (warmup_steps, 1), (3, -2), xycoords=norm.get_xaxis_transform(),
-            textcoords="offset points", va="top", color=style.MUTED, fontsize=8,
-        )  # fmt: skip
+    if warmup_steps and warmup_steps <= last:
+        late = warmup_steps > 0.8 * last
+        ha: Literal["left", "right"] = "right" if late else "left"
+        place = norm.get_xaxis_transform()
+        _note(norm, "warmup ends", (warmup_steps, 0), place, ha=ha, va="bottom", offset=(-3 if late else 3, 2))
     norm.set_ylabel("gradient norm\nbefore clipping")
     loss.set_ylabel("training loss" if "margin" in rows.columns else "training loss\n(nat/token)")  # of kto: no unit
     loss.set_xlabel("optimizer step")
+    loss.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     style.log_ticks(norm)
     style.title(norm, textwrap.fill(title, 56))
     figure: Figure = norm.get_figure()  # type: ignore[assignment]
     return figure
 
 
-def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[Axes] | None = None) -> Figure:
-    """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
+def trial(
+    study: Study,
+    trial_id: str,
+    title: str | None = None,
+    axes: Sequence[Axes] | None = None,
+    levels: bool = True,
+) -> Figure:
+    """`trace` of one trial of a study, with its clip threshold, warmup, spikes and the `levels` of its loss.
+
+    The axis is that of what was trained; where that is less than was planned, its label says so.
+    """
     row = study.row(trial_id := study.trial_id(trial_id))
-    planned, clip = row["steps_planned"], row["optim.clip"]
+    clip = row["optim.clip"]
     rows = study.trace(trial_id)
     figure = trace(
         rows,
@@ -99,12 +119,23 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
         absolute=absolute_steps(study, rows),
+        levels=loss_levels(study, trial_id, rows) if levels else None,
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
-    for ax in figure.axes if axes is None else axes:
-        ax.set_xlim(-0.02 * planned, 1.02 * planned)  # a trial that stopped early shows how early
+    drawn = figure.axes if axes is None else axes
+    if early := ended_early(row, rows):
+        drawn[1].set_xlabel(f"optimizer step ({early})")
+    for ax in drawn:
+        ax.margins(x=0.02)
     return figure
+
+
+def ended_early(row: Mapping[str, Any], rows: Rows) -> str:
+    """How early the training ended, in words; empty where it went as far as was planned."""
+    if row["stop_reason"] in (None, "complete") or not len(rows):
+        return ""
+    return f"ended at step {rows['step'][-1]} of {row['steps_planned']} planned"
 
 
 def absolute_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
@@ -120,7 +151,8 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
     figure = style.new_figure(8.8 if columns > 1 else 6.6, 4.8 * bands, rows=2 * bands, columns=columns)
     above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
     for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
-        trial(study, trial_id, title=title, axes=(norm, loss))
+        judged_by = study.row(trial_id)["verdict_code"] in OF_LEVELS
+        trial(study, trial_id, title=title, axes=(norm, loss), levels=judged_by)
         norm.sharex(loss)
     for row in (above, below):
         drawn = row[: len(titles)]
@@ -179,6 +211,34 @@ def _draw_series(ax: Axes, steps: NDArray[Any], values: NDArray[np.float64], col
             lost, np.ones(len(lost)), transform=ax.get_xaxis_transform(), linestyle="none", marker="x",
             color=style.VERMILLION, markersize=6, clip_on=False, gid="nonfinite",
         )  # fmt: skip
+
+
+def _draw_levels(ax: Axes, steps: NDArray[Any], levels: LossLevels) -> None:
+    """The moving mean over the loss, and a line with its name at each level that does not change."""
+    ax.plot(*downsample(steps, levels.mean), color=style.INK, linewidth=1.6, gid="mean")
+    _note(ax, f"bold: EMA over {levels.steps} steps", (0.5, 1), "axes fraction", ha="center", va="top", offset=(0, -2))
+    for (name, value), dashes in zip(levels.lines, ((0, (5, 2)), (0, (6, 2, 1, 2))), strict=False):
+        ax.axhline(value, color=style.MUTED, linewidth=1.0, linestyle=dashes)
+        place = ax.get_yaxis_transform()
+        _note(ax, f"{name} {words.number(value)}", (1, value), place, ha="right", va="bottom", offset=(-3, 2))
+
+
+def _note(
+    ax: Axes,
+    text: str,
+    at: tuple[float, float],
+    place: Any,
+    *,
+    ha: Literal["left", "center", "right"],
+    va: Literal["top", "bottom"],
+    offset: tuple[float, float],
+    colour: str = style.MUTED,
+) -> None:
+    """A few words beside a line, on paper so that the data do not run through them."""
+    ax.annotate(
+        text, at, offset, xycoords=place, textcoords="offset points", ha=ha, va=va, color=colour, fontsize=8,
+        bbox={"facecolor": style.PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+    )  # fmt: skip
 
 
 def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
