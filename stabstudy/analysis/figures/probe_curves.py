@@ -41,7 +41,7 @@ PROBES = (
     Probe("resid_rms", "residual RMS", log=True, pick=np.fmax),
     Probe("val_loss", "validation loss (nat/token)"),
     Probe("update_rms", "update RMS"),
-    Probe("adam_rms_max", "Adam RMS, largest tensor", log=True),
+    Probe("adam_rms_max", "Adam RMS, largest tensor"),
     Probe("param_norm", "norm of the weights"),
     Probe("noise_scale", "gradient noise scale (token)", log=True),
 )
