@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +48,7 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page in the browser, with all that it asked for and complained of."""
 
-    def __init__(self, browser: Any, file: Path, **context: Any):
+    def __init__(self, browser: Any, file: Path, address: str = "", **context: Any):
         self.context = browser.new_context(**context)
         self.page = self.context.new_page()
         self.requests: list[str] = []
@@ -58,7 +56,7 @@ class Opened:
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.on("console", lambda m: self.complaints.append(m.text))
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.goto(file.as_uri())
+        self.page.goto(file.as_uri() + address)
 
     def __enter__(self) -> Any:
         return self.page
@@ -262,59 +260,6 @@ def test_a_field_of_a_map_is_read_with_the_keyboard(report: Path, browser: Any) 
         assert page.locator(".tip").text_content().startswith("learning rate 1e-3, depth (layers) 6, ")
         page.keyboard.press("Escape")
         assert not page.locator(".tip").is_visible()
-
-
-def test_any_range_of_steps_can_be_drawn_and_read(report: Path, browser: Any) -> None:
-    spiky = files(report)["spiky"]
-    rows = Study.load(report.parent).trace(spiky.stem)
-    with Opened(browser, spiky, viewport={"width": 1280, "height": 900}) as page:
-        drawn = page.locator("#trace-figure > svg")
-        assert drawn.get_attribute("aria-label") == "Steps 0 to 199"
-        marked = Study.load(report.parent).row(spiky.stem)
-        assert drawn.locator("circle.absolute").count() == marked["spike_abs_steps"] > 0
-        assert drawn.locator("path.peak").count() == marked["spike_events"] + marked["spike_loss_events"] > 0
-        assert drawn.locator("line.warmup").count() == 2 and "warmup ends" in str(drawn.text_content())
-        assert f"clip {marked['optim.clip']:g}" in str(drawn.text_content())
-        page.get_by_label("From step").fill("150")
-        page.get_by_label("to step", exact=True).fill("159")
-        page.get_by_label("to step", exact=True).blur()
-        assert drawn.get_attribute("aria-label") == "Steps 150 to 159" and drawn.locator("circle.grad").count() == 10
-        drawn.focus()
-        for _ in range(3):
-            page.keyboard.press("ArrowRight")
-        norm, loss = (float(f"{rows[name][152]:.4g}") for name in ("grad_norm", "loss"))
-        assert page.locator(".tip").text_content().startswith(f"step 152, norm {norm:g}, loss {loss:g}")
-        page.get_by_title("zoom out").click()
-        assert drawn.get_attribute("aria-label") == "Steps 146 to 164"
-        drawn.scroll_into_view_if_needed()
-        box = drawn.bounding_box()
-        page.get_by_title("every step").click()
-        page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 80)
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 80)
-        page.mouse.up()
-        a, b = map(int, re.findall(r"\d+", drawn.get_attribute("aria-label")))
-        assert 90 <= a <= 95 and 110 <= b <= 117
-        drawn.dblclick()
-        assert drawn.get_attribute("aria-label") == "Steps 0 to 199"
-
-
-def test_a_trial_page_saves_its_steps_and_figures(report: Path, browser: Any, tmp_path: Path) -> None:
-    spiky = files(report)["spiky"]
-    rows = Study.load(report.parent).trace(spiky.stem)
-    with Opened(browser, spiky) as page:
-        for button, ending in (("CSV of every step", "csv"), ("PNG", "png")):
-            with page.expect_download() as found:
-                page.locator("#trace-figure").get_by_role("button", name=button).click()
-            found.value.save_as(tmp_path / f"saved.{ending}")
-        with page.expect_download() as found:
-            page.locator("#trace-figure").get_by_role("link", name="SVG").click()
-        found.value.save_as(tmp_path / "saved.svg")
-    table = list(csv.DictReader((tmp_path / "saved.csv").read_text().splitlines()))
-    assert [float(r["grad_norm"]) for r in table] == pytest.approx(list(rows["grad_norm"]), rel=1e-6)
-    assert [int(r["step"]) for r in table] == list(rows["step"])
-    assert (tmp_path / "saved.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "saved.svg").read_text()
 
 
 def test_hostile_names_are_shown_as_text(report: Path, browser: Any) -> None:

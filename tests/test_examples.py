@@ -17,9 +17,10 @@ import pytest
 
 from stabstudy.config import DataConfig, ObjectiveConfig, SyntheticConfig, TrainConfig, TrialConfig, from_dict
 from stabstudy.data import sources, tokens
-from stabstudy.data.batches import Batches, open_batches, text_of_step
+from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.examples import Example, Reading, examples_or_reason
 from stabstudy.data.layouts import IGNORE, hidden, read_tokens
+from stabstudy.data.step_texts import text_of_step
 from stabstudy.settings import ConfigError, DataError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}

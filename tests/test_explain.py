@@ -64,7 +64,9 @@ def test_one_spike_that_the_loss_follows() -> None:
     assert sentence.startswith(
         "The one spike of the gradient norm began at step 200, after the warmup of 40; it reached "
     )
-    assert "(5)" in sentence and sentence.endswith(", was over after 1 step, and the loss followed by 3 steps.")
+    assert "(5)" in sentence and sentence.endswith(
+        ", took 1 step to come back near it, and the loss followed by 3 steps."
+    )
 
 
 def test_several_spikes_name_the_first_and_the_highest() -> None:
@@ -103,7 +105,7 @@ def test_a_long_spike_and_one_that_is_not_over() -> None:
     norm = np.full(400, 0.5)
     norm[200:215] *= 10
     assert told(norm)[0] == "Spiky: a spike lasted more than 10 steps, or was not over at the end (R1)."
-    assert ", was over after 15 steps, and the loss did not follow." in told(norm)[1]
+    assert ", took 15 steps to come back near it, and the loss did not follow." in told(norm)[1]
     partial = dataclasses.replace(FACTS, stop_reason="log_ended", steps_planned=800)
     assert told(norm, facts=partial)[0].startswith("Spiky as far as it ran: ")
 
@@ -116,8 +118,8 @@ def test_a_trial_that_learned_nothing_is_untrained_and_warned_of() -> None:
     trace = trace_rows(learning(400, 1), quiet(), logit_absmax=[1.0] * 50 + [200.0] * 350)
     found = summarise(trace, probes, facts, RULES)
     assert explain(found.columns, found.spikes, RECIPE, RULES) == [
-        "Untrained: the loss never came below the entropy of single tokens, so nothing was learned that could have "
-        "become unstable.",
+        "Untrained: the smoothed loss never came below the entropy of single tokens, so nothing was learned that "
+        "could have become unstable.",
         "Warning: attention logits passed 1,000 at step 40; attention entropy fell below .02 of its largest possible "
         "value at step 40; the residual stream grew to 100 times its initial RMS at step 40; output logits passed 100 "
         "at step 50.",

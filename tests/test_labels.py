@@ -16,10 +16,11 @@ from test_examples import ANSWER, BOS, CHAT, EOS, USER, pairs, trial, written
 
 from stabstudy.config import LABELLED, DataConfig, to_dict
 from stabstudy.data import chats, sources, tokenizer, tokens
-from stabstudy.data.batches import Batches, open_batches, text_of_step
+from stabstudy.data.batches import Batches, open_batches
 from stabstudy.data.examples import Example, Reading, examples_or_reason
 from stabstudy.data.files import DataFile
 from stabstudy.data.layouts import IGNORE, flag
+from stabstudy.data.step_texts import text_of_step
 from stabstudy.settings import DataError
 from stabstudy.training.driver import HostFeed, ResidentFeed
 

@@ -728,3 +728,30 @@ def test_provenance_may_be_missing_or_broken(tmp_path: Path) -> None:
 
 def _table_bytes(path: Path) -> list[bytes]:
     return [(path / name).read_bytes() for name in ("trials.parquet", "spikes.parquet")]
+
+
+@pytest.mark.parametrize("cwd", [".", "results", "elsewhere"])
+@pytest.mark.parametrize("name", ["results/s", "s"])
+def test_a_study_is_found_from_beside_results_and_from_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cwd: str, name: str
+) -> None:
+    planted.plant_frame(tmp_path / "results" / "s")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / cwd)
+    if cwd == "elsewhere":
+        other = {"s": "results/s", "results/s": "s"}[name]
+        with pytest.raises(StoreError, match=f"^{name}: is not a study.*; nor is {other}, seen from elsewhere/$"):
+            Study.load(name)
+    else:
+        assert Study.load(name).folder.path.resolve() == tmp_path / "results" / "s"
+
+
+def test_a_study_of_that_very_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("results/s", "s"):
+        planted.plant_frame(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    assert Study.load("s").folder.path == Path("s")
+    assert Study.load("results/s").folder.path == Path("results/s")
+    for outside in ("../s", str(tmp_path / "nowhere")):
+        with pytest.raises(StoreError, match=r"no trials/\)$"):
+            Study.load(outside)

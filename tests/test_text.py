@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import planted
@@ -11,8 +12,8 @@ from test_tokens import TEXTS, small_bpe
 
 from stabstudy import config as cfg
 from stabstudy.analysis.study import Study
-from stabstudy.data import batches as text
 from stabstudy.data import sources, tokenizer
+from stabstudy.data import step_texts as text
 from stabstudy.data.batches import open_batches
 from stabstudy.settings import DataError
 
@@ -133,3 +134,30 @@ def test_settings_that_do_not_order_the_data_read_the_same(config: cfg.TrialConf
     assert text.text_of_step(config, 5, fingerprint, tmp_path) == text.text_of_step(other, 5, fingerprint, tmp_path)
     reseeded = dataclasses.replace(config, seed=4)
     assert text.text_of_step(config, 5, fingerprint, tmp_path) != text.text_of_step(reseeded, 5, fingerprint, tmp_path)
+
+
+def test_the_cache_alone_gives_the_same_text_and_nothing_is_built(
+    config: cfg.TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("STABSTUDY_CACHE", str(cache))
+    fingerprint = sources.fingerprint(config.data)
+    with pytest.raises(DataError, match="not in the token cache"):
+        text.kept_text_of_step(config, 7, fingerprint)
+    assert not cache.exists()
+    expected = text.text_of_step(config, 7, fingerprint, cache)
+    shutil.rmtree(tmp_path / "texts")  # the cache holds them still
+    assert text.kept_text_of_step(config, 7, fingerprint) == expected
+    with pytest.raises(ValueError, match="steps 0 to 119"):
+        text.kept_text_of_step(config, 120, fingerprint)
+
+
+def test_another_tokenizer_than_that_of_the_cache_reads_nothing(
+    config: cfg.TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STABSTUDY_CACHE", str(tmp_path / "cache"))
+    fingerprint = sources.fingerprint(config.data)
+    text.text_of_step(config, 7, fingerprint, tmp_path / "cache")
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(small_bpe(tmp_path))))
+    with pytest.raises(DataError, match="is not the one"):
+        text.kept_text_of_step(other, 7, fingerprint)

@@ -37,21 +37,26 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of finished text. `numeric`: columns set flush right. `folded`: the page shows it on demand."""
+    """Rows of finished text. `numeric`: columns set flush right. `folded`: the page shows it on demand.
+
+    `steps`: columns of steps, which lead to that step of the page of the trial in the column `trial`, or of this page.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: frozenset[str] = frozenset()
     folded: bool = False
+    steps: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to copy."""
+    """Lines to copy, on demand; `shown`: a text to read, at once, whose long lines are broken."""
 
     title: str
     text: str
+    shown: bool = False
 
 
 @dataclass(frozen=True)

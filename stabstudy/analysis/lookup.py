@@ -1,14 +1,16 @@
-"""Names that people type, looked up in a study: a miss is answered with the nearest that there are.
+"""Names that people type, of a study and in it: a miss is answered with the nearest that there are.
 
-Every error is a KeyError of one line: the name, what it should have been, and the known names, all of them or the
-nearest of many.
+Every error of a name in a study is a KeyError of one line: the name, what it should have been, and the known names,
+all of them or the nearest of many.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,12 +19,35 @@ from stabstudy.analysis import compare, words
 from stabstudy.analysis.levels import Level, plain
 from stabstudy.settings import nearest
 from stabstudy.stability.summary import COLUMNS
+from stabstudy.store import StoreError, StudyFolder, open_study
 
 MOST_NAMED = 24
 """Names that an error lists in full."""
 
 MOST_MATCHES = 6
 """Trials that an ambiguous beginning of an id is answered with."""
+
+
+RESULTS = "results"
+"""Where launches put studies unless told otherwise."""
+
+
+def study_folder(path: Path) -> StudyFolder:
+    """The study in this folder; of a relative path also in results/, and without results/ at its start.
+
+    So one line of Python finds a study from beside results/ and from inside it. Raises StoreError with every place.
+    """
+    inside = Path(*path.parts[1:]) if path.parts[:1] == (RESULTS,) else path
+    named = not path.is_absolute() and inside.parts[:1] not in ((), ("..",))
+    others = [place for place in (Path(RESULTS) / inside, inside) if place != path] if named else []
+    try:
+        return open_study(path)
+    except StoreError as error:
+        for place in others:
+            with contextlib.suppress(StoreError):
+                return open_study(place)
+        either = f"; nor is {' or '.join(map(str, others))}, seen from {Path.cwd().name}/" if others else ""
+        raise StoreError(f"{error}{either}") from error
 
 
 @dataclass(frozen=True)

@@ -220,13 +220,24 @@ def batch_effects(trials: Sequence[Row], spikes: Iterable[Row], ratios: Ratios) 
 
 def sequences(trial: TrialFolder, step: int, cache_dir: str | Path | None = None) -> pd.DataFrame:
     """What a step of a trial of our own read, a row per sequence: see `Study.batch`. It reads the data again."""
-    from stabstudy.data import batches  # here and not above: all other questions do without
+    from stabstudy.data import step_texts  # here and not above: all other questions do without
 
     config, body = trial.read_own()
     cache = None if cache_dir is None else Path(cache_dir)
-    read = batches.text_of_step(config, step, body["data_fingerprint"], cache)
+    read = step_texts.text_of_step(config, step, body["data_fingerprint"], cache)
     rows = [(s.start, s.documents[0], len(s.documents), s.text) for s in read]
     return pd.DataFrame(rows, columns=["start", "document", "documents", "text"])
+
+
+def kept_sequences(trial: TrialFolder, step: int) -> list[tuple[int, str]]:
+    """The first document and the text of each sequence of a step, from the token cache alone; no network, no torch.
+
+    Raises DataError where the cache or the tokenizer is not there.
+    """
+    from stabstudy.data import step_texts
+
+    config, body = trial.read_own()
+    return [(s.documents[0], s.text) for s in step_texts.kept_text_of_step(config, step, body["data_fingerprint"])]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from stabstudy.analysis.levels import Level, at_level, axes_of, levels_of, plain
 from stabstudy.analysis.tables import Damaged, Tables, joined, read_record, read_tables, write_tables
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.rules import Rules
-from stabstudy.store import StoreError, StudyFolder, open_study, read_sealed
+from stabstudy.store import StoreError, StudyFolder, read_sealed
 from stabstudy.trace import LOG, PROBES, DamagedRecord, Rows, of_objective
 
 DEPTH = "model.depth"
@@ -53,8 +53,8 @@ class Study:
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
-        """The study in this folder, also while it runs. Raises StoreError where there is none."""
-        return cls(open_study(Path(path)))
+        """The study in this folder, also while it runs: see `lookup.study_folder`. Raises StoreError for none."""
+        return cls(lookup.study_folder(Path(path)))
 
     @classmethod
     def concat(cls, studies: Sequence[Study], names: Sequence[str] | None = None) -> Study:
@@ -195,14 +195,14 @@ class Study:
         Example:
             study.batch(study.worst(), 126)
         """
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         if study.ingested:
             raise ValueError(f"trial {own} was trained elsewhere: nobody knows what it read")
         return shared_batches.sequences(study.folder.trial(own), int(step), cache_dir)
 
     def log(self, trial_id: str) -> ExternalLog | None:
         """What an ingested run was read from; None for a trial of our own. Raises StoreError where that is gone."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         trial = study.folder.trial(own)
         return read_external(trial.read_config(), trial.config_file) if study.ingested else None
 
@@ -213,7 +213,7 @@ class Study:
 
     def probes(self, trial_id: str) -> Rows | None:
         """What was measured at intervals: attention logits, validation loss. None where nothing was."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         return read_record(study.folder.trial(own), PROBES)
 
     def compare(self, axis: str, metric: str = "final_loss", by: str | None = None) -> pd.DataFrame:
@@ -377,12 +377,12 @@ class Study:
 
     def _trace(self, trial_id: str, columns: Sequence[str] | None = None) -> Rows | None:
         """The trial's trace, these columns of it; None where there is none yet."""
-        study, own = self._owner(trial_id)
+        study, own = self.owner(trial_id)
         schema = LOG if study.ingested else of_objective(study._rows[own]["objective.kind"])
         rows, log = read_record(study.folder.trial(own), schema, columns), study.log(own)
         return rows if rows is None or log is None else table_columns.in_source_steps(rows, log)
 
-    def _owner(self, trial_id: str) -> tuple[Study, str]:
+    def owner(self, trial_id: str) -> tuple[Study, str]:
         """The study in whose folder a trial lies, one of `concat` or this one, and the trial's id there."""
         name, _, own = (whole := self.trial_id(trial_id)).partition("/")
         return (self.parts[name], own) if own else (self, whole)

@@ -55,7 +55,7 @@ RULES = {
     "R2": "recurring spikes",
     "R1+R2": "long and recurring spikes",
     "nonfinite": "a value not finite",
-    "above_init": "loss above that of the untrained model",
+    "above_init": "smoothed loss above that of the untrained model",
     "above_start": "loss above that at the start",
     "persistent": "loss rose and stayed",
     "above_unigram": "loss back above the entropy of single tokens",

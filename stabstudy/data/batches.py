@@ -1,4 +1,4 @@
-"""The batches of a trial, the text and unigram entropy of its data, and how many tokens there are.
+"""The batches of a trial, the unigram entropy of its data, and how many tokens there are.
 
 The corpus is laid out as sequences of seq_len + 1 tokens (`layouts`). A few contiguous blocks of them, spread over the
 corpus, are held out to validate; the sequence on either side of a block is used for nothing, so no token is in both
@@ -7,7 +7,7 @@ parts.
 Sequence i of step s is number w = s * batch_size + i of an endless list: epoch w // n of the n training windows, in the
 order of a permutation keyed by (seed, epoch). So a trial has no data state to save, splitting a batch changes nothing,
 and 2 steps of 8 read what 1 step of 16 reads. No setting but the seed changes the order, and nothing has to be recorded
-to show later what the model read at a spike (`text_of_step`).
+to show later what the model read at a spike (`step_texts`).
 
 The unigram entropy is what a model pays that knows no context. A trial whose loss never falls below it has learned
 nothing that could become unstable, and one whose loss ends above it after having been below has lost what it had
@@ -36,7 +36,7 @@ from stabstudy.data import files, sources, tokenizer, tokens
 from stabstudy.data.counter import draws, key_of, permuted
 from stabstudy.data.examples import PARQUET
 from stabstudy.data.files import Say
-from stabstudy.data.layouts import IGNORE, LAYOUTS, Layout, Span, Window, read_tokens
+from stabstudy.data.layouts import LAYOUTS, Layout, Span, Window
 from stabstudy.data.synthetic import SHORTEST
 from stabstudy.data.tokens import Corpus
 from stabstudy.settings import DataError
@@ -203,13 +203,17 @@ def open_batches(
 
     Raises DataError, also where the data have not the `expected` fingerprint: before anything is built from them.
     """
-    corpus = tokens.prepare(config.data, cache_dir, say, expected)
-    data, train = config.data, config.train
-    sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences, config.final_eval_sequences
-    batches = Batches(corpus, data.seq_len, *sizes, layout=data.layout)
+    batches = laid_out(config, tokens.prepare(config.data, cache_dir, say, expected))
     if batches.layout.cuts:
         say(f"data: {batches.layout.cuts}")
     return batches
+
+
+def laid_out(config: TrialConfig, corpus: Corpus) -> Batches:
+    """The batches of a trial over this corpus. Raises DataError where it is too small."""
+    data, train = config.data, config.train
+    sizes = train.batch_size, config.seed, data.validation_share, train.eval_sequences, config.final_eval_sequences
+    return Batches(corpus, data.seq_len, *sizes, layout=data.layout)
 
 
 class _Segments:
@@ -294,38 +298,6 @@ def _read(path: Path, targets: int, vocab_size: int) -> float | None:
     if body.get("targets") != targets or not isinstance(value, float):
         return None
     return value if 0 <= value <= math.log(vocab_size) + 1e-9 else None
-
-
-@dataclass(frozen=True)
-class SequenceText:
-    """One training sequence of a step."""
-
-    start: int  # position of its first token in the corpus
-    documents: tuple[int, ...]  # the numbers, from 0, of those it touches
-    text: str  # of its seq_len + 1 tokens; a character cut at an end is U+FFFD
-
-
-def text_of_step(config: TrialConfig, step: int, fingerprint: str, cache_dir: Path | None = None) -> list[SequenceText]:
-    """The sequences of a step, from 0, in the order of its batch; `fingerprint` is that of the data it was trained on.
-
-    Tokenizes the data again where the cache (None: the user's) no longer holds it. Raises DataError where the data are
-    gone, or are other data than those the trial was trained on; ValueError where the trial has no such step.
-    """
-    if not 0 <= step < config.train.steps:
-        raise ValueError(f"the trial has steps 0 to {config.train.steps - 1}, got {step}")
-    cache = tokens.default_cache_dir() if cache_dir is None else cache_dir
-    batches = open_batches(config, cache, expected=fingerprint)
-    decode = tokenizer.load(config.data.tokenizer).decode
-    sequences = batches.batch(step)[:, : config.data.seq_len + 1]
-    return [
-        SequenceText(window.start, window.documents, decode(ids))
-        for window, ids in zip(batches.windows(step), _read_ids(sequences), strict=True)
-    ]
-
-
-def _read_ids(windows: Int) -> list[list[int]]:
-    """The token ids of each sequence, without what is filled up."""
-    return [read_tokens(row[row != IGNORE]).tolist() for row in windows]
 
 
 @dataclass(frozen=True)

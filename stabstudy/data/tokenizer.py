@@ -131,15 +131,15 @@ def packages(name: str) -> set[str]:
     return {"bytes": set(), "auto": {"transformers", "tokenizers"}}.get(_locate(name).kind, {"tokenizers"})
 
 
-def load(name: str) -> Tokenizer:
-    """The tokenizer of a `data.tokenizer` setting. Raises DataError."""
+def load(name: str, offline: bool = False) -> Tokenizer:
+    """The tokenizer of a `data.tokenizer` setting; `offline`: the hub is not asked. Raises DataError."""
     place = _locate(name)
     if place.kind == "bytes":
         return Tokenizer(258, 256, 257, hashlib.sha256(b"bytes").hexdigest(), _encode_bytes, _decode_bytes)
     if reasons := extras.why_not(packages(name)):
         raise DataError("data.tokenizer", reasons[0], show(name))
     try:
-        return _load_auto(place) if place.kind == "auto" else _load_files(place)
+        return _load_auto(place, offline) if place.kind == "auto" else _load_files(place)
     except DataError:
         raise
     except Exception as error:  # `tokenizers` raises nothing narrower, AutoTokenizer anything
@@ -280,9 +280,9 @@ def _special(core: tokenizers.Tokenizer, config: dict[str, Any] | None, key: str
     return next((id for id in ids if id is not None), None)
 
 
-def _load_auto(place: _Place) -> Tokenizer:
+def _load_auto(place: _Place, offline: bool) -> Tokenizer:
     revision = place.revision or "main"
-    absent = "" if place.files else hub_forbidden() or why_no_hub()
+    absent = "" if place.files else "not asked" if offline else hub_forbidden() or why_no_hub()
     if absent and not _is_downloaded(place.name, revision):
         rule = f"cannot be loaded: it is not on this machine, and the hub cannot be reached ({absent})"
         raise DataError("data.tokenizer", rule, show(place.name))

@@ -60,6 +60,7 @@ class Corpus:
     folder: Path
     mask: NDArray[np.uint8] | None = None  # [n] 1: of a completion, its eos included; None: a text, all of it counts
     labels: NDArray[np.uint8] | None = None  # [documents] 1: a wanted completion, 0: one to avoid; None: not known
+    tokenizer_sha256: str = ""  # of the vocabulary and its rules; "": not known
 
     def document_of(self, position: int) -> int:
         """The number, from 0, of the document that the token at `position` belongs to."""
@@ -114,6 +115,17 @@ def prepare(config: DataConfig, cache_dir: Path, say: Say = lambda line: None, e
         return _open(folder, fingerprint)
 
 
+def cached(fingerprint: str, cache_dir: Path) -> Corpus | None:
+    """The corpus of this fingerprint as it lies in the cache, whatever became of its source; None where it does not.
+
+    For reading only: sizes are checked, checksums are not, which would read the whole corpus.
+    """
+    try:
+        return _open(_folder(cache_dir, fingerprint), fingerprint, verify=False)
+    except _Damaged:
+        return None
+
+
 def count(fingerprint: str, cache_dir: Path) -> int | None:
     """Tokens of the corpus of this fingerprint, from its meta.json; None where it is not in the cache."""
     try:
@@ -133,8 +145,8 @@ def _folder(cache_dir: Path, fingerprint: str) -> Path:
     return cache_dir / "tokens" / hashlib.sha256(f"{FORMAT} {fingerprint}".encode()).hexdigest()[:16]
 
 
-def _open(folder: Path, fingerprint: str) -> Corpus:
-    """Raises _Damaged."""
+def _open(folder: Path, fingerprint: str, verify: bool = True) -> Corpus:
+    """Raises _Damaged. `verify`: by its checksums."""
     meta = _read_meta(folder / "meta.json")
     if meta.format != FORMAT or meta.fingerprint != fingerprint or meta.dtype not in ("<u2", "<u4"):
         raise _Damaged("meta.json is of other data")
@@ -147,12 +159,12 @@ def _open(folder: Path, fingerprint: str) -> Corpus:
         if array is not None:
             parts.append((array, str(sha256)))
     seen = folder, (folder / "meta.json").stat().st_mtime_ns
-    if seen not in _verified:
+    if verify and seen not in _verified:
         for array, sha256 in parts:
             if hashlib.sha256(array.data).hexdigest() != sha256:
                 raise _Damaged("wrong checksum")
         _verified.add(seen)
-    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder, mask, labels)
+    return Corpus(tokens, doc_ends, meta.vocab_size, fingerprint, folder, mask, labels, meta.tokenizer_sha256)
 
 
 _verified: set[tuple[Path, int]] = set()

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stabstudy.stability.detectors import Bools, Floats, Ints
+from stabstudy.stability.detectors import Block, Bools, Floats, Ints, proven
 from stabstudy.stability.rules import Rules
+from stabstudy.trace import Rows
 
 MANY = 40  # trials from which a step of all of them costs less than a step of each
 
@@ -53,13 +54,19 @@ class MovingMean:
         Answers where the mean is clearly above the loss of the untrained model, shape [K, n].
         """
         n = loss.shape[1]
-        self._begin(loss, usable)
-        mean = self._means(loss, usable)
-        self._mean = mean[:, -1].copy()
+        mean = self.take(loss, usable)
         step = steps[:, None] + (np.arange(n) if n > 1 else 0)
         self._keep_best(mean, _both(step >= self._rules.ema_steps, usable))
         above = _both(mean > self._highest[:, None], usable)
         return above & (step >= self._judged_from) if above.any() else above
+
+    def take(self, loss: Floats, usable: Bools | None) -> Floats:
+        """The mean after each of these losses, shape [K, n]; where there was none that counts, it means nothing."""
+        self._begin(loss, usable)
+        mean = self._means(loss, usable)
+        if loss.shape[1]:
+            self._mean = mean[:, -1].copy()
+        return mean
 
     @property
     def highest(self) -> Floats:
@@ -119,6 +126,15 @@ class MovingMean:
         # of losses at the end of the floats the mean may be NaN, which is never lower, and stays if it was the first
         lowest = np.fmin.reduce(np.where(late, mean, np.inf), axis=1)
         self._best = np.where(lowest < self._best, lowest, self._best)
+
+
+def moving_means(trace: Rows, rules: Rules) -> Floats:
+    """The mean after each row of one trial, as its verdict takes it, shape [rows]; NaN before the first loss."""
+    block = Block.of(trace)
+    usable = np.isfinite(block.loss) & proven(block.skip)
+    means = MovingMean(rules, [0], [None])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(np.logical_or.accumulate(usable[0]), means.take(block.loss, usable)[0], np.nan)
 
 
 def _both(holds: Bools, usable: Bools | None) -> Bools:

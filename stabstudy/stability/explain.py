@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 DIVERGED = {
     "nonfinite": "a loss, gradient norm or weight was no longer finite",
-    "above_init": "the moving mean of the loss rose above the loss of the untrained model",
+    "above_init": f"its smoothed loss (EMA over {Rules.ema_steps} steps) rose above that of the untrained model",
     "above_start": "the loss stood above that of the starting weights",
     "persistent": "the loss rose to twice its recent mean and stayed there",
     "above_unigram": "the loss had fallen below the entropy of single tokens and ended above it",
@@ -99,8 +99,8 @@ def _unjudged(columns: Row, rules: Rules) -> str:
         return "Not judged: the loss is 0 in every row, and so is the gradient norm or there is none."
     if reason == "untrained":
         return (
-            "Untrained: the loss never came below the entropy of single tokens, so nothing was learned that could have "
-            "become unstable."
+            "Untrained: the smoothed loss never came below the entropy of single tokens, so nothing was learned that "
+            "could have become unstable."
         )
     if reason == "strided":
         events = (columns["spike_events"] or 0) + (columns["spike_loss_events"] or 0)
@@ -222,7 +222,9 @@ def _attribution(spike: Row) -> str:
 
 
 def _length(spike: Row) -> str:
-    return f"{'was over after' if spike['recovered'] else 'was not over after'} {count(spike['duration'], 'step')}"
+    """Until the norm is near its recent level again, which takes longer than the flagged steps."""
+    steps = count(spike["duration"], "step")
+    return f"took {steps} to come back near it" if spike["recovered"] else f"had not come back near it {steps} later"
 
 
 def _followed(spike: Row) -> str:

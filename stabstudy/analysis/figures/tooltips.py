@@ -1,4 +1,4 @@
-"""Tooltips for the marks of figures: positions in the picture, values, what a click selects, steps in a trial's page.
+"""Tooltips for the marks of figures: positions in the picture, values, and what a click selects.
 
 The marks are derived from what was drawn, so that no plot function has to say it twice: every vertex of a line, every
 text that stands in a field of a map, every field of an image. Values are those of the artists; at a named tick the name
@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from stabstudy.analysis import words
 from stabstudy.analysis.figures import labels
 from stabstudy.analysis.levels import Level
-from stabstudy.analysis.tables import Row
 from stabstudy.config import setting_names
-from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -41,11 +39,6 @@ MOST_VERTICES = 200
 
 MOST_FIELDS = 1_500
 """Fields of an image that are marks; of more columns every second, third, ... is."""
-
-MOST_STEPS = 20_000
-"""Steps that a page carries (16 bytes each, a third more as text); of a longer trace, those of `thinned`."""
-
-COLUMNS = ("step", "grad_norm", "loss", "clip_scale")
 
 AT = "at "
 """How the gid of a line begins whose points all stand at one level, which follows (`at x 6`), and are only spread."""
@@ -237,43 +230,18 @@ def _label(text: str) -> str:
     return text.replace(r"\$", "$").replace("\n", " ")
 
 
-def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool_]) -> str:
-    """JSON: the columns as base64 of little-endian float32, and what is marked in them.
+def thinned(*series: NDArray[np.float64], most: int) -> NDArray[np.intp]:
+    """Rows to keep of a long trace: of equal stretches the smallest and largest of each series, and all not finite.
 
-    That is spikes as [series, start, end, peak], which of them is the `highest`, the steps at which `absolute` (shape
-    [steps]) is true, the clip threshold and the end of the warmup. float32 holds a step up to 2^24 and seven digits of
-    a value; NaN and Inf stay what they are.
+    That is half of `most` rows, and up to `most` that are not finite; a trace of up to `most` steps is kept whole.
     """
-    ends = np.isin(rows["step"], [s[end] for s in spikes for end in ("start", "end", "peak_step")])
-    kept = np.union1d(thinned(rows["grad_norm"], rows["loss"]), np.flatnonzero(absolute | ends)[:MOST_STEPS])
-    columns = {name: _packed(rows[name][kept]) for name in COLUMNS}
-    heights = [(s["series"] == "grad", s["peak_ratio"] or 0.0) for s in spikes]
-    clip = row["optim.clip"] if row["optim.clip_kind"] == "norm" else None
-    return json.dumps(
-        {
-            "trial": row["trial_id"],
-            "columns": columns,
-            "spikes": [[s[name] for name in ("series", "start", "end", "peak_step")] for s in spikes],
-            "absolute": rows["step"][absolute].astype(int).tolist()[:MOST_STEPS],
-            "highest": heights.index(max(heights)) if heights else None,
-            "clip": clip if clip is not None and np.isfinite(clip) else None,
-            "warmup": row["optim.warmup_steps"] or None,
-            "norm_label": "gradient norm before clipping",
-            "loss_label": labels.training_loss(rows),
-        },
-        separators=(",", ":"),
-    )
-
-
-def thinned(*series: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Rows to keep of a long trace: of equal stretches the smallest and largest of each series, and all not finite."""
     n = len(series[0])
-    if n <= MOST_STEPS:
+    if n <= most:
         return np.arange(n)
     kept = [np.array([0, n - 1])]
     for values in series:
-        kept.append(np.flatnonzero(~np.isfinite(values))[:MOST_STEPS])
-        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), MOST_STEPS // (4 * len(series))))
+        kept.append(np.flatnonzero(~np.isfinite(values))[:most])
+        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), most // (4 * len(series))))
     return np.unique(np.concatenate(kept))
 
 
@@ -283,5 +251,6 @@ def _extremes(values: NDArray[np.float64], at: NDArray[np.intp], stretches: int)
     return np.array([i for p in parts for i in (p[np.argmin(values[p])], p[np.argmax(values[p])])], dtype=np.intp)
 
 
-def _packed(values: NDArray[np.float64]) -> str:
+def packed(values: NDArray[Any]) -> str:
+    """The base64 of little-endian float32."""
     return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()

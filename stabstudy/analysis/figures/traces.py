@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from stabstudy.analysis import elements, words
 from stabstudy.analysis.figures import labels, style, tooltips
 from stabstudy.analysis.figures.tooltips import About
+from stabstudy.analysis.loss_levels import LossLevels, loss_levels
 from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.stability.summary import COLUMNS
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 BUCKETS = 500
 """A long trace is drawn as the smallest and largest value of so many equal stretches: no spike can fall between."""
 
-SHORT = 0.5
-"""A trial that ended before this share of its planned steps is drawn over its own steps alone."""
-
 MOST_ROUGH = 3
 """Cells that are not stable of which the report draws the roughest trial."""
+
+OF_LEVELS = ("above_init", "above_start", "above_unigram", "no_recovery")
+"""Codes of divergence that compare the loss with its `LossLevels`."""
 
 SHOWN = (
     *("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax"),
@@ -47,6 +48,7 @@ def trace(
     warmup_steps: int | None = None,
     spikes: pd.DataFrame | None = None,
     absolute: NDArray[np.bool_] | None = None,
+    levels: LossLevels | None = None,
     title: str = "",
     axes: Sequence[Axes] | None = None,
 ) -> Figure:
@@ -54,14 +56,19 @@ def trace(
 
     `clip` is drawn as a line, the end of the warmup as another, `spikes` (rows of `Study.spikes`) are shaded: the
     gradient's above, the loss's below; steps where `absolute` is true (shape [steps]) get a ring: those
-    at three times the recent level and median. Non-finite steps are crosses on the upper edge.
+    at three times the recent level and median. `levels`: those that the loss is judged by, drawn with it. Non-finite
+    steps are crosses on the upper edge.
     """
+    from matplotlib.ticker import MaxNLocator
+
     axes = style.new_figure(style.FULL, 4.6, rows=2, sharex=True).axes if axes is None else axes
     norm, loss = axes[0], axes[1]
     norm.set_yscale("log", nonpositive="mask")
     norm.margins(y=0.12)
     _draw_series(norm, rows["step"], rows["grad_norm"], style.BLUE)
     _draw_series(loss, rows["step"], rows["loss"], style.GREEN)
+    if levels is not None:
+        _draw_levels(loss, rows["step"], levels)
     if absolute is not None and absolute.any():
         norm.plot(
             rows["step"][absolute], rows["grad_norm"][absolute], linestyle="none", marker="o", markersize=6,
@@ -69,35 +76,45 @@ def trace(
         )  # fmt: skip
     if clip is not None:
         norm.axhline(clip, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
-        norm.annotate(
-            f"clip {words.level(clip)}", (1, clip), (-3, 2), xycoords=norm.get_yaxis_transform(),
-            textcoords="offset points", ha="right", va="bottom", color=style.VERMILLION, fontsize=style.look().note,
-        )  # fmt: skip
+        place = norm.get_yaxis_transform()
+        text = f"clip {words.level(clip)}"
+        _note(norm, text, (1, clip), place, ha="right", va="bottom", offset=(-3, 2), colour=style.VERMILLION)
+    last = rows["step"][-1] if len(rows) else 0
     for ax, series in ((norm, "grad"), (loss, "loss")):
-        if warmup_steps:
+        if warmup_steps and warmup_steps <= last:
             ax.axvline(warmup_steps, color=style.MUTED, linewidth=1.0, linestyle=(0, (1, 1.5)))
         if spikes is not None:
             _shade(ax, spikes[spikes["series"] == series])
-    if warmup_steps:
-        norm.annotate(
-            "warmup ends", (warmup_steps, 1), (3, -2), xycoords=norm.get_xaxis_transform(),
-            textcoords="offset points", va="top", color=style.MUTED, fontsize=style.look().note,
-        )  # fmt: skip
+    if warmup_steps and warmup_steps <= last:
+        late = warmup_steps > 0.8 * last
+        ha: Literal["left", "right"] = "right" if late else "left"
+        place = norm.get_xaxis_transform()
+        _note(norm, "warmup ends", (warmup_steps, 0), place, ha=ha, va="bottom", offset=(-3 if late else 3, 2))
     norm.set_ylabel("gradient norm\nbefore clipping")
     norm.set_xlabel("optimizer step")
     norm.xaxis.label.set_visible(False)
     loss.set_ylabel(labels.training_loss(rows).replace(" (", "\n("))
     loss.set_xlabel("optimizer step")
+    loss.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     style.log_ticks(norm)
     style.title(norm, textwrap.fill(title, 56))
     figure: Figure = norm.get_figure()  # type: ignore[assignment]
     return figure
 
 
-def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[Axes] | None = None) -> Figure:
-    """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
+def trial(
+    study: Study,
+    trial_id: str,
+    title: str | None = None,
+    axes: Sequence[Axes] | None = None,
+    levels: bool = True,
+) -> Figure:
+    """`trace` of one trial of a study, with its clip threshold, warmup, spikes and the `levels` of its loss.
+
+    The axis is that of what was trained; where that is less than was planned, its label says so.
+    """
     row = study.row(trial_id := study.trial_id(trial_id))
-    planned, clip = row["steps_planned"], row["optim.clip"]
+    clip = row["optim.clip"]
     rows = study.trace(trial_id)
     figure = trace(
         rows,
@@ -105,20 +122,23 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
         warmup_steps=row["optim.warmup_steps"],
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
         absolute=absolute_steps(study, rows),
+        levels=loss_levels(study, trial_id, rows) if levels else None,
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
-    done = row["steps_done"] or planned
-    shown = planned if done >= SHORT * planned else done
     drawn = figure.axes if axes is None else axes
+    if early := ended_early(row, rows):
+        drawn[1].set_xlabel(f"optimizer step ({early})")
     for ax in drawn:
-        ax.set_xlim(-0.02 * shown, 1.02 * shown)
-    if shown < planned:
-        drawn[1].annotate(
-            f"ended at step {done} of {planned}", (1, 0), (-3, 3), xycoords="axes fraction", ha="right", va="bottom",
-            textcoords="offset points", color=style.MUTED, fontsize=style.look().note, bbox=style.GROUND,
-        )  # fmt: skip
+        ax.margins(x=0.02)
     return figure
+
+
+def ended_early(row: Mapping[str, Any], rows: Rows) -> str:
+    """How early the training ended, in words; empty where it went as far as was planned."""
+    if row["stop_reason"] in (None, "complete") or not len(rows):
+        return ""
+    return f"ended at step {rows['step'][-1]} of {row['steps_planned']} planned"
 
 
 def absolute_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
@@ -134,7 +154,8 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
     figure = style.new_figure(style.FULL if columns > 1 else style.HALF, 4.4 * bands, rows=2 * bands, columns=columns)
     above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
     for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
-        trial(study, trial_id, title=title, axes=(norm, loss))
+        judged_by = study.row(trial_id)["verdict_code"] in OF_LEVELS
+        trial(study, trial_id, title=title, axes=(norm, loss), levels=judged_by)
         norm.sharex(loss)
         for line in (norm.get_lines()[0], loss.get_lines()[0]):
             tooltips.describe(line, About(trials=[trial_id] * len(np.atleast_1d(line.get_xdata()))))
@@ -198,6 +219,34 @@ def _draw_series(ax: Axes, steps: NDArray[Any], values: NDArray[np.float64], col
         tooltips.describe(crosses, About(up=["not finite"] * len(lost)))
 
 
+def _draw_levels(ax: Axes, steps: NDArray[Any], levels: LossLevels) -> None:
+    """The moving mean over the loss, and a line with its name at each level that does not change."""
+    ax.plot(*downsample(steps, levels.mean), color=style.INK, linewidth=1.6, gid="mean")
+    _note(ax, f"bold: EMA over {levels.steps} steps", (0.5, 1), "axes fraction", ha="center", va="top", offset=(0, -2))
+    for (name, value), dashes in zip(levels.lines, ((0, (5, 2)), (0, (6, 2, 1, 2))), strict=False):
+        ax.axhline(value, color=style.MUTED, linewidth=1.0, linestyle=dashes)
+        place = ax.get_yaxis_transform()
+        _note(ax, f"{name} {words.number(value)}", (1, value), place, ha="right", va="bottom", offset=(-3, 2))
+
+
+def _note(
+    ax: Axes,
+    text: str,
+    at: tuple[float, float],
+    place: Any,
+    *,
+    ha: Literal["left", "center", "right"],
+    va: Literal["top", "bottom"],
+    offset: tuple[float, float],
+    colour: str = style.MUTED,
+) -> None:
+    """A few words beside a line, on paper so that the data do not run through them."""
+    ax.annotate(
+        text, at, offset, xycoords=place, textcoords="offset points", ha=ha, va=va, color=colour,
+        fontsize=style.look().note, bbox=style.GROUND,
+    )  # fmt: skip
+
+
 def _shade(ax: Axes, spikes: pd.DataFrame) -> None:
     """The flagged stretches, and a mark above each: a stretch of one step is thinner than a pixel."""
     for start, end in zip(spikes["start"], spikes["end"], strict=True):
@@ -223,8 +272,7 @@ def figures(study: Study) -> Iterator[elements.Figure]:
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
         "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
         f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
-        f"{unstable} such cells. Typical: the median of that ratio. A trial that ended before "
-        "half of its steps is drawn over its own."
+        f"{unstable} such cells. Typical: the median of that ratio."
     )
     summaries = []
     for trial_id, title in titles.items():

@@ -40,10 +40,13 @@ WIDE = 780
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+ASSETS = "assets/"
+"""The folder of the scripts that pages load, beside the study's page."""
+
 
 def html_index(report: Report) -> str:
     """The page of the study."""
-    content = {
+    content: dict[str, Any] = {
         "report": report,
         "sections": report.sections,
         "glossary": words.GLOSSARY,
@@ -55,7 +58,16 @@ def html_index(report: Report) -> str:
 
 def html_trial(page: TrialPage, source: str) -> str:
     """The page of a trial. `source`, in its head: a digest of what it was drawn from."""
-    return _render("trial.html.j2", page.trials, "", page=page, sections=page.sections, source=source)
+    return _render(
+        "trial.html.j2",
+        page.trials,
+        "",
+        scripts=("tables.js", "charts.js", "figures.js", "explorer.js"),
+        assets=f"../{ASSETS}",
+        page=page,
+        sections=page.sections,
+        source=source,
+    )
 
 
 def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
@@ -76,15 +88,29 @@ def _link(trial_id: str, folder: str) -> Markup:
     return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
 
 
-def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
-    (css, css_hash), (script, script_hash) = _inlined("style.css"), _inlined("tables.js", "figures.js")
-    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+_EMPTY_STYLE = Markup(" 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='")
+"""The hash of the empty text: the plotting library adds a style sheet of none, and its rules one by one."""
+
+
+def _render(
+    template: str,
+    trials: Set[str],
+    folder: str,
+    styles: Sequence[str] = ("style.css",),
+    scripts: Sequence[str] = ("tables.js", "figures.js"),
+    assets: str = "",
+    **content: Any,
+) -> str:
+    """`assets`: the way to the scripts that the page may load, empty where it may load none."""
+    (css, css_hash), (script, script_hash) = _inlined(*styles), _inlined(*scripts)
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash, "assets": assets}
+    own |= {"empty_hash": _EMPTY_STYLE if assets else "", "own_scripts": Markup("'self' ") if assets else ""}
     link = functools.partial(linked_html, trials=trials, folder=folder)
     page = _environment().get_template(template)
     return page.render(
         own,
         linked=link,
-        rows=functools.partial(_html_rows, link=link),
+        rows=functools.partial(_html_rows, link=link, folder=folder),
         image=_image,
         plates=_plates,
         json=_json,
@@ -94,13 +120,29 @@ def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str
     )
 
 
-def _html_rows(table: Table, link: Callable[[str], Markup]) -> Markup:
+def _html_rows(table: Table, link: Callable[[str], Markup], folder: str) -> Markup:
     """The body of a table. Not in the template, where it took half the time of a study of a thousand trials."""
     starts = ['<td class="n">' if column in table.numeric else "<td>" for column in table.columns]
-    bodies = (
-        "".join(f"{start}{link(text)}</td>" for start, text in zip(starts, row, strict=True)) for row in table.rows
-    )
+    rows = (_with_steps(table, row, link, folder) for row in table.rows) if table.steps else _linked(table, link)
+    bodies = ("".join(f"{start}{cell}</td>" for start, cell in zip(starts, row, strict=True)) for row in rows)
     return Markup("\n".join(f"<tr>{body}</tr>" for body in bodies))
+
+
+def _linked(table: Table, link: Callable[[str], Markup]) -> Iterator[Sequence[Markup]]:
+    for row in table.rows:
+        yield [link(text) for text in row]
+
+
+def _with_steps(table: Table, row: Sequence[str], link: Callable[[str], Markup], folder: str) -> Sequence[Markup]:
+    """The cells of a row, of which those of steps lead to the step explorer."""
+    page = f"{folder}{row[table.columns.index('trial')]}.html" if "trial" in table.columns else ""
+    cells = []
+    for column, text in zip(table.columns, row, strict=True):
+        if column in table.steps and re.fullmatch(r"\d+(-\d+)?", text):
+            cells.append(Markup('<a href="{}#step={}">{}</a>').format(page, text.partition("-")[0], text))
+        else:
+            cells.append(link(text))
+    return cells
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import spread
 from stabstudy.store import sweep_abandoned, write_bytes, write_text
 
-DRAWN = "4"
+DRAWN = "5"
 """Goes up when the figures of a trial's page are drawn in another way: pages of another kind are drawn anew."""
 
 _DRAWN_S, _PAGE_S = 0.5, 0.02

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Set
 
 from stabstudy.analysis import plots, words
 from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Text, TrialPage
-from stabstudy.analysis.figures import layers, style, tooltips, traces
+from stabstudy.analysis.figures import layers, probe_curves, step_data, style, traces
+from stabstudy.analysis.loss_levels import LossLevels, loss_levels
 from stabstudy.analysis.report import trial_tables
+from stabstudy.analysis.report.batch_texts import batch_texts
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import outcome
 from stabstudy.analysis.tables import Row
@@ -62,8 +64,8 @@ def page(study: Study, trial_id: str, trials: Set[str], drawn: bool) -> TrialPag
     for damaged in study.damaged:
         if damaged.trial_id == trial_id:
             reason = [f"Its files are damaged, so it is in no number: {words.clean(damaged.reason, 1000)}"]
-            log = Section("log", "Log", [_log(study, trial_id)])
-            return TrialPage(trial_id, _name(study), "Damaged", "damaged", SIGNS["damaged"], reason, [log], trials)
+            log = [*_log(study, trial_id)]
+            return TrialPage(trial_id, _name(study), "Damaged", "damaged", SIGNS["damaged"], reason, log, trials)
     row = study.row(trial_id) | {"trial_id": trial_id}
     return TrialPage(
         trial_id=trial_id,
@@ -86,16 +88,13 @@ def with_figures(study: Study, page: TrialPage) -> TrialPage:
         return dataclasses.replace(
             page, sections=[Section("trace", "Step by step", [Text(str(error))]), *page.sections]
         )
-    layer_map: Block | Absent = layers.layer_figure(study, page.trial_id, rows)
-    if isinstance(layer_map, Absent):
-        layer_map = Text(f"{layer_map.what}: left out, {layer_map.why}.")
-    sections = [
-        Section("trace", "Step by step", [_trace(study, page.trial_id, rows)]),
-        Section("layers", "Layer by layer", [layer_map]),
-    ]
-    if probes is not None and len(probes):
-        sections.append(Section("probes", "Probes", [trial_tables.probes(probes)]))
-    return dataclasses.replace(page, sections=[*sections, *page.sections])
+    sections = [Section("trace", "Step by step", [_trace(study, page.trial_id, rows, probes)])]
+    sections += [s for s in page.sections if s.anchor == "spikes"]
+    if probes is not None and (figure := _probes(page.trial_id, probes)) is not None:
+        sections.append(Section("probes", "Probes", [figure]))
+    if not isinstance(layer_map := layers.layer_figure(study, page.trial_id, rows), Absent):
+        sections.append(Section("layers", "Layer by layer", [layer_map]))
+    return dataclasses.replace(page, sections=[*sections, *(s for s in page.sections if s.anchor != "spikes")])
 
 
 def _name(study: Study) -> str:
@@ -121,12 +120,12 @@ def _sections(study: Study, row: Row, drawn: bool) -> Iterator[Section]:
     trial_id = row["trial_id"]
     if not drawn:
         yield Section("trace", "Step by step", list(_not_drawn(study, row)))
-    yield Section("spikes", "Spikes", [*_spikes(study, row), *_batch_text(study, trial_id)])
+    yield Section("spikes", "Spikes", [*_spikes(study, row), *batch_texts(study, trial_id, printed=drawn)])
     if (replicates := trial_tables.replicates(study, row)) is not None:
         yield Section("cell", "Other seeds of the cell", [replicates])
     yield Section("settings", "Settings", list(trial_tables.settings(study, row)))
     yield Section("statistics", "Statistics", [trial_tables.statistics(row)])
-    yield Section("log", "Log", [_log(study, trial_id)])
+    yield from _log(study, trial_id)
 
 
 def _not_drawn(study: Study, row: Row) -> Iterator[Block]:
@@ -156,50 +155,70 @@ def _spikes(study: Study, row: Row) -> Iterator[Block]:
         yield Text("No spike, neither of the gradient norm nor of the loss.")
 
 
-def _batch_text(study: Study, trial_id: str) -> Iterator[Block]:
-    """How to read the batch of the highest spike of the norm."""
-    own = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]
-    if own and not study.ingested:
-        step = max(own, key=lambda s: s["peak_ratio"])["peak_step"]
-        lines = ("from stabstudy.analysis.study import Study", f'{words.load(study.name)}.batch("{trial_id}", {step})')
-        yield Code(f"The text of the batch at step {step}, the highest spike: in Python", "\n".join(lines))
-
-
-def _trace(study: Study, trial_id: str, rows: Rows) -> Figure:
+def _trace(study: Study, trial_id: str, rows: Rows, probes: Rows | None) -> Figure:
     row = study.row(trial_id)
     spikes = study.spikes_by_trial.get(trial_id, [])
     picture = plots.trial(study, trial_id, title="", axes=style.new_figure(10.6, 5.0, rows=2, sharex=True).axes)
+    levels = loss_levels(study, trial_id, rows)
     norm_max, median = (words.number(row[name]) for name in ("grad_norm_max", "grad_norm_median"))
+    early = traces.ended_early(row, rows)
     alt = (
         f"Line charts of trial {trial_id}: {words.count(row['steps_done'], 'step')}, largest norm {norm_max} at step "
         f"{words.number(row['grad_norm_argmax'])}, median {median}, {words.count(len(spikes), 'spike')}."
-    )
-    clip = "Dashed: the clip threshold. " if row["optim.clip"] is not None and row["optim.clip_kind"] == "norm" else ""
-    warmup = "Dotted: the end of the warmup. " if row["optim.warmup_steps"] else ""
-    caption = (
-        f"Gradient norm before clipping (log scale) above the training loss, step by step. {clip}{warmup}Shaded, with "
-        "a mark above: spikes. Rings: steps at three times the recent level and median. A cross on the upper edge: a "
-        "value that is not finite."
     )
     names = ("steps_done", "grad_norm_median", "grad_norm_max", "grad_norm_argmax", "spike_events", "clip_share")
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = (tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     heads, title = ("statistic", "value", "unit"), "Gradient norm and loss, step by step"
+    caption = " ".join(_caption(row, levels, early))
     figure = style.report_figure(
         "trace-figure", title, picture, alt, caption, heads, numbers, {"statistic", "unit"}, png=False
     )
-    steps = tooltips.steps(rows, row | {"trial_id": trial_id}, spikes, traces.absolute_steps(study, rows))
+    absolute = traces.absolute_steps(study, rows)
+    steps = step_data.steps(rows, probes, row | {"trial_id": trial_id}, spikes, absolute, levels)
     return dataclasses.replace(figure, steps=steps)
 
 
-def _log(study: Study, trial_id: str) -> Block:
-    """The last lines of log.txt."""
+def _caption(row: Row, levels: LossLevels, early: str) -> Iterator[str]:
+    """Sentences on what the picture shows, and nothing of what it does not."""
+    yield "Gradient norm before clipping (log scale) above the training loss, step by step."
+    if early:
+        yield f"The training {early}: the axis is what was trained."
+    if row["optim.clip"] is not None and math.isfinite(row["optim.clip"]) and row["optim.clip_kind"] == "norm":
+        yield "Dashed in the upper panel: the clip threshold."
+    if row["optim.warmup_steps"]:
+        yield "Dotted: the end of the warmup."
+    yield f"Bold: the loss smoothed (EMA over {levels.steps} steps), which the verdict compares with the dashed levels."
+    yield (
+        "Shaded, with a mark above: spikes. Rings: steps at three times the recent level and median. A cross on the "
+        "upper edge: a value that is not finite."
+    )
+
+
+def _probes(trial_id: str, probes: Rows) -> Figure | None:
+    """What was probed, as curves, and as numbers on demand; None where nothing was probed twice."""
+    if (picture := probe_curves.probe_panels(probes)) is None:
+        return None
+    table = trial_tables.probes(probes)
+    last = dict(zip(table.columns, table.rows[-1], strict=True))
+    values = ", ".join(f"{name} {value}" for name, value in last.items() if name != "step" and value != words.NOTHING)
+    alt = f"Line charts of what was probed in trial {trial_id}; at step {last['step']}: {values}."
+    caption = (
+        f"What was measured at {words.count(len(probes), 'probe')}, a line per layer where layers differ. Dashed: the "
+        "level from which this page warns, where the curves come near it."
+    )
+    title = "Attention, residuals, updates and weights, probe by probe"
+    return Figure("probes-figure", title, style.draw(picture, png=False), alt, caption, table)
+
+
+def _log(study: Study, trial_id: str) -> Iterator[Section]:
+    """The last lines of log.txt, where there is one."""
     try:
         with study.folder.trial(trial_id).log_file.open("rb") as f:
             f.seek(max(0, f.seek(0, 2) - _LOG_BYTES))
             lines = f.read().decode("utf-8", "replace").splitlines()
     except OSError:
-        return Text("No log.txt that can be read.")
+        return
     tail = lines[-LOG_LINES:]
     title = f"log.txt, the last {len(tail)} lines" if len(tail) > 1 else "log.txt"
-    return Code(title, "\n".join(words.clean(line, 400) for line in tail))
+    yield Section("log", "Log", [Code(title, "\n".join(words.clean(line, 400) for line in tail))])

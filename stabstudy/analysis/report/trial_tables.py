@@ -66,8 +66,11 @@ def ended(row: Mapping[str, Any]) -> str:
 def settings(study: Study, row: Mapping[str, Any]) -> Iterator[Table]:
     """Those that vary in the study; then the others, folded."""
     varied = [(words.heading(a), a, words.level(row[a], a), _others(study, row, a)) for a in study.axes]
-    varied.append(("seed", "seed", words.level(row["seed"]), _others(study, row, "seed")))
-    yield Table("Settings that differ in this study", ("axis", "setting", "this trial", "other trials"), tuple(varied))
+    if row["seed"] is not None:
+        varied.append(("seed", "seed", words.level(row["seed"]), _others(study, row, "seed")))
+    heads = ("axis", "setting", "this trial", "other trials")
+    if varied:
+        yield Table("Settings that differ in this study", heads, tuple(varied))
     rest = [n for n in setting_names() if n not in study.axes and n != "seed"]
     yield Table(
         "All other settings", ("setting", "value"), tuple((n, words.level(row[n], n)) for n in rest), folded=True
@@ -178,7 +181,8 @@ def trial_spikes(study: Study, trial_id: str) -> Table | None:
         for s in spikes
     )
     heads = ("series", *numbers, *_PROPERTIES)
-    return Table(f"{words.count(len(rows), 'spike')}, by step", heads, rows, frozenset((*numbers, _PROPERTIES[0])))
+    title = f"{words.count(len(rows), 'spike')}, by step"
+    return Table(title, heads, rows, frozenset((*numbers, _PROPERTIES[0])), steps=frozenset(numbers[:3]))
 
 
 def legend(rules: Rules) -> str:
@@ -206,7 +210,8 @@ def _highest(study: Study, name: str, spikes: pd.DataFrame, height: str, head: s
     )
     numbers = ("flagged steps", "peak", head)
     title = f"{name}: the {len(rows)} highest" if len(rows) > 1 else name
-    return Table(title, ("trial", "which", *numbers, *_PROPERTIES), rows, frozenset((*numbers, _PROPERTIES[0])))
+    heads = ("trial", "which", *numbers, *_PROPERTIES)
+    return Table(title, heads, rows, frozenset((*numbers, _PROPERTIES[0])), steps=frozenset(numbers[:1]))
 
 
 def _properties(spike: Mapping[str, Any]) -> tuple[str, ...]:
