@@ -162,7 +162,7 @@ def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool
     """
     ends = np.isin(rows["step"], [s[end] for s in spikes for end in ("start", "end", "peak_step")])
     kept = np.union1d(thinned(rows["grad_norm"], rows["loss"]), np.flatnonzero(absolute | ends)[:MOST_STEPS])
-    columns = {name: _packed(rows[name][kept]) for name in COLUMNS}
+    columns = {name: packed(rows[name][kept]) for name in COLUMNS}
     heights = [(s["series"] == "grad", s["peak_ratio"] or 0.0) for s in spikes]
     clip = row["optim.clip"] if row["optim.clip_kind"] == "norm" else None
     return json.dumps(
@@ -181,15 +181,18 @@ def steps(rows: Rows, row: Row, spikes: Sequence[Row], absolute: NDArray[np.bool
     )
 
 
-def thinned(*series: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Rows to keep of a long trace: of equal stretches the smallest and largest of each series, and all not finite."""
+def thinned(*series: NDArray[np.float64], most: int = MOST_STEPS) -> NDArray[np.intp]:
+    """Rows to keep of a long trace: of equal stretches the smallest and largest of each series, and all not finite.
+
+    That is half of `most` rows, and up to `most` that are not finite; a trace of up to `most` steps is kept whole.
+    """
     n = len(series[0])
-    if n <= MOST_STEPS:
+    if n <= most:
         return np.arange(n)
     kept = [np.array([0, n - 1])]
     for values in series:
-        kept.append(np.flatnonzero(~np.isfinite(values))[:MOST_STEPS])
-        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), MOST_STEPS // (4 * len(series))))
+        kept.append(np.flatnonzero(~np.isfinite(values))[:most])
+        kept.append(_extremes(values, np.flatnonzero(np.isfinite(values)), most // (4 * len(series))))
     return np.unique(np.concatenate(kept))
 
 
@@ -199,5 +202,6 @@ def _extremes(values: NDArray[np.float64], at: NDArray[np.intp], stretches: int)
     return np.array([i for p in parts for i in (p[np.argmin(values[p])], p[np.argmax(values[p])])], dtype=np.intp)
 
 
-def _packed(values: NDArray[np.float64]) -> str:
+def packed(values: NDArray[Any]) -> str:
+    """The base64 of little-endian float32."""
     return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import json
 import re
 import urllib.parse
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from markupsafe import Markup, escape
 
 from stabstudy.analysis import words
 from stabstudy.analysis.elements import TRIALS, Code, Figure, Report, Table, TrialPage, split_command, split_ids
+from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report.assets import ASSETS, CURVES, LOGARITHMIC
+from stabstudy.analysis.report.runs_page import Row, RunsPage
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,6 +33,48 @@ def html_index(report: Report) -> str:
     """The page of the study."""
     content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
     return _render("index.html.j2", report.trials, TRIALS, **content)
+
+
+def html_runs(page: RunsPage) -> str:
+    """The page of all runs of a study."""
+    ids = frozenset(row.trial_id for row in page.rows if row.paged)
+    return _render(
+        "runs.html.j2",
+        ids,
+        TRIALS,
+        styles=("style.css", "runs.css"),
+        scripts=("tables.js", "charts.js", "runs.js"),
+        assets=ASSETS,
+        page=page,
+        sections=[],
+        run_rows=_run_rows,
+        path=_path,
+        curves=json.dumps({"labels": CURVES, "log": LOGARITHMIC}),
+        size=(runs_page.WIDTH, runs_page.HEIGHT),
+        top=runs_page.TOP,
+        bottom=runs_page.BOTTOM,
+    )
+
+
+def _run_rows(page: RunsPage) -> Markup:
+    """The body of the table of all runs."""
+    starts = [Markup('<td class="n">') if "n" in column.kind.split() else Markup("<td>") for column in page.columns]
+    return Markup("\n").join(_run_row(row, starts) for row in page.rows)
+
+
+def _run_row(row: Row, starts: Sequence[Markup]) -> Markup:
+    head = Markup("<tr{}{}>").format(
+        Markup(' data-trial="{}"').format(row.trial_id) if row.traced else "",
+        Markup(" data-chosen") if row.chosen else "",
+    )
+    cells = [_link(row.trial_id, TRIALS) if row.paged else escape(row.trial_id), *map(escape, row.cells[1:])]
+    body = Markup("").join(start + cell + Markup("</td>") for start, cell in zip(starts, cells, strict=True))
+    return head + body + Markup("</tr>")
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    """The line of a run through its places on the scales."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
 
 
 def html_trial(page: TrialPage, source: str) -> str:
@@ -54,9 +100,23 @@ def _link(trial_id: str, folder: str) -> Markup:
     return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
 
 
-def _render(template: str, trials: Set[str], folder: str, **content: Any) -> str:
-    (css, css_hash), (script, script_hash) = _inlined("style.css"), _inlined("tables.js", "figures.js")
-    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash}
+_EMPTY_STYLE = Markup(" 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='")
+"""The hash of the empty text: the plotting library adds a style sheet of none, and its rules one by one."""
+
+
+def _render(
+    template: str,
+    trials: Set[str],
+    folder: str,
+    styles: Sequence[str] = ("style.css",),
+    scripts: Sequence[str] = ("tables.js", "figures.js"),
+    assets: str = "",
+    **content: Any,
+) -> str:
+    """`assets`: the way to the scripts that the page may load, empty where it may load none."""
+    (css, css_hash), (script, script_hash) = _inlined(*styles), _inlined(*scripts)
+    own = {"css": css, "css_hash": css_hash, "script": script, "script_hash": script_hash, "assets": assets}
+    own |= {"empty_hash": _EMPTY_STYLE if assets else "", "own_scripts": Markup("'self' ") if assets else ""}
     link = functools.partial(linked_html, trials=trials, folder=folder)
     page = _environment().get_template(template)
     return page.render(

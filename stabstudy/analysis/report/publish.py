@@ -10,9 +10,10 @@ from pathlib import Path
 
 from stabstudy import disk
 from stabstudy.analysis.elements import TRIALS, Report
-from stabstudy.analysis.report import trial_page
+from stabstudy.analysis.report import runs_page, trial_page
+from stabstudy.analysis.report.assets import ASSETS, write_assets
 from stabstudy.analysis.report.csv_files import csv_of_frame, csv_of_table
-from stabstudy.analysis.report.html import html_index, html_trial
+from stabstudy.analysis.report.html import html_index, html_runs, html_trial
 from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import spread
@@ -46,6 +47,9 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "trials.csv", csv_of_frame(study.trials.reset_index()))
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
+    if report.trials:
+        write_assets(study, [t for t in study.trials.index if study.row(t)["steps_done"]], folder / ASSETS)
+        write_text(folder / runs_page.RUNS, html_runs(runs_page.page(study, report)))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", html_index(report))
     return folder / "index.html"

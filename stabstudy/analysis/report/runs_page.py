@@ -1,0 +1,253 @@
+"""The page of all runs: a row per trial to sort, filter and choose, parallel coordinates, what can be overlaid."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stabstudy.analysis import words
+from stabstudy.analysis.elements import Report
+from stabstudy.analysis.figures.style import VERDICT_SIGNS
+from stabstudy.analysis.levels import Level
+from stabstudy.analysis.study import Study
+from stabstudy.analysis.study_statistics import outcome
+from stabstudy.stability.columns import COLUMNS
+
+RUNS = "runs.html"
+"""The file's name, beside the study's page."""
+
+STATISTICS = (
+    "final_loss", "grad_norm_log_sd", "spike_abs_rate", "spike_events", "spike_loss_events", "severity",
+    "grad_norm_median", "grad_norm_max", "grad_norm_max_over_median", "clip_share", "attn_logit_peak",
+)  # fmt: skip
+"""Columns of the table, behind the settings; one that no trial has is left out."""
+
+_SCALES = ("final_loss", "spike_abs_rate", "grad_norm_log_sd")
+"""Statistics with an axis in the parallel coordinates."""
+
+OUTCOMES = (*VERDICT_SIGNS, "not judged", "stopped", "unfinished", "failed", "damaged")
+
+DIGITS = 4
+
+WIDTH, HEIGHT, TOP, BOTTOM, MARGIN = 1000, 250, 34, 232, 60
+"""Of the parallel coordinates, in their own units; scales stand between TOP and BOTTOM, the first one at MARGIN."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. `names`: what a filter may call it, the shortest first. `kind`: axis, n or neither."""
+
+    head: str
+    names: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial: the text of each column. `traced`: there are steps to overlay; `paged`: it has a page."""
+
+    trial_id: str
+    cells: tuple[str, ...]
+    outcome: str
+    traced: bool
+    paged: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis of the parallel coordinates at `x`: its stops as (text, place), from the lowest up, and its labels."""
+
+    head: str
+    name: str
+    x: float
+    stops: tuple[tuple[str, float], ...]
+    labels: tuple[tuple[str, float], ...]
+    is_range: bool  # whether a stretch of it is written `a..b`, else as a list of its stops
+
+
+@dataclass(frozen=True)
+class RunsPage:
+    """What the page shows. `lines`: of each row its places (x, y) on the scales where it has a value."""
+
+    study: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    scales: tuple[Scale, ...]
+    lines: tuple[tuple[tuple[float, float], ...], ...]
+
+    @property
+    def examples(self) -> str:
+        """A filter that finds something here."""
+        return " ".join(_examples(self.scales))
+
+
+def page(study: Study, report: Report) -> RunsPage:
+    """The page of a study; its trials by their settings and seed."""
+    trials = [row for cell_id in study.cells.index for row in study.rows_by_cell[cell_id]]
+    axes = list(study.axes)
+    shown = [name for name in STATISTICS if any(row[name] is not None for row in trials)]
+    columns = _columns(study, axes, shown)
+    chosen = {study.worst(), study.typical()}
+    rows = tuple(
+        Row(
+            row["trial_id"],
+            tuple(_cells(row, columns, axes, shown)),
+            outcome(row),
+            bool(row["steps_done"]),
+            row["trial_id"] in report.trials,
+            row["trial_id"] in chosen,
+        )
+        for row in trials
+    )
+    scales, lines = _parallel(trials, study.axes, shown, columns)
+    return RunsPage(words.clean(study.name, 80), columns, rows, scales, lines)
+
+
+def _columns(study: Study, axes: Sequence[str], shown: Sequence[str]) -> tuple[Column, ...]:
+    case = [("run" if study.ingested else "case", ["case"], "axis")] if study.trials["case"].notna().any() else []
+    all_columns = [
+        ("trial", ["trial", "trial_id"], ""),
+        *case,
+        *((words.heading(a), [a.rpartition(".")[2], words.label(a), a], "n axis") for a in axes),
+        ("seed", ["seed"], "n axis"),
+        ("verdict or state", ["verdict", "state"], ""),
+        ("why", ["why", "rule"], ""),
+        ("steps", ["steps", "steps_done"], "n"),
+        *((COLUMNS[name].label, [COLUMNS[name].label, name], "n") for name in shown),
+    ]
+    cleaned = [list(dict.fromkeys(_name(n) for n in names)) for _, names, _ in all_columns]
+    claims = [name for names in cleaned for name in names]
+    return tuple(
+        # a short name that two columns have is none of either; the last one is whole
+        Column(head, tuple(n for n in names if claims.count(n) == 1) or (names[-1],), kind)
+        for (head, _, kind), names in zip(all_columns, cleaned, strict=True)
+    )
+
+
+def _name(text: str) -> str:
+    """A name as a filter writes it: no spaces."""
+    return re.sub(r"[^a-z0-9.]+", "_", words.clean(text, 60).lower()).strip("_")
+
+
+def _cells(
+    row: Mapping[str, Any], columns: Sequence[Column], axes: Sequence[str], shown: Sequence[str]
+) -> Iterator[str]:
+    yield row["trial_id"]
+    if columns[1].names[0] == "case":
+        yield words.clean(row["case"] or words.NOTHING, 60)
+    yield from (words.level(row[a], a) for a in axes)
+    yield words.level(row["seed"])
+    yield outcome(row)
+    yield _why(row)
+    yield str(row["steps_done"])
+    yield from (_text(name, row[name]) for name in shown)
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """The rule of its verdict, or the reason why it has none."""
+    if row["state"] != "done":
+        return words.clean(row["error"] or words.NOTHING, 80)
+    reason = row["verdict_reason"]
+    parts = [
+        words.rule(row["verdict_rule"]),
+        "" if reason is None or row["verdict"] is not None else words.REASONS.get(reason, words.clean(reason, 40)),
+        "sampling noise" if row["sampling_noise"] else "",
+    ]
+    return "; ".join(part for part in parts if part) or words.NOTHING
+
+
+def _text(statistic: str, value: Any) -> str:
+    """A statistic to DIGITS digits: what is shown is what a filter compares."""
+    if isinstance(value, float) and math.isfinite(value):
+        value = float(f"{value:.{DIGITS}g}")
+        if COLUMNS[statistic].unit == "fraction":
+            return f"{words.level(float(f'{100 * value:.{DIGITS}g}'))} %"
+    return words.level(value) if isinstance(value, float) and math.isfinite(value) else words.value(statistic, value)
+
+
+def _parallel(
+    trials: Sequence[Mapping[str, Any]],
+    axes: Mapping[str, Sequence[Level]],
+    shown: Sequence[str],
+    columns: Sequence[Column],
+) -> tuple[tuple[Scale, ...], tuple[tuple[tuple[float, float], ...], ...]]:
+    """The scales (what varies, statistics, verdict), and a line per trial."""
+    outcomes = [outcome(row) for row in trials]
+    drawn = [_Drawn(a, [row[a] for row in trials], [words.level(row[a], a) for row in trials], levels)
+             for a, levels in axes.items()]  # fmt: skip
+    for name in (name for name in _SCALES if name in shown):
+        drawn.append(_Drawn(name, [row[name] for row in trials], [_text(name, row[name]) for row in trials], None))
+    drawn.append(_Drawn("verdict", outcomes, outcomes, [o for o in OUTCOMES if o in outcomes]))
+    gap = (WIDTH - 2 * MARGIN) / max(1, len(drawn) - 1)
+    scales = []
+    lines: list[list[tuple[float, float]]] = [[] for _ in trials]
+    for i, one in enumerate(drawn):
+        x, places = round(MARGIN + gap * i, 1), one.places
+        for line, y in zip(lines, places, strict=True):
+            line += [] if y is None else [(x, y)]
+        by_text = {text: y for text, y in zip(one.texts, places, strict=True) if y is not None}
+        stops = tuple(sorted(by_text.items(), key=lambda stop: -stop[1]))
+        column = next(c for c in columns if _name(one.name) in c.names)
+        scales.append(Scale(column.head.partition(" or ")[0], column.names[0], x, stops, _labels(stops), one.is_range))
+    return tuple(scales), tuple(map(tuple, lines))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a scale shows of every trial. `levels`: all that it can be, None for a number of any size."""
+
+    name: str
+    values: Sequence[Any]
+    texts: Sequence[str]
+    levels: Sequence[Level] | None
+
+    @property
+    def places(self) -> list[float | None]:
+        at = _places(self.values, self.levels)
+        return [at.get(value) for value in self.values]
+
+    @property
+    def is_range(self) -> bool:
+        return self.levels is None or (all(map(_is_number, self.levels)) and len(self.levels) > 2)
+
+
+def _places(values: Sequence[Any], order: Sequence[Any] | None) -> dict[Any, float]:
+    """Where each value stands: numbers by their size, or its logarithm where they span decades; others evenly.
+
+    Null and what is not finite of a statistic have no place; of a setting null is its last level.
+    """
+    numbers = sorted({v for v in values if _is_number(v)})
+    if order is not None and not (len(numbers) == len(order) > 1):
+        gap = (BOTTOM - TOP) / max(1, len(order) - 1)
+        return {level: round(BOTTOM - gap * i, 1) for i, level in enumerate(order)}
+    if not numbers:
+        return {}
+    low, high = numbers[0], numbers[-1]
+    scale = math.log if low > 0 and high / low >= 20 else float
+    span = (scale(high) - scale(low)) or 1.0
+    return {v: round(BOTTOM - (BOTTOM - TOP) * (scale(v) - scale(low)) / span, 1) for v in numbers}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _labels(stops: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """The stops that are written, the ends among them: no two closer than a line of text."""
+    kept: list[tuple[str, float]] = []
+    for text, y in [*stops[:1], *stops[-1:], *stops[1:-1]]:
+        if all(abs(y - other) >= 15 for _, other in kept) and len(kept) < 8:
+            kept.append((text, y))
+    return tuple(kept)
+
+
+def _examples(scales: Sequence[Scale]) -> Iterator[str]:
+    for scale in scales[:2]:
+        if len(scale.stops) > 1:
+            text, _ = scale.stops[0]
+            yield f"{scale.name}>{text}" if scale.is_range else f"{scale.name}={text}"
+    yield f"verdict={scales[-1].stops[-1][0]}" if scales and scales[-1].stops else "verdict=rough"
