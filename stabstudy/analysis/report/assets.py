@@ -32,16 +32,16 @@ MOST_POINTS = 2_000
 """Steps of a trace up to which its script has all; of a longer one it has half as many, see `thinned`."""
 
 CURVES = {
-    "grad_norm": "gradient norm before clipping",
+    "grad_norm": "gradient norm",
     "loss": "training loss",
-    "attn_logit_max": "attention logit, largest",
+    "attn_logit_max": "largest attention logit",
     "val_loss": "validation loss",
     "clip_scale": "factor of clipping",
-    "logit_absmax": "output logit, largest",
-    "attn_entropy": "attention entropy, smallest",
+    "logit_absmax": "largest output logit",
+    "attn_entropy": "smallest attention entropy",
     "update_rms": "update RMS",
-    "adam_rms_max": "Adam RMS, largest",
-    "resid_rms": "residual RMS, largest",
+    "adam_rms_max": "largest Adam RMS",
+    "resid_rms": "largest residual RMS",
     "param_norm": "norm of the weights",
     "noise_scale": "noise scale (tokens)",
     "kl": "KL",

@@ -49,7 +49,8 @@ def html_runs(page: RunsPage) -> str:
         sections=[],
         run_rows=_run_rows,
         path=_path,
-        curves=json.dumps({"labels": CURVES, "log": LOGARITHMIC}),
+        curves=json.dumps({name: [label, name in LOGARITHMIC] for name, label in CURVES.items()}),
+        more=list(CURVES.items())[3:],
         size=(runs_page.WIDTH, runs_page.HEIGHT),
         top=runs_page.TOP,
         bottom=runs_page.BOTTOM,
@@ -58,15 +59,14 @@ def html_runs(page: RunsPage) -> str:
 
 def _run_rows(page: RunsPage) -> Markup:
     """The body of the table of all runs."""
-    starts = [Markup('<td class="n">') if "n" in column.kind.split() else Markup("<td>") for column in page.columns]
+    starts = [Markup('<td class="n">') if column.kind else Markup("<td>") for column in page.columns]
     return Markup("\n").join(_run_row(row, starts) for row in page.rows)
 
 
 def _run_row(row: Row, starts: Sequence[Markup]) -> Markup:
-    head = Markup("<tr{}{}>").format(
-        Markup(' data-trial="{}"').format(row.trial_id) if row.traced else "",
-        Markup(" data-chosen") if row.chosen else "",
-    )
+    trace = Markup(' data-trial="{}" data-words="{}"').format(row.trial_id, row.words) if row.traced else ""
+    trace = Markup(' data-trial="{}" data-words="{}"').format(row.trial_id, row.words) if row.traced else ""
+    head = Markup("<tr{}{}>").format(trace, Markup(" data-chosen") if row.chosen else "")
     cells = [_link(row.trial_id, TRIALS) if row.paged else escape(row.trial_id), *map(escape, row.cells[1:])]
     body = Markup("").join(start + cell + Markup("</td>") for start, cell in zip(starts, cells, strict=True))
     return head + body + Markup("</tr>")

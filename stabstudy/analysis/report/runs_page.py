@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.analysis import words
+from stabstudy.analysis import overview, words
 from stabstudy.analysis.elements import Report
 from stabstudy.analysis.figures.style import VERDICT_SIGNS
 from stabstudy.analysis.levels import Level
@@ -38,7 +39,7 @@ WIDTH, HEIGHT, TOP, BOTTOM, MARGIN = 1000, 250, 34, 232, 60
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. `names`: what a filter may call it, the shortest first. `kind`: axis, n or neither."""
+    """A column of the table. `names`: what a filter may call it, the shortest first. `kind`: n of numbers."""
 
     head: str
     names: tuple[str, ...]
@@ -47,9 +48,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A trial: the text of each column. `traced`: there are steps to overlay; `paged`: it has a page."""
+    """A trial, in `words` too: the text of each column. `traced`: it has steps to overlay; `paged`: it has a page."""
 
     trial_id: str
+    words: str
     cells: tuple[str, ...]
     outcome: str
     traced: bool
@@ -88,43 +90,63 @@ class RunsPage:
 def page(study: Study, report: Report) -> RunsPage:
     """The page of a study; its trials by their settings and seed."""
     trials = [row for cell_id in study.cells.index for row in study.rows_by_cell[cell_id]]
-    axes = list(study.axes)
-    shown = [name for name in STATISTICS if any(row[name] is not None for row in trials)]
-    columns = _columns(study, axes, shown)
+    fields = [field for field in _fields(study, trials) if field.head != "why" or any(map(_has_reason, trials))]
+    columns = _columns(fields)
     chosen = {study.worst(), study.typical()}
     rows = tuple(
         Row(
             row["trial_id"],
-            tuple(_cells(row, columns, axes, shown)),
+            overview.trial(row, list(study.axes)),
+            tuple(field.text(row) for field in fields),
             outcome(row),
-            bool(row["steps_done"]),
-            row["trial_id"] in report.trials,
-            row["trial_id"] in chosen,
+            traced=bool(row["steps_done"]),
+            paged=row["trial_id"] in report.trials,
+            chosen=row["trial_id"] in chosen,
         )
         for row in trials
     )
-    scales, lines = _parallel(trials, study.axes, shown, columns)
+    scales, lines = _parallel(trials, study.axes, columns)
     return RunsPage(words.clean(study.name, 80), columns, rows, scales, lines)
 
 
-def _columns(study: Study, axes: Sequence[str], shown: Sequence[str]) -> tuple[Column, ...]:
-    case = [("run" if study.ingested else "case", ["case"], "axis")] if study.trials["case"].notna().any() else []
-    all_columns = [
-        ("trial", ["trial", "trial_id"], ""),
-        *case,
-        *((words.heading(a), [a.rpartition(".")[2], words.label(a), a], "n axis") for a in axes),
-        ("seed", ["seed"], "n axis"),
-        ("verdict or state", ["verdict", "state"], ""),
-        ("why", ["why", "rule"], ""),
-        ("steps", ["steps", "steps_done"], "n"),
-        *((COLUMNS[name].label, [COLUMNS[name].label, name], "n") for name in shown),
-    ]
-    cleaned = [list(dict.fromkeys(_name(n) for n in names)) for _, names, _ in all_columns]
-    claims = [name for names in cleaned for name in names]
+@dataclass(frozen=True)
+class _Field:
+    """A column before its names are cleared of those that another one has, and its text of a trial."""
+
+    head: str
+    names: tuple[str, ...]
+    text: Callable[[Mapping[str, Any]], str]
+    kind: str = "n"
+
+
+def _fields(study: Study, trials: Sequence[Mapping[str, Any]]) -> Iterator[_Field]:
+    yield _Field("trial", ("trial", "trial_id"), lambda row: str(row["trial_id"]), "")
+    if any(row["case"] for row in trials):
+        head = "run" if study.ingested else "case"
+        yield _Field(head, ("case", "run"), lambda row: words.clean(row["case"] or words.NOTHING, 60), "")
+    for axis in study.axes:
+        yield _Field(
+            words.clean(words.heading(axis), 60),
+            (axis.rpartition(".")[2], words.label(axis), axis),
+            functools.partial(_level, axis),
+        )
+    yield _Field("seed", ("seed",), lambda row: words.level(row["seed"]))
+    yield _Field("verdict", ("verdict", "state"), outcome, "")
+    yield _Field("why", ("why", "rule"), _why, "")
+    yield _Field("steps", ("steps", "steps_done"), lambda row: str(row["steps_done"]))
+    for name in STATISTICS:
+        if any(row[name] is not None for row in trials):
+            label = COLUMNS[name].label
+            yield _Field(label, (label, name), functools.partial(_statistic, name))
+
+
+def _columns(fields: Sequence[_Field]) -> tuple[Column, ...]:
+    """A short name that two columns have is that of neither; the last one is whole."""
+    names = [list(dict.fromkeys(map(_name, field.names))) for field in fields]
+    claims = [name for own in names for name in own]
     return tuple(
-        # a short name that two columns have is none of either; the last one is whole
-        Column(head, tuple(n for n in names if claims.count(n) == 1) or (names[-1],), kind)
-        for (head, _, kind), names in zip(all_columns, cleaned, strict=True)
+        Column(field.head, tuple(n for n in own if claims.count(n) == 1) or (own[-1],), field.kind)
+        for field, own in zip(fields, names, strict=True)
     )
 
 
@@ -133,18 +155,22 @@ def _name(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "_", words.clean(text, 60).lower()).strip("_")
 
 
-def _cells(
-    row: Mapping[str, Any], columns: Sequence[Column], axes: Sequence[str], shown: Sequence[str]
-) -> Iterator[str]:
-    yield row["trial_id"]
-    if columns[1].names[0] == "case":
-        yield words.clean(row["case"] or words.NOTHING, 60)
-    yield from (words.level(row[a], a) for a in axes)
-    yield words.level(row["seed"])
-    yield outcome(row)
-    yield _why(row)
-    yield str(row["steps_done"])
-    yield from (_text(name, row[name]) for name in shown)
+def _level(axis: str, row: Mapping[str, Any]) -> str:
+    return words.level(row[axis], axis)
+
+
+def _statistic(name: str, row: Mapping[str, Any]) -> str:
+    """A statistic to DIGITS digits: what is shown is what a filter compares."""
+    value = row[name]
+    if not isinstance(value, float) or not math.isfinite(value):
+        return words.value(name, value)
+    if COLUMNS[name].unit == "fraction":
+        return f"{words.level(float(f'{100 * value:.{DIGITS}g}'))} %"
+    return words.level(float(f"{value:.{DIGITS}g}"))
+
+
+def _has_reason(row: Mapping[str, Any]) -> bool:
+    return _why(row) != words.NOTHING
 
 
 def _why(row: Mapping[str, Any]) -> str:
@@ -160,27 +186,17 @@ def _why(row: Mapping[str, Any]) -> str:
     return "; ".join(part for part in parts if part) or words.NOTHING
 
 
-def _text(statistic: str, value: Any) -> str:
-    """A statistic to DIGITS digits: what is shown is what a filter compares."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = float(f"{value:.{DIGITS}g}")
-        if COLUMNS[statistic].unit == "fraction":
-            return f"{words.level(float(f'{100 * value:.{DIGITS}g}'))} %"
-    return words.level(value) if isinstance(value, float) and math.isfinite(value) else words.value(statistic, value)
-
-
 def _parallel(
-    trials: Sequence[Mapping[str, Any]],
-    axes: Mapping[str, Sequence[Level]],
-    shown: Sequence[str],
-    columns: Sequence[Column],
+    trials: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Level]], columns: Sequence[Column]
 ) -> tuple[tuple[Scale, ...], tuple[tuple[tuple[float, float], ...], ...]]:
     """The scales (what varies, statistics, verdict), and a line per trial."""
+    drawn = [
+        _Drawn(a, [row[a] for row in trials], [_level(a, row) for row in trials], levels) for a, levels in axes.items()
+    ]
+    for name in _SCALES:
+        if any(row[name] is not None for row in trials):
+            drawn.append(_Drawn(name, [row[name] for row in trials], [_statistic(name, row) for row in trials], None))
     outcomes = [outcome(row) for row in trials]
-    drawn = [_Drawn(a, [row[a] for row in trials], [words.level(row[a], a) for row in trials], levels)
-             for a, levels in axes.items()]  # fmt: skip
-    for name in (name for name in _SCALES if name in shown):
-        drawn.append(_Drawn(name, [row[name] for row in trials], [_text(name, row[name]) for row in trials], None))
     drawn.append(_Drawn("verdict", outcomes, outcomes, [o for o in OUTCOMES if o in outcomes]))
     gap = (WIDTH - 2 * MARGIN) / max(1, len(drawn) - 1)
     scales = []
@@ -192,7 +208,7 @@ def _parallel(
         by_text = {text: y for text, y in zip(one.texts, places, strict=True) if y is not None}
         stops = tuple(sorted(by_text.items(), key=lambda stop: -stop[1]))
         column = next(c for c in columns if _name(one.name) in c.names)
-        scales.append(Scale(column.head.partition(" or ")[0], column.names[0], x, stops, _labels(stops), one.is_range))
+        scales.append(Scale(column.head, column.names[0], x, stops, _labels(stops), one.is_range))
     return tuple(scales), tuple(map(tuple, lines))
 
 

@@ -35,7 +35,7 @@
     if (!all.length) return false;
     const image = figure.querySelector("img");
     const region = figure.querySelector(".scroll");
-    const folder = figure.dataset.trials;
+    const { trials: folder, runs } = figure.dataset;
     let chosen = null; // [series, mark]
 
     const place = (series, i) => {
@@ -47,8 +47,9 @@
       show(...place(all[s], i), said(all[s], i));
     };
     const follow = () => {
-      const trial = chosen && all[chosen[0]].trials && all[chosen[0]].trials[chosen[1]];
+      const [trial, filter] = ["trials", "filter"].map((name) => chosen && all[chosen[0]][name]?.[chosen[1]]);
       if (trial && folder !== undefined) location.href = `${folder}${trial}.html`;
+      else if (filter && runs) location.href = `${runs}#${new URLSearchParams({ filter })}`;
     };
     const nearest = (event) => {
       let best = [REACH, -1, -1];

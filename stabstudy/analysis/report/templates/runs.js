@@ -1,185 +1,149 @@
 // All runs: chosen ones overlaid, parallel coordinates that filter the table, and the view in the address.
 "use strict";
 {
-  const MOST = 24; // traces in one overlay
-  const table = document.getElementById("all");
+  const MOST = 24; // runs in one overlay
+  const byId = (id) => document.getElementById(id);
+  const [table, also, place, legend, note] = ["all", "also", "curves", "legend", "note"].map(byId);
   const rows = [...table.tBodies[0].rows];
-  const axes = [...table.tHead.rows[0].cells].map((head, i) => [i, head]).filter(([, head]) => head.matches(".axis"));
-  const name = (row) => axes.map(([i, head]) => `${head.textContent} ${row.cells[i].textContent}`).join(", ");
-  const { labels, log } = JSON.parse(table.dataset.curves);
-  const view = { range: null, hidden: new Set(), drawn: 0 };
-
-  // Chosen runs
+  const labels = JSON.parse(table.dataset.curves); // curve -> [label, whether on a log scale]
+  const filter = document.querySelector(".filter input");
+  const view = { range: undefined, hidden: new Set(), turn: 0 };
 
   const boxes = rows.filter((row) => row.dataset.trial).map((row) => {
     const box = make("input", { type: "checkbox", defaultChecked: "chosen" in row.dataset, value: row.dataset.trial });
-    box.setAttribute("aria-label", `Overlay ${box.value}`);
+    box.setAttribute("aria-label", `Overlay ${box.value}: ${row.dataset.words}`);
     row.cells[0].prepend(box, " ");
-    box.row = row;
     return box;
   });
   const chosen = () => boxes.filter((box) => box.checked);
+  const rowOf = (box) => box.closest("tr");
   const choose = (wanted) => { for (const box of boxes) box.checked = wanted(box); changed(); };
-  const button = (words, act) => make("button", { type: "button", onclick: act }, words);
-  const also = make("select", {}, ...Object.entries(labels).slice(3).map(([key, label]) => new Option(label, key)));
-  also.prepend(new Option("nothing more", "", true, true));
-  const place = make("div", { className: "chart" });
-  const legend = make("table", { className: "legend" });
-  const note = make("p", { className: "hint" });
-  document.getElementById("overlay").append(
-    make("div", { className: "explore" }, make("label", {}, "Also show ", also),
-      button("Choose the runs shown", () => choose((box) => !box.row.hidden)), button("Choose none", () => choose(() => false))),
-    place, legend, note);
-  also.addEventListener("change", () => changed());
-  table.addEventListener("change", () => changed());
 
-  // The overlay
+  // The overlay, and its legend: a row per run, to hide it, with its values at the cursor
 
   async function overlay() {
-    const turn = view.drawn += 1, some = chosen().slice(0, MOST);
-    const left = chosen().length - some.length;
-    note.textContent = !some.length ? "Tick runs in the table below to lay their curves over each other."
-      : "Drag over the curves to zoom, double-click for every step; arrow keys move the cursor, + and - zoom."
-        + (left ? ` ${left} more chosen runs are not drawn.` : "");
+    const turn = view.turn += 1, some = chosen().slice(0, MOST), left = chosen().length - some.length;
+    note.textContent = some.length ? left && `${left} more chosen runs are not drawn.` || "" : "Tick runs in the table.";
     place.hidden = legend.hidden = !some.length;
-    if (!some.length) return;
     try {
-      const traces = await Promise.all(some.map((box) => charts.trace(box.value)));
-      const keys = [...Object.keys(labels).slice(0, 3), also.value].filter((key) => traces.some((trace) => key in trace));
-      const panels = keys.map((key, panel) => ({ label: labels[key], log: log.includes(key), height: panel ? 150 : 210,
-        traces: traces.flatMap((trace, i) => (key in trace ? [{ ...trace[key], meta: [i, panel], name: some[i].value,
+      const curves = await Promise.all(some.map((box) => charts.trace(box.value)));
+      const names = [...Object.keys(labels).slice(0, 3), also.value].filter((name) => curves.some((of) => of[name]));
+      const panels = names.map((name, panel) => ({ label: labels[name][0], log: labels[name][1], traces:
+        curves.flatMap((of, i) => (of[name] ? [{ ...of[name], meta: [i, panel], name: some[i].value,
           visible: !view.hidden.has(some[i].value), line: { ...charts.style(i), width: 1.4 } }] : [])) }));
-      if (turn !== view.drawn) return;
-      const cursor = entries(some, keys);
-      await charts.draw(place, panels, { range: view.range || undefined, cursor, changed: (range) => { view.range = range; save(); } });
+      if (turn !== view.turn || !panels.length) return;
+      await charts.draw(place, panels, { range: view.range, cursor: entries(some, names.map((name) => labels[name][0])),
+        changed: (range) => { view.range = range || undefined; save(); } });
     } catch (error) { note.textContent = error.message; place.hidden = legend.hidden = true; }
   }
 
-  // The legend: a row per run, to hide or open it, with its values at the cursor. Returns what moves them.
-  function entries(some, keys) {
-    const cells = some.map((box, i) => {
-      const { color, dash } = charts.style(i);
-      const hide = button("", () => { view.hidden[view.hidden.has(box.value) ? "delete" : "add"](box.value); overlay(); });
-      hide.append(make("span", { className: `swatch ${dash}` }), ` ${name(box.row)}`);
-      hide.firstChild.style.borderTopColor = color;
-      hide.setAttribute("aria-pressed", !view.hidden.has(box.value));
-      return [make("th", { scope: "row" }, hide), ...keys.map(() => make("td", { className: "n" })),
-        make("td", {}, box.row.cells[0].lastElementChild.cloneNode(true))];
+  function entries(some, heads) {
+    const cell = (tag, text) => make(tag, { className: "n" }, text);
+    const lines = some.map((box, i) => {
+      const { color, dash } = charts.style(i), hidden = view.hidden.has(box.value);
+      const swatch = make("span", { className: `swatch ${dash}` });
+      swatch.style.borderTopColor = color;
+      const hide = make("button", { type: "button" }, swatch, ` ${rowOf(box).dataset.words}`);
+      hide.setAttribute("aria-pressed", !hidden);
+      hide.onclick = () => { view.hidden[hidden ? "delete" : "add"](box.value); overlay(); };
+      const link = rowOf(box).cells[0].lastElementChild.cloneNode(true);
+      return make("tr", {}, make("th", { scope: "row" }, hide), make("td", {}, link), ...heads.map(() => cell("td", "")));
     });
-    const at = make("th", { scope: "col" }, "click hides");
-    const heads = [at, ...keys.map((key) => make("th", { scope: "col", className: "n" }, labels[key])), make("th", { scope: "col" }, "page")];
-    legend.replaceChildren(make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...cells.map((row) => make("tr", {}, ...row))));
+    legend.tHead.rows[0].replaceChildren(cell("th", ""), cell("th", ""), ...heads.map((head) => cell("th", head)));
+    legend.tBodies[0].replaceChildren(...lines);
     return (step, points) => {
-      at.textContent = step === null ? "click hides" : `step ${step}`;
-      for (const row of cells) for (const cell of row.slice(1, -1)) cell.textContent = "";
-      for (const { data, y } of points) cells[data.meta[0]][data.meta[1] + 1].textContent = Number(y.toPrecision(4));
+      legend.caption.textContent = step === null ? "Drawn" : `Drawn, with values at step ${step}`;
+      for (const line of lines) for (let i = 2; i < line.cells.length; i += 1) line.cells[i].textContent = "";
+      for (const { data: { meta: [i, panel] }, y } of points) lines[i].cells[panel + 2].textContent = +y.toPrecision(4);
     };
   }
 
-  // Parallel coordinates: what is brushed is written into the filter, and the filter is drawn on the scales.
+  // Parallel coordinates: what is chosen on a scale is written into the filter, and the filter is drawn on the scales
 
-  const picture = document.getElementById("parallel");
-  const lines = [...picture.querySelectorAll("path")].map((path) => (
-    { path, row: rows[path.dataset.row], points: [...path.getAttribute("d").matchAll(/([\d.]+) ([\d.]+)/g)].map((p) => [+p[1], +p[2]]) }));
+  const picture = byId("parallel");
   const scales = [...picture.querySelectorAll(".scale")].map((scale) => (
-    { scale, stops: JSON.parse(scale.dataset.stops), column: table.columns.get(scale.dataset.name), brush: scale.querySelector(".brush") }));
+    { scale, stops: JSON.parse(scale.dataset.stops), column: table.names.get(scale.dataset.name) }));
 
-  const tests = (column) => table.asked.tests.filter((test) => test.column === column);
-  const value = (text) => (typeof key(text) === "number" ? key(text) / (text.endsWith("%") ? 100 : 1) : null);
-  const within = ({ stops, column }) => stops.filter(([text]) => tests(column).every(({ holds }) => holds(text, value(text))));
+  // The stops that the filter leaves, by number; none where it does not ask for this scale.
+  function inside({ stops, column }) {
+    const tests = table.asked.filter((term) => term.column === column).map(({ test }) => test);
+    const numbers = tests.length ? [...stops.keys()] : [];
+    return numbers.filter((i) => tests.every((test) => test(stops[i][0].toLowerCase())));
+  }
 
-  function brush({ scale, stops, column }, from, to) {
-    const texts = stops.slice(Math.max(0, from), to + 1).map(([text]) => text);
-    const { name: called, range } = scale.dataset;
-    const asked = range && texts.length > 1 ? `${texts[0]}..${texts.at(-1)}` : texts.map((t) => (t.includes(" ") ? `"${t}"` : t)).join(",");
-    const others = table.asked.tests.filter((test) => test.column !== column).map(({ token }) => token);
-    table.ask([...table.asked.words, ...others, ...(texts.length ? [`${called}=${asked}`] : [])].join(" "));
+  // Only the stops [from, to] of a scale; none of them: all.
+  function ask(one, from, to) {
+    const texts = one.stops.slice(from, to + 1).map(([text]) => (text.includes(" ") ? `"${text}"` : text));
+    const { name, range } = one.scale.dataset;
+    const operand = range && texts.length > 1 ? `${texts[0]}..${texts.at(-1)}` : texts.join(",");
+    const others = table.asked.filter(({ column }) => column !== one.column).map(({ token }) => token);
+    table.ask([...others, ...(texts.length ? [`${name}=${operand}`] : [])].join(" "));
+    save();
+  }
+
+  function cover({ scale }, high, low) {
+    const brush = scale.querySelector(".brush");
+    brush.setAttribute("y", Math.min(high, low) - 5);
+    brush.setAttribute("height", Math.abs(low - high) + 10);
   }
 
   for (const one of scales) {
-    const { scale, stops } = one;
-    const up = (event) => { // the place in the picture's own units
-      const { top, height } = picture.getBoundingClientRect();
-      return (event.clientY - top) * picture.viewBox.baseVal.height / height;
-    };
+    const { scale, stops } = one, last = stops.length - 1;
+    const height = ({ offsetY }) => offsetY * picture.viewBox.baseVal.height / picture.clientHeight;
     let start = null;
-    scale.addEventListener("pointerdown", (event) => { start = up(event); scale.setPointerCapture(event.pointerId); });
-    scale.addEventListener("pointermove", (event) => { if (start !== null) cover(one, start, up(event)); });
+    scale.addEventListener("pointerdown", (event) => { start = height(event); scale.setPointerCapture(event.pointerId); });
+    scale.addEventListener("pointermove", (event) => { if (start !== null) cover(one, start, height(event)); });
     scale.addEventListener("pointerup", (event) => {
-      const [high, low] = [start, up(event)].sort((a, b) => a - b);
+      const [high, low] = [start, height(event)].sort((a, b) => a - b);
       start = null;
-      const kept = stops.map(([, y], i) => [y, i]).filter(([y]) => y >= high - 3 && y <= low + 3).map(([, i]) => i);
-      brush(one, ...(kept.length ? [kept[0], kept.at(-1)] : [0, -1]));
+      ask(one, stops.findIndex(([, y]) => y <= low + 3), stops.findLastIndex(([, y]) => y >= high - 3));
     });
     scale.addEventListener("keydown", (event) => {
-      const now = tests(one.column).length ? within(one).map((stop) => stops.indexOf(stop)) : [];
-      const by = { ArrowUp: 1, ArrowDown: -1 }[event.key] * Math.ceil(stops.length / 20);
-      const clip = (i) => Math.max(0, Math.min(stops.length - 1, i));
-      if (event.key === "Escape") brush(one, 0, -1);
-      else if (!by) return;
-      else if (!now.length) brush(one, ...(by > 0 ? [0, 0] : [stops.length - 1, stops.length - 1]));
-      else brush(one, event.shiftKey && by > 0 ? now[0] : clip(now[0] + by), event.shiftKey && by < 0 ? now.at(-1) : clip(now.at(-1) + by));
+      const by = { ArrowUp: 1, ArrowDown: -1, Escape: 0 }[event.key] * Math.ceil(stops.length / 20);
+      if (Number.isNaN(by)) return;
+      const now = inside(one), move = (i) => Math.max(0, Math.min(last, i + by));
+      const [from, to] = now.length ? [now[0], now.at(-1)] : by > 0 ? [-by, -by] : [last - by, last - by];
       event.preventDefault();
+      if (!by) ask(one, 0, -1);
+      else ask(one, event.shiftKey && by > 0 ? from : move(from), event.shiftKey && by < 0 ? to : move(to));
     });
   }
 
-  function cover({ brush: box }, a, b) {
-    box.setAttribute("y", Math.min(a, b) - 5);
-    box.setAttribute("height", Math.abs(b - a) + 10);
-  }
-
-  function marked() {
-    for (const { path, row } of lines) path.classList.toggle("off", row.hidden);
+  table.addEventListener("filtered", () => {
+    for (const line of picture.querySelectorAll("[data-row]")) line.classList.toggle("off", rows[line.dataset.row].hidden);
     for (const one of scales) {
-      const inside = within(one), all = !tests(one.column).length || !inside.length;
-      cover(one, ...(all ? [-100, -100] : [inside[0][1], inside.at(-1)[1]]));
-      one.scale.setAttribute("aria-valuetext", all ? "all" : `${inside[0][0]} to ${inside.at(-1)[0]}`);
-      one.scale.setAttribute("aria-valuenow", all ? 0 : one.stops.indexOf(inside[0]));
+      const now = inside(one), ends = [now[0], now.at(-1)].map((i) => one.stops[i]);
+      cover(one, ...(now.length ? ends.map(([, y]) => y) : [-99, -99]));
+      one.scale.setAttribute("aria-valuetext", now.length ? ends.map(([text]) => text).join(" to ") : "all");
+      one.scale.setAttribute("aria-valuenow", now[0] ?? 0);
     }
-  }
-
-  const told = document.getElementById("line");
-  picture.addEventListener("pointermove", (event) => {
-    const { left, top, width, height } = picture.getBoundingClientRect(), box = picture.viewBox.baseVal;
-    const [x, y] = [(event.clientX - left) * box.width / width, (event.clientY - top) * box.height / height];
-    const far = ({ points, row }) => {
-      const i = points.findIndex(([at]) => at > x);
-      if (i < 1 || row.hidden) return Infinity;
-      const [[x0, y0], [x1, y1]] = [points[i - 1], points[i]];
-      return Math.abs(y0 + (y1 - y0) * (x - x0) / (x1 - x0) - y);
-    };
-    const near = lines.map((line) => [far(line), line]).sort((a, b) => a[0] - b[0])[0];
-    for (const { path } of lines) path.classList.toggle("near", near[0] < 12 && path === near[1].path);
-    view.near = near[0] < 12 ? near[1].row : null;
-    told.textContent = view.near ? [...view.near.cells].map((cell) => cell.textContent.trim()).slice(0, 8).join(" · ") : "";
   });
-  picture.addEventListener("click", () => {
-    const box = boxes.find((one) => one.row === view.near);
-    if (box) { box.checked = !box.checked; changed(); }
-  });
+  picture.addEventListener("click", ({ target }) => rows[target.closest("[data-row]")?.dataset.row]?.querySelector("input")?.click());
 
   // The address
 
   function save() {
-    const parts = { filter: table.filter.value.trim(), trials: chosen().map((box) => box.value).join(","), also: also.value,
-      steps: view.range ? view.range.map(Math.round).join("-") : "" };
+    const parts = { filter: filter.value.trim(), trials: chosen().map((box) => box.value).join(), also: also.value,
+      steps: (view.range || []).map(Math.round).join("-") };
     const kept = Object.entries(parts).filter(([part, text]) => text || part === "trials");
     history.replaceState(null, "", `#${new URLSearchParams(kept)}`);
   }
 
   function restore() {
-    const asked = new URLSearchParams(location.hash.slice(1));
-    const ids = asked.has("trials") ? asked.get("trials").split(",") : null;
+    const parts = new URLSearchParams(location.hash.slice(1)), ids = parts.get("trials")?.split(",");
     for (const box of boxes) box.checked = ids ? ids.includes(box.value) : box.defaultChecked;
-    also.value = asked.get("also") || "";
-    view.range = asked.has("steps") ? asked.get("steps").split("-").map(Number) : null;
-    table.ask(asked.get("filter") || "");
+    also.value = parts.get("also") || "";
+    view.range = parts.get("steps")?.split("-").map(Number);
+    table.ask(parts.get("filter") || "");
     overlay();
   }
 
   const changed = () => { save(); overlay(); };
-  table.addEventListener("filtered", () => { marked(); });
-  table.filter.addEventListener("input", save);
+  byId("overlay").hidden = false;
+  byId("choose").onclick = () => choose((box) => !rowOf(box).hidden);
+  byId("clear").onclick = () => choose(() => false);
+  for (const element of [table, also]) element.addEventListener("change", changed);
+  filter.addEventListener("input", save);
   addEventListener("hashchange", restore);
   restore();
 }

@@ -12,7 +12,7 @@ const make = (tag, properties, ...children) => {
 // "over 12" is 12, "2.35 ± 0.1" is 2.35; a dash is nothing; all else is text.
 function key(text) {
   if (text === "–" || text === "") return null;
-  const number = /^(?:over )?(-?(?:∞|\d[\d.]*(?:e-?\d+)?))(?![\w])/.exec(text);
+  const number = /^(?:over )?(-?(?:∞|\d*\.?\d+(?:e[+-]?\d+)?))(?![\w])/.exec(text);
   return number ? Number(number[1].replace("∞", "Infinity")) : text;
 }
 
@@ -56,65 +56,67 @@ function distance(a, b) {
 }
 
 const plain = (name) => name.toLowerCase().replace(/[^a-z0-9.]+/g, "_").replace(/^_|_$/g, "");
-const amount = (text) => (text.trim() === "" ? NaN : Number(text.replace(/%$/, ""))) / (text.endsWith("%") ? 100 : 1);
 const ORDER = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b };
 
-// Whether a cell's text fulfils `= a`, `= a,b` (either), `= a..b` (from, to), `!=`, `<` and so on.
+// The number that a text starts with, "3 %" as 0.03; null where it is none.
+function amount(text) {
+  const value = key(text);
+  return typeof value !== "number" ? null : text.endsWith("%") ? value / 100 : value;
+}
+
+// Whether a text fulfils `=a`, `=a,b` (either), `=a..b` (from, to; an end may be left out), `!=a`, `<a` and so on.
 function condition(operator, operand) {
-  if (operator in ORDER) {
-    if (Number.isNaN(amount(operand))) throw new Error(`${operand} is no number`);
-    return (text, value) => value !== null && ORDER[operator](value, amount(operand));
-  }
+  const wanted = amount(operand);
+  if (ORDER[operator] && wanted === null) throw new Error(`${operand} is no number`);
+  if (ORDER[operator]) return (text) => amount(text) !== null && ORDER[operator](amount(text), wanted);
   const either = operand.split(",").map((part) => {
     const [low, high] = part.split("..").map(amount);
-    if (part.includes("..")) return (text, value) => value !== null && !(value < low) && !(value > high);
-    return (text, value) => (value === null || Number.isNaN(low) ? text === part : value === low);
+    const within = (value) => value !== null && value >= (low ?? -Infinity) && value <= (high ?? Infinity);
+    if (part.includes("..")) return within;
+    return (value, text) => (value === null || low === null ? text === part : value === low);
   });
-  return (text, value) => either.some((holds) => holds(text, value)) === (operator === "=");
+  return (text) => either.some((holds) => holds(amount(text), text)) === (operator === "=");
 }
 
-// What a filter asks: `tests` of columns, `words` that a row must hold, `problems` of what is misspelt.
-function parsed(text, names) {
-  const asked = { tests: [], words: [], problems: [] };
-  for (const token of text.toLowerCase().match(/(?:[^\s"]+|"[^"]*"?)+/g) || []) {
-    const [, name, operator, operand] = /^([^=!<>]+)(!=|<=|>=|=|<|>)(.*)$/.exec(token.replaceAll('"', "")) || [];
-    if (!name) asked.words.push(token.replaceAll('"', ""));
-    else if (!names.has(plain(name))) {
-      const near = [...names.keys()].sort((a, b) => distance(plain(name), a) - distance(plain(name), b)).slice(0, 3);
-      asked.problems.push(`No column is called ${name}: ${near.join(", ")}?`);
-    } else if (operand) { // else it is still being typed
-      try {
-        asked.tests.push({ column: names.get(plain(name)), token, holds: condition(operator, operand) });
-      } catch (error) { asked.problems.push(`${token}: ${error.message}.`); }
-    }
+// One part of a filter: a word, which is in the row, or what a column fulfils. Throws where the column is misspelt.
+function term(token, names) {
+  const bare = token.replaceAll('"', "");
+  const [, called, operator, operand] = /^([^=!<>]+)(!=|<=|>=|=|<|>)(.*)$/.exec(bare) || [];
+  if (!called) return { token, holds: (cells) => cells.some((cell) => cell.includes(bare)) };
+  const name = plain(called), column = names.get(name), near = (other) => distance(name, other);
+  if (column === undefined) {
+    const nearest = [...names.keys()].sort((a, b) => near(a) - near(b)).slice(0, 3);
+    throw new Error(`no column is called ${called}; the nearest are ${nearest.join(", ")}`);
   }
-  return asked;
+  const test = operand ? condition(operator, operand) : () => true; // it is still being typed
+  return { token, column, test, holds: (cells) => test(cells[column]) };
 }
 
-// A table with a filter is told `filtered` of every change; what it asks is in table.asked.
+// Puts a filter before the table, or before the element that it names. table.ask(text) filters, and is told as an
+// event `filtered`; table.asked are the terms, table.names the columns by every name.
 function addFilter(table) {
   const rows = [...table.tBodies[0].rows];
-  const cells = rows.map((row) => [...row.cells].map((cell) => (cell.dataset.text ?? cell.textContent).trim().toLowerCase()));
-  const values = cells.map((texts) => texts.map((text) => (typeof key(text) === "number" ? key(text) / (text.endsWith("%") ? 100 : 1) : null)));
-  const heads = [...table.tHead.rows[0].cells];
-  const names = new Map(heads.flatMap((head, i) => (head.dataset.names || plain(head.textContent)).split(" ").map((name) => [name, i])));
+  const cells = rows.map((row) => [...row.cells].map((cell) => cell.textContent.trim().toLowerCase()));
   const input = make("input", { type: "search", placeholder: "words, or column = value" });
   const count = make("output", {});
-  const apply = () => {
-    const { tests, words, problems } = table.asked = parsed(input.value, names);
-    rows.forEach((row, i) => {
-      row.hidden = !(words.every((word) => cells[i].some((text) => text.includes(word)))
-        && tests.every(({ column, holds }) => holds(cells[i][column], values[i][column])));
+  table.names = new Map([...table.tHead.rows[0].cells].flatMap((head, i) => (
+    (head.dataset.names || plain(head.textContent)).split(" ").map((name) => [name, i]))));
+  table.ask = (text) => {
+    const wrong = [];
+    input.value = text;
+    table.asked = (text.toLowerCase().match(/(?:[^\s"]|"[^"]*"?)+/g) || []).flatMap((token) => {
+      try { return [term(token, table.names)]; } catch (error) { wrong.push(error.message); return []; }
     });
-    const shown = tests.length || words.length ? `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows` : "";
-    count.textContent = [shown, ...problems].filter(Boolean).join(". ");
-    count.classList.toggle("wrong", problems.length > 0);
+    rows.forEach((row, i) => { row.hidden = !table.asked.every(({ holds }) => holds(cells[i])); });
+    const shown = rows.filter((row) => !row.hidden).length;
+    count.textContent = [...(table.asked.length ? [`${shown} of ${rows.length} rows`] : []), ...wrong].join("; ");
+    count.classList.toggle("wrong", wrong.length > 0);
     table.dispatchEvent(new Event("filtered"));
   };
-  input.addEventListener("input", apply);
-  const label = make("label", { className: "filter" }, "Filter ", input, " ", count);
-  (document.getElementById(table.dataset.filter) || table.parentElement).before(label);
-  Object.assign(table, { ask: (text) => { input.value = text; apply(); }, filter: input, asked: parsed("", names), columns: names });
+  input.addEventListener("input", () => table.ask(input.value));
+  (document.getElementById(table.dataset.filter) || table.parentElement).before(
+    make("label", { className: "filter" }, "Filter ", input, " ", count));
+  table.ask("");
 }
 
 for (const table of document.querySelectorAll("table")) {
@@ -123,14 +125,13 @@ for (const table of document.querySelectorAll("table")) {
   if (rows >= FILTER_FROM || table.dataset.filter) addFilter(table);
 }
 
-// <button data-copy="text"> or data-copy="#id": the text of that element.
-document.addEventListener("click", async ({ target }) => {
-  const button = target.closest("[data-copy]");
-  if (!button) return;
-  const { copy } = button.dataset;
-  const text = copy.startsWith("#") ? document.querySelector(copy).textContent : copy;
-  await navigator.clipboard.writeText(text);
-  const words = button.textContent;
-  button.textContent = "copied";
-  setTimeout(() => { button.textContent = words; }, 1500);
-});
+// <button data-copy="some text">, or data-copy="#id" for the text of that element. Hidden until now: it needs a script.
+for (const button of document.querySelectorAll("[data-copy]")) {
+  const { textContent: words, dataset: { copy } } = button;
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(/^#[\w-]+$/.test(copy) ? document.querySelector(copy).textContent : copy);
+    button.textContent = "copied";
+    setTimeout(() => { button.textContent = words; }, 1500);
+  });
+}
