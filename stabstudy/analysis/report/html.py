@@ -1,8 +1,9 @@
 """Pages in HTML, which our own style sheet and scripts alone may act in.
 
 Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
-allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
-page reads the same; it sorts and filters tables, and reads values off figures.
+allows one style sheet and one script, both our own and named by their hash, and no request; a page that draws curves
+may load scripts that lie beside it (`assets`). Without scripts every page reads the same; they sort and filter tables,
+and read values off figures.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def _render(
         json=_json,
         trials=trials,
         folder=folder,
+        runs=f"{'' if folder else '../'}{runs_page.RUNS}",
         **content,
     )
 

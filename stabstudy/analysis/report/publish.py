@@ -49,7 +49,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     if report.trials:
         write_assets(study, [t for t in study.trials.index if study.row(t)["steps_done"]], folder / ASSETS)
-        write_text(folder / runs_page.RUNS, html_runs(runs_page.page(study, report)))
+        write_text(folder / runs_page.RUNS, html_runs(runs_page.page(study, report.trials)))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", html_index(report))
     return folder / "index.html"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from stabstudy.analysis import overview, words
-from stabstudy.analysis.elements import Report
 from stabstudy.analysis.figures.style import VERDICT_SIGNS
 from stabstudy.analysis.levels import Level
 from stabstudy.analysis.study import Study
@@ -87,8 +86,8 @@ class RunsPage:
         return " ".join(_examples(self.scales))
 
 
-def page(study: Study, report: Report) -> RunsPage:
-    """The page of a study; its trials by their settings and seed."""
+def page(study: Study, paged: Set[str]) -> RunsPage:
+    """The page of a study; its trials by their settings and seed. `paged`: those that have a page."""
     trials = [row for cell_id in study.cells.index for row in study.rows_by_cell[cell_id]]
     fields = [field for field in _fields(study, trials) if field.head != "why" or any(map(_has_reason, trials))]
     columns = _columns(fields)
@@ -100,7 +99,7 @@ def page(study: Study, report: Report) -> RunsPage:
             tuple(field.text(row) for field in fields),
             outcome(row),
             traced=bool(row["steps_done"]),
-            paged=row["trial_id"] in report.trials,
+            paged=row["trial_id"] in paged,
             chosen=row["trial_id"] in chosen,
         )
         for row in trials

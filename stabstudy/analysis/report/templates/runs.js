@@ -49,7 +49,7 @@
       const link = rowOf(box).cells[0].lastElementChild.cloneNode(true);
       return make("tr", {}, make("th", { scope: "row" }, hide), make("td", {}, link), ...heads.map(() => cell("td", "")));
     });
-    legend.tHead.rows[0].replaceChildren(cell("th", ""), cell("th", ""), ...heads.map((head) => cell("th", head)));
+    legend.tHead.rows[0].replaceChildren(cell("td", ""), cell("td", ""), ...heads.map((head) => cell("th", head)));
     legend.tBodies[0].replaceChildren(...lines);
     return (step, points) => {
       legend.caption.textContent = step === null ? "Drawn" : `Drawn, with values at step ${step}`;
