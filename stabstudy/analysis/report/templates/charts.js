@@ -28,21 +28,22 @@ const charts = (() => {
 
   const style = (i) => ({ color: COLOURS[i % 8], dash: DASHES[Math.floor(i / 8) % 4] });
 
-  function layout(panels, range) {
+  function layout(panels, { range, axis: own, margin }) {
     const css = getComputedStyle(document.body);
     const [ink, line, muted] = ["--ink", "--line", "--muted"].map((name) => css.getPropertyValue(name));
     // no powers: they would be inline styles
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, exponentformat: "e" };
     const cursor = { showspikes: true, spikecolor: muted, spikemode: "across", spikesnap: "hovered data",
       spikethickness: 1, spikedash: "solid" };
-    const upward = panels.map(({ label, log }, i) => [`yaxis${i + 1}`, { ...axis, title: { text: label },
-      type: log ? "log" : "linear", dtick: log ? "D2" : null, fixedrange: true }]);
+    const upward = panels.map(({ label, log, axis: fitted }, i) => [`yaxis${i + 1}`, { ...axis, title: { text: label },
+      type: log ? "log" : "linear", dtick: log ? "D2" : null, fixedrange: true, ...fitted }]);
     return {
-      height: panels.reduce((sum, { height = 200 }) => sum + height, 60), margin: { t: 12, r: 12, l: 70, b: 44 },
+      height: panels.reduce((sum, { height = 200 }) => sum + height, 60), margin: { t: 12, r: 12, l: 70, b: 44, ...margin },
       font: { family: css.fontFamily, size: 13, color: ink }, paper_bgcolor: "#0000", plot_bgcolor: "#0000",
-      grid: { rows: panels.length, columns: 1, pattern: "coupled", ygap: 0.12 }, showlegend: false, dragmode: "zoom",
+      grid: { rows: panels.length, columns: 1, pattern: "coupled", ygap: 0.12 }, showlegend: false,
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       hovermode: "x", hoversubplots: "axis", hoverdistance: -1, spikedistance: -1,
-      xaxis: { ...axis, ...cursor, title: { text: "optimizer step" }, range, autorange: !range },
+      xaxis: { ...axis, ...cursor, title: { text: "optimizer step" }, range, autorange: !range, ...own },
       ...Object.fromEntries(upward),
       shapes: panels.flatMap((panel) => panel.shapes || []), annotations: panels.flatMap((p) => p.annotations || []),
     };
@@ -73,7 +74,7 @@ const charts = (() => {
     await load("plotly.js");
     const lines = panels.flatMap((panel, i) => panel.traces.map((one) => (
       { mode: "lines", hoverinfo: "none", ...one, xaxis: "x", yaxis: `y${i + 1}` })));
-    await Plotly.react(place, lines, layout(panels, options.range), { displayModeBar: false, responsive: true });
+    await Plotly.react(place, lines, layout(panels, options), { displayModeBar: false, responsive: true });
     Object.assign(place, { tabIndex: 0, onkeydown: (event) => press(event, place) });
     for (const name of ["plotly_hover", "plotly_unhover", "plotly_relayout"]) place.removeAllListeners(name);
     place.on("plotly_hover", ({ points }) => options.cursor?.(place.step = points[0].x, points));

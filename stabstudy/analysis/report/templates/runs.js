@@ -7,7 +7,7 @@
   const rows = [...table.tBodies[0].rows];
   const labels = JSON.parse(table.dataset.curves); // curve -> [label, whether on a log scale]
   const filter = document.querySelector(".filter input");
-  const view = { range: undefined, hidden: new Set(), turn: 0 };
+  const view = { range: undefined, hidden: new Set(), looks: new Map(), turn: 0 };
 
   const boxes = rows.filter((row) => row.dataset.trial).map((row) => {
     const box = make("input", { type: "checkbox", defaultChecked: "chosen" in row.dataset, value: row.dataset.trial });
@@ -16,51 +16,61 @@
     return box;
   });
   const chosen = () => boxes.filter((box) => box.checked);
-  const rowOf = (box) => box.closest("tr");
   const choose = (wanted) => { for (const box of boxes) box.checked = wanted(box); changed(); };
 
   // The overlay, and its legend: a row per run, to hide it, with its values at the cursor
 
-  async function overlay() {
-    const turn = view.turn += 1, some = chosen().slice(0, MOST), left = chosen().length - some.length;
-    note.textContent = some.length ? left && `${left} more chosen runs are not drawn.` || "" : "Tick runs in the table.";
-    place.hidden = legend.hidden = !some.length;
-    try {
-      const curves = await Promise.all(some.map((box) => charts.trace(box.value)));
-      const names = [...Object.keys(labels).slice(0, 3), also.value].filter((name) => curves.some((of) => of[name]));
-      const panels = names.map((name, panel) => ({ label: labels[name][0], log: labels[name][1], traces:
-        curves.flatMap((of, i) => (of[name] ? [{ ...of[name], meta: [i, panel], name: some[i].value,
-          visible: !view.hidden.has(some[i].value), line: { ...charts.style(i), width: 1.4 } }] : [])) }));
-      if (turn !== view.turn || !panels.length) return;
-      await charts.draw(place, panels, { range: view.range, cursor: entries(some, names.map((name) => labels[name][0])),
-        changed: (range) => { view.range = range || undefined; save(); } });
-    } catch (error) { note.textContent = error.message; place.hidden = legend.hidden = true; }
+  // A run keeps its colour while it is chosen.
+  function looks(some) {
+    for (const box of view.looks.keys()) if (!some.includes(box)) view.looks.delete(box);
+    for (const box of some) {
+      const taken = [...view.looks.values()];
+      if (!view.looks.has(box)) view.looks.set(box, [...Array(MOST).keys()].find((i) => !taken.includes(i)));
+    }
+    return some.map((box) => charts.style(view.looks.get(box)));
   }
 
-  function entries(some, heads) {
+  async function overlay() {
+    const turn = view.turn += 1, some = chosen().slice(0, MOST), styles = looks(some);
+    const missing = (error) => { note.textContent = error.message; return {}; };
+    note.textContent = some.length < chosen().length ? `Only the first ${MOST} chosen runs are drawn.` : "";
+    const curves = await Promise.all(some.map((box) => charts.trace(box.value).catch(missing)));
+    if (turn !== view.turn) return;
+    const names = [...Object.keys(labels).slice(0, 3), also.value].filter((name) => curves.some((of) => of[name]));
+    const line = (of, i, name, panel) => ({ ...of[name], meta: [i, panel], name: some[i].value,
+      visible: !view.hidden.has(some[i]), line: { ...styles[i], width: 1.4 } });
+    const panels = names.map((name, panel) => ({ label: labels[name][0], log: labels[name][1],
+      traces: curves.flatMap((of, i) => (of[name] ? [line(of, i, name, panel)] : [])) }));
+    const cursor = entries(some, styles, panels.map(({ label }) => label));
+    const zoomed = (range) => { view.range = range || undefined; save(); };
+    place.hidden = legend.hidden = !panels.length;
+    if (panels.length) await charts.draw(place, panels, { range: view.range, cursor, changed: zoomed }).catch(missing);
+  }
+
+  function entries(some, styles, heads) {
     const cell = (tag, text) => make(tag, { className: "n" }, text);
     const lines = some.map((box, i) => {
-      const { color, dash } = charts.style(i), hidden = view.hidden.has(box.value);
-      const swatch = make("span", { className: `swatch ${dash}` });
-      swatch.style.borderTopColor = color;
-      const hide = make("button", { type: "button" }, swatch, ` ${rowOf(box).dataset.words}`);
+      const row = box.closest("tr"), hidden = view.hidden.has(box);
+      const swatch = make("span", { className: `swatch ${styles[i].dash}` });
+      swatch.style.borderTopColor = styles[i].color;
+      const hide = make("button", { type: "button" }, swatch, ` ${row.dataset.words}`);
       hide.setAttribute("aria-pressed", !hidden);
-      hide.onclick = () => { view.hidden[hidden ? "delete" : "add"](box.value); overlay(); };
-      const link = rowOf(box).cells[0].lastElementChild.cloneNode(true);
-      return make("tr", {}, make("th", { scope: "row" }, hide), make("td", {}, link), ...heads.map(() => cell("td", "")));
+      hide.onclick = () => { view.hidden[hidden ? "delete" : "add"](box); overlay(); };
+      const link = make("td", {}, row.cells[0].lastElementChild.cloneNode(true));
+      return make("tr", {}, make("th", { scope: "row" }, hide), link, ...heads.map(() => cell("td", "")));
     });
     legend.tHead.rows[0].replaceChildren(cell("td", ""), cell("td", ""), ...heads.map((head) => cell("th", head)));
     legend.tBodies[0].replaceChildren(...lines);
     return (step, points) => {
       legend.caption.textContent = step === null ? "Drawn" : `Drawn, with values at step ${step}`;
-      for (const line of lines) for (let i = 2; i < line.cells.length; i += 1) line.cells[i].textContent = "";
+      for (const one of lines.flatMap((line) => [...line.cells].slice(2))) one.textContent = "";
       for (const { data: { meta: [i, panel] }, y } of points) lines[i].cells[panel + 2].textContent = +y.toPrecision(4);
     };
   }
 
   // Parallel coordinates: what is chosen on a scale is written into the filter, and the filter is drawn on the scales
 
-  const picture = byId("parallel");
+  const picture = byId("parallel"), lines = picture.querySelectorAll(".line");
   const scales = [...picture.querySelectorAll(".scale")].map((scale) => (
     { scale, stops: JSON.parse(scale.dataset.stops), column: table.names.get(scale.dataset.name) }));
 
@@ -89,14 +99,19 @@
 
   for (const one of scales) {
     const { scale, stops } = one, last = stops.length - 1;
-    const height = ({ offsetY }) => offsetY * picture.viewBox.baseVal.height / picture.clientHeight;
+    const unit = () => picture.viewBox.baseVal.height / picture.clientHeight;
+    const height = ({ clientY }) => (clientY - picture.getBoundingClientRect().top) * unit();
     let start = null;
-    scale.addEventListener("pointerdown", (event) => { start = height(event); scale.setPointerCapture(event.pointerId); });
+    scale.addEventListener("pointerdown", (event) => {
+      start = height(event);
+      scale.setPointerCapture(event.pointerId);
+    });
     scale.addEventListener("pointermove", (event) => { if (start !== null) cover(one, start, height(event)); });
     scale.addEventListener("pointerup", (event) => {
       const [high, low] = [start, height(event)].sort((a, b) => a - b);
       start = null;
-      ask(one, stops.findIndex(([, y]) => y <= low + 3), stops.findLastIndex(([, y]) => y >= high - 3));
+      const under = [...stops.keys()].filter((i) => stops[i][1] >= high - 3 && stops[i][1] <= low + 3);
+      ask(one, under[0] ?? 0, under.at(-1) ?? -1);
     });
     scale.addEventListener("keydown", (event) => {
       const by = { ArrowUp: 1, ArrowDown: -1, Escape: 0 }[event.key] * Math.ceil(stops.length / 20);
@@ -110,7 +125,7 @@
   }
 
   table.addEventListener("filtered", () => {
-    for (const line of picture.querySelectorAll("[data-row]")) line.classList.toggle("off", rows[line.dataset.row].hidden);
+    for (const line of lines) line.classList.toggle("off", rows[line.dataset.row].hidden);
     for (const one of scales) {
       const now = inside(one), ends = [now[0], now.at(-1)].map((i) => one.stops[i]);
       cover(one, ...(now.length ? ends.map(([, y]) => y) : [-99, -99]));
@@ -118,7 +133,7 @@
       one.scale.setAttribute("aria-valuenow", now[0] ?? 0);
     }
   });
-  picture.addEventListener("click", ({ target }) => rows[target.closest("[data-row]")?.dataset.row]?.querySelector("input")?.click());
+  for (const line of lines) line.onclick = () => rows[line.dataset.row].querySelector("input")?.click();
 
   // The address
 
@@ -140,7 +155,7 @@
 
   const changed = () => { save(); overlay(); };
   byId("overlay").hidden = false;
-  byId("choose").onclick = () => choose((box) => !rowOf(box).hidden);
+  byId("choose").onclick = () => choose((box) => !box.closest("tr").hidden);
   byId("clear").onclick = () => choose(() => false);
   for (const element of [table, also]) element.addEventListener("change", changed);
   filter.addEventListener("input", save);
