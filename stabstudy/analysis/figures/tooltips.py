@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
+from stabstudy.analysis.figures import legends
 from stabstudy.analysis.tables import Row
 from stabstudy.trace import Rows
 
@@ -58,7 +59,7 @@ def marks(figure: Figure) -> str:
     `a` and `b` (its values as text), and `trials` (their ids) where each mark is a trial.
     """
     all_series = [series for ax in figure.axes if ax.get_visible() for series in _series(ax)]
-    return json.dumps(all_series, ensure_ascii=True, separators=(",", ":"))
+    return json.dumps([*all_series, *legends.entries(figure)], ensure_ascii=True, separators=(",", ":"))
 
 
 def _series(ax: Axes) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ script as well. Nothing here comes from a network, and without these files the p
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -52,7 +53,10 @@ CURVES = {
 LOGARITHMIC = ("grad_norm", "attn_logit_max", "clip_scale", "logit_absmax", "resid_rms", "noise_scale")
 
 _STEPWISE = ("grad_norm", "loss", "clip_scale", "logit_absmax", "kl", "margin")
-_PROBED = ("val_loss", "attn_logit_max", "attn_entropy", "update_rms", "adam_rms_max", "resid_rms", "param_norm")
+_PROBED = (
+    "val_loss", "attn_logit_max", "attn_entropy", "update_rms", "adam_rms_max", "resid_rms", "param_norm",
+    "noise_scale",
+)  # fmt: skip
 _SMALLEST = ("attn_entropy",)
 
 _FORMAT = "1"
@@ -82,8 +86,7 @@ def library() -> bytes | None:
     certain id is there: a line before the package's bytes adds it.
     """
     spec = importlib.util.find_spec("plotly")
-    file = Path(str(spec.origin)).with_name("package_data") / "plotly.min.js" if spec is not None else None
-    if file is None or (script := _bytes(file)) is None:
+    if spec is None or (script := _bytes(Path(str(spec.origin)).with_name("package_data") / "plotly.min.js")) is None:
         return None
     ids = sorted(set(re.findall(rb'getElementById\("([0-9a-f]{64})"\)', script)))
     mark = "document.head.append(Object.assign(document.createElement('meta'), { id: '%s' }));"
@@ -111,16 +114,13 @@ def trace_script(study: Study, trial_id: str) -> str:
     All in base64 of float32. Of equal stretches of a long trace it has the smallest and the largest value of the norm
     and of the loss; what was probed is whole, of layers the largest (of the attention entropy the smallest).
     """
-    try:
-        rows, probes = study.trace(trial_id, _STEPWISE), study.probes(trial_id)
-    except DamagedRecord:  # readable when the tables were made
-        rows = probes = None
     curves: dict[str, tuple[str, str]] = {}
-    if rows is not None and len(rows):
+    with contextlib.suppress(DamagedRecord):  # it was readable when the tables were made
+        rows, probes = study.trace(trial_id, _STEPWISE), study.probes(trial_id)
         kept = thinned(rows["grad_norm"], rows["loss"], most=MOST_POINTS)
         curves |= _curves(rows, [n for n in _STEPWISE if n in rows.schema.names], kept)
-    if probes is not None and len(probes):
-        curves |= _curves(probes, (*_PROBED, "noise_scale"), np.arange(len(probes)))
+        if probes is not None:
+            curves |= _curves(probes, _PROBED, np.arange(len(probes)))
     steps = list(dict.fromkeys(step for step, _ in curves.values()))
     record = {"steps": steps, "curves": {name: [steps.index(step), values] for name, (step, values) in curves.items()}}
     return f'charts.traces["{trial_id}"] = {json.dumps(record, separators=(",", ":"))};\n'

@@ -32,7 +32,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def html_index(report: Report) -> str:
     """The page of the study."""
-    content = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
+    content: dict[str, Any] = {"report": report, "sections": report.sections, "glossary": words.GLOSSARY}
     return _render("index.html.j2", report.trials, TRIALS, **content)
 
 

@@ -126,7 +126,7 @@ def _fields(study: Study, trials: Sequence[Mapping[str, Any]]) -> Iterator[_Fiel
     for axis in study.axes:
         yield _Field(
             words.clean(words.heading(axis), 60),
-            (axis.rpartition(".")[2], words.label(axis), axis),
+            (axis.rpartition(".")[2], words.label(axis), words.heading(axis), axis),
             functools.partial(_level, axis),
         )
     yield _Field("seed", ("seed",), lambda row: words.level(row["seed"]))

@@ -93,7 +93,7 @@
   if (shown.length) {
     const opens = shown.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
     const hint = "Point at a mark to read its values, or focus a figure and use the arrow keys."
-      + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
+      + (opens ? " A click, or Enter, on the mark of a trial opens its page, on a field or a legend the runs there." : "");
     const before = shown[0].previousElementSibling || shown[0];
     before.before(make("p", { className: "hint" }, hint));
   }
