@@ -71,8 +71,8 @@ def write_assets(study: Study, trials: Sequence[str], folder: Path) -> None:
         write_bytes(folder / LIBRARY, script)
     write = functools.partial(_write_traces, study, folder / TRACES)
     written = set(spread(write, trials, _TRACE_S * len(trials)))
-    for file in (folder / TRACES).glob("*.js"):
-        if file.name not in written:
+    for file in (folder / TRACES).iterdir():
+        if file.name not in written and re.fullmatch(r"[0-9a-f]{10}\.js", file.name):
             file.unlink()
     sweep_abandoned(folder)
     sweep_abandoned(folder / TRACES)

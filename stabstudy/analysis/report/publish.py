@@ -34,7 +34,8 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
 
     Raises EntryError where the folder leads elsewhere by a link.
     """
-    disk.check_report_folder(folder)
+    for part in (folder, folder / ASSETS):
+        disk.check_report_folder(part)
     files = dict(_figure_files(report))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -48,8 +49,9 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     if report.trials:
-        write_assets(study, [t for t in study.trials.index if study.row(t)["steps_done"]], folder / ASSETS)
-        write_text(folder / runs_page.RUNS, html_runs(runs_page.page(study, report.trials)))
+        runs = runs_page.page(study, report.trials)
+        write_assets(study, [row.trial_id for row in runs.rows if row.traced], folder / ASSETS)
+        write_text(folder / runs_page.RUNS, html_runs(runs))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", html_index(report))
     return folder / "index.html"

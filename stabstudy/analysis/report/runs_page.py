@@ -98,7 +98,7 @@ def page(study: Study, paged: Set[str]) -> RunsPage:
             overview.trial(row, list(study.axes)),
             tuple(field.text(row) for field in fields),
             outcome(row),
-            traced=bool(row["steps_done"]),
+            traced=bool(row["steps_done"]) and row["trial_id"] in paged,
             paged=row["trial_id"] in paged,
             chosen=row["trial_id"] in chosen,
         )

@@ -62,7 +62,7 @@
     legend.tHead.rows[0].replaceChildren(cell("td", ""), cell("td", ""), ...heads.map((head) => cell("th", head)));
     legend.tBodies[0].replaceChildren(...lines);
     return (step, points) => {
-      legend.caption.textContent = step === null ? "Drawn" : `Drawn, with values at step ${step}`;
+      legend.caption.textContent = step === null ? "Drawn" : `Drawn, with the values nearest to step ${step}`;
       for (const one of lines.flatMap((line) => [...line.cells].slice(2))) one.textContent = "";
       for (const { data: { meta: [i, panel] }, y } of points) lines[i].cells[panel + 2].textContent = +y.toPrecision(4);
     };
