@@ -32,8 +32,8 @@ OUTCOMES = (*VERDICT_SIGNS, "not judged", "stopped", "unfinished", "failed", "da
 
 DIGITS = 4
 
-WIDTH, HEIGHT, TOP, BOTTOM, MARGIN = 1000, 250, 34, 232, 60
-"""Of the parallel coordinates, in their own units; scales stand between TOP and BOTTOM, the first one at MARGIN."""
+WIDTH, HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 1000, 250, 34, 232, 60, 84
+"""Of the parallel coordinates, in their own units: the scales stand between these margins."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def _fields(study: Study, trials: Sequence[Mapping[str, Any]]) -> Iterator[_Fiel
             (axis.rpartition(".")[2], words.label(axis), words.heading(axis), axis),
             functools.partial(_level, axis),
         )
-    yield _Field("seed", ("seed",), lambda row: words.level(row["seed"]))
+    if any(row["seed"] is not None for row in trials):
+        yield _Field("seed", ("seed",), lambda row: words.level(row["seed"]))
     yield _Field("verdict", ("verdict", "state"), outcome, "")
     yield _Field("why", ("why", "rule"), _why, "")
     yield _Field("steps", ("steps", "steps_done"), lambda row: str(row["steps_done"]))
@@ -193,15 +194,15 @@ def _parallel(
         _Drawn(a, [row[a] for row in trials], [_level(a, row) for row in trials], levels) for a, levels in axes.items()
     ]
     for name in _SCALES:
-        if any(row[name] is not None for row in trials):
+        if len({row[name] for row in trials if _is_number(row[name])}) > 1:
             drawn.append(_Drawn(name, [row[name] for row in trials], [_statistic(name, row) for row in trials], None))
     outcomes = [outcome(row) for row in trials]
     drawn.append(_Drawn("verdict", outcomes, outcomes, [o for o in OUTCOMES if o in outcomes]))
-    gap = (WIDTH - 2 * MARGIN) / max(1, len(drawn) - 1)
+    gap = (WIDTH - LEFT - RIGHT) / max(1, len(drawn) - 1)
     scales = []
     lines: list[list[tuple[float, float]]] = [[] for _ in trials]
     for i, one in enumerate(drawn):
-        x, places = round(MARGIN + gap * i, 1), one.places
+        x, places = round(LEFT + gap * i, 1), one.places
         for line, y in zip(lines, places, strict=True):
             line += [] if y is None else [(x, y)]
         by_text = {text: y for text, y in zip(one.texts, places, strict=True) if y is not None}
@@ -261,8 +262,13 @@ def _labels(stops: Sequence[tuple[str, float]]) -> tuple[tuple[str, float], ...]
 
 
 def _examples(scales: Sequence[Scale]) -> Iterator[str]:
-    for scale in scales[:2]:
+    for scale in scales[:-1][:2]:
         if len(scale.stops) > 1:
             text, _ = scale.stops[0]
-            yield f"{scale.name}>{text}" if scale.is_range else f"{scale.name}={text}"
-    yield f"verdict={scales[-1].stops[-1][0]}" if scales and scales[-1].stops else "verdict=rough"
+            yield f"{scale.name}>{text}" if scale.is_range else f"{scale.name}={_operand(text)}"
+    yield f"verdict={_operand(scales[-1].stops[-1][0])}" if scales[-1].stops else "verdict=rough"
+
+
+def _operand(text: str) -> str:
+    """The text as a filter writes it."""
+    return f'"{text}"' if " " in text else text

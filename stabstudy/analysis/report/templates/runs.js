@@ -70,8 +70,8 @@
 
   // Parallel coordinates: what is chosen on a scale is written into the filter, and the filter is drawn on the scales
 
-  const picture = byId("parallel"), lines = picture.querySelectorAll(".line");
-  const scales = [...picture.querySelectorAll(".scale")].map((scale) => (
+  const picture = byId("parallel"), lines = document.querySelectorAll(".line"); // none of a single run
+  const scales = [...document.querySelectorAll(".scale")].map((scale) => (
     { scale, stops: JSON.parse(scale.dataset.stops), column: table.names.get(scale.dataset.name) }));
 
   // The stops that the filter leaves, by number; none where it does not ask for this scale.
