@@ -43,7 +43,7 @@ TRIAL_FILES = ("config.json", "state.json", "summary.json", "log.txt", ".lock") 
     f"{record}.{form}" for record in ("trace", "probes") for form in ("live", "jsonl", "parquet")
 )
 TRIAL_FOLDERS = ("checkpoint",)
-REPORT_FOLDERS = ("figures", "trials")
+REPORT_FOLDERS = ("figures", "trials", "assets", "traces")
 
 
 def utc_now() -> str:

@@ -186,3 +186,19 @@ def test_the_map_of_layers_can_be_read(study: Study) -> None:
     assert (series[1]["x"], series[1]["y"]) == ("optimizer step", "gradient norm")
     places = np.array(series[1]["at"]).reshape(-1, 2)
     assert (np.diff(places[:, 0]) > 0).all() and len(set(places[:, 1])) == 1
+def test_an_entry_of_a_legend_is_where_it_is_drawn_and_asks_for_its_runs(study: Study) -> None:
+    ax = plots.lr_curves(study)
+    (legend,) = [series for series in read(ax.figure) if "filter" in series and series["b"][0] == "its runs"]
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in (ax.get_legend() or figure.legends[0]).get_texts()]
+    for (x, y), box in zip(np.array(legend["at"]).reshape(-1, 2) / tooltips.UNITS, boxes, strict=True):
+        assert box.x0 <= x * figure.bbox.width <= box.x1 and box.y0 - 2 <= (1 - y) * figure.bbox.height <= box.y1 + 2
+    assert legend["filter"] == ["model.depth=2", "model.depth=6"] and legend["a"] == ["2", "6"]
+
+
+def test_a_legend_of_something_else_asks_nothing() -> None:
+    figure = style.new_figure(6, 4)
+    figure.axes[0].plot([1, 2, 3], [1.0, 2.0, 3.0], marker="o", label="one")
+    style.legend(figure.axes[0], "method")
+    assert not [series for series in read(figure) if "filter" in series]

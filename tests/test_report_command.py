@@ -197,14 +197,14 @@ def test_a_damaged_provenance_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Why?" not in (study / "report" / "index.html").read_text()
 
 
-@pytest.mark.parametrize("link", ["report", "report/figures", "report/trials"])
+@pytest.mark.parametrize("link", ["report", "report/figures", "report/trials", "report/assets", "report/assets/traces"])
 def test_a_report_is_never_written_through_a_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str
 ) -> None:
     study, outside = small(tmp_path / "s"), tmp_path / "outside"
     outside.mkdir()
     (outside / "old.svg").write_text("mine")
-    (study / link).parent.mkdir(exist_ok=True)
+    (study / link).parent.mkdir(parents=True, exist_ok=True)
     (study / link).symlink_to(outside)
     before = contents(outside)
     assert main([str(study)]) == 4

@@ -160,12 +160,12 @@ class Study:
         """A trial's row of `trials` as a dictionary, null as None. Raises KeyError."""
         return {name: plain(value) for name, value in self._rows[self.trial_id(trial_id)].items()}
 
-    def trace(self, trial_id: str) -> Rows:
+    def trace(self, trial_id: str, columns: Sequence[str] | None = None) -> Rows:
         """The trial's record, a row per optimizer step. Raises KeyError, or DamagedRecord where there is none.
 
-        That of an ingested run has a row per logged step, and the steps are those of its source.
+        That of an ingested run has a row per logged step, the steps of its source. `columns`: those that are read.
         """
-        if (rows := self._trace(trial_id := self.trial_id(trial_id))) is None:
+        if (rows := self._trace(trial_id := self.trial_id(trial_id), columns)) is None:
             raise DamagedRecord(f"trial {trial_id}: has no trace")
         return rows
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis import words
-from stabstudy.analysis.figures import labels
+from stabstudy.analysis.figures import legends
 from stabstudy.analysis.levels import Level
 from stabstudy.config import setting_names
 
@@ -105,7 +105,7 @@ def marks(figure: Figure) -> str:
     is) and `filter` (which runs it stands for, as `condition` writes them: `runs.html#filter=` may follow).
     """
     all_series = [series for ax in figure.axes if ax.get_visible() for series in _series(ax)]
-    return json.dumps(all_series, ensure_ascii=True, separators=(",", ":"))
+    return json.dumps([*all_series, *legends.entries(figure)], ensure_ascii=True, separators=(",", ":"))
 
 
 def _series(ax: Axes) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Pages in HTML, which our own style sheet and scripts alone may act in.
 
 Everything that came from a file is untrusted. The templates escape it (jinja2, autoescape on). The policy of a page
-allows one style sheet and one script, both our own and named by their hash, and no request. Without the script every
-page reads the same; it sorts and filters tables, and reads values off figures.
+allows one style sheet and one script, both our own and named by their hash, and no request; a page that draws curves
+may load scripts that lie beside it (`assets`). Without scripts every page reads the same; they sort and filter tables,
+and read values off figures.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import json
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -34,14 +36,14 @@ from stabstudy.analysis.elements import (
     split_command,
     split_ids,
 )
+from stabstudy.analysis.report import runs_page
+from stabstudy.analysis.report.assets import ASSETS, CURVES, LOGARITHMIC
+from stabstudy.analysis.report.runs_page import Row, RunsPage
 
 WIDE = 780
 """CSS pixels up to which a figure leaves room for another beside it."""
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-ASSETS = "assets/"
-"""The folder of the scripts that pages load, beside the study's page."""
 
 
 def html_index(report: Report) -> str:
@@ -54,6 +56,47 @@ def html_index(report: Report) -> str:
         "spans": _spans,
     }
     return _render("index.html.j2", report.trials, TRIALS, **content)
+
+
+def html_runs(page: RunsPage) -> str:
+    """The page of all runs of a study."""
+    ids = frozenset(row.trial_id for row in page.rows if row.paged)
+    return _render(
+        "runs.html.j2",
+        ids,
+        TRIALS,
+        styles=("style.css", "runs.css"),
+        scripts=("tables.js", "charts.js", "runs.js"),
+        assets=ASSETS,
+        page=page,
+        sections=[],
+        run_rows=_run_rows,
+        path=_path,
+        curves=json.dumps({name: [label, name in LOGARITHMIC] for name, label in CURVES.items()}),
+        more=list(CURVES.items())[3:],
+        size=(runs_page.WIDTH, runs_page.HEIGHT),
+        top=runs_page.TOP,
+        bottom=runs_page.BOTTOM,
+    )
+
+
+def _run_rows(page: RunsPage) -> Markup:
+    """The body of the table of all runs."""
+    starts = [Markup('<td class="n">') if column.kind else Markup("<td>") for column in page.columns]
+    return Markup("\n").join(_run_row(row, starts) for row in page.rows)
+
+
+def _run_row(row: Row, starts: Sequence[Markup]) -> Markup:
+    trace = Markup(' data-trial="{}" data-words="{}"').format(row.trial_id, row.words) if row.traced else ""
+    head = Markup("<tr{}{}>").format(trace, Markup(" data-chosen") if row.chosen else "")
+    cells = [_link(row.trial_id, TRIALS) if row.paged else escape(row.trial_id), *map(escape, row.cells[1:])]
+    body = Markup("").join(start + cell + Markup("</td>") for start, cell in zip(starts, cells, strict=True))
+    return head + body + Markup("</tr>")
+
+
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    """The line of a run through its places on the scales."""
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
 
 
 def html_trial(page: TrialPage, source: str) -> str:
@@ -116,6 +159,7 @@ def _render(
         json=_json,
         trials=trials,
         folder=folder,
+        runs=f"{'' if folder else '../'}{runs_page.RUNS}",
         **content,
     )
 

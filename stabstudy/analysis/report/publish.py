@@ -10,9 +10,10 @@ from pathlib import Path
 
 from stabstudy import disk
 from stabstudy.analysis.elements import TRIALS, Report
-from stabstudy.analysis.report import latex, trial_page
+from stabstudy.analysis.report import latex, runs_page, trial_page
+from stabstudy.analysis.report.assets import ASSETS, write_assets
 from stabstudy.analysis.report.csv_files import csv_of_frame, csv_of_table
-from stabstudy.analysis.report.html import html_index, html_trial
+from stabstudy.analysis.report.html import html_index, html_runs, html_trial
 from stabstudy.analysis.report.markdown import markdown
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.tables import spread
@@ -33,7 +34,8 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
 
     Raises EntryError where the folder leads elsewhere by a link.
     """
-    disk.check_report_folder(folder)
+    for part in (folder, folder / ASSETS):
+        disk.check_report_folder(part)
     files = dict(_figure_files(report))
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -47,6 +49,10 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     write_text(folder / "tables.tex", latex.document(study, report))
+    if report.trials:
+        runs = runs_page.page(study, report.trials)
+        write_assets(study, [row.trial_id for row in runs.rows if row.traced], folder / ASSETS)
+        write_text(folder / runs_page.RUNS, html_runs(runs))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "index.html", html_index(report))
     return folder / "index.html"

@@ -12,12 +12,6 @@ function save(blob, name) {
 {
   const REACH = 40; // CSS pixels: a mark further away is not meant
 
-  const make = (tag, properties, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  };
-
   const tip = make("div", { className: "tip", hidden: true });
   tip.setAttribute("role", "status");
   const ring = make("div", { className: "ring", hidden: true });
@@ -49,7 +43,7 @@ function save(blob, name) {
     if (!all.length) return false;
     const image = figure.querySelector("img");
     const region = figure.querySelector(".scroll");
-    const folder = figure.dataset.trials;
+    const { trials: folder, runs } = figure.dataset;
     let chosen = null; // [series, mark]
 
     const place = (series, i) => {
@@ -61,8 +55,9 @@ function save(blob, name) {
       show(...place(all[s], i), said(all[s], i));
     };
     const follow = () => {
-      const trial = chosen && all[chosen[0]].trials && all[chosen[0]].trials[chosen[1]];
+      const [trial, filter] = ["trials", "filter"].map((name) => chosen && all[chosen[0]][name]?.[chosen[1]]);
       if (trial && folder !== undefined) location.href = `${folder}${trial}.html`;
+      else if (filter && runs) location.href = `${runs}#${new URLSearchParams({ filter })}`;
     };
     const nearest = (event) => {
       let best = [REACH, -1, -1];
@@ -106,7 +101,7 @@ function save(blob, name) {
   if (shown.length) {
     const opens = shown.some(({ dataset }) => dataset.trials !== undefined && dataset.marks.includes('"trials"'));
     const hint = "Point at a mark to read its values, or focus a figure and use the arrow keys."
-      + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
+      + (opens ? " A click, or Enter, on the mark of a trial opens its page, on a field or a legend the runs there." : "");
     const spot = document.querySelector("p.glossary");
     const before = shown[0].previousElementSibling || shown[0];
     if (spot) spot.append(` ${hint}`); else before.before(make("p", { className: "hint" }, hint));
