@@ -10,11 +10,12 @@ import errno
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabstudy import cli, disk
+from stabstudy import cli, disk, wording
+from stabstudy.progress_line import ProgressLine
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from stabstudy.analysis.study import Study
 
 ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
-
-LARGE = 100
-"""Trials from which on a report prints its progress."""
 
 Say = Callable[[str], None]
 
@@ -37,15 +35,14 @@ def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
     then nothing is written into the study. Raises StoreError where there is no study, OSError where nothing can be
     written.
     """
-    return _write(open_study(folder), say, out)[1]
+    return write(open_study(folder), say, out)[1]
 
 
-def answer(folder: Path) -> dict[str, Any]:
-    """What the report of this study answers first, as data: see `analysis.answer`. Raises StoreError."""
+def answer(study: Study) -> dict[str, Any]:
+    """What the report of this study answers first, as data: see `analysis.answer`."""
     from stabstudy.analysis import answer
-    from stabstudy.analysis.study import Study
 
-    return answer.answer(Study.load(folder))
+    return answer.answer(study)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             _check_writable(folder, out)
-            study, page = _write(folder, cli.say, out)
+            study, page, _ = write(folder, cli.say, out, cli.say)
             pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
@@ -134,32 +131,50 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder.path))
 
 
-def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
+def write(
+    folder: StudyFolder, say: Say, out: Path | None = None, show: Say | None = None
+) -> tuple[Study, Path, dict[str, Any]]:
+    """As `write_report`; the study as it was read, its page and its `answer`, of which the last lines before it are.
+
+    `show` takes the lines that say how far it is, off a terminal, where there is time for them; None: nothing does.
+    """
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
-    from stabstudy.analysis import forecasts, words
+    from stabstudy.analysis import closing
+
+    with ProgressLine("report", show) as progress:
+        study, page = _published(folder, progress, out)
+        progress("its first answers")
+        answers = answer(study)
+        lines = [*_counted(study), *closing.lines(study, answers), f"report: {page}"]
+    for text in lines:
+        say(text)
+    return study, page, answers
+
+
+def _published(folder: StudyFolder, progress: ProgressLine, out: Path | None) -> tuple[Study, Path]:
+    progress(f"reading {wording.count(len(folder.trials()), 'trial')}")
+    from stabstudy.analysis import forecasts
     from stabstudy.analysis.report.publish import publish
     from stabstudy.analysis.report.study_page import report
     from stabstudy.analysis.study import update_tables
 
-    progress = say if (n := len(folder.trials())) >= LARGE else _nothing
-    progress(f"reading {n} trials")
     study = update_tables(folder, out)
-    progress("building the page")
+    progress("statistics and figures")
     content = report(study)
-    progress("writing the page, and one for each trial")
     if out is None and study.searched is not None:
         forecasts.register(folder, study.searched)
-    page = publish(study, content, folder.report if out is None else out)
-    say(f"{study.name}: {words.count(sum(study.outcomes.values()), 'trial')}")
-    for outcome, number in study.outcomes.items():
-        if number:
-            say(f"{number:6} {outcome}")
+    progress("pages of trials")
+    return study, publish(study, content, folder.report if out is None else out, progress)
+
+
+def _counted(study: Study) -> Iterator[str]:
+    """How many trials have which outcome, and what is damaged."""
+    yield f"{study.name}: {wording.count(sum(study.outcomes.values()), 'trial')}"
+    yield from (f"{number:6} {outcome}" for outcome, number in study.outcomes.items() if number)
     for damaged in study.damaged:
-        say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
-    if not study.provenance and folder.provenance_file.exists():
-        say("not shown, damaged: provenance.json")
-    say(f"report: {page}")
-    return study, page
+        yield f"damaged, left out: {damaged.trial_id}: {damaged.reason}"
+    if not study.provenance and study.folder.provenance_file.exists():
+        yield "not shown, damaged: provenance.json"
 
 
 def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -> None:
@@ -177,10 +192,6 @@ def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -
 def _judge(study: Study) -> int:
     done = bool((study.trials["state"] == "done").any())
     return cli.OK if done and not study.damaged else cli.PARTIAL
-
-
-def _nothing(line: str) -> None:
-    """No progress lines: a small report is done in a moment."""
 
 
 def _parser() -> cli.Parser:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("extras", "failpoints", "settings", "wording", "architecture", "task", "config", "shape"),
+    *("extras", "failpoints", "settings", "wording", "progress_line", "architecture", "task", "config", "shape"),
     *("expressions", "space"),
     *("trace", "live", "finished", "disk", "state", "store", "external"),
 }
@@ -38,6 +38,7 @@ MAY = {
     "failpoints": May(set()),
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
+    "progress_line": May({"settings", "wording"}, {"rich"}, late={"rich"}),
     "architecture": May({"settings"}),
     "task": May({"settings"}),
     "config": May({"settings", "architecture", "task"}),
