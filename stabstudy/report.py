@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 import urllib.parse
@@ -21,9 +22,13 @@ from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_stud
 
 if TYPE_CHECKING:
     from stabstudy.analysis.report.gate import Gate
+    from stabstudy.analysis.report.watched import Mark
     from stabstudy.analysis.study import Study
 
 ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
+
+LEAST_SECONDS, SECONDS, MOST_SECONDS = 1, 30, 86_400
+WATCH_RULE = f"must be a number of seconds in [{LEAST_SECONDS}, {MOST_SECONDS}]"
 
 Say = Callable[[str], None]
 
@@ -59,10 +64,14 @@ def _run(args: argparse.Namespace) -> int:
             raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
         if "\0" in str(args.out):
             raise StoreError(f"--out {args.out}: must not contain a NUL")
+        if args.watch is not None:
+            _check_watch(args)
     except StoreError as error:
         return cli.fail("report", cli.BAD_INPUT, str(error))
     code, pages = cli.OK, []
     try:
+        if args.watch is not None:
+            return _watch(folders[0], args.watch, args.out)
         gate = None if args.baseline is None and args.fail_on is None else _gate(args)  # refuses before all is written
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
@@ -79,6 +88,45 @@ def _run(args: argparse.Namespace) -> int:
         refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         return cli.fail("report", cli.ENVIRONMENT, f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}")
     return code if gate is None else _conclude(gate, code)
+
+
+def _check_watch(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what cannot be watched."""
+    if not (math.isfinite(args.watch) and LEAST_SECONDS <= args.watch <= MOST_SECONDS):
+        raise ConfigError(Problem("--watch", WATCH_RULE, f"{args.watch:g}"))
+    if args.baseline is not None or args.fail_on is not None:
+        raise ConfigError(Problem("--watch", "does not go with --baseline and --fail-on"))
+    if len(args.study) > 1:
+        raise ConfigError(Problem("--watch", "watches one study", ", ".join(map(str, args.study))))
+
+
+def _watch(folder: StudyFolder, seconds: float, out: Path | None) -> int:
+    """Write the report again and again until the study is over."""
+    from stabstudy.analysis.report import watched
+
+    _check_writable(folder, out)
+    page = (folder.report if out is None else out) / "index.html"
+    codes: list[int] = []
+
+    def write_marked(mark: watched.Mark | None) -> None:
+        study, *_ = write(folder, _nothing if mark else cli.say, out, None if mark else cli.say, mark)
+        codes.append(_judge(study))
+
+    cli.say(f"report: {page} (written again every {seconds:g} s where a trial has changed; Ctrl-C ends that)")
+    watched.watch(folder, page, seconds, write_marked, cli.say)
+    return codes[-1]
+
+
+def _nothing(line: str) -> None:
+    """No lines for a report that is soon written again."""
+
+
+def _seconds(text: str) -> float:
+    """Raises ArgumentTypeError for what is no number, such as a study behind --watch."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{WATCH_RULE} (name the study before it), got {text}") from None
 
 
 def _gate(args: argparse.Namespace) -> Gate:
@@ -132,17 +180,22 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
 
 
 def write(
-    folder: StudyFolder, say: Say, out: Path | None = None, show: Say | None = None
+    folder: StudyFolder,
+    say: Say,
+    out: Path | None = None,
+    show: Say | None = None,
+    mark: Mark | None = None,
 ) -> tuple[Study, Path, dict[str, Any]]:
     """As `write_report`; the study as it was read, its page and its `answer`, of which the last lines before it are.
 
     `show` takes the lines that say how far it is, off a terminal, where there is time for them; None: nothing does.
+    `mark`: of a page that will be written again.
     """
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
     from stabstudy.analysis import closing
 
     with ProgressLine("report", show) as progress:
-        study, page = _published(folder, progress, out)
+        study, page = _published(folder, progress, out, mark)
         progress("its first answers")
         answers = answer(study)
         lines = [*_counted(study), *closing.lines(study, answers), f"report: {page}"]
@@ -151,7 +204,7 @@ def write(
     return study, page, answers
 
 
-def _published(folder: StudyFolder, progress: ProgressLine, out: Path | None) -> tuple[Study, Path]:
+def _published(folder: StudyFolder, progress: ProgressLine, out: Path | None, mark: Mark | None) -> tuple[Study, Path]:
     progress(f"reading {wording.count(len(folder.trials()), 'trial')}")
     from stabstudy.analysis import forecasts
     from stabstudy.analysis.report.publish import publish
@@ -164,7 +217,11 @@ def _published(folder: StudyFolder, progress: ProgressLine, out: Path | None) ->
     if out is None and study.searched is not None:
         forecasts.register(folder, study.searched)
     progress("pages of trials")
-    return study, publish(study, content, folder.report if out is None else out, progress)
+    place = folder.report if out is None else out
+    disk.check_report_folder(place)
+    place.mkdir(parents=True, exist_ok=True)
+    with disk.turn(place):  # the launch writes its report at its end, perhaps beside one that watches it
+        return study, publish(study, content, place, progress, mark or str)
 
 
 def _counted(study: Study) -> Iterator[str]:
@@ -206,6 +263,15 @@ def _parser() -> cli.Parser:
         type=Path,
         help="write report and tables here, and nothing into the study, which may be read-only "
         "(several studies: theirs into DIR/<study>)",
+    )
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=_seconds,
+        nargs="?",
+        const=SECONDS,
+        help=f"write the report again whenever a trial has changed, while a launch trains the study (default every "
+        f"{SECONDS} s); its page reloads itself meanwhile",
     )
     parser.add_argument(
         "--baseline", metavar="OLD", type=Path, help="hold the study against this one, of which nothing is written"

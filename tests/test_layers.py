@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
     *("extras", "failpoints", "settings", "wording", "progress_line", "architecture", "task", "config", "shape"),
     *("expressions", "space"),
-    *("trace", "live", "finished", "disk", "state", "store", "external"),
+    *("trace", "live", "finished", "disk", "state", "store", "tailing", "external"),
 }
 
 
@@ -52,6 +52,7 @@ MAY = {
     "disk": May({"failpoints"}),
     "state": May({"config", "disk"}),
     "store": May({"config", "settings", "disk", "state", "trace", "finished", "live"}),
+    "tailing": May({"disk", "store"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "state", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),

@@ -179,6 +179,8 @@ class Board:
         if self._waiting is not None:
             what, began = self._waiting
             lines.append(Text(f"{what}, {duration(time.monotonic() - began)}"))
+        elif not self.running and not self.finished:
+            lines.append(Text("the first trials start"))
         tables = [self._table()] if self.running else []
         return Group(*lines, *tables, Text(safe(self.latest), style="dim"))
 

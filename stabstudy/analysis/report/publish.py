@@ -32,10 +32,13 @@ Progress = Callable[[str, int, int], None]
 """Takes a part of the work, and how many of how many are done of it."""
 
 
-def publish(study: Study, report: Report, folder: Path, progress: Progress | None = None) -> Path:
+def publish(
+    study: Study, report: Report, folder: Path, progress: Progress | None = None, mark: Callable[[str], str] = str
+) -> Path:
     """Write the report into `folder` and answer with the path of its page. What an older report left is removed.
 
-    `progress` is told of each trial's page. Raises EntryError where the folder leads elsewhere by a link.
+    `progress` is told of each trial's page, `mark` is put on the study's (`watched.Mark`). Raises EntryError where the
+    folder leads elsewhere by a link.
     """
     disk.check_report_folder(folder)
     files = dict(_figure_files(report))
@@ -51,7 +54,7 @@ def publish(study: Study, report: Report, folder: Path, progress: Progress | Non
     write_text(folder / "cells.csv", csv_of_frame(study.cells.reset_index()))
     write_text(folder / "spikes.csv", csv_of_frame(study.spikes))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", html_index(report))
+    write_text(folder / "index.html", mark(html_index(report)))
     return folder / "index.html"
 
 
