@@ -92,9 +92,12 @@ MAY = {
     "ingesting": May(
         FACTS | {"planning"}, {"numpy", "pyarrow", "tensorboard"}, late={"planning", "pyarrow", "tensorboard"}
     ),
+    # trials to trackers, each of which is there or not
+    "exporting": May(FACTS | {"stability"}, {"numpy", "tensorboard", "wandb"}, late={"tensorboard", "wandb"}),
     "cli": May({"settings", "state"}, late={"state"}),  # it loads the commands by name, late
     "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
     "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
+    "export": May(FACTS | {"cli", "exporting"}, late={"exporting"}),
     "api": May(
         FACTS | {"cli", "planning", "search", "sweeping", "analysis", "report"},
         {"rich"},
@@ -271,6 +274,7 @@ def modules_of(part: str) -> list[str]:
         ("stability", {"torch", "ray", "hydra", "pandas", "pyarrow", "matplotlib", "scipy"}),
         ("planning", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
         ("sweeping", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
+        ("exporting", {"torch", "ray", "hydra", "pandas", "pyarrow", "tensorboard", "wandb", "scipy"}),
         ("ingesting", {"torch", "ray", "hydra", "omegaconf", "pandas", "pyarrow", "tensorboard", "transformers"}),
     ],
 )
@@ -320,7 +324,7 @@ def test_no_module_is_named_after_nothing():
     assert not {p.stem for p in sources()} & {"utils", "util", "common", "helpers", "misc", "base", "core"}
 
 
-@pytest.mark.parametrize("command", ["sweep", "report", "ingest"])
+@pytest.mark.parametrize("command", ["sweep", "report", "ingest", "export"])
 def test_commands_define_no_class(command: str):
     """Run by -m they are `__main__`: a class defined there has a second identity."""
     path = ROOT / "stabstudy" / f"{command}.py"

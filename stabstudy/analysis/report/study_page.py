@@ -20,10 +20,10 @@ from stabstudy.analysis.levels import levels_of, plain, records
 from stabstudy.analysis.report import (
     drivers,
     effect_tables,
-    export,
     findings,
     frontier_page,
     ingested_page,
+    recipe_formats,
     trial_page,
     trial_tables,
 )
@@ -103,13 +103,15 @@ def _recipe(study: Study) -> Iterator[Block]:
     for one in recipes:
         if len(recipes) > 1:
             yield Text(recipe.sentence(one))
-        yield Code("As overrides of this tool", "\n".join(export.overrides(one.given | one.levels, one.settings)))
-        yield _exported("As a Lingua config (one device)", export.lingua(one.settings))
+        yield Code(
+            "As overrides of this tool", "\n".join(recipe_formats.overrides(one.given | one.levels, one.settings))
+        )
+        yield _exported("As a Lingua config (one device)", recipe_formats.lingua(one.settings))
         title = "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)"
-        yield _exported(title, export.hugging_face(one.settings))
+        yield _exported(title, recipe_formats.hugging_face(one.settings))
 
 
-def _exported(title: str, exported: export.Export) -> Code:
+def _exported(title: str, exported: recipe_formats.Export) -> Code:
     """The keys below what they do not reproduce, as comments."""
     text, notes = exported
     comments = textwrap.TextWrapper(110, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)
