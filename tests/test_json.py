@@ -336,7 +336,7 @@ def test_the_end_of_a_launch(capfd: pytest.CaptureFixture[str], here: Path, monk
     reads: list[Path] = []
     read_tables = study_module.read_tables
     monkeypatch.setattr(study_module, "read_tables", lambda folder: reads.append(folder.path) or read_tables(folder))
-    monkeypatch.setattr(publish_module, "publish", lambda study, made, out, progress: out / "index.html")
+    monkeypatch.setattr(publish_module, "publish", lambda study, made, out, progress, mark: out / "index.html")
     assert sweep.main([*SMALL, f"data.path={here}/text.txt", "--json"]) == 0
     printed = capfd.readouterr()
     body = strict(printed.out)
