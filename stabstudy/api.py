@@ -34,21 +34,31 @@ def planned(asked: Sequence[str] | Ask, cwd: Path, to_launch: bool) -> Plan:
     return strategy.begun(make_plan(asked, cwd, to_launch))
 
 
-def trained(plan: Plan, say: Callable[[str], None], console: Console | None = None) -> Outcome:
-    """Train what is not done of the plan, and write the report unless that ended early.
+Reported = tuple["Study", Path, dict[str, Any]]
+"""The study as its report was written, the report's page, and what it answers first as data."""
 
-    `say` gets one line at a time, `console` shows the progress (None: on standard output). Raises NotReadyError for a
-    machine that cannot start it, and as `sweeping.launch.launch` and `report.write_report`.
+
+def trained(plan: Plan, say: Callable[[str], None], console: Console | None = None) -> tuple[Outcome, Reported | None]:
+    """Train what is not done of the plan, and write the report; unless that ended early, which is counted alone.
+
+    `say` gets one line at a time, `console` shows the progress (None: on standard output; one that is quiet: nothing
+    is). Raises NotReadyError for a machine that cannot start it, and as `sweeping.launch.launch` and
+    `report.write_report`.
     """
+    from stabstudy import report
     from stabstudy.planning import preview
-    from stabstudy.report import write_report
-    from stabstudy.sweeping import launch
+    from stabstudy.store import open_study
+    from stabstudy.sweeping import launch, progress
 
     preview.check_machine(plan)
     outcome = launch.launch(plan, say, console)
-    if not outcome.early:
-        write_report(plan.folder, say)
-    return outcome
+    if outcome.early:
+        say(progress.tally(progress.standing(plan.folder)))
+        return outcome, None
+    show = None if console is not None and console.quiet else say
+    if show is not None:
+        show("writing the report")
+    return outcome, report.write(open_study(plan.folder), say, show=show)
 
 
 def run(
@@ -87,12 +97,12 @@ def run(
         say(f"{plan.study} {plan.start}")
     for warning in plan.warnings:
         warnings.warn(warning, stacklevel=2)
-    outcome = trained(plan, say, None if progress else _silence())
+    outcome, written = trained(plan, say, None if progress else _silence())
     if outcome.early:
         _end(plan, outcome, say)
     if outcome.left:
         warnings.warn(_failures(StudyFolder(plan.folder), outcome.left), stacklevel=2)
-    return Study.load(plan.folder)
+    return Study.load(plan.folder) if written is None else written[0]
 
 
 def plan(

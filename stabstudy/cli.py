@@ -43,6 +43,7 @@ COMMANDS = {
     "sweep": "train a sweep of small models, or go on with it, and report it",
     "report": "write the report of a study; compare several",
     "ingest": "make a study out of the logs of other trainers",
+    "export": "write the trials of a study to TensorBoard or W&B",
     "status": "progress of a study: its name or its folder",
 }
 
@@ -239,7 +240,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: `stabstudy sweep|report|ingest|status ...`. Returns the exit code."""
+    """The console script: `stabstudy sweep|report|ingest|export|status ...`. Returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     command, rest = (given[0], given[1:]) if given else ("", [])
     if command not in COMMANDS:

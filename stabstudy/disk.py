@@ -26,6 +26,8 @@ from stabstudy import failpoints
 LOCK_FILE = ".lock"
 LOCK_TRIES = 20  # 10 ms apart
 
+TURN_SECONDS = 60.0
+
 Synced = Literal["folder", "file", "nothing"]
 """What is durable when a file has been replaced: the file and its name, the file alone, or neither."""
 
@@ -80,6 +82,23 @@ def lock_file(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
         if not _take(fd):
             waiting()
             fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def turn(folder: Path, seconds: float = TURN_SECONDS) -> Iterator[None]:
+    """Hold a folder that several processes write as a whole: a lock on the folder itself, for which no file is made.
+
+    Another holder is waited for, but not for ever: it may have been suspended.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    limit = time.monotonic() + seconds
+    try:
+        with contextlib.suppress(OSError):  # a file system that locks no folder
+            while not _take(fd) and time.monotonic() < limit:
+                time.sleep(0.1)
         yield
     finally:
         os.close(fd)

@@ -12,8 +12,9 @@ EXTRAS = {
     "search": ("optuna", "scikit-learn"),
     "hf": ("datasets",),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
-"""Extra -> the packages that the program asks for before it starts what needs them."""
+"""Extra -> the packages that the program asks for before it starts what needs them. `all` is all but `wandb`."""
 
 FLOORS = {"torch": (2, 10), "ray": (2, 59), "datasets": (4, 0), "optuna": (5, 0)}
 """Oldest releases that may run: older ones have known security holes, run a dataset's code, or lack what is used."""

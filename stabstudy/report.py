@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabstudy import cli, disk
+from stabstudy import cli, disk, wording
+from stabstudy.progress_line import ProgressLine
 from stabstudy.settings import ConfigError, Problem
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, open_study, read_sealed
 
 if TYPE_CHECKING:
     from stabstudy.analysis.report.gate import Gate
+    from stabstudy.analysis.report.watched import Mark
     from stabstudy.analysis.study import Study
 
 ELSEWHERE = "--out DIR writes the report elsewhere, and nothing into the study"
 
-LARGE = 100
-"""Trials from which on a report prints its progress."""
+LEAST_SECONDS, SECONDS, MOST_SECONDS = 1, 30, 86_400
+WATCH_RULE = f"must be a number of seconds in [{LEAST_SECONDS}, {MOST_SECONDS}]"
 
 Say = Callable[[str], None]
 
@@ -37,15 +40,14 @@ def write_report(folder: Path, say: Say, out: Path | None = None) -> Path:
     then nothing is written into the study. Raises StoreError where there is no study, OSError where nothing can be
     written.
     """
-    return _write(open_study(folder), say, out)[1]
+    return write(open_study(folder), say, out)[1]
 
 
-def answer(folder: Path) -> dict[str, Any]:
-    """What the report of this study answers first, as data: see `analysis.answer`. Raises StoreError."""
+def answer(study: Study) -> dict[str, Any]:
+    """What the report of this study answers first, as data: see `analysis.answer`."""
     from stabstudy.analysis import answer
-    from stabstudy.analysis.study import Study
 
-    return answer.answer(Study.load(folder))
+    return answer.answer(study)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,15 +64,19 @@ def _run(args: argparse.Namespace) -> int:
             raise StoreError(f"two of the studies have the same name: {', '.join(names)}")
         if "\0" in str(args.out):
             raise StoreError(f"--out {args.out}: must not contain a NUL")
+        if args.watch is not None:
+            _check_watch(args)
     except StoreError as error:
         return cli.fail("report", cli.BAD_INPUT, str(error))
     code, pages = cli.OK, []
     try:
+        if args.watch is not None:
+            return _watch(folders[0], args.watch, args.out)
         gate = None if args.baseline is None and args.fail_on is None else _gate(args)  # refuses before all is written
         for folder, name in zip(folders, names, strict=True):
             out = args.out / name if args.out is not None and len(folders) > 1 else args.out
             _check_writable(folder, out)
-            study, page = _write(folder, cli.say, out)
+            study, page, _ = write(folder, cli.say, out, cli.say)
             pages.append(page)
             code = max(code, _judge(study))
         if len(folders) > 1:
@@ -82,6 +88,45 @@ def _run(args: argparse.Namespace) -> int:
         refused = args.out is None and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         return cli.fail("report", cli.ENVIRONMENT, f"{disk.describe(error)}{'; ' + ELSEWHERE if refused else ''}")
     return code if gate is None else _conclude(gate, code)
+
+
+def _check_watch(args: argparse.Namespace) -> None:
+    """Raises ConfigError for what cannot be watched."""
+    if not (math.isfinite(args.watch) and LEAST_SECONDS <= args.watch <= MOST_SECONDS):
+        raise ConfigError(Problem("--watch", WATCH_RULE, f"{args.watch:g}"))
+    if args.baseline is not None or args.fail_on is not None:
+        raise ConfigError(Problem("--watch", "does not go with --baseline and --fail-on"))
+    if len(args.study) > 1:
+        raise ConfigError(Problem("--watch", "watches one study", ", ".join(map(str, args.study))))
+
+
+def _watch(folder: StudyFolder, seconds: float, out: Path | None) -> int:
+    """Write the report again and again until the study is over."""
+    from stabstudy.analysis.report import watched
+
+    _check_writable(folder, out)
+    page = (folder.report if out is None else out) / "index.html"
+    codes: list[int] = []
+
+    def write_marked(mark: watched.Mark | None) -> None:
+        study, *_ = write(folder, _nothing if mark else cli.say, out, None if mark else cli.say, mark)
+        codes.append(_judge(study))
+
+    cli.say(f"report: {page} (written again every {seconds:g} s where a trial has changed; Ctrl-C ends that)")
+    watched.watch(folder, page, seconds, write_marked, cli.say)
+    return codes[-1]
+
+
+def _nothing(line: str) -> None:
+    """No lines for a report that is soon written again."""
+
+
+def _seconds(text: str) -> float:
+    """Raises ArgumentTypeError for what is no number, such as a study behind --watch."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{WATCH_RULE} (name the study before it), got {text}") from None
 
 
 def _gate(args: argparse.Namespace) -> Gate:
@@ -134,32 +179,59 @@ def _check_writable(folder: StudyFolder, out: Path | None) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder.path))
 
 
-def _write(folder: StudyFolder, say: Say, out: Path | None) -> tuple[Study, Path]:
+def write(
+    folder: StudyFolder,
+    say: Say,
+    out: Path | None = None,
+    show: Say | None = None,
+    mark: Mark | None = None,
+) -> tuple[Study, Path, dict[str, Any]]:
+    """As `write_report`; the study as it was read, its page and its `answer`, of which the last lines before it are.
+
+    `show` takes the lines that say how far it is, off a terminal, where there is time for them; None: nothing does.
+    `mark`: of a page that will be written again.
+    """
     # here and not above: --help and a misspelt path must not wait for pandas and matplotlib
-    from stabstudy.analysis import forecasts, words
+    from stabstudy.analysis import closing
+
+    with ProgressLine("report", show) as progress:
+        study, page = _published(folder, progress, out, mark)
+        progress("its first answers")
+        answers = answer(study)
+        lines = [*_counted(study), *closing.lines(study, answers), f"report: {page}"]
+    for text in lines:
+        say(text)
+    return study, page, answers
+
+
+def _published(folder: StudyFolder, progress: ProgressLine, out: Path | None, mark: Mark | None) -> tuple[Study, Path]:
+    progress(f"reading {wording.count(len(folder.trials()), 'trial')}")
+    from stabstudy.analysis import forecasts
     from stabstudy.analysis.report.publish import publish
     from stabstudy.analysis.report.study_page import report
     from stabstudy.analysis.study import update_tables
 
-    progress = say if (n := len(folder.trials())) >= LARGE else _nothing
-    progress(f"reading {n} trials")
     study = update_tables(folder, out)
-    progress("building the page")
+    progress("statistics and figures")
     content = report(study)
-    progress("writing the page, and one for each trial")
     if out is None and study.searched is not None:
         forecasts.register(folder, study.searched)
-    page = publish(study, content, folder.report if out is None else out)
-    say(f"{study.name}: {words.count(sum(study.outcomes.values()), 'trial')}")
-    for outcome, number in study.outcomes.items():
-        if number:
-            say(f"{number:6} {outcome}")
+    progress("pages of trials")
+    place = folder.report if out is None else out
+    disk.check_report_folder(place)
+    place.mkdir(parents=True, exist_ok=True)
+    with disk.turn(place):  # the launch writes its report at its end, perhaps beside one that watches it
+        return study, publish(study, content, place, progress, mark or str)
+
+
+def _counted(study: Study) -> Iterator[str]:
+    """How many trials have which outcome, and what is damaged."""
+    yield f"{study.name}: {wording.count(sum(study.outcomes.values()), 'trial')}"
+    yield from (f"{number:6} {outcome}" for outcome, number in study.outcomes.items() if number)
     for damaged in study.damaged:
-        say(f"damaged, left out: {damaged.trial_id}: {damaged.reason}")
-    if not study.provenance and folder.provenance_file.exists():
-        say("not shown, damaged: provenance.json")
-    say(f"report: {page}")
-    return study, page
+        yield f"damaged, left out: {damaged.trial_id}: {damaged.reason}"
+    if not study.provenance and study.folder.provenance_file.exists():
+        yield "not shown, damaged: provenance.json"
 
 
 def _compare(folders: Sequence[StudyFolder], pages: Sequence[Path], out: Path) -> None:
@@ -179,10 +251,6 @@ def _judge(study: Study) -> int:
     return cli.OK if done and not study.damaged else cli.PARTIAL
 
 
-def _nothing(line: str) -> None:
-    """No progress lines: a small report is done in a moment."""
-
-
 def _parser() -> cli.Parser:
     parser = cli.Parser(
         "python -m stabstudy.report",
@@ -195,6 +263,15 @@ def _parser() -> cli.Parser:
         type=Path,
         help="write report and tables here, and nothing into the study, which may be read-only "
         "(several studies: theirs into DIR/<study>)",
+    )
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=_seconds,
+        nargs="?",
+        const=SECONDS,
+        help=f"write the report again whenever a trial has changed, while a launch trains the study (default every "
+        f"{SECONDS} s); its page reloads itself meanwhile",
     )
     parser.add_argument(
         "--baseline", metavar="OLD", type=Path, help="hold the study against this one, of which nothing is written"

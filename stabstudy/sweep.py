@@ -112,12 +112,12 @@ def _sweep(overrides: list[str], dry_run: bool, as_json: bool) -> cli.Ending:
         print(f"warning: {settings.line(warning)}", file=sys.stderr)
     if dry_run:
         return _dry_run(plan, as_json)
-    outcome = api.trained(plan, print)
+    outcome, written = api.trained(plan, _print)
     if outcome.reason is not None:
         cli.fail("study" if outcome.code == cli.PARTIAL else "machine", outcome.code, outcome.reason)
     if outcome.early and outcome.code != cli.PARTIAL:
         print(_resume(overrides), file=sys.stderr, flush=True)
-    return outcome.code, _ending(plan, outcome, overrides) if as_json else None
+    return outcome.code, _ending(plan, outcome, overrides, written) if as_json else None
 
 
 def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
@@ -132,15 +132,17 @@ def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
     return cli.OK, None
 
 
-def _ending(plan: Plan, outcome: Outcome, overrides: Sequence[str]) -> cli.Answer:
+def _ending(plan: Plan, outcome: Outcome, overrides: Sequence[str], written: api.Reported | None) -> cli.Answer:
     """The end of a launch as an object."""
-    from stabstudy import report
-    from stabstudy.store import StudyFolder
     from stabstudy.sweeping import objects, progress
 
-    page = None if outcome.early else StudyFolder(plan.folder).report / "index.html"
-    answer = None if page is None else report.answer(plan.folder)
+    page, answer = (None, None) if written is None else written[1:]
     return objects.launch(progress.standing(plan.folder), outcome, _command(overrides), page, answer)
+
+
+def _print(text: str) -> None:
+    """A line at once, so that those of standard error stand where they belong in a log of both."""
+    print(text, flush=True)
 
 
 def _command(overrides: Sequence[str]) -> str:

@@ -15,12 +15,18 @@ import planted
 import pytest
 
 import stabstudy
-from stabstudy import cli, ingest, report, sweep
+from stabstudy import cli, export, ingest, report, sweep
 from stabstudy.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 Main = Callable[[list[str]], int]
-MAINS: dict[str, Main] = {"sweep": sweep.main, "report": report.main, "ingest": ingest.main, "stabstudy": cli.main}
+MAINS: dict[str, Main] = {
+    "sweep": sweep.main,
+    "report": report.main,
+    "ingest": ingest.main,
+    "export": export.main,
+    "stabstudy": cli.main,
+}
 Out = pytest.CaptureFixture[str]
 
 
@@ -98,8 +104,8 @@ def test_a_bug_is_not_hidden() -> None:
         ("ingest", ["x"], ["ingest: the following arguments are required: --study"]),
         ("ingest", ["x", "--study", "s", "--colums", "a=b"], ["ingest: --colums: is not a flag (did you mean --co"]),
         ("stabstudy", ["--versoin"], ["stabstudy: --versoin: is not a flag (did you mean --version?)"]),
-        ("stabstudy", ["reprot", "x"], ["stabstudy: command: must be one of sweep, report, ingest, status (did you m"]),
-        ("stabstudy", ["hlp", "x"], ["stabstudy: command: must be one of sweep, report, ingest, status, got hlp"]),
+        ("stabstudy", ["reprot", "x"], ["stabstudy: command: must be one of sweep, report, ingest, export, status (did you m"]),
+        ("stabstudy", ["hlp", "x"], ["stabstudy: command: must be one of sweep, report, ingest, export, status, got hlp"]),
         ("stabstudy", ["status", "a", "b"], ["status: study: give one name or folder, got a, b"]),
         ("stabstudy", ["status", "a", "--lst"], ["status: --lst: is not a flag"]),
         ("sweep", ["--list", "--dry-run"], ["conf: --dry-run: not allowed with argument --list"]),
@@ -169,7 +175,7 @@ def test_the_package_has_no_other_lazy_name() -> None:
 def test_without_a_command_it_names_them(arguments: list[str], capsys: Out) -> None:
     assert cli.main(arguments) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in ("sweep", "report", "ingest", "status"))
+    assert all(f"\n  {name} " in said for name in ("sweep", "report", "ingest", "export", "status"))
 
 
 def test_each_command_is_reached_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,12 +266,14 @@ raise SystemExit(code)
         (["sweep", "--help"], 0),
         (["report", "--help"], 0),
         (["ingest", "--help"], 0),
+        (["export", "--help"], 0),
         (["sweep", "--list"], 0),
         (["sweep", "--dry-run"], 0),
         (["sweep", "optim.lr=nan"], 2),
         (["status", "nothing"], 2),
         (["report", "nowhere"], 2),
         (["ingest", "nowhere", "--study", "s"], 2),
+        (["export", "nowhere", "--to", "wandb"], 2),
     ],
 )
 def test_what_answers_without_work_imports_nothing_heavy(arguments: list[str], code: int, tmp_path: Path) -> None:

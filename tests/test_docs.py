@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from stabstudy import config as cfg
-from stabstudy import ingest, report, sweep
+from stabstudy import export, ingest, report, sweep
 from stabstudy.analysis import plots
 from stabstudy.analysis.study import Study
 from stabstudy.extras import EXTRAS
@@ -31,7 +31,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE) for name, text in TEXTS.items()}
 page = pytest.mark.parametrize("name", TEXTS)
 
-COMMAND = r"python -m stabstudy\.(sweep|report|ingest)((?: [^\n`#|&]*)?)"
+COMMAND = r"python -m stabstudy\.(sweep|report|ingest|export)((?: [^\n`#|&]*)?)"
 
 
 def test_the_readme_is_one_page_with_its_two_commands() -> None:
@@ -62,10 +62,15 @@ def test_sweep_commands_plan(words: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_there_are_commands() -> None:
-    assert all(len(commands(module)) >= few for module, few in (("sweep", 6), ("report", 3), ("ingest", 1)))
+    assert all(
+        len(commands(module)) >= few for module, few in (("sweep", 6), ("report", 3), ("ingest", 1), ("export", 2))
+    )
 
 
-@pytest.mark.parametrize(("module", "main"), [("sweep", sweep.main), ("report", report.main), ("ingest", ingest.main)])
+@pytest.mark.parametrize(
+    ("module", "main"),
+    [("sweep", sweep.main), ("report", report.main), ("ingest", ingest.main), ("export", export.main)],
+)
 def test_flags_are_those_of_the_command(
     module: str, main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

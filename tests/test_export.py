@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from stabstudy import config as cfg
 from stabstudy.analysis import recipe
 from stabstudy.analysis.elements import Code
-from stabstudy.analysis.report import export, methods
+from stabstudy.analysis.report import methods, recipe_formats
 from stabstudy.analysis.study import Study
 from stabstudy.config import PRECISIONS
 from stabstudy.planning.plan import make_plan
@@ -234,7 +234,9 @@ NOWHERE = {
 """Settings that no recipe carries, by the reason."""
 
 
-def shortfall(name: str, case: Case, exporter: Callable[[Dotted], export.Export], carrying: Dotted | None) -> str:
+def shortfall(
+    name: str, case: Case, exporter: Callable[[Dotted], recipe_formats.Export], carrying: Dotted | None
+) -> str:
     """What is wrong with how the setting is exported; '': nothing."""
     off, default = settings({**case.beside, name: case.value}), settings({})
     with contextlib.suppress(ConfigError):  # what stands beside it may not be legal without it
@@ -261,8 +263,8 @@ def shortfalls(name: str) -> Iterator[str]:
     if name not in CASES:
         yield f"{name}: decide how recipes for others carry it, or why they do not"
     for case in CASES.get(name, []):
-        yield from filter(None, [shortfall(name, case, export.lingua, case.lingua)])
-        yield from filter(None, [shortfall(name, case, export.hugging_face, case.trainer)])
+        yield from filter(None, [shortfall(name, case, recipe_formats.lingua, case.lingua)])
+        yield from filter(None, [shortfall(name, case, recipe_formats.hugging_face, case.trainer)])
 
 
 @pytest.mark.parametrize("name", cfg.setting_names())
@@ -279,9 +281,11 @@ def test_every_choice_is_tried() -> None:
 
 def test_the_walk_notices_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(shortfalls("optim.invented")) != []
-    monkeypatch.setattr(export, "lingua", lambda s: ("steps: 200", []))
+    monkeypatch.setattr(recipe_formats, "lingua", lambda s: ("steps: 200", []))
     assert len(list(shortfalls("optim.lr"))) == len(list(shortfalls("model.qk_norm"))) == 1
-    monkeypatch.setattr(export, "lingua", lambda s: ("steps: 200", [f"optim.lr={s['optim.lr']}: a note of another"]))
+    monkeypatch.setattr(
+        recipe_formats, "lingua", lambda s: ("steps: 200", [f"optim.lr={s['optim.lr']}: a note of another"])
+    )
     assert len(list(shortfalls("optim.lr"))) == len(list(shortfalls("model.qk_norm"))) == 1
 
 
@@ -342,7 +346,7 @@ def all_cases() -> Iterator[Dotted]:
 def test_lingua_reads_its_keys() -> None:
     base = lingua_reader()
     for s in all_cases():
-        text, _ = export.lingua(s)
+        text, _ = recipe_formats.lingua(s)
         mine, theirs = leaves(yaml.safe_load(text)), leaves(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
         assert mine == theirs and set(LINGUA) - set(mine) <= {"optim.decay_fraction"}
         for name, value in mine.items():
@@ -363,7 +367,7 @@ def test_the_reader_refuses_what_lingua_does(wrong: str) -> None:
 
 def test_transformers_builds_its_arguments() -> None:
     for s in all_cases():
-        text, _ = export.hugging_face(s)
+        text, _ = recipe_formats.hugging_face(s)
         body = yaml.safe_load(text)
         assert OmegaConf.to_container(OmegaConf.create(text)) == body
         built = TrainingArguments(**body, use_cpu=True)  # else it refuses bf16 where no GPU is
@@ -382,13 +386,13 @@ def test_the_overrides_give_the_same_trial(tmp_path: Path) -> None:
     (trial,) = make_plan(words, tmp_path).trials
     levels = {"model.depth": 6, "optim.lr": 3e-3, "optim.clip": None}
     own = {k: v for k, v in cfg.flat(trial.config).items() if k != "seed"}
-    (again,) = make_plan([*export.overrides(levels, own), "seeds=1"], tmp_path).trials
+    (again,) = make_plan([*recipe_formats.overrides(levels, own), "seeds=1"], tmp_path).trials
     assert again.trial_id == trial.trial_id
 
 
 def test_overrides_say_a_share_of_warmup_in_steps(tmp_path: Path) -> None:
     share = {"optim.warmup_steps": None, "optim.warmup_share": 0.1, "train.steps": 60}
-    (trial,) = make_plan([*export.overrides({"model.depth": 2}, settings(share)), "seeds=1"], tmp_path).trials
+    (trial,) = make_plan([*recipe_formats.overrides({"model.depth": 2}, settings(share)), "seeds=1"], tmp_path).trials
     assert trial.config.warmup_steps == 6
 
 
@@ -398,7 +402,7 @@ def test_overrides_say_a_share_of_warmup_in_steps(tmp_path: Path) -> None:
     + ["1-sqrt", "zh-é", "sample-10BT", True, False, None, 1, 0, -3, 1e-3, 1e-8, 3e22, 0.1, 5.0, math.inf],
 )
 def test_every_reader_takes_a_value_for_what_it_is(value: Any) -> None:
-    text = export.yaml_scalar(value)
+    text = recipe_formats.yaml_scalar(value)
     read = [yaml.safe_load(f"k: {text}")["k"], OmegaConf.create(f"k: {text}").k]
     if value != math.inf:  # which Hydra spells inf; no setting has it
         read.append(OverridesParser.create().parse_override(f"+k={text}").value())
@@ -408,37 +412,39 @@ def test_every_reader_takes_a_value_for_what_it_is(value: Any) -> None:
 
 
 def test_no_control_character_comes_out() -> None:
-    text = export.yaml_scalar("a\u202e\n\x1bé")
+    text = recipe_formats.yaml_scalar("a\u202e\n\x1bé")
     assert text.isprintable() and yaml.safe_load(text) == "a\u202e\n\x1bé"
 
 
 # what notes say
 
 
-def notes(exporter: Callable[[Dotted], export.Export], **own: Any) -> str:
+def notes(exporter: Callable[[Dotted], recipe_formats.Export], **own: Any) -> str:
     return "\n".join(exporter(settings({k.replace("__", "."): v for k, v in own.items()}))[1])
 
 
 def test_notes_of_lingua() -> None:
-    assert notes(export.lingua, optim__decay_params="all", optim__warmup_steps=0, optim__schedule="constant") == ""
-    default = notes(export.lingua)
+    assert (
+        notes(recipe_formats.lingua, optim__decay_params="all", optim__warmup_steps=0, optim__schedule="constant") == ""
+    )
+    default = notes(recipe_formats.lingua)
     assert "optim.decay_params=matrices: Lingua's weight decay acts on norms too" in default
     assert "embedding" not in default  # ours decays it too
-    assert "decay" not in notes(export.lingua, optim__weight_decay=0.0)
-    constant = notes(export.lingua, optim__schedule="constant", optim__warmup_steps=20)
+    assert "decay" not in notes(recipe_formats.lingua, optim__weight_decay=0.0)
+    constant = notes(recipe_formats.lingua, optim__schedule="constant", optim__warmup_steps=20)
     assert (
         "optim.schedule=constant: Lingua's constant has no warmup; exported as Lingua's wsd without a decay" in constant
     )
-    assert "Lingua's wsd divides by it" in notes(export.lingua, optim__schedule="wsd", optim__min_lr_ratio=0.0)
+    assert "Lingua's wsd divides by it" in notes(recipe_formats.lingua, optim__schedule="wsd", optim__min_lr_ratio=0.0)
 
 
 def test_notes_on_precision() -> None:
-    assert "precision" not in notes(export.lingua) + notes(export.hugging_face)
-    assert "residual stream in fp32" in notes(export.lingua, train__precision="bf16")
-    assert "precision" not in notes(export.hugging_face, train__precision="bf16")  # autocast as ours
+    assert "precision" not in notes(recipe_formats.lingua) + notes(recipe_formats.hugging_face)
+    assert "residual stream in fp32" in notes(recipe_formats.lingua, train__precision="bf16")
+    assert "precision" not in notes(recipe_formats.hugging_face, train__precision="bf16")  # autocast as ours
     if "bf16_stream" in PRECISIONS:
-        assert "precision" not in notes(export.lingua, train__precision="bf16_stream")
-        assert "residual stream in fp32" in notes(export.hugging_face, train__precision="bf16_stream")
+        assert "precision" not in notes(recipe_formats.lingua, train__precision="bf16_stream")
+        assert "residual stream in fp32" in notes(recipe_formats.hugging_face, train__precision="bf16_stream")
 
 
 @pytest.mark.parametrize("which", ["matrices", "matrices_no_embed", "all"])
@@ -450,7 +456,7 @@ def test_who_decays_what(which: str, tmp_path: Path) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(tiny)
     own = settings({"optim.decay_params": which, "optim.weight_decay": 0.03, "optim.beta2": 0.97})
-    text, remarks = export.hugging_face(own)
+    text, remarks = recipe_formats.hugging_face(own)
     arguments = TrainingArguments(**yaml.safe_load(text), use_cpu=True, output_dir=str(tmp_path))
     groups = Trainer(model=model, args=arguments).create_optimizer().param_groups
     assert all(g["betas"] == (0.9, 0.97) and g["lr"] == own["optim.lr"] for g in groups)
@@ -461,7 +467,7 @@ def test_who_decays_what(which: str, tmp_path: Path) -> None:
     left_out = {"matrices": norms, "matrices_no_embed": norms | {"model.embed_tokens.weight"}, "all": set[str]()}
     meant = everything - left_out[which]
     assert (trainers == meant) != any("optim.decay_params=" in note for note in remarks)
-    assert (everything == meant) != ("optim.decay_params=" in notes(export.lingua, optim__decay_params=which))
+    assert (everything == meant) != ("optim.decay_params=" in notes(recipe_formats.lingua, optim__decay_params=which))
 
 
 def test_the_page_comments_what_the_keys_leave_out(tmp_path: Path) -> None:
@@ -469,7 +475,7 @@ def test_the_page_comments_what_the_keys_leave_out(tmp_path: Path) -> None:
     planted.plant_trial(tmp_path / "s", planted.settings(2, 0.01))
     study = Study.load(tmp_path / "s")
     _, *others = [b for b in methods.recipes(study) if isinstance(b, Code)]
-    for block, exporter in zip(others, (export.lingua, export.hugging_face), strict=True):
+    for block, exporter in zip(others, (recipe_formats.lingua, recipe_formats.hugging_face), strict=True):
         text, remarks = exporter(recipe.recipes(study)[0].settings)
         assert yaml.safe_load(block.text) == yaml.safe_load(text)
         first, *comments = [line.lstrip("# ") for line in block.text.splitlines() if line.startswith("#")]

@@ -14,7 +14,7 @@ from torch import nn, optim, zeros
 from transformers.optimization import get_scheduler
 
 from stabstudy import config as cfg
-from stabstudy.analysis.report import export
+from stabstudy.analysis.report import recipe_formats
 from stabstudy.training import schedule as lr_schedule
 
 Curve = Callable[[int], float]
@@ -84,7 +84,7 @@ def mention(notes: list[str], *names: str) -> bool:
 
 @given(configs())
 def test_linguas_rate_is_ours_a_step_later_or_a_note_says_what_else(config: cfg.TrialConfig) -> None:
-    text, notes = export.lingua(cfg.flat(config))
+    text, notes = recipe_formats.lingua(cfg.flat(config))
     body = yaml.safe_load(text)
     n, w = config.train.steps, config.warmup_steps
     ours, theirs = lr_schedule.schedule(config.optim, n), lingua_curve(body)
@@ -103,7 +103,7 @@ def test_linguas_rate_is_ours_a_step_later_or_a_note_says_what_else(config: cfg.
 def test_transformers_rate_is_ours_a_step_apart_or_a_note_says_what_else(
     config: cfg.TrialConfig,
 ) -> None:
-    text, notes = export.hugging_face(cfg.flat(config))
+    text, notes = recipe_formats.hugging_face(cfg.flat(config))
     n, w, floor = config.train.steps, config.warmup_steps, config.optim.min_lr_ratio
     ours, theirs = lr_schedule.schedule(config.optim, n), trainer_curve(yaml.safe_load(text))
     theirs(n)
@@ -135,7 +135,7 @@ def test_transformers_rate_is_ours_a_step_apart_or_a_note_says_what_else(
 )
 def test_the_comparison_sees_what_lingua_does_by_default(optimizer: dict[str, Any], changed: dict[str, Any]) -> None:
     config = cfg.from_dict({"optim": optimizer})
-    body = yaml.safe_load(export.lingua(cfg.flat(config))[0])
+    body = yaml.safe_load(recipe_formats.lingua(cfg.flat(config))[0])
     assert off_by_more_than_a_step(lingua_curve(body), config, range(wsd_decay(body)), -1) == []
     body["optim"] |= changed
     assert off_by_more_than_a_step(lingua_curve(body), config, range(wsd_decay(body)), -1) != []

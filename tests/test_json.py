@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT
 
 from stabstudy import cli, report, store, sweep
+from stabstudy.analysis import study as study_module
+from stabstudy.analysis.report import publish as publish_module
 from stabstudy.analysis.study import Study
 from stabstudy.planning import preview
 from stabstudy.planning.plan import make_plan
@@ -331,15 +333,19 @@ def launched(here: Path, *, code: int = 0, early: bool = False, reason: str | No
 def test_the_end_of_a_launch(capfd: pytest.CaptureFixture[str], here: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(launching, "launch", launched(here))
     monkeypatch.setattr(preview, "why_not_here", lambda plan: [])
-    monkeypatch.setattr(report, "write_report", lambda folder, say: say("report: it") or folder / "report")
+    reads: list[Path] = []
+    read_tables = study_module.read_tables
+    monkeypatch.setattr(study_module, "read_tables", lambda folder: reads.append(folder.path) or read_tables(folder))
+    monkeypatch.setattr(publish_module, "publish", lambda study, made, out, progress, mark: out / "index.html")
     assert sweep.main([*SMALL, f"data.path={here}/text.txt", "--json"]) == 0
     printed = capfd.readouterr()
     body = strict(printed.out)
     check(body)
     assert all(line in printed.err for line in ("progress\n", "from a library\n", "from a child\n", "report: "))
+    assert reads == [here / "results" / "small"], "the report's making reads the study, and nothing does again"
     assert body["report"] == str(here / "results" / "small" / "report" / "index.html")
     assert body["counts"]["states"]["done"] == 4 and (body["resume"], body["early"]) == (None, False)
-    assert body["answer"] == strict(json.dumps(cli._strict(report.answer(here / "results" / "small"))))
+    assert body["answer"] == strict(json.dumps(cli._strict(report.answer(Study.load(here / "results" / "small")))))
     (row,) = body["answer"]["stable_up_to"]
     limit = Study.load(here / "results" / "small").largest_stable().iloc[0]
     assert (row["at"], row["trials"], row["all_stable"]) == ({}, 4, limit["all_stable"])

@@ -13,9 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {
-    *("extras", "failpoints", "settings", "wording", "architecture", "task", "config", "shape"),
+    *("extras", "failpoints", "settings", "wording", "progress_line", "architecture", "task", "config", "shape"),
     *("expressions", "space"),
-    *("trace", "live", "finished", "disk", "state", "store", "external"),
+    *("trace", "live", "finished", "disk", "state", "store", "tailing", "external"),
 }
 
 
@@ -38,6 +38,7 @@ MAY = {
     "failpoints": May(set()),
     "settings": May(set()),
     "wording": May({"settings"}, {"rich"}, late={"rich"}),
+    "progress_line": May({"settings", "wording"}, {"rich"}, late={"rich"}),
     "architecture": May({"settings"}),
     "task": May({"settings"}),
     "config": May({"settings", "architecture", "task"}),
@@ -51,6 +52,7 @@ MAY = {
     "disk": May({"failpoints"}),
     "state": May({"config", "disk"}),
     "store": May({"config", "settings", "disk", "state", "trace", "finished", "live"}),
+    "tailing": May({"disk", "store"}),
     # what a config.json says of a run trained elsewhere: ingesting writes it, analysis reads it
     "external": May({"settings", "config", "store"}),
     "stability": May({"trace", "config", "state", "store", "wording"}, {"numpy", "scipy"}, late={"scipy"}),
@@ -90,9 +92,12 @@ MAY = {
     "ingesting": May(
         FACTS | {"planning"}, {"numpy", "pyarrow", "tensorboard"}, late={"planning", "pyarrow", "tensorboard"}
     ),
+    # trials to trackers, each of which is there or not
+    "exporting": May(FACTS | {"stability"}, {"numpy", "tensorboard", "wandb"}, late={"tensorboard", "wandb"}),
     "cli": May({"settings", "state"}, late={"state"}),  # it loads the commands by name, late
     "report": May(FACTS | {"cli", "analysis"}, late={"analysis"}),
     "ingest": May(FACTS | {"cli", "ingesting"}, late=FACTS | {"ingesting"}),
+    "export": May(FACTS | {"cli", "exporting"}, late={"exporting"}),
     "api": May(
         FACTS | {"cli", "planning", "search", "sweeping", "analysis", "report"},
         {"rich"},
@@ -269,6 +274,7 @@ def modules_of(part: str) -> list[str]:
         ("stability", {"torch", "ray", "hydra", "pandas", "pyarrow", "matplotlib", "scipy"}),
         ("planning", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
         ("sweeping", {"torch", "ray", "optuna", "pandas", "matplotlib", "transformers", "datasets"}),
+        ("exporting", {"torch", "ray", "hydra", "pandas", "pyarrow", "tensorboard", "wandb", "scipy"}),
         ("ingesting", {"torch", "ray", "hydra", "omegaconf", "pandas", "pyarrow", "tensorboard", "transformers"}),
     ],
 )
@@ -318,7 +324,7 @@ def test_no_module_is_named_after_nothing():
     assert not {p.stem for p in sources()} & {"utils", "util", "common", "helpers", "misc", "base", "core"}
 
 
-@pytest.mark.parametrize("command", ["sweep", "report", "ingest"])
+@pytest.mark.parametrize("command", ["sweep", "report", "ingest", "export"])
 def test_commands_define_no_class(command: str):
     """Run by -m they are `__main__`: a class defined there has a second identity."""
     path = ROOT / "stabstudy" / f"{command}.py"

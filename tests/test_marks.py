@@ -186,6 +186,8 @@ def test_the_map_of_layers_can_be_read(study: Study) -> None:
     assert (series[1]["x"], series[1]["y"]) == ("optimizer step", "gradient norm")
     places = np.array(series[1]["at"]).reshape(-1, 2)
     assert (np.diff(places[:, 0]) > 0).all() and len(set(places[:, 1])) == 1
+
+
 def test_an_entry_of_a_legend_is_where_it_is_drawn_and_asks_for_its_runs(study: Study) -> None:
     ax = plots.lr_curves(study)
     (legend,) = [series for series in read(ax.figure) if "filter" in series and series["b"][0] == "its runs"]

@@ -21,7 +21,7 @@ from statsmodels.stats.multitest import multipletests
 
 from stabstudy.analysis import effects, recipe
 from stabstudy.analysis.recipe import NoRecipe, Recipe
-from stabstudy.analysis.report import export
+from stabstudy.analysis.report import recipe_formats
 from stabstudy.analysis.study import Study
 
 LR, CLIP, DEPTH = "optim.lr", "optim.clip", "model.depth"
@@ -103,7 +103,7 @@ def test_a_study_on_disk_has_the_same_answer(tmp_path: Path) -> None:
         "margin: stable at 3 times this learning rate, not at 10 times (2 of 3 trials are not stable); 0.01 is the "
         "smallest learning rate tried."
     )
-    assert export.overrides(answer.given | answer.levels, answer.settings)[0] == "optim.lr=0.01"
+    assert recipe_formats.overrides(answer.given | answer.levels, answer.settings)[0] == "optim.lr=0.01"
 
 
 # Candidates

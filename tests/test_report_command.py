@@ -29,7 +29,8 @@ def test_a_finished_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(study)]) == 0
     out = capsys.readouterr()
     page = study / "report" / "index.html"
-    assert out.out.splitlines() == ["s: 1 trial", "     1 rough", f"report: {page}"] and not out.err
+    answer = "use: no recipe: no cell is stable and trained to its end"
+    assert out.out.splitlines() == ["s: 1 trial", "     1 rough", answer, f"report: {page}"] and not out.err
     assert page.is_file() and (study / "report" / "report.md").is_file()
     assert (study / "trials.parquet").is_file() and (study / "spikes.parquet").is_file()
 
@@ -235,7 +236,7 @@ def test_write_report_says_what_main_prints(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     said: list[str] = []
     assert write_report(study, said.append) == study / "report" / "index.html"
-    assert said[1:] == ["     1 rough", f"report: {study / 'report' / 'index.html'}"]
+    assert [said[1], said[-1]] == ["     1 rough", f"report: {study / 'report' / 'index.html'}"] and len(said) == 4
     with pytest.raises(StoreError):
         write_report(tmp_path, said.append)
 

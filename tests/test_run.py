@@ -22,6 +22,7 @@ from test_launch import plant_foreign_checkpoint, same_traces, until
 
 import stabstudy
 from stabstudy import disk, store, sweep
+from stabstudy.analysis.study import Study
 from stabstudy.planning.compute import NotReadyError
 from stabstudy.settings import ConfigError
 from stabstudy.sweeping import progress
@@ -71,7 +72,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: py
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stabstudy.report.write_report", lambda folder, say: None)
+    def write(study: store.StudyFolder, say: object, show: object) -> tuple[Study, Path, dict[str, object]]:
+        return Study(study), study.report, {}
+
+    monkeypatch.setattr("stabstudy.report.write", write)
 
 
 def states(folder: Path, study: str = "check") -> dict[str, str]:

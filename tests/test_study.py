@@ -23,7 +23,7 @@ from stabstudy import config as cfg
 from stabstudy import encodings
 from stabstudy.analysis import compare, levels, recipe
 from stabstudy.analysis.paired import holm, sign_flip_p, t_interval
-from stabstudy.analysis.report import export
+from stabstudy.analysis.report import recipe_formats
 from stabstudy.analysis.study import Study, update_tables
 from stabstudy.analysis.table_columns import spike_kinds, trial_kinds
 from stabstudy.settings import ConfigError
@@ -165,7 +165,7 @@ def test_a_study_of_before_a_rule_between_settings_is_read(tmp_path: Path) -> No
     loaded = Study.load(tmp_path / "s")
     assert not loaded.damaged and set(loaded.trials["optim.weight_decay"]) == {0.1}
     (found,) = recipe.recipes(loaded)
-    assert export.lingua(found.settings) and export.hugging_face(found.settings)
+    assert recipe_formats.lingua(found.settings) and recipe_formats.hugging_face(found.settings)
 
 
 def test_planted_verdicts_and_spikes_come_back(study: Study) -> None:

@@ -12,10 +12,11 @@ import planted
 import pytest
 from conftest import ROOT
 
-from stabstudy.analysis import tables
+from stabstudy.analysis import spreading
 from stabstudy.analysis.report.publish import publish
 from stabstudy.analysis.report.study_page import report
 from stabstudy.analysis.study import Study
+from stabstudy.analysis.tables import read_tables
 from stabstudy.store import StudyFolder
 
 
@@ -35,28 +36,41 @@ def refuses(numbers: list[int]) -> list[int]:
 
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_cores", lambda: 2)
+    monkeypatch.setattr(spreading, "_cores", lambda: 2)
 
 
 def test_results_stand_in_the_order_of_the_items(two_cores: None) -> None:
-    found = tables.spread(squares, range(50), seconds=100)
+    found = spreading.spread(squares, range(50), seconds=100)
     assert [square for square, _ in found] == [n * n for n in range(50)]
     assert os.getpid() not in {pid for _, pid in found}
 
 
-@pytest.mark.parametrize(("items", "seconds"), [(range(50), tables.WORTH_S / 2), (range(1), 100), ((), 100)])
+@pytest.mark.parametrize(("items", "seconds"), [(range(50), spreading.WORTH_S / 2), (range(1), 100), ((), 100)])
 def test_little_work_starts_no_process(two_cores: None, items: range, seconds: float) -> None:
-    assert tables.spread(squares, items, seconds) == [(n * n, os.getpid()) for n in items]
+    assert spreading.spread(squares, items, seconds) == [(n * n, os.getpid()) for n in items]
+
+
+@pytest.mark.parametrize("seconds", [1, pytest.param(100, marks=pytest.mark.slow)])
+def test_progress_counts_up_to_all_of_it(two_cores: None, seconds: float) -> None:
+    counted: list[tuple[int, int]] = []
+    spreading.spread(squares, range(50), seconds, lambda done, of: counted.append((done, of)))
+    assert counted == sorted(counted) and counted[-1] == (50, 50) and len(counted) == (1 if seconds == 1 else 8)
+    if seconds == 1:
+        return
+    counted.clear()
+    here = [os.getpid()] * 50
+    spreading.spread(dies_elsewhere, here, 100, lambda done, of: counted.append((done, of)))
+    assert len(counted) > 5 and counted[-1] == (50, 50), "nor is it silent where a worker has died"
 
 
 def test_a_worker_that_dies_costs_no_result(two_cores: None) -> None:
     here = [os.getpid()] * 5
-    assert tables.spread(dies_elsewhere, here, seconds=100) == here
+    assert spreading.spread(dies_elsewhere, here, seconds=100) == here
 
 
 def test_what_the_work_raises_is_raised(two_cores: None) -> None:
     with pytest.raises(ValueError, match="no 7"):
-        tables.spread(refuses, [7, 7], seconds=100)
+        spreading.spread(refuses, [7, 7], seconds=100)
 
 
 @pytest.mark.slow
@@ -71,8 +85,8 @@ def test_a_report_by_several_processes_is_that_of_one(
     record.write_bytes(record.read_bytes()[:-9])
     answers = []
     for worth in (0.0, 1e9):
-        monkeypatch.setattr(tables, "WORTH_S", worth)
-        study = Study(StudyFolder(tmp_path / "s"), tables.read_tables(StudyFolder(tmp_path / "s")))
+        monkeypatch.setattr(spreading, "WORTH_S", worth)
+        study = Study(StudyFolder(tmp_path / "s"), read_tables(StudyFolder(tmp_path / "s")))
         publish(study, report(study), tmp_path / f"{worth}")
         files = {p.name: p.read_bytes() for p in (tmp_path / f"{worth}").rglob("*") if p.is_file()}
         answers.append((repr(study.tables), files))
@@ -87,13 +101,13 @@ def test_a_script_without_a_guard_may_use_them(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
         import math
-        from stabstudy.analysis import tables
+        from stabstudy.analysis import spreading
 
         def roots(numbers):
             return [math.sqrt(n) for n in numbers]
 
-        tables._cores = lambda: 2
-        print("ran", tables.spread(roots, [1, 4, 9], seconds=100))
+        spreading._cores = lambda: 2
+        print("ran", spreading.spread(roots, [1, 4, 9], seconds=100))
         """)
     )
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)

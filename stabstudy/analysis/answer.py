@@ -13,7 +13,7 @@ from stabstudy.analysis import compare, recipe
 from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.levels import Level, plain, records
 from stabstudy.analysis.recipe import LR, NoRecipe, Recipe
-from stabstudy.analysis.report.export import yaml_scalar
+from stabstudy.analysis.report.recipe_formats import yaml_scalar
 from stabstudy.analysis.study import DEPTH, Study
 from stabstudy.settings import named_fields
 

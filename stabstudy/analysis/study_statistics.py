@@ -30,7 +30,7 @@ from stabstudy.analysis.effects import REPORTED, effects
 from stabstudy.analysis.factors import Error, Floats, Ints, Model
 from stabstudy.analysis.levels import Level, levels_of, plain, records, split
 from stabstudy.analysis.paired import Estimate, holm, t_interval
-from stabstudy.analysis.tables import spread
+from stabstudy.analysis.spreading import spread
 from stabstudy.stability.explain import WARNINGS
 from stabstudy.stability.verdict import VERDICTS
 

@@ -6,20 +6,16 @@ or belongs to another state, where the trial is not finished, or was trained els
 verified on every read, so a file that rots after it was judged is still found.
 
 A study that is still running is read without any lock: each live record up to its last whole line.
-
-A large study is read by loky's processes and not multiprocessing's: those run the caller's script again, which a
-notebook, or a script without a `__main__` guard, does not survive.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +25,7 @@ from stabstudy import config as cfg
 from stabstudy import disk, failpoints
 from stabstudy.analysis import table_columns
 from stabstudy.analysis.shared_batches import Ratios, mark
+from stabstudy.analysis.spreading import spread
 from stabstudy.analysis.table_columns import frame, spike_kinds, trial_kinds
 from stabstudy.external import ExternalLog, read_external
 from stabstudy.stability.detectors import measured
@@ -46,24 +43,10 @@ from stabstudy.state import State
 from stabstudy.store import NewerFormatError, StoreError, StudyFolder, TrialFolder, sweep_abandoned
 from stabstudy.trace import LOG, PROBES, TRACE, DamagedRecord, Rows, Schema, no_rows, of_objective
 
-MOST = 16
-"""Workers: each holds a Python of its own (about 150 MB), and disks do not get faster by more of them."""
-
-WORTH_S = 4.0
-"""Seconds of work from which on workers pay: to start them takes one to two."""
-
-_PARTS = 4
-"""Parts for each worker, so that the last to finish is not long alone."""
-
-_IDLE_S = 30
-
 _STEP_S = 1e-5
 """Seconds to read a step and compute its share of the statistics, roughly."""
 
 Row = dict[str, Any]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -188,37 +171,6 @@ def read_record(folder: TrialFolder, schema: Schema, columns: Sequence[str] | No
         if rows is not None or last_try:
             return rows
     return None
-
-
-def spread(do: Callable[[list[Item]], list[Result]], items: Sequence[Item], seconds: float) -> list[Result]:
-    """`do(items)`, a result for each item in their order, by several processes where that pays.
-
-    `seconds` is what one process would need, roughly. `do` must give each item the same result in any company, and it,
-    the items and the results must pickle. What it raises is raised here. A worker that dies (of memory, say) costs
-    time and no result: this process then does everything.
-    """
-    items = list(items)
-    n = min(_cores(), MOST, len(items)) if seconds >= WORTH_S else 1
-    if n < 2:
-        return do(items)
-    from loky import get_reusable_executor
-
-    parts = min(len(items), _PARTS * n)
-    results: list[Result | None] = [None] * len(items)
-    try:
-        executor = get_reusable_executor(max_workers=n, timeout=_IDLE_S, env={"OMP_NUM_THREADS": "1"})
-        for start, done in enumerate(executor.map(do, [items[i::parts] for i in range(parts)])):
-            results[start::parts] = done
-    except (BrokenExecutor, OSError):
-        return do(items)
-    return results  # type: ignore[return-value]
-
-
-def _cores() -> int:
-    """Those that this process may use: affinity and the limits of a container count."""
-    from loky import cpu_count
-
-    return int(cpu_count())
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,13 @@ class Running:
     spike_events: int = 0
     tokens_per_second: float = 0.0
 
+    def fields(self) -> tuple[str, ...]:
+        """Step, loss, gradient norm, spikes, tokens per second; before the first step how long it has been starting."""
+        if not self.step:
+            return (f"starting, {duration(time.monotonic() - self.began)}",)
+        numbers = (f"{self.loss:.3f}", f"{self.grad_norm:.3g}", str(self.spike_events))
+        return (f"{self.step}/{self.steps}", *numbers, f"{self.tokens_per_second:,.0f}")
+
 
 class Board:
     """Counts and shows; use as a context manager. `labels` maps each trial to do to its axis values in words.
@@ -74,6 +82,7 @@ class Board:
         self._live: Live | None = None
         self._area: Area | None = None
         self._started = self._spoke = time.monotonic()
+        self._waiting: tuple[str, float] | None = None
 
     def __enter__(self) -> Board:
         if self.console.is_jupyter:
@@ -97,6 +106,17 @@ class Board:
             print(safe(line), flush=True)  # rich would make an output of each line
         else:
             self.console.print(Text(safe(line)), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str, log: bool = True) -> Iterator[None]:
+        """While this lasts the table says what is waited for, and how long already; a log has a line of it, if any."""
+        self._waiting = (what, time.monotonic())
+        if log and self._live is None and self._area is None:
+            self.say(what)
+        try:
+            yield
+        finally:
+            self._waiting = None
 
     def start(self, trial_id: str) -> None:
         """A process takes the trial up; the clock starts with the first one, after the start of the scheduler."""
@@ -154,22 +174,25 @@ class Board:
         return ", ".join(parts)
 
     def __rich__(self) -> Group:
+        """The question, the counts, what is waited for, the trials that run, and how the last one ended."""
+        lines = [Text(self.title, style="bold"), Text(self.summary())]
+        if self._waiting is not None:
+            what, began = self._waiting
+            lines.append(Text(f"{what}, {duration(time.monotonic() - began)}"))
+        elif not self.running and not self.finished:
+            lines.append(Text("the first trials start"))
+        tables = [self._table()] if self.running else []
+        return Group(*lines, *tables, Text(safe(self.latest), style="dim"))
+
+    def _table(self) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("trial", "settings", "step", "loss", "grad norm", "spikes", "tokens/s"):
             table.add_column(name, justify="left" if name in ("trial", "settings") else "right", no_wrap=True)
         for trial_id, row in list(self.running.items())[:ROWS]:
-            table.add_row(
-                trial_id,
-                Text(self.labels.get(trial_id, "")),
-                f"{row.step}/{row.steps}" if row.steps else "starting",
-                f"{row.loss:.3f}",
-                f"{row.grad_norm:.3g}",
-                str(row.spike_events),
-                f"{row.tokens_per_second:,.0f}",
-            )
+            table.add_row(trial_id, Text(self.labels.get(trial_id, "")), *row.fields())
         if len(self.running) > ROWS:
             table.add_row("...", f"and {len(self.running) - ROWS} more")
-        return Group(Text(self.title, style="bold"), Text(self.summary()), table, Text(safe(self.latest), style="dim"))
+        return table
 
     def _speak_now_and_then(self) -> None:
         every = PLAIN_SECONDS if self._area is None else NOTEBOOK_SECONDS
@@ -265,13 +288,17 @@ def show_status(now: Standing) -> None:
 
 def summary(now: Standing) -> str:
     """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 running; a launch is running'."""
+    return f"{tally(now)}; {'a launch is running' if now.launch_running else 'no launch is running'}"
+
+
+def tally(now: Standing) -> str:
+    """'depth_lr: 24 trials: 20 done (18 stable, 2 spiky), 4 interrupted'."""
     counts = now.counts()
     verdicts = Counter(verdict_words(trial.state) for trial in now.trials if trial.state.status == "done")
     judged = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
     parts = [f"{counts[s]} {s}" + (f" ({judged})" if s == "done" else "") for s in STATUSES if counts[s]]
-    launch = "a launch is running" if now.launch_running else "no launch is running"
     size = wording.count(len(now.trials), "trial", ",")
-    return f"{now.study.name}: {size}: {', '.join(parts) or 'none begun'}; {launch}"
+    return f"{now.study.name}: {size}: {', '.join(parts) or 'none begun'}"
 
 
 def verdict_words(state: State) -> str:

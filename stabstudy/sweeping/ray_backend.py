@@ -53,13 +53,15 @@ def run(
     with _folder(storage), _folder(session()) as temporary, _driver(temporary) as driver:
         setup = {"storage": str(storage), "temporary": str(temporary), "shared": dict(shared)}
         driver.tell(compute=dataclasses.asdict(compute), **setup)
-        services, rounds.slots = _ready(driver)
+        with rounds.board.waiting("starting Ray" if compute.address is None else f"joining Ray at {compute.address}"):
+            services, rounds.slots = _ready(driver)
         watch = Watch(study, rounds, services, compute.hang_timeout)
         while not stop.requested and (packs := rounds.take(ROUND_PACKS)):
             driver.tell(packs=packs)
             _round(driver, rounds, study, stop, watch)
         if not stop.requested:
-            driver.end()
+            with rounds.board.waiting("ending Ray", log=False):
+                driver.end()
 
 
 class Driver:

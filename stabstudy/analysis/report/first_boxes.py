@@ -12,7 +12,7 @@ from stabstudy.analysis.elements import Answer, Box, Code, Point, Text
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.recipe import NoRecipe, Recipe
 from stabstudy.analysis.report.design_line import plural
-from stabstudy.analysis.report.export import overrides, yaml_scalar
+from stabstudy.analysis.report.recipe_formats import overrides, yaml_scalar
 from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import too_few
 

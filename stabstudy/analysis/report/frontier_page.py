@@ -17,7 +17,7 @@ from stabstudy.analysis.frontier import Finding as Oddity
 from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level
-from stabstudy.analysis.report.export import yaml_scalar
+from stabstudy.analysis.report.recipe_formats import yaml_scalar
 from stabstudy.analysis.study import Study
 from stabstudy.settings import named_fields
 from stabstudy.store import StoreError

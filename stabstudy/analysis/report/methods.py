@@ -16,8 +16,8 @@ from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.report import (
     drivers,
     effect_tables,
-    export,
     frontier_page,
+    recipe_formats,
     trial_tables,
 )
 from stabstudy.analysis.study import Study
@@ -60,13 +60,15 @@ def recipes(study: Study) -> Iterator[Block]:
     for one in choices:
         if len(choices) > 1:
             yield Text(recipe.sentence(one))
-        yield Code("As overrides of this tool", "\n".join(export.overrides(one.given | one.levels, one.settings)))
-        yield _exported("As a Lingua config (one device)", export.lingua(one.settings))
+        yield Code(
+            "As overrides of this tool", "\n".join(recipe_formats.overrides(one.given | one.levels, one.settings))
+        )
+        yield _exported("As a Lingua config (one device)", recipe_formats.lingua(one.settings))
         title = "As keys of Hugging Face TrainingArguments and LLaMA-Factory (one device)"
-        yield _exported(title, export.hugging_face(one.settings))
+        yield _exported(title, recipe_formats.hugging_face(one.settings))
 
 
-def _exported(title: str, exported: export.Export) -> Code:
+def _exported(title: str, exported: recipe_formats.Export) -> Code:
     """The keys below what they do not reproduce, as comments."""
     text, notes = exported
     comments = textwrap.TextWrapper(110, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 from stabstudy import disk
@@ -15,8 +15,8 @@ from stabstudy.analysis.report.assets import ASSETS, write_assets
 from stabstudy.analysis.report.csv_files import csv_of_frame, csv_of_table
 from stabstudy.analysis.report.html import html_index, html_runs, html_trial
 from stabstudy.analysis.report.markdown import markdown
+from stabstudy.analysis.spreading import spread
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.tables import spread
 from stabstudy.store import sweep_abandoned, write_bytes, write_text
 
 DRAWN = "5"
@@ -29,10 +29,17 @@ _HEAD = 4096
 """Bytes of a page in which its source stands."""
 
 
-def publish(study: Study, report: Report, folder: Path) -> Path:
+Progress = Callable[[str, int, int], None]
+"""Takes a part of the work, and how many of how many are done of it."""
+
+
+def publish(
+    study: Study, report: Report, folder: Path, progress: Progress | None = None, mark: Callable[[str], str] = str
+) -> Path:
     """Write the report into `folder` and answer with the path of its page. What an older report left is removed.
 
-    Raises EntryError where the folder leads elsewhere by a link.
+    `progress` is told of each trial's page, `mark` is put on the study's (`watched.Mark`). Raises EntryError where the
+    folder leads elsewhere by a link.
     """
     for part in (folder, folder / ASSETS):
         disk.check_report_folder(part)
@@ -40,7 +47,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_bytes(folder / name, data)
-    pages = _write_trials(study, report, folder / TRIALS) if report.trials else []
+    pages = _write_trials(study, report, folder / TRIALS, progress) if report.trials else []
     _remove_others(folder / "figures", {Path(name).name for name in files}, r".*\.(svg|png|csv)")
     _remove_others(folder / TRIALS, set(pages), r"[0-9a-f]{10}\.html")
     for part in (folder, folder / "figures", folder / TRIALS):
@@ -54,7 +61,7 @@ def publish(study: Study, report: Report, folder: Path) -> Path:
         write_assets(study, [row.trial_id for row in runs.rows if row.traced], folder / ASSETS)
         write_text(folder / runs_page.RUNS, html_runs(runs))
     write_text(folder / "report.md", markdown(report))
-    write_text(folder / "index.html", html_index(report))
+    write_text(folder / "index.html", mark(html_index(report)))
     return folder / "index.html"
 
 
@@ -67,13 +74,14 @@ def _figure_files(report: Report) -> Iterator[tuple[str, bytes]]:
         yield f"figures/{figure.name}.csv", csv_of_table(figure.table).encode()
 
 
-def _write_trials(study: Study, report: Report, folder: Path) -> list[str]:
+def _write_trials(study: Study, report: Report, folder: Path, progress: Progress | None) -> list[str]:
     """Write the page of each trial; answers with the files' names. A page that would come out the same is left."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [t for t in trial_page.notable(study) if t in report.trials]
     others = sorted(report.trials - set(drawn))
     write = functools.partial(_write_pages, study, report.trials, frozenset(drawn), folder)
-    return spread(write, [*drawn, *others], _DRAWN_S * len(drawn) + _PAGE_S * len(others))
+    told = None if progress is None else functools.partial(progress, "pages of trials")
+    return spread(write, [*drawn, *others], _DRAWN_S * len(drawn) + _PAGE_S * len(others), told)
 
 
 def _write_pages(study: Study, trials: Set[str], drawn: Set[str], folder: Path, ids: Sequence[str]) -> list[str]:
@@ -112,4 +120,4 @@ def _remove_others(folder: Path, kept: set[str], old: str) -> None:
     if folder.is_dir():
         for file in folder.iterdir():
             if file.name not in kept and re.fullmatch(old, file.name):
-                file.unlink()
+                file.unlink(missing_ok=True)
