@@ -93,7 +93,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     )
     caption = f"{title}.{_pooled(grid, layout, lines)}"
     return style.report_figure(
-        f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, rows, png=False
+        f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values, png=False
     )
 
 
@@ -139,11 +139,12 @@ def _draw_line(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions
         fill = "none" if verdict in ("stable", None) else look["color"]
         marker = {"diverged": "X", None: "."}.get(verdict, look["marker"])
         x = [positions.of(None if words.is_null(v) else v) for v in rows[positions.setting]]
-        ax.plot(
+        (marks,) = ax.plot(
             x, list(rows[column]), linestyle="none", marker=marker, markersize=7 if verdict == "diverged" else 4.5,
             markerfacecolor=fill, markeredgecolor=look["color"], markeredgewidth=1.1,
-            label=tooltips.trials(rows.index, f"{look['label'] or ''} {verdict or 'not judged'}".strip()),
         )  # fmt: skip
+        name = f"{look['label'] or ''} {verdict or 'not judged'}".strip()
+        tooltips.describe(marks, tooltips.About(name=name, trials=list(map(str, rows.index))))
 
 
 def _shade_unstable(ax: Axes, grid: Study, positions: Positions) -> None:

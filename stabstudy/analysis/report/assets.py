@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabstudy.analysis.figures.tooltips import packed, thinned
+from stabstudy.analysis.spreading import spread
 from stabstudy.analysis.study import Study
-from stabstudy.analysis.tables import spread
 from stabstudy.store import sweep_abandoned, write_bytes, write_text
 from stabstudy.trace import DamagedRecord, Rows
 

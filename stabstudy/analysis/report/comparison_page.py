@@ -80,7 +80,7 @@ def _boxes(
     stated = sum(UNTESTED not in s and "no difference found" not in s for s in sentences) if table else 0
     lead = Answer(f"{stated} of {len(sentences)}", "statistics differ") if table else Answer("Nothing is paired")
     yield Box("What differs", [lead, *map(Text, sentences)])
-    pairs = len(study_statistics.in_shared_cells(whole.trials, whole.axes))
+    pairs = len(matched_cells.matched(whole.trials, whole.axes)[0])
     shared = Answer(words.count(pairs, "done trial"), "in cells that two studies share")
     yield Box("Use", [shared, *(Point(f"{words.clean(s.name, 60)}:", _use(s)) for s in studies)])
 
