@@ -1,18 +1,19 @@
 """What the product does on one GPU, end to end and beside others, unattended within a budget of minutes.
 
-    python benchmarks/gpu.py [--minutes 10] [--only NAME ...] [--lingua CHECKOUT] [--tiny]
+    python benchmarks/gpu.py [--minutes 30] [--only NAME ...] [--lingua CHECKOUT] [--tiny]
 
 It needs this package with its dependencies, one CUDA device, a C++ compiler (for torch.compile), some GB in the
 temporary folder, and no network: the data are the source text of Python's library and random tokens. One JSON line for
 each figure, with the card and the most memory held, and a table at the end. The figures:
 
     quickstart    seconds of `python -m stabstudy.sweep`: through Ray, its start and the report included
-    packs         seconds of 128 trials x 1,000 steps at .25, 1.3 and 4.9 M parameters by the same command, pack=auto
+    packs         seconds of 128 trials x 1,000 steps at .25 and 1.3 M parameters by the same command, pack=auto
     one_trial     tokens/s at 1024 x 8 layers, 2,048 x 4 tokens, bf16, all recorded, over Lingua and HF, compiled or not
     recording     a pack of 128 with all recorded over the same with a recorder that does nothing, and without probes
     processes     the trials of `packs` as 16 processes for a tenth of the steps, and trials per hour of the two
     loose         `packs` with kernels that are not deterministic; the two parts above have theirs beside
     one_trial_25  as `one_trial` at 2048 x 25 layers
+    long          `packs` and `processes` at 4.9 M parameters, in fp32 a quarter of an hour
 
 Kernels are deterministic, as the product's are, where a line does not say otherwise. A figure for which there is no
 time left is named and left out. `processes` train eagerly (compiling in 16 processes at once would take minutes that
@@ -33,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +75,7 @@ class Size:
     device: str
     quickstart: tuple[str, ...]  # further words of the command
     packs: dict[str, Shape]
+    long: dict[str, Shape]  # as `packs`
     members: int
     steps: int
     processes: int
@@ -87,7 +89,8 @@ class Size:
 CUDA = Size(
     "cuda",
     (),
-    {".25 M": Shape(4, 64, 4, 32, 8), "1.3 M": Shape(6, 128, 4, 256, 8), "4.9 M": Shape(6, 256, 8, 256, 16)},
+    {".25 M": Shape(4, 64, 4, 32, 8), "1.3 M": Shape(6, 128, 4, 256, 8)},
+    {"4.9 M": Shape(6, 256, 8, 256, 16)},
     128,
     1000,
     16,
@@ -104,6 +107,7 @@ TINY = Size(
     "cpu",
     ("train.steps=4", "model.depth=2", "optim.lr=3e-3", "optim.clip=1.0", "seeds=1"),
     {"tiny": Shape(2, 32, 2, 16, 2)},
+    {},
     4,
     20,
     2,
@@ -147,7 +151,11 @@ class Bench:
         log = self.folder / f"{name}.log"
         with log.open("w") as out, _device_memory() as peak:
             began = time.perf_counter()
-            code = _run(command, out, max(1.0, self.deadline - time.monotonic()))
+            try:
+                code = _run(command, out, max(1.0, self.deadline - time.monotonic()))
+            except TimeoutError:
+                print(f"{name}: no time is left\n{log.read_text()[-500:]}", file=sys.stderr, flush=True)
+                raise
             took = time.perf_counter() - began
         if code:
             raise RuntimeError(f"{' '.join(words)}: exit code {code}\n{log.read_text()[-2000:]}")
@@ -196,9 +204,9 @@ def quickstart(bench: Bench) -> None:
     bench.say("quickstart", seconds, "s", peak)
 
 
-def packs(bench: Bench, loose: bool = False) -> None:
+def packs(bench: Bench, loose: bool = False, shapes: Mapping[str, Shape] | None = None) -> None:
     size = bench.size
-    for name, shape in size.packs.items():
+    for name, shape in (size.packs if shapes is None else shapes).items():
         local = _local(size) or (["launcher=local"] if loose else [])
         pack = "auto" if size.device == "cuda" else str(size.members)
         words = [*_trials(size, shape, size.steps, size.compiled), *_device_words(bench, pack), *local]
@@ -216,9 +224,9 @@ def packs(bench: Bench, loose: bool = False) -> None:
         )
 
 
-def processes(bench: Bench) -> None:
+def processes(bench: Bench, shapes: Mapping[str, Shape] | None = None) -> None:
     size = bench.size
-    for name, shape in size.packs.items():
+    for name, shape in (size.packs if shapes is None else shapes).items():
         words = _trials(size, shape, size.steps // 10, compiled=False)
         words += [*_device_words(bench, "1", 1 / size.processes), *_local(size)]
         study = f"processes-{name.replace(' ', '')}"
@@ -230,6 +238,11 @@ def processes(bench: Bench) -> None:
         bench.say(f"processes {name}", whole, "s", peak, **facts)
         if packed := bench.value(f"packs {name}"):
             bench.say(f"trials per hour over processes {name}", whole / packed, "x", peak)
+
+
+def long(bench: Bench) -> None:
+    packs(bench, shapes=bench.size.long)
+    processes(bench, shapes=bench.size.long)
 
 
 def recording(bench: Bench) -> None:
@@ -302,6 +315,7 @@ FIGURES: dict[str, Callable[[Bench], None]] = {
     "processes": processes,
     "loose": partial(packs, loose=True),
     "one_trial_25": partial(one_trial, name="one_trial_25"),
+    "long": long,
 }
 """In the order in which they are measured: what may be skipped comes last."""
 
@@ -336,7 +350,7 @@ def table(bench: Bench) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=[])
     parser.add_argument("--lingua", type=Path, default=None, help="a checkout of facebookresearch/lingua")
     parser.add_argument("--tiny", action="store_true", help="all of it at tiny shapes, on a CPU")

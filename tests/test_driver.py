@@ -120,7 +120,7 @@ def test_a_step_that_takes_numbers_from_the_host_is_seen(monkeypatch: pytest.Mon
 def test_attention_under_vmap_keeps_the_sums_of_its_gradient(groups: int) -> None:
     """Else the gradient of every fp32 pack fails on CUDA: no member's tensor says by itself that it needs one."""
     queries, keys = (torch.zeros(3, 2, heads, 8, 4, device=META, requires_grad=True) for heads in (2, 2 // groups))
-    nodes = [vmap(causal_attention)(queries, keys, keys).grad_fn]
+    nodes: list[Any] = [vmap(causal_attention)(queries, keys, keys).grad_fn]
     while nodes and not hasattr(nodes[0], "_saved_log_sumexp"):
         nodes = nodes[1:] + [node for node, _ in nodes[0].next_functions if node is not None]
     assert nodes[0]._saved_log_sumexp.shape[:2] == (3 * 2, 2) and nodes[0]._saved_log_sumexp.shape[2] >= 8
