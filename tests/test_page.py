@@ -198,7 +198,7 @@ def test_markdown_links_to_the_same_trials(path: Path, page: Page) -> None:
     text = (path / "report" / "report.md").read_text()
     linked = [attrs["href"] for tag, attrs in page.tags if tag == "a" and re.match("trials/[^#]*$", attrs["href"])]
     found = [target for _, target in MARKDOWN_LINK.findall(text)]
-    assert found == linked and len(set(found)) == 15
+    assert found == linked and len(set(found)) == 9
     assert all((path / "report" / target).exists() for target in found)
 
 
@@ -523,7 +523,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 5 + 17 * 3 + 15  # the study's, the report's, figures, trials
+    assert _bytes(path) == before and len(before) == 4 + 5 + 16 * 3 + 15  # the study's, the report's, figures, trials
 
 
 @pytest.mark.slow

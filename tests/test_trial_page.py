@@ -73,7 +73,11 @@ def test_every_trial_has_a_page_the_damaged_one_too(path: Path, study: Study) ->
 
 def test_every_mention_is_a_link(path: Path, study: Study) -> None:
     html = (path / "report" / "index.html").read_text()
-    body = re.sub(" data-marks='[^']*'|(?s:<pre.*?</pre>)", "", html[html.index("<body>") : html.index("<script>")])
+    body = re.sub(
+        " data-marks='[^']*'| data-copy=\"[^\"]*\"|(?s:<pre.*?</pre>)",
+        "",
+        html[html.index("<body>") : html.index("<script>")],
+    )
     for trial_id in study_page.paged(study):
         linked = f'<a href="trials/{trial_id}.html">{trial_id}</a>'
         steps = re.compile(f'<a href="trials/{trial_id}.html#step=[0-9]+">')

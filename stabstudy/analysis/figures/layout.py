@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 6
 
+SHORT_NAME = 16
+"""Letters of a level up to which it fits below a narrow panel."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,7 +74,7 @@ def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]
     `height`: of the panel in inches where it is alone; several are a fifth lower each.
     """
     parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
-    size = (6.6, height) if len(parts) == 1 else (7.6, 0.5 + 0.8 * height * math.ceil(len(parts) / 2))
+    size = (6.6, height) if len(parts) == 1 else (_width(study), 0.5 + 0.8 * height * math.ceil(len(parts) / 2))
     figure = style.new_panels(len(parts), *size)
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):
@@ -83,6 +86,12 @@ def panels(study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str]
         ax.set_ylabel("" if i % 2 else ax.get_ylabel())
     style.share_legend(figure)
     return figure
+
+
+def _width(study: Study) -> float:
+    """Inches of two panels: as narrow as two such figures stand side by side on a page, unless names are long."""
+    names = (words.level(level, axis) for axis, levels in study.axes.items() for level in levels)
+    return 7.6 if max(map(len, names), default=0) <= SHORT_NAME else 8.8
 
 
 def _share_y(axes: Sequence[Axes]) -> None:

@@ -96,7 +96,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in values[: 2 * MOST_LINES]
     )
     caption = f"{title}.{_pooled(grid, layout, lines)}"
-    return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, rows)
+    return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values)
 
 
 def _lines(grid: Study, layout: Layout) -> list[str]:
