@@ -45,7 +45,7 @@ def test_sensitivity_is_that_of_the_study(page: Page, study: Study) -> None:
         assert float(row[1]) == pytest.approx(found["lrs"], rel=5e-3)  # the seeds' curves are parallel: no interval
         # planted: 0.3 above the best at the first and the last of three rates, so 0.1 is left after a third of a decade
         assert row[3:] == ["0.01", "0.300", "0.01", "0.667", words.NOTHING]
-    assert "Growth of attention logits with size: not computed: under 3 sizes." in page.text
+    assert ["Growth of attention logits with size", "under 3 sizes"] in page.table("Not shown, and why")
 
 
 def test_rates_times_and_shares_are_those_of_the_study(page: Page, study: Study) -> None:
@@ -67,10 +67,12 @@ def test_rates_times_and_shares_are_those_of_the_study(page: Page, study: Study)
 def test_markdown_holds_the_same_sections(path: Path, page: Page) -> None:
     text = (path / "report" / "report.md").read_text()
     assert [[" ".join(c.split()) for c in row] for t in page.tables for row in t] == [
-        row for t in markdown_tables(text)[1:] for row in t
+        row for t in markdown_tables(text) for row in t
     ]
-    section = text.split("## Learning-rate sensitivity", 1)[1].split("## Largest spikes", 1)[0]
-    said = [unescaped(line.strip()) for line in section.splitlines() if line and not line.startswith(("|", "**", "#"))]
+    section = text.split("## Sensitivity and models", 1)[1].split("## Methods", 1)[0]
+    said = [
+        unescaped(line.strip()) for line in section.splitlines() if line and not line.startswith(("|", "**", "#", "!"))
+    ]
     assert len(said) >= 4 and all(line in page.text for line in said)
 
 
@@ -79,11 +81,12 @@ def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", seeds=(0, 1))
     planted.plant_trial(folder, planted.settings(6, 0.5, 1.0, 1, 120), status="oom", steps_done=3)
     planted.plant_trial(folder, planted.settings(6, 0.5, 1.0, 0, 120))
-    text = report_on(folder).text
-    hole = "LR sensitivity: not computed at depth {}: the grid has a hole at learning rate 0.5, seed {} ({})."
-    assert hole.format(2, 0, "no trial") in text and hole.format(6, 1, "oom") in text
-    assert "Model of the spike rate: not computed: 2 seeds, and it needs 3." in text
-    assert "Shares of variance: not computed: 13 trials for 2 axes, and it needs 10 for each: mostly chance." in text
+    reasons = dict(report_on(folder).table("Not shown, and why")[1:])
+    hole = "the grid has a hole at learning rate 0.5, seed {} ({})"
+    assert reasons["LR sensitivity at depth 2"] == hole.format(0, "no trial")
+    assert reasons["LR sensitivity at depth 6"] == hole.format(1, "oom")
+    assert reasons["Model of the spike rate"] == "2 seeds, and it needs 3"
+    assert reasons["Shares of variance"] == "13 trials for 2 axes, and it needs 10 for each: mostly chance"
 
 
 @pytest.mark.slow
@@ -95,8 +98,8 @@ def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
     assert [row[:3] for row in page.table("LR sensitivity by combination")[1:]] == [
         ["2", page.table("LR sensitivity by combination")[1][1], "2"]
     ]
-    hole = r"LR sensitivity: not computed at depth 4: the grid has a hole at learning rate 0\.1, seed [01] \(no trial\)"
-    assert re.search(hole, page.text)
+    hole = dict(page.table("Not shown, and why")[1:])["LR sensitivity at depth 4"]
+    assert re.fullmatch(r"the grid has a hole at learning rate 0\.1, seed [01] \(no trial\)", hole)
     (limit,) = (item for item in page.items if item.startswith("Depth 2: every trial is stable up to "))
     assert "learning rate 0.01" in limit and limit.endswith("at 0.1, 2 of 2 are not.")
 
@@ -106,9 +109,9 @@ def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4):
         planted.plant_trial(tmp_path / "s", planted.settings(depth))
-    text = report_on(tmp_path / "s").text
-    assert "LR sensitivity: not computed: the learning rate does not vary." in text
-    assert "Time to the first spike: no trial spiked or diverged." in text
+    reasons = dict(report_on(tmp_path / "s").table("Not shown, and why")[1:])
+    assert reasons["LR sensitivity"] == "the learning rate does not vary"
+    assert reasons["Time to the first spike"] == "no trial spiked or diverged"
 
 
 @pytest.mark.slow

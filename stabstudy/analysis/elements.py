@@ -133,6 +133,7 @@ class Point:
 class Pointer:
     """A line on a trial, which leads to its page, and there to a step of it."""
 
+    name: str
     text: str
     trial_id: str
     step: int | None = None

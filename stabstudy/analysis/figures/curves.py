@@ -13,7 +13,7 @@ from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Absent, Figure
 from stabstudy.analysis.figures import edges, labels, style, tooltips
 from stabstudy.analysis.figures.edges import Diverged
-from stabstudy.analysis.figures.layout import Layout, level_texts, panels, points, pooled
+from stabstudy.analysis.figures.layout import Layout, level_texts, panel_width, panels, points, pooled
 from stabstudy.analysis.figures.style import Positions
 from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, at_level, levels_of
@@ -263,7 +263,12 @@ def curve_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
 def _curve_figure(study: Study, layout: Layout, metric: str, log_y: bool, name: str) -> Figure:
     against = f"{name} against {words.label(layout.x)}"
     geometric = "geometric " if kind_of(metric) is Kind.RATIO else ""
-    picture = panels(study, lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax), layout.over)
+    picture = panels(
+        study,
+        lambda part, ax: curves(part, metric, layout.x, layout.by, log_y, ax),
+        layout.over,
+        width=panel_width(study),
+    )
     beyond, cut = sum(map(edges.beyond, picture.axes)), any(map(edges.is_cut, picture.axes))
     caption = (
         f"{against}. {marks_text(study.trials, [metric], beyond)} Lines are {geometric}means, bands 95 % intervals "

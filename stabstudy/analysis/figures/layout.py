@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MAX_PANELS = 6
 
+SHORT_NAME = 16
+"""Letters of a level up to which it fits below a narrow panel."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -67,16 +70,23 @@ def pooled(layout: Layout) -> str:
 
 
 def panels(
-    study: Study, draw: Callable[[Study, Axes], Any], over: Sequence[str], height: float = 3.6, columns: int = 2
+    study: Study,
+    draw: Callable[[Study, Axes], Any],
+    over: Sequence[str],
+    height: float = 3.6,
+    columns: int = 2,
+    width: float = style.FULL,
 ) -> Figure:
     """Small multiples with common scales: `draw` once per combination of levels of the axes in `over`.
 
-    `height`: of one panel in inches. Each is half a column wide, two abreast, or with `columns` 1 a whole one.
+    `height`: of one panel in inches. Each is half a column wide, two abreast, or with `columns` 1 a whole one;
+    `width`: of two abreast together, of which panels are lower in proportion where it is less than a column.
     """
     parts = [(fixed, study.where(fixed)) for fixed in combinations(study, over)]
-    width = style.HALF if len(parts) == 1 and columns > 1 else style.FULL
-    tall = height * math.ceil(len(parts) / columns) + (0.4 if len(parts) > 1 else 0)
-    figure = style.new_panels(len(parts), width, tall, columns)
+    several = len(parts) > 1 or columns == 1
+    flat = (width / style.FULL) ** 0.5 if several else 1.0
+    tall = flat * height * math.ceil(len(parts) / columns) + (0.4 if len(parts) > 1 else 0)
+    figure = style.new_panels(len(parts), width if several else style.HALF, tall, columns)
     drawn = figure.axes[: len(parts)]
     for ax, (fixed, part) in zip(drawn, parts, strict=True):
         draw(part, ax)
@@ -90,6 +100,12 @@ def panels(
         edges.settle(ax)
     style.share_legend(figure)
     return figure
+
+
+def panel_width(study: Study) -> float:
+    """Inches of two panels in a report: as narrow as two figures stand side by side, unless names are long."""
+    names = (words.level(level, axis) for axis, levels in study.axes.items() for level in levels)
+    return style.PAIR if max(map(len, names), default=0) <= SHORT_NAME else style.FULL
 
 
 def _share_y(axes: Sequence[Axes]) -> None:

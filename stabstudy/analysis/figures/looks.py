@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 HALF, FULL = 5.15, 10.6
 """Inches across of a figure on a page: 494 and 1018 CSS pixels, two halves and a gap in a column of 1,024."""
 
+PAIR = 7.6
+"""Inches of two panels in a figure of which a page sets two side by side, at about three quarters of its size."""
+
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 
 FONTS = ("DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Liberation Sans", "Arial", "Helvetica")

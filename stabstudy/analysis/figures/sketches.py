@@ -31,6 +31,9 @@ TRACE_SIZE = (4.0, 1.75)
 METRICS = ("final_loss", "spike_abs_rate", "grad_norm_log_sd")
 """Statistics in the order of their use; the first two that the study has are drawn."""
 
+MOST_LETTERS = 40
+"""Of the name of a line, and of all levels below the axes together."""
+
 FLAT = 2.0
 """Factor that norms must span for a log scale."""
 
@@ -69,6 +72,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     for levels, rows in parts:
         _draw_line(ax, rows, metric, positions, _look(grid, lines, levels))
     positions.apply_x(ax)
+    _shorten_ticks(ax, len(positions.levels))
     name = words.STATISTICS[metric]
     unit = "" if metric != "final_loss" or not compare.in_nats(grid.trials) else " (nat/token)"
     ax.set_ylabel(textwrap.fill(style.plain(f"{name}{unit}"), 26))
@@ -92,9 +96,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in values[: 2 * MOST_LINES]
     )
     caption = f"{title}.{_pooled(grid, layout, lines)}"
-    return style.report_figure(
-        f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values, png=False
-    )
+    return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values)
 
 
 def _lines(grid: Study, layout: Layout) -> list[str]:
@@ -119,7 +121,7 @@ def _look(grid: Study, lines: list[str], levels: tuple[Level, ...]) -> dict[str,
         "color": style.CATEGORIES[places[0] % len(style.CATEGORIES)],
         "marker": style.MARKERS[places[0] % len(style.MARKERS)],
         "linestyle": style.DASHES[places[-1] % len(style.DASHES)] if len(places) > 1 else "-",
-        "label": style.plain(words.at_levels(lines, levels)),
+        "label": style.plain(words.clean(words.at_levels(lines, levels), MOST_LETTERS)),
     }
 
 
@@ -168,6 +170,13 @@ def _shade_unstable(ax: Axes, grid: Study, positions: Positions) -> None:
         "not all stable", (end, 0), (-3, 3), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
         ha="right", va="bottom", color=style.VERMILLION, fontsize=7.5,
     )  # fmt: skip
+
+
+def _shorten_ticks(ax: Axes, levels: int) -> None:
+    """Names of levels as long as there is room for: two long ones would leave none to the axes."""
+    room = max(5, MOST_LETTERS // levels)
+    texts = [words.clean(text.get_text(), room) for text in ax.get_xticklabels()]
+    ax.set_xticks(ax.get_xticks(), texts)
 
 
 def _percent(ax: Axes) -> None:
@@ -226,7 +235,7 @@ def trace_sketch(study: Study, names: Mapping[str, str]) -> elements.Figure | No
     parts = [f"{name}: largest {top}, median {middle}, marked step {step}." for _, name, step, top, middle in rows]
     heads = ("trial", "which", "step marked", "largest norm", "median norm")
     alt = f"Line chart. {' '.join(parts)}"
-    return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2], png=False)
+    return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2])
 
 
 def _scale(ax: Axes, values: NDArray[np.float64]) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FULL, HALF, look, new_figure, new_panels = looks.FULL, looks.HALF, looks.look, looks.new_figure, looks.new_panels
+FULL, HALF, PAIR = looks.FULL, looks.HALF, looks.PAIR
+look, new_figure, new_panels = looks.look, looks.new_figure, looks.new_panels
 
 INK, MUTED, GRID, PAPER = looks.INK, looks.MUTED, looks.GRID, looks.PAPER
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"

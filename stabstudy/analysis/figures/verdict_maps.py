@@ -10,7 +10,7 @@ import pandas as pd
 from stabstudy.analysis import compare, words
 from stabstudy.analysis.elements import Figure
 from stabstudy.analysis.figures import maps, style, tooltips
-from stabstudy.analysis.figures.layout import Layout, combinations, level_texts, panels
+from stabstudy.analysis.figures.layout import Layout, combinations, level_texts, panel_width, panels
 from stabstudy.analysis.figures.tooltips import About
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.study import Study
@@ -86,7 +86,9 @@ def _figure(study: Study, layout: Layout, x: str, y: str) -> Figure:
     worst = [f"{words.at_levels(axes, f.levels)}: {f.verdicts}" for f in fields if f.count("stable") < f.n]
     alt = f"Map of verdicts. {'; '.join(worst[:12]) or 'Every done trial is stable'}."
     columns = 1 if maps.width(study, x) == style.FULL else 2
-    picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, maps.height(study, y), columns)
+    across = panel_width(study) if columns == 2 else style.FULL
+    tall = maps.height(study, y)
+    picture = panels(study, lambda part, ax: verdict_map(part, x, y, ax), layout.over, tall, columns, across)
     heads = (*map(words.heading, axes), *VERDICTS, "n")
     rows = ((*level_texts(axes, f.levels), *(str(f.count(v)) for v in VERDICTS), str(f.n)) for f in fields)
     return style.report_figure("stability-map", title, picture, alt, caption, heads, rows)

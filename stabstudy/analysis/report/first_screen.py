@@ -251,7 +251,7 @@ def _one_recipe(study: Study) -> Iterator[Item]:
         flagged, spikes = row["spike_abs_steps"], row["spike_events"]
         if flagged is not None:
             yield Text(
-                f"{words.count(flagged, 'step')} at 3 times the recent norm or more, {words.count(spikes or 0, 'spike')}."
+                f"{words.count(flagged, 'step')} at 3 times the recent norm, {words.count(spikes or 0, 'spike')}."
             )
     yield Text("Give a setting several values to see what it changes.")
 
@@ -374,7 +374,6 @@ def _chosen(study: Study) -> Iterator[tuple[str, str]]:
 def _pointer(study: Study, trial_id: str, name: str) -> Pointer:
     """What happened in a trial, and the step to look at: its highest spike, or where it ended by diverging."""
     row, step = study.row(trial_id), sketches.moment(study, trial_id)
-    lead = f"{_capital(name)}: {study.describe(trial_id)}"
     verdict = [str(row["verdict"])] if row["verdict"] else []
     if row["verdict"] == "diverged":
         event = f"ended at step {step}" if step is not None else ""
@@ -383,5 +382,5 @@ def _pointer(study: Study, trial_id: str, name: str) -> Pointer:
         event = f"norm {words.number(float(norm['grad_norm'][norm['step'] == step][0]))} at step {step}"
     else:
         event = "no spike"
-    text = f"{lead} ({', '.join([*verdict, *([event] if event else [])])})"
-    return Pointer(text, trial_id, step, has_text=not study.ingested)
+    text = f"{study.describe(trial_id)} ({', '.join([*verdict, *([event] if event else [])])})"
+    return Pointer(_capital(name), text, trial_id, step, has_text=not study.ingested)

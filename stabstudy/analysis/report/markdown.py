@@ -58,10 +58,9 @@ def _markdown_lines(report: Report) -> Iterator[str]:
         for item in box.items:
             yield from _item(item, link)
     for sketch in report.sketches:
-        yield from _markdown_block(sketch, link)
+        yield from (f"![{escape_markdown(sketch.alt)}](figures/{sketch.name}.svg)", "", link(sketch.caption), "")
     for pointer in report.pointers:
-        at = "" if pointer.step is None else f", step {pointer.step}"
-        yield f"- {escape_markdown(pointer.text)}: {link(pointer.trial_id)}{at}."
+        yield f"- {escape_markdown(pointer.name)}: {link(pointer.trial_id)}, {escape_markdown(pointer.text)}."
     yield from ("", escape_markdown(f"{words.MARKS} {words.GLOSSARY}"), "")
     boxed = [("Caveats", report.warnings), *((f.about, f.sentences) for f in report.findings)]
     for heading, items in boxed:
