@@ -36,7 +36,7 @@ const charts = (() => {
     const cursor = { showspikes: true, spikecolor: muted, spikemode: "across", spikesnap: "hovered data",
       spikethickness: 1, spikedash: "solid" };
     const upward = panels.map(({ label, log, axis: fitted }, i) => [`yaxis${i + 1}`, { ...axis, title: { text: label },
-      type: log ? "log" : "linear", dtick: log ? "D2" : null, fixedrange: true, ...fitted }]);
+      type: log ? "log" : "linear", fixedrange: true, ...fitted }]);
     return {
       height: panels.reduce((sum, { height = 200 }) => sum + height, 60), margin: { t: 12, r: 12, l: 70, b: 44, ...margin },
       font: { family: css.fontFamily, size: 13, color: ink }, paper_bgcolor: "#0000", plot_bgcolor: "#0000",

@@ -12,12 +12,6 @@ function save(blob, name) {
 {
   const REACH = 40; // CSS pixels: a mark further away is not meant
 
-  const make = (tag, properties, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  };
-
   const tip = make("div", { className: "tip", hidden: true });
   tip.setAttribute("role", "status");
   const ring = make("div", { className: "ring", hidden: true });

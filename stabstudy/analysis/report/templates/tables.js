@@ -1,6 +1,12 @@
 // Sorts tables by their heads and filters long ones. The page is complete without it.
 "use strict";
 
+const make = (tag, properties, ...children) => {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+};
+
 const FILTER_FROM = 20; // rows from which a table gets a filter
 
 // "over 12" is 12, "2.35 ± 0.1" is 2.35; a dash is nothing; all else is text.
