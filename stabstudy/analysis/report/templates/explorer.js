@@ -83,6 +83,7 @@
       make("span", {}, "norm ", scales[0]), make("span", {}, "loss ", scales[1]), make("span", {}, smooth, ` ${ema}`),
       make("span", {}, "below ", more), button("CSV", "these steps as CSV", csv));
     for (const one of peaks.length ? [] : bar.querySelectorAll("[title$=spike]")) one.remove();
+    if (!curves.size) more.parentElement.remove();
 
     // The view, in the address as #steps=120-180&step=131
 
@@ -138,9 +139,10 @@
       }
       if (pinned !== null) all[0].shapes.push(line(pinned, "solid"));
       if (own.warmup && inside(own.warmup)) {
-        const under = { x: own.warmup, xref: "x", xanchor: "center", y: 0, yref: "y domain", yanchor: "top" };
+        const late = own.warmup > (step[from] + step[to]) / 2, xanchor = late ? "right" : "left";
+        if (!late) Object.assign(all[0].annotations[0], { x: 1, xanchor: "right" }); // room for the words above the line
         all[0].shapes.push(line(own.warmup, "dot"));
-        all[0].annotations.push(note("warmup ends", under));
+        all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
       }
       return all;
     }
