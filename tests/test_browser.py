@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,21 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = planted.settings(2, 0.7, 1.0, seed, 200)
         trial = planted.plant_trial(folder, config, case=names[-1] + " ".join(names), spikes={150: 9.0})
         trial.log_file.write_text("\n".join(names))
-    return write_report(folder, lambda line: None).parent
+    page = write_report(folder, lambda line: None)
+    assets(page.parent)
+    return page.parent
+
+
+def assets(report: Path) -> None:
+    """The library where pages look for it, as the installed package has it, without its style sheet for maps."""
+    package = importlib.util.find_spec("plotly")
+    if package is None:
+        pytest.skip("plotly is not installed")
+    text = Path(str(package.origin)).with_name("package_data").joinpath("plotly.min.js").read_text(encoding="utf-8")
+    mark = "document.head.append(Object.assign(document.createElement('meta'), { id: '%s' }));\n"
+    ids = sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', text)))
+    (report / "assets").mkdir(parents=True)
+    (report / "assets" / "plotly.js").write_text("".join(mark % i for i in ids) + text, encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +101,8 @@ def test_nothing_is_fetched_and_nothing_complains(report: Path, browser: Any, na
     with opened as page:
         page.evaluate(OPEN_ALL)
         page.wait_for_load_state("networkidle")
-        assert [u for u in opened.requests if not u.startswith("data:")] == [files(report)[name].as_uri()]
+        own = [] if name == "index" else [(report / "assets" / "plotly.js").as_uri()]
+        assert [u for u in opened.requests if not u.startswith("data:")] == [files(report)[name].as_uri(), *own]
         assert opened.complaints == []
         images = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.width, i.height, i.alt])")
         assert images and all(i[0] and min(i[1:4]) > 50 and len(i[4]) > 40 for i in images)
@@ -267,7 +283,7 @@ def test_hostile_names_are_shown_as_text(report: Path, browser: Any) -> None:
         page.evaluate(OPEN_ALL)
         text = page.inner_text("body")
         assert "<script>document.body.innerHTML" in text and "<script>alert(1)</script>" in text and r"$\frac" in text
-        assert page.locator("script").count() == 1 and page.locator("body h1").count() == 1
+        assert page.locator("script:not([src])").count() == 1 and page.locator("body h1").count() == 1
 
 
 def test_a_mention_leads_to_the_trial_and_back(report: Path, browser: Any) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import planted
 import pytest
 
 from stabstudy.analysis import plots
-from stabstudy.analysis.figures import layers, style, tooltips, traces
+from stabstudy.analysis.figures import layers, step_data, style, tooltips, traces
+from stabstudy.analysis.loss_levels import LossLevels, loss_levels
 from stabstudy.analysis.study import Study
 from stabstudy.trace import TRACE, Rows
 
@@ -112,14 +114,19 @@ def test_a_page_carries_every_step(study: Study) -> None:
     rows = study.trace(worst)
     absolute = traces.absolute_steps(study, rows)
     spikes = study.spikes_by_trial.get(worst, [])
-    own = json.loads(tooltips.steps(rows, study.row(worst) | {"trial_id": worst}, spikes, absolute))
-    for name in tooltips.COLUMNS:
+    levels, probes = loss_levels(study, worst, rows), study.probes(worst)
+    own = json.loads(step_data.steps(rows, probes, study.row(worst) | {"trial_id": worst}, spikes, absolute, levels))
+    for name in ("step", "grad_norm", "loss", "clip_scale"):
         assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
-    assert len(own["spikes"]) == len(study.spikes_by_trial[worst])
-    highest = max((s for s in study.spikes_by_trial[worst] if s["series"] == "grad"), key=lambda s: s["peak_ratio"])
-    assert own["spikes"][own["highest"]] == [
-        "grad", highest["start"], highest["end"], highest["peak_step"],
-    ]  # fmt: skip
+    assert own["spikes"] == [[s[name] for name in ("series", "start", "end", "peak_step")] for s in spikes] != []
+    mean = pd.Series(rows["loss"]).ewm(alpha=2 / 21, adjust=False).mean()  # none of its losses is null
+    assert _unpacked(own["columns"]["mean"]) == pytest.approx(mean.to_numpy(), rel=1e-6)
+    assert own["levels"] == [["untrained model", study.row(worst)["init_loss"]]] and own["ema"] == 20
+    assert probes is not None
+    steps, values = map(_unpacked, own["probes"]["attention logit (nat), largest"])
+    assert steps.tolist() == probes["step"].tolist()
+    assert values == pytest.approx(probes["attn_logit_max"].max(axis=1), rel=1e-6)
+    assert "gradient noise scale (token)" not in own["probes"]  # never measured
     marked = own["absolute"]
     assert marked == rows["step"][absolute].tolist() and len(marked) == study.row(worst)["spike_abs_steps"]
     assert marked and own["warmup"] == study.row(worst)["optim.warmup_steps"]
@@ -127,24 +134,25 @@ def test_a_page_carries_every_step(study: Study) -> None:
 
 def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:
     worst = str(study.worst())
-    n = 50_000
+    n = 250_000
     random = np.random.default_rng(0)
     columns = {c.name: np.full(n, 0.5) for c in TRACE.columns}
     columns |= {"step": np.arange(n), "grad_norm": random.lognormal(size=n), "loss": random.lognormal(size=n)}
     rows = Rows(TRACE, columns, {name: np.zeros(n, bool) for name in columns})
     spike = {"series": "grad", "start": 12_345, "end": 12_351, "peak_step": 12_347, "peak_ratio": 3.0}
     rough = np.arange(n) == 41_234
-    own = json.loads(tooltips.steps(rows, study.row(worst) | {"trial_id": worst}, [spike], rough))
+    levels = LossLevels(20, columns["loss"], None, "first loss", None)
+    own = json.loads(step_data.steps(rows, None, study.row(worst) | {"trial_id": worst}, [spike], rough, levels))
     carried = _unpacked(own["columns"]["step"]).tolist()
-    assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= tooltips.MOST_STEPS + 6
+    assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= step_data.MOST_STEPS + 6
 
 
 def test_a_very_long_trace_keeps_its_extremes() -> None:
     norm, loss = np.random.default_rng(0).lognormal(size=(2, 100_000))
     norm[77_777], loss[55_555], norm[33_333] = 1e6, 1e6, math.nan
-    kept = tooltips.thinned(norm, loss)
-    assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= tooltips.MOST_STEPS + 3
-    assert list(tooltips.thinned(norm[:500], loss[:500])) == list(range(500))
+    kept = tooltips.thinned(norm, loss, most=20_000)
+    assert {0, 33_333, 55_555, 77_777, 99_999} <= set(kept.tolist()) and len(kept) <= 20_003
+    assert list(tooltips.thinned(norm[:500], loss[:500], most=500)) == list(range(500))
 
 
 def test_a_condition_is_what_the_page_of_runs_reads() -> None:

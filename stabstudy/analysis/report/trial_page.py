@@ -10,6 +10,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Set
 
+import numpy as np
+
 from stabstudy.analysis import plots, words
 from stabstudy.analysis.elements import Absent, Block, Code, Figure, Section, Text, TrialPage
 from stabstudy.analysis.figures import layers, probe_curves, step_data, style, traces
@@ -170,7 +172,8 @@ def _trace(study: Study, trial_id: str, rows: Rows, probes: Rows | None) -> Figu
     shown = {s[1]: s for s in trial_tables.statistics(row).rows}
     numbers = (tuple(shown[name][i] for i in (0, 2, 3)) for name in names)
     heads, title = ("statistic", "value", "unit"), "Gradient norm and loss, step by step"
-    caption = " ".join(_caption(row, levels, early))
+    lost = not all(np.isfinite(rows[name]).all() for name in ("grad_norm", "loss"))
+    caption = " ".join(_caption(row, levels, early, len(spikes), lost))
     figure = style.report_figure(
         "trace-figure", title, picture, alt, caption, heads, numbers, {"statistic", "unit"}, png=False
     )
@@ -179,7 +182,7 @@ def _trace(study: Study, trial_id: str, rows: Rows, probes: Rows | None) -> Figu
     return dataclasses.replace(figure, steps=steps)
 
 
-def _caption(row: Row, levels: LossLevels, early: str) -> Iterator[str]:
+def _caption(row: Row, levels: LossLevels, early: str, spikes: int, lost: bool) -> Iterator[str]:
     """Sentences on what the picture shows, and nothing of what it does not."""
     yield "Gradient norm before clipping (log scale) above the training loss, step by step."
     if early:
@@ -188,11 +191,14 @@ def _caption(row: Row, levels: LossLevels, early: str) -> Iterator[str]:
         yield "Dashed in the upper panel: the clip threshold."
     if row["optim.warmup_steps"]:
         yield "Dotted: the end of the warmup."
-    yield f"Bold: the loss smoothed (EMA over {levels.steps} steps), which the verdict compares with the dashed levels."
-    yield (
-        "Shaded, with a mark above: spikes. Rings: steps at three times the recent level and median. A cross on the "
-        "upper edge: a value that is not finite."
-    )
+    compared = ", which the verdict compares with the dashed levels" if levels.lines else ""
+    yield f"Bold: the loss smoothed (EMA over {levels.steps} steps){compared}."
+    if spikes:
+        yield "Shaded: spikes."
+    if row["spike_abs_steps"]:
+        yield "Rings: steps at three times the recent level and median."
+    if lost:
+        yield "A cross on the upper edge: a value that is not finite."
 
 
 def _probes(trial_id: str, probes: Rows) -> Figure | None:

@@ -3,11 +3,6 @@
 "use strict";
 {
   const AROUND = 25; // rows shown on either side of a step that is asked for
-  const make = (tag, properties, ...children) => {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  };
   const brief = (v) => (Number.isFinite(v) ? String(+v.toPrecision(4)) : "not finite");
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
 
@@ -88,6 +83,7 @@
       make("span", {}, "norm ", scales[0]), make("span", {}, "loss ", scales[1]), make("span", {}, smooth, ` ${ema}`),
       make("span", {}, "below ", more), button("CSV", "these steps as CSV", csv));
     for (const one of peaks.length ? [] : bar.querySelectorAll("[title$=spike]")) one.remove();
+    if (!curves.size) more.parentElement.remove();
 
     // The view, in the address as #steps=120-180&step=131
 
@@ -122,17 +118,20 @@
     function panels() {
       const stroke = (colour, width = 1.3) => ({ line: { color: css(colour), width },
         mode: width < 2 && to - from < 120 ? "lines+markers" : "lines", marker: { size: 5 } });
-      const bold = smooth.checked ? [{ x: step, y: mean, ...stroke("--ink", 2.2) }] : [];
+      const part = (values) => values.subarray(Math.max(0, from - 1), to + 2); // a mark for each row takes time
+      const bold = smooth.checked ? [{ x: part(step), y: part(mean), ...stroke("--ink", 2.2) }] : [];
       const clip = own.clip ? [["clip", own.clip]] : [], [x, y] = curves.get(more.value) || [];
+      const below = x === step ? { x: part(x), y: part(y) } : { x, y };
       const log = scales.map(({ value }) => value === "log");
       const all = [
-        panel("y", own.labels[0], log[0], inside, [{ x: step, y: norm, ...stroke("--link") }], clip),
-        panel("y2", own.labels[1], log[1], inside, [{ x: step, y: loss, ...stroke("--stable") }, ...bold], own.levels,
-          whole()),
-        ...(x ? [panel("y3", more.value, false, inside, [{ x, y, ...stroke("--diverged") }], [])] : []),
+        panel("y", own.labels[0], log[0], inside, [{ x: part(step), y: part(norm), ...stroke("--link") }], clip),
+        panel("y2", own.labels[1], log[1], inside, [{ x: part(step), y: part(loss), ...stroke("--stable") }, ...bold],
+          own.levels, whole()),
+        ...(x ? [panel("y3", more.value, false, inside, [{ ...below, ...stroke("--diverged") }], [])] : []),
       ];
       const [ring, mark] = ["--diverged", "--mark"].map(css);
-      all[0].traces.push({ x: own.absolute, y: own.absolute.map((s) => norm[rowOf(s)]), mode: "markers",
+      const rings = own.absolute.filter(inside);
+      all[0].traces.push({ x: rings, y: rings.map((s) => norm[rowOf(s)]), mode: "markers",
         marker: { symbol: "circle-open", size: 11, color: ring, line: { width: 1.5 } }, hoverinfo: "skip" });
       for (const [series, start, end] of own.spikes.filter(([, a, b]) => b >= step[from] && a <= step[to])) {
         all[0].shapes.push({ type: "rect", x0: start - 0.5, x1: end + 0.5, y0: 0, y1: 1, opacity: 0.3, fillcolor: mark,
@@ -140,9 +139,10 @@
       }
       if (pinned !== null) all[0].shapes.push(line(pinned, "solid"));
       if (own.warmup && inside(own.warmup)) {
-        const below = { x: own.warmup, xref: "x", xanchor: "center", y: 0, yref: "y domain", yanchor: "top" };
+        const late = own.warmup > (step[from] + step[to]) / 2, xanchor = late ? "right" : "left";
+        if (!late) Object.assign(all[0].annotations[0], { x: 1, xanchor: "right" }); // room for the words above the line
         all[0].shapes.push(line(own.warmup, "dot"));
-        all[0].annotations.push(note("warmup ends", below));
+        all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
       }
       return all;
     }

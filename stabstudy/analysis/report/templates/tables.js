@@ -1,6 +1,12 @@
 // Sorts tables by their heads, filters long ones, copies what a button names. The page is complete without it.
 "use strict";
 
+const make = (tag, properties, ...children) => {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+};
+
 const FILTER_FROM = 20; // rows from which a table gets a filter
 
 const make = (tag, properties, ...children) => {
