@@ -29,7 +29,7 @@ def _series(figure: Figure, legend: Legend, title: str, setting: str) -> dict[st
     from matplotlib.backends.backend_agg import RendererAgg
 
     width, height = figure.bbox.width, figure.bbox.height
-    renderer = RendererAgg(width, height, figure.dpi)
+    renderer = RendererAgg(width, height, figure.dpi)  # type: ignore[no-untyped-call]
     legend.draw(renderer)  # it lies where the last picture had it, and that had another resolution
     texts = [text.get_text().replace(r"\$", "$") for text in legend.get_texts()]
     boxes = [text.get_window_extent(renderer) for text in legend.get_texts()]
