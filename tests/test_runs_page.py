@@ -349,8 +349,13 @@ def test_the_table_is_whole_without_scripts_and_without_assets(
     with Opened(browser, alone, java_script_enabled=False) as opened:
         assert opened.locator("#all tbody tr").count() == len(study.trials)
         assert not opened.locator("#overlay").is_visible() and opened.locator(".line path").count() == len(study.trials)
+        assert not any(part.is_visible() for part in opened.locator("#all input, .live, .explore").all())
     with Opened(browser, alone) as opened:
         opened.wait_for_function("document.getElementById('note').textContent.includes('missing')")
+        opened.emulate_media(media="print")
+        whole, shown = opened.evaluate("(t => [t.scrollHeight, t.clientHeight])(document.querySelector('.tall'))")
+        assert whole == shown > 0
+        opened.emulate_media(media="screen")
         assert "assets/" in opened.locator("#note").text_content() and not opened.locator("#curves").is_visible()
         opened.get_by_label("Filter", exact=False).fill("depth=6")
         assert len(opened.evaluate(SHOWN)) == (study.trials["model.depth"] == 6).sum()
