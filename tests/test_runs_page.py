@@ -216,7 +216,9 @@ def test_a_trace_that_is_not_finite_keeps_its_gap_and_what_is_null_is_left_out(s
     assert len(curves["val_loss"][0]) < len(curves["param_norm"][0])
 
 
-def test_assets_are_written_once_and_those_of_gone_trials_removed(study: Study, tmp_path: Path) -> None:
+def test_assets_are_written_once_and_those_of_gone_trials_removed(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = list(study.trials.index)
     assets.write_assets(study, ids, tmp_path)
     files = sorted(tmp_path.rglob("*.js"))
@@ -224,7 +226,11 @@ def test_assets_are_written_once_and_those_of_gone_trials_removed(study: Study, 
     before = {f: f.stat().st_mtime_ns for f in files}
     broken = tmp_path / "traces" / f"{ids[0]}.js"
     broken.write_text("// of another source\n")
+    made: list[str] = []
+    script = assets.trace_script
+    monkeypatch.setattr(assets, "trace_script", lambda of, t: made.append(t) or script(of, t))
     assets.write_assets(study, ids[:-1], tmp_path)
+    assert made == [ids[0]]  # no other trace is read again
     after = {f: f.stat().st_mtime_ns for f in sorted(tmp_path.rglob("*.js"))}
     assert {f for f in after if after[f] != before[f]} == {broken}
     assert {f.stem for f in set(before) - set(after)} == {ids[-1]} and "grad_norm" in broken.read_text()
@@ -343,8 +349,13 @@ def test_the_table_is_whole_without_scripts_and_without_assets(
     with Opened(browser, alone, java_script_enabled=False) as opened:
         assert opened.locator("#all tbody tr").count() == len(study.trials)
         assert not opened.locator("#overlay").is_visible() and opened.locator(".line path").count() == len(study.trials)
+        assert not any(part.is_visible() for part in opened.locator("#all input, .live, .explore").all())
     with Opened(browser, alone) as opened:
         opened.wait_for_function("document.getElementById('note').textContent.includes('missing')")
+        opened.emulate_media(media="print")
+        whole, shown = opened.evaluate("(t => [t.scrollHeight, t.clientHeight])(document.querySelector('.tall'))")
+        assert whole == shown > 0
+        opened.emulate_media(media="screen")
         assert "assets/" in opened.locator("#note").text_content() and not opened.locator("#curves").is_visible()
         opened.get_by_label("Filter", exact=False).fill("depth=6")
         assert len(opened.evaluate(SHOWN)) == (study.trials["model.depth"] == 6).sum()
@@ -380,3 +391,9 @@ def test_a_field_of_a_map_opens_its_runs(browser: Any, tmp_path: Path) -> None:
     with Opened(browser, page_with(tmp_path, f"<main>{figure}</main>", "tables.js", "figures.js")) as opened:
         opened.locator("img").click()
         opened.wait_for_url("**/runs.html#filter=depth%3D6+lr%3D0.1")
+
+
+def test_a_trace_is_read_by_columns(study: Study) -> None:
+    trial_id = study.trials.index[0]
+    rows, whole = study.trace(trial_id, ["loss"]), study.trace(trial_id)
+    assert rows.schema.names == ["step", "loss"] and list(rows["loss"]) == list(whole["loss"])

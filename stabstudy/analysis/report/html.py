@@ -87,11 +87,13 @@ def _run_rows(page: RunsPage) -> Markup:
 
 
 def _run_row(row: Row, starts: Sequence[Markup]) -> Markup:
-    trace = Markup(' data-trial="{}" data-words="{}"').format(row.trial_id, row.words) if row.traced else ""
-    head = Markup("<tr{}{}>").format(trace, Markup(" data-chosen") if row.chosen else "")
-    cells = [_link(row.trial_id, TRIALS) if row.paged else escape(row.trial_id), *map(escape, row.cells[1:])]
+    box = Markup('<input type="checkbox" autocomplete="off" value="{}" aria-label="{}"{}> ').format(
+        row.trial_id, row.words, Markup(" checked") if row.chosen else ""
+    )
+    trial = _link(row.trial_id, TRIALS) if row.paged else escape(row.trial_id)
+    cells = [box + trial if row.traced else trial, *map(escape, row.cells[1:])]
     body = Markup("").join(start + cell + Markup("</td>") for start, cell in zip(starts, cells, strict=True))
-    return head + body + Markup("</tr>")
+    return Markup("<tr>") + body + Markup("</tr>")
 
 
 def _path(places: Sequence[tuple[float, float]]) -> str:

@@ -88,8 +88,8 @@ class RunsPage:
 
 def page(study: Study, paged: Set[str]) -> RunsPage:
     """The page of a study; its trials by their settings and seed. `paged`: those that have a page."""
-    trials = [row for cell_id in study.cells.index for row in study.rows_by_cell[cell_id]]
-    fields = [field for field in _fields(study, trials) if field.head != "why" or any(map(_has_reason, trials))]
+    trials = _by_settings(study)
+    fields = list(_fields(study, trials))
     columns = _columns(fields)
     chosen = {study.worst(), study.typical()}
     rows = tuple(
@@ -106,6 +106,15 @@ def page(study: Study, paged: Set[str]) -> RunsPage:
     )
     scales, lines = _parallel(trials, study.axes, columns)
     return RunsPage(words.clean(study.name, 80), columns, rows, scales, lines)
+
+
+def _by_settings(study: Study) -> list[Mapping[str, Any]]:
+    """The trials by their levels, axis by axis, then cell by cell and by seed."""
+    ranks = {axis: {level: i for i, level in enumerate(levels)} for axis, levels in study.axes.items()}
+    cells = [
+        ([ranks[axis][rows[0][axis]] for axis in ranks], cell_id, rows) for cell_id, rows in study.rows_by_cell.items()
+    ]
+    return [row for *_, rows in sorted(cells, key=lambda cell: cell[:2]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -132,12 +141,13 @@ def _fields(study: Study, trials: Sequence[Mapping[str, Any]]) -> Iterator[_Fiel
     if any(row["seed"] is not None for row in trials):
         yield _Field("seed", ("seed",), lambda row: words.level(row["seed"]))
     yield _Field("verdict", ("verdict", "state"), outcome, "")
-    yield _Field("why", ("why", "rule"), _why, "")
     yield _Field("steps", ("steps", "steps_done"), lambda row: str(row["steps_done"]))
     for name in STATISTICS:
         if any(row[name] is not None for row in trials):
             label = COLUMNS[name].label
             yield _Field(label, (label, name), functools.partial(_statistic, name))
+    if any(_why(row) != words.NOTHING for row in trials):
+        yield _Field("why", ("why", "rule"), _why, "")
 
 
 def _columns(fields: Sequence[_Field]) -> tuple[Column, ...]:
@@ -167,10 +177,6 @@ def _statistic(name: str, row: Mapping[str, Any]) -> str:
     if COLUMNS[name].unit == "fraction":
         return f"{words.level(float(f'{100 * value:.{DIGITS}g}'))} %"
     return words.level(float(f"{value:.{DIGITS}g}"))
-
-
-def _has_reason(row: Mapping[str, Any]) -> bool:
-    return _why(row) != words.NOTHING
 
 
 def _why(row: Mapping[str, Any]) -> str:

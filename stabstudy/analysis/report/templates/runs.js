@@ -9,12 +9,7 @@
   const filter = document.querySelector(".filter input");
   const view = { range: undefined, hidden: new Set(), looks: new Map(), turn: 0 };
 
-  const boxes = rows.filter((row) => row.dataset.trial).map((row) => {
-    const box = make("input", { type: "checkbox", defaultChecked: "chosen" in row.dataset, value: row.dataset.trial });
-    box.setAttribute("aria-label", `Overlay ${box.value}: ${row.dataset.words}`);
-    row.cells[0].prepend(box, " ");
-    return box;
-  });
+  const boxes = [...table.querySelectorAll("input")]; // of a run with a trace
   const chosen = () => boxes.filter((box) => box.checked);
   const choose = (wanted) => { for (const box of boxes) box.checked = wanted(box); changed(); };
 
@@ -53,7 +48,7 @@
       const row = box.closest("tr"), hidden = view.hidden.has(box);
       const swatch = make("span", { className: `swatch ${styles[i].dash}` });
       swatch.style.borderTopColor = styles[i].color;
-      const hide = make("button", { type: "button" }, swatch, ` ${row.dataset.words}`);
+      const hide = make("button", { type: "button" }, swatch, ` ${box.getAttribute("aria-label")}`);
       hide.setAttribute("aria-pressed", !hidden);
       hide.onclick = () => { view.hidden[hidden ? "delete" : "add"](box); overlay(); };
       const link = make("td", {}, row.cells[0].lastElementChild.cloneNode(true));
@@ -154,7 +149,6 @@
   }
 
   const changed = () => { save(); overlay(); };
-  byId("overlay").hidden = false;
   byId("choose").onclick = () => choose((box) => !box.closest("tr").hidden);
   byId("clear").onclick = () => choose(() => false);
   for (const element of [table, also]) element.addEventListener("change", changed);

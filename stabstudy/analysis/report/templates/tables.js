@@ -50,16 +50,8 @@ function addSorting(table) {
   });
 }
 
-// Changes of one letter that make one name of the other.
-function distance(a, b) {
-  let row = [...Array(b.length + 1).keys()];
-  for (const c of a) {
-    const next = [row[0] + 1];
-    for (let j = 1; j <= b.length; j += 1) next[j] = Math.min(next[j - 1], row[j], row[j - 1] - (c === b[j - 1])) + 1;
-    row = next;
-  }
-  return row[b.length];
-}
+// How alike two names are: the pairs of letters of one that the other has too.
+const alike = (a, b) => [...a].filter((_, i) => i && b.includes(a.slice(i - 1, i + 1))).length / (a.length + b.length);
 
 const plain = (name) => name.toLowerCase().replace(/[^a-z0-9.]+/g, "_").replace(/^_|_$/g, "");
 const ORDER = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b };
@@ -89,9 +81,9 @@ function term(token, names) {
   const bare = token.replaceAll('"', "");
   const [, called, operator, operand] = /^([^=!<>]+)(!=|<=|>=|=|<|>)(.*)$/.exec(bare) || [];
   if (!called) return { token, holds: (cells) => cells.some((cell) => cell.includes(bare)) };
-  const name = plain(called), column = names.get(name), near = (other) => distance(name, other);
+  const name = plain(called), column = names.get(name);
   if (column === undefined) {
-    const nearest = [...names.keys()].sort((a, b) => near(a) - near(b)).slice(0, 3);
+    const nearest = [...names.keys()].sort((a, b) => alike(name, b) - alike(name, a)).slice(0, 3);
     throw new Error(`no column is called ${called}; the nearest are ${nearest.join(", ")}`);
   }
   const test = operand ? condition(operator, operand) : () => true; // it is still being typed
