@@ -34,8 +34,9 @@ from stabstudy import finished, store
 from stabstudy.analysis.figures import registry
 from stabstudy.analysis.report import study_page
 from stabstudy.analysis.report.publish import publish
+from stabstudy.analysis.spreading import spread
 from stabstudy.analysis.study import update_tables
-from stabstudy.analysis.tables import read_record, spread
+from stabstudy.analysis.tables import read_record
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, write_summary
 from stabstudy.state import State

@@ -5,6 +5,7 @@ Everything is imported late: a call whose settings are wrong is answered without
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
@@ -47,13 +48,14 @@ def trained(plan: Plan, say: Callable[[str], None], console: Console | None = No
     """
     from stabstudy import report
     from stabstudy.planning import preview
-    from stabstudy.store import open_study
+    from stabstudy.store import StoreError, open_study
     from stabstudy.sweeping import launch, progress
 
     preview.check_machine(plan)
     outcome = launch.launch(plan, say, console)
     if outcome.early:
-        say(progress.tally(progress.standing(plan.folder)))
+        with contextlib.suppress(StoreError):  # a sweep from whose end it would start has failed: there is none
+            say(progress.tally(progress.standing(plan.folder)))
         return outcome, None
     show = None if console is not None and console.quiet else say
     if show is not None:

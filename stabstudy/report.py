@@ -158,12 +158,7 @@ def _conclude(gate: Gate, code: int) -> int:
 
 def _opened(path: Path) -> StudyFolder:
     """The study. Raises StoreError where there is none, or a newer version wrote it."""
-    try:
-        folder = open_study(path)
-    except StoreError as error:
-        named = Path("results", path)
-        hint = f" (did you mean {named}?)" if os.path.isdir(named / "trials") else ""
-        raise StoreError(f"{error}{hint}") from error
+    folder = open_study(path)
     try:
         read_sealed(folder.provenance_file)
     except NewerFormatError:

@@ -243,7 +243,9 @@ def open_study(path: Path) -> StudyFolder:
             return StudyFolder(path)
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
-    raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/)")
+    named = Path("results", path)
+    hint = f" (did you mean {named}?)" if os.path.isdir(named / "trials") else ""
+    raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/){hint}")
 
 
 def check_name(name: str) -> str | None:
@@ -393,8 +395,6 @@ def _needless_checkpoints(folder: TrialFolder) -> list[Path]:
 def _is_alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's
     return True

@@ -8,6 +8,7 @@ from typing import Any
 
 import planted
 import pytest
+from test_frontier_report import plant_edge, record
 
 from stabstudy.analysis import answer, closing
 from stabstudy.analysis.study import Study
@@ -82,6 +83,17 @@ def test_nothing_trained_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 EDGE = {"setting": "optim.lr", "holds": "stable", "case": None, "at": {"model.depth": 2}, "trials": 9}
+
+
+def test_a_search_of_a_frontier_is_answered_by_its_edges(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    planted.plant_frame(folder)
+    record(folder)
+    plant_edge(folder, 2, 0.1)
+    (line,) = of(folder)
+    (edge,) = answer.answer(Study.load(folder))["frontier"]
+    assert edge["low"] < 0.1 < edge["high"] and line.startswith("stable up to: learning rate 0.09")
+    assert line == f"stable up to: {closing._edge(edge)}"
 
 
 @pytest.mark.parametrize(

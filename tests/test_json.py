@@ -357,7 +357,8 @@ def test_a_launch_that_ends_early_says_how_to_go_on(capsys: Out, here: Path, mon
     monkeypatch.setattr(launching, "launch", launched(here, code=4, early=True, reason="Ray is dead"))
     monkeypatch.setattr(preview, "why_not_here", lambda plan: [])
     words = [*SMALL, f"data.path={here}/text.txt"]
-    body, _ = answered(capsys, *words, code=4)
+    body, lines = answered(capsys, *words, code=4)
+    assert "\nsmall: 4 trials: 4 done (" in lines and "stable up to" not in lines, "it counts, and claims nothing"
     assert (body["early"], body["reason"], body["report"], body["answer"]) == (True, "Ray is dead", None, None)
     assert body["resume"].startswith("python -m stabstudy.sweep optim.lr=1e-3,1e-2 seeds=2 study=small")
 

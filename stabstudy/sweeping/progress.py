@@ -111,7 +111,9 @@ class Board:
     def waiting(self, what: str, log: bool = True) -> Iterator[None]:
         """While this lasts the table says what is waited for, and how long already; a log has a line of it, if any."""
         self._waiting = (what, time.monotonic())
-        if log and self._live is None and self._area is None:
+        if self._area is not None:
+            self._area.show(self)
+        elif log and self._live is None:
             self.say(what)
         try:
             yield
