@@ -317,16 +317,14 @@ def test_the_measure_of_colours_knows_what_is_alike() -> None:
 
 
 @pytest.mark.parametrize("eyes", EYES)
-def test_verdicts_differ_on_white_on_black_and_as_fields(eyes: str) -> None:
+def test_verdicts_differ_as_fields_and_on_the_page(eyes: str) -> None:
     """Each from each other, and `rough` from its neighbours most of all: they lie side by side on a map."""
-    assert list(style.VERDICT_COLOURS) == list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
+    assert list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
     assert len(set(style.VERDICT_SIGNS.values())) == 4
     css = (html.TEMPLATES / "style.css").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in css.split("@media screen", 1))
     dark = light | dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", css.split("@media screen", 1)[1].split("}")[0]))
     sets = {
-        "white": style.VERDICT_COLOURS,
-        "black": {verdict: style.DARK[colour] for verdict, colour in style.VERDICT_COLOURS.items()},
         "fields": style.VERDICT_GROUNDS,
         "page": {verdict: light[verdict] for verdict in VERDICTS},
         "dark page": {verdict: dark[verdict] for verdict in VERDICTS},
