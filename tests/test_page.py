@@ -336,7 +336,7 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:4] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map"]
     assert names[4:7] == ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map"]
-    assert names[7:] == ["effects", "clipping", "first-spikes", "parallel", "norm-ratios", "traces", "layers"]
+    assert names[7:] == ["effects", "first-spikes", "norm-ratios", "traces", "layers"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
     alts = {n: a["alt"] for n, a in zip(names, [a for t, a in page.tags if t == "img"], strict=True)}
@@ -521,7 +521,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 5 + 14 * 3 + 15  # the study's, the report's, figures, trials
+    assert _bytes(path) == before and len(before) == 4 + 6 + 12 * 3 + 15  # the study's, the report's, figures, trials
 
 
 @pytest.mark.slow

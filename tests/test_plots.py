@@ -199,6 +199,21 @@ def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
     assert set(spikes["peak_step"]) <= set(rings.get_xdata())  # planted at eight times the level
 
 
+def test_a_trial_that_ended_early_is_drawn_over_its_own_steps(tmp_path: Path) -> None:
+    """Of 120 planned steps 3, 21 and 91 were done, ten of them warmup; the first two would be a stroke at the left."""
+    planted.plant_frame(tmp_path / "s")
+    for seed, steps in enumerate((3, 21, 91)):
+        planted.plant_trial(tmp_path / "s", planted.settings(seed=seed), status="failed", steps_done=steps)
+    study = Study.load(tmp_path / "s")
+    for trial_id, row in study.trials.iterrows():
+        norm, loss = plots.trial(study, str(trial_id)).axes
+        done, texts = row["steps_done"], [t.get_text() for ax in (norm, loss) for t in ax.texts]
+        assert norm.get_xlim()[1] == pytest.approx(1.02 * (120 if done == 91 else done))
+        assert (f"ended at step {done} of 120" in texts) == (done < 60)
+        assert ("warmup ends" in texts) == (done > 10)  # nothing is named that lies outside
+        style.draw(norm.figure)  # type: ignore[arg-type]
+
+
 def test_traces_of_several_trials_have_common_scales(study: Study) -> None:
     rough = study.roughest(3)
     assert len(rough) == 3 and rough[0] == study.worst()

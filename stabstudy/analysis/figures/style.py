@@ -259,6 +259,13 @@ def few_ticks(ax: Axes, unit: str) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: written(float(f"{v:.6g}"))))
 
 
+def percent_ticks(ax: Axes) -> None:
+    """Fractions beside the axes as percent."""
+    from matplotlib.ticker import FuncFormatter
+
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.percent(float(f"{v:.6g}"))))
+
+
 def tidy(ax: Axes) -> None:
     """No minor ticks' labels: the levels of an axis are its ticks."""
     from matplotlib.ticker import NullFormatter, NullLocator

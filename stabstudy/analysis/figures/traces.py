@@ -98,18 +98,18 @@ def trial(study: Study, trial_id: str, title: str | None = None, axes: Sequence[
     """`trace` of one trial of a study, with its clip threshold, warmup and spikes."""
     row = study.row(trial_id := study.trial_id(trial_id))
     planned, clip = row["steps_planned"], row["optim.clip"]
-    rows = study.trace(trial_id)
+    rows, warmup = study.trace(trial_id), row["optim.warmup_steps"] or 0
+    done = row["steps_done"] or planned
+    shown = planned if done >= SHORT * planned else done
     figure = trace(
         rows,
         clip=clip if row["optim.clip_kind"] == "norm" and clip is not None and np.isfinite(clip) else None,
-        warmup_steps=row["optim.warmup_steps"],
+        warmup_steps=warmup if warmup < shown else None,
         spikes=study.spikes[study.spikes["trial_id"] == trial_id],
         absolute=absolute_steps(study, rows),
         title=study.describe(trial_id) if title is None else title,
         axes=axes,
     )
-    done = row["steps_done"] or planned
-    shown = planned if done >= SHORT * planned else done
     drawn = figure.axes if axes is None else axes
     for ax in drawn:
         ax.set_xlim(-0.02 * shown, 1.02 * shown)
