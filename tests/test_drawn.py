@@ -9,11 +9,13 @@ from pathlib import Path
 
 import planted
 import pytest
+from matplotlib import colors
 
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import effect_plots, maps, single_axes, study_curves, traces
+from stabstudy.analysis.figures import effect_plots, maps, single_axes, study_curves, style, traces
 from stabstudy.analysis.figures.layout import Layout, layout_of
-from stabstudy.analysis.figures.registry import OVER_SETTINGS
+from stabstudy.analysis.figures.registry import OF_TRIALS, OVER_SETTINGS
+from stabstudy.analysis.figures.verdict_maps import LIMIT_COLOURS
 from stabstudy.analysis.report import comparison_page
 from stabstudy.analysis.study import Study
 
@@ -45,6 +47,7 @@ def blocks(study: Study) -> dict[str, Figure]:
     layout = layout_of(study)
     assert layout is not None
     drawn = [block for family in OVER_SETTINGS for block in family(study, layout)]
+    drawn += [block for family in OF_TRIALS for block in family(study)]
     return {b.name: b for b in drawn if isinstance(b, Figure)}
 
 
@@ -236,3 +239,96 @@ def test_studies_beside_each_other(tmp_path: Path, study: Study) -> None:
         drawn = [len(trials_drawn(figure, which)) for which in ("trained", "cross", "triangle")]
         assert drawn == [36, crosses, 4 - crosses]
         assert set(column(figure, "learning rate")) == {"1e-3", "0.01", "0.1", "0.5"}
+
+
+# every figure
+
+
+def unreadable(svg: str) -> list[str]:
+    """The texts of a drawing that do not read on white or on black: each needs a colour of its own."""
+    fills = re.findall(r"<text style=\"([^\"]*)\"[^>]*>([^<]*)", svg)
+    dark = dict(re.findall(r'\[style\*="fill: (#[0-9a-f]{6})"\]\{fill:(#[0-9a-f]{6}) !important', svg))
+    bad = []
+    for look, text in fills:
+        colour = re.search(r"fill: (#[0-9a-f]{6})", look)
+        if colour is None:
+            bad.append(text)
+        elif colour[1] not in ("#010101", "#fefefe"):  # those of fields, whose ground stays as it is
+            on_black = dark.get(colour[1], colour[1])
+            if contrast(colour[1], "#ffffff") < 3 or contrast(on_black, "#0d1117") < 3:
+                bad.append(text)
+    return bad
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((style.luminance(colors.to_rgb(c)) for c in (one, other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_text_reads_on_white_and_on_black(blocks: dict[str, Figure]) -> None:
+    assert {"final-loss", "stability-map", "effects", "first-spikes", "traces", "layers"} <= set(blocks)
+    for name, figure in blocks.items():
+        assert figure.drawing.svg.count("<text") > 5 and not unreadable(figure.drawing.svg), name
+
+
+def test_a_text_without_a_colour_is_seen() -> None:
+    figure = style.new_figure()
+    figure.axes[0].annotate("nobody gave it a colour", (0.5, 0.5), color="black")
+    figure.axes[0].annotate("too pale", (0.5, 0.2), color="#f7e7b6")
+    assert unreadable(style.to_svg(figure)) == ["nobody gave it a colour", "too pale"]
+
+
+def test_every_line_has_a_colour_on_black(blocks: dict[str, Figure]) -> None:
+    """What no rule of the dark style exchanges is drawn on a field of a map, or is a colour of both."""
+    for name, figure in blocks.items():
+        strokes = set(re.findall(r"stroke: (#[0-9a-f]{6})", figure.drawing.svg.partition("</style>")[2]))
+        fixed = strokes - set(style.DARK) - {"#010101", "#fefefe", *LIMIT_COLOURS}
+        own = {c for c in fixed if contrast(c, "#0d1117") < 1.5}  # shades of a colour bar, edges of fields
+        assert not own or name.endswith("-map") or name == "spike-abs-rate-pairs", (name, own)
+
+
+def test_every_number_of_a_mark_has_a_name(blocks: dict[str, Figure]) -> None:
+    for name, figure in blocks.items():
+        series = json.loads(figure.drawing.marks)
+        assert series, name
+        for one in series:
+            assert one["x"], (name, one["name"])
+            alone = not one["y"]  # what follows names itself: `depth (layers) 6, 2 stable`
+            assert not alone or all(re.search("[a-z]", text) for text in (*one["a"], *one["b"])), (name, one)
+            assert not re.fullmatch(r"[-0-9.e, ]*", one["name"]) or one["name"] == "", (name, one["name"])
+            for key in ("trials", "filter", "b"):
+                assert len(one.get(key, one["a"])) == len(one["a"]) == len(one["at"]) / 2, (name, key)
+
+
+def test_a_filter_finds_the_trials_that_a_mark_is(blocks: dict[str, Figure], study: Study) -> None:
+    """By hand: the settings in the filter of a mark are those of its trial."""
+    named = {"depth": "model.depth", "lr": "optim.lr", "clip": "optim.clip"}
+    checked = 0
+    for figure in blocks.values():
+        for series in (s for s in json.loads(figure.drawing.marks) if "trials" in s and "filter" in s):
+            for trial, condition in zip(series["trials"], series["filter"], strict=True):
+                row = study.row(trial)
+                for term in condition.split():
+                    name, _, level = term.partition("=")
+                    assert float(level) == row[named[name]], (figure.name, term)
+                    checked += 1
+    assert checked > 3 * 21
+
+
+def test_figures_have_one_of_two_widths(blocks: dict[str, Figure]) -> None:
+    for name, figure in blocks.items():
+        width = float(re.search(r'width="([\d.]+)pt"', figure.drawing.svg)[1]) / 72  # type: ignore[index]
+        assert width == pytest.approx(style.HALF) or width == pytest.approx(style.FULL), name
+
+
+def test_two_maps_of_one_statistic_have_one_scale(tmp_path: Path) -> None:
+    path = planted.plant_study(tmp_path / "s", seeds=(0,), clips=(1.0, None))
+    study = Study.load(path)
+    layout = layout_of(study)
+    assert layout is not None
+    drawn = {b.name: b for b in maps.figures(study, layout) if isinstance(b, Figure)}
+    first, second = (
+        re.search(r"Colours run from \S+(?: %)? \(dark\) to (.*?) \(light\)", drawn[name].caption)[1]  # type: ignore[index]
+        for name in ("spike-abs-rate-map", "spike-abs-rate-pairs")
+    )
+    assert first == second

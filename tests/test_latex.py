@@ -25,16 +25,23 @@ PRINTED = {
 }  # fmt: skip
 """What TeX prints for each command that may stand in a field, by the LaTeX companion, not by the table in the code."""
 
-COMMAND = re.compile("|".join(map(re.escape, sorted(PRINTED, key=len, reverse=True))))
-POWER = re.compile(r"(?<!\\)\$([-+]?)(?:([\d.]+)\\times )?10\^\{(-?\d+)\}\$|(?<!\\)\$([-+]?[\d.]+)\$")
+TOKEN = re.compile(
+    "|".join(map(re.escape, sorted(PRINTED, key=len, reverse=True)))
+    + r"|\$(?P<sign>[-+]?)(?:(?P<factor>[\d.]+)\\times )?10\^\{(?P<power>-?\d+)\}\$"
+    + r"|\$(?P<signed>[-+]?[\d.]+)\$|[^\\{}$&#%_^~]"
+)
 
 
 def printed(tex: str) -> str:
-    """The text that TeX prints; an AssertionError where a special character is left over."""
-    plain = POWER.sub(lambda m: m[4] or f"{m[1]}{m[2] or 1}e{m[3]}", tex)
-    rest = COMMAND.sub("", plain)
-    assert not set(rest) & set("\\{}$&#%_^~"), tex
-    return COMMAND.sub(lambda m: PRINTED[m[0]], plain).replace("''", '"').replace("--", "–")
+    """The text that TeX prints, read from left to right; an AssertionError at a special character by itself."""
+    at, text = 0, ""
+    while at < len(tex):
+        token = TOKEN.match(tex, at)
+        assert token is not None, tex[at:]
+        power = f"{token['sign']}{token['factor'] or 1}e{token['power']}" if token["power"] else token["signed"]
+        text += power or PRINTED.get(token[0], token[0])
+        at = token.end()
+    return text.replace("''", '"').replace("--", "–")
 
 
 @given(st.text(st.sampled_from('ab 019.-+e\\{}$&#%_^~<>|"`[]()±→'), max_size=20))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import planted
 import pytest
 from matplotlib import colors
@@ -133,3 +134,18 @@ def test_other_pairs_of_axes_have_a_map_that_pools_the_rest(tmp_path: Path) -> N
         row = next(r for r in pairs.table.rows if r[1] == depth and r[3] == "1")
         members = whole.where({"model.depth": int(depth), "optim.clip": 1.0}).trials
         assert row[5] == str((members["state"] == "done").sum())
+
+
+def test_the_colour_bar_is_that_of_the_fields(study: Study) -> None:
+    ax = plots.stability_map(study, value="grad_norm_max_over_median")
+    _, bar = ax.figure.axes
+    low, high = bar.get_ylim()
+    means = [maps.mean(trials, "grad_norm_max_over_median") for trials in maps.Sheet(
+        study, "optim.lr", "model.depth", "grad_norm_max_over_median").fields.values()]  # fmt: skip
+    assert (low, high) == (1.0, pytest.approx(max(10.0, *(m for m in means if m == m))))
+    assert bar.get_ylabel() == "max / median" and bar.yaxis.label.get_color() == style.INK
+    (drawn,) = (c for c in bar.collections if c.get_array() is not None)
+    shades = [colors.to_hex(c) for c in drawn.cmap(np.linspace(0, 1, maps.SHADES))]
+    assert shades == [style.field_colour((i + 0.5) / maps.SHADES) for i in range(maps.SHADES)]
+    assert not set(shades) & set(style.DARK)  # the dark style would change a shade, not the field beside it
+    assert len(plots.stability_map(study, bar=False).figure.axes) == 1

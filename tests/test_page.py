@@ -337,7 +337,7 @@ def test_figures_have_words_and_their_numbers(page: Page, path: Path, study: Stu
     names = [attrs["id"] for tag, attrs in page.tags if tag == "figure"]
     assert names[:3] == ["first-final-loss", "first-spike-abs-rate", "first-traces"]
     assert names[3:8] == ["final-loss", "grad-norm-log-sd", "attn-logit-peak", "stability-map", "effects"]
-    on_demand = ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map", "parallel", "traces"]
+    on_demand = ["spike-abs-rate-map", "grad-norm-max-over-median-map", "diverged-map", "traces"]
     assert names[8:] == [*on_demand, "norm-ratios", "layers", "first-spikes"]
     files = {f"{name}.{ending}" for name in names for ending in ("svg", "png", "csv")}
     assert {p.name for p in (path / "report" / "figures").iterdir()} == files
@@ -523,7 +523,7 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 5 + 16 * 3 + 15  # the study's, the report's, figures, trials
+    assert _bytes(path) == before and len(before) == 4 + 7 + 15 * 3 + 15  # the study's, the report's, figures, trials
 
 
 @pytest.mark.slow

@@ -199,6 +199,21 @@ def test_trace_shows_threshold_warmup_and_spikes(study: Study) -> None:
     assert set(spikes["peak_step"]) <= set(rings.get_xdata())  # planted at eight times the level
 
 
+def test_a_trial_that_ended_early_is_drawn_over_its_own_steps(tmp_path: Path) -> None:
+    """Of 120 planned steps 3, 21 and 91 were done, ten of them warmup; the first two would be a stroke at the left."""
+    planted.plant_frame(tmp_path / "s")
+    for seed, steps in enumerate((3, 21, 91)):
+        planted.plant_trial(tmp_path / "s", planted.settings(seed=seed), status="failed", steps_done=steps)
+    study = Study.load(tmp_path / "s")
+    for trial_id, row in study.trials.iterrows():
+        norm, loss = plots.trial(study, str(trial_id)).axes
+        done, texts = row["steps_done"], [t.get_text() for ax in (norm, loss) for t in ax.texts]
+        assert norm.get_xlim()[1] == pytest.approx(1.02 * (120 if done == 91 else done))
+        assert (f"ended at step {done} of 120" in texts) == (done < 60)
+        assert ("warmup ends" in texts) == (done > 10)  # nothing is named that lies outside
+        style.draw(norm.figure)  # type: ignore[arg-type]
+
+
 def test_traces_of_several_trials_have_common_scales(study: Study) -> None:
     rough = study.roughest(3)
     assert len(rough) == 3 and rough[0] == study.worst()
@@ -317,16 +332,14 @@ def test_the_measure_of_colours_knows_what_is_alike() -> None:
 
 
 @pytest.mark.parametrize("eyes", EYES)
-def test_verdicts_differ_on_white_on_black_and_as_fields(eyes: str) -> None:
+def test_verdicts_differ_as_fields_and_on_the_page(eyes: str) -> None:
     """Each from each other, and `rough` from its neighbours most of all: they lie side by side on a map."""
-    assert list(style.VERDICT_COLOURS) == list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
+    assert list(style.VERDICT_GROUNDS) == list(style.VERDICT_SIGNS) == list(VERDICTS)
     assert len(set(style.VERDICT_SIGNS.values())) == 4
     css = (html.TEMPLATES / "style.css").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", part)) for part in css.split("@media screen", 1))
     dark = light | dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", css.split("@media screen", 1)[1].split("}")[0]))
     sets = {
-        "white": style.VERDICT_COLOURS,
-        "black": {verdict: style.DARK[colour] for verdict, colour in style.VERDICT_COLOURS.items()},
         "fields": style.VERDICT_GROUNDS,
         "page": {verdict: light[verdict] for verdict in VERDICTS},
         "dark page": {verdict: dark[verdict] for verdict in VERDICTS},

@@ -14,9 +14,9 @@ import searched
 from test_searches import study as study  # a fixture
 
 from stabstudy import extras
-from stabstudy.analysis import searches
+from stabstudy.analysis import searches, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import registry, search_plots
+from stabstudy.analysis.figures import registry, search_plots, tooltips
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.searches import History, Suggestion
 from stabstudy.analysis.study import Study
@@ -73,6 +73,8 @@ def test_the_history_shows_every_done_cell_and_the_best_so_far():
     values = list(best.get_ydata())
     assert values == sorted(values, reverse=True)
     assert values[-1] == min(s.objectives[0] for s in history.suggestions if s.feasible)
+    told = [condition for line in groups for condition in tooltips.about(line).filters]
+    assert len(told) == 38 and f"lr={words.level(history.suggestions[5].values['optim.lr'])} " in " ".join(told)
     assert [line.get_label() for line in ax.get_lines()] == [*(name for name, *_ in search_plots.GROUPS), "best so far"]
 
 

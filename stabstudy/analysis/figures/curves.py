@@ -103,6 +103,8 @@ def _scale(ax: Axes, trials: pd.DataFrame, metric: str, log_y: bool, ends: Seque
         ax.set_ylim(*scale)
         if log:
             style.log_ticks(ax)
+        elif labels.is_share(metric):
+            style.percent_ticks(ax)
 
 
 def _draw_logit_limits(ax: Axes) -> None:
@@ -114,7 +116,7 @@ def _draw_logit_limits(ax: Axes) -> None:
             ax.axhline(value, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
             ax.annotate(
                 text, (0, value), (4, 2), textcoords="offset points", xycoords=ax.get_yaxis_transform(),
-                color=style.VERMILLION, fontsize=style.look().note, bbox=style.GROUND,
+                color=style.VERMILLION, fontsize=style.look().note, bbox=style.GROUND, zorder=1,
             )  # fmt: skip
 
 
@@ -209,7 +211,7 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
         linestyle=look.dash, marker=look.marker, markersize=5, linewidth=1.6, label=look.name, gid=edges.MEAN,
     )  # fmt: skip
     filters = [look.at(positions.setting, level) for level in means]
-    tooltips.describe(line, About(look.words, filters=filters, up=[_mean_text(m) for m in means.values()]))
+    tooltips.describe(line, About(look.words, filters=filters, up=[_mean_text(metric, m) for m in means.values()]))
     banded = {level: m for level, m in means.items() if m.n >= BAND_FROM and math.isfinite(m.low + m.high)}
     if banded:
         low, high = [m.low for m in banded.values()], [m.high for m in banded.values()]
@@ -219,9 +221,9 @@ def _draw_group(ax: Axes, trials: pd.DataFrame, metric: str, positions: Position
     return [v for m in banded.values() for v in (m.low, m.high)]
 
 
-def _mean_text(m: Estimate) -> str:
-    interval = f" [{words.number(m.low)}, {words.number(m.high)}]" if m.n >= BAND_FROM else ""
-    return f"{words.number(m.mean)}{interval} (mean of {m.n})"
+def _mean_text(metric: str, m: Estimate) -> str:
+    mean, low, high = (words.value(metric, v) for v in (m.mean, m.low, m.high))
+    return f"{mean}{f' [{low}, {high}]' if m.n >= BAND_FROM else ''} (mean of {m.n})"
 
 
 def _draw_trials(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positions, look: _Look) -> None:
@@ -234,7 +236,8 @@ def _draw_trials(ax: Axes, trials: pd.DataFrame, metric: str, positions: Positio
         color=look.colour, alpha=0.75, label="_",
     )  # fmt: skip
     filters = [look.at(positions.setting, v) for v in levels]
-    tooltips.describe(line, About(look.words, [str(t) for t in kept.index], filters))
+    up = [words.value(metric, v) for v in kept[metric]] if labels.is_share(metric) else []
+    tooltips.describe(line, About(look.words, [str(t) for t in kept.index], filters, up=up))
     edges.keep(
         ax,
         (

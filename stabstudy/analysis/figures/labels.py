@@ -28,6 +28,11 @@ def statistic(metric: str, trials: pd.DataFrame) -> str:
     return f"{name(metric)}{f' ({own})' if own else ''}"
 
 
+def is_share(metric: str) -> bool:
+    """Whether the statistic is a fraction, written as percent."""
+    return COLUMNS[metric].unit == "fraction"
+
+
 def training_loss(rows: Rows) -> str:
     """The name of the loss of a trace, with its unit: that of `kto`, whose rows have margins, has none."""
     return "training loss" if "margin" in rows.columns else f"training loss ({NATS})"

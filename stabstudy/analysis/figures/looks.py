@@ -28,6 +28,10 @@ FONTS = ("DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Liberation Sans", "Ar
 """Text is laid out in the first, which matplotlib brings; the others are as wide or narrower, so nothing collides."""
 
 
+LAYOUT_DPI = 288
+"""Text is measured at so many dots per inch: at 100 its letters stand on whole pixels, narrower than in a fine file."""
+
+
 @dataclass(frozen=True)
 class Look:
     """How large figures are drawn: factors on inches across and up, and sizes of type in points."""
@@ -39,10 +43,11 @@ class Look:
     field: float = 8.5  # words in the fields of a map
     least: float = 6.5  # of a map with many fields
     line: float = 1.0
+    columns: int = 5  # of a map for which HALF is wide enough
 
 
 ON_PAGE = Look()
-IN_PAPER = Look(across=3.3 / HALF, up=0.72, font=7.5, note=7.0, field=7.0, least=7.0, line=0.8)
+IN_PAPER = Look(across=3.3 / HALF, up=0.72, font=7.5, note=7.0, field=7.0, least=7.0, line=0.8, columns=3)
 
 _look: ContextVar[Look] = ContextVar("look", default=ON_PAGE)
 
@@ -139,5 +144,8 @@ def new_panels(n: int, width: float, height: float, columns: int = 2) -> Figure:
 def settle(figure: Figure) -> None:
     """Lay the figure out, for good: every file of it has the same layout, and marks lie where it is drawn."""
     if figure.get_layout_engine() is not None:
+        dpi = figure.dpi
+        figure.set_dpi(LAYOUT_DPI)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+        figure.set_dpi(dpi)

@@ -36,9 +36,6 @@ SCALES = {"spike_abs_rate": (0.0, 0.01), "grad_norm_max_over_median": (1.0, 10.0
 SHADES = 24
 """Colours in a colour bar; the fields of a map have any."""
 
-HALF_UP_TO = 5
-"""Levels across up to which a map is half a column wide."""
-
 SMALL_FROM = 8
 """Levels on an axis from which the words in the fields are set smaller."""
 
@@ -145,7 +142,7 @@ class Sheet:
 
 def width(study: Study, x: str) -> float:
     """Inches of a map across: half a column while the words in its fields have room."""
-    return style.HALF if len(study.axes.get(x, ())) <= HALF_UP_TO else style.FULL
+    return style.HALF if len(study.axes.get(x, ())) <= style.look().columns else style.FULL
 
 
 def height(study: Study, y: str) -> float:

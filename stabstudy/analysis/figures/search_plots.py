@@ -10,7 +10,7 @@ import pandas as pd
 from stabstudy import extras
 from stabstudy.analysis import searches, words
 from stabstudy.analysis.elements import Absent, Figure
-from stabstudy.analysis.figures import labels, style
+from stabstudy.analysis.figures import labels, style, tooltips
 from stabstudy.analysis.figures.layout import Layout
 from stabstudy.analysis.searches import FEWEST, History, Suggestion
 from stabstudy.analysis.study import Study
@@ -19,6 +19,7 @@ from stabstudy.store import StoreError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 NEEDED = ("optuna", "scikit-learn")
 GROUPS = (
@@ -58,10 +59,11 @@ def history(known: History, trials: pd.DataFrame, objective: int = 0, ax: Axes |
     ax = style.new_figure(style.FULL).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
         places = [i for i, suggestion in enumerate(known.suggestions) if _group(suggestion) == name]
-        ax.plot(
+        (line,) = ax.plot(
             [i + 1 for i in places], [known.suggestions[i].objectives[objective] for i in places], marker=marker,
             markersize=5, linestyle="none", color=colour, markerfacecolor=face, label=name,
         )  # fmt: skip
+        _describe(line, name, [known.suggestions[i] for i in places])
     best = [(i + 1, known.suggestions[b].objectives[0]) for i, b in enumerate(known.best) if b is not None]
     if best:
         at, values = zip(*best, strict=True)
@@ -76,11 +78,13 @@ def front(known: History, trials: pd.DataFrame, across: int = 0, up: int = 1, ax
     """Two objectives against each other; the cells that none is better than in all objectives are joined by a line."""
     ax = style.new_figure(style.FULL).axes[0] if ax is None else ax
     for name, colour, marker, face in GROUPS:
-        points = [s.objectives for s in known.suggestions if _group(s) == name]
-        ax.plot(
+        own = [s for s in known.suggestions if _group(s) == name]
+        points = [s.objectives for s in own]
+        (line,) = ax.plot(
             [p[across] for p in points], [p[up] for p in points], marker=marker, markersize=5, linestyle="none",
             color=colour, markerfacecolor=face, label=name,
         )  # fmt: skip
+        _describe(line, name, own)
     best = sorted(known.suggestions[i].objectives for i in known.front)
     best.sort(key=lambda values: values[across])
     joined = "-" if len(known.search.objectives) == 2 else "none"
@@ -110,6 +114,11 @@ def importance(
     ax.set(xlim=(0, 1.02), ylim=(-0.6, len(axes) - 0.4), xlabel="share of variance")
     style.legend_beside(ax, "")
     return ax
+
+
+def _describe(line: Line2D, name: str, own: Sequence[Suggestion]) -> None:
+    """A click on a cell shows its runs."""
+    tooltips.describe(line, tooltips.About(name, filters=[tooltips.condition(s.values) for s in own]))
 
 
 def _group(suggestion: Suggestion) -> str | None:

@@ -26,7 +26,7 @@ look, new_figure, new_panels = looks.look, looks.new_figure, looks.new_panels
 
 INK, MUTED, GRID, PAPER = looks.INK, looks.MUTED, looks.GRID, looks.PAPER
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-AMBER, RUST = "#b27b00", "#a02c00"
+AMBER = "#b27b00"
 CATEGORIES = (BLUE, VERMILLION, GREEN, PURPLE, AMBER, "#3a8fc0", "#6b5b95")
 """Okabe and Ito's colours, the light ones darkened to 3:1 on white; at most seven, never told apart by hue alone."""
 
@@ -44,9 +44,6 @@ UNKNOWN = "#c9ced6"
 """A field of a map whose trials do not have the statistic: no colour of its scale, which would be a value."""
 
 VERDICT_SIGNS = {"stable": "●", "spiky": "▲", "rough": "◆", "diverged": "✕"}
-VERDICT_COLOURS = {"stable": GREEN, "spiky": AMBER, "rough": RUST, "diverged": PURPLE}
-"""Of a line; rust is darker than amber, so that they differ also where red and green look alike."""
-
 VERDICT_GROUNDS = {"stable": "#cfe8dd", "spiky": "#f7e7b6", "rough": "#f0a98a", "diverged": "#dcb3dd"}
 """Of a field, in the light and in the dark: near-black reads on each (over 10:1)."""
 
@@ -60,7 +57,6 @@ DARK = {
     GREEN: "#2ebd8e",
     PURPLE: "#dd9cc2",
     AMBER: "#e69f00",
-    RUST: "#ea5f2a",
     "#3a8fc0": "#56b4e9",
     "#6b5b95": "#a99bd6",
     **dict(zip(ORDINAL, ORDINAL_ON_DARK, strict=True)),
@@ -262,6 +258,13 @@ def few_ticks(ax: Axes, unit: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     written = words.percent if unit == "fraction" else words.tick
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: written(float(f"{v:.6g}"))))
+
+
+def percent_ticks(ax: Axes) -> None:
+    """Fractions beside the axes as percent."""
+    from matplotlib.ticker import FuncFormatter
+
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: words.percent(float(f"{v:.6g}"))))
 
 
 def tidy(ax: Axes) -> None:
