@@ -159,6 +159,8 @@ def test_chosen_runs_are_overlaid_with_their_own_numbers(study: Study, page: Pat
             assert x == list(rows["step"]) and y == pytest.approx(list(exact), rel=1e-6)
         opened.get_by_label("Also show").select_option(label="update RMS")
         opened.wait_for_function("document.getElementById('curves').data?.length === 8")
+        opened.get_by_label("Also show").select_option(label="KL")
+        opened.wait_for_function("document.getElementById('note').textContent.endsWith(': KL.')")
         hide = opened.locator("#legend button").first
         hide.focus()
         opened.keyboard.press("Enter")

@@ -32,6 +32,8 @@
     const curves = await Promise.all(some.map((box) => charts.trace(box.value).catch(missing)));
     if (turn !== view.turn) return;
     const names = [...Object.keys(labels).slice(0, 3), also.value].filter((name) => curves.some((of) => of[name]));
+    const absent = some.length && also.value && !names.includes(also.value);
+    if (absent) note.textContent ||= `No chosen run has this curve: ${labels[also.value][0]}.`;
     const line = (of, i, name, panel) => ({ ...of[name], meta: [i, panel], name: some[i].value,
       visible: !view.hidden.has(some[i]), line: { ...styles[i], width: 1.4 } });
     const panels = names.map((name, panel) => ({ label: labels[name][0], log: labels[name][1],
