@@ -9,12 +9,6 @@ const make = (tag, properties, ...children) => {
 
 const FILTER_FROM = 20; // rows from which a table gets a filter
 
-const make = (tag, properties, ...children) => {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-};
-
 // "over 12" is 12, "2.35 ± 0.1" is 2.35; a dash is nothing; all else is text.
 function key(text) {
   if (text === "–" || text === "") return null;
