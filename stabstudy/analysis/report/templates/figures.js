@@ -101,7 +101,8 @@
       + (opens ? " A click, or Enter, on the mark of a trial opens its page." : "");
     const spot = document.querySelector("p.glossary");
     const before = shown[0].previousElementSibling || shown[0];
-    if (spot) spot.append(` ${hint}`); else before.before(make("p", { className: "hint" }, hint));
+    const words = make("p", { className: "hint" }, hint);
+    if (spot) spot.after(words); else before.before(words);
   }
 
   // The steps of a trial, any range of them
