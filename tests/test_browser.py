@@ -288,7 +288,7 @@ def test_hostile_names_are_shown_as_text(report: Path, browser: Any) -> None:
 
 def test_a_mention_leads_to_the_trial_and_back(report: Path, browser: Any) -> None:
     with Opened(browser, report / "index.html") as page:
-        link = page.locator("#summaries ~ p a").first
+        link = page.locator("ul.pointers a").first
         trial_id = link.text_content()
         link.click()
         assert page.url.endswith(f"/trials/{trial_id}.html") and trial_id in page.title()

@@ -788,7 +788,7 @@ def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> 
         "Logging intervals differ (1 and 10 steps)" in text
         and "| Every figure over settings | the runs were logged at different strides" in text
     )
-    assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"traces"}
+    assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"first-traces", "traces"}
 
 
 def test_what_a_log_does_not_tell_is_a_dash_in_the_report(tmp_path: Path) -> None:

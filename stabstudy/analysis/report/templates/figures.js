@@ -104,7 +104,8 @@ function save(blob, name) {
       + (opens ? " A click, or Enter, on the mark of a trial opens its page, on a field or a legend the runs there." : "");
     const spot = document.querySelector("p.glossary");
     const before = shown[0].previousElementSibling || shown[0];
-    if (spot) spot.append(` ${hint}`); else before.before(make("p", { className: "hint" }, hint));
+    const words = make("p", { className: "hint" }, hint);
+    if (spot) spot.after(words); else before.before(words);
   }
 
   // Downloads of a trial's figures: the picture is in the page already.
