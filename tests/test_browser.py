@@ -35,21 +35,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = planted.settings(2, 0.7, 1.0, seed, 200)
         trial = planted.plant_trial(folder, config, case=names[-1] + " ".join(names), spikes={150: 9.0})
         trial.log_file.write_text("\n".join(names))
-    page = write_report(folder, lambda line: None)
-    assets(page.parent)
-    return page.parent
-
-
-def assets(report: Path) -> None:
-    """The library where pages look for it, as the installed package has it, without its style sheet for maps."""
-    package = importlib.util.find_spec("plotly")
-    if package is None:
-        pytest.skip("plotly is not installed")
-    text = Path(str(package.origin)).with_name("package_data").joinpath("plotly.min.js").read_text(encoding="utf-8")
-    mark = "document.head.append(Object.assign(document.createElement('meta'), { id: '%s' }));\n"
-    ids = sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', text)))
-    (report / "assets").mkdir(parents=True)
-    (report / "assets" / "plotly.js").write_text("".join(mark % i for i in ids) + text, encoding="utf-8")
+    return write_report(folder, lambda line: None).parent
 
 
 @pytest.fixture(scope="module")

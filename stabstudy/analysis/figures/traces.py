@@ -19,6 +19,7 @@ from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
+from stabstudy.state import ENDED
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -135,10 +136,11 @@ def trial(
 
 
 def ended_early(row: Mapping[str, Any], rows: Rows) -> str:
-    """How early the training ended, in words; empty where it went as far as was planned."""
-    if row["stop_reason"] in (None, "complete") or not len(rows):
+    """How early the training ended, or how far it is, in words; empty where it went as far as was planned."""
+    if not len(rows) or row["steps_planned"] is None or (row["steps_done"] or 0) >= row["steps_planned"]:
         return ""
-    return f"ended at step {rows['step'][-1]} of {row['steps_planned']} planned"
+    how = "ended" if row["state"] in ENDED else "so far"
+    return f"{how} at step {rows['step'][-1]} of {row['steps_planned']} planned"
 
 
 def absolute_steps(study: Study, rows: Rows) -> NDArray[np.bool_]:
