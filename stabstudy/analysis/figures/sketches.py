@@ -95,7 +95,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
     alt = f"Line chart with a mark per trial. {title}. " + "; ".join(
         f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in values[: 2 * MOST_LINES]
     )
-    caption = f"{title}.{_pooled(grid, layout, lines)}"
+    caption = f"{name[0].upper()}{name[1:]}.{_pooled(grid, layout, lines)}"
     return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values)
 
 
@@ -235,7 +235,7 @@ def trace_sketch(study: Study, names: Mapping[str, str]) -> elements.Figure | No
     parts = [f"{name}: largest {top}, median {middle}, marked step {step}." for _, name, step, top, middle in rows]
     heads = ("trial", "which", "step marked", "largest norm", "median norm")
     alt = f"Line chart. {' '.join(parts)}"
-    return style.report_figure("first-traces", title, ax, alt, f"{title}.", heads, rows, heads[:2])
+    return style.report_figure("first-traces", title, ax, alt, "Gradient norm before clipping.", heads, rows, heads[:2])
 
 
 def _scale(ax: Axes, values: NDArray[np.float64]) -> None:
