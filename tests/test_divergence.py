@@ -16,7 +16,7 @@ from stabstudy.stability import divergence
 from stabstudy.stability.detectors import Block, LiveSpikes
 from stabstudy.stability.rules import Rules
 from stabstudy.stability.verdict import DivergenceMonitor, MonitorFacts
-from stabstudy.trace import SKIPS
+from stabstudy.trace import SKIPS, TRACE, from_dicts
 
 RULES = Rules()
 # windows so short that a few dozen steps hold references, stretches and tails
@@ -235,3 +235,16 @@ def test_live_spikes_of_a_pack_are_those_of_each_trial_alone(pack: list[Series],
             part = Block(block.loss[k : k + 1, :n], block.norm[k : k + 1, :n], block.skip[k : k + 1, :n])
             assert one.update(part)[0] == flagged[k]
             assert one.spike_events[0] == together.spike_events[k]
+
+
+@given(trials())
+def test_the_moving_means_are_those_of_the_verdict(trial: Series) -> None:
+    rows = [{"step": i, "loss": x, "grad_norm": g, "skip": s} for i, (x, g, s) in enumerate(trial.rows)]
+    f = trial.facts
+    one = ReferenceMonitor(SMALL, f.steps_planned, f.warmup_steps, f.init_loss, f.unigram_entropy, f.every_step)
+    expected = []
+    for step, row in enumerate(trial.rows):
+        one.update(step, *row)
+        expected.append(math.nan if one._ema is None else one._ema)
+    means = divergence.moving_means(from_dicts(rows, TRACE), SMALL)
+    assert list(map(bits, means.tolist())) == list(map(bits, expected))

@@ -152,8 +152,10 @@ def test_the_cursor_says_what_is_recorded_and_a_click_keeps_the_step(study: Stud
     page.keyboard.press("ArrowRight")
     until(page, "document.querySelector('.explore + output').textContent.startsWith('step 76, ')")
     assert said(page).startswith(f"step 76, norm {rows['grad_norm'][76]:.4g}, ")
-    page.mouse.click(x, y)
-    until(page, "location.hash")
+    page.mouse.move(x, y + 2)
+    until(page, "document.querySelector('.explore + output').textContent.startsWith('step 75, ')")
+    page.mouse.click(x, y + 2)
+    until(page, "location.hash.startsWith('#step=')")
     assert hash_of(page) == "#step=75"
     page.mouse.move(5, 5)
     until(page, "document.querySelector('.explore + output').textContent.startsWith('step 75, ')")

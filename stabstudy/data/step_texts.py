@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,16 @@ def kept_text_of_step(config: TrialConfig, step: int, fingerprint: str) -> list[
     corpus = None if cache is None else tokens.cached(fingerprint, cache)
     if corpus is None:
         raise DataError("data", "are not in the token cache", fingerprint)
-    encoder = tokenizer.load(config.data.tokenizer, offline=True)
+    encoder = _encoder(config.data.tokenizer)
     if encoder.sha256 != corpus.tokenizer_sha256:
         raise DataError("data.tokenizer", "is not the one that the data were tokenized with", config.data.tokenizer)
     return _texts(config, step, laid_out(config, corpus), encoder)
+
+
+@functools.cache
+def _encoder(name: str) -> tokenizer.Tokenizer:
+    """Loaded once: a report asks for many steps, and some take seconds."""
+    return tokenizer.load(name, offline=True)
 
 
 def _check_step(config: TrialConfig, step: int) -> None:

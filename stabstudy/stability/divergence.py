@@ -130,6 +130,8 @@ class MovingMean:
 
 def moving_means(trace: Rows, rules: Rules) -> Floats:
     """The mean after each row of one trial, as its verdict takes it, shape [rows]; NaN before the first loss."""
+    if not len(trace):
+        return np.empty(0)
     block = Block.of(trace)
     usable = np.isfinite(block.loss) & proven(block.skip)
     means = MovingMean(rules, [0], [None])
