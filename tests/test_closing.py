@@ -40,12 +40,12 @@ def test_lines_are_the_reports_first_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, ("0.03", "at 0.3, 4 of 6 trials are not")),
-        ({"n_unstable": 1}, ("0.03", "at 0.3, 1 of 6 trials is not")),
-        ({"all_stable": None}, ("none tried", "at 0.3, 4 of 6 trials are not")),
-        ({"all_stable": 0.3, "first_unstable": None}, ("0.3", "the largest tried")),
-        ({"first_unstable": None}, ("0.03", "no verdict above")),
-        ({"reason": "2 cells lack a seed"}, ("not known", "2 cells lack a seed")),
+        ({}, ("learning rate 0.03", "at 0.3, 4 of 6 trials are not")),
+        ({"n_unstable": 1}, ("learning rate 0.03", "at 0.3, 1 of 6 trials is not")),
+        ({"all_stable": None}, ("no learning rate tried", "at 0.3, 4 of 6 trials are not")),
+        ({"all_stable": 0.3, "first_unstable": None}, ("learning rate 0.3", "the largest tried")),
+        ({"first_unstable": None}, ("learning rate 0.03", "no verdict above")),
+        ({"reason": "2 cells lack a seed"}, ("learning rate not known", "2 cells lack a seed")),
     ],
 )
 def test_a_limit_in_words(changes: dict[str, Any], text: tuple[str, str]) -> None:

@@ -59,17 +59,18 @@ def _limits(study: Study, rows: list[Row]) -> Iterator[str]:
     for row in rows:
         alike.setdefault(_limit(row, largest), []).append(row["at"])
     parts = [f"{held}{_at_all(levels)} ({why})" for (held, why), levels in alike.items()]
-    yield f"stable up to: {words.label(setting)} {_listed(parts)}"
+    yield f"stable up to: {_listed(parts)}"
     commands = dict.fromkeys(row["next"]["stable"] for row in rows)
     if command := next(filter(None, commands), None):
         yield f"where it ends: {command}"
 
 
 def _limit(row: Row, largest: Any) -> tuple[str, str]:
-    """'0.03' and 'at 0.3, 4 of 6 trials are not'."""
+    """'learning rate 0.03' and 'at 0.3, 4 of 6 trials are not'."""
+    label = words.label(row["setting"])
     if row["reason"] is not None:
-        return "not known", row["reason"]
-    held = "none tried" if row["all_stable"] is None else words.level(row["all_stable"])
+        return f"{label} not known", row["reason"]
+    held = f"no {label} tried" if row["all_stable"] is None else f"{label} {words.level(row['all_stable'])}"
     if row["first_unstable"] is not None:
         bad, there = row["n_unstable"], words.count(row["n_there"], "trial")
         return held, f"at {words.level(row['first_unstable'])}, {bad} of {there} {_are(bad)} not"

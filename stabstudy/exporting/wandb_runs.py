@@ -84,7 +84,7 @@ class WandbRuns:
     def hint(self) -> str:
         """How to look at it."""
         if self.mode == "offline":
-            return f"W&B is offline; to upload: wandb sync --append {self._out}/wandb/offline-run-*"
+            return f"W&B is offline; to upload: wandb sync {self._out}/wandb/offline-run-*"
         return f"W&B, project {self._project}, group {self._study} ({self.mode})"
 
     def _progress(self, trial_id: str) -> Progress:
