@@ -262,6 +262,17 @@ def test_downsampling_passes_over_what_is_not_finite() -> None:
 # Looks
 
 
+@pytest.mark.parametrize("ends", [(0.98, 1.45), (1.1, 1.9), (0.21, 0.6), (3.1, 12.0), (0.7, 90.0), (1e-3, 4e4)])
+def test_a_log_axis_has_several_numbers_that_keep_apart(ends: tuple[float, float]) -> None:
+    ax = style.new_figure().axes[0]
+    ax.set(yscale="log", ylim=ends)
+    style.log_ticks(ax)
+    ax.figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.get_yticklabels() if t.get_text()]
+    shown = sorted((b for b in boxes if ax.bbox.y0 <= (b.y0 + b.y1) / 2 <= ax.bbox.y1), key=lambda b: b.y0)
+    assert 2 <= len(shown) <= 9 and all(a.y1 < b.y0 for a, b in zip(shown, shown[1:], strict=False))
+
+
 def test_svg_is_the_same_every_time(study: Study) -> None:
     first, second = (style.to_svg(plots.lr_curves(study).figure) for _ in range(2))  # type: ignore[arg-type]
     assert first == second
