@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,7 +236,7 @@ def test_pointing_at_a_trial_reads_and_opens_it(report: Path, browser: Any) -> N
         image = page.locator("#final-loss img")
         image.scroll_into_view_if_needed()
         series = json.loads(page.locator("#final-loss").get_attribute("data-marks"))
-        dots = next(s for s in series if "trials" in s and s["name"] == "2")
+        dots = next(s for s in series if "trials" in s and s["name"] == "depth 2")
         box = image.bounding_box()
         x = box["x"] + box["width"] * dots["at"][0] / 1e4
         y = box["y"] + box["height"] * dots["at"][1] / 1e4
@@ -246,7 +245,7 @@ def test_pointing_at_a_trial_reads_and_opens_it(report: Path, browser: Any) -> N
         row = trials.loc[trial_id]
         rate = f"learning rate {words.level(row['optim.lr'])}"
         values = f"{rate}, final validation loss (nat/token) {row['final_loss']:.4g}"
-        assert page.locator(".tip").text_content() == f"2: {values} (trial {trial_id})"
+        assert page.locator(".tip").text_content() == f"depth 2: {values} (trial {trial_id})"
         page.mouse.move(box["x"] + box["width"] + 200, y)
         assert not page.locator(".tip").is_visible()
         page.mouse.click(x, y)

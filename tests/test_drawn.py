@@ -293,7 +293,9 @@ def test_every_number_of_a_mark_has_a_name(blocks: dict[str, Figure]) -> None:
         assert series, name
         for one in series:
             assert one["x"], (name, one["name"])
-            alone = not one["y"] and one["b"][0] != "its runs"  # entries of a legend follow its title; what follows names itself: `depth (layers) 6, 2 stable`
+            alone = (
+                not one["y"] and one["b"][0] != "its runs"
+            )  # entries of a legend follow its title; what follows names itself: `depth (layers) 6, 2 stable`
             assert not alone or all(re.search("[a-z]", text) for text in (*one["a"], *one["b"])), (name, one)
             assert not re.fullmatch(r"[-0-9.e, ]*", one["name"]) or one["name"] == "", (name, one["name"])
             for key in ("trials", "filter", "b"):

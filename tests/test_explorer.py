@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from test_browser import AXE, OPEN_ALL, Opened, assets, browser, playwright, pytestmark  # noqa: F401
+from test_browser import AXE, OPEN_ALL, Opened, browser, playwright, pytestmark  # noqa: F401
 
 from stabstudy.analysis.elements import Drawing, Figure, Section, Table, TrialPage
 from stabstudy.analysis.figures import step_data
 from stabstudy.analysis.loss_levels import LossLevels
 from stabstudy.analysis.report import trial_page
+from stabstudy.analysis.report.assets import ASSETS, write_assets
 from stabstudy.analysis.report.html import html_trial
 from stabstudy.analysis.study import Study
 from stabstudy.trace import TRACE, Rows
@@ -32,8 +33,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     folder = tmp_path_factory.mktemp("explorer") / "planted"
     planted.plant_frame(folder)
     planted.plant_trial(folder, planted.settings(steps=STEPS), spikes=dict.fromkeys(planted.ROUGH, 8.0))
-    assets(folder / "report")
-    return Study.load(folder)
+    study = Study.load(folder)
+    write_assets(study, list(study.trials.index), folder / "report" / ASSETS)
+    return study
 
 
 @pytest.fixture(scope="module")

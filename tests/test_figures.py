@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 from stabstudy.analysis import figures, plots
-from stabstudy.analysis.figures import registry, style
+from stabstudy.analysis.figures import looks, registry, style
 
 OF_SEVERAL_AXES = {"trace", "traces", "trial", "panels"}
 """What `plots` documents as returning a Figure."""
@@ -124,3 +124,16 @@ def test_figures_of_a_paper_have_its_widths_and_readable_type() -> None:
     assert min(sizes) >= 7 and tuple(page) == (style.HALF, 3.6)
     assert tuple(line_chart().figure.get_size_inches()) == tuple(page)  # it ends with its block
     assert 2 * style.HALF * 96 <= 1024 - 16 and style.FULL * 96 <= 1024  # two abreast in the column of a page
+
+
+@pytest.mark.parametrize(("dpi", "fits"), [(looks.LAYOUT_DPI, True), (100, False)])
+def test_what_was_laid_out_has_room_in_a_fine_file(monkeypatch: pytest.MonkeyPatch, dpi: int, fits: bool) -> None:
+    """At 100 dots per inch the letters of a long name are narrower than in print, and the name loses its first one."""
+    monkeypatch.setattr(looks, "LAYOUT_DPI", dpi)
+    with plots.paper():
+        ax = style.new_figure().axes[0]
+        ax.set_yticks([0], ["learning rate 3e-3 to 0.3"])
+        looks.settle(ax.figure)  # type: ignore[arg-type]
+    ax.figure.set_dpi(300)
+    ax.figure.draw_without_rendering()
+    assert (ax.get_yticklabels()[0].get_window_extent().x0 >= 0) == fits

@@ -26,7 +26,7 @@ from stabstudy.analysis.figures import maps, verdict_maps
 from stabstudy.analysis.figures.layout import layout_of
 from stabstudy.analysis.figures.registry import figures
 from stabstudy.analysis.levels import plain, records
-from stabstudy.analysis.report import effect_tables, findings, html, methods, study_page
+from stabstudy.analysis.report import effect_tables, findings, html, methods
 from stabstudy.analysis.study import Study
 from stabstudy.report import write_report
 from stabstudy.stability.columns import COLUMNS
@@ -523,7 +523,9 @@ def _bytes(path: Path) -> dict[str, bytes]:
 def test_an_unchanged_study_gives_the_same_bytes(path: Path) -> None:
     before = _bytes(path)
     write_report(path, lambda line: None)
-    assert _bytes(path) == before and len(before) == 4 + 7 + 15 * 3 + 15 + 15  # the study's, the report's, figures, trials, traces
+    assert (
+        _bytes(path) == before and len(before) == 4 + 7 + 15 * 3 + 15 + 15
+    )  # the study's, the report's, figures, trials, traces
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from stabstudy.analysis import levels, plots
-from stabstudy.analysis.figures import layout, style, traces
+from stabstudy.analysis.figures import labels, layout, style, traces
 from stabstudy.analysis.figures.traces import downsample
 from stabstudy.analysis.report import html
 from stabstudy.analysis.study import Study
@@ -128,6 +130,16 @@ def test_a_loss_that_explodes_hides_no_other(tmp_path: Path, study: Study) -> No
     wild.set_ylim(2, 7)
     traces._cut_losses([calm])  # nothing to cut
     assert calm.get_ylim() == (2, 7) and not calm.texts
+
+
+def test_a_loss_has_the_unit_that_its_objective_gives_it(study: Study) -> None:
+    """In every figure of it: nat/token of a language model, none of kto."""
+    trials = study.trials.assign(**{"objective.kind": "kto"})
+    assert plots.lr_curves(study).get_ylabel() == "final validation loss (nat/token)"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Study, "trials", property(lambda self: trials))
+        assert plots.lr_curves(study).get_ylabel() == "final validation loss"
+    assert labels.statistic("attn_logit_peak", trials) == "largest attention logit (nat)"  # a logit is one in both
 
 
 def test_a_band_needs_three_trials(study: Study) -> None:
@@ -260,6 +272,17 @@ def test_downsampling_passes_over_what_is_not_finite() -> None:
 
 
 # Looks
+
+
+@pytest.mark.parametrize("ends", [(0.98, 1.45), (1.1, 1.9), (0.21, 0.6), (3.1, 12.0), (0.7, 90.0), (1e-3, 4e4)])
+def test_a_log_axis_has_several_numbers_that_keep_apart(ends: tuple[float, float]) -> None:
+    ax = style.new_figure().axes[0]
+    ax.set(yscale="log", ylim=ends)
+    style.log_ticks(ax)
+    ax.figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.get_yticklabels() if t.get_text()]
+    shown = sorted((b for b in boxes if ax.bbox.y0 <= (b.y0 + b.y1) / 2 <= ax.bbox.y1), key=lambda b: b.y0)
+    assert 2 <= len(shown) <= 9 and all(a.y1 < b.y0 for a, b in zip(shown, shown[1:], strict=False))
 
 
 def test_svg_is_the_same_every_time(study: Study) -> None:
@@ -417,3 +440,39 @@ def test_every_figure_of_a_report_is_a_function_of_plots(study: Study) -> None:
         for text in given.figure.findobj(Text):
             # what has none of the known colours stays as it is on black; those of fields stand on a colour of their own
             assert not text.get_text() or colors.to_hex(text.get_color()) in {*style.DARK, "#010101", "#fefefe"}, name
+
+
+def _shown(axis: Any) -> list[Text]:
+    """The labels of the ticks that are drawn."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [t for t in axis.get_major_ticks() if low - 1e-9 <= t.get_loc() <= high + 1e-9]
+    labels = [label for t in ticks for label in (t.label1, t.label2)]
+    return [label for label in labels if label.get_visible() and label.get_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["page", "paper"])
+def test_no_text_leaves_a_figure_and_no_tick_hides_another(study: Study, width: str) -> None:
+    """Of every function of `plots` that draws a study by itself, on new axes of its own choosing."""
+    by_axis = {"first_spikes": "optim.lr"}
+    with plots.paper() if width == "paper" else contextlib.nullcontext():
+        for name in (
+            "accumulation", "clip_shares", "clipping", "curves", "effects", "first_spikes", "norm_ratios",
+            "sensitivity", "stability_map", "verdict_map",
+        ):  # fmt: skip
+            figure = getattr(plots, name)(study, *([by_axis[name]] if name in by_axis else [])).figure
+            style.draw(figure)
+            assert figure.get_size_inches()[0] in (3.3, pytest.approx(6.8, abs=0.01), style.HALF, style.FULL), name
+            figure.set_dpi(288)
+            figure.draw_without_rendering()
+            axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]
+            texts = [t for ax in figure.axes for t in (ax.xaxis.label, ax.yaxis.label, *ax.texts)]
+            for text in [t for t in texts if t.get_visible()] + [t for axis in axes for t in _shown(axis)]:
+                if text.get_text() and text.get_gid() != "field":
+                    box = text.get_window_extent()
+                    assert box.x0 >= -3 and box.x1 <= figure.bbox.width + 3, (name, text.get_text())
+                    assert width == "page" or text.get_fontsize() >= 7, (name, text.get_text())
+            for axis in axes:
+                boxes = [t.get_window_extent() for t in _shown(axis)]
+                ends = sorted((b.x0, b.x1) if axis.axis_name == "x" else (b.y0, b.y1) for b in boxes)
+                assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False)), (name, axis.axis_name)

@@ -143,9 +143,10 @@ def new_panels(n: int, width: float, height: float, columns: int = 2) -> Figure:
 
 def settle(figure: Figure) -> None:
     """Lay the figure out, for good: every file of it has the same layout, and marks lie where it is drawn."""
-    if figure.get_layout_engine() is not None:
+    if (engine := figure.get_layout_engine()) is not None:
         dpi = figure.dpi
         figure.set_dpi(LAYOUT_DPI)
         figure.draw_without_rendering()
+        engine.execute(figure)  # again: which ticks there are followed from the sizes that the first pass gave
         figure.set_layout_engine("none")
         figure.set_dpi(dpi)

@@ -246,7 +246,9 @@ def log_ticks(ax: Axes, across: bool = False) -> None:
 
     axis, (low, high) = (ax.xaxis, ax.get_xlim()) if across else (ax.yaxis, ax.get_ylim())
     decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)))
+    fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # of less than half a decade, where 1, 2, 3, 5 may leave one tick
+    subs = fine if decades < 0.5 else (1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda v, _: words.tick(v)))
     axis.set_minor_locator(NullLocator())
 

@@ -19,7 +19,6 @@ from stabstudy.analysis.study import Study
 from stabstudy.stability.detectors import jump, measured
 from stabstudy.stability.summary import COLUMNS
 from stabstudy.stability.verdict import VERDICTS
-from stabstudy.state import ENDED
 from stabstudy.trace import Rows
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def ended_early(row: Mapping[str, Any], rows: Rows) -> str:
     """How early the training ended, or how far it is, in words; empty where it went as far as was planned."""
     if not len(rows) or row["steps_planned"] is None or (row["steps_done"] or 0) >= row["steps_planned"]:
         return ""
-    how = "ended" if row["state"] in ENDED else "so far"
+    how = "so far" if row["state"] in ("pending", "running", "interrupted") else "ended"
     return f"{how} at step {rows['step'][-1]} of {row['steps_planned']} planned"
 
 
@@ -153,7 +152,7 @@ def traces(study: Study, titles: Mapping[str, str]) -> Figure:
     """Several trials (trial_id -> title), two beside each other, norms and losses on common scales."""
     columns = min(2, len(titles))
     bands = -(-len(titles) // columns)
-    figure = style.new_figure(style.FULL if columns > 1 else style.HALF, 4.4 * bands, rows=2 * bands, columns=columns)
+    figure = style.new_figure(style.FULL, 4.4 * bands, rows=2 * bands, columns=columns)
     above, below = ([ax for i, ax in enumerate(figure.axes) if i // columns % 2 == part] for part in (0, 1))
     for trial_id, title, norm, loss in zip(titles, titles.values(), above, below, strict=False):
         judged_by = study.row(trial_id)["verdict_code"] in OF_LEVELS
@@ -269,12 +268,16 @@ def figures(study: Study) -> Iterator[elements.Figure]:
         return
     done = study.trials[study.trials["state"] == "done"]
     unstable = done.loc[done["verdict"].isin(VERDICTS[1:]), "cell_id"].nunique()
+    of = f"; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of {unstable} such cells"
+    which = (
+        f" Roughest: by verdict, then by largest over median norm{of if unstable else ''}. Typical: the median of that "
+        "ratio."
+    )
     caption = (
         "Gradient norm before clipping (log scale) above the training loss, step by step. Dashed: the clip threshold; "
         "dotted: the end of the warmup; shaded, with a mark above: spikes; rings: steps at three times the recent "
-        "level and median; a cross on the upper edge: a value that is not finite. Roughest: by verdict, then by "
-        f"largest over median norm; one trial of each cell that is not stable, {min(MOST_ROUGH, unstable)} of "
-        f"{unstable} such cells. Typical: the median of that ratio."
+        "level and median; a cross on the upper edge: a value that is not finite."
+        f"{which if len(titles) > 1 else ''}"
     )
     summaries = []
     for trial_id, title in titles.items():
@@ -288,7 +291,7 @@ def figures(study: Study) -> Iterator[elements.Figure]:
     rows = (
         (t, text, *(words.statistic(study.row(t)[c], COLUMNS[c].unit) for c in SHOWN)) for t, text in titles.items()
     )
-    title = "Step by step: the roughest and a typical trial"
+    title = "Step by step: the roughest and a typical trial" if len(titles) > 1 else "Step by step"
     yield style.report_figure("traces", title, traces(study, titles), alt, caption, heads, rows, heads[:2])
 
 
