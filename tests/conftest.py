@@ -34,11 +34,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """10,000 examples take longer than a test may."""
-    if config.getoption("--full"):
+    """10,000 examples take longer than a test may; without `--full` the largest cases are left out."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("whole")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+    else:
         for item in items:
             if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
                 item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture(scope="session")
+def is_full(request: pytest.FixtureRequest) -> bool:
+    """Whether simulations run at their whole size: `pytest -m slow --full`."""
+    return bool(request.config.getoption("--full"))
+
+
+def whole(*values: object) -> object:
+    """A parameter of a test that runs with `--full` alone."""
+    return pytest.param(*values, marks=pytest.mark.whole)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import whole
 from lone import AMONG, Lone
 from test_kto import LABELS, T, V, examples
 from test_kto_trial import config as kto_config
@@ -158,7 +159,7 @@ def stepper(config: TrialConfig, is_compiled: bool, neighbours: int = 0) -> Lone
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("neighbours", AMONG.values(), ids=AMONG)
 @pytest.mark.parametrize(
-    ("precision", "z_loss"), [("fp32", 0.0), ("fp32", 1e-4), ("bf16", 1e-4), ("bf16_stream", 1e-4)]
+    ("precision", "z_loss"), [whole("fp32", 0.0), ("fp32", 1e-4), whole("bf16", 1e-4), ("bf16_stream", 1e-4)]
 )
 def test_compiled_agrees_with_eager(precision: str, z_loss: float, neighbours: int) -> None:
     """A member alone, and one whose model runs for three under vmap inside the compiler."""
@@ -178,7 +179,7 @@ def test_compiled_agrees_with_eager(precision: str, z_loss: float, neighbours: i
 @needs_compiler
 @quiet
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [whole(1), 2])
 def test_compiled_kto_agrees_with_eager(count: int) -> None:
     """With the frozen reference inside what is compiled."""
     config = dataclasses.replace(kto_config(), train=dataclasses.replace(kto_config().train, steps=4))

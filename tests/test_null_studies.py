@@ -87,11 +87,16 @@ def test_without_correction_half_of_all_studies_would_state_one(monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("axes", [2, 3])
-def test_studies_of_noise(axes: int, seeds: int) -> None:
-    assert share(axes, seeds) <= MOST_CLAIMS
+def test_studies_of_noise(axes: int, seeds: int, is_full: bool) -> None:
+    """A sample of fifty may hold eight: were the true share .07, more would come once in a hundred times."""
+    if is_full:
+        assert share(axes, seeds) <= MOST_CLAIMS
+    else:
+        assert round(50 * share(axes, seeds, 50)) <= 8
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_power() -> None:
     rng = np.random.default_rng(2)
     stated = [
