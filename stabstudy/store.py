@@ -244,7 +244,7 @@ def open_study(path: Path) -> StudyFolder:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
     named = Path("results", path)
-    hint = f" (did you mean {named}?)" if os.path.isdir(named / "trials") else ""
+    hint = f" (did you mean {named}?)" if ".." not in path.parts and os.path.isdir(named / "trials") else ""
     raise StoreError(f"{path}: is not a study (it has no sweep.yaml and no trials/){hint}")
 
 

@@ -276,11 +276,11 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The studies whose report was written: here none is, which takes seconds."""
     written: list[Path] = []
 
-    def write(folder: StudyFolder, say: object, out: Path | None) -> tuple[Study, Path]:
+    def write(folder: StudyFolder, say: object, out: Path | None, show: object) -> tuple[Study, Path, dict[str, Any]]:
         written.append(folder.path)
-        return Study(folder), folder.path
+        return Study(folder), folder.path, {}
 
-    monkeypatch.setattr(report, "_write", write)
+    monkeypatch.setattr(report, "write", write)
     return written
 
 

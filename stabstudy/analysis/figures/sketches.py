@@ -244,7 +244,8 @@ def _scale(ax: Axes, values: NDArray[np.float64]) -> None:
         return
     low, high = float(values.min()), float(values.max())
     if high < FLAT * low:
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.35 * (high - low))
+        room = high - low or abs(high) or 1.0
+        ax.set_ylim(low - 0.05 * room, high + 0.35 * room)
         return
     ax.set_yscale("log", nonpositive="mask")
     ax.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.25)
