@@ -133,6 +133,7 @@ def test_figures_without_time_are_named(benchmark_scripts: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole  # the benchmark itself, at its tiny shape, runs with the others
 def test_a_soak_looks_at_the_launch_and_what_it_leaves(
     benchmark_scripts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

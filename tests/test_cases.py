@@ -95,6 +95,7 @@ def test_a_study_without_cases_has_no_rows() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_noise_is_called_a_change_in_at_most_one_study_of_twenty() -> None:
     """300 studies of eight cases and two statistics without any effect, far noisier in some cells than in others."""
     rng, called, found = np.random.default_rng(5), 0, 0

@@ -198,7 +198,7 @@ def test_compiled_kto_agrees_with_eager(count: int) -> None:
 @needs_compiler
 @quiet
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [whole(1), 2])
 def test_the_compiled_stack_is_the_stack(count: int) -> None:
     """Logits and gradients of every weight, K = 1 and K = 2."""
     models: list[Any] = [families.build(SMALL.model, 61, 16, seed) for seed in range(count)]

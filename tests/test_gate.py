@@ -113,6 +113,7 @@ def test_power_at_twice_the_roughness(how: dict[str, Any], power: float) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_the_known_weakness() -> None:
     """Only the study acts differently by seed, and as much as a trial scatters: no more than the docstring says."""
     assert failures(400, seeds=5, interaction=1.0, alone=True) <= 0.15

@@ -12,6 +12,7 @@ import numpy as np
 import planted
 import pytest
 import searched
+from conftest import whole
 from searched import Disk, Planner, without_files
 
 from stabstudy import config as cfg
@@ -129,7 +130,7 @@ def finals(trials: list[PlannedTrial], last: int = 12) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["TPE", "GP", "CMA-ES", "NSGA-II", "NSGA-III"])
+@pytest.mark.parametrize("sampler", ["TPE", whole("GP"), "CMA-ES", "NSGA-II", "NSGA-III"])
 def test_samplers_learn(sampler: str, disk: Disk):
     """Their last suggestions are better than random ones; told the losses of other trials, they are not."""
     needs(sampler)

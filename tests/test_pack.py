@@ -113,7 +113,8 @@ RARE = {"agc", "stable_adamw", "reordered", "sandwich", "post", "deepnorm"}
 
 
 @pytest.mark.parametrize(
-    "config", [pytest.param(c, id=n, marks=[pytest.mark.slow] * (n in RARE)) for n, c in SHAPES.items()]
+    "config",
+    [pytest.param(c, id=n, marks=[pytest.mark.slow, pytest.mark.whole] * (n in RARE)) for n, c in SHAPES.items()],
 )
 def test_a_member_is_trained_as_it_would_be_alone(
     config: TrialConfig, make: Make, train: Train, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,7 +204,7 @@ def test_a_width_that_is_believed_and_wrong_does_not_cover(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("width", "largest"), [(0.02, 0.12), (0.05, 0.17), (0.10, 0.38)])
+@pytest.mark.parametrize(("width", "largest"), [whole(0.02, 0.12), whole(0.05, 0.17), (0.10, 0.38)])
 def test_searches_are_short_and_cover(benchmark_scripts: None, width: float, largest: float) -> None:
     """A sample of the 500 replays that `benchmarks/search.py` makes of each."""
     share, _, coverage = replays("cost", width, 50)
