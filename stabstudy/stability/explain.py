@@ -124,7 +124,7 @@ def _broken(rule: str, columns: Row, rules: Rules) -> str:
 WARNINGS = {
     "warn_attn_logit_1e3": "attention logits passed 1,000",
     "warn_attn_logit": "attention logits passed 100",
-    "warn_attn_entropy": "attention entropy fell below .02 of its largest possible value",
+    "warn_attn_entropy": "attention entropy fell below 0.02 of its largest possible value",
     "warn_resid_rms": "the residual stream grew to 100 times its initial RMS",
     "warn_logit": "output logits passed 100",
 }
