@@ -299,21 +299,21 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
 
 
 def _edge(of: Frontier, cell: CellEdge) -> Answer:
-    edge, where = cell.edge, name_of(cell)
+    edge, where, name = cell.edge, name_of(cell), words.label(of.asked.setting)
     trials = words.count(edge.n, "trial")
     if edge.status == "beyond":
         return Answer(
-            f"{words.level(of.asked.high)} or more",
+            f"{name} {words.level(of.asked.high)} or more",
             ", ".join(filter(None, (where, "the largest value searched", trials))),
         )
     if edge.status == "below":
         return Answer(
-            f"below {words.level(of.asked.low)}",
+            f"below {name} {words.level(of.asked.low)}",
             ", ".join(filter(None, (where, "the smallest value searched", trials))),
         )
     about = "" if edge.status == "resolved" else "about "
     rest = (interval(edge), where, trials, "" if edge.status == "resolved" else "open")
-    return Answer(f"{about}{words.number(edge.estimate)}", ", ".join(filter(None, rest)))
+    return Answer(f"{name} {about}{words.number(edge.estimate)}", ", ".join(filter(None, rest)))
 
 
 def _command(line: str) -> Code:

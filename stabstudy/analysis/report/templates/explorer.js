@@ -125,7 +125,8 @@
         const late = own.warmup > (step[from] + step[to]) / 2, xanchor = late ? "right" : "left";
         if (!late) Object.assign(all[0].annotations[0], { x: 1, xanchor: "right" }); // it makes room
         all[0].shapes.push(line(own.warmup, "dot"));
-        all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
+        const wide = place.clientWidth > 560; // narrower, the name of the panel needs the line
+        if (wide) all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
       }
       return all;
     }
