@@ -212,7 +212,7 @@ def test_the_figure_says_what_is_drawn(study: Study) -> None:
     (figure,) = frontier_plot.figures(study)
     assert isinstance(figure, Figure)
     assert "in each of 3 cells" in figure.caption and "43 trials drawn" in figure.caption
-    assert "22 hold, 21 do not hold and 0 say nothing. Ringed: 1 trial that contradicts the interval." in figure.caption
+    assert "22 hold and 21 do not hold. Ringed: 1 trial that contradicts the interval." in figure.caption
     assert figure.table.rows[0][0] == "depth 2" and figure.table.rows[0][4:] == ("resolved", "8", "7", "0", "1")
     assert figure.table.rows[0][1] in figure.alt
     marks = json.loads(figure.drawing.marks)

@@ -124,7 +124,7 @@ def _broken(rule: str, columns: Row, rules: Rules) -> str:
 WARNINGS = {
     "warn_attn_logit_1e3": "attention logits passed 1,000",
     "warn_attn_logit": "attention logits passed 100",
-    "warn_attn_entropy": "attention entropy fell below .02 of its largest possible value",
+    "warn_attn_entropy": "attention entropy fell below 0.02 of its largest possible value",
     "warn_resid_rms": "the residual stream grew to 100 times its initial RMS",
     "warn_logit": "output logits passed 100",
 }
@@ -198,7 +198,7 @@ def _spikes(columns: Row, spikes: Sequence[Row], recipe: Recipe) -> str:
     first = f"The {_ordinal(len(grad))} of the gradient norm began at step {grad[0]['start']}"
     first += _where_in_warmup(grad[0], recipe)
     which = "it" if len(grad) == 1 else f"the highest, at step {highest['peak_step']},"
-    height = f"reached {_number(highest['peak_ratio'])} times its recent level ({_number(highest['peak'])})"
+    height = f"reached {_number(highest['peak'])}, {_number(highest['peak_ratio'])} times its recent level"
     if highest["duration"] is None:
         return f"{first}; {which} {height} (not every step was logged: how long it lasted is not known)."
     return f"{first}; {which} {height}{_attribution(highest)}, {_length(highest)}, {_followed(highest)}."

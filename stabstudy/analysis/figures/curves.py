@@ -29,7 +29,7 @@ HARMFUL_LOGIT, UNSTABLE_LOGIT = 300.0, 1e4
 fail. The first is always in view: how far from it a study stays is worth seeing."""
 
 LOGIT_TEXTS = {
-    HARMFUL_LOGIT: "300: harm from here on in small models",
+    HARMFUL_LOGIT: "300: harm in small models",
     UNSTABLE_LOGIT: "1e4: larger ones fail (arXiv 2309.14322)",
 }
 
@@ -115,7 +115,7 @@ def _draw_logit_limits(ax: Axes) -> None:
         if value < ax.get_ylim()[1]:
             ax.axhline(value, color=style.VERMILLION, linewidth=1.1, linestyle=(0, (5, 2)))
             ax.annotate(
-                text, (0, value), (4, 2), textcoords="offset points", xycoords=ax.get_yaxis_transform(),
+                text, (0, value), (4, 2), textcoords="offset points", xycoords=ax.get_yaxis_transform(), va="bottom",
                 color=style.VERMILLION, fontsize=style.look().note, bbox=style.GROUND, zorder=1,
             )  # fmt: skip
 

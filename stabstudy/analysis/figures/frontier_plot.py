@@ -242,7 +242,7 @@ def figures(study: Study) -> Iterator[Figure | Absent]:
         f"The largest {words.label(asked.setting)} that holds (rule: {asked.holds}) in each of "
         f"{words.count(len(of.cells), 'cell')}, with its 90 % interval; an arrow where that has no end inside what was "
         f"searched. {words.count(len(trials), 'trial')} drawn, beside the interval and spread by seed: "
-        f"{words.listing([f'{n} {_VERBS[kind]}' for kind, n in counts.items()])}.{rings}"
+        f"{words.listing([f'{n} {_VERBS[kind]}' for kind, n in counts.items() if n])}.{rings}"
     )
     texts = [f"{name_of(c) or 'every trial'}: {words.number(c.edge.estimate)} {interval(c.edge)}" for c in of.cells]
     alt = f"Intervals with points. {'; '.join(texts[:MOST_NAMED])}."

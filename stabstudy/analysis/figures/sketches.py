@@ -80,7 +80,7 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         ax.set_ylim(bottom=-0.04 * max(ax.get_ylim()[1], 1e-3))
         _percent(ax)
     if legend and lines:
-        ax.legend(loc="upper left", fontsize=7.5, frameon=False, labelcolor=style.INK, handlelength=2.4)
+        ax.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=style.INK, handlelength=2.4)
     values = tuple(
         (
             *(words.level(v, a) for a, v in zip(lines, levels, strict=True)),
@@ -167,7 +167,7 @@ def _shade_unstable(ax: Axes, grid: Study, positions: Positions) -> None:
         start = start / 1.3 if positions.log else start - 0.05 * (end - start)
     ax.axvspan(start, end, color=style.VERMILLION, alpha=0.1, linewidth=0)
     ax.annotate(
-        "not all stable", (end, 0), (-3, 3), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
+        "not all stable", (end, 1), (0, 1), xycoords=ax.get_xaxis_transform(), textcoords="offset points",
         ha="right", va="bottom", color=style.VERMILLION, fontsize=7.5,
     )  # fmt: skip
 

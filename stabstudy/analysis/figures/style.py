@@ -296,6 +296,9 @@ class Positions:
         tidy(ax)
         if self.categorical:
             ax.set_xlim(-0.5, len(self.levels) - 0.5)
+        else:  # also a level without a value: a mark on the edge may stand there
+            ax.update_datalim([(self.of(v), 0.0) for v in self.levels], updatey=False)
+            ax.autoscale_view(scaley=False)
         ax.set_xlabel(plain(words.heading(self.setting)))
 
     def apply_y(self, ax: Axes) -> None:
@@ -304,5 +307,13 @@ class Positions:
         ax.set_ylabel(plain(words.heading(self.setting)))
 
     def _ticks(self) -> list[Any]:
-        stride = 1 if self.categorical else math.ceil(len(self.levels) / MOST_TICKS)
-        return self.levels[::stride]
+        """Levels with a name: all, or of those that lie close together the first."""
+        if self.categorical:
+            return self.levels
+        at = [math.log(v) if self.log else float(v) for v in self.levels]
+        room = (max(at) - min(at)) / MOST_TICKS
+        named = [0]
+        for i, place in enumerate(at):
+            if abs(place - at[named[-1]]) >= room:
+                named.append(i)
+        return [self.levels[i] for i in named]

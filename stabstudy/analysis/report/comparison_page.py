@@ -78,11 +78,12 @@ def _boxes(
             counts.append(Bar([Count(v, n, style.VERDICT_SIGNS[v]) for v, n in verdicts.items() if n]))
     yield Box("Stable", counts)
     stated = sum(UNTESTED not in s and "no difference found" not in s for s in sentences) if table else 0
-    lead = Answer(f"{stated} of {len(sentences)}", "statistics differ") if table else Answer("Nothing is paired")
+    lead = Answer(f"{stated or 'None'} of {len(sentences)}", "statistics found to differ")
+    lead = lead if table else Answer("Nothing is paired")
     yield Box("What differs", [lead, *map(Text, sentences)])
     pairs = len(matched_cells.matched(whole.trials, whole.axes)[0])
-    shared = Answer(words.count(pairs, "done trial"), "in cells that two studies share")
-    yield Box("Use", [shared, *(Point(f"{words.clean(s.name, 60)}:", _use(s)) for s in studies)])
+    shared = Text(f"{words.count(pairs, 'done trial')} in cells that two studies share: only these are compared.")
+    yield Box("Use", [*(Point(f"{words.clean(s.name, 60)}:", _use(s)) for s in studies), shared])
 
 
 def _use(study: Study) -> str:

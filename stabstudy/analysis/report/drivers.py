@@ -71,10 +71,8 @@ def _recipes(rows: list[dict[str, Any]], axes: list[str]) -> Iterator[Block]:
         table = tuple((*_levels(row, axes), *_recipe(row)) for row in computed)
         yield Table("LR sensitivity by combination of settings", columns, table, frozenset(columns))
     if edge := sum(row["opt_at_edge"] for row in computed):
-        yield Text(
-            f"The best rate is the smallest or largest tried in {edge} of {len(computed)} rows: a wider grid may "
-            "change the numbers."
-        )
+        where = "" if edge == len(computed) else f" in {edge} of {len(computed)} rows"
+        yield Text(f"The best rate is the smallest or largest tried{where}: a wider grid may change the numbers.")
     if changing := [a for a in axes if a in LR_MEANING]:
         yield Text(f"{words.listing(changing)} changes the meaning of a learning rate: such rows cannot be compared.")
     yield from _reasons("LR sensitivity", rows, axes)

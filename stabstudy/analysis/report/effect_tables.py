@@ -17,6 +17,9 @@ from stabstudy.stability.verdict import VERDICTS
 
 Row = Mapping[str, Any]
 
+MOST_OPEN = 8
+"""Rows of the table of cases up to which it stands open."""
+
 METHOD = (
     "Model: statistic ~ seed + every axis, each axis tested as a whole (type II F test). Norms, logits and roughness "
     "enter by their logarithms and counts by their rates, so their effects are ratios; losses enter as they are. The "
@@ -102,7 +105,7 @@ def _cases(study: Study) -> Iterator[Block]:
         f"interval over seeds, p corrected (Holm) for {tests}"
     )
     if texts:
-        yield Table(title, heads, texts, frozenset(heads[5:8]))
+        yield Table(title, heads, texts, frozenset(heads[5:8]), folded=len(texts) > MOST_OPEN)
 
 
 def _case(row: Row, nats: bool) -> tuple[str, ...]:

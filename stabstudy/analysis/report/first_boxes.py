@@ -30,6 +30,9 @@ MOST_AXES = 4
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
 
+MOST_TIES = 160
+"""Letters of what a recipe is tied with that the box holds."""
+
 MOST_RECIPES = 3
 """Different recipes that the box holds."""
 
@@ -71,7 +74,7 @@ def drivers_box(study: Study, known: Shares) -> Box:
     names = list(dict.fromkeys(row["case"] for row in tested))
     points += [_case_point(study, [r for r in tested if r["case"] == name]) for name in names]
     shown, more = points[:MOST_AXES], len(points) - MOST_AXES
-    rest = [Text(f"{words.count(more, 'more axis' if more == 1 else 'more')}: see Effects.")] if more > 0 else []
+    rest = [Text(f"{more} more: see Effects.")] if more > 0 else []
     return Box(DRIVERS, [*_most(known, rows), *shown, *rest])
 
 
@@ -301,7 +304,12 @@ def _margins(own: Sequence[Recipe]) -> Iterator[str]:
 
 
 def _ties(own: Sequence[Recipe]) -> Iterator[str]:
-    return _by_text(own, (recipe.rivals(r) if r.levels else "" for r in own))
+    return _by_text(own, (_short(recipe.rivals(r)) if r.levels else "" for r in own))
+
+
+def _short(rivals: str) -> str:
+    """Without the list of the tied cells where that is long: the sentences below the boxes have it."""
+    return rivals if len(rivals) <= MOST_TIES else f"{rivals.partition(': ')[0]}: see the full sentences"
 
 
 def levels_text(axis: str, levels: Sequence[Level]) -> str:

@@ -110,7 +110,9 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
     for own in groups.values():
         scope = "" if by is None or whole else levels_text(by, [level for level, _ in own])
         if lines := list(_limit_lines([row for _, row in own], grid.axes[LR])):
-            yield Text(f"{f'{_capital(scope)}: ' if scope else ''}{' '.join(lines)}")
+            yield Text(
+                f"{_capital(scope)}: {_small(lines[0])}{' '.join(['', *lines[1:]])}" if scope else " ".join(lines)
+            )
     steps = [row["evaluable"] for _, row in known if row["evaluable"] is not None]
     if steps and min(steps) < MARGIN_STEPS:
         yield Text(f"Seen in {words.number(min(steps))} evaluable steps (a margin needs {MARGIN_STEPS}).")
@@ -121,6 +123,10 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _small(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def _where(grid: Study, by: str | None, levels: Sequence[Level]) -> str:
@@ -154,7 +160,7 @@ def _limit_lines(rows: Sequence[Row], grid: Sequence[Level]) -> Iterator[str]:
         bad, there = (sum(int(row[name]) for row in at_first) for name in ("n_unstable", "n_there"))
         parts = {"by sampling noise": "n_noise", "stopped early": "n_stopped"}
         why = "".join(f", {n} {how}" for how, name in parts.items() if (n := sum(int(r[name]) for r in at_first)))
-        yield f"At {words.level(unstable, LR)}: {bad} of {there} not stable{why}."
+        yield f"At {words.level(unstable, LR)}, {bad} of {there} are not stable{why}."
         again = {row["stable_again"] for row in at_first} - {None}
         if again:
             yield f"Every trial at {words.level(max(again), LR)} is stable again."
@@ -279,7 +285,7 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
     yield Box(STABLE if of.asked.holds == "stable" else "Works up to", items)
     told = {line for line in lines if line in commands or line.startswith(of.asked.setting)}
     left = [line for line in lines if line not in told]
-    rest = [*left[:ODD], *([f"{len(left) - ODD} more statements: see Frontier."] if len(left) > ODD else [])]
+    rest = [*left[:ODD], *([f"{len(left) - ODD} more: see Frontier."] if len(left) > ODD else [])]
     yield Box(
         DRIVERS,
         [
@@ -293,21 +299,21 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
 
 
 def _edge(of: Frontier, cell: CellEdge) -> Answer:
-    edge, where = cell.edge, name_of(cell)
+    edge, where, name = cell.edge, name_of(cell), words.label(of.asked.setting)
     trials = words.count(edge.n, "trial")
     if edge.status == "beyond":
         return Answer(
-            f"{words.level(of.asked.high)} or more",
+            f"{name} {words.level(of.asked.high)} or more",
             ", ".join(filter(None, (where, "the largest value searched", trials))),
         )
     if edge.status == "below":
         return Answer(
-            f"below {words.level(of.asked.low)}",
+            f"below {name} {words.level(of.asked.low)}",
             ", ".join(filter(None, (where, "the smallest value searched", trials))),
         )
     about = "" if edge.status == "resolved" else "about "
     rest = (interval(edge), where, trials, "" if edge.status == "resolved" else "open")
-    return Answer(f"{about}{words.number(edge.estimate)}", ", ".join(filter(None, rest)))
+    return Answer(f"{name} {about}{words.number(edge.estimate)}", ", ".join(filter(None, rest)))
 
 
 def _command(line: str) -> Code:

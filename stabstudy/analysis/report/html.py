@@ -129,9 +129,16 @@ def linked_html(text: str, trials: Set[str], folder: str) -> Markup:
     return Markup("").join(_link(part, folder) if part in trials else escape(part) for part in parts)
 
 
+def _unbroken(text: str) -> Markup:
+    """The text, escaped, in which no line ends within a number such as 1e-4: a browser may break after a hyphen."""
+    return Markup(_POWER.sub(r'<span class="one">\g<0></span>', str(escape(text))))
+
+
 def _link(trial_id: str, folder: str) -> Markup:
     return Markup('<a href="{}{}.html">{}</a>').format(folder, trial_id, trial_id)
 
+
+_POWER = re.compile(r"(?<![\w.])\d[\d.]*e-\d+")
 
 _EMPTY_STYLE = Markup(" 'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='")
 """The hash of the empty text: the plotting library adds a style sheet of none, and its rules one by one."""
@@ -155,6 +162,7 @@ def _render(
     return page.render(
         own,
         linked=link,
+        unbroken=_unbroken,
         rows=functools.partial(_html_rows, link=link, folder=folder),
         image=_image,
         plates=_plates,

@@ -145,8 +145,8 @@ def highest_spikes(study: Study) -> Iterator[Block]:
         return
     grad, loss = (study.spikes[study.spikes["series"] == series] for series in ("grad", "loss"))
     yield Text(
-        f"{words.count(len(grad), 'spike')} of the gradient norm and {len(loss)} of the loss, in all trials that have "
-        "a record, done or not."
+        f"{words.count(len(grad), 'spike')} of the gradient norm and {len(loss) or 'none'} of the loss, in all trials "
+        "that have a record, done or not."
     )
     if study.trials["approximate"].any():
         yield Text(

@@ -28,6 +28,34 @@ const charts = (() => {
 
   const style = (i) => ({ color: COLOURS[i % 8], dash: DASHES[Math.floor(i / 8) % 4] });
 
+  const brief = (v) => (Number.isFinite(v) ? String(+v.toPrecision(4)) : "not finite");
+
+  // The largest of 1, 2, 5, 10, 20 ... that is not above a size.
+  function nice(size) {
+    const power = 10 ** Math.floor(Math.log10(size));
+    return power * [5, 2, 1].find((m) => m * power <= size);
+  }
+
+  // At least three round numbers between two.
+  function ticks(low, high, log) {
+    const first = Math.floor(Math.log10(low)), every = Math.ceil(Math.log10(high / low) / 8);
+    for (const digits of log ? [[1], [1, 3], [1, 2, 5]] : []) {
+      const decades = Array.from({ length: Math.log10(high) - first + 1 }, (_, i) => 10 ** (first + i * every));
+      const round = decades.flatMap((d) => digits.map((m) => m * d)).filter((v) => v >= low && v <= high);
+      if (round.length > 2) return round;
+    }
+    const by = nice((high - low) / 3.5), start = Math.ceil(low / by);
+    return Array.from({ length: Math.floor(high / by) - start + 1 }, (_, i) => (start + i) * by);
+  }
+
+  // Round numbers on a log scale of these curves, without powers.
+  function decades(curves) {
+    const seen = curves.flatMap(({ y }) => [...y].filter((v) => v > 0 && v < Infinity));
+    const at = (best) => seen.reduce((a, b) => best(a, b));
+    const tickvals = seen.length ? ticks(at(Math.min), at(Math.max) * 1.001, true) : [1];
+    return { tickvals, ticktext: tickvals.map(brief) };
+  }
+
   function layout(panels, { range, axis: own, margin }) {
     const css = getComputedStyle(document.body);
     const [ink, line, muted] = ["--ink", "--line", "--muted"].map((name) => css.getPropertyValue(name));
@@ -35,8 +63,8 @@ const charts = (() => {
     const axis = { gridcolor: line, linecolor: line, zeroline: false, automargin: true, exponentformat: "e" };
     const cursor = { showspikes: true, spikecolor: muted, spikemode: "across", spikesnap: "hovered data",
       spikethickness: 1, spikedash: "solid" };
-    const upward = panels.map(({ label, log, axis: fitted }, i) => [`yaxis${i + 1}`, { ...axis, title: { text: label },
-      type: log ? "log" : "linear", fixedrange: true, ...fitted }]);
+    const upward = panels.map(({ label, log, traces: curves, axis: fitted = log && decades(curves) }, i) => (
+      [`yaxis${i + 1}`, { ...axis, title: { text: label }, type: log ? "log" : "linear", fixedrange: true, ...fitted }]));
     return {
       height: panels.reduce((sum, { height = 200 }) => sum + height, 60), margin: { t: 12, r: 12, l: 70, b: 44, ...margin },
       font: { family: css.fontFamily, size: 13, color: ink }, paper_bgcolor: "#0000", plot_bgcolor: "#0000",
@@ -90,5 +118,5 @@ const charts = (() => {
     for (const place of document.querySelectorAll(".js-plotly-plot")) place.redraw();
   });
 
-  return { draw, floats, load, point, style, trace, traces };
+  return { brief, draw, floats, load, nice, point, style, ticks, trace, traces };
 })();

@@ -3,26 +3,8 @@
 "use strict";
 {
   const AROUND = 25; // rows shown on either side of a step that is asked for
-  const brief = (v) => (Number.isFinite(v) ? String(+v.toPrecision(4)) : "not finite");
+  const { brief, nice, ticks } = charts;
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
-
-  // The largest of 1, 2, 5, 10, 20 ... that is not above a size.
-  function nice(size) {
-    const power = 10 ** Math.floor(Math.log10(size));
-    return power * [5, 2, 1].find((m) => m * power <= size);
-  }
-
-  // At least three round numbers between two.
-  function ticks(low, high, log) {
-    const first = Math.floor(Math.log10(low)), every = Math.ceil(Math.log10(high / low) / 8);
-    for (const digits of log ? [[1], [1, 3], [1, 2, 5]] : []) {
-      const decades = Array.from({ length: Math.log10(high) - first + 1 }, (_, i) => 10 ** (first + i * every));
-      const round = decades.flatMap((d) => digits.map((m) => m * d)).filter((v) => v >= low && v <= high);
-      if (round.length > 2) return round;
-    }
-    const by = nice((high - low) / 3.5), start = Math.ceil(low / by);
-    return Array.from({ length: Math.floor(high / by) - start + 1 }, (_, i) => (start + i) * by);
-  }
 
   const line = (s, dash) => (
     { type: "line", x0: s, x1: s, yref: "paper", y0: 0, y1: 1, line: { dash, width: 1.3, color: css("--muted") } });
@@ -143,7 +125,8 @@
         const late = own.warmup > (step[from] + step[to]) / 2, xanchor = late ? "right" : "left";
         if (!late) Object.assign(all[0].annotations[0], { x: 1, xanchor: "right" }); // it makes room
         all[0].shapes.push(line(own.warmup, "dot"));
-        all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
+        const wide = place.clientWidth > 560; // narrower, the name of the panel needs the line
+        if (wide) all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
       }
       return all;
     }
