@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import planted
 import pytest
 
@@ -44,3 +46,23 @@ def test_sensitivity_is_that_of_the_table(study: Study) -> None:
     assert drawn == {r["model.depth"]: pytest.approx(r["lrs"]) for r in rows}
     edges = {float(line.get_xdata()[0]): line.get_markerfacecolor() == style.PAPER for line in marks}
     assert edges == {r["model.depth"]: r["opt_at_edge"] for r in rows}
+
+
+def test_a_level_without_a_value_keeps_its_place() -> None:
+    """A diverged trial without a value is marked above its level, which no other mark may hold in the frame."""
+    ax = style.new_figure().axes[0]
+    ax.plot([3e-3, 3.0], [0.2, math.nan])
+    style.Positions([3e-3, 3.0], "optim.lr").apply_x(ax)
+    low, high = ax.get_xlim()
+    assert low < 3e-3 and high > 3.0
+
+
+def test_of_levels_that_lie_close_together_the_first_is_named() -> None:
+    ax = style.new_figure().axes[0]
+    searched = [0.0246, 0.029, 0.0347, 0.0389, 0.0548, 0.0614, 0.0772, 0.109, 0.153, 0.242, 0.383, 0.54, 0.76]
+    style.Positions(searched, "optim.lr").apply_x(ax)
+    at = [math.log(x) for x in ax.get_xticks()]
+    room = (math.log(searched[-1]) - math.log(searched[0])) / style.MOST_TICKS
+    assert at[0] == math.log(searched[0]) and all(b - a >= room for a, b in zip(at, at[1:], strict=False))
+    style.Positions(grid := [10.0**i for i in range(style.MOST_TICKS)], "optim.lr").apply_x(ax)
+    assert list(ax.get_xticks()) == grid

@@ -66,7 +66,7 @@ def test_the_first_box_counts_what_the_table_has() -> None:
     (bar,) = (item for item in stable.items if isinstance(item, Bar))
     assert {c.kind: c.number for c in bar.counts} == {v: verdicts.count(v) for v in ("stable", "rough")}
     bad = sum(row["verdict"] != "stable" for row in study.tables.trials if row[LR] == 0.3)
-    assert f"At 0.3, {bad} of 12 are not stable. The limit lies between 0.03 and 0.3." in text(stable)
+    assert f"At 0.3, {bad} of 12 not stable. The limit lies between 0.03 and 0.3." in text(stable)
 
 
 def test_limits_that_differ_stand_apart_and_open_ones_have_their_command() -> None:
@@ -78,7 +78,7 @@ def test_limits_that_differ_stand_apart_and_open_ones_have_their_command() -> No
         Answer("learning rate 0.3 or more", "the largest tried, at depth 2"),
         Answer("learning rate 0.03", "at depth 6"),
     ]
-    assert "Depth 6: at 0.3, 6 of 6 are not stable." in text(first) and "Depth 2: at" not in text(first)
+    assert "Depth 6: at 0.3, 6 of 6 not stable." in text(first) and "Depth 2: at" not in text(first)
     commands = [item for item in first.items if isinstance(item, Code)]
     assert [c.text for c in commands[:1]] == [answer.answer(study)["stable_up_to"][0]["next"]["stable"]]
 

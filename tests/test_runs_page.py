@@ -395,6 +395,16 @@ def test_a_field_of_a_map_opens_its_runs(browser: Any, tmp_path: Path) -> None:
         opened.wait_for_url("**/runs.html#filter=depth%3D6+lr%3D0.1")
 
 
+def test_titles_of_scales_stand_clear_of_each_other(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = runs_page.page(study, frozenset()).scales
+    assert [scale.title for scale in wide] == [scale.head for scale in wide]
+    monkeypatch.setattr(runs_page, "WIDTH", 620)
+    narrow = runs_page.page(study, frozenset()).scales
+    gap = narrow[1].x - narrow[0].x
+    assert any(len(scale.head) * runs_page.LETTER > gap for scale in narrow)
+    assert all(len(scale.title) * runs_page.LETTER <= gap for scale in narrow)
+
+
 def test_a_trace_is_read_by_columns(study: Study) -> None:
     trial_id = study.trials.index[0]
     rows, whole = study.trace(trial_id, ["loss"]), study.trace(trial_id)

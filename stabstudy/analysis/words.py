@@ -206,6 +206,8 @@ def change(row: Mapping[str, Any], unit: bool = True, nats: bool = True) -> str:
         of = COLUMNS[row["metric"]].unit if unit else ""
         of = "" if of == "nat/token" and not nats else of
         low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
+        if low == high == NOTHING:  # equal in every seed
+            return mean
         return f"{mean} [{low}, {high}]{f' {of}' if of not in ('', '1') else ''}"
     low, mean, high = (number(row[name]) for name in ("low", "estimate", "high"))
     return f"×{mean} [{low}, {high}]"

@@ -192,8 +192,11 @@ def _numbers(rows: pd.DataFrame, metric: str) -> tuple[str, str, str]:
 
 
 def moment(study: Study, trial_id: str) -> int | None:
-    """The step to look at: where a diverged trial ended, else the peak of the highest spike; None: no spike."""
-    if study.row(trial_id)["verdict"] == "diverged":
+    """The step to look at: where a trial diverged, else the peak of the highest spike; None: no spike."""
+    row = study.row(trial_id)
+    if row["verdict"] == "diverged":
+        if not words.is_null(row["verdict_step"]):
+            return int(row["verdict_step"])
         steps = study.trace(trial_id)["step"]
         return int(steps[-1]) if len(steps) else None
     spikes = [s for s in study.spikes_by_trial.get(trial_id, []) if s["series"] == "grad"]

@@ -82,7 +82,7 @@ def _boxes(
     lead = lead if table else Answer("Nothing is paired")
     yield Box("What differs", [lead, *map(Text, sentences)])
     pairs = len(matched_cells.matched(whole.trials, whole.axes)[0])
-    shared = Text(f"{words.count(pairs, 'done trial')} in cells that two studies share: only these are compared.")
+    shared = Text(f"{words.count(pairs, 'done trial')} in cells that two studies share: only these are paired.")
     yield Box("Use", [*(Point(f"{words.clean(s.name, 60)}:", _use(s)) for s in studies), shared])
 
 

@@ -160,7 +160,7 @@ def _limit_lines(rows: Sequence[Row], grid: Sequence[Level]) -> Iterator[str]:
         bad, there = (sum(int(row[name]) for row in at_first) for name in ("n_unstable", "n_there"))
         parts = {"by sampling noise": "n_noise", "stopped early": "n_stopped"}
         why = "".join(f", {n} {how}" for how, name in parts.items() if (n := sum(int(r[name]) for r in at_first)))
-        yield f"At {words.level(unstable, LR)}, {bad} of {there} are not stable{why}."
+        yield f"At {words.level(unstable, LR)}, {bad} of {there} not stable{why}."
         again = {row["stable_again"] for row in at_first} - {None}
         if again:
             yield f"Every trial at {words.level(max(again), LR)} is stable again."
@@ -378,15 +378,15 @@ def _chosen(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def _pointer(study: Study, trial_id: str, name: str) -> Pointer:
-    """What happened in a trial, and the step to look at: its highest spike, or where it ended by diverging."""
+    """What happened in a trial, and the step to look at: its highest spike, or where it diverged."""
     row, step = study.row(trial_id), sketches.moment(study, trial_id)
     verdict = [str(row["verdict"])] if row["verdict"] else []
     if row["verdict"] == "diverged":
-        event = f"ended at step {step}" if step is not None else ""
+        verdict, event = [], "diverged" if step is None else f"diverged at step {step}"
     elif step is not None:
         norm = study.trace(trial_id)
         event = f"norm {words.number(float(norm['grad_norm'][norm['step'] == step][0]))} at step {step}"
     else:
         event = "no spike"
-    text = f"{study.describe(trial_id)} ({', '.join([*verdict, *([event] if event else [])])})"
+    text = f"{study.describe(trial_id)} ({', '.join([*verdict, event])})"
     return Pointer(_capital(name), text, trial_id, step, has_text=not study.ingested)

@@ -35,6 +35,9 @@ DIGITS = 4
 WIDTH, HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 1000, 250, 34, 232, 60, 84
 """Of the parallel coordinates, in their own units: the scales stand between these margins."""
 
+LETTER = 7.5
+"""Width of a letter of a scale's title, in these units."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -67,6 +70,7 @@ class Scale:
     x: float
     stops: tuple[tuple[str, float], ...]
     labels: tuple[tuple[str, float], ...]
+    title: str  # its head, or its name where that is too long to stand beside the others
     is_range: bool  # whether a stretch of it is written `a..b`, else as a list of its stops
 
 
@@ -214,7 +218,9 @@ def _parallel(
         by_text = {text: y for text, y in zip(one.texts, places, strict=True) if y is not None}
         stops = tuple(sorted(by_text.items(), key=lambda stop: -stop[1]))
         column = next(c for c in columns if _name(one.name) in c.names)
-        scales.append(Scale(column.head, column.names[0], x, stops, _labels(stops), one.is_range))
+        room = max(4, int(gap / LETTER))
+        title = column.head if len(column.head) <= room else words.clean(column.names[0], room)
+        scales.append(Scale(column.head, column.names[0], x, stops, _labels(stops), title, one.is_range))
     return tuple(scales), tuple(map(tuple, lines))
 
 

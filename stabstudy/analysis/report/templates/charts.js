@@ -53,7 +53,7 @@ const charts = (() => {
     const seen = curves.flatMap(({ y }) => [...y].filter((v) => v > 0 && v < Infinity));
     const at = (best) => seen.reduce((a, b) => best(a, b));
     const tickvals = seen.length ? ticks(at(Math.min), at(Math.max) * 1.001, true) : [1];
-    return { tickvals, ticktext: tickvals.map(brief) };
+    return { tickvals, ticktext: tickvals.map((v) => (v < 0.01 ? v.toExponential() : brief(v))) };
   }
 
   function layout(panels, { range, axis: own, margin }) {
