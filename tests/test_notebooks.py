@@ -26,9 +26,9 @@ def outputs(notebook: Any) -> Iterator[tuple[str, str, int]]:
         if cell.cell_type == "code" and OF_THIS_MACHINE not in cell.metadata.get("tags", []):
             data = [o.get("data", {}) for o in cell.outputs]
             images = sum("image/png" in d for d in data)
-            printed = [o.text for o in cell.outputs if o.output_type == "stream"]
+            printed = "".join(o.text for o in cell.outputs if o.output_type == "stream")  # cut anywhere into pieces
             texts = [d.get("text/plain", "") for d in data if "image/png" not in d]
-            yield cell.source, "\n".join([*printed, *texts]), images
+            yield cell.source, "\n".join([printed, *texts]), images
 
 
 def differences(committed: Any, now: Any) -> list[str]:
