@@ -221,17 +221,6 @@ def test_tables_replace_a_link_and_leave_what_it_led_to(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine" and not (study / "trials.parquet").is_symlink()
 
 
-@pytest.mark.slow
-def test_a_large_study_tells_how_far_its_report_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0,))
-    quiet: list[str] = []
-    write_report(path, quiet.append)
-    monkeypatch.setattr("stabstudy.report.LARGE", 3)
-    said: list[str] = []
-    write_report(path, said.append)
-    assert said == ["reading 3 trials", "building the page", "writing the page, and one for each trial", *quiet]
-
-
 def test_write_report_says_what_main_prints(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     said: list[str] = []

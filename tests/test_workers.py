@@ -92,7 +92,7 @@ def test_a_report_by_several_processes_is_that_of_one(
         answers.append((repr(study.tables), files))
     assert answers[0] == answers[1]
     assert [d.trial_id for d in study.damaged] == [broken.trial_id]
-    assert study.tables.computed == 4 and len(answers[0][1]) == 31
+    assert study.tables.computed == 4 and len(answers[0][1]) == 44
 
 
 def test_a_script_without_a_guard_may_use_them(tmp_path: Path) -> None:

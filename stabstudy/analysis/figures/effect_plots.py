@@ -132,7 +132,8 @@ def effect_figures(study: Study, layout: Layout) -> Iterator[Figure | Absent]:
         f"{f' Left out: {lacking}.' if lacking else ''}"
     )
     steps = [words.step(r["axis"], r["a"], r["b"]) for r in rows]
-    changes = [f"{words.STATISTICS[r['metric']]} {words.change(r)}" for r in rows]
+    nats = compare.in_nats(study.trials)
+    changes = [f"{words.STATISTICS[r['metric']]} {words.change(r, nats=nats)}" for r in rows]
     alt = f"Forest plot. {'; '.join(f'{step}: {change}' for step, change in zip(steps, changes, strict=True))}."
     heads = ("axis", "statistic", "scale", "effect", "low", "high", "p (Holm)")
     numbers = (

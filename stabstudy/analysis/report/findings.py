@@ -347,7 +347,11 @@ def _incomparable(study: Study) -> Iterator[str]:
 def _few(study: Study) -> Iterator[str]:
     if len(levels_of(study.trials["seed"])) == 1 and study.searched is None:
         yield "One seed: no interval and no test is possible; a difference may be chance."
-    elif 1 < (seeds := len(levels_of(study.trials["seed"].dropna()))) < FEW_SEEDS and study.grid.axes:
+    elif (
+        1 < (seeds := len(levels_of(study.trials["seed"].dropna()))) < FEW_SEEDS
+        and study.grid.axes
+        and study.searched is None
+    ):
         yield f"{seeds} seeds: intervals are wide, and a small effect can be missed."
     evaluable = study.trials.loc[study.trials["verdict"] == "stable", "n_evaluable"]
     if len(evaluable) and int(evaluable.min()) < MARGIN_STEPS:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stabstudy.analysis import answer, cases, recipe, words
+from stabstudy.analysis import adaptive, answer, cases, recipe, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Answer, Box, Code, Point, Text
 from stabstudy.analysis.levels import Level, records
@@ -56,6 +56,8 @@ def shares(study: Study) -> Shares:
     done = int((study.grid.trials["state"] == "done").sum())
     if not axes or not done:
         return Shares(axes, reason="nothing varies but the seed" if done else "no trial is done")
+    if (bias := adaptive.why_biased(study)) is not None:
+        return Shares(axes, reason=bias)
     if few := too_few(done, len(axes)):
         return Shares(axes, reason=few)
     table = study.importance()

@@ -56,12 +56,12 @@
       const link = make("td", {}, row.cells[0].lastElementChild.cloneNode(true));
       return make("tr", {}, make("th", { scope: "row" }, hide), link, ...heads.map(() => cell("td", "")));
     });
-    const names = heads.map(() => cell("th", "")); // written while the cursor is on a step: till then there is no value
+    const names = heads.map((title) => make("td", { className: "n", title })); // written while the cursor is on a step
     legend.tHead.rows[0].replaceChildren(cell("td", ""), cell("td", ""), ...names);
     legend.tBodies[0].replaceChildren(...lines);
     return (step, points) => {
       legend.caption.textContent = step === null ? "Drawn" : `Drawn, with the values nearest to step ${step}`;
-      names.forEach((name, i) => { name.textContent = step === null ? "" : heads[i]; });
+      for (const name of names) name.textContent = step === null ? "" : name.title;
       for (const one of lines.flatMap((line) => [...line.cells].slice(2))) one.textContent = "";
       for (const { data: { meta: [i, panel] }, y } of points) lines[i].cells[panel + 2].textContent = +y.toPrecision(4);
     };
