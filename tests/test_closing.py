@@ -125,3 +125,10 @@ def test_runs_trained_elsewhere_have_no_such_lines(tmp_path: Path) -> None:
     assert closing.lines(study, answer.answer(study))
     study.ingested = True
     assert closing.lines(study, answer.answer(study)) == []
+
+
+def test_where_nothing_is_judged_the_limit_is_not_known() -> None:
+    row = {"setting": "optim.lr", "reason": None, "all_stable": None, "first_unstable": None}
+    assert closing._limit(row, 0.01) == ("learning rate not known", "at none is every trial judged stable")
+    some = row | {"first_unstable": 0.01, "n_unstable": 2, "n_there": 3}
+    assert closing._limit(some, 0.01) == ("no learning rate tried", "at 0.01, 2 of 3 trials are not")

@@ -70,6 +70,8 @@ def _limit(row: Row, largest: Any) -> tuple[str, str]:
     label = words.label(row["setting"])
     if row["reason"] is not None:
         return f"{label} not known", row["reason"]
+    if row["all_stable"] is None and row["first_unstable"] is None:
+        return f"{label} not known", "at none is every trial judged stable"
     held = f"no {label} tried" if row["all_stable"] is None else f"{label} {words.level(row['all_stable'])}"
     if row["first_unstable"] is not None:
         bad, there = row["n_unstable"], words.count(row["n_there"], "trial")
