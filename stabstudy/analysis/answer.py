@@ -1,4 +1,4 @@
-"""Answers of a study as data, and commands for searches beyond its grid."""
+"""Answers of a study as data, and commands for what lies beyond its grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The effects of axes on statistics, tested as one family.
+"""Effects of axes on statistics, one family of tests.
 
 They are behind every claim of a report. The model and its error are those of `factors`:
 seeds are blocks, axes are factors, and one error is moderated over the whole family of axes and statistics. Holm's

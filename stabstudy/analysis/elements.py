@@ -1,4 +1,4 @@
-"""The elements of a report, apart from their format: sections of text, tables and figures.
+"""Elements of a report, apart from their format.
 
 The page and the Markdown are two writings of the same blocks, so that no number can differ between them. Every text in
 a block is plain text that may come from a file; whoever writes it out escapes it.

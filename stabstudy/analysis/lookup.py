@@ -1,4 +1,4 @@
-"""Names that people type, of a study and in it: a miss is answered with the nearest that there are.
+"""Lookup of the names that people type, with the nearest for a miss.
 
 Every error of a name in a study is a KeyError of one line: the name, what it should have been, and the known names,
 all of them or the nearest of many.

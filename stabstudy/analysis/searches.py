@@ -1,4 +1,4 @@
-"""The history of a search: suggestions in order, objectives, the best so far, the Pareto front.
+"""History of a search.
 
 A suggestion is a cell with all the sweep's seeds; its objectives are means over them. Every number is finite, so that a
 sampler and a figure can take it: a trial that diverged, that was stopped or that has no value counts as `final_loss`

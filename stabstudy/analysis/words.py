@@ -182,6 +182,11 @@ def heading(setting: str) -> str:
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
 
 
+def capital(text: str) -> str:
+    """As a sentence begins; a setting's own name (model.dim) stays as it is written."""
+    return text if not text or "." in text.split()[0] else text[0].upper() + text[1:]
+
+
 def at_levels(axes: Iterable[str], levels: Iterable[object]) -> str:
     """`depth 2, learning rate 0.01`; the levels may be fewer than the axes."""
     return ", ".join(f"{label(a)} {level(v, a)}" for a, v in zip(axes, levels, strict=False))

@@ -91,11 +91,11 @@ def _curve_sketch(grid: Study, layout: Layout, metric: str, legend: bool) -> ele
         for at, own in split(members, {layout.x: grid.axes[layout.x]})
     )
     heads = (*map(words.heading, lines), words.heading(layout.x), "mean", "trials", "not stable")
-    title = f"{name[0].upper()}{name[1:]} against {words.label(layout.x)}"
+    title = f"{words.capital(name)} against {words.label(layout.x)}"
     alt = f"Line chart with a mark per trial. {title}. " + "; ".join(
         f"{words.at_levels([*lines, layout.x], row)}: {row[-3]}" for row in values[: 2 * MOST_LINES]
     )
-    caption = f"{name[0].upper()}{name[1:]}.{_pooled(grid, layout, lines)}"
+    caption = f"{words.capital(name)}.{_pooled(grid, layout, lines)}"
     return style.report_figure(f"first-{metric.replace('_', '-')}", title, ax, f"{alt}.", caption, heads, values)
 
 

@@ -1,4 +1,4 @@
-"""Tooltips for the marks of figures: positions in the picture, values, and what a click selects.
+"""Tooltips for the marks of figures.
 
 The marks are derived from what was drawn, so that no plot function has to say it twice: every vertex of a line, every
 text that stands in a field of a map, every field of an image. Values are those of the artists; at a named tick the name

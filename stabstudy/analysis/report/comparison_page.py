@@ -204,7 +204,7 @@ def disjoint(whole: Study) -> Iterator[str]:
                 f"{words.listing([words.level(v, axis) for v in own])} in {words.clean(name, 60)}"
                 for name, own in levels.items()
             ]
-            yield f"{_capital(words.label(axis))}: {', '.join(each)}."
+            yield f"{words.capital(words.label(axis))}: {', '.join(each)}."
 
 
 def missing(whole: Study) -> Iterator[str]:
@@ -232,7 +232,7 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
         yield " ".join([UNPAIRED, *missing(whole)])
         return
     for row in study_statistics.study_effects(whole.trials, whole.axes, metrics):
-        name = _capital(words.STATISTICS[row["metric"]])
+        name = words.capital(words.STATISTICS[row["metric"]])
         if row["p_holm"] is None:
             yield f"{name}: not tested ({row['note']})."
         else:
@@ -240,10 +240,6 @@ def _findings(whole: Study, metrics: Sequence[str], table: list[dict[str, Any]])
             reading = "" if row["p_holm"] < CLEAR else "no difference found: "
             p = words.number(row["p_holm"], 2)
             yield f"{name}, {at}: {reading}{words.change(row)} (p {p}, Holm)."
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def matched_figures(whole: Study) -> Iterator[Block]:
@@ -272,7 +268,7 @@ def matched_figures(whole: Study) -> Iterator[Block]:
         if not points:
             continue
         label = labels.statistic(metric, shared.trials)
-        against = _capital(f"{label} against {words.label(x)}")
+        against = words.capital(f"{label} against {words.label(x)}")
         drawn = curves.curves(shared, metric, x=x, by=STUDY, log_y=log_y)
         caption = (
             f"{against}, a line for each study{over}.{where} "

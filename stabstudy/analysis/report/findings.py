@@ -132,7 +132,7 @@ def _limits(study: Study, part: Study) -> Iterator[str]:
         levels, (_, row) = [level for level, _ in own], own[0]
         where = "" if by is None else f"{words.label(by)} {words.listing([words.level(v, by) for v in levels])}: "
         beyond = levels if "stable" in answer.ends(row, grid.axes[LR]) else []
-        yield _capital(f"{where}{text}") + _search(study, "stable", by, beyond)
+        yield words.capital(f"{where}{text}") + _search(study, "stable", by, beyond)
     pooled = [words.label(a) for a in grid.axes if a not in (LR, by)]
     yield from _working(study, by, rows, f", averaged over {words.listing(pooled)}" if pooled else "")
 
@@ -238,7 +238,7 @@ def _changes(study: Study) -> Iterator[str]:
         else:
             untested.setdefault("; ".join(dict.fromkeys(r["note"] for r in own)), []).append(words.label(axis))
     for reason, labels in untested.items():
-        yield f"{_capital(words.listing(labels))}: not tested ({reason})."
+        yield f"{words.capital(words.listing(labels))}: not tested ({reason})."
     if idle and idle != metrics:
         why = [f"{_name(r)} ({r['note']})" for r in rows if r["axis"] == axes[0] and r["metric"] in idle]
         yield f"Along no axis: not tested: {words.listing(why)}."
@@ -267,7 +267,9 @@ def _by_step(axis: str, changes: Iterable[tuple[Row, str, str]], more: str = "")
     sentences: dict[str, list[str]] = {}
     for row, how, text in changes:
         chosen = " (lowest to highest value)" if (row["note"] or "").startswith("highest against lowest") else ""
-        at = f"{_capital(words.step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
+        at = (
+            f"{words.capital(words.step(axis, row['a'], row['b']))}{chosen}{how if how.startswith(',') else f': {how}'}"
+        )
         sentences.setdefault(at, []).append(f"{_name(row)} {text}")
     for i, (at, texts) in enumerate(sentences.items(), 1):
         yield f"{at}{'; '.join(texts)}{more if i == len(sentences) else ''}."
@@ -288,11 +290,6 @@ def _change(study: Study, row: Row) -> tuple[str, str]:
 
 def _name(row: Row) -> str:
     return words.STATISTICS[row["metric"]]
-
-
-def _capital(text: str) -> str:
-    """As a sentence begins; a setting's own name (model.dim) stays as it is written."""
-    return text if "." in text.split()[0] else text[0].upper() + text[1:]
 
 
 def _missing(study: Study) -> Iterator[str]:

@@ -94,7 +94,7 @@ def _most(known: Shares, rows: Sequence[Row]) -> Iterator[Item]:
     rest = [f"{words.label(a)} {_percent(row[a])}" for a in others]
     chance = [f"seed {_percent(row['seed'])} (chance)"] if "seed" in known.axes else []
     if rest or chance:
-        yield Text(f"{_capital(', '.join([*rest, *chance]))}.")
+        yield Text(f"{words.capital(', '.join([*rest, *chance]))}.")
 
 
 def _by_tests(rows: Sequence[Row]) -> Answer:
@@ -116,9 +116,9 @@ def _axis_point(study: Study, rows: Sequence[Row]) -> Point:
     first = next((r for r in rows if r["metric"] == ROUGHNESS and r["estimate"] is not None), None)
     first = first or next((r for r in rows if r["estimate"] is not None), None)
     if first is None:
-        return Point(f"{_capital(words.label(rows[0]['axis']))}:", f"not tested ({rows[0]['note']})")
+        return Point(f"{words.capital(words.label(rows[0]['axis']))}:", f"not tested ({rows[0]['note']})")
     return Point(
-        f"{_capital(words.step(rows[0]['axis'], first['a'], first['b']))}:", f"{_results(study, rows, first)}."
+        f"{words.capital(words.step(rows[0]['axis'], first['a'], first['b']))}:", f"{_results(study, rows, first)}."
     )
 
 
@@ -195,11 +195,6 @@ def _at_levels(study: Study, row: Row) -> dict[Level, Row]:
     return {r[row["other"]]: r for r in table if r["estimate"] is not None}
 
 
-def _capital(text: str) -> str:
-    """As a sentence begins; a setting's own name (model.dim) stays as it is written."""
-    return text if not text or "." in text.split()[0] else text[0].upper() + text[1:]
-
-
 def use_box(study: Study, known_commands: Sequence[str], pending: int) -> Box:
     """Each recipe with the conditions that share it; then the conditions without one."""
     answers = recipe.answers(study)
@@ -227,7 +222,7 @@ def _missing(missing: Sequence[NoRecipe], some: bool, pending: int) -> Iterator[
             if not some
             else Point(f"{lead}:", f"{rest}.")
         )
-        yield from [Text(f"{rest[0].upper()}{rest[1:]}.")] if not some else []
+        yield from [Text(f"{words.capital(rest)}.")] if not some else []
         return
     if missing and not some:
         yield Answer("No recipe")
@@ -298,7 +293,7 @@ def _by_text(own: Sequence[Recipe], texts: Iterable[str]) -> Iterator[str]:
     for text, members in groups.items():
         at = [words.at_levels(r.given, r.given.values()) for r in members if r.given]
         all_of_them = len(members) == len(own)
-        yield f"{_capital(text)}." if all_of_them or not at else f"{_capital(words.listing(at))}: {text}."
+        yield f"{words.capital(text)}." if all_of_them or not at else f"{words.capital(words.listing(at))}: {text}."
 
 
 def _margins(own: Sequence[Recipe]) -> Iterator[str]:

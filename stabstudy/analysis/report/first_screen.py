@@ -58,7 +58,7 @@ def boxes(study: Study, known: Shares) -> list[Box]:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{words.capital(text)}."
 
 
 def _bar(study: Study) -> Bar:
@@ -111,7 +111,7 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
         scope = "" if by is None or whole else levels_text(by, [level for level, _ in own])
         if lines := list(_limit_lines([row for _, row in own], grid.axes[LR])):
             yield Text(
-                f"{_capital(scope)}: {_small(lines[0])}{' '.join(['', *lines[1:]])}" if scope else " ".join(lines)
+                f"{words.capital(scope)}: {_small(lines[0])}{' '.join(['', *lines[1:]])}" if scope else " ".join(lines)
             )
     steps = [row["evaluable"] for _, row in known if row["evaluable"] is not None]
     if steps and min(steps) < MARGIN_STEPS:
@@ -119,10 +119,6 @@ def _stable(study: Study, pending: int) -> Iterator[Item | Bar]:
     yield from _unknown(by, [(level, row) for level, row in rows if row["reason"] is not None], pending)
     yield from _by_loss(by, known, len(known) == len(rows))
     yield from _commands(study, by, known)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _small(text: str) -> str:
@@ -389,4 +385,4 @@ def _pointer(study: Study, trial_id: str, name: str) -> Pointer:
     else:
         event = "no spike"
     text = f"{study.describe(trial_id)} ({', '.join([*verdict, event])})"
-    return Pointer(_capital(name), text, trial_id, step, has_text=not study.ingested)
+    return Pointer(words.capital(name), text, trial_id, step, has_text=not study.ingested)

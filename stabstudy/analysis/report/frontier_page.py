@@ -1,4 +1,4 @@
-"""The frontier section of a report: sentences, tables and commands."""
+"""Frontier section of a report."""
 
 from __future__ import annotations
 

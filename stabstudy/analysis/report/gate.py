@@ -1,4 +1,4 @@
-"""A gate for CI: a study held to its baseline.
+"""Gate for CI between a study and its baseline.
 
 Two trials are partners where they have the same seed, the same data and the same level of everything that varies within
 one of the studies. What differs between the studies and within none (a setting, or the code) is what is judged.

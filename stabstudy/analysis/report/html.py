@@ -271,11 +271,8 @@ _PLAIN = " <>/:=;,.()'-_"
 
 
 def _data_url(svg: str) -> Markup:
-    """The drawing as an address, safe between double quotes: less than two thirds of the length that base64 takes.
-
-    The names of glyphs are shorter than in the file: they are a tenth of a drawing.
-    """
+    """The drawing as an address, safe between double quotes: less than two thirds of the length that base64 takes."""
     needless = r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|\s*\n\s*"
     bare = re.sub(needless, " ", svg, flags=re.DOTALL).strip().replace('"', "'")
-    bare = bare.replace("xlink:href", "href").replace("DejaVuSans-", "g")
+    bare = bare.replace("xlink:href", "href")
     return Markup(f"data:image/svg+xml,{urllib.parse.quote(bare, safe=_PLAIN)}")

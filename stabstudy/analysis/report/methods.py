@@ -1,4 +1,4 @@
-"""The methods of a report: recipes as configurations, design, rules, tests, columns, provenance."""
+"""Methods section of a report."""
 
 from __future__ import annotations
 

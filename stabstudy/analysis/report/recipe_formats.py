@@ -1,4 +1,4 @@
-"""Exports of a recipe: overrides of this tool, a Lingua config, Hugging Face arguments.
+"""Configurations of a recipe: for this tool, Lingua, Hugging Face.
 
 Every setting of a recipe has a key there that says the same, or a note names it: a test walks them all. Keys of Lingua
 and its differences are those of its commit 437d680 (optim.py, transformer.py, distributed.py, apps/main/train.py), keys

@@ -1,4 +1,4 @@
-"""The report page of a trial.
+"""Page of a trial in a report.
 
 Words and tables are made for every trial. Figures cost a third of a second each, so only the most notable trials have
 them; the pages of the others say how to draw theirs.

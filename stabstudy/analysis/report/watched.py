@@ -1,4 +1,4 @@
-"""Reports that are written again while their study is trained, on a page that reloads itself.
+"""Self-reloading reports of a study in training.
 
 Only such a page says when it was written: every other one is the same, byte for byte, whenever it is made.
 """
