@@ -120,7 +120,7 @@ def _trials(ax: Axes, diverged: Sequence[Diverged]) -> list[Line2D]:
 
 
 def _marks(ax: Axes, own: Sequence[Diverged], side: int, place: int) -> Line2D:
-    """Marks of one look: at their values where `place` is 0, else the so-manieth on this edge."""
+    """Marks of one look: at their values where `place` is 0, else number `place` of those side by side on this edge."""
     from matplotlib.transforms import ScaledTranslation
 
     valued = not math.isnan(own[0].value)
