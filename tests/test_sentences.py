@@ -58,6 +58,20 @@ def grid(loss: Callable[[Row], float], seeds: int = 3, rng: int = 0, **axes: tup
 # The headline
 
 
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        ("learning rate 0.1 to 0.3", "Learning rate 0.1 to 0.3"),
+        ("model.dim 32", "model.dim 32"),
+        ("qk-norm true", "Qk-norm true"),
+        ("", ""),
+        (" ", " "),
+    ],
+)
+def test_a_sentence_begins_with_a_capital_unless_a_setting_begins_it(text: str, begins: str) -> None:
+    assert words.capital(text) == begins
+
+
 def test_the_headline_counts_every_trial_once() -> None:
     rows = rates(
         (1e-3, 2.5), (3e-3, 2.5, ROUGH), (1e-2, 2.5, ROUGH | {"verdict": "spiky", "sampling_noise": True}),

@@ -184,7 +184,7 @@ def heading(setting: str) -> str:
 
 def capital(text: str) -> str:
     """As a sentence begins; a setting's own name (model.dim) stays as it is written."""
-    return text if not text or "." in text.split()[0] else text[0].upper() + text[1:]
+    return text if "." in text.partition(" ")[0] else text[:1].upper() + text[1:]
 
 
 def at_levels(axes: Iterable[str], levels: Iterable[object]) -> str:
