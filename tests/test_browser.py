@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ class Opened:
 
     def __exit__(self, *_: object) -> None:
         self.context.close()
+
+
+def until(page: Any, expression: str, seconds: float = 30.0) -> None:
+    """Wait until the expression holds in the page.
+
+    Playwright's own wait_for_function evaluates its text in the page again at each frame, which the page's
+    Content Security Policy refuses: it works only where the expression holds at the first look.
+    """
+    deadline = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, f"not true within {seconds:g} s: {expression}"
+        page.wait_for_timeout(20)
 
 
 def files(report: Path) -> dict[str, Path]:
@@ -134,6 +147,14 @@ def test_all_text_can_be_read(report: Path, browser: Any, name: str, scheme: str
         assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}[scheme]
         found = page.evaluate(CONTRASTS)
         assert len(found) > 100 and [f for f in found if f[0] < 4.5] == []
+
+
+def test_what_comes_late_is_waited_for(report: Path, browser: Any) -> None:
+    with Opened(browser, files(report)["index"]) as page:
+        page.evaluate("setTimeout(() => { document.title = 'late' }, 200); 0")
+        until(page, "document.title === 'late'")
+        with pytest.raises(AssertionError, match="not true within 0.1 s"):
+            until(page, "document.title === 'never'", 0.1)
 
 
 def test_contrasts_are_measured(browser: Any, tmp_path: Path) -> None:

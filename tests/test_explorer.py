@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
-from test_browser import AXE, OPEN_ALL, Opened, browser, playwright, pytestmark  # noqa: F401
+from test_browser import AXE, OPEN_ALL, Opened, browser, playwright, pytestmark, until  # noqa: F401
 
 from stabstudy.analysis.elements import Drawing, Figure, Section, Table, TrialPage
 from stabstudy.analysis.figures import step_data
@@ -69,15 +69,6 @@ def opened(browser: Any, file: Path, address: str = "", **context: Any) -> Opene
     at = Opened(browser, file, address, **{"viewport": {"width": 1280, "height": 1100}} | context)
     at.page.wait_for_selector(".steps .xtick")
     return at
-
-
-def until(page: Any, expression: str) -> None:
-    """Wait for it; the page's policy forbids the browser's own way."""
-    for _ in range(100):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(20)
-    raise AssertionError(expression)
 
 
 def view(page: Any) -> tuple[int, int]:

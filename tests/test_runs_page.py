@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
-from test_browser import AXE, CHROMIUM, CONTRASTS, Opened, playwright
+from test_browser import AXE, CHROMIUM, CONTRASTS, Opened, playwright, until
 from test_page import PAYLOADS
 
 from stabstudy.analysis.report import assets, runs_page, study_page
@@ -74,7 +74,7 @@ class At(Opened):
 
 def drawn(opened: Any) -> list[Any]:
     """The curves of the overlay, once they are there."""
-    opened.wait_for_function("document.getElementById('curves').data?.length > 0")
+    until(opened, "document.getElementById('curves').data?.length > 0")
     lines: list[Any] = opened.evaluate(DRAWN)
     return lines
 
@@ -150,7 +150,7 @@ def test_chosen_runs_are_overlaid_with_their_own_numbers(study: Study, page: Pat
         opened.get_by_role("button", name="Choose none").click()
         for trial_id in done:
             opened.locator(f"#all input[value='{trial_id}']").check()
-        opened.wait_for_function("document.getElementById('curves').data?.length === 6")
+        until(opened, "document.getElementById('curves').data?.length === 6")
         for name, axis, x, y, _ in drawn(opened):
             rows = study.probes(name) if axis == "y3" else study.trace(name)
             assert rows is not None
@@ -158,13 +158,13 @@ def test_chosen_runs_are_overlaid_with_their_own_numbers(study: Study, page: Pat
             exact = rows[values].max(axis=1) if axis == "y3" else rows[values]
             assert x == list(rows["step"]) and y == pytest.approx(list(exact), rel=1e-6)
         opened.get_by_label("Also show").select_option(label="update RMS")
-        opened.wait_for_function("document.getElementById('curves').data?.length === 8")
+        until(opened, "document.getElementById('curves').data?.length === 8")
         opened.get_by_label("Also show").select_option(label="KL")
-        opened.wait_for_function("document.getElementById('note').textContent.endsWith(': KL.')")
+        until(opened, "document.getElementById('note').textContent.endsWith(': KL.')")
         hide = opened.locator("#legend button").first
         hide.focus()
         opened.keyboard.press("Enter")
-        opened.wait_for_function("document.querySelector('#legend button[aria-pressed=false]')")
+        until(opened, "document.querySelector('#legend button[aria-pressed=false]')")
         visible = {name for name, _, _, _, shown in drawn(opened) if shown}
         assert len(visible) == 1
 
@@ -176,13 +176,13 @@ def test_one_cursor_reads_every_panel(study: Study, page: Path, browser: Any) ->
         drawn(opened)
         opened.locator("#curves").focus()
         opened.keyboard.press("ArrowRight")
-        opened.wait_for_function("document.querySelector('#legend caption').textContent.includes('step')")
+        until(opened, "document.querySelector('#legend caption').textContent.includes('step')")
         step = int(re.findall(r"\d+", opened.locator("#legend caption").text_content())[0])
         texts = opened.locator("#legend tbody tr td.n").all_text_contents()
         assert texts[:2] == [f"{rows[n][step]:.4g}" for n in ("grad_norm", "loss")] and len(texts) == 3
         low, high = opened.evaluate("curves.layout.xaxis.range")
         opened.keyboard.press("+")
-        opened.wait_for_function("location.hash.includes('steps=')")
+        until(opened, "location.hash.includes('steps=')")
         assert np.diff(opened.evaluate("curves.layout.xaxis.range"))[0] == pytest.approx((high - low) / 2)
 
 
@@ -262,7 +262,7 @@ def test_the_view_is_in_the_address(study: Study, page: Path, browser: Any) -> N
         assert "filter=verdict%3Drough" in address and f"trials={'%2C'.join(ids)}" in address
         assert "also=param_norm" in address and "steps=20-60" in address
         opened.evaluate("location.hash = 'filter=depth%3D6'")
-        opened.wait_for_function("document.querySelector('.filter input').value === 'depth=6'")
+        until(opened, "document.querySelector('.filter input').value === 'depth=6'")
 
 
 def brushed(opened: Any) -> tuple[str, set[str]]:
@@ -321,9 +321,8 @@ def test_nothing_complains_overflows_or_is_hard_to_read(study: Study, page: Path
         drawn(tab)
         tab.emulate_media(color_scheme="light" if scheme == "dark" else "dark")
         tab.emulate_media(color_scheme=scheme)
-        tab.wait_for_timeout(100)
-        ink = tab.evaluate("getComputedStyle(document.body).color")
-        assert tab.evaluate("getComputedStyle(document.querySelector('#curves .xtick text')).fill") == ink
+        ink = "getComputedStyle(document.body).color"
+        until(tab, f"getComputedStyle(document.querySelector('#curves .xtick text')).fill === {ink}")
         for width in (1280, 800, 390):
             tab.set_viewport_size({"width": width, "height": 900})
             assert tab.evaluate("document.documentElement.scrollWidth") == width
@@ -353,7 +352,7 @@ def test_the_table_is_whole_without_scripts_and_without_assets(
         assert not opened.locator("#overlay").is_visible() and opened.locator(".line path").count() == len(study.trials)
         assert not any(part.is_visible() for part in opened.locator("#all input, .live, .explore").all())
     with Opened(browser, alone) as opened:
-        opened.wait_for_function("document.getElementById('note').textContent.includes('missing')")
+        until(opened, "document.getElementById('note').textContent.includes('missing')")
         opened.emulate_media(media="print")
         whole, shown = opened.evaluate("(t => [t.scrollHeight, t.clientHeight])(document.querySelector('.tall'))")
         assert whole == shown > 0
@@ -377,7 +376,7 @@ def test_a_button_copies_its_text_or_that_of_an_element(browser: Any, tmp_path: 
         for i, text in enumerate(("# a=1\nb", "lr: 3e-3\n")):
             button = opened.locator("button").nth(i)
             button.click()
-            opened.wait_for_function(f"document.querySelectorAll('button')[{i}].textContent === 'copied'")
+            until(opened, f"document.querySelectorAll('button')[{i}].textContent === 'copied'")
             assert opened.evaluate("navigator.clipboard.readText()") == text
 
 
