@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; a hub c
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a test process per core already
+os.environ.setdefault("LOKY_MAX_CPU_COUNT", "1")  # nor do a report's workers find an idle one: they only take time
 
 from trials import cache, make  # noqa: E402, F401  # fixtures; they import torch, which reads the environment
 
@@ -54,6 +58,34 @@ def is_full(request: pytest.FixtureRequest) -> bool:
 def whole(*values: object) -> object:
     """A parameter of a test that runs with `--full` alone."""
     return pytest.param(*values, marks=pytest.mark.whole)
+
+
+@contextlib.contextmanager
+def blank_figures() -> Iterator[None]:
+    """Reports that are written inside have every figure, with its words and numbers, as an empty picture.
+
+    To lay it out and draw it takes most of a report's time. For tests that read what a page says: that figures can be
+    drawn, and what they show, is proved by `test_drawn.py`, `test_plots.py` and, for whole pages, `test_page.py`,
+    `test_trial_page.py` and `test_several.py`.
+    """
+    from stabstudy.analysis.elements import Drawing
+    from stabstudy.analysis.figures import style
+
+    def blank(figure: Any, png: bool = True) -> Drawing:
+        return Drawing(
+            '<svg width="72pt" height="72pt" xmlns="http://www.w3.org/2000/svg"/>', b"no pixels" if png else None
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(style, "draw", blank)
+        yield
+
+
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    """`blank_figures` around a test."""
+    with blank_figures():
+        yield
 
 
 @pytest.fixture(scope="session")

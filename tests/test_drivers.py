@@ -8,6 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
+from conftest import blank_figures
 from test_page import Page, markdown_tables, read, report_on, unescaped
 
 from stabstudy.analysis import words
@@ -20,7 +21,8 @@ from stabstudy.report import write_report
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """2 depths x 3 learning rates x 4 seeds, with spikes enough for a model of their rate; reported."""
     folder = planted.plant_study(tmp_path_factory.mktemp("drivers") / "planted", seeds=(0, 1, 2, 3), steps=200)
-    write_report(folder, lambda line: None)
+    with blank_figures():
+        write_report(folder, lambda line: None)
     return folder
 
 
@@ -77,6 +79,7 @@ def test_markdown_holds_the_same_sections(path: Path, page: Page) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", seeds=(0, 1))
     planted.plant_trial(folder, planted.settings(6, 0.5, 1.0, 1, 120), status="oom", steps_done=3)
@@ -90,6 +93,7 @@ def test_reasons_stand_where_numbers_do_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,), seeds=(0, 1), lrs=(1e-2, 1e-1))
     for seed in (0, 1):
@@ -105,6 +109,7 @@ def test_a_hole_changes_nothing_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4):
@@ -115,6 +120,7 @@ def test_a_study_at_one_rate_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_growth_is_shown_from_three_sizes_on(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for depth in (2, 4, 8):

@@ -25,6 +25,8 @@ from stabstudy.ingesting.choice import choose, flag
 from stabstudy.ingesting.points import Point, Raw
 from stabstudy.ingesting.series import settle
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 N = 120
 NORMS, LOSSES = logs.norms(N, {90: 8.0}), logs.losses(N)
 

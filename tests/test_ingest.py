@@ -595,6 +595,7 @@ def test_nothing_is_interpolated_from_the_environment(tmp_path: Path, monkeypatc
     assert only(take(tmp_path, tmp_path))[0]["optim.lr"] is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_axes_are_what_is_known_of_every_run(tmp_path: Path) -> None:
     for i, (lr, scheduler) in enumerate([(1e-4, "cosine"), (3e-4, "cosine"), (1e-3, "linear")]):
         logs.trainer_state(tmp_path / "in" / f"run{i}", logs.history(logs.norms(60, seed=i)))
@@ -612,6 +613,7 @@ def test_axes_are_what_is_known_of_every_run(tmp_path: Path) -> None:
     assert "No paired comparison: runs trained elsewhere" in text and "p (Holm)" not in text and "One seed" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_clipping_known_to_be_off_is_not_unknown(tmp_path: Path) -> None:
     for name, values in (("off", {"max_grad_norm": 0}), ("on", {"max_grad_norm": 1.0}), ("unsaid", {})):
         logs.trainer_state(tmp_path / "in" / name, logs.history(logs.norms(60, seed=len(name))))
@@ -777,6 +779,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, capsys: pytest.Captur
 # the report
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> None:
     for i, stride in enumerate((1, 10)):
         logs.trainer_state(tmp_path / "in" / f"r{i}", logs.history(logs.norms(80, seed=i), stride))
@@ -791,6 +794,7 @@ def test_runs_at_different_strides_are_in_no_figure_together(tmp_path: Path) -> 
     assert {p.stem for p in (study.folder.report / "figures").iterdir()} == {"first-traces", "traces"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_log_does_not_tell_is_a_dash_in_the_report(tmp_path: Path) -> None:
     norms = logs.norms(200, seed=0)
     norms[150] = 80.0
@@ -801,6 +805,7 @@ def test_what_a_log_does_not_tell_is_a_dash_in_the_report(tmp_path: Path) -> Non
     assert spike.endswith("| – | – | both | – | – | none |")  # duration, class, batch and warmup are not known
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_of_a_log_without_norms(tmp_path: Path) -> None:
     rows = logs.history([None] * 80)
     study = take(tmp_path, logs.trainer_state(tmp_path / "run", rows))

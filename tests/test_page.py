@@ -451,6 +451,7 @@ def test_missing_seeds_are_said(tmp_path: Path) -> None:
     assert "1 of 4 cells lacks seeds that others have (2)." in findings.warnings(Study.load(folder))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_without_a_done_trial_says_so(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     planted.plant_trial(tmp_path / "s", planted.settings(), status="interrupted", steps_done=40)
@@ -481,6 +482,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_data_sets_are_an_axis_like_any_other(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     for name in ("pysrc", "synthetic"):
@@ -539,6 +541,7 @@ def test_a_moved_study_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
     assert _bytes(moved) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_figures_of_an_older_report_are_removed(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
     (folder / "report" / "figures").mkdir(parents=True)

@@ -35,6 +35,7 @@ def test_a_finished_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (study / "trials.parquet").is_file() and (study / "spikes.parquet").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_out_takes_the_place_of_the_folder(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     assert main([str(study), "--out", str(tmp_path / "deep" / "out")]) == 0
@@ -56,6 +57,7 @@ def test_studies_of_one_name_do_not_overwrite_each_other(tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_study_may_be_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = small(tmp_path / "inside")
     monkeypatch.chdir(study)
@@ -97,6 +99,7 @@ def test_nothing_done_is_written_and_told_by_the_code(tmp_path: Path) -> None:
     assert "nothing to draw" in (tmp_path / "s" / "report" / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_damaged_trial_is_named_and_told_by_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = small(tmp_path / "s")
     bad = planted.plant_trial(study, planted.settings(lr=0.5))
@@ -106,12 +109,14 @@ def test_a_damaged_trial_is_named_and_told_by_the_code(tmp_path: Path, capsys: p
     assert line.startswith(f"damaged, left out: {bad.trial_id}: trials/{bad.trial_id}/trace.parquet: sha256 is")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_failed_trial_is_no_failure_of_the_report(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     planted.plant_trial(study, planted.settings(lr=0.5), status="failed", steps_done=3)
     assert main([str(study)]) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_that_cannot_be_written_is_the_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = small(tmp_path / "s")
     (tmp_path / "out").write_text("a file where the folder should be")
@@ -145,6 +150,7 @@ def colleagues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_that_cannot_be_written_is_reported_elsewhere(
     colleagues: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +169,7 @@ def test_a_study_that_cannot_be_written_is_reported_elsewhere(
     assert contents(tmp_path / "colleague") == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_out_gets_the_tables_that_the_study_would_get(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     before = contents(study)
@@ -174,6 +181,7 @@ def test_out_gets_the_tables_that_the_study_would_get(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "trials.parquet", "spikes.parquet"])
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_newer_version_wrote_is_not_written_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -190,6 +198,7 @@ def test_what_a_newer_version_wrote_is_not_written_over(
     assert "format 99, this version " in capsys.readouterr().err and (study / name).read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_damaged_provenance_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = small(tmp_path / "s")
     (study / "provenance.json").write_text('{"question": "Why?", "content_sha256": "0"}')
@@ -199,6 +208,7 @@ def test_a_damaged_provenance_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("link", ["report", "report/figures", "report/trials", "report/assets", "report/assets/traces"])
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_is_never_written_through_a_link(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], link: str
 ) -> None:
@@ -213,6 +223,7 @@ def test_a_report_is_never_written_through_a_link(
     assert contents(outside) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tables_replace_a_link_and_leave_what_it_led_to(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     (tmp_path / "mine").write_text("mine")
@@ -221,6 +232,7 @@ def test_tables_replace_a_link_and_leave_what_it_led_to(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine" and not (study / "trials.parquet").is_symlink()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_write_report_says_what_main_prints(tmp_path: Path) -> None:
     study = small(tmp_path / "s")
     said: list[str] = []

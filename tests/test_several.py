@@ -41,6 +41,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Study]:
     return [plant(base / "low", 0.1, 0.0), plant(base / "high", 0.3, 0.2)]
 
 
+@pytest.fixture(scope="module")
+def made(two: list[Study]) -> Report:
+    """The report on both."""
+    return comparison_page.report(two)
+
+
 def table(made: Report, title: str) -> Table:
     return next(b for s in made.sections for b in s.blocks if isinstance(b, Table) and b.title.startswith(title))
 
@@ -65,8 +71,7 @@ def test_a_part_of_the_whole_keeps_the_study_as_an_axis(two: list[Study]) -> Non
     assert list(two[0].part({t for t in two[0].trials.index}).axes) == ["optim.lr"]
 
 
-def test_differences_are_paired_by_seed_and_level(two: list[Study]) -> None:
-    made = comparison_page.report(two)
+def test_differences_are_paired_by_seed_and_level(two: list[Study], made: Report) -> None:
     losses = [r for r in table(made, "Paired differences").rows if r[1] == "final loss"]
     ((studies, _, means, change, interval, pairs, seeds),) = losses
     assert (studies, pairs, seeds) == ("low → high", "6", "3")
@@ -92,6 +97,7 @@ def test_an_effect_starts_from_the_first_study() -> None:
     assert study_statistics.effect_from("low", row) == turned | ratio
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_other_order_turns_every_sign(two: list[Study]) -> None:
     ((*_, change, interval, _, _),) = [
         r for r in table(comparison_page.report(two[::-1]), "Paired differences").rows if r[1] == "final loss"
@@ -99,6 +105,7 @@ def test_the_other_order_turns_every_sign(two: list[Study]) -> None:
     assert change == "0.200" and interval.endswith("0.201")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_single_seed_tests_nothing_and_says_so(tmp_path: Path) -> None:
     alone = [plant(tmp_path / name, decay, gain, seeds=1) for name, decay, gain in (("a", 0.1, 0.0), ("b", 0.3, 0.2))]
     (finding,) = comparison_page.report(alone).findings
@@ -107,8 +114,7 @@ def test_a_single_seed_tests_nothing_and_says_so(tmp_path: Path) -> None:
     assert all(sentence.endswith(reason) for sentence in finding.sentences)
 
 
-def test_what_differs_between_them_is_named(two: list[Study]) -> None:
-    made = comparison_page.report(two)
+def test_what_differs_between_them_is_named(made: Report) -> None:
     assert table(made, "Settings that differ").rows == (("optim.weight_decay", "0.1", "0.3"),)
     cells = table(made, "Cells in at least two").rows
     assert [row[0] for row in cells] == ["0.01", "0.1"] and all(row[-1] == "3 stable" for row in cells)
@@ -119,6 +125,7 @@ def test_what_differs_between_them_is_named(two: list[Study]) -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_losses_on_other_batches_are_not_compared(tmp_path: Path, two: list[Study]) -> None:
     other = plant(tmp_path / "other", 0.3, 0.2, eval_hash="a" * 16)
     made = comparison_page.report([two[0], other])
@@ -127,6 +134,7 @@ def test_losses_on_other_batches_are_not_compared(tmp_path: Path, two: list[Stud
     assert "final loss" not in compared and "roughness" in compared
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_spike_rates_of_other_rules_are_not_compared(
     tmp_path: Path, two: list[Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +149,7 @@ def test_spike_rates_of_other_rules_are_not_compared(
     assert any(t.startswith(words.STATISTICS["spike_abs_rate"]) and "not compared" in t for t in texts)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) -> None:
     planted.plant_frame(tmp_path / "far")
     for lr in (0.5, 0.6):
@@ -157,12 +166,10 @@ def test_studies_without_a_common_cell_say_so(tmp_path: Path, two: list[Study]) 
     assert [f.sentences for f in other_data.findings] == [[comparison_page.UNPAIRED]]  # no training makes partners
 
 
-def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:
+def test_each_matched_cell_has_its_paired_change(made: Report) -> None:
     """The planted difference: 0.2 nat lower, a little more for each seed."""
-    head, *rest = [
-        table(comparison_page.report(two), "Differences in each").columns,
-        *table(comparison_page.report(two), "Differences in each").rows,
-    ]
+    shown = table(made, "Differences in each")
+    head, *rest = [shown.columns, *shown.rows]
     at = head.index("final loss (capped)")
     differences = [-(0.2 + 0.001 * seed * 0.2) for seed in range(3)]
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(differences), scipy.stats.sem(differences))
@@ -172,6 +179,7 @@ def test_each_matched_cell_has_its_paired_change(two: list[Study]) -> None:
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cells_on_other_evaluation_batches_have_no_change_of_loss(tmp_path: Path, two: list[Study]) -> None:
     other = plant(tmp_path / "elsewhere", 0.1, 0.0, eval_hash="another")
     found = table(comparison_page.report([two[0], other]), "Differences in each")
@@ -179,6 +187,7 @@ def test_cells_on_other_evaluation_batches_have_no_change_of_loss(tmp_path: Path
     assert words.NOTHING not in {row[found.columns.index("roughness")] for row in found.rows}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cells_on_other_data_are_not_paired(tmp_path: Path, two: list[Study]) -> None:
     planted.plant_frame(tmp_path / "moved")
     for lr in (0.01, 0.1):
@@ -193,12 +202,13 @@ def test_cells_on_other_data_are_not_paired(tmp_path: Path, two: list[Study]) ->
     )
 
 
-def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study]) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_other_lengths_of_training_are_named(tmp_path: Path, two: list[Study], made: Report) -> None:
     planted.plant_frame(tmp_path / "short")
     planted.plant_trial(tmp_path / "short", planted.settings(2, 0.01, steps=100))
     said = "Trials have different numbers of steps: final losses and largest values are those of different lengths."
     assert said in comparison_page.report([two[0], Study.load(tmp_path / "short")]).warnings
-    assert said not in comparison_page.report(two).warnings
+    assert said not in made.warnings
 
 
 def test_equal_names_are_refused(two: list[Study]) -> None:

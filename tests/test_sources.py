@@ -220,6 +220,22 @@ def test_pysrc_without_source_files_says_what_to_do(tmp_path: Path, monkeypatch:
             call(DataConfig())
 
 
+def test_pysrc_is_read_once_by_a_process_and_a_changed_module_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
+    reads: list[str] = []
+    kept = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or kept(path))
+    first = sources.python_digest()
+    assert sources.python_digest() == first and reads == ["a.py", "b.py"]
+    (tmp_path / "b.py").write_text("b.pz")  # of the same size
+    os.utime(tmp_path / "b.py", ns=(1, 1))
+    assert sources.python_digest() != first and reads == ["a.py", "b.py", "b.py"]
+
+
 def test_a_dry_run_of_pysrc_is_cheap_and_loads_no_heavy_library() -> None:
     program = """
 import sys, time

@@ -17,6 +17,8 @@ from test_launch import SWEEP, TINY, folder  # noqa: F401  # a fixture
 
 from stabstudy import disk, report, store, sweep
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # but for the launch that the studies are copies of
+
 COMMAND = [*TINY, "launcher=local", "train.steps=8", "seeds=1", "optim.lr=1e-3", "optim.clip=1.0,0.5"]
 Capture = pytest.CaptureFixture[str]
 

@@ -21,7 +21,6 @@ from trials import BASE, Crash, Make, assert_same, at_step, poison, records, var
 from stabstudy import config as cfg
 from stabstudy import disk, failpoints, live, store, trace
 from stabstudy.analysis.study import update_tables
-from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.data.batches import open_batches
 from stabstudy.stability.rules import Rules
@@ -53,6 +52,30 @@ def run(cache: Path, request: pytest.FixtureRequest) -> Callable[..., State]:
 
 Run = Callable[..., State]
 Heartbeat = Callable[[Progress], bool]  # of the one trial
+Ended = tuple[State, tuple[trace.Rows, trace.Rows]]
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[Any, Ended]:
+    """What trials came to that several tests compare theirs with, by what they are."""
+    return {}
+
+
+@pytest.fixture
+def whole(make: Make, run: Run, trained: dict[Any, Ended], request: pytest.FixtureRequest) -> Callable[..., Ended]:
+    """What a trial of `VARIANTS` comes to that nothing disturbs: trained by the first test that asks."""
+
+    def ended(name: str = "fp32") -> Ended:
+        which = (name, request.node.callspec.params["run"])
+        if which not in trained:
+            folder = make(VARIANTS[name], "whole")
+            trained[which] = run(folder), records(folder)
+        return trained[which]
+
+    return ended
+
+
+Whole = Callable[..., Ended]
 
 
 def test_every_step_is_recorded_and_the_trial_is_judged(make: Make, run: Run) -> None:
@@ -110,16 +133,15 @@ def test_first_and_last_loss_are_on_the_final_set_and_the_others_on_the_periodic
     assert state.eval_hash == batches.eval_hash
 
 
-def test_a_trial_begun_on_another_set_is_measured_anew(make: Make, run: Run) -> None:
+def test_a_trial_begun_on_another_set_is_measured_anew(make: Make, run: Run, whole: Whole) -> None:
     """Begun by a version with a smaller set: its first loss, of the initial weights, is taken again on this one."""
-    whole, broken = make(BASE, "whole"), make(BASE, "broken")
-    expected = run(whole)
+    broken, (expected, rows) = make(BASE, "broken"), whole()
     state = run(broken, lambda p: p.step >= 6)
     broken.write_state(dataclasses.replace(state, init_loss=9.0, eval_hash="of another set"))
     state = run(broken)
     assert (state.init_loss, state.final_loss) == (expected.init_loss, expected.final_loss)
     assert state.eval_hash == expected.eval_hash and state.attempts[-1].from_step in (6, 8)
-    for a, b in zip(records(whole), records(broken), strict=True):
+    for a, b in zip(rows, records(broken), strict=True):
         assert_same(a, b)
 
 
@@ -196,15 +218,15 @@ def act_early(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("stops", [(4,), (5, 6), (1, 11)])
 def test_stopped_and_resumed_equals_uninterrupted(
-    config: TrialConfig, stops: tuple[int, ...], make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+    name: str, stops: tuple[int, ...], make: Make, run: Run, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a ring, stops come at its ends, which are its checkpoints here."""
     act_early(monkeypatch)
-    whole, broken = make(config, "whole"), make(config, "broken")
-    run(whole)
+    end, rows = whole(name)
+    broken = make(VARIANTS[name], "broken")
     state = run(broken, lambda p: p.step >= stops[0])
     reached = [0, state.step]
     for stop in stops[1:]:
@@ -215,16 +237,16 @@ def test_stopped_and_resumed_equals_uninterrupted(
         state = run(broken)
     assert state.status == "done" and [a.from_step for a in state.attempts] == reached[: len(state.attempts)]
     assert len(state.attempts) > 1 and (reached[1:] == list(stops) or reached[1] % 4 == 0)
-    for a, b in zip(records(whole), records(broken), strict=True):
+    for a, b in zip(rows, records(broken), strict=True):
         assert_same(a, b)
-    assert whole.read_state().final_loss == state.final_loss
+    assert end.final_loss == state.final_loss
 
 
 @pytest.mark.parametrize(
     ("kind", "column"), [("zclip", "clip_scale"), ("adagc", "clip_scale"), ("skip_spikes", "skip"), ("muon", "loss")]
 )
 def test_a_rule_that_forgets_would_be_seen(
-    kind: str, column: str, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+    kind: str, column: str, make: Make, run: Run, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of the test above: resumed without its memory, the rule acts otherwise."""
     act_early(monkeypatch)
@@ -236,11 +258,10 @@ def test_a_rule_that_forgets_would_be_seen(
         return step, {k: x for k, x in tensors.items() if not k.startswith(memories)}, notes
 
     monkeypatch.setattr(checkpoint, "restore", forgetful)
-    whole, broken = make(VARIANTS[kind], "whole"), make(VARIANTS[kind], "broken")
-    run(whole)
+    broken = make(VARIANTS[kind], "broken")
     run(broken, lambda p: p.step >= 6, ring=1)
     run(broken)
-    one, other = [records(folder)[0][column].tolist() for folder in (whole, broken)]
+    one, other = [rows[column].tolist() for rows in (whole(kind)[1][0], records(broken)[0])]
     assert one[:6] == other[:6] and one != other
 
 
@@ -300,9 +321,8 @@ def crash_at(step: int) -> Heartbeat:
     return heartbeat
 
 
-def test_a_crash_is_a_state_and_the_next_attempt_repeats_no_step(make: Make, run: Run) -> None:
-    whole, broken = make(BASE, "whole"), make(BASE, "broken")
-    run(whole)
+def test_a_crash_is_a_state_and_the_next_attempt_repeats_no_step(make: Make, run: Run, whole: Whole) -> None:
+    broken = make(BASE, "broken")
     state = run(broken, crash_at(7), ring=1)
     assert state.status == "failed" and state.error == {"kind": "Crash", "message": "out of luck", "step": 7}
     assert "Traceback" in broken.log_file.read_text()
@@ -310,13 +330,12 @@ def test_a_crash_is_a_state_and_the_next_attempt_repeats_no_step(make: Make, run
     last = state.attempts[-1]
     assert state.status == "done" and state.error is None
     assert (last.from_step, last.dropped_rows) == (4, 3)  # checkpoint after 4 updates; rows 4, 5, 6 written again
-    for a, b in zip(records(whole), records(broken), strict=True):
+    for a, b in zip(whole()[1], records(broken), strict=True):
         assert_same(a, b)
 
 
-def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
-    whole, broken = make(BASE, "whole"), make(BASE, "broken")
-    run(whole)
+def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run, whole: Whole) -> None:
+    broken = make(BASE, "broken")
     run(broken, crash_at(8))
     assert sorted(p.name for p in broken.checkpoints.iterdir()) == ["step-00000004", "step-00000008"]
     newest = broken.checkpoints / "step-00000008" / "tensors.safetensors"
@@ -326,7 +345,7 @@ def test_a_damaged_checkpoint_is_passed_over(make: Make, run: Run) -> None:
     state = run(broken)
     assert state.attempts[-1].from_step == 4
     assert "step-00000008 not used" in broken.log_file.read_text()
-    assert_same(records(whole)[0], records(broken)[0])
+    assert_same(whole()[1][0], records(broken)[0])
 
 
 def test_the_tables_of_a_killed_and_resumed_trial_are_the_same_bytes(make: Make, run: Run) -> None:
@@ -382,10 +401,11 @@ def test_an_infinite_moment_is_no_damage(make: Make, run: Run) -> None:
 
 @pytest.mark.parametrize("sealed", [True, False], ids=["with its checksum", "without"])
 @pytest.mark.parametrize("change", [{"next_step": 3}, {"next_step": 400}, {"next_step": "4"}, {"sha256": "0" * 64}])
-def test_an_edited_checkpoint_is_passed_over(make: Make, run: Run, change: dict[str, Any], sealed: bool) -> None:
+def test_an_edited_checkpoint_is_passed_over(
+    make: Make, run: Run, whole: Whole, change: dict[str, Any], sealed: bool
+) -> None:
     """Resuming at another step than that of the weights gave other losses, and no word."""
-    whole, folder = make(BASE, "whole"), make(BASE)
-    run(whole)
+    folder = make(BASE)
     run(folder, crash_at(6))
     at = max(folder.checkpoints.iterdir())
     body = store.read_json(at / "state.json") | change
@@ -393,7 +413,7 @@ def test_an_edited_checkpoint_is_passed_over(make: Make, run: Run, change: dict[
     state = run(folder)
     assert state.status == "done" and state.attempts[-1].from_step < int(at.name.partition("-")[2])
     assert f"checkpoint {at.name} not used: " in folder.log_file.read_text()
-    for mine, undisturbed in zip(records(folder), records(whole), strict=True):
+    for mine, undisturbed in zip(records(folder), whole()[1], strict=True):
         assert_same(mine, undisturbed)
 
 
@@ -512,34 +532,41 @@ ENDINGS: dict[str, tuple[int, Heartbeat, int]] = {
 @pytest.mark.parametrize("cadence", CADENCES)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_row_is_lost_on_the_device(
-    ending: str, cadence: str, ring: int, captured: bool, make: Make, cache: Path
+    ending: str, cadence: str, ring: int, captured: bool, make: Make, cache: Path, trained: dict[Any, Ended]
 ) -> None:
     """As on CUDA, where steps come over in blocks: the rows of steps looked at one by one, however the attempt ends."""
     nan_at, heartbeat, expected = ENDINGS[ending]
     if captured and ending in ("not finite", "out of data"):
         pytest.skip("what is captured has no place to act in: a test of its own below")
-    folders = []
-    for name, kept_back, graph in (("one", 1, False), ("other", ring, captured)):
+
+    def train(name: str, ring: int, captured: bool = False, disturbed: bool = True) -> Ended:
         folder = make(vary(train=CADENCES[cadence]), name)
         with pytest.MonkeyPatch.context() as patch:
-            poison(patch, nan_at)
-            if ending == "out of data":
-                lose_data_at(patch, 7)
-            engine = Engine(cache, ring=kept_back, captured=graph)
-            state = run_pack([folder], engine, Rules(), lambda members: heartbeat(members[0]))[0]
-        folders.append((folder, state))
-    (one, first), (other, second) = folders
-    rows, n = records(other)[0], second.step
+            if disturbed:
+                poison(patch, nan_at)
+                if ending == "out of data":
+                    lose_data_at(patch, 7)
+            engine = Engine(cache, ring=ring, captured=captured)
+            beat = heartbeat if disturbed else lambda p: False
+            return run_pack([folder], engine, Rules(), lambda members: beat(members[0]))[0], records(folder)
+
+    if (ending, cadence) not in trained:
+        trained[ending, cadence] = train("one", 1)
+    first, one = trained[ending, cadence]
+    second, other = train("other", ring, captured)
+    rows, n = other[0], second.step
     assert len(rows) == n and first.step == expected
     # the heartbeat comes at the end of a ring, so a stop comes there
     assert n == expected if ending in ("complete", "not finite", "out of data") else expected <= n <= 12
-    whole = make(vary(train=CADENCES[cadence]), "whole") if ending in ("stopped", "crashed") else one
-    if whole is not one:
-        run_pack([whole], Engine(cache, ring=1), Rules(), lambda members: False)
-    for a, b in zip(records(whole), records(other), strict=True):
+    whole = one
+    if ending in ("stopped", "crashed"):
+        if cadence not in trained:
+            trained[cadence] = train("whole", 1, disturbed=False)
+        whole = trained[cadence][1]
+    for a, b in zip(whole, other, strict=True):
         assert_same(a, b, len(b))
     if whole is one:
-        assert first.final_loss == second.final_loss and len(records(one)[1]) == len(records(other)[1])
+        assert first.final_loss == second.final_loss and len(one[1]) == len(other[1])
 
 
 def lose_data_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -614,16 +641,15 @@ def test_a_done_trial_is_left_alone_and_a_locked_one_too(make: Make, run: Run) -
 
 
 def test_a_kill_between_compaction_and_state_loses_nothing(
-    make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+    make: Make, run: Run, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = make(BASE, "whole"), make(BASE, "broken")
-    run(whole)
+    broken = make(BASE, "broken")
     with monkeypatch.context() as patch:
         patch.setattr("stabstudy.training.trial.judge_trial", lambda *a: (_ for _ in ()).throw(Crash("killed")))
         assert run(broken).status == "failed"
     assert broken.finished(trace.TRACE).exists() and broken.live(trace.TRACE).exists()
     assert run(broken).status == "done"
-    assert_same(records(whole)[0], records(broken)[0])
+    assert_same(whole()[1][0], records(broken)[0])
 
 
 def raising(error: Exception) -> Callable[[object], Any]:

@@ -199,6 +199,7 @@ def test_every_rule_and_reason_has_words() -> None:
     assert set(REASONS) == {"untrained", "too_short", "no_gradient_norm", "norm_after_clipping", "all_zero", "strided"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_without_a_verdict_says_why_on_its_page_and_in_the_table(tmp_path: Path) -> None:
     planted.plant_frame(tmp_path / "s")
     short = planted.plant_trial(tmp_path / "s", planted.settings(steps=50), logit=400.0)
@@ -237,6 +238,7 @@ def test_figures_show_the_trace_and_the_layers(path: Path, study: Study) -> None
 # Large studies stay light
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_notable_are_drawn_and_the_rest_say_how_to(
     path: Path, tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_changed_record_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.Monk
     assert (folder / "report" / "trials" / f"{old.trial_id}.html").read_text() != page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_pages_of_trials_that_are_gone_are_removed(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0, 1))
     write_report(folder, lambda line: None)
@@ -315,6 +318,7 @@ def test_foreign_text_stays_text(tmp_path: Path) -> None:
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", html)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_named_unlike_a_trial_gets_no_page(tmp_path: Path) -> None:
     folder = planted.plant_study(tmp_path / "s", depths=(2,), lrs=(1e-3,), seeds=(0,))
     bad = folder / "trials" / "..%2f<b>"

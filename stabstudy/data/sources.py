@@ -22,6 +22,7 @@ a stream: it is read once, in its order, into the token cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -202,8 +203,15 @@ def python_digest() -> str:
     """sha256 of the Python version and of every module's relative path and content."""
     total = hashlib.sha256(platform.python_version().encode())
     for name, path in python_modules():
-        total.update(json.dumps([name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
+        now = path.stat()
+        total.update(json.dumps([name, _sha256(path, now.st_size, now.st_mtime_ns)]).encode())
     return total.hexdigest()
+
+
+@functools.cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Of a module that has this size and was changed then: a process plans, trains and reports on the same ones."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def python_modules() -> list[tuple[str, Path]]:

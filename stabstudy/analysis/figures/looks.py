@@ -31,6 +31,9 @@ FONTS = ("DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Liberation Sans", "Ar
 LAYOUT_DPI = 288
 """Text is measured at so many dots per inch: at 100 its letters stand on whole pixels, narrower than in a fine file."""
 
+SETTLED: Any = {"figure.autolayout": False, "figure.constrained_layout.use": False}
+"""Settings of matplotlib with which a figure that is laid out stays so."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -143,10 +146,13 @@ def new_panels(n: int, width: float, height: float, columns: int = 2) -> Figure:
 
 def settle(figure: Figure) -> None:
     """Lay the figure out, for good: every file of it has the same layout, and marks lie where it is drawn."""
+    from matplotlib import rc_context
+
     if (engine := figure.get_layout_engine()) is not None:
         dpi = figure.dpi
         figure.set_dpi(LAYOUT_DPI)
-        figure.draw_without_rendering()
-        engine.execute(figure)  # again: which ticks there are followed from the sizes that the first pass gave
-        figure.set_layout_engine("none")
+        for _ in range(2):  # which ticks there are follows from the sizes that the first pass gives
+            engine.execute(figure)
+        with rc_context(SETTLED):
+            figure.set_layout_engine(None)  # "none" leaves one that does nothing, for which each file is drawn twice
         figure.set_dpi(dpi)

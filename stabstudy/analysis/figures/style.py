@@ -82,7 +82,7 @@ def to_svg(figure: Figure) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context(looks.rc()):
+    with rc_context(looks.rc() | looks.SETTLED):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     places = r'(?<= d=")[^"]+|(?<= [xy]=")[^"]+|(?<=translate\()[^)]+|(?<=rotate\()[^)]+'
     svg = re.sub(places, _shorter, buffer.getvalue()).replace(' transform="rotate(-0 ', ' transform="rotate(0 ')
@@ -121,7 +121,7 @@ def _bytes(figure: Figure, kind: str, **how: Any) -> bytes:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context(looks.rc()):
+    with rc_context(looks.rc() | looks.SETTLED):
         figure.savefig(buffer, format=kind, **how)
     return buffer.getvalue()
 
