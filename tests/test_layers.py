@@ -308,6 +308,19 @@ def test_modules_are_small():
     assert sorted(sizes.values())[len(sizes) // 2] < 260
 
 
+MOST_LINES_OF_SCRIPT = 554
+
+
+def test_the_pages_scripts_are_short():
+    """What plotly, HTML, the style sheet or Python can do is theirs; and a script is read, so its lines are too."""
+    lines = [
+        line
+        for path in (ROOT / "stabstudy/analysis/report/templates").glob("*.js")
+        for line in path.read_text().splitlines()
+    ]
+    assert 0 < len(lines) <= MOST_LINES_OF_SCRIPT and max(map(len, lines)) <= 120
+
+
 def test_no_module_name_stands_twice():
     names = [p.stem for p in sources() if p.stem != "__init__"]
     assert not {name for name in names if names.count(name) > 1}

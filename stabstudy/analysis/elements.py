@@ -7,8 +7,9 @@ a block is plain text that may come from a file; whoever writes it out escapes i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 TRIALS = "trials/"
 """The folder of the trials' pages, beside the study's page."""
@@ -78,7 +79,7 @@ class Figure:
     alt: str
     caption: str
     table: Table
-    steps: str = ""  # a trial's own, as JSON, where its page lets any range of them be drawn
+    steps: Mapping[str, Any] | None = None  # a trial's own, see `step_data`, where its page draws any range of them
 
 
 @dataclass(frozen=True)

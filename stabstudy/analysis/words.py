@@ -77,6 +77,10 @@ MARKS = (
 )
 """How the small figures of the first screen are read."""
 
+READ_FIGURES = "Point at a mark to read its values, or focus a figure and use the arrow keys."
+
+FOLLOW_MARKS = " A click, or Enter, on the mark of a trial opens its page, on a field or a legend the runs there."
+
 UNITS = {"model.depth": "layers", "train.batch_size": "sequences", "optim.warmup_steps": "steps"}
 
 _ANSI = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?")

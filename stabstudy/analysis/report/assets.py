@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stabstudy.analysis.figures import step_chart
 from stabstudy.analysis.figures.tooltips import packed, thinned
 from stabstudy.analysis.spreading import spread
 from stabstudy.analysis.study import Study
@@ -121,9 +122,8 @@ def trace_script(study: Study, trial_id: str) -> str:
         curves |= _curves(rows, [n for n in _STEPWISE if n in rows.schema.names], kept)
         if probes is not None:
             curves |= _curves(probes, _PROBED, np.arange(len(probes)))
-    steps = list(dict.fromkeys(step for step, _ in curves.values()))
-    record = {"steps": steps, "curves": {name: [steps.index(step), values] for name, (step, values) in curves.items()}}
-    return f'charts.traces["{trial_id}"] = {json.dumps(record, separators=(",", ":"))};\n'
+    record = json.dumps(step_chart.record(curves), separators=(",", ":"))
+    return f'charts.traces["{trial_id}"] = {record};\n'
 
 
 def _curves(rows: Rows, names: Sequence[str], kept: NDArray[np.intp]) -> dict[str, tuple[str, str]]:

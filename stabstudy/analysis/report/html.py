@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -36,6 +35,7 @@ from stabstudy.analysis.elements import (
     split_command,
     split_ids,
 )
+from stabstudy.analysis.figures import step_chart
 from stabstudy.analysis.report import runs_page
 from stabstudy.analysis.report.assets import ASSETS, CURVES, LOGARITHMIC
 from stabstudy.analysis.report.runs_page import Row, RunsPage
@@ -54,6 +54,7 @@ def html_index(report: Report) -> str:
         "glossary": words.GLOSSARY,
         "marks_glossary": words.MARKS,
         "spans": _spans,
+        "hint": _hint(report.figures, report.trials),
     }
     return _render("index.html.j2", report.trials, TRIALS, **content)
 
@@ -72,7 +73,13 @@ def html_runs(page: RunsPage) -> str:
         sections=[],
         run_rows=_run_rows,
         path=_path,
-        curves=json.dumps({name: [label, name in LOGARITHMIC] for name, label in CURVES.items()}),
+        chart={
+            "first": list(CURVES)[:3],
+            "axes": {name: step_chart.panel(label, name in LOGARITHMIC) for name, label in CURVES.items()},
+            "curve": step_chart.CURVE | {"mode": "lines"},
+            "lines": step_chart.LINES,
+            "layout": step_chart.layout(),
+        },
         more=list(CURVES.items())[3:],
         size=(runs_page.WIDTH, runs_page.HEIGHT),
         top=runs_page.TOP,
@@ -112,6 +119,7 @@ def html_trial(page: TrialPage, source: str) -> str:
         page=page,
         sections=page.sections,
         source=source,
+        hint=_hint([f for section in page.sections for f in section.figures if f.steps is None], page.trials),
     )
 
 
@@ -197,6 +205,15 @@ def _with_steps(table: Table, row: Sequence[str], link: Callable[[str], Markup],
         else:
             cells.append(link(text))
     return cells
+
+
+def _hint(figures: Sequence[Figure], trials: Set[str]) -> str:
+    """How figures are read, and whether a mark leads somewhere; empty where there is nothing to read."""
+    marks = [figure.drawing.marks for figure in figures if figure.drawing.marks != "[]"]
+    if not marks:
+        return ""
+    leads = trials and any('"trials"' in text for text in marks)
+    return f"{words.READ_FIGURES}{words.FOLLOW_MARKS if leads else ''}"
 
 
 @functools.cache

@@ -1,182 +1,123 @@
 // The step explorer of a trial's page: any range of its steps and each of its spikes, both in the address of the page.
-// Until it is drawn, and where it cannot be, the picture of the whole trace stands in its place.
+// Until the library is there, and where it is not, the picture of the whole trace stands in its place.
 "use strict";
 {
   const AROUND = 25; // rows shown on either side of a step that is asked for
-  const { brief, nice, ticks } = charts;
-  const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
-
-  const line = (s, dash) => (
-    { type: "line", x0: s, x1: s, yref: "paper", y0: 0, y1: 1, line: { dash, width: 1.3, color: css("--muted") } });
-  const note = (text, more) => (
-    { text, x: 0, xref: "x domain", xanchor: "left", yanchor: "bottom", showarrow: false, ...more });
-
-  // A panel: curves { x, y, line }, levels [name, height], on a scale that fits the curves `inside`, or the levels too.
-  function panel(y, label, log, inside, curves, levels, all = false) {
-    const seen = curves.flatMap((one) => [...one.y].filter((v, i) => inside(one.x[i])));
-    const heights = all ? levels.map(([, v]) => v) : [];
-    const fit = [...seen, ...heights].filter((v) => Number.isFinite(v) && !(log && v <= 0));
-    let [low, high] = fit.length ? [Math.min, Math.max].map((best) => fit.reduce((a, b) => best(a, b))) : [1, 2];
-    if (low === high) [low, high] = log ? [low / 1.1, high * 1.1] : [low - 0.1, high + 0.1];
-    const [on, off] = log ? [Math.log10, (v) => 10 ** v] : [(v) => v, (v) => v], margin = 0.06 * (on(high) - on(low));
-    const range = [on(low) - margin, on(high) + margin], tickvals = ticks(...range.map(off), log);
-    const shown = levels.filter(([, v]) => on(v) >= range[0] && on(v) <= range[1]);
-    const [{ x, y: values }] = curves, gaps = fit.length ? [...x].filter((_, i) => !Number.isFinite(values[i])) : [];
-    const lost = gaps.filter((_, i) => i % Math.ceil(gaps.length / 500) === 0); // a mark each would take minutes
-    const cross = { mode: "markers", marker: { symbol: "x", color: css("--mark") }, hoverinfo: "skip" };
-    return {
-      log, axis: { range, autorange: false, dtick: null, tickvals, ticktext: tickvals.map(brief) },
-      traces: [...curves, { x: lost, y: lost.map(() => high), ...cross }],
-      shapes: shown.map(([, v]) => ({ ...line(0, "dash"), xref: "x domain", x1: 1, yref: y, y0: v, y1: v })),
-      annotations: [note(label, { y: 1, yref: `${y} domain`, font: { size: 13 } }),
-        ...shown.map(([name, v]) => note(`${name} ${brief(v)}`, { x: 1, xanchor: "right", yref: y, y: on(v) }))],
-    };
-  }
+  const MARKED = 120; // rows up to which each has a mark
 
   function explore(figure) {
-    const own = JSON.parse(figure.dataset.steps);
-    const columns = Object.fromEntries(Object.entries(own.columns).map(([name, text]) => [name, charts.floats(text)]));
-    const { step, grad_norm: norm, loss, mean } = columns, n = step.length;
-    const curves = new Map(Object.entries(own.probes).map(([name, xy]) => [name, xy.map(charts.floats)]));
-    for (const [name, label] of Object.entries(own.others)) curves.set(label, [step, columns[name]]);
-    const peaks = [...new Set(own.spikes.map((spike) => spike[3]))].sort((a, b) => a - b);
-    const rowOf = (s) => { const i = step.findIndex((v) => v >= s); return i < 0 ? n - 1 : i; };
-    let from = 0, to = n - 1, pinned = null; // rows, and a step
-    const whole = () => from === 0 && to === n - 1, inside = (s) => s >= step[from] && s <= step[to];
-
-    // Controls
-
-    const control = (name, tag, properties, ...children) => {
-      const made = make(tag, { ...properties, ariaLabel: name }, ...children);
-      made.addEventListener("change", draw);
-      return made;
-    };
-    const choice = (name, options) => control(name, "select", {}, ...options.map((text) => new Option(text)));
-    const button = (text, title, onclick) => make("button", { type: "button", onclick, title }, text);
-    const scales = [choice("scale of the norm", ["log", "linear"]), choice("scale of the loss", ["linear", "log"])];
-    const more = choice("below", [...curves.keys(), "nothing"]), ema = `EMA over ${own.ema} steps`;
-    const smooth = control(ema, "input", { type: "checkbox", checked: true });
-    const ends = ["from step", "to step"].map((name) => make("input", { type: "number", ariaLabel: name }));
-    for (const end of ends) end.addEventListener("change", () => go(...ends.map(({ value }) => rowOf(+value))));
-    const place = make("div", { className: "steps", role: "application" }), out = make("output", {});
-    const bar = make("div", { className: "explore" }, make("span", {}, "steps ", ends[0], " to ", ends[1]),
-      button("−", "zoom out", () => zoom(2)), button("+", "zoom in", () => zoom(0.5)),
-      button("All", "every step", () => { pinned = null; go(0, n - 1); }),
-      button("◀ spike", "previous spike", () => hop(-1)), button("spike ▶", "next spike", () => hop(1)),
-      make("span", {}, "norm ", scales[0]), make("span", {}, "loss ", scales[1]), make("span", {}, smooth, ` ${ema}`),
-      make("span", {}, "below ", more), button("CSV", "these steps as CSV", csv));
-    for (const one of peaks.length ? [] : bar.querySelectorAll("[title$=spike]")) one.remove();
-    if (!curves.size) more.parentElement.remove();
+    const own = JSON.parse(figure.dataset.steps), curves = charts.decode(own);
+    const step = curves.grad_norm.x, last = step.length - 1;
+    const parts = figure.querySelector("template").content, [bar, out, place, , folded] = parts.children;
+    const { first, final, norm, loss, mean, below } = bar.elements;
+    const picture = figure.querySelector(".scroll");
+    picture.before(parts);
+    folded.append(picture);
+    let [from, to] = [0, last]; // rows
+    let pinned = null; // a step
+    const pin = (s) => { pinned = place.step = s; };
+    const rowOf = (s) => { const i = step.findIndex((v) => v >= s); return i < 0 ? last : i; };
+    const whole = () => to - from === last;
 
     // The view, in the address as #steps=120-180&step=131
 
     function go(a, b) {
-      const size = Math.max(Math.min(2, n - 1), Math.min(n - 1, Math.round(b - a)));
-      from = Math.max(0, Math.min(n - 1 - size, Math.round(a)));
+      const size = Math.max(Math.min(2, last), Math.min(last, Math.round(b - a)));
+      from = Math.max(0, Math.min(last - size, Math.round(a)));
       to = from + size;
-      return draw();
+      draw();
     }
-    function zoom(factor) {
-      const middle = pinned === null ? (from + to) / 2 : rowOf(pinned), half = (to - from) * factor / 2;
-      return go(middle - half, middle + half);
+    function goAround(s) {
+      pin(s);
+      go(rowOf(s) - AROUND, rowOf(s) + AROUND);
     }
     function hop(by) {
-      const rest = peaks.filter((s) => pinned === null || (s - pinned) * by > 0);
-      pinned = (rest.length ? rest : peaks).at(by > 0 ? 0 : -1); // behind the last the first
-      return go(rowOf(pinned) - AROUND, rowOf(pinned) + AROUND);
+      const rest = own.peaks.filter((s) => pinned === null || (s - pinned) * by > 0);
+      goAround((rest.length ? rest : own.peaks).at(by > 0 ? 0 : -1)); // behind the last the first
     }
     function restore() {
-      const asked = (form) => form.exec(location.hash)?.slice(1).map(Number);
-      const range = asked(/steps=(\d+)-(\d+)/), one = asked(/step=(\d+)/);
-      if (range || one) figure.parentElement.scrollIntoView();
-      pinned = one ? one[0] : null;
-      return range ? go(...range.map(rowOf)) : one ? go(rowOf(pinned) - AROUND, rowOf(pinned) + AROUND) : go(from, to);
+      const asked = new URLSearchParams(location.hash.slice(1));
+      const range = asked.get("steps")?.split("-").map(Number);
+      const kept = asked.has("step") ? Number(asked.get("step")) : null;
+      if (range || kept !== null) figure.parentElement.scrollIntoView();
+      if (!range && kept !== null) return goAround(kept);
+      pin(kept);
+      return range ? go(...range.map(rowOf)) : draw();
     }
     function remember() {
-      const parts = [whole() ? "" : `steps=${step[from]}-${step[to]}`, pinned === null ? "" : `step=${pinned}`];
-      const view = parts.filter(Boolean).join("&");
-      if (view || location.hash.startsWith("#step")) history.replaceState(null, "", `#${view || "trace"}`);
+      const view = new URLSearchParams(whole() ? {} : { steps: `${step[from]}-${step[to]}` });
+      if (pinned !== null) view.set("step", pinned);
+      const address = view.size ? `#${view}` : "#trace";
+      if (view.size || location.hash.startsWith("#step")) history.replaceState(null, "", address);
     }
 
-    function panels() {
-      const stroke = (colour, width = 1.3) => ({ line: { color: css(colour), width },
-        mode: width < 2 && to - from < 120 ? "lines+markers" : "lines", marker: { size: 5 } });
-      const part = (values) => values.subarray(Math.max(0, from - 1), to + 2); // a mark for each row takes time
-      const bold = smooth.checked ? [{ x: part(step), y: part(mean), ...stroke("--ink", 2.2) }] : [];
-      const clip = own.clip ? [["clip", own.clip]] : [], [x, y] = curves.get(more.value) || [];
-      const below = x === step ? { x: part(x), y: part(y) } : { x, y };
-      const log = scales.map(({ value }) => value === "log");
-      const all = [
-        panel("y", own.labels[0], log[0], inside, [{ x: part(step), y: part(norm), ...stroke("--link") }], clip),
-        panel("y2", own.labels[1], log[1], inside, [{ x: part(step), y: part(loss), ...stroke("--stable") }, ...bold],
-          own.levels, whole()),
-        ...(x ? [panel("y3", more.value, false, inside, [{ ...below, ...stroke("--diverged") }], [])] : []),
-      ];
-      const [ring, mark] = ["--diverged", "--mark"].map(css);
-      const rings = own.absolute.filter(inside);
-      all[0].traces.push({ x: rings, y: rings.map((s) => norm[rowOf(s)]), mode: "markers",
-        marker: { symbol: "circle-open", size: 11, color: ring, line: { width: 1.5 } }, hoverinfo: "skip" });
-      for (const [series, start, end] of own.spikes.filter(([, a, b]) => b >= step[from] && a <= step[to])) {
-        all[0].shapes.push({ type: "rect", x0: start - 0.5, x1: end + 0.5, y0: 0, y1: 1, opacity: 0.3, fillcolor: mark,
-          yref: series === "grad" ? "y domain" : "y2 domain", line: { width: 1, color: mark } });
-      }
-      if (pinned !== null) all[0].shapes.push(line(pinned, "solid"));
-      if (own.warmup && inside(own.warmup)) {
-        const late = own.warmup > (step[from] + step[to]) / 2, xanchor = late ? "right" : "left";
-        if (!late) Object.assign(all[0].annotations[0], { x: 1, xanchor: "right" }); // it makes room
-        all[0].shapes.push(line(own.warmup, "dot"));
-        const wide = place.clientWidth > 560; // narrower, the name of the panel needs the line
-        if (wide) all[0].annotations.push(note("warmup ends", { x: own.warmup, xref: "x", xanchor, y: 1, yref: "paper" }));
-      }
-      return all;
+    // What is in view of a curve, and so many points on either side.
+    function part({ x, y }, beside) {
+      const a = x.findIndex((s) => s >= step[from]), b = x.findLastIndex((s) => s <= step[to]);
+      const ends = [Math.max(0, (a < 0 ? x.length : a) - beside), b + 1 + beside];
+      return { x: x.slice(...ends), y: y.slice(...ends) };
     }
 
-    function reading(i) {
-      const parts = [`step ${step[i]}`, `norm ${brief(norm[i])}`, `loss ${brief(loss[i])}`, `EMA ${brief(mean[i])}`];
-      if (columns.clip_scale?.[i] < 1) parts.push(`clipped, times ${brief(columns.clip_scale[i])}`);
-      const [x, y] = curves.get(more.value) || [[]], j = x.findLastIndex((s) => s <= step[i]);
-      if (j >= 0) parts.push(`${more.value} ${brief(y[j])}${x[j] < step[i] ? ` at ${x[j]}` : ""}`);
-      if (own.spikes.some(([, a, b]) => step[i] >= a && step[i] <= b)) parts.push("in a spike");
-      return parts.join(", ");
-    }
-    const still = () => (pinned === null ? `${to - from + 1} of ${n} recorded steps` : reading(rowOf(pinned)));
-
-    function csv() {
-      const rows = [Object.keys(columns)], name = whole() ? own.trial : `${own.trial}-steps-${step[from]}-${step[to]}`;
-      for (let i = from; i <= to; i += 1) rows.push(Object.values(columns).map((values) => values[i]));
-      save(new Blob(rows.map((row) => `${row.join(",")}\r\n`), { type: "text/csv" }), `${name}.csv`);
-    }
+    const isShown = ({ name, yaxis }) => (name !== "EMA" || mean.checked) && (yaxis !== "y3" || name === below.value);
 
     function draw() {
-      out.textContent = still();
-      for (const [i, row] of [from, to].entries()) ends[i].value = step[row];
       remember();
-      place.ariaLabel = `Steps ${step[from]} to ${step[to]}: arrow keys move the cursor, + and - zoom, Home shows all`;
-      const dtick = Math.max(1, nice((step[to] - step[from] + 1) / Math.max(3.5, place.clientWidth / 180)));
-      const changed = (range) => { // by the pointer or the keyboard
-        const [a, b] = range ? [rowOf(Math.ceil(range[0])), rowOf(Math.floor(range[1]))] : [0, n - 1];
-        if (a !== from || b !== to) go(a, b);
-      };
-      const cursor = (at) => { out.textContent = at === null ? still() : reading(rowOf(at)); };
-      const range = [step[from] - 0.5, step[to] + 0.5], axis = { dtick, tick0: 0, tickformat: "d" }, margin = { t: 24 };
-      return charts.draw(place, panels(), { range, axis, margin, changed, cursor });
+      [first.value, final.value] = [step[from], step[to]];
+      place.cursor(null);
+      const mode = to - from < MARKED ? "lines+markers" : "lines";
+      const data = own.data.filter(isShown).map((one) => (
+        { mode, ...one, ...part(curves[one.curve], one.mode === "markers" ? 0 : 1) }));
+      const reached = ({ yref, y0 }) => data.some(({ yaxis, y }) => (
+        yaxis === yref && y.some((v) => v <= y0) && y.some((v) => v >= y0)));
+      const isInView = (shape) => (
+        shape.xref ? whole() || reached(shape) : shape.x1 >= step[from] && shape.x0 <= step[to]);
+      const pins = pinned === null ? [] : [{ ...own.pin, x0: pinned, x1: pinned }];
+      const { layout } = own;
+      Object.assign(layout.xaxis, { range: [step[from] - 0.5, step[to] + 0.5], dtick: to - from < 10 ? 1 : null });
+      layout.yaxis.type = norm.value;
+      layout.yaxis2.type = loss.value;
+      layout.yaxis3.title.text = below.value;
+      const shapes = [...layout.shapes.filter(isInView), ...pins];
+      return charts.draw(place, below.value ? 3 : 2, data, { ...layout, shapes });
     }
 
-    const picture = figure.querySelector(".scroll");
-    picture.before(bar, out, place);
-    restore().then(() => {
-      const folded = make("details", {}, make("summary", {}, "The whole trace as one picture"));
-      const hint = "Drag to choose a range, double-click for all; a click keeps a step in the address of this page.";
-      picture.replaceWith(make("p", { className: "hint" }, hint), folded);
-      folded.append(picture);
-      place.on("plotly_click", ({ points }) => { pinned = points[0].x; draw(); });
-      window.addEventListener("hashchange", restore);
-      matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-    }, ({ message }) => {
-      for (const part of [bar, place]) part.remove();
-      out.replaceWith(make("p", { className: "hint" }, message));
-    });
+    function reading(s) {
+      const isRead = (one) => one.name && (isShown(one) || one.curve === "clip_scale");
+      const values = own.data.filter(isRead).map(({ name, curve }) => (
+        `${name} ${charts.read(curves[curve], s)}`));
+      const inSpike = own.layout.shapes.some(({ type, x0, x1 }) => type === "rect" && s >= x0 && s <= x1);
+      return [`step ${s}`, ...values, ...(inSpike ? ["in a spike"] : [])].join(", ");
+    }
+
+    function csv(link) {
+      const columns = Object.entries(curves).filter(([, { x }]) => x === step), lines = [];
+      for (let i = from; i <= to; i += 1) lines.push([step[i], ...columns.map(([, { y }]) => y[i])]);
+      const text = [["step", ...columns.map(([name]) => name)], ...lines].map((line) => `${line}\r\n`);
+      link.href = URL.createObjectURL(new Blob(text, { type: "text/csv" }));
+      link.download = `${own.trial}${whole() ? "" : `-steps-${step[from]}-${step[to]}`}.csv`;
+    }
+
+    place.cursor = (s) => {
+      place.step = s ?? pinned;
+      out.value = place.step === null ? `${to - from + 1} of ${last + 1} recorded steps` : reading(place.step);
+    };
+    place.zoomed = (range) => { // by the pointer or the keyboard
+      const [a, b] = range ? [rowOf(Math.ceil(range[0])), rowOf(Math.floor(range[1]))] : [0, last];
+      if (a !== from || b !== to) go(a, b);
+    };
+    const actions = {
+      out: () => charts.zoom(place, 2), in: () => charts.zoom(place, 0.5), next: () => hop(1), previous: () => hop(-1),
+      all: () => { pin(null); go(0, last); }, csv,
+    };
+    bar.onclick = ({ target }) => actions[target.dataset.does]?.(target);
+    place.clicked = (s) => { pin(s); draw(); };
+    bar.onchange = ({ target }) => (target.type === "number" ? go(rowOf(first.value), rowOf(final.value)) : draw());
+    addEventListener("hashchange", restore);
+    restore();
   }
 
-  for (const figure of document.querySelectorAll("figure[data-steps]")) explore(figure);
+  for (const figure of document.querySelectorAll("figure[data-steps]")) {
+    const missing = ({ message }) => figure.prepend(make("p", { className: "hint" }, message));
+    charts.load("plotly.js").then(() => explore(figure), missing);
+  }
 }

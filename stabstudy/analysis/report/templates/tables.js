@@ -1,5 +1,9 @@
-// Sorts tables by their heads, filters long ones, copies what a button names. The page is complete without it.
+// Sorts tables by their heads, filters long ones, copies what stands beside a button. The page is complete without it.
 "use strict";
+
+const FILTER_FROM = 20; // rows from which a table gets a filter
+const ORDERS = { null: "ascending", ascending: "descending", descending: null }; // what follows what at a click
+const COMPARE = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b };
 
 const make = (tag, properties, ...children) => {
   const made = Object.assign(document.createElement(tag), properties);
@@ -7,65 +11,51 @@ const make = (tag, properties, ...children) => {
   return made;
 };
 
-const FILTER_FROM = 20; // rows from which a table gets a filter
-
-// "over 12" is 12, "2.35 ± 0.1" is 2.35; a dash is nothing; all else is text.
-function key(text) {
-  if (text === "–" || text === "") return null;
-  const number = /^(?:over )?(-?(?:∞|\d*\.?\d+(?:e[+-]?\d+)?))(?![\w])/.exec(text);
-  return number ? Number(number[1].replace("∞", "Infinity")) : text;
+// The number that a text starts with: "over 12" is 12, "2.35 ± 0.1" is 2.35; NaN where it is none.
+function number(text) {
+  const [, digits] = /^(?:over )?(-?(?:∞|\d*\.?\d+(?:e[+-]?\d+)?))(?!\w)/.exec(text) || [];
+  return digits ? Number(digits.replace("∞", "Infinity")) : NaN;
 }
 
 // Numbers before text, nothing last, whichever the direction.
-function compare(a, b, direction) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
-  return direction * (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
-}
-
-function sort(table, column, order) {
-  const heads = table.tHead.rows[0].cells;
-  const next = { none: "ascending", ascending: "descending", descending: "none" };
-  const state = next[heads[column].getAttribute("aria-sort") || "none"];
-  for (const head of heads) head.removeAttribute("aria-sort");
-  if (state !== "none") heads[column].setAttribute("aria-sort", state);
-  const direction = state === "descending" ? -1 : 1;
-  const keyed = order.map((row) => [key(row.cells[column].textContent.trim()), row]);
-  if (state !== "none") keyed.sort((a, b) => compare(a[0], b[0], direction));
-  table.tBodies[0].append(...keyed.map(([, row]) => row));
+function sorted(rows, column, direction) {
+  const keyed = rows.map((row) => {
+    const text = row.cells[column].textContent.trim(), value = number(text);
+    return { row, text, value, group: /^–?$/.test(text) ? 2 : Number(Number.isNaN(value)) };
+  });
+  const between = (a, b) => (a.group ? a.text.localeCompare(b.text, "en", { numeric: true }) : a.value - b.value);
+  return keyed.sort((a, b) => a.group - b.group || direction * between(a, b)).map(({ row }) => row);
 }
 
 function addSorting(table) {
-  const order = [...table.tBodies[0].rows];
-  [...table.tHead.rows[0].cells].forEach((head, column) => {
+  const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
     const button = make("button", {}, ...head.childNodes);
-    button.addEventListener("click", () => sort(table, column, order));
     head.append(button);
+    button.onclick = () => {
+      const order = ORDERS[head.ariaSort];
+      for (const other of heads) other.ariaSort = null;
+      head.ariaSort = order;
+      body.append(...(order ? sorted(rows, column, order === "ascending" ? 1 : -1) : rows));
+    };
   });
 }
+
+const plain = (name) => name.toLowerCase().replace(/[^a-z0-9.]+/g, "_").replace(/^_|_$/g, "");
+const amount = (text) => number(text) / (text.endsWith("%") ? 100 : 1);
 
 // How alike two names are: the pairs of letters of one that the other has too.
 const alike = (a, b) => [...a].filter((_, i) => i && b.includes(a.slice(i - 1, i + 1))).length / (a.length + b.length);
 
-const plain = (name) => name.toLowerCase().replace(/[^a-z0-9.]+/g, "_").replace(/^_|_$/g, "");
-const ORDER = { "<": (a, b) => a < b, "<=": (a, b) => a <= b, ">": (a, b) => a > b, ">=": (a, b) => a >= b };
-
-// The number that a text starts with, "3 %" as 0.03; null where it is none.
-function amount(text) {
-  const value = key(text);
-  return typeof value !== "number" ? null : text.endsWith("%") ? value / 100 : value;
-}
-
 // Whether a text fulfils `=a`, `=a,b` (either), `=a..b` (from, to; an end may be left out), `!=a`, `<a` and so on.
 function condition(operator, operand) {
-  const wanted = amount(operand);
-  if (ORDER[operator] && wanted === null) throw new Error(`${operand} is no number`);
-  if (ORDER[operator]) return (text) => amount(text) !== null && ORDER[operator](amount(text), wanted);
+  const compare = COMPARE[operator], wanted = amount(operand);
+  if (compare && Number.isNaN(wanted)) throw new Error(`${operand} is no number`);
+  if (compare) return (text) => compare(amount(text), wanted);
   const either = operand.split(",").map((part) => {
-    const [low, high] = part.split("..").map(amount);
-    const within = (value) => value !== null && value >= (low ?? -Infinity) && value <= (high ?? Infinity);
-    if (part.includes("..")) return within;
-    return (value, text) => (value === null || low === null ? text === part : value === low);
+    const [low, high] = part.split("..").map(amount); // NaN, which no number is beyond, where left out
+    if (part.includes("..")) return (value) => !(Number.isNaN(value) || value < low || value > high);
+    return (value, text) => value === low || text === part;
   });
   return (text) => either.some((holds) => holds(amount(text), text)) === (operator === "=");
 }
@@ -89,10 +79,9 @@ function term(token, names) {
 function addFilter(table) {
   const rows = [...table.tBodies[0].rows];
   const cells = rows.map((row) => [...row.cells].map((cell) => cell.textContent.trim().toLowerCase()));
-  const input = make("input", { type: "search", placeholder: "words, or column = value" });
-  const count = make("output", {});
-  table.names = new Map([...table.tHead.rows[0].cells].flatMap((head, i) => (
-    (head.dataset.names || plain(head.textContent)).split(" ").map((name) => [name, i]))));
+  const input = make("input", { type: "search", placeholder: "words, or column = value" }), count = make("output", {});
+  const named = (head) => (head.dataset.names || plain(head.textContent)).split(" ");
+  table.names = new Map([...table.tHead.rows[0].cells].flatMap((head, i) => named(head).map((name) => [name, i])));
   table.ask = (text) => {
     const wrong = [];
     input.value = text;
@@ -100,14 +89,14 @@ function addFilter(table) {
       try { return [term(token, table.names)]; } catch (error) { wrong.push(error.message); return []; }
     });
     rows.forEach((row, i) => { row.hidden = !table.asked.every(({ holds }) => holds(cells[i])); });
-    const shown = rows.filter((row) => !row.hidden).length;
-    count.textContent = [...(table.asked.length ? [`${shown} of ${rows.length} rows`] : []), ...wrong].join("; ");
-    count.classList.toggle("wrong", wrong.length > 0);
+    const shown = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+    count.textContent = [...(table.asked.length ? [shown] : []), ...wrong].join("; ");
+    count.className = wrong.length ? "wrong" : "";
     table.dispatchEvent(new Event("filtered"));
   };
-  input.addEventListener("input", () => table.ask(input.value));
-  (document.getElementById(table.dataset.filter) || table.parentElement).before(
-    make("label", { className: "filter" }, "Filter ", input, " ", count));
+  input.oninput = () => table.ask(input.value);
+  const place = document.getElementById(table.dataset.filter) || table.parentElement;
+  place.before(make("label", { className: "filter" }, "Filter ", input, " ", count));
   table.ask("");
 }
 
@@ -117,13 +106,10 @@ for (const table of document.querySelectorAll("table")) {
   if (rows >= FILTER_FROM || table.dataset.filter) addFilter(table);
 }
 
-// <button data-copy="some text">, or data-copy="#id" for the text of that element. Hidden until now: it needs a script.
-for (const button of document.querySelectorAll("[data-copy]")) {
-  const { textContent: words, dataset: { copy } } = button;
-  button.hidden = false;
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(/^#[\w-]+$/.test(copy) ? document.querySelector(copy).textContent : copy);
+for (const button of document.querySelectorAll(".copy button")) {
+  button.onclick = async () => {
+    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
     button.textContent = "copied";
-    setTimeout(() => { button.textContent = words; }, 1500);
-  });
+    setTimeout(() => { button.textContent = "copy"; }, 1500);
+  };
 }
