@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stabstudy import store
+from stabstudy import store, sweep
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.search import strategy
 from stabstudy.settings import ConfigError
@@ -286,6 +286,42 @@ def test_named_cases_are_cells_of_the_search_unless_they_set_the_value(folder: P
     assert plan.planner is not None
     assert [rest.case for rest in plan.planner.rests] == [None, None, "normed"]
     assert {t.case for t in plan.trials} >= {None, "normed", "fixed"}
+
+
+SEARCH = """\
+# @package _global_
+# Which recipe has the lowest loss?
+defaults:
+  - override /data: synthetic
+sweep: {search: {trials: 4, minimize: final_loss, space: {optim.lr: {log: [1e-3, 1e-1]}}}}
+"""
+FRONTIER, GRID = "optim.lr={between:[1e-3,1]}", "optim.lr=1e-3,1e-2"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("first", "second", "own"), [(GRID, FRONTIER, "frontier"), (FRONTIER, GRID, "grid")])
+def test_a_grid_and_a_frontier_never_share_a_study(
+    folder: Path, planted: list[list[str]], first: str, second: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(planned(folder, first))
+    before = contents(folder)
+    assert sweep.main([*TINY, second]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: conf: study: ") and line.endswith(f"a study of its own, study=reach_{own}")
+    assert contents(folder) == before, "nothing is changed"
+    assert planned(folder, second, f"study=reach_{own}").study == f"reach_{own}"
+    assert planned(folder, first, "seeds=4").study == "reach", "more of the same kind is growth"
+
+
+def test_a_search_shares_no_study_with_a_grid_or_a_frontier(folder: Path, planted: list[list[str]]) -> None:
+    for words in ([FRONTIER], [GRID]):
+        (folder / "sweeps" / "reach.yaml").write_text(SWEEP)
+        launch(planned(folder, *words, study_of := f"study={len(words[0])}"))
+        (folder / "sweeps" / "reach.yaml").write_text(SEARCH)
+        assert "give the search a study of its own" in problem(folder, study_of)
 
 
 @pytest.mark.slow
