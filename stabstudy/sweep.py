@@ -44,7 +44,7 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
   seeds=5              or seeds=[0,7]
   launcher=ray|local   local: in this process, one pack after another
   stop=hopeless        end trials early that have hardly a chance to end near the best; default diverged
-  max_trials=10000     larger products are refused
+  max_trials=10000     larger products are refused, and a search ends there
   force=true           launch although the memory estimate refuses it
 """
 

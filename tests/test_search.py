@@ -237,6 +237,19 @@ def test_a_budget_of_trials_holds_over_relaunches(folder: Path, planted: list[li
     assert len(trained(folder)) == 8
 
 
+def test_max_trials_bounds_a_search_over_all_its_launches(
+    folder: Path, planted: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit, left in (("max_trials=5", 5), ("max_trials=5", 5), ("max_trials=9", 9)):
+        assert launch(planned(folder, limit)).code == 0 and len(trained(folder)) == left
+        last, reached = capsys.readouterr().out.splitlines()[-2:]
+        assert reached == f"{limit} is reached: the search ends here; launched with a larger one, it goes on"
+        assert last.startswith("optim.lr is stable up to: depth=1: "), "what is known"
+    assert launch(planned(folder, "max_trials=20", "budget.trials=10")).code == 0 and len(trained(folder)) == 10
+    assert "\nbudget.trials=10 is reached" in capsys.readouterr().out
+    assert len(planned(folder, "max_trials=3").trials) == 3, "of those that stand there too"
+
+
 def test_a_limited_grid_is_walked_cell_by_cell_in_an_order_that_growth_keeps(folder: Path) -> None:
     words = ["optim.lr={log:[1e-3,1e-1],num:8}"]
     whole = planned(folder, *words)

@@ -248,8 +248,9 @@ def _cells(
 
     Raises ConfigError at once for a product that is too large to look at.
     """
-    seeds, issues = request.seeds or sweep.seeds, composer.issues
-    if not axes.check_count(product, len(sweep.cases), len(seeds), request.launch.max_trials, issues):
+    issues = composer.issues
+    seeds = 1 if ends[0] else len(request.seeds or sweep.seeds)  # a search begins with one trial of each cell
+    if not axes.check_count(product, len(sweep.cases), seeds, request.launch.max_trials, issues):
         issues.stop()
     cells = []
     for case, chosen in axes.combinations(product, sweep.cases, request.pins):
