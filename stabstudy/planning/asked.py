@@ -21,6 +21,7 @@ from stabstudy import disk, store
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.planning.document import UNREADABLE
 from stabstudy.settings import ConfigError, Issues, Problem, renamed
+from stabstudy.wording import HIDDEN
 
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
@@ -45,7 +46,6 @@ _SECRET_VALUE = re.compile(
     r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
 )
 _SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
-HIDDEN = "<hidden>"
 
 
 def redact(value: Any) -> Any:
