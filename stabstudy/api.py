@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shlex
 import signal
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -152,10 +151,11 @@ def _end(plan: Plan, outcome: Outcome, say: Callable[[str], None]) -> None:
     from stabstudy import cli
     from stabstudy.planning.compute import NotReadyError
     from stabstudy.store import StoreError
+    from stabstudy.wording import command
 
     if outcome.code == cli.PARTIAL:
         raise StoreError(outcome.reason)
-    say(f"stopped; the same call resumes, and so does: {shlex.join(['python', '-m', 'stabstudy.sweep', *plan.argv])}")
+    say(f"stopped; the same call resumes, and so does: {command(plan.argv)}")
     if outcome.signal is None:
         raise NotReadyError(outcome.reason)
     signal.raise_signal(outcome.signal)

@@ -6,7 +6,6 @@ No byte of a source is changed.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     from stabstudy.disk import LockHeldError
     from stabstudy.ingesting import choice, runs
     from stabstudy.store import StoreError
+    from stabstudy.wording import command
 
     folder = args.results_dir.expanduser() / args.study
     try:
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace, given: Sequence[str]) -> int:
     except StoreError as error:
         return cli.fail("ingest", cli.BAD_INPUT, str(error))
     _say_meanings(usable)
-    cli.say(f"{_counted(outcomes)} in {folder}; next: python -m stabstudy.report {shlex.quote(str(folder))}")
+    cli.say(f"{_counted(outcomes)} in {folder}; next: {command([str(folder)], 'stabstudy.report')}")
     return cli.PARTIAL if code else cli.OK
 
 

@@ -80,11 +80,12 @@ def is_over(status: str, stop: str) -> bool:
     return status == "done" or (status == "stopped" and stop != "diverged")
 
 
-def close_attempt(state: State, status: str, error: dict[str, Any] | None = None) -> State:
-    """The state with its last attempt ended now, in this status."""
+def close_attempt(state: State, status: str, error: dict[str, Any] | None = None, seen: bool = True) -> State:
+    """The state with its last attempt ended in this status: now; at no known time where nobody has `seen` it."""
     attempts = state.attempts
     if attempts:
-        attempts = (*attempts[:-1], replace(attempts[-1], ended=disk.utc_now(), status=status, error=error))
+        ended = disk.utc_now() if seen else None
+        attempts = (*attempts[:-1], replace(attempts[-1], ended=ended, status=status, error=error))
     return replace(state, status=status, error=error, attempts=attempts)
 
 

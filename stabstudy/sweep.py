@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import shlex
 import sys
 import textwrap
 import traceback
@@ -44,7 +43,7 @@ or 'a={log:[1e-4,1e-2],num:5}') make an axis or replace it; one value pins the s
   seeds=5              or seeds=[0,7]
   launcher=ray|local   local: in this process, one pack after another
   stop=hopeless        end trials early that have hardly a chance to end near the best; default diverged
-  max_trials=10000     larger products are refused
+  max_trials=10000     larger products are refused, and a search ends there
   force=true           launch although the memory estimate refuses it
 """
 
@@ -135,9 +134,10 @@ def _dry_run(plan: Plan, as_json: bool) -> cli.Ending:
 def _ending(plan: Plan, outcome: Outcome, overrides: Sequence[str], written: api.Reported | None) -> cli.Answer:
     """The end of a launch as an object."""
     from stabstudy.sweeping import objects, progress
+    from stabstudy.wording import command
 
     page, answer = (None, None) if written is None else written[1:]
-    return objects.launch(progress.standing(plan.folder), outcome, _command(overrides), page, answer)
+    return objects.launch(progress.standing(plan.folder), outcome, command(overrides), page, answer)
 
 
 def _print(text: str) -> None:
@@ -145,12 +145,10 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _command(overrides: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", "stabstudy.sweep", *overrides])
-
-
 def _resume(overrides: Sequence[str]) -> str:
-    return f"stopped; the same command resumes: {_command(overrides)}"
+    from stabstudy.wording import command
+
+    return f"stopped; the same command resumes: {command(overrides)}"
 
 
 def _list(as_json: bool) -> cli.Ending:

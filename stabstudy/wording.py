@@ -1,7 +1,9 @@
-"""Counts, amounts, durations, values and errors as short text; tables with aligned columns for a terminal."""
+"""Counts, amounts, durations, values and errors as short text; commands; tables with aligned columns for a terminal."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,38 @@ def count(number: int, noun: str, thousands: str = "") -> str:
 def short_value(value: Any) -> str:
     """A setting's value in a label: '0.01', 'pysrc'; null is 'off'."""
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+HIDDEN = "<hidden>"
+"""In place of a secret that was typed."""
+
+_UNQUOTED = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
+_RESERVED = ("null", "true", "false", "nan", "inf")
+
+
+def command(words: Sequence[str], module: str = "stabstudy.sweep") -> str:
+    """What is typed in a shell to run one of our commands with these words."""
+    return shlex.join(["python", "-m", module, *words])
+
+
+def word(value: Any) -> str:
+    """A value as an override has it, in Hydra's grammar: None, a bool, a number, text, a list or a mapping of these.
+
+    Text stands in quotes where it would be read as anything else without them; in these a backslash is itself, unless
+    a quote follows.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{word(each)}' for key, each in value.items())}}}"
+    if isinstance(value, str):
+        if _UNQUOTED.fullmatch(value) and value.lower() not in _RESERVED:
+            return value
+        escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+        return f"'{escaped}'"
+    return repr(value)
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_recipe import CLIP, DEPTH, LR, ROUGH, UNTRAINED, at, change, rates
 
 from stabstudy.analysis import answer
+from stabstudy.analysis import commands as commands_of
 from stabstudy.analysis.report import findings
 from stabstudy.analysis.report.html import linked_html
 from stabstudy.analysis.report.markdown import linked_markdown
@@ -128,13 +129,13 @@ def test_no_command_where_none_can_ask_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert sentences(tabled.study(FLAT))[0] == text, "a study of before that was recorded"
     several = study([row | {"study": name} for name in "ab" for row in FLAT], "sweep=depth_lr")
     several._axes = {"study": ["a", "b"], LR: [1e-3, 1e-2, 1e-1]}
-    assert answer.command(several, 0.1, "stable", {}) is None
+    assert commands_of.searched(several, 0.1, "stable", {}) is None
     weights = {"objective.init_id": ["0" * 64]}
-    assert answer.command(study(FLAT, "sweep=x"), 0.1, "stable", weights) is None, "an identity is no path"
+    assert commands_of.searched(study(FLAT, "sweep=x"), 0.1, "stable", weights) is None, "an identity is no path"
     elsewhere = study(FLAT, "sweep=depth_lr")
-    assert answer.command(elsewhere, 0.1, "stable", {}) is not None
+    assert commands_of.searched(elsewhere, 0.1, "stable", {}) is not None
     monkeypatch.setattr(elsewhere, "ingested", True)
-    assert answer.command(elsewhere, 0.1, "stable", {}) is None
+    assert commands_of.searched(elsewhere, 0.1, "stable", {}) is None
 
 
 def test_a_recipe_whose_margin_is_open_has_its_own() -> None:

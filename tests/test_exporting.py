@@ -23,9 +23,10 @@ from test_launch import until
 from stabstudy import disk, export, extras, ingest, live
 from stabstudy.analysis.study import Study
 from stabstudy.exporting.event_files import EventFiles, read_progress
+from stabstudy.exporting.exported import _points
 from stabstudy.exporting.exporter import Exporter
 from stabstudy.store import StudyFolder, TrialFolder
-from stabstudy.trace import PROBES, TRACE
+from stabstudy.trace import PROBES, SKIPS, TRACE, from_dicts
 
 OF_TRACE = {
     "train/loss": "loss",
@@ -87,6 +88,12 @@ def test_each_record_is_read_back_whole(study: StudyFolder, tmp_path: Path, caps
     assert lines[0] == f"export: tensorboard --logdir {tmp_path / 'out'}" and len(lines) == 2
     for trial in study.trials():
         is_exported(trial, tmp_path / "out" / trial.trial_id)
+        rows: Any = trial.rows(TRACE)
+        for name in ("embed", "0", "head"):
+            of, norms = scalars(tmp_path / "out" / trial.trial_id, f"layer_grad_norm/{name}")
+            place = {"embed": 0, "0": 1, "head": -1}[name]
+            assert of == rows["step"].tolist()
+            np.testing.assert_array_equal(norms, rows["layer_grad_norm"][:, place].astype(np.float32))
     diverged = next(t for t in study.trials() if t.read_state().step == 61)
     steps, norms = scalars(tmp_path / "out" / diverged.trial_id, "train/grad_norm")
     assert steps[-1] == 60 and math.isnan(norms[-1]) and np.isfinite(norms[:-1]).all()
@@ -94,6 +101,13 @@ def test_each_record_is_read_back_whole(study: StudyFolder, tmp_path: Path, caps
     assert scalars(tmp_path / "out" / half.trial_id, "train/loss")[0][-1] == 46, "the torn block is left out"
     total = sum(len(rows) for t in study.trials() if (rows := t.rows(TRACE)) is not None)
     assert lines[1] == f"s: {total:,} new steps of 3 of 3 trials"
+
+
+def test_a_skipped_update_is_the_number_of_its_policy(tmp_path: Path) -> None:
+    rows = [{"step": i, "tokens": i, "seconds": 0.1, "lr": 1e-3, "loss": 2.0, "grad_norm": 1.0} for i in range(3)]
+    rows[1]["skip"] = SKIPS[-1]  # type: ignore[assignment]
+    (point,) = [p for p in _points(from_dicts(rows, TRACE), np.arange(3), np.zeros(3), -1) if "train/skip" in p.scalars]
+    assert (point.step, point.scalars["train/skip"]) == (1, len(SKIPS))
 
 
 def test_settings_verdict_and_numbers_of_a_done_trial(study: StudyFolder, tmp_path: Path) -> None:

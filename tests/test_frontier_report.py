@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from stabstudy import report as command
-from stabstudy.analysis import answer, forecasts, frontiers, plots, recipe, words
+from stabstudy.analysis import answer, commands, forecasts, frontiers, plots, recipe, words
 from stabstudy.analysis.elements import Absent, Figure, Text
 from stabstudy.analysis.figures import forecast_plot, frontier_plot, registry, tooltips
 from stabstudy.analysis.frontier import Edge
@@ -308,10 +308,10 @@ def test_open_beyond_and_below_come_with_the_command_that_goes_on(study: Study) 
     assert "optim.lr is stable up to 1 (depth 2, 9 trials), the largest value searched: the edge lies beyond." in text
     assert "optim.lr is not stable even at 1e-3 (depth 4, 9 trials), the smallest value searched" in text
     assert "optim.lr is stable up to about 0.100 [0.0500, 0.200] (depth 8, 9 trials; open)." in text
-    again = "python -m stabstudy.sweep sweep=planted"
+    again = "python -m stabstudy.sweep sweep=planted study=searched"
     assert (
-        "Not yet within the resolution 1.25 (depth 8): launch again, with more seeds where it trains nothing new: "
-        f"{again}\n" in text
+        "Not yet within the resolution 1.25 (depth 8): launch again, with more seeds or a larger limit where it trains "
+        f"nothing new: {again}\n" in text
     )
     assert "The search took 9 trials and 900 steps; 3 say nothing of the edge." in text
     assert f"This searches above the range (depth 2): {again} 'optim.lr={{between:[0.001,10]}}'\n" in text
@@ -319,14 +319,14 @@ def test_open_beyond_and_below_come_with_the_command_that_goes_on(study: Study) 
 
 
 def test_a_command_names_the_rule_and_the_resolution_where_they_are_no_defaults(study: Study) -> None:
-    of = made_up({(): edge(1.0, 1.0, math.inf, "beyond")}, {}, resolution=1.1, holds="works")
-    assert frontier_page.command(study, of, (1e-3, 10.0)) == (
-        "python -m stabstudy.sweep sweep=planted 'optim.lr={between:[0.001,10],resolution:1.1,holds:works}'"
-    )
+    text = commands.extended(study, Asked("optim.lr", 1e-3, 10.0, 1.1, "works"))
+    search = "'optim.lr={between:[0.001,10],resolution:1.1,holds:works}'"
+    assert text == f"python -m stabstudy.sweep sweep=planted study=searched {search}"
 
 
 def test_a_comparison_says_that_a_search_is_no_grid(study: Study, grid: Study) -> None:
     assert Study.concat([study, grid]).searched is None
+    assert not list(comparison_page.missing(Study.concat([study, grid]))), "its values are no levels to fill in"
     notes = list(comparison_page._searched([study, grid]))
     assert len(notes) == 1 and notes[0].startswith("searched is no grid: the values of optim.lr were chosen")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stabstudy import store
+from stabstudy import store, sweep
 from stabstudy.planning.plan import Plan, make_plan
 from stabstudy.search import strategy
 from stabstudy.settings import ConfigError
@@ -237,6 +237,19 @@ def test_a_budget_of_trials_holds_over_relaunches(folder: Path, planted: list[li
     assert len(trained(folder)) == 8
 
 
+def test_max_trials_bounds_a_search_over_all_its_launches(
+    folder: Path, planted: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit, left in (("max_trials=5", 5), ("max_trials=5", 5), ("max_trials=9", 9)):
+        assert launch(planned(folder, limit)).code == 0 and len(trained(folder)) == left
+        last, reached = capsys.readouterr().out.splitlines()[-2:]
+        assert reached == f"{limit} is reached: the search ends here; launched with a larger one, it goes on"
+        assert last.startswith("optim.lr is stable up to: depth=1: "), "what is known"
+    assert launch(planned(folder, "max_trials=20", "budget.trials=10")).code == 0 and len(trained(folder)) == 10
+    assert "\nbudget.trials=10 is reached" in capsys.readouterr().out
+    assert len(planned(folder, "max_trials=3").trials) == 3, "of those that stand there too"
+
+
 def test_a_limited_grid_is_walked_cell_by_cell_in_an_order_that_growth_keeps(folder: Path) -> None:
     words = ["optim.lr={log:[1e-3,1e-1],num:8}"]
     whole = planned(folder, *words)
@@ -286,6 +299,42 @@ def test_named_cases_are_cells_of_the_search_unless_they_set_the_value(folder: P
     assert plan.planner is not None
     assert [rest.case for rest in plan.planner.rests] == [None, None, "normed"]
     assert {t.case for t in plan.trials} >= {None, "normed", "fixed"}
+
+
+SEARCH = """\
+# @package _global_
+# Which recipe has the lowest loss?
+defaults:
+  - override /data: synthetic
+sweep: {search: {trials: 4, minimize: final_loss, space: {optim.lr: {log: [1e-3, 1e-1]}}}}
+"""
+FRONTIER, GRID = "optim.lr={between:[1e-3,1]}", "optim.lr=1e-3,1e-2"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("first", "second", "own"), [(GRID, FRONTIER, "frontier"), (FRONTIER, GRID, "grid")])
+def test_a_grid_and_a_frontier_never_share_a_study(
+    folder: Path, planted: list[list[str]], first: str, second: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(planned(folder, first))
+    before = contents(folder)
+    assert sweep.main([*TINY, second]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: conf: study: ") and line.endswith(f"a study of its own, study=reach_{own}")
+    assert contents(folder) == before, "nothing is changed"
+    assert planned(folder, second, f"study=reach_{own}").study == f"reach_{own}"
+    assert planned(folder, first, "seeds=4").study == "reach", "more of the same kind is growth"
+
+
+def test_a_search_shares_no_study_with_a_grid_or_a_frontier(folder: Path, planted: list[list[str]]) -> None:
+    for words in ([FRONTIER], [GRID]):
+        (folder / "sweeps" / "reach.yaml").write_text(SWEEP)
+        launch(planned(folder, *words, study_of := f"study={len(words[0])}"))
+        (folder / "sweeps" / "reach.yaml").write_text(SEARCH)
+        assert "give the search a study of its own" in problem(folder, study_of)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from stabstudy.planning.plan import make_plan
 from stabstudy.search import strategy
 from stabstudy.settings import ConfigError
 from stabstudy.store import StudyFolder
+from stabstudy.sweeping.launch import launch
 
 pytest.importorskip("optuna")
 
@@ -69,6 +70,16 @@ def test_a_launch_without_optuna_is_one_line(here: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(extras, "installed", lambda package: "none" if package == "optuna" else real(package))
     with pytest.raises(NotReadyError, match="needs optuna, not installed here: pip install"):
         strategy.begun(make_plan(WORDS, here))
+
+
+def test_max_trials_bounds_a_search(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(here)
+    words = [*WORDS, "data=synthetic", "data.synthetic.bytes=15000", "train.final_eval_tokens=64", "max_trials=4"]
+    for _ in range(2):
+        assert launch(strategy.begun(make_plan(words, here))).code == 0
+        assert len(StudyFolder(here / "results" / "mine").trials()) == 4, "two cells of two seeds"
+        known, reached = capsys.readouterr().out.splitlines()[-2:]
+        assert known.startswith("TPE, 2 of 6 cells: ") and reached.startswith("max_trials=4 is reached: ")
 
 
 @pytest.mark.slow

@@ -1,35 +1,19 @@
-"""Answers of a study as data, and commands for what lies beyond its grid."""
+"""Answers of a study as data, with the commands for what lies beyond its grid."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stabstudy import config as cfg
-from stabstudy.analysis import compare, recipe
+from stabstudy.analysis import commands, compare, recipe
 from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.levels import Level, plain, records
 from stabstudy.analysis.recipe import LR, NoRecipe, Recipe
-from stabstudy.analysis.report.recipe_formats import yaml_scalar
 from stabstudy.analysis.study import DEPTH, Study
-from stabstudy.settings import named_fields
 
 Row = Mapping[str, Any]
-
-FURTHER = 10
-"""How many times the largest level that holds a search for the limit goes, where the setting's own bound allows it."""
-
-_QUESTION = {name.partition(".")[0] for name in cfg.setting_names()} - {"seed"}
-SUFFIX = "_frontier"
-"""Of the name of the study that a search for the limit goes into."""
-
-QUICKSTART = "quickstart"  # the sweep of a launch that names none and asks nothing
-
-_HIDDEN, _UNTYPED = "<hidden>", "objective.init_id="
-"""Of a command that cannot be typed: a secret, and the identity of starting weights in place of their path."""
 
 _COUNTS = (
     "evaluable",
@@ -68,61 +52,12 @@ def pins(study: Study, by: str | None, levels: Sequence[Level]) -> dict[str, lis
     return {} if by is None or len(levels) == len(study.grid.axes[by]) else {by: list(levels)}
 
 
-def command(study: Study, low: float, holds: str, at: Mapping[str, Sequence[Level]]) -> str | None:
-    """The command that searches the limit of the learning rate above `low`, at these levels of other axes.
-
-    It is the last launch with that axis searched, in a study of its own: values that were chosen by results would take
-    the effects out of this study's report. None where no command can ask it: the trials were trained elsewhere
-    or belong to several studies, nobody recorded what was typed, or a secret was part of it.
-    """
-    high = min(FURTHER * low, _largest(LR))
-    if not 0 < low < high:
-        return None
-    chosen = [f"{axis}={','.join(map(yaml_scalar, levels))}" for axis, levels in at.items()]
-    rule = "" if holds == "stable" else f",holds:{holds}"
-    search = f"{LR}={{between:[{low:.6g},{high:.6g}]{rule}}}"
-    return _relaunch(study, (LR, "study", *at), [*chosen, f"study={study.name}{SUFFIX}", search])
-
-
-def filling(study: Study, at: Mapping[str, Sequence[Level]]) -> str | None:
-    """The command that trains these levels too, or seeds, in this study: its last launch with them. None as above."""
-    words = {"seeds" if axis == "seed" else axis: ",".join(map(yaml_scalar, levels)) for axis, levels in at.items()}
-    chosen = [f"{word}=[{levels}]" if word == "seeds" else f"{word}={levels}" for word, levels in words.items()]
-    return _relaunch(study, ("study", *words), [*chosen, f"study={study.name}"])
-
-
-def _relaunch(study: Study, without: Collection[str], chosen: Sequence[str]) -> str | None:
-    """The last launch of the study without these words and with those; None where no command can ask it."""
-    typed = study.provenance.get("argv")
-    if study.ingested or "study" in study.axes or not isinstance(typed, list):
-        return None
-    kept = [word for word in map(str, typed) if _name(word) not in without]
-    text = shlex.join(["python", "-m", "stabstudy.sweep", *_sweep(typed), *kept, *chosen])
-    return text if text.isprintable() and not any(mark in text for mark in (_HIDDEN, "`", _UNTYPED)) else None
-
-
 def margin_command(study: Study, found: Recipe) -> str | None:
     """The command that searches the limit of a recipe, where that lies beyond what was tried."""
     if found.margin is None or not found.margin.is_open:
         return None
     at = {axis: [level] for axis, level in (found.given | found.levels).items() if axis != LR}
-    return command(study, found.margin.stable_to, "stable", at)
-
-
-def _largest(setting: str) -> float:
-    """The largest value that the rules of the setting allow."""
-    return float(dict(named_fields(cfg.TrialConfig))[setting].metadata["le"])
-
-
-def _name(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
-
-
-def _sweep(typed: Sequence[str]) -> Iterator[str]:
-    """The name of the sweep where the launch left it to a rule, which other words would answer otherwise."""
-    names = [_name(word) for word in typed]
-    if "sweep" not in names and not any(name.partition(".")[0] in _QUESTION for name in names):
-        yield f"sweep={QUICKSTART}"
+    return commands.searched(study, found.margin.stable_to, "stable", at)
 
 
 def answer(study: Study) -> dict[str, Any]:
@@ -164,7 +99,7 @@ def _edge(of: Frontier, cell: CellEdge) -> dict[str, Any]:
 
 def _limit(study: Study, by: str | None, level: Level, row: Row, grid: Sequence[Level]) -> dict[str, Any]:
     at = {} if by is None else {by: level}
-    beyond = {holds: command(study, grid[-1], holds, pins(study, by, [level])) for holds in ends(row, grid)}
+    beyond = {holds: commands.searched(study, grid[-1], holds, pins(study, by, [level])) for holds in ends(row, grid)}
     values = {name: int(v) if name in _COUNTS and v is not None else v for name, v in row.items() if name != by}
     return {"setting": LR, "at": at, **values, "next": {"stable": None, "works": None} | beyond}
 

@@ -1,7 +1,7 @@
 """Trials as trackers take them: the settings that vary, scalars by step, and the verdict at the end.
 
 A scalar stands at the step of its record: a row of the trace at its own, 0-based, and a probe at the number of updates
-before it. Null is no scalar; NaN and infinities are. Norms of single layers stay in the study.
+before it. Null is no scalar; NaN and infinities are. A skipped update is the number of the policy that skipped it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stabstudy.stability.rules import Rules
 from stabstudy.stability.summary import Source, judge_trial, read_summary
 from stabstudy.state import State
 from stabstudy.store import StoreError, StudyFolder, TrialFolder
-from stabstudy.trace import LOG, PROBES, Rows, Schema, of_objective
+from stabstudy.trace import LOG, PROBES, SKIPS, Rows, Schema, of_objective
 from stabstudy.wording import short_value
 
 NAMED = {
@@ -32,7 +32,8 @@ NAMED = {
 }
 """Columns under the names that trackers show first, which are those of Hugging Face."""
 
-LEFT_OUT = ("step", "layer_grad_norm", "skip")
+LAYERS = "layer_grad_norm"
+"""The list whose entries stand in a group of their own."""
 
 SUMMARY = {
     "spikes": "spike_events",
@@ -204,13 +205,22 @@ def _record(folder: TrialFolder, schema: Schema) -> Rows | None:
 
 def _points(rows: Rows, steps: NDArray[np.int64], times: NDArray[np.float64], after: int) -> Iterator[Point]:
     """A point for each row whose step is above `after`."""
-    flat = rows.only([name for name in rows.schema.names if name not in LEFT_OUT]).flat()
-    columns = {tag(name, rows.schema): (values, null) for name, (values, null) in flat.items() if name != "step"}
+    flat = {name: column for name, column in rows.flat().items() if name != "step"}
+    columns = {tag(name, rows.schema): (_numbers(name, values), null) for name, (values, null) in flat.items()}
     for i in np.flatnonzero(steps > after).tolist():
         scalars = {t: float(values[i]) for t, (values, null) in columns.items() if null is None or not null[i]}
         yield Point(int(steps[i]), float(times[i]), scalars)
 
 
+def _numbers(column: str, values: NDArray[Any]) -> NDArray[Any]:
+    """The values; of text the number of each policy, 0 for none."""
+    if column != "skip":
+        return values
+    return np.array([SKIPS.index(value) + 1 if value in SKIPS else 0 for value in values.tolist()])
+
+
 def tag(column: str, schema: Schema) -> str:
     """What a column of a record is called in a tracker."""
+    if column.startswith(f"{LAYERS}_"):
+        return f"{LAYERS}/{column.removeprefix(f'{LAYERS}_')}"
     return NAMED.get(column, f"{'probes' if schema.name == PROBES.name else 'train'}/{column}")

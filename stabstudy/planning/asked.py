@@ -1,7 +1,8 @@
 """The record of what a study was asked, sweep.yaml; and the check of a launch against it.
 
 A study holds one sweep. Launching the same sweep again with other values is growth: its trials have other ids and are
-added. Another sweep in the same folder, or the same data settings over text that has changed, is refused.
+added. Another sweep in the same folder is refused, and so are a grid and a search in one study, whose report would be
+that of a search, and the same data settings over text that has changed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stabstudy import disk, store
 from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.planning.document import UNREADABLE
 from stabstudy.settings import ConfigError, Issues, Problem, renamed
+from stabstudy.wording import HIDDEN
 
 PRIMARY = "conf/trial.yaml"
 """What a launch without a sweep starts from. It stands where the name of a sweep would; no sweep can be called so."""
@@ -44,7 +46,6 @@ _SECRET_VALUE = re.compile(
     r"\b(?:hf_\w{8,}|sk-[\w-]{8,}|AKIA[0-9A-Z]{8,}|gh[pousr]_\w{8,})|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
 )
 _SETTINGS = {name.rpartition(".")[2] for name in cfg.setting_names()}  # of which one counts tokens
-HIDDEN = "<hidden>"
 
 
 def redact(value: Any) -> Any:
@@ -82,8 +83,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def check_belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, str], issues: Issues) -> dict[str, Any]:
-    """Refuse a launch that would mix two studies. Returns the sweep.yaml before it, {} for a new study."""
+def kind(record: Mapping[str, Any]) -> str:
+    """How the trials of a sweep.yaml were chosen: `grid`, `frontier` or `search`."""
+    return next((way for way in ("frontier", "search") if record.get(way)), "grid")
+
+
+def check_belongs(
+    folder: Path, sweep: str, way: str, fingerprints: Mapping[DataConfig, str], issues: Issues
+) -> dict[str, Any]:
+    """Refuse a launch that would mix two studies. Returns the sweep.yaml before it, {} for a new study.
+
+    `way`: the `kind` of what is launched.
+    """
     before = read_record(folder)
     if before is None:
         if strangers := _strangers(folder):
@@ -96,6 +107,9 @@ def check_belongs(folder: Path, sweep: str, fingerprints: Mapping[DataConfig, st
         same = "leave out sweep=" if named == PRIMARY else f"use sweep={named}"
         hint = f"name a new study with study=NAME, or {same}"
         issues.refuse("study", f"{folder} holds another sweep: {hint}", f"sweep {sweep}, in that folder sweep {named}")
+    elif (was := kind(before)) != way:
+        rule = f"{folder} holds a {was}, and trials that were chosen in two ways share no report"
+        issues.refuse("study", f"{rule}: give the {way} a study of its own, study={folder.name}_{way}")
     else:
         _same_data(before, fingerprints, issues)
     return before

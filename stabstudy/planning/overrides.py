@@ -43,7 +43,7 @@ class Launch:
     results_dir: str = setting("results")
     launcher: str = setting("ray", choices=("ray", "local"))
     stop: str | None = setting(None, choices=STOPS)  # which trials are ended early; null: what the sweep says
-    max_trials: int = setting(10_000, ge=1, le=10**6)
+    max_trials: int = setting(10_000, ge=1, le=10**6)  # a larger product is refused, a search ends there
     force: bool = setting(False)  # launch although, by the memory estimate, it cannot fit
 
 

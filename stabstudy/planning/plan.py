@@ -129,7 +129,8 @@ def _plan(ask: Ask, cwd: Path, issues: Issues, to_launch: bool, above: tuple[str
     every = planned(cells, request.seeds or sweep.seeds, known)
     trials = distinct(without_excluded(every, sweep.exclude, request.names, issues), issues)
     folder = study_folder(request, cwd)
-    before = asked.check_belongs(folder, sweep.name, known, issues)
+    way = asked.kind({"frontier": frontier, "search": search})
+    before = asked.check_belongs(folder, sweep.name, way, known, issues)
     _check_engines([t.config for t in trials], issues)
     _check_rule(frontier, trials, issues)
     issues.stop()
@@ -247,8 +248,9 @@ def _cells(
 
     Raises ConfigError at once for a product that is too large to look at.
     """
-    seeds, issues = request.seeds or sweep.seeds, composer.issues
-    if not axes.check_count(product, len(sweep.cases), len(seeds), request.launch.max_trials, issues):
+    issues = composer.issues
+    seeds = 1 if ends[0] else len(request.seeds or sweep.seeds)  # a search begins with one trial of each cell
+    if not axes.check_count(product, len(sweep.cases), seeds, request.launch.max_trials, issues):
         issues.stop()
     cells = []
     for case, chosen in axes.combinations(product, sweep.cases, request.pins):

@@ -112,6 +112,12 @@ class Planner:
         return replace(self.sweep.budget, **self.request.budget)
 
     @property
+    def most(self) -> tuple[str, int]:
+        """How many trials a search may plan for the study, those of earlier launches too, and the key that says so."""
+        limits = {"max_trials": self.request.launch.max_trials, "budget.trials": self.budget.trials}
+        return min(((key, n) for key, n in limits.items() if n is not None), key=lambda limit: limit[1])
+
+    @property
     def searched(self) -> tuple[str, ...]:
         """The names that are searched."""
         if self.frontier is not None:

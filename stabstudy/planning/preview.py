@@ -12,6 +12,7 @@ from stabstudy import disk, extras, store, wording
 from stabstudy.config import TrialConfig
 from stabstudy.data import sources
 from stabstudy.planning import compute, estimate
+from stabstudy.planning.budget import hours_spent
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.trials import Pack, packs, packs_in_words
 from stabstudy.settings import safe
@@ -57,6 +58,7 @@ class Preview:
     cost: estimate.Cost | None  # None where nothing is to do
     notes: tuple[str, ...]
     obstacles: tuple[str, ...]  # why this machine cannot start it
+    hours_spent: float | None = None  # by the study's trials; None where the budget has no hours
 
     @property
     def stopped(self) -> int:
@@ -106,6 +108,7 @@ def look(plan: Plan) -> Preview:
         estimate.cost(_configs(packed), plan.compute, plan.launcher, rate) if todo else None,
         tuple(filter(None, [estimate.timescales([t.config for t in plan.trials])])),
         tuple(why_not_here(plan)),
+        None if plan.budget.hours is None else hours_spent(study),
     )
 
 
@@ -136,6 +139,9 @@ def show(preview: Preview) -> None:
         if preview.packs_differ:
             print(packs_in_words(preview.packed))
         print(_cost(preview.cost, preview.packs_differ))
+    if plan.budget.hours is not None and (spent := preview.hours_spent) is not None:
+        unspent = max(0.0, plan.budget.hours - spent)
+        print(f"budget of {plan.budget.hours:g} h: {spent:.3g} h spent, {unspent:.3g} h left")
     for note in preview.notes:
         print(note)
     for reason in preview.obstacles:

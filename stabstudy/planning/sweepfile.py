@@ -8,7 +8,7 @@
       exclude: ["model.depth == 10 and optim.lr > 3e-3"]
       conditions: [model.depth]              axes that are given and no advice (default: see analysis/recipe.py)
       frontier: {optim.lr: {between: [1e-4, 1.0], resolution: 1.25, holds: stable}}    or works; in place of an axis
-      budget: {trials: 200, hours: 4}        whichever comes first; a grid is then walked in random order
+      budget: {trials: 200, hours: 4}        of the study, whichever comes first; a grid is walked in random order
       stop: hopeless                         which trials are ended early (default: diverged, those alone)
       search: {sampler: TPE, trials: 60, minimize: [final_loss], space: {optim.lr: {log: [1e-4, 1e-1]}}}    see space.py
 

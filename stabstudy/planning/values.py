@@ -7,23 +7,19 @@ search; any other value pins its setting or chooses a preset. Everything behind 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from stabstudy.planning import axes, overrides
 from stabstudy.planning.overrides import Entry, Request
 from stabstudy.settings import Issues
+from stabstudy.wording import word
 
 LISTS = ("seeds",)
 """Names whose value may be a list; of every other name a list is an axis."""
-
-_UNQUOTED = re.compile(r"[A-Za-z_/][\w./-]*", re.ASCII)
-_RESERVED = ("null", "true", "false", "nan", "inf")
 
 
 def request(asked: Mapping[str, Any], loader: ConfigLoader | None, issues: Issues) -> Request:
@@ -55,7 +51,7 @@ def _entry(name: str, plain: Any, given: str, loader: ConfigLoader | None, issue
     if _is_axis(name, plain):
         return axes.values(name, plain, origin, loader, issues)
     if isinstance(plain, int | float) and overrides.is_text(name):
-        plain = _word(plain)
+        plain = word(plain)
     return overrides.entry(name, plain, origin, loader, issues)
 
 
@@ -94,20 +90,6 @@ def _text(value: str) -> str:
 def _override(name: str, plain: Any) -> str:
     """NAME=VALUE in Hydra's grammar."""
     if not _is_axis(name, plain):
-        return f"{name}={_word(plain)}"
-    words = ",".join(map(_word, plain))
+        return f"{name}={word(plain)}"
+    words = ",".join(map(word, plain))
     return f"{name}=choice({words})" if len(plain) == 1 and plain != [None] else f"{name}={words}"
-
-
-def _word(plain: Any) -> str:
-    """The value in Hydra's grammar; text in quotes where it would be read as anything else without them."""
-    if plain is None or isinstance(plain, bool):
-        return {None: "null", True: "true", False: "false"}[plain]
-    if isinstance(plain, list):
-        return f"[{','.join(map(_word, plain))}]"
-    if isinstance(plain, dict):
-        return f"{{{','.join(f'{key}:{_word(value)}' for key, value in plain.items())}}}"
-    if isinstance(plain, str):
-        is_plain = _UNQUOTED.fullmatch(plain) and plain.lower() not in _RESERVED
-        return plain if is_plain else QuotedString(plain, Quote.single).with_quotes()
-    return repr(plain)

@@ -68,4 +68,4 @@ def begun(plan: Plan) -> Plan:
     if not trials:
         raise ConfigError(Problem("sweep.exclude", "leaves nothing to train"))
     each = {trial.trial_id: trial for trial in (*trials, *plan.planner.fixed)}
-    return plan.planner.plan(list(each.values())[: plan.budget.trials])
+    return plan.planner.plan(list(each.values())[: plan.planner.most[1]])

@@ -28,20 +28,22 @@ class Growth:
         return is_over(self.study.trial(trial.trial_id).read_state().status, self.plan.stop)
 
     def more(self, slots: int | None) -> list[trials.Pack]:
-        """The packs of the next round; [] where nothing is left to ask, or the budget is spent.
+        """The packs of the next round; [] where nothing is left to ask, or no more trials may be planned.
 
         `slots`: how many packs run at once; None: as many as this machine has.
         """
         if self._strategy is None or self.plan.planner is None:
             return []
-        limit, before = self.plan.budget.trials, self.plan.trials
-        left = None if limit is None else limit - len(before)
+        (limit, most), before = self.plan.planner.most, self.plan.trials
         given_up = {t.trial_id for t in before if not self._is_over(t)}
         if self._rounds or not given_up:
             self._say(self._strategy.answer(self.study))
-        asked = self._strategy.next(self.study, strategy.room(self.plan, slots), given_up) if left != 0 else []
+        if len(before) >= most:
+            self._say(f"{limit}={most} is reached: the search ends here; launched with a larger one, it goes on")
+            return []
+        asked = self._strategy.next(self.study, strategy.room(self.plan, slots), given_up)
         known = {trial.trial_id for trial in before}
-        asked = [trial for trial in asked if trial.trial_id not in known][:left]
+        asked = [trial for trial in asked if trial.trial_id not in known][: most - len(before)]
         if not asked:
             return []
         grown = self.plan.planner.plan([*before, *asked])

@@ -24,6 +24,7 @@ from stabstudy.config import DataConfig, TrialConfig
 from stabstudy.data import tokens, weights
 from stabstudy.data.batches import Supply, open_batches
 from stabstudy.planning import compute, trials
+from stabstudy.planning.budget import hours_spent
 from stabstudy.planning.estimate import repetition
 from stabstudy.planning.plan import Plan, PlannedTrial
 from stabstudy.planning.preview import intact, waiting
@@ -189,8 +190,10 @@ def _train(
             board.labels |= {t.trial_id: label(t, grown) for t in new}
 
         growth = Growth(plan, study, take, board.say)
-        with stop.after(plan.budget.hours):
-            _run(growth, todo, cache_dir, board, stop)
+        spent = 0.0 if plan.budget.hours is None else hours_spent(study)
+        with stop.after(plan.budget.hours, spent):
+            if not stop.requested:
+                _run(growth, todo, cache_dir, board, stop)
     return _ended(study, growth.plan, stop, say)
 
 
@@ -203,7 +206,8 @@ def _ended(study: store.StudyFolder, plan: Plan, stop: StopRequest, say: Callabl
         code = cli.ENVIRONMENT if stop.number is None else 128 + stop.number
         return Outcome(code, early=True, reason=stop.reason, left=left)
     if stop.spent is not None:
-        say(f"{stop.spent}: {len(ids) - len(left)} of {len(ids)} trials have ended; launched again, it goes on")
+        ended = f"{len(ids) - len(left)} of {len(ids)} trials have ended"
+        say(f"{stop.spent}: {ended}; launched with a larger one, it goes on")
         return Outcome(cli.OK)
     return Outcome(cli.PARTIAL if left else cli.OK, left=left)
 
@@ -324,7 +328,7 @@ def _settle(study: store.StudyFolder, ids: Sequence[str]) -> None:
             state = folder.read_state()
             if state.status == "lost":
                 with disk.lock(folder.path):
-                    folder.write_state(close_attempt(state, "interrupted"))
+                    folder.write_state(close_attempt(state, "interrupted", seen=False))
 
 
 def label(trial: PlannedTrial, plan: Plan) -> str:

@@ -47,7 +47,7 @@ def plan(preview: Preview) -> Answer:
         "question": made.question,
         "starts_from": made.start,
         "search": None if made.planner is None else made.planner.asked,
-        "budget": made.budget.record,
+        "budget": made.budget.record | ({} if preview.hours_spent is None else {"hours_spent": preview.hours_spent}),
         "axes": {axis.name: axis.values for axis in made.axes},
         "seeds": list(dict.fromkeys(t.config.seed for t in made.trials)),
         "cells": cells,

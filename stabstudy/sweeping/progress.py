@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import shlex
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from stabstudy.planning.axes import rank
 from stabstudy.settings import renamed, renamed_below, safe
 from stabstudy.state import STATUSES, State
 from stabstudy.store import TrialFolder
-from stabstudy.wording import count, duration, short_value
+from stabstudy.wording import command, count, duration, short_value
 
 PLAIN_SECONDS = 15.0
 """Off a terminal and a notebook: at least this long between two progress lines."""
@@ -284,8 +283,8 @@ def show_status(now: Standing) -> None:
         wording.table(("trial", "settings", "status", "step", "verdict", "spikes"), rows)
     print(summary(now))
     if any(trial.elsewhere for trial in now.trials):
-        folder = shlex.quote(str(now.study.path))
-        print(f"runs trained elsewhere are judged in the report: python -m stabstudy.report {folder}")
+        judged = command([str(now.study.path)], "stabstudy.report")
+        print(f"runs trained elsewhere are judged in the report: {judged}")
 
 
 def summary(now: Standing) -> str:

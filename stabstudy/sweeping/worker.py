@@ -104,15 +104,17 @@ class StopRequest:
         self.tell_trials()
 
     @contextlib.contextmanager
-    def after(self, hours: float | None) -> Iterator[None]:
-        """Running trials write a checkpoint and end after so many hours; None: never."""
+    def after(self, budget: float | None, spent: float) -> Iterator[None]:
+        """Running trials write a checkpoint and end once what is left of a budget of hours has passed; None: never."""
 
         def spend() -> None:
-            self.spent = f"the budget of {hours:g} h is spent"
+            self.spent = f"the budget of {budget:g} h is spent"
             self.tell_trials()
 
-        timer = threading.Timer(hours * 3600, spend) if hours is not None else None
-        if timer is not None:
+        timer = threading.Timer((budget - spent) * 3600, spend) if budget is not None else None
+        if budget is not None and budget <= spent:
+            spend()
+        elif timer is not None:
             timer.daemon = True
             timer.start()
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stabstudy.analysis import answer, compare, matched_cells, recipe, study_statistics, words
+from stabstudy.analysis import adaptive, commands, compare, matched_cells, recipe, study_statistics, words
 from stabstudy.analysis.effects import CLEAR, REPORTED
 from stabstudy.analysis.elements import Answer, Bar, Block, Box, Count, Finding, Point, Report, Section, Table, Text
 from stabstudy.analysis.figures import curves, edges, labels, style
@@ -210,9 +210,10 @@ def disjoint(whole: Study) -> Iterator[str]:
 def missing(whole: Study) -> Iterator[str]:
     """The command that trains in a later study what it lacks of the first, or in the first what it lacks of that.
 
-    Nothing where that would not help: trials on other data are no partners.
+    Nothing where that would not help, as trials on other data are no partners, nor for values that were chosen by
+    results: those of a search are no levels of a grid.
     """
-    if _differ(whole.trials.groupby(STUDY)["data_fingerprint"]):
+    if _differ(whole.trials.groupby(STUDY)["data_fingerprint"]) or any(map(adaptive.why_biased, whole.parts.values())):
         return
     first, *others = whole.parts.items()
     for (own, study), (other, _) in [*((later, first) for later in others), *((first, later) for later in others)]:
@@ -221,7 +222,7 @@ def missing(whole: Study) -> Iterator[str]:
             there, wanted = (levels_of(whole.trials.loc[whole.trials[STUDY] == n, axis]) for n in (own, other))
             if not set(wanted) <= set(there):
                 lacking[axis] = wanted
-        if lacking and (command := answer.filling(study, lacking)) is not None:
+        if lacking and (command := commands.filled(study, lacking)) is not None:
             yield f"{TRAINS}{command}"
             return
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import adaptive, answer, cases, compare, recipe, searches, study_statistics, words
+from stabstudy.analysis import adaptive, answer, cases, commands, compare, recipe, searches, study_statistics, words
 from stabstudy.analysis.effects import reported, simple_effects
 from stabstudy.analysis.elements import Finding
 from stabstudy.analysis.holding import STABLE_MARGIN
@@ -141,7 +141,7 @@ def _search(study: Study, holds: str, by: str | None, levels: Sequence[Level]) -
     """The command that finds the limit at these levels, where it lies beyond the grid and a command can."""
     if not levels:
         return ""
-    command = answer.command(study, study.grid.axes[LR][-1], holds, answer.pins(study, by, levels))
+    command = commands.searched(study, study.grid.axes[LR][-1], holds, answer.pins(study, by, levels))
     return "" if command is None else f" {FINDS}{command}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stabstudy.analysis import adaptive, answer, compare, recipe, words
+from stabstudy.analysis import adaptive, answer, commands, compare, recipe, words
 from stabstudy.analysis.elements import Answer, Bar, Box, Code, Count, Figure, Pointer, Text
 from stabstudy.analysis.figures import sketches
 from stabstudy.analysis.figures.frontier_plot import interval, name_of
@@ -47,14 +47,14 @@ def boxes(study: Study, known: Shares) -> list[Box]:
         return list(_frontier(study, study.searched))
     part, pending = settled(study), to_come(study)
     stable = Box(STABLE if LR in study.grid.axes else "Stability", list(_stable(study, pending)))
-    commands = [item.text for item in stable.items if isinstance(item, Code)]
+    shown = [item.text for item in stable.items if isinstance(item, Code)]
     if (bias := adaptive.why_biased(study)) is not None:
         return [
             _all_counts(study, "Stability"),
             Box(DRIVERS, [Answer("Not computed"), Text(f"{_sentence(bias)}")]),
             _best(study),
         ]
-    return [stable, _drivers(study, part, known, pending), first_boxes.use_box(study, commands, pending)]
+    return [stable, _drivers(study, part, known, pending), first_boxes.use_box(study, shown, pending)]
 
 
 def _sentence(text: str) -> str:
@@ -223,7 +223,10 @@ def _commands(study: Study, by: str | None, rows: Sequence[tuple[Level, Row]]) -
     grid = study.grid.axes.get(LR, [])
     for holds, title in (("stable", FIND), ("works", f"{FIND} of the loss")):
         levels = [level for level, row in rows if holds in answer.ends(row, grid)]
-        if levels and (command := answer.command(study, grid[-1], holds, answer.pins(study, by, levels))) is not None:
+        if (
+            levels
+            and (command := commands.searched(study, grid[-1], holds, answer.pins(study, by, levels))) is not None
+        ):
             yield Code(title, command)
 
 
@@ -276,10 +279,10 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
     if more := len(of.cells) - len(edges[:SHOWN]):
         items.append(Text(f"{words.count(more, 'more cell')}: see Frontier."))
     lines = list(frontier_page.findings(study, of))
-    commands = [line for line in lines if ": python -m" in line]
-    items += [_bar(study), *_more(study), *(_command(line) for line in commands)]
+    further = [line for line in lines if ": python -m" in line]
+    items += [_bar(study), *_more(study), *(_command(line) for line in further)]
     yield Box(STABLE if of.asked.holds == "stable" else "Works up to", items)
-    told = {line for line in lines if line in commands or line.startswith(of.asked.setting)}
+    told = {line for line in lines if line in further or line.startswith(of.asked.setting)}
     left = [line for line in lines if line not in told]
     rest = [*left[:ODD], *([f"{len(left) - ODD} more: see Frontier."] if len(left) > ODD else [])]
     yield Box(

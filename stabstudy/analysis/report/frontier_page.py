@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import shlex
 from collections.abc import Iterator, Sequence
 
-from stabstudy import config as cfg
-from stabstudy.analysis import forecasts, words
+from stabstudy.analysis import commands, forecasts, words
 from stabstudy.analysis.elements import Block, Figure, Table, Text
 from stabstudy.analysis.figures import registry
 from stabstudy.analysis.figures.frontier_plot import interval, name_of
@@ -17,9 +14,7 @@ from stabstudy.analysis.frontier import Finding as Oddity
 from stabstudy.analysis.frontiers import CellEdge, Frontier
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level
-from stabstudy.analysis.report.recipe_formats import yaml_scalar
 from stabstudy.analysis.study import Study
-from stabstudy.settings import named_fields
 from stabstudy.store import StoreError
 
 HOLD = {"stable": "is stable", "works": "works"}
@@ -32,11 +27,6 @@ RULES = {
 
 MOST_CELLS = 8
 """Cells that the first screen names, and forecasts."""
-
-FURTHER = 10
-"""By how much a logarithmic range is extended."""
-
-_HIDDEN = "<hidden>"
 
 
 def findings(study: Study, of: Frontier) -> Iterator[str]:
@@ -73,19 +63,20 @@ def _unfinished(study: Study, of: Frontier) -> Iterator[str]:
     asked = of.asked
     opened = [c for c in of.cells if c.edge.status == "open"]
     if opened:
-        again = command(study, of, None)
-        do = "launch again, with more seeds where it trains nothing new" + ("" if again is None else f": {again}")
+        again = commands.relaunch(study)
+        more = "launch again, with more seeds or a larger limit where it trains nothing new"
+        do = more if again is None else f"{more}: {again}"
         which = "" if len(opened) == len(of.cells) else _cells(opened)
         yield f"Not yet within the resolution {asked.resolution:g}{which}: {do}"
-    for status, where, ends in (
-        ("beyond", "above", (asked.low, _further(asked.setting, asked.low, asked.high))),
-        ("below", "below", (_lower(asked.setting, asked.low, asked.high), asked.high)),
+    for status, where, wider in (
+        ("beyond", "above", commands.above(asked)),
+        ("below", "below", commands.below(asked)),
     ):
         if own := [c for c in of.cells if c.edge.status == status]:
-            if ends == (asked.low, asked.high):
+            if wider is None:
                 yield f"The setting allows nothing {where} the range{_cells(own)}."
-            elif (wider := command(study, of, ends)) is not None:
-                yield f"This searches {where} the range{_cells(own)}: {wider}"
+            elif (again := commands.extended(study, wider)) is not None:
+                yield f"This searches {where} the range{_cells(own)}: {again}"
 
 
 def _cells(cells: Sequence[CellEdge]) -> str:
@@ -204,41 +195,3 @@ def _no_forecast(of: Frontier) -> Iterator[str]:
             f"Forecast along {words.label(axis)}: needs {FEWEST_SIZES} sizes with a resolved edge at equal "
             f"levels of everything else, got {most}."
         )
-
-
-def command(study: Study, of: Frontier, ends: tuple[float, float] | None) -> str | None:
-    """The last launch again (`ends` None), or with the range extended to these ends; None where none can be typed."""
-    typed = study.provenance.get("argv")
-    if not isinstance(typed, list) or not all(isinstance(word, str) for word in typed):
-        return None
-    asked, kept = of.asked, [word for word in typed if word.partition("=")[0].lstrip("+") != of.asked.setting]
-    search = []
-    if ends is not None:
-        parts = [f"between:[{','.join(yaml_scalar(_short(end)) for end in ends)}]"]
-        parts += [] if asked.scale.log and asked.resolution == 1.25 else [f"resolution:{asked.resolution:g}"]
-        parts += [] if asked.holds == "stable" else [f"holds:{asked.holds}"]
-        search = [f"{asked.setting}={{{','.join(parts)}}}"]
-    text = shlex.join(["python", "-m", "stabstudy.sweep", *(typed if ends is None else kept), *search])
-    return None if _HIDDEN in text or not text.isprintable() else text
-
-
-def _short(end: float) -> int | float:
-    return int(end) if end.is_integer() and abs(end) < 1e6 else float(f"{end:.6g}")
-
-
-def _further(setting: str, low: float, high: float) -> float:
-    """The upper end of a range extended upwards, as far as the setting allows."""
-    return min(FURTHER * high if low > 0 else high + (high - low), _bound(setting, "le", "lt"))
-
-
-def _lower(setting: str, low: float, high: float) -> float:
-    bound = _bound(setting, "ge", "gt")
-    return max(low / FURTHER if low > 0 else low - (high - low), bound)
-
-
-@functools.cache
-def _bound(setting: str, *names: str) -> float:
-    """A bound by the setting's own rules; infinite where it has none."""
-    metadata = dict(named_fields(cfg.TrialConfig))[setting].metadata
-    bounds = [float(metadata[name]) for name in names if metadata.get(name) is not None]
-    return bounds[0] if bounds else float("inf") if names[0] == "le" else float("-inf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +34,7 @@ from stabstudy.stability.hopeless import (
 )
 from stabstudy.stability.rules import Rules
 from stabstudy.state import State
+from stabstudy.wording import command
 
 
 def sections(study: Study, states: Mapping[str, State], absent: Sequence[Absent]) -> Iterator[Section]:
@@ -217,7 +217,7 @@ def _provenance(study: Study, states: Mapping[str, State]) -> Iterator[tuple[str
     body = study.provenance
     if isinstance(argv := body.get("argv"), list):
         module = "stabstudy.ingest" if study.ingested else "stabstudy.sweep"
-        yield "command", words.clean(shlex.join(["python", "-m", module, *map(str, argv)]))
+        yield "command", words.clean(command([*map(str, argv)], module))
     for part in ("versions", "machine", "git"):
         values = body.get(part)
         if isinstance(values, dict):
