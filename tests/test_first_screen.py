@@ -183,7 +183,7 @@ def test_the_question_of_another_sweep_is_not_kept(tmp_path: Path) -> None:
     sweep.write_text(yaml.safe_dump({"question": "Does it fall?", "settings": {"optim.lr": 3e-3}}))
     assert Study.load(tmp_path / "s").question == "Does it fall?"
     sweep.write_text(yaml.safe_dump({"question": "Does it fall?", "settings": {"optim.lr": 3e-3, "model.depth": 6}}))
-    assert Study.load(tmp_path / "s").question == "What does model.depth change?"
+    assert Study.load(tmp_path / "s").question == "What does depth change?"
 
 
 # Every kind of study has three boxes

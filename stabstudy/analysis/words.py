@@ -9,23 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.wording import count as count  # beside the other words of a page
+from stabstudy.wording import LABELS as LABELS  # beside the other words of a page
+from stabstudy.wording import count as count
+from stabstudy.wording import label as label
+from stabstudy.wording import listing as listing
 
 NOTHING = "–"
 """Stands where a statistic is null: not measurable is not zero."""
-
-LABELS = {
-    "model.depth": "depth",
-    "optim.lr": "learning rate",
-    "train.batch_size": "batch size",
-    "optim.weight_decay": "weight decay",
-    "optim.warmup_steps": "warmup",
-    "optim.clip": "clip threshold",
-    "data": "dataset",
-    "model.qk_norm": "qk-norm",
-    "model.family": "model family",
-    "train.micro_batch_size": "micro-batch size",
-}
 
 STATISTICS = {
     "final_loss": "final validation loss",
@@ -172,11 +162,6 @@ def level(value: Any, setting: str = "") -> str:
     return clean(value, 60)
 
 
-def label(setting: str) -> str:
-    """What an axis is called in a sentence: `depth`."""
-    return LABELS.get(setting, setting)
-
-
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
@@ -225,11 +210,6 @@ def _signed(value: Any) -> str:
 def load(study: str) -> str:
     """Python that loads a study of this name, from where launches put it unless told otherwise."""
     return f'Study.load("results/{clean(study, 80)}")'
-
-
-def listing(items: list[str], last: str = "and") -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}" if items else ""
 
 
 def either(items: list[str]) -> str:

@@ -41,9 +41,8 @@ _HIDDEN = "<hidden>"
 
 def findings(study: Study, of: Frontier) -> Iterator[str]:
     """The edges, what is open, what contradicts them, what they cost, and the forecasts."""
-    named = of.cells[:MOST_CELLS]
-    yield from (_edge(of, cell) for cell in named if cell.edge.n)
-    if more := len(of.cells) - len(named):
+    yield from edges(of)
+    if (more := len(of.cells) - MOST_CELLS) > 0:
         yield f"{words.count(more, 'more cell')}: see Frontier."
     yield from _unfinished(study, of)
     for cell in of.cells:
@@ -52,9 +51,14 @@ def findings(study: Study, of: Frontier) -> Iterator[str]:
     yield from list(forecast_sentences(study, of))[:MOST_CELLS]
 
 
+def edges(of: Frontier) -> list[str]:
+    """A sentence for each of the first cells of which something is known."""
+    return [_edge(of, cell) for cell in of.cells[:MOST_CELLS] if cell.edge.n]
+
+
 def _edge(of: Frontier, cell: CellEdge) -> str:
-    """A sentence such as 'optim.lr is stable up to 0.235 [0.225, 0.263] (depth 2, 13 trials)'."""
-    edge, setting = cell.edge, of.asked.setting
+    """A sentence such as 'Learning rate is stable up to 0.235 [0.225, 0.263] (depth 2, 13 trials)'."""
+    edge, setting = cell.edge, words.capital(words.label(of.asked.setting))
     rests = f"({', '.join(filter(None, (name_of(cell), words.count(edge.n, 'trial'))))})"
     holds = f"{setting} {HOLD[of.asked.holds]}"
     if edge.status == "beyond":
@@ -104,7 +108,7 @@ def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
         verb = "holds again" if odd.holds else "does not hold"
     which = "the one trial" if odd.n == 1 else f"all {trials}"
     return (
-        f"Not monotone: {where}{which} at {of.asked.setting} {value} {verb}, {side} the interval "
+        f"Not monotone: {where}{which} at {words.label(of.asked.setting)} {value} {verb}, {side} the interval "
         f"{interval(cell.edge)} (chance of that under the fitted boundary: {words.number(odd.chance, 2)})."
     )
 
@@ -139,11 +143,11 @@ def _forecast(of: Frontier, one: Registered) -> str:
     edge = forecasts.measured(one, of)
     if edge is None:
         return (
-            f"At {where} the edge of {one.setting} is forecast at {expected} (power law through "
+            f"At {where} the edge of the {words.label(one.setting)} is forecast at {expected} (power law through "
             f"{len(one.measured)} sizes); the largest measured size, held out, was off by a factor "
             f"{words.number(10 ** abs(one.held_out), 2)}."
         )
-    before = f"At {where} the edge of {one.setting} had been forecast at {expected}"
+    before = f"At {where} the edge of the {words.label(one.setting)} had been forecast at {expected}"
     if edge.status != "resolved":
         return f"{before}; measured so far: {words.number(edge.estimate)} {interval(edge)} ({edge.status})."
     off = max(edge.estimate / one.estimate, one.estimate / edge.estimate)
@@ -167,8 +171,9 @@ def section(study: Study, of: Frontier) -> Iterator[Block]:
     """Rule and range, the figures, the table of every cell by each rule, the forecasts."""
     asked = of.asked
     kind = "a factor" if asked.scale.log else "a difference"
+    name = words.capital(words.label(asked.setting))
     yield Text(
-        f"{asked.setting} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
+        f"{name} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
         f"{asked.resolution:g}; the rule is {asked.holds}: {RULES[asked.holds]}. An edge is the median of its "
         "posterior with its 90 % interval, under a boundary of which all cells share the width; values whose trials "
         "contradict it are named and never left out."
