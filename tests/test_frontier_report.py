@@ -244,9 +244,21 @@ def test_further_axes_stand_side_by_side() -> None:
 
 
 def test_a_grid_has_no_such_figure(grid: Study) -> None:
-    absent = [block for block in registry.search_figures(grid) if isinstance(block, Absent)]
-    assert [a.what for a in absent] == ["Frontier"]
-    assert absent[0].why == "the sweep searched none (sweep.frontier)"
+    """And no row that says so: nobody asked for one."""
+    assert "Frontier" not in [block.what for block in registry.search_figures(grid) if isinstance(block, Absent)]
+
+
+def test_contradictions_that_chance_makes_are_counted_and_not_named() -> None:
+    """Of three values at one depth and one at another, two are rarer than RARE."""
+    odd = [Oddity(0.5, True, 1, 0.2), Oddity(0.6, True, 2, 0.01), Oddity(0.9, True, 1, frontier_page.RARE)]
+    cells = {
+        (2,): edge(0.1, 0.09, 0.11, odd=odd),
+        (4,): edge(0.1, 0.09, 0.11, odd=[Oddity(0.01, False, 3, 1e-4)]),
+    }
+    lines = list(frontier_page._oddities(made_up(cells, {"model.depth": [2, 4]})))
+    assert len(lines) == 3 and [line.partition(":")[0] for line in lines[:2]] == ["Not monotone"] * 2
+    assert "all 2 trials at learning rate 0.6" in lines[0] and "all 3 trials at learning rate 0.01" in lines[1]
+    assert lines[2].startswith("2 values contradict the intervals as chance may make them (each 0.05 or more")
 
 
 # the page

@@ -33,6 +33,9 @@ RULES = {
 MOST_CELLS = 8
 """Cells that the first screen names, and forecasts."""
 
+RARE = 0.05
+"""Chance, under the fitted boundary, below which a value that contradicts an interval is named in a sentence."""
+
 FURTHER = 10
 """By how much a logarithmic range is extended."""
 
@@ -45,8 +48,7 @@ def findings(study: Study, of: Frontier) -> Iterator[str]:
     if (more := len(of.cells) - MOST_CELLS) > 0:
         yield f"{words.count(more, 'more cell')}: see Frontier."
     yield from _unfinished(study, of)
-    for cell in of.cells:
-        yield from (_oddity(of, cell, odd) for odd in cell.edge.exceptions)
+    yield from _oddities(of)
     yield _cost(of)
     yield from list(forecast_sentences(study, of))[:MOST_CELLS]
 
@@ -97,6 +99,17 @@ def _cells(cells: Sequence[CellEdge]) -> str:
     names = [name_of(cell) for cell in cells if name_of(cell)]
     more = f"; and {len(names) - MOST_CELLS} more" if len(names) > MOST_CELLS else ""
     return f" ({'; '.join(names[:MOST_CELLS])}{more})" if names else ""
+
+
+def _oddities(of: Frontier) -> Iterator[str]:
+    """Values whose trials contradict the interval: those that chance hardly makes by name, the others by number."""
+    every = [(cell, odd) for cell in of.cells for odd in cell.edge.exceptions]
+    yield from (_oddity(of, cell, odd) for cell, odd in every if odd.chance < RARE)
+    if likely := sum(odd.chance >= RARE for _, odd in every):
+        yield (
+            f"{words.count(likely, 'value')} {'contradicts' if likely == 1 else 'contradict'} the intervals as chance "
+            f"may make them (each {RARE:g} or more under the fitted boundary): see the table under Frontier."
+        )
 
 
 def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
@@ -176,7 +189,7 @@ def section(study: Study, of: Frontier) -> Iterator[Block]:
         f"{name} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
         f"{asked.resolution:g}; the rule is {asked.holds}: {RULES[asked.holds]}. An edge is the median of its "
         "posterior with its 90 % interval, under a boundary of which all cells share the width; values whose trials "
-        "contradict it are named and never left out."
+        "contradict it stand in the table and are never left out."
     )
     yield from (figure for figure in registry.search_figures(study) if isinstance(figure, Figure))
     yield _table(study, of)
