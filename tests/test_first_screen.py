@@ -16,10 +16,10 @@ import yaml
 from test_recipe import ROUGH, change
 from test_sentences import PENDING, Row, grid
 
-from stabstudy.analysis import answer, words
+from stabstudy.analysis import answer, compare, words
 from stabstudy.analysis.elements import Answer, Bar, Box, Code, Folded, Point, Text
 from stabstudy.analysis.levels import records
-from stabstudy.analysis.report import comparison_page, design_line, first_boxes, first_screen, html, study_page
+from stabstudy.analysis.report import comparison_page, design_line, first_boxes, first_screen, html, methods, study_page
 from stabstudy.analysis.report.design_line import settled
 from stabstudy.analysis.study import Study
 
@@ -240,6 +240,15 @@ def test_three_boxes_and_none_is_empty(kind: str, tmp_path: Path) -> None:
         assert all(item.text.endswith(".") for item in box.items if isinstance(item, Text))
     if kind == "kto":
         assert "nat" not in "".join(map(text, made))
+
+
+@pytest.mark.parametrize("kind", ["lm", "kto"])
+def test_the_loss_of_kto_has_no_unit_in_the_methods(kind: str) -> None:
+    own = [row | {"objective.kind": kind} for row in rows()]
+    table = methods._definitions(compare.in_nats(tabled.study(own).trials))
+    units = {row[1]: row[3] for row in table.rows}
+    assert units["final_loss_capped"] == ("" if kind == "kto" else "nat/token")
+    assert units["grad_norm_log_sd"] == words.unit_of("grad_norm_log_sd", True)
 
 
 def test_a_comparison_has_them_too(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from stabstudy.wording import listing as listing
 NOTHING = "–"
 """Stands where a statistic is null: not measurable is not zero."""
 
+NATS = "nat/token"
+
 STATISTICS = {
     "final_loss": "final validation loss",
     "final_loss_capped": "final loss",
@@ -187,14 +189,19 @@ def step(axis: str, a: object, b: object) -> str:
     return f"{label(axis)} {level(a, axis)} to {level(b, axis)}"
 
 
+def unit_of(metric: str, nats: bool) -> str:
+    """The unit of a statistic; of losses none unless they are in nat/token (`nats`, see `compare.in_nats`)."""
+    own = COLUMNS[metric].unit
+    return "" if own == NATS and not nats else own
+
+
 def change(row: Mapping[str, Any], unit: bool = True, nats: bool = True) -> str:
     """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it.
 
     `nats`: whether losses are in nat/token, see `compare.in_nats`.
     """
     if row["scale"] == "difference":
-        of = COLUMNS[row["metric"]].unit if unit else ""
-        of = "" if of == "nat/token" and not nats else of
+        of = unit_of(row["metric"], nats) if unit else ""
         low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
         if low == high == NOTHING:  # equal in every seed
             return mean
