@@ -17,7 +17,7 @@ from test_recipe import ROUGH, change
 from test_sentences import PENDING, Row, grid
 
 from stabstudy.analysis import answer, compare, words
-from stabstudy.analysis.elements import Answer, Bar, Box, Code, Folded, Point, Text
+from stabstudy.analysis.elements import Answer, Bar, Box, Code, Folded, Point, Table, Text
 from stabstudy.analysis.levels import records
 from stabstudy.analysis.report import comparison_page, design_line, first_boxes, first_screen, html, methods, study_page
 from stabstudy.analysis.report.design_line import settled
@@ -249,6 +249,14 @@ def test_the_loss_of_kto_has_no_unit_in_the_methods(kind: str) -> None:
     units = {row[1]: row[3] for row in table.rows}
     assert units["final_loss_capped"] == ("" if kind == "kto" else "nat/token")
     assert units["grad_norm_log_sd"] == words.unit_of("grad_norm_log_sd", True)
+
+
+def test_runs_trained_elsewhere_have_their_table_first() -> None:
+    study = Study.load(DATA / "ingested")
+    first, second = study_page.report(study).sections[:2]
+    table = first.blocks[0]
+    assert (first.title, first.link, second.title) == ("Runs", study_page.RUNS_PAGE, "What was read")
+    assert isinstance(table, Table) and len(table.rows) == len(study.trials)
 
 
 def test_a_comparison_has_them_too(tmp_path: Path) -> None:
