@@ -1,16 +1,57 @@
-"""Counts, amounts, durations, values and errors as short text; commands; tables with aligned columns for a terminal."""
+"""Labels of settings, counts, amounts, durations, values and errors as short text; commands; tables for a terminal."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stabstudy.settings import safe
 
+LABELS = {
+    "model.depth": "depth",
+    "optim.lr": "learning rate",
+    "train.batch_size": "batch size",
+    "optim.weight_decay": "weight decay",
+    "optim.warmup_steps": "warmup",
+    "optim.schedule": "schedule",
+    "optim.clip": "clip threshold",
+    "train.precision": "precision",
+    "data": "dataset",
+    "model.qk_norm": "qk-norm",
+    "model.logit_softcap": "logit cap",
+    "model.family": "model family",
+    "train.micro_batch_size": "micro-batch size",
+}
+"""What settings are called in sentences; in commands, code and keys of tables they keep their names."""
+
+_QUESTION = re.compile(r"What (?:do|does) (.+) change\?")
+
 UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+
+def label(setting: str) -> str:
+    """What a setting is called in a sentence: `depth`; its own name where it has no other."""
+    return LABELS.get(setting, setting)
+
+
+def listing(items: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`; empty for none."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}" if items else ""
+
+
+def question(axes: Sequence[str]) -> str:
+    """The question of a study that varies these settings, where nobody wrote one."""
+    return f"What {'do' if len(axes) > 1 else 'does'} {listing([label(axis) for axis in axes])} change?"
+
+
+def is_made(text: str, axes: Iterable[str]) -> bool:
+    """Whether `question` made the text of some of these settings, by their labels or, in older studies, names."""
+    match = _QUESTION.fullmatch(text)
+    known = {name for axis in axes for name in (axis, label(axis))}
+    return match is not None and set(re.split(", | and ", match[1])) <= known
 
 
 def amount(value: float) -> str:

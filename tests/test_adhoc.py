@@ -71,7 +71,7 @@ def test_all_else_is_the_default() -> None:
 
 def test_questions() -> None:
     assert planned("optim.lr=1e-3").question == "How stable is this one recipe?"
-    assert planned("optim.lr=1e-3,1e-2", "model.depth=1,2").question == "What do optim.lr and model.depth change?"
+    assert planned("optim.lr=1e-3,1e-2", "model.depth=1,2").question == "What do learning rate and depth change?"
 
 
 def test_quickstarts_own_settings_are_one_word_away() -> None:
@@ -88,7 +88,7 @@ def test_the_first_line_says_it(capsys: pytest.CaptureFixture[str]) -> None:
         f"{study} starts from conf/trial.yaml alone (model=tiny, optim=adamw, objective=lm, train=short), "
         "not from a sweep; study=NAME names the study, so that values can be added later"
     )
-    assert second == f"{study}: What do optim.lr and data change?"
+    assert second == f"{study}: What do learning rate and dataset change?"
     assert sweep.main(["optim.lr=1e-3", "study=mine", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
         "mine starts from conf/trial.yaml alone (model=tiny, optim=adamw, objective=lm, data=pysrc, train=short), "

@@ -16,10 +16,10 @@ import yaml
 from test_recipe import ROUGH, change
 from test_sentences import PENDING, Row, grid
 
-from stabstudy.analysis import answer, words
-from stabstudy.analysis.elements import Answer, Bar, Box, Code, Point, Text
+from stabstudy.analysis import answer, compare, words
+from stabstudy.analysis.elements import Answer, Bar, Box, Code, Folded, Point, Table, Text
 from stabstudy.analysis.levels import records
-from stabstudy.analysis.report import comparison_page, design_line, first_boxes, first_screen, html, study_page
+from stabstudy.analysis.report import comparison_page, design_line, first_boxes, first_screen, html, methods, study_page
 from stabstudy.analysis.report.design_line import settled
 from stabstudy.analysis.study import Study
 
@@ -53,6 +53,8 @@ def text(box: Box) -> str:
             parts.append(f"{item.lead} {item.text}")
         elif isinstance(item, Bar):
             parts.append(", ".join(f"{c.number} {c.kind}" for c in item.counts))
+        elif isinstance(item, Folded):
+            parts.append(text(Box(item.title, item.items)))
         else:
             parts.append(item.text)
     return "\n".join(parts)
@@ -113,6 +115,30 @@ def test_a_recipe_can_be_typed_as_it_stands() -> None:
     assert {tuple(yaml.safe_load(v) for v in t.values()) for t in typed} == {tuple(r["use"].values()) for r in recipes}
     assert all(words.number(r["final_loss"]["mean"], 4) in text(use) for r in recipes)
     assert "Edge of the grid: the smallest learning rate" in text(use)
+
+
+def test_answers_beyond_the_first_are_folded_and_none_is_lost() -> None:
+    """Eight cases of which one changed something, and recipes of many settings under two conditions."""
+    own = [row for row in rows() if row[CLIP] == 1.0 and row[LR] != 0.3]
+    base = [row for row in own if row[LR] == 0.03]
+    cases = [
+        row
+        | {
+            CLIP: 2.0 + i,
+            "case": f"c{i}",
+            "grad_norm_log_sd": (5 + 0.05 * row["seed"] if i == 7 else 1) * row["grad_norm_log_sd"],
+        }
+        for i in range(8)
+        for row in base
+    ]
+    drivers = boxes(tabled.study([*own, *cases]))[1]
+    points = [item for item in drivers.items if isinstance(item, Point)]
+    (folded,) = (item for item in drivers.items if isinstance(item, Folded))
+    inside = [item for item in folded.items if isinstance(item, Point)]
+    assert len(points) == first_boxes.FIRST_AXES and folded.title == f"{len(inside)} more"
+    leads = " ".join(point.lead for point in [*points, *inside])
+    assert all(f"Case c{i} " in leads for i in range(8))
+    assert any("Case c7 " in point.lead for point in points), "the case with an effect comes first"
 
 
 # A study at work
@@ -183,7 +209,7 @@ def test_the_question_of_another_sweep_is_not_kept(tmp_path: Path) -> None:
     sweep.write_text(yaml.safe_dump({"question": "Does it fall?", "settings": {"optim.lr": 3e-3}}))
     assert Study.load(tmp_path / "s").question == "Does it fall?"
     sweep.write_text(yaml.safe_dump({"question": "Does it fall?", "settings": {"optim.lr": 3e-3, "model.depth": 6}}))
-    assert Study.load(tmp_path / "s").question == "What does model.depth change?"
+    assert Study.load(tmp_path / "s").question == "What does depth change?"
 
 
 # Every kind of study has three boxes
@@ -214,6 +240,23 @@ def test_three_boxes_and_none_is_empty(kind: str, tmp_path: Path) -> None:
         assert all(item.text.endswith(".") for item in box.items if isinstance(item, Text))
     if kind == "kto":
         assert "nat" not in "".join(map(text, made))
+
+
+@pytest.mark.parametrize("kind", ["lm", "kto"])
+def test_the_loss_of_kto_has_no_unit_in_the_methods(kind: str) -> None:
+    own = [row | {"objective.kind": kind} for row in rows()]
+    table = methods._definitions(compare.in_nats(tabled.study(own).trials))
+    units = {row[1]: row[3] for row in table.rows}
+    assert units["final_loss_capped"] == ("" if kind == "kto" else "nat/token")
+    assert units["grad_norm_log_sd"] == words.unit_of("grad_norm_log_sd", True)
+
+
+def test_runs_trained_elsewhere_have_their_table_first() -> None:
+    study = Study.load(DATA / "ingested")
+    first, second = study_page.report(study).sections[:2]
+    table = first.blocks[0]
+    assert (first.title, first.link, second.title) == ("Runs", study_page.RUNS_PAGE, "What was read")
+    assert isinstance(table, Table) and len(table.rows) == len(study.trials)
 
 
 def test_a_comparison_has_them_too(tmp_path: Path) -> None:

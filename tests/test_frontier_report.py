@@ -244,9 +244,21 @@ def test_further_axes_stand_side_by_side() -> None:
 
 
 def test_a_grid_has_no_such_figure(grid: Study) -> None:
-    absent = [block for block in registry.search_figures(grid) if isinstance(block, Absent)]
-    assert [a.what for a in absent] == ["Frontier"]
-    assert absent[0].why == "the sweep searched none (sweep.frontier)"
+    """And no row that says so: nobody asked for one."""
+    assert "Frontier" not in [block.what for block in registry.search_figures(grid) if isinstance(block, Absent)]
+
+
+def test_contradictions_that_chance_makes_are_counted_and_not_named() -> None:
+    """Of three values at one depth and one at another, two are rarer than RARE."""
+    odd = [Oddity(0.5, True, 1, 0.2), Oddity(0.6, True, 2, 0.01), Oddity(0.9, True, 1, frontier_page.RARE)]
+    cells = {
+        (2,): edge(0.1, 0.09, 0.11, odd=odd),
+        (4,): edge(0.1, 0.09, 0.11, odd=[Oddity(0.01, False, 3, 1e-4)]),
+    }
+    lines = list(frontier_page._oddities(made_up(cells, {"model.depth": [2, 4]})))
+    assert len(lines) == 3 and [line.partition(":")[0] for line in lines[:2]] == ["Not monotone"] * 2
+    assert "all 2 trials at learning rate 0.6" in lines[0] and "all 3 trials at learning rate 0.01" in lines[1]
+    assert lines[2].startswith("2 values contradict the intervals as chance may make them (each 0.05 or more")
 
 
 # the page
@@ -258,9 +270,9 @@ def test_the_first_screen_gives_each_edge(study: Study) -> None:
     assert (how_far.about, use.about) == ("How far", "What to use")
     for depth, row in table.iterrows():
         numbers = f"{words.number(row['estimate'])} [{words.number(row['low'])}, {words.number(row['high'])}]"
-        assert f"optim.lr is stable up to {numbers} (depth {depth}, {row['n']} trials)." in how_far.sentences
+        assert f"Learning rate is stable up to {numbers} (depth {depth}, {row['n']} trials)." in how_far.sentences
     text = " ".join(how_far.sentences)
-    assert "Not monotone: at depth 2, the one trial at optim.lr 0.9 holds again, above the interval" in text
+    assert "Not monotone: at depth 2, the one trial at learning rate 0.9 holds again, above the interval" in text
     assert "The search took 43 trials and 5,160 steps." in text
     assert "launch again" not in text and "lies beyond" not in text
     assert len(use.sentences) == 1 and "chosen by what earlier trials did" in use.sentences[0]
@@ -285,7 +297,7 @@ def test_no_statement_takes_a_search_for_a_grid(study: Study) -> None:
     sections = {s.anchor: s for s in made.sections}
     texts = {anchor: " ".join(b.text for b in s.blocks if isinstance(b, Text)) for anchor, s in sections.items()}
     assert all("hole" not in text for text in texts.values())
-    assert "not computed: the values of optim.lr were chosen by what earlier trials did" in texts["changes"]
+    assert "not computed: the values of learning rate were chosen by what earlier trials did" in texts["changes"]
     models = [
         b for anchor in ("sensitivity", "shares", "rates", "first") for b in getattr(sections.get(anchor), "blocks", [])
     ]
@@ -305,9 +317,11 @@ def test_open_beyond_and_below_come_with_the_command_that_goes_on(study: Study) 
     }
     of = made_up(cells, {"model.depth": [2, 4, 8]})
     text = "\n".join(frontier_page.findings(study, of))
-    assert "optim.lr is stable up to 1 (depth 2, 9 trials), the largest value searched: the edge lies beyond." in text
-    assert "optim.lr is not stable even at 1e-3 (depth 4, 9 trials), the smallest value searched" in text
-    assert "optim.lr is stable up to about 0.100 [0.0500, 0.200] (depth 8, 9 trials; open)." in text
+    assert (
+        "Learning rate is stable up to 1 (depth 2, 9 trials), the largest value searched: the edge lies beyond." in text
+    )
+    assert "Learning rate is not stable even at 1e-3 (depth 4, 9 trials), the smallest value searched" in text
+    assert "Learning rate is stable up to about 0.100 [0.0500, 0.200] (depth 8, 9 trials; open)." in text
     again = "python -m stabstudy.sweep sweep=planted study=searched"
     assert (
         "Not yet within the resolution 1.25 (depth 8): launch again, with more seeds or a larger limit where it trains "
@@ -328,7 +342,7 @@ def test_a_comparison_says_that_a_search_is_no_grid(study: Study, grid: Study) -
     assert Study.concat([study, grid]).searched is None
     assert not list(comparison_page.missing(Study.concat([study, grid]))), "its values are no levels to fill in"
     notes = list(comparison_page._searched([study, grid]))
-    assert len(notes) == 1 and notes[0].startswith("searched is no grid: the values of optim.lr were chosen")
+    assert len(notes) == 1 and notes[0].startswith("searched is no grid: the values of learning rate were chosen")
 
 
 # forecasts
@@ -351,7 +365,7 @@ def test_the_next_size_is_forecast(study: Study) -> None:
     (sentence,) = frontier_page.forecast_sentences(study, of)
     numbers = [words.number(v) for v in (one.estimate, one.low, one.high)]
     assert sentence.startswith(
-        "At depth 16 the edge of optim.lr is forecast at {} [{}, {}] (power law".format(*numbers)
+        "At depth 16 the edge of the learning rate is forecast at {} [{}, {}] (power law".format(*numbers)
     )
     assert sentence.endswith(f"was off by a factor {words.number(max(held_out, 1 / held_out), 2)}.")
 
@@ -400,10 +414,10 @@ def test_a_forecast_is_registered_once_and_scored_when_its_size_is_trained(empty
     kept, new = json.loads(file.read_text())["forecasts"]
     assert kept == first and (new["size"], new["measured"]) == (32, [2, 4, 8, 16])
     scored, ahead = frontier_page.forecast_sentences(empty, of)
-    assert scored.startswith("At depth 16 the edge of optim.lr had been forecast at 0.0250 [0.0")
+    assert scored.startswith("At depth 16 the edge of the learning rate had been forecast at 0.0250 [0.0")
     ends = "and was measured at 0.0300 [0.0285, 0.0315]: off by a factor 1.2, {} the interval of the forecast."
     assert scored.endswith(ends.format("inside" if first["high"] > 0.03 else "outside"))
-    assert ahead.startswith("At depth 32 the edge of optim.lr is forecast at ")
+    assert ahead.startswith("At depth 32 the edge of the learning rate is forecast at ")
     far, _ = frontier_page.forecast_sentences(empty, along(EDGES | {16: 0.5}))
     assert far.endswith("off by a factor 20, outside the interval of the forecast.")
     other = along({2: 0.3, 4: 0.15, 8: 0.07}, holds="works")  # by another rule: a forecast of its own, none is scored
@@ -451,7 +465,10 @@ def test_a_report_registers_the_forecast_unless_it_is_written_elsewhere(
     plant_edge(copied, 16, 0.03)
     command.write_report(copied, lambda line: None)
     assert json.loads((copied / "forecast.json").read_text())["forecasts"][0] == first
-    assert "At depth 16 the edge of optim.lr had been forecast at" in (copied / "report" / "report.md").read_text()
+    assert (
+        "At depth 16 the edge of the learning rate had been forecast at"
+        in (copied / "report" / "report.md").read_text()
+    )
     with (copied / "report" / "figures" / "forecast.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["at"] for row in rows] == ["depth 16", "depth 32"]

@@ -260,8 +260,8 @@ def test_an_override_replaces_the_axis(ask, override, expected):
     ("given", "question"),
     [
         (["optim.lr=1e-4,1e-5"], "Which of these is rough?"),
-        (["optim.clip=1.0,2.0"], "What do model.depth, optim.lr and optim.clip change?"),
-        (["model.depth=2"], "What does optim.lr change?"),
+        (["optim.clip=1.0,2.0"], "What do depth, learning rate and clip threshold change?"),
+        (["model.depth=2"], "What does learning rate change?"),
         (["model.depth=2", "optim.lr=1e-3"], "How stable is this one recipe?"),
     ],
 )

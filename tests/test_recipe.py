@@ -458,7 +458,8 @@ def test_a_sweep_may_name_its_conditions(conditions: list[str] | None, given: di
         ("", 400, ["train.batch_size"]),
         ("Which learning rate?", 400, ["train.batch_size"]),
         ("How do micro-batches matter?", 400, ["train.batch_size"]),
-        ("What do train.batch_size and optim.lr change?", 400, ["train.batch_size"]),  # made of the axes
+        ("What do batch size and learning rate change?", 400, ["train.batch_size"]),  # made of the axes
+        ("What do train.batch_size and optim.lr change?", 400, ["train.batch_size"]),  # so in older studies
         ("May the learning rate grow with the batch size?", 400, []),
         ("Is a larger batch calmer?", 400, []),
         ("", None, ["train.steps", "train.batch_size"]),

@@ -142,11 +142,19 @@ class Pointer:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """Lines of a box on demand, below a title that says what they are."""
+
+    title: str
+    items: Sequence[Point | Text | Code]
+
+
+@dataclass(frozen=True)
 class Box:
     """One of the boxes of the first screen; a `Code` without a title stands open, another is folded."""
 
     title: str
-    items: Sequence[Answer | Bar | Point | Text | Code]
+    items: Sequence[Answer | Bar | Point | Text | Code | Folded]
 
 
 Block = Text | Code | Table | Figure | Absent

@@ -16,6 +16,7 @@ from stabstudy.analysis.levels import Level
 from stabstudy.analysis.searches import record
 from stabstudy.space import HOLDS, default_resolution
 from stabstudy.store import StoreError, StudyFolder
+from stabstudy.wording import label
 
 Row = Mapping[str, Any]
 
@@ -84,9 +85,8 @@ class Frontier:
     @property
     def bias(self) -> str:
         """Why a statement over several values of the setting is left out."""
-        return (
-            f"the values of {self.asked.setting} were chosen by what earlier trials did, most of them beside the edge"
-        )
+        name = label(self.asked.setting)
+        return f"the values of {name} were chosen by what earlier trials did, most of them beside the edge"
 
 
 def recorded(folder: StudyFolder, rows: Sequence[Row], axes: Mapping[str, list[Level]]) -> Frontier | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import escape
 
+from stabstudy import wording
 from stabstudy.analysis import searches, words
 from stabstudy.store import StoreError
 
@@ -33,7 +34,7 @@ def question(study: Study) -> str:
         fixed = searches.record(study.folder).get("settings")
         axes = list(study.grid.axes)
         if isinstance(fixed, dict) and any(axis in fixed for axis in axes):
-            return f"What {'do' if len(axes) > 1 else 'does'} {words.listing(axes)} change?"
+            return wording.question(axes)
     return text
 
 

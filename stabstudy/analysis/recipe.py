@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from stabstudy import config as cfg
+from stabstudy import wording
 from stabstudy.analysis import compare, effects, words
 from stabstudy.analysis.holding import STABLE_MARGIN
 from stabstudy.analysis.levels import Level, at_level, levels_of, ordered, plain, records, split
@@ -41,7 +42,7 @@ GIVEN = (
 """Axes that are conditions unless a sweep's `conditions` says otherwise; and every setting of the data."""
 
 _ASKS_BATCH = re.compile(r"(?<![.-])\bbatch", re.IGNORECASE)
-"""In a question that somebody wrote: one that the program makes of the axes says `train.batch_size`."""
+"""In a question that somebody wrote, not one that the program made of the axes."""
 
 _READ = (
     *("cell_id", "seed", "state", "verdict", "verdict_reason", "sampling_noise", "n_evaluable"),
@@ -122,7 +123,8 @@ def conditions(study: Study) -> list[str]:
     if isinstance(named, list):
         chosen = {a for a in study.axes if a in named or a.partition(".")[0] in named}
     else:
-        chosen = set(GIVEN) - (_batch_axes(study) if _ASKS_BATCH.search(study.question) else set())
+        asks = _ASKS_BATCH.search(study.question) and not wording.is_made(study.question, study.axes)
+        chosen = set(GIVEN) - (_batch_axes(study) if asks else set())
     return [a for a in study.axes if a in chosen or a == "data" or a.startswith("data.")]
 
 

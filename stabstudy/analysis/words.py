@@ -9,23 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stabstudy.stability.columns import COLUMNS
-from stabstudy.wording import count as count  # beside the other words of a page
+from stabstudy.wording import LABELS as LABELS  # beside the other words of a page
+from stabstudy.wording import count as count
+from stabstudy.wording import label as label
+from stabstudy.wording import listing as listing
 
 NOTHING = "–"
 """Stands where a statistic is null: not measurable is not zero."""
 
-LABELS = {
-    "model.depth": "depth",
-    "optim.lr": "learning rate",
-    "train.batch_size": "batch size",
-    "optim.weight_decay": "weight decay",
-    "optim.warmup_steps": "warmup",
-    "optim.clip": "clip threshold",
-    "data": "dataset",
-    "model.qk_norm": "qk-norm",
-    "model.family": "model family",
-    "train.micro_batch_size": "micro-batch size",
-}
+NATS = "nat/token"
 
 STATISTICS = {
     "final_loss": "final validation loss",
@@ -176,11 +168,6 @@ def level(value: Any, setting: str = "") -> str:
     return clean(value, 60)
 
 
-def label(setting: str) -> str:
-    """What an axis is called in a sentence: `depth`."""
-    return LABELS.get(setting, setting)
-
-
 def heading(setting: str) -> str:
     """What an axis is called where its levels stand alone: `depth (layers)`."""
     return f"{label(setting)} ({UNITS[setting]})" if setting in UNITS else label(setting)
@@ -206,14 +193,19 @@ def step(axis: str, a: object, b: object) -> str:
     return f"{label(axis)} {level(a, axis)} to {level(b, axis)}"
 
 
+def unit_of(metric: str, nats: bool) -> str:
+    """The unit of a statistic; of losses none unless they are in nat/token (`nats`, see `compare.in_nats`)."""
+    own = COLUMNS[metric].unit
+    return "" if own == NATS and not nats else own
+
+
 def change(row: Mapping[str, Any], unit: bool = True, nats: bool = True) -> str:
     """`+0.52 [0.45, 0.59] nat/token`, or `×2.4 [2.2, 2.6]` of a ratio; `unit` False: without it.
 
     `nats`: whether losses are in nat/token, see `compare.in_nats`.
     """
     if row["scale"] == "difference":
-        of = COLUMNS[row["metric"]].unit if unit else ""
-        of = "" if of == "nat/token" and not nats else of
+        of = unit_of(row["metric"], nats) if unit else ""
         low, mean, high = (_signed(row[name]) for name in ("low", "estimate", "high"))
         if low == high == NOTHING:  # equal in every seed
             return mean
@@ -229,11 +221,6 @@ def _signed(value: Any) -> str:
 def load(study: str) -> str:
     """Python that loads a study of this name, from where launches put it unless told otherwise."""
     return f'Study.load("results/{clean(study, 80)}")'
-
-
-def listing(items: list[str], last: str = "and") -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {last} {items[-1]}" if items else ""
 
 
 def either(items: list[str]) -> str:

@@ -219,8 +219,7 @@ def _question(sweep: SweepFile, varying: tuple[Axis, ...]) -> str:
         return sweep.question
     if not names:
         return "How stable is this one recipe?"
-    *others, last = names
-    return f"What {'do' if others else 'does'} {', '.join(others)}{' and ' if others else ''}{last} change?"
+    return wording.question(names)
 
 
 def _body(planner: Planner, varying: tuple[Axis, ...], trials: Sequence[PlannedTrial]) -> dict[str, Any]:

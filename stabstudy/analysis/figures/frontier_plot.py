@@ -226,11 +226,12 @@ def _legend(ax: Axes, of: Frontier) -> None:
 
 
 def figures(study: Study) -> Iterator[Figure | Absent]:
-    """The figure, where the sweep searched a frontier."""
+    """The figure, where the sweep searched a frontier; of a grid nothing."""
     of = study.searched
-    if of is None or not any(cell.edge.n for cell in of.cells):
-        why = "the sweep searched none (sweep.frontier)" if of is None else "no trial says anything of it yet"
-        yield Absent("Frontier", why)
+    if of is None:
+        return
+    if not any(cell.edge.n for cell in of.cells):
+        yield Absent("Frontier", "no trial says anything of it yet")
         return
     asked, title = of.asked, f"Frontier of {words.label(of.asked.setting)}"
     trials = [t for cell in of.cells for t in cell.trials]

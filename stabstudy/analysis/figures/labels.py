@@ -8,8 +8,6 @@ from stabstudy.analysis import compare, words
 from stabstudy.stability.columns import COLUMNS
 from stabstudy.trace import Rows
 
-NATS = "nat/token"
-
 
 def name(metric: str) -> str:
     """The statistic in words."""
@@ -18,8 +16,8 @@ def name(metric: str) -> str:
 
 def unit(metric: str, trials: pd.DataFrame) -> str:
     """The unit of a statistic of these trials; empty where it has none: losses of `kto`, shares."""
-    own = COLUMNS[metric].unit
-    return "" if own in ("", "1", "ratio", "fraction") or (own == NATS and not compare.in_nats(trials)) else own
+    own = words.unit_of(metric, compare.in_nats(trials))
+    return "" if own in ("1", "ratio", "fraction") else own
 
 
 def statistic(metric: str, trials: pd.DataFrame) -> str:
@@ -35,4 +33,4 @@ def is_share(metric: str) -> bool:
 
 def training_loss(rows: Rows) -> str:
     """The name of the loss of a trace, with its unit: that of `kto`, whose rows have margins, has none."""
-    return "training loss" if "margin" in rows.columns else f"training loss ({NATS})"
+    return "training loss" if "margin" in rows.columns else f"training loss ({words.NATS})"

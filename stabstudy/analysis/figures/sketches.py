@@ -23,7 +23,7 @@ from stabstudy.stability.verdict import VERDICTS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE = (4.0, 2.6)
+SIZE = (4.0, 2.45)
 """Inches: three of them stand side by side."""
 
 TRACE_SIZE = (4.0, 1.75)

@@ -8,7 +8,7 @@ from typing import Any
 
 from stabstudy.analysis import adaptive, answer, cases, recipe, words
 from stabstudy.analysis.effects import reported, simple_effects
-from stabstudy.analysis.elements import Answer, Box, Code, Point, Text
+from stabstudy.analysis.elements import Answer, Box, Code, Folded, Point, Text
 from stabstudy.analysis.levels import Level, records
 from stabstudy.analysis.recipe import NoRecipe, Recipe
 from stabstudy.analysis.report.design_line import plural
@@ -17,7 +17,8 @@ from stabstudy.analysis.study import Study
 from stabstudy.analysis.study_statistics import too_few
 
 Row = Mapping[str, Any]
-Item = Answer | Point | Text | Code
+Line = Point | Text | Code
+Item = Answer | Line | Folded
 
 ROUGHNESS, LOSS = "grad_norm_log_sd", "final_loss"
 
@@ -25,7 +26,16 @@ DRIVERS = "What drives instability"
 USE = "Use"
 
 MOST_AXES = 4
-"""Axes, and cases, that the box answers; of more it says where the others are."""
+"""Axes, and cases, up to which the box answers all at once."""
+
+FIRST_AXES = 3
+"""Of more those that it answers at once."""
+
+MOST_FOLDED = 12
+"""Axes, and cases, that it answers on demand; of more it says where the others are."""
+
+MOST_KNOBS = 3
+"""Settings up to which the overrides that say one of several recipes again are shown at once."""
 
 MOST_LEVELS = 3
 """Levels of another axis at which an effect that depends on it is given; of more the first and the last."""
@@ -74,10 +84,19 @@ def drivers_box(study: Study, known: Shares) -> Box:
     points = [_axis_point(study, own) for own in by_axis.values()]
     tested = records(cases.changes(study.trials, list(study.axes), reported(study.trials)))
     names = list(dict.fromkeys(row["case"] for row in tested))
+    names.sort(key=lambda name: not any(r["clear"] for r in tested if r["case"] == name))
     points += [_case_point(study, [r for r in tested if r["case"] == name]) for name in names]
-    shown, more = points[:MOST_AXES], len(points) - MOST_AXES
-    rest = [Text(f"{more} more: see Effects.")] if more > 0 else []
-    return Box(DRIVERS, [*_most(known, rows), *shown, *rest])
+    return Box(DRIVERS, [*_most(known, rows), *_some(points)])
+
+
+def _some(points: Sequence[Point]) -> Iterator[Item]:
+    """The first of the answers; more of them on demand."""
+    shown = len(points) if len(points) <= MOST_AXES else FIRST_AXES
+    yield from points[:shown]
+    if rest := points[shown:]:
+        beyond = len(rest) - MOST_FOLDED
+        where = [Text(f"{beyond} more: see Effects.")] if beyond > 0 else []
+        yield Folded(f"{len(rest)} more", [*rest[:MOST_FOLDED], *where])
 
 
 def _most(known: Shares, rows: Sequence[Row]) -> Iterator[Item]:
@@ -203,9 +222,20 @@ def use_box(study: Study, known_commands: Sequence[str], pending: int) -> Box:
     groups: dict[str, list[Recipe]] = {}
     for each in recipes:
         groups.setdefault(_knobs(each), []).append(each)
+    shown = list(groups.values())[:MOST_RECIPES]
+    notes = [list(_notes(study, own, known_commands)) for own in shown]
+    shared = [note for note in notes[0] if all(note in lines for lines in notes)] if len(notes) > 1 else []
     items: list[Item] = []
-    for own in list(groups.values())[:MOST_RECIPES]:
-        items += _recipe_items(study, own, recipes, known_commands, pending)
+    for alike, lines in zip(shown, notes, strict=True):
+        lead, code, loss = _recipe_items(alike, recipes, pending)
+        rest = [note for note in lines if note not in shared]
+        if len(shown) == 1:
+            items += [lead, code, loss, *rest]
+        elif len(alike[0].levels) <= MOST_KNOBS:
+            items += [lead, code, loss, *([Folded("What it rests on", rest)] if rest else [])]
+        else:
+            items += [lead, loss, Folded("As overrides, and what it rests on", [code, *rest])]
+    items += shared
     if more := len(groups) - MOST_RECIPES:
         items += [Text(f"{words.count(more, 'more recipe')}: see Methods.")] if more > 0 else []
     items += _missing(missing, bool(recipes), pending)
@@ -239,19 +269,21 @@ def _knobs(each: Recipe) -> str:
     return words.at_levels(each.levels, each.levels.values())
 
 
-def _recipe_items(
-    study: Study, own: Sequence[Recipe], every: Sequence[Recipe], known: Sequence[str], pending: int
-) -> Iterator[Item]:
-    """A recipe and the conditions under which it is the answer."""
+def _recipe_items(own: Sequence[Recipe], every: Sequence[Recipe], pending: int) -> tuple[Answer, Code, Text]:
+    """A recipe, the conditions under which it is the answer, how to type it, and its loss."""
     where = [words.at_levels(r.given, r.given.values()) for r in own if r.given]
     scope = "" if not where else f"at {_every(own)}" if len(own) == len(every) > 1 else f"at {words.listing(where)}"
     so_far = "so far" if pending else ""
-    yield Answer(_knobs(own[0]) or "These settings", ", ".join(filter(None, (scope, so_far))))
+    lead = Answer(_knobs(own[0]) or "These settings", ", ".join(filter(None, (scope, so_far))))
     if own[0].levels:
-        yield Code("", " ".join(f"{axis}={yaml_scalar(level)}" for axis, level in own[0].levels.items()))
+        code = Code("", " ".join(f"{axis}={yaml_scalar(level)}" for axis, level in own[0].levels.items()))
     else:
-        yield Code("As overrides of this tool", "\n".join(overrides(own[0].given, own[0].settings)))
-    yield Text(_losses(own))
+        code = Code("As overrides of this tool", "\n".join(overrides(own[0].given, own[0].settings)))
+    return lead, code, Text(_losses(own))
+
+
+def _notes(study: Study, own: Sequence[Recipe], known: Sequence[str]) -> Iterator[Line]:
+    """The margin of a recipe, what it is tied with, where it lies in the grid, and the commands that find its limit."""
     for text in (_margins, _ties):
         yield from (Text(each) for each in text(own))
     ends = [f"the {end} {words.label(axis)}" for axis, end in own[0].ends.items()]

@@ -282,7 +282,7 @@ def _frontier(study: Study, of: Frontier) -> Iterator[Box]:
     further = [line for line in lines if ": python -m" in line]
     items += [_bar(study), *_more(study), *(_command(line) for line in further)]
     yield Box(STABLE if of.asked.holds == "stable" else "Works up to", items)
-    told = {line for line in lines if line in further or line.startswith(of.asked.setting)}
+    told = {*further, *frontier_page.edges(of)}
     left = [line for line in lines if line not in told]
     rest = [*left[:ODD], *([f"{len(left) - ODD} more: see Frontier."] if len(left) > ODD else [])]
     yield Box(

@@ -28,23 +28,29 @@ RULES = {
 MOST_CELLS = 8
 """Cells that the first screen names, and forecasts."""
 
+RARE = 0.05
+"""Chance, under the fitted boundary, below which a value that contradicts an interval is named in a sentence."""
+
 
 def findings(study: Study, of: Frontier) -> Iterator[str]:
     """The edges, what is open, what contradicts them, what they cost, and the forecasts."""
-    named = of.cells[:MOST_CELLS]
-    yield from (_edge(of, cell) for cell in named if cell.edge.n)
-    if more := len(of.cells) - len(named):
+    yield from edges(of)
+    if (more := len(of.cells) - MOST_CELLS) > 0:
         yield f"{words.count(more, 'more cell')}: see Frontier."
     yield from _unfinished(study, of)
-    for cell in of.cells:
-        yield from (_oddity(of, cell, odd) for odd in cell.edge.exceptions)
+    yield from _oddities(of)
     yield _cost(of)
     yield from list(forecast_sentences(study, of))[:MOST_CELLS]
 
 
+def edges(of: Frontier) -> list[str]:
+    """A sentence for each of the first cells of which something is known."""
+    return [_edge(of, cell) for cell in of.cells[:MOST_CELLS] if cell.edge.n]
+
+
 def _edge(of: Frontier, cell: CellEdge) -> str:
-    """A sentence such as 'optim.lr is stable up to 0.235 [0.225, 0.263] (depth 2, 13 trials)'."""
-    edge, setting = cell.edge, of.asked.setting
+    """A sentence such as 'Learning rate is stable up to 0.235 [0.225, 0.263] (depth 2, 13 trials)'."""
+    edge, setting = cell.edge, words.capital(words.label(of.asked.setting))
     rests = f"({', '.join(filter(None, (name_of(cell), words.count(edge.n, 'trial'))))})"
     holds = f"{setting} {HOLD[of.asked.holds]}"
     if edge.status == "beyond":
@@ -86,6 +92,17 @@ def _cells(cells: Sequence[CellEdge]) -> str:
     return f" ({'; '.join(names[:MOST_CELLS])}{more})" if names else ""
 
 
+def _oddities(of: Frontier) -> Iterator[str]:
+    """Values whose trials contradict the interval: those that chance hardly makes by name, the others by number."""
+    every = [(cell, odd) for cell in of.cells for odd in cell.edge.exceptions]
+    yield from (_oddity(of, cell, odd) for cell, odd in every if odd.chance < RARE)
+    if likely := sum(odd.chance >= RARE for _, odd in every):
+        yield (
+            f"{words.count(likely, 'value')} {'contradicts' if likely == 1 else 'contradict'} the intervals as chance "
+            f"may make them (each {RARE:g} or more under the fitted boundary): see the table under Frontier."
+        )
+
+
 def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
     """A value whose trials contradict the interval."""
     where = f"at {name}, " if (name := name_of(cell)) else ""
@@ -95,7 +112,7 @@ def _oddity(of: Frontier, cell: CellEdge, odd: Oddity) -> str:
         verb = "holds again" if odd.holds else "does not hold"
     which = "the one trial" if odd.n == 1 else f"all {trials}"
     return (
-        f"Not monotone: {where}{which} at {of.asked.setting} {value} {verb}, {side} the interval "
+        f"Not monotone: {where}{which} at {words.label(of.asked.setting)} {value} {verb}, {side} the interval "
         f"{interval(cell.edge)} (chance of that under the fitted boundary: {words.number(odd.chance, 2)})."
     )
 
@@ -130,11 +147,11 @@ def _forecast(of: Frontier, one: Registered) -> str:
     edge = forecasts.measured(one, of)
     if edge is None:
         return (
-            f"At {where} the edge of {one.setting} is forecast at {expected} (power law through "
+            f"At {where} the edge of the {words.label(one.setting)} is forecast at {expected} (power law through "
             f"{len(one.measured)} sizes); the largest measured size, held out, was off by a factor "
             f"{words.number(10 ** abs(one.held_out), 2)}."
         )
-    before = f"At {where} the edge of {one.setting} had been forecast at {expected}"
+    before = f"At {where} the edge of the {words.label(one.setting)} had been forecast at {expected}"
     if edge.status != "resolved":
         return f"{before}; measured so far: {words.number(edge.estimate)} {interval(edge)} ({edge.status})."
     off = max(edge.estimate / one.estimate, one.estimate / edge.estimate)
@@ -158,11 +175,12 @@ def section(study: Study, of: Frontier) -> Iterator[Block]:
     """Rule and range, the figures, the table of every cell by each rule, the forecasts."""
     asked = of.asked
     kind = "a factor" if asked.scale.log else "a difference"
+    name = words.capital(words.label(asked.setting))
     yield Text(
-        f"{asked.setting} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
+        f"{name} was searched between {words.level(asked.low)} and {words.level(asked.high)}, to {kind} of "
         f"{asked.resolution:g}; the rule is {asked.holds}: {RULES[asked.holds]}. An edge is the median of its "
         "posterior with its 90 % interval, under a boundary of which all cells share the width; values whose trials "
-        "contradict it are named and never left out."
+        "contradict it stand in the table and are never left out."
     )
     yield from (figure for figure in registry.search_figures(study) if isinstance(figure, Figure))
     yield _table(study, of)

@@ -28,6 +28,7 @@ from stabstudy.analysis.elements import (
     Block,
     Code,
     Figure,
+    Folded,
     Point,
     Report,
     Table,
@@ -231,6 +232,7 @@ def _environment() -> jinja2.Environment:
     environment.tests["plates"] = lambda block: isinstance(block, list)
     environment.tests["answer"] = lambda item: isinstance(item, Answer)
     environment.tests["bar"] = lambda item: isinstance(item, Bar)
+    environment.tests["folded"] = lambda item: isinstance(item, Folded)
     environment.tests["point"] = lambda item: isinstance(item, Point)
     return environment
 

@@ -32,9 +32,8 @@ NO_PAIRS = (
 
 
 def read(study: Study) -> Iterator[Block]:
-    """Which runs came in, what their numbers mean, what was left out."""
+    """What the numbers of the logs mean, and what was left out."""
     logs = dict(_logs(study))
-    yield _table(study, logs)
     for key in dict.fromkeys(log.format for log in logs.values()):
         yield Text(f"{FORMATS[key].name}: {FORMATS[key].meaning}.")
     if notes := tuple(_left_out(logs)):
@@ -47,7 +46,7 @@ def findings(study: Study) -> Finding:
     ranked = done.sort_values("grad_norm_max_over_median", ascending=False, kind="stable", na_position="last")
     sentences = [_sentence(study, str(trial_id)) for trial_id in ranked.index[:MOST_RUNS]]
     more = len(ranked) - len(sentences)
-    rest = [f"{words.count(more, 'more run')}: see What was read."] if more > 0 else []
+    rest = [f"{words.count(more, 'more run')}: see Runs."] if more > 0 else []
     return Finding("The roughest runs" if more > 0 else "The runs", sentences + rest)
 
 
@@ -79,7 +78,9 @@ def warnings(study: Study) -> list[str]:
     return caveats
 
 
-def _table(study: Study, logs: dict[str, ExternalLog]) -> Table:
+def runs(study: Study) -> Table:
+    """A row for each run: its log, the steps of it, and what they show."""
+    logs = dict(_logs(study))
     heads = ("run", "log", "steps", "every", "rows with a norm", *(COLUMNS[n].label for n in SHOWN))
     rows = []
     for trial_id, row in zip(study.trials.index, records(study.trials), strict=True):

@@ -14,6 +14,7 @@ from stabstudy.analysis.elements import (
     Block,
     Code,
     Figure,
+    Folded,
     Point,
     Report,
     Table,
@@ -72,7 +73,7 @@ def _markdown_lines(report: Report) -> Iterator[str]:
             yield from _markdown_block(block, link)
 
 
-def _item(item: Answer | Bar | Point | Text | Code, link: Link) -> Iterator[str]:
+def _item(item: Answer | Bar | Point | Text | Code | Folded, link: Link) -> Iterator[str]:
     """A line of a box of the first screen."""
     if isinstance(item, Answer):
         yield from (f"**{escape_markdown(item.text)}** {escape_markdown(item.rest)}".rstrip(), "")
@@ -81,6 +82,10 @@ def _item(item: Answer | Bar | Point | Text | Code, link: Link) -> Iterator[str]
         yield from (escape_markdown(counts), "")
     elif isinstance(item, Point):
         yield from (f"**{escape_markdown(item.lead)}** {link(item.text)}", "")
+    elif isinstance(item, Folded):
+        yield from (f"**{escape_markdown(item.title)}**", "")
+        for each in item.items:
+            yield from _item(each, link)
     elif isinstance(item, Code) and not item.title:
         yield from (*(f"    {line}" for line in item.text.splitlines()), "")
     else:

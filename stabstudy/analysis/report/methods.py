@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from stabstudy.analysis import recipe, words
+from stabstudy.analysis import compare, recipe, words
 from stabstudy.analysis.elements import Absent, Block, Code, Section, Table, Text
 from stabstudy.analysis.levels import levels_of, plain
 from stabstudy.analysis.report import (
@@ -45,7 +45,7 @@ def sections(study: Study, states: Mapping[str, State], absent: Sequence[Absent]
     yield Section("design", "Design and rules", list(design(study)), folded=True)
     how = [*effect_tables.method(study), *drivers.sensitivity_method(study), *trial_tables.spike_method(study)]
     yield Section("tests", "How effects, sensitivity and spikes are computed", how, folded=True)
-    yield Section("columns", "Column definitions", [_definitions()], folded=True)
+    yield Section("columns", "Column definitions", [_definitions(compare.in_nats(study.trials))], folded=True)
     rows = tuple(dict.fromkeys((words.clean(a.what), words.clean(a.why)) for a in absent))
     left_out = [Table("Not shown, and why", ("what", "reason"), rows)] if rows else []
     yield Section("absent", "What this study does not allow", left_out, folded=True)
@@ -94,7 +94,7 @@ def design(study: Study) -> Iterator[Block]:
         for precision in levels_of(study.trials["train.precision"].dropna()):
             if precision in PRECISIONS:
                 yield Text(f"Precision {precision}: {PRECISIONS[precision]}.")
-    yield Text(_spike_rule(study.rules))
+    yield Text(_spike_rule(study.rules, compare.in_nats(study.trials)))
     yield Table("Verdicts, from worst to best", ("verdict", "rule"), tuple(_verdicts(study)))
     if (study.trials["stop_reason"] == HOPELESS).any():
         yield Text(_hopeless())
@@ -136,15 +136,16 @@ def _span(values: pd.Series[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _spike_rule(rules: Rules) -> str:
+def _spike_rule(rules: Rules, nats: bool) -> str:
     return (
         f"Spike: a stretch of flagged steps at most {rules.merge_gap} steps apart. A step is flagged as a surprise "
         f"where its gradient norm before clipping stands at least {rules.k_grad:g} robust standard deviations and a "
         f"factor {words.number(math.exp(rules.jump_grad))} above its recent level (the median of the {rules.level} "
         f"steps before), the deviations being those of the last {rules.window} steps from their own recent levels; and "
         f"as absolute where it is at least {rules.ratio:g} times both its recent level and the median of the last "
-        f"{rules.window} steps. For the loss the limits are {rules.k_loss:g} deviations and {rules.jump_loss:g} "
-        f"nat/token, and nothing is absolute. The first {rules.fill} steps are not judged and enter no rate."
+        f"{rules.window} steps. For the loss the limits are {rules.k_loss:g} deviations and {rules.jump_loss:g}"
+        f"{f' {words.NATS}' if nats else ''}, and nothing is absolute. The first {rules.fill} steps are not judged and "
+        "enter no rate."
     )
 
 
@@ -197,12 +198,14 @@ def _fixed(study: Study) -> Iterator[tuple[str, str]]:
             yield name, words.level(values[0], name)
 
 
-def _definitions() -> Table:
+def _definitions(nats: bool) -> Table:
     """The columns that the tables show."""
     names = ("final_loss_capped", *effect_tables.STATISTICS, *trial_tables.STATISTICS, "verdict", "grad_norm_max")
     labels = {n: COLUMNS[n].label for n in names if n != "final_loss"}
     labels["final_loss_capped"] = "final loss"  # the one loss that the tables of cells show
-    rows = tuple((head, n, COLUMNS[n].meaning, COLUMNS[n].unit, COLUMNS[n].null_when) for n, head in labels.items())
+    rows = tuple(
+        (head, n, COLUMNS[n].meaning, words.unit_of(n, nats), COLUMNS[n].null_when) for n, head in labels.items()
+    )
     heads = ("shown as", "column", "meaning", "unit", "null when")
     return Table("Every column is documented in results/README.md", heads, rows)
 

@@ -96,6 +96,8 @@ def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
     drawn = list(figures(study))
     grid = not study.ingested
     if study.ingested:
+        runs = [ingested_page.runs(study), *_failed(study)]
+        yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
         yield Section("read", "What was read", list(ingested_page.read(study)))
     if study.searched is not None:
         yield Section("frontier", "Frontier", list(frontier_page.section(study, study.searched)))
@@ -108,9 +110,9 @@ def _shown(study: Study, known: first_boxes.Shares) -> Iterator[Section]:
     placed = {f.name for names in (IN_EFFECTS, IN_SPIKES, IN_MODELS) for f in _of(drawn, names)}
     others = [b for b in drawn if isinstance(b, Figure) and b.name not in placed]
     yield Section("figures", "More figures: traces, maps, parallel coordinates", others, folded=True)
-    cells = effect_tables.cells(study) if grid and len(study.cells) else []
-    runs = [*cells, *_failed(study)]
-    yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
+    if grid:
+        runs = [*(effect_tables.cells(study) if len(study.cells) else []), *_failed(study)]
+        yield Section("trials", "Runs", runs, link=RUNS_PAGE if len(study.trials) else None)
     spikes = [*trial_tables.highest_spikes(study), *_of(drawn, IN_SPIKES)]
     yield Section("spikes", "Spikes", spikes)
     if grid and drivers.models(study):

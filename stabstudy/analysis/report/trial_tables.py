@@ -102,8 +102,9 @@ def replicates(study: Study, row: Mapping[str, Any]) -> Table | None:
 
 def statistics(row: Mapping[str, Any]) -> Table:
     """Every statistic with its name, value, unit and meaning."""
+    nats = row.get("objective.kind") != "kto"
     rows = tuple(
-        (d.label, name, words.value(name, row[name]), "" if d.unit == "fraction" else d.unit, d.meaning)
+        (d.label, name, words.value(name, row[name]), words.unit_of(name, nats).replace("fraction", ""), d.meaning)
         for name, d in COLUMNS.items()
     )
     heads = ("shown as", "column", "value", "unit", "meaning")
