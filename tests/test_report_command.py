@@ -14,6 +14,7 @@ import planted
 import pyarrow.parquet as pq
 import pytest
 
+from stabstudy import progress_line
 from stabstudy.report import main, write_report
 from stabstudy.store import StoreError
 from stabstudy.trace import TRACE
@@ -24,7 +25,10 @@ def small(path: Path) -> Path:
     return planted.plant_study(path, depths=(2,), lrs=(1e-3,), seeds=(0,))
 
 
-def test_a_finished_study_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_study_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_line, "EVERY_SECONDS", 3600.0)  # a slow machine would say how far it is
     study = small(tmp_path / "s")
     assert main([str(study)]) == 0
     out = capsys.readouterr()
