@@ -109,27 +109,50 @@ def _unpacked(text: str) -> Any:
     return np.frombuffer(base64.b64decode(text), dtype="<f4")
 
 
+def _curve(own: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a curve in a page's record."""
+    at, values = own["curves"][name]
+    return _unpacked(own["steps"][at]), _unpacked(values)
+
+
 def test_a_page_carries_every_step(study: Study) -> None:
     worst = str(study.worst())
     rows = study.trace(worst)
     absolute = traces.absolute_steps(study, rows)
     spikes = study.spikes_by_trial.get(worst, [])
     levels, probes = loss_levels(study, worst, rows), study.probes(worst)
-    own = json.loads(step_data.steps(rows, probes, study.row(worst) | {"trial_id": worst}, spikes, absolute, levels))
-    for name in ("step", "grad_norm", "loss", "clip_scale"):
-        assert _unpacked(own["columns"][name]) == pytest.approx(rows[name], rel=1e-6, nan_ok=True)
-    assert own["spikes"] == [[s[name] for name in ("series", "start", "end", "peak_step")] for s in spikes] != []
+    row = study.row(worst) | {"trial_id": worst}
+    own = json.loads(json.dumps(step_data.steps(rows, probes, row, spikes, absolute, levels)))
     mean = pd.Series(rows["loss"]).ewm(alpha=2 / 21, adjust=False).mean()  # none of its losses is null
-    assert _unpacked(own["columns"]["mean"]) == pytest.approx(mean.to_numpy(), rel=1e-6)
-    assert own["levels"] == [["untrained model", study.row(worst)["init_loss"]]] and own["ema"] == 20
+    for name, values in [(n, rows[n]) for n in ("grad_norm", "loss", "clip_scale")] + [("mean", mean.to_numpy())]:
+        steps, carried = _curve(own, name)
+        assert steps.tolist() == rows["step"].tolist() and carried == pytest.approx(values, rel=1e-6, nan_ok=True)
     assert probes is not None
-    steps, values = map(_unpacked, own["probes"]["attention logit (nat), largest"])
+    steps, values = _curve(own, "attention logit (nat), largest")
     assert steps.tolist() == probes["step"].tolist()
     assert values == pytest.approx(probes["attn_logit_max"].max(axis=1), rel=1e-6)
-    assert "gradient noise scale (token)" not in own["probes"]  # never measured
-    marked = own["absolute"]
-    assert marked == rows["step"][absolute].tolist() and len(marked) == study.row(worst)["spike_abs_steps"]
-    assert marked and own["warmup"] == study.row(worst)["optim.warmup_steps"]
+    assert "gradient noise scale (token)" not in own["curves"]  # never measured
+    steps, values = _curve(own, "rings")
+    assert steps.tolist() == rows["step"][absolute].tolist() and len(steps) == row["spike_abs_steps"] > 0
+    assert values == pytest.approx(rows["grad_norm"][absolute], rel=1e-6)
+    assert own["trial"] == worst and own["peaks"] == sorted({s["peak_step"] for s in spikes}) != []
+
+
+def test_a_chart_marks_spikes_levels_and_the_end_of_warmup(study: Study) -> None:
+    worst = str(study.worst())
+    rows, spikes = study.trace(worst), study.spikes_by_trial[worst]
+    row = study.row(worst) | {"trial_id": worst}
+    absolute, levels = traces.absolute_steps(study, rows), loss_levels(study, worst, rows)
+    shapes = step_data.steps(rows, None, row, spikes, absolute, levels)["layout"]["shapes"]
+    axis = {"grad": "y domain", "loss": "y2 domain"}
+    rectangles = [(s["yref"], s["x0"], s["x1"]) for s in shapes if s["type"] == "rect"]
+    assert rectangles == [(axis[s["series"]], s["start"] - 0.5, s["end"] + 0.5) for s in spikes]
+    levels_drawn = [s for s in shapes if s.get("xref") == "x domain"]
+    heights = {s["label"]["text"].rpartition(" ")[0]: (s["yref"], s["y0"]) for s in levels_drawn}
+    assert heights["untrained model"] == ("y2", row["init_loss"])
+    assert heights.get("clip") == (None if pd.isna(row["optim.clip"]) else ("y", row["optim.clip"]))
+    (warmup,) = [s["x0"] for s in shapes if s.get("yref") == "paper"]
+    assert warmup == row["optim.warmup_steps"]
 
 
 def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:
@@ -142,8 +165,8 @@ def test_what_is_marked_in_a_very_long_trace_is_carried(study: Study) -> None:
     spike = {"series": "grad", "start": 12_345, "end": 12_351, "peak_step": 12_347, "peak_ratio": 3.0}
     rough = np.arange(n) == 41_234
     levels = LossLevels(20, columns["loss"], None, "first loss", None)
-    own = json.loads(step_data.steps(rows, None, study.row(worst) | {"trial_id": worst}, [spike], rough, levels))
-    carried = _unpacked(own["columns"]["step"]).tolist()
+    own = step_data.steps(rows, None, study.row(worst) | {"trial_id": worst}, [spike], rough, levels)
+    carried = _curve(own, "loss")[0].tolist()
     assert {12_345, 12_351, 12_347, 41_234} <= set(carried) and len(carried) <= step_data.MOST_STEPS + 6
 
 
